@@ -1,4 +1,4 @@
-"""A loaded model: its modules, what the family says of them, and pipelines built from them."""
+"""Components of a loaded model, and pipelines built from them."""
 
 from __future__ import annotations
 
@@ -25,29 +25,26 @@ from dora_diffusion.numerics.process import Diffusion
 
 @dataclass(frozen=True)
 class Components:
-    """The modules of one model, frozen and in evaluation mode as loaded.
+    """Modules of one model, frozen and in evaluation mode after loading.
 
     Attributes:
-        family: Properties of the model's family.
-        unet: The UNet2DConditionModel.
-        vae: The AutoencoderKL; float32 where the family's overflows in half precision.
-        text_encoders: One encoder, or SDXL's two.
-        tokenizers: Their tokenizers.
-        scheduler: DDPMScheduler with the model's noise schedule, for training.
-        name: The name the model was loaded by.
-        asked: What was loaded, with what was asked of how it is read.
-        scheduler_config: The model's own scheduler settings, with ``_class_name``, for sampling.
-        zeros_for_empty_prompt: Guidance without a negative prompt uses zeros (SDXL).
-        source: Folder or file that the weights were read from.
-        schedule: How its noise schedule is meant, and who says so.
-        stated: What the model says of that itself, and what is usual of its kind.
-        norms: What keeps the norms of adapters that rows of a batch name from one batch to the
-            next; None: each batch computes them.
-        offload_to: Where modules compute that lie in the host's memory until then
-            (`models.offload`); None: they compute where they are.
-        clip_skip: Last layers of the text encoders that prompts are read without, as Diffusers'
-            pipelines count them.
-        max_token_length: Tokens of a prompt that are read, in chunks of 75; 0 reads all.
+        family: Properties of the model family.
+        unet: UNet2DConditionModel.
+        vae: AutoencoderKL, in float32 if the family's autoencoder overflows in half precision.
+        text_encoders: One text encoder, or the two of SDXL.
+        tokenizers: Tokenizers of the text encoders.
+        scheduler: DDPMScheduler with the noise schedule of the model, for training.
+        name: Name that the model was loaded by.
+        asked: Requested model, with its loading options.
+        scheduler_config: Scheduler configuration of the model, with ``_class_name``, for sampling.
+        zeros_for_empty_prompt: Whether guidance without a negative prompt uses zeros (SDXL).
+        source: Folder or file of the weights.
+        schedule: Noise schedule of the model, with the source of this information.
+        stated: Noise schedules that the model states and that are usual for its kind.
+        norms: Cache of adapter norms across batches; None: each batch computes them.
+        offload_to: Compute device of offloaded modules (`models.offload`); None: not offloaded.
+        clip_skip: Number of last layers of the text encoders to skip, as in Diffusers.
+        max_token_length: Number of tokens of a prompt that are encoded, in chunks of 75; 0: all.
     """
 
     family: Family
@@ -69,20 +66,20 @@ class Components:
     max_token_length: int = TOKENS_PER_CHUNK
 
     def __post_init__(self) -> None:
-        """Check that the parts belong together."""
+        """Check that the components belong together."""
         channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
         if channels != self.family.in_channels(latents):
             raise ValueError(
-                f"{self.name}: the UNet reads {channels} channels but the VAE makes {latents}; use "
-                f"a base model of {TITLES}, and its own VAE"
+                f"{self.name}: the UNet has {channels} input channels but the VAE has {latents} "
+                f"latent channels; use a base model of {TITLES} with its own VAE"
             )
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             check_vocabulary(tokenizer, encoder, self.name)
             layers = encoder.config.num_hidden_layers - self.family.skipped_layers
             require(
                 0 <= self.clip_skip < layers,
-                f"clip_skip is {self.clip_skip}; the model's text encoders have {layers} layers to "
-                f"read, so it must be 0 to {layers - 1}",
+                f"clip_skip is {self.clip_skip}, but the text encoders of the model have {layers} "
+                f"usable layers; set it to 0 to {layers - 1}",
                 "clip_skip",
             )
         require_token_length(self.max_token_length)
@@ -90,26 +87,26 @@ class Components:
     def reading(
         self, clip_skip: int | None, max_token_length: int | None, *, is_told: bool = True
     ) -> Components:
-        """The model, with how it is to read prompts; None leaves it as it is.
+        """Return the model with other prompt settings. None keeps a setting.
 
         Args:
-            clip_skip: Last layers of the text encoders to leave out.
-            max_token_length: Tokens of a prompt that are read.
-            is_told: Warn of what is unusual.
+            clip_skip: Number of last layers of the text encoders to skip.
+            max_token_length: Number of tokens of a prompt that are encoded.
+            is_told: Whether to warn of unusual values.
 
         Raises:
-            ConfigError: If it cannot.
+            ConfigError: If the model does not support a value.
 
         Warns:
-            UserWarning: Of a clip skip on top of one that the family has.
+            UserWarning: If the family already skips a layer.
         """
         family = self.family
         if clip_skip and family.skipped_layers and is_told:
             web = family.web_ui_clip_skip(0)
             warnings.warn(
-                f"clip_skip is {clip_skip}: {family.title} without it reads the penultimate layer "
-                f"already, which web UIs call Clip skip {web}; this is their "
-                f"{family.web_ui_clip_skip(clip_skip)}",
+                f"clip_skip is {clip_skip}: {family.title} uses the penultimate layer by default, "
+                f"which web UIs call Clip skip {web}; this setting is Clip skip "
+                f"{family.web_ui_clip_skip(clip_skip)} there",
                 stacklevel=3,
             )
         skip = self.clip_skip if clip_skip is None else clip_skip
@@ -118,13 +115,13 @@ class Components:
 
     @property
     def clip_skip_parameter(self) -> dict[str, int]:
-        """Clip skip in an image's parameters, as web UIs count it; empty without one."""
+        """Clip skip for the parameters of an image, as web UIs count it; empty if it is 0."""
         skip = self.clip_skip
         return {"Clip skip": self.family.web_ui_clip_skip(skip)} if skip else {}
 
     @property
     def most_chunks(self) -> int | None:
-        """Chunks of a prompt that are read; None: all."""
+        """Number of chunks of a prompt that are encoded; None: all."""
         return self.max_token_length // TOKENS_PER_CHUNK or None
 
     @property
@@ -134,7 +131,7 @@ class Components:
 
     @property
     def process(self) -> Diffusion:
-        """The noise process, on the compute device."""
+        """Noise process, on the compute device."""
         return Diffusion(self.scheduler.alphas_cumprod.to(self.device), self.prediction_type)
 
     @property
@@ -149,7 +146,7 @@ class Components:
 
     @property
     def default_resolution(self) -> int:
-        """Side in pixels that this model was trained at, by its own configuration."""
+        """Default side of an image in pixels, by the configuration of the UNet."""
         size = self.unet.config.sample_size
         if size is None:
             return self.family.default_resolution
@@ -157,41 +154,41 @@ class Components:
 
     @property
     def device(self) -> torch.device:
-        """Compute device: the UNet's, or that to which modules are brought."""
+        """Compute device: the device of the UNet, or the target device of offloaded modules."""
         if self.offload_to is not None:
             return self.offload_to
         weight: torch.Tensor = next(self.unet.parameters())
         return weight.device
 
     def adaptable(self) -> dict[str, nn.Module]:
-        """The modules that adapters may be injected into, by component name."""
+        """Return the modules that can have adapters, by component name."""
         encoders = zip(self.family.text_encoder_names, self.text_encoders, strict=True)
         return {"unet": self.unet, **dict(encoders)}
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every module by component name."""
+        """Return all modules by component name."""
         return {**self.adaptable(), "vae": self.vae}
 
     def to(self, device: torch.device | str) -> Components:
-        """Move every module to a device, dtypes unchanged; returns itself."""
+        """Move all modules to a device without changing dtypes. Returns self."""
         for module in self.modules().values():
             module.to(device)
         return self
 
     def sharing_weights(self) -> Components:
-        """The same model in modules and tokenizers of its own, over the same tensors.
+        """Copy the modules and tokenizers, sharing all weights.
 
-        Adapters, hooks, modes and tokens of one are not the other's. No weight may be written to.
+        Adapters, hooks, training mode and added tokens are independent. No weight may be modified.
         """
         tensors = (tensor for module in self.modules().values() for tensor in _weights(module))
         return copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
 
     @contextmanager
     def weights_of(self, other: Components) -> Iterator[None]:
-        """The weights of another model of the same kind inside the block; nothing is copied.
+        """Use the weights of another model of the same shape inside the block, without copying.
 
         Raises:
-            ValueError: If their modules differ.
+            ValueError: If the shapes differ.
         """
         from dora_diffusion.numerics.quantised import exchange
 
@@ -201,7 +198,7 @@ class Components:
             for pair in zip(_weights(module), _weights(other.modules()[name]), strict=True)
         ]
         if any(ours.shape != theirs.shape for ours, theirs in pairs):
-            raise ValueError(f"{self.name} and {other.name} are models of different shapes")
+            raise ValueError(f"{self.name} and {other.name} have different shapes")
 
         def swap() -> None:
             for ours, theirs in pairs:
@@ -215,29 +212,27 @@ class Components:
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """Every module in evaluation mode inside the block, and as it was after it."""
-        trains = [
-            part for module in self.modules().values() for part in module.modules() if part.training
-        ]
-        for part in trains:
-            part.training = False
+        """Set all modules to evaluation mode inside the block, and restore their modes after it."""
+        modules = [m for model in self.modules().values() for m in model.modules() if m.training]
+        for module in modules:
+            module.training = False
         try:
             yield
         finally:
-            for part in trains:
-                part.training = True
+            for module in modules:
+                module.training = True
 
     def pipeline(self, scheduler: str | None = None, task: str = "") -> Any:
-        """Build the family's pipeline from these same modules.
+        """Build the pipeline of the family from these modules.
 
         Args:
-            scheduler: A name of `SCHEDULERS`; None is the model's own.
-            task: What Diffusers' ``AutoPipelineFor...`` makes of it: ``"Image2Image"`` or
-                ``"Inpainting"``; empty is the family's own.
+            scheduler: A name of `SCHEDULERS`. Default: the model's scheduler.
+            task: Suffix of Diffusers' ``AutoPipelineFor...``: ``"Image2Image"`` or
+                ``"Inpainting"``. Default: `Family.pipeline_class`.
 
         Returns:
-            `Family.pipeline_class`, or that of the task, without a safety checker or watermark, its
-            progress bar off. It shares the modules: what is trained shows at once.
+            The pipeline, without safety checker, watermark and progress bar. It shares the modules,
+            so that training affects it immediately.
         """
         import diffusers
 
@@ -249,11 +244,11 @@ class Components:
             **options,
         )
         if task:
-            # With the options again: not all of them are in the configuration that it copies.
+            # `from_pipe` copies the configuration, which does not have all options.
             auto = getattr(diffusers, f"AutoPipelineFor{task}")
             pipeline = auto.from_pipe(pipeline, **options)
         pipeline.set_progress_bar_config(disable=True)
-        # Diffusers' own finds words of several vectors in lower case only.
+        # The method of Diffusers finds multi-vector tokens only in lower case.
         pipeline.maybe_convert_prompt = lambda prompt, tokenizer: (
             write_out_words(tokenizer, prompt)
             if isinstance(prompt, str)
@@ -262,10 +257,10 @@ class Components:
         return pipeline
 
     def sampling_scheduler(self, name: str | None = None) -> Any:
-        """Build a scheduler to sample with, over this model's noise schedule.
+        """Build a scheduler for sampling with this model's noise schedule.
 
         Raises:
-            ValueError: If the name is not known, or that one cannot follow the schedule.
+            ValueError: If the name is unknown, or the scheduler does not support the schedule.
         """
         import diffusers
 
@@ -273,66 +268,66 @@ class Components:
         own_class = str(config.pop("_class_name", "DDIMScheduler"))
         if name is not None and name not in SCHEDULERS:
             raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")
-        chosen = SamplingScheduler(own_class, "") if name is None else SCHEDULERS[name]
-        # Latents are not confined to [-1, 1]; a scheduler's default clips them, and the first
-        # schedule step of the released models is offset by one.
-        config |= {"clip_sample": False, "steps_offset": 1, **chosen.settings}
+        scheduler = SamplingScheduler(own_class, "") if name is None else SCHEDULERS[name]
+        # Schedulers clip samples to [-1, 1] by default, which latents exceed. The released models
+        # have a steps_offset of 1.
+        config |= {"clip_sample": False, "steps_offset": 1, **scheduler.settings}
         config.setdefault("set_alpha_to_one", False)
-        class_name = chosen.class_name
+        class_name = scheduler.class_name
         if config.get("rescale_betas_zero_snr"):
             moved = to_zero_snr({"_class_name": class_name})
             if name is not None and moved["_class_name"] != class_name:
                 raise ValueError(
-                    f"the scheduler {name} cannot follow this model's noise schedule, which ends "
-                    "in pure noise; choose ddim, euler or dpm++"
+                    f"the scheduler {name} does not support this model's noise schedule, which "
+                    "ends in pure noise; choose ddim, euler or dpm++"
                 )
             class_name = moved.pop("_class_name")
             config |= moved
         return getattr(diffusers, class_name).from_config(config)
 
     def identity(self, *components: str) -> str:
-        """Digest of the named components' configuration and weights, for caches keyed by content.
+        """Return a digest of configuration and weights, for caches keyed by content.
 
         Args:
-            components: For example "vae"; none means all.
+            components: Names such as "vae". Default: all components.
         """
         modules = self.modules()
-        parts = [fingerprint(modules[name]) for name in components or sorted(modules)]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+        digests = [fingerprint(modules[name]) for name in components or sorted(modules)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """A module's parameters without the vectors of trained words, which not every model has."""
+    """Return the parameters of a module, except for vectors of trained words."""
     return [weight for name, weight in module.named_parameters() if not name.endswith(".rows")]
 
 
 def fingerprint(module: nn.Module, samples: int = 64) -> str:
-    """Digest of a module's tensor names, shapes, dtypes and evenly sampled values.
+    """Return a digest of a module's tensor names, shapes, dtypes and evenly sampled values.
 
-    Sampling keeps it fast on large models; any training step changes practically every weight.
+    Sampling makes it fast for large models. It detects training, which changes nearly all weights.
     """
     digest = hashlib.sha256(str(_settings(module)).encode())
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().flatten()
-        # Cast on the CPU: Apple's GPUs have no float64, not even on the way.
-        chosen = flat[:: max(1, flat.numel() // samples)].cpu().double()
+        # Cast on the CPU, since Apple's GPUs do not support float64.
+        values = flat[:: max(1, flat.numel() // samples)].cpu().double()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(chosen.numpy().tobytes())
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 
 def _settings(module: nn.Module) -> list[tuple[str, str]]:
-    """A module's configuration without names of places and versions of libraries."""
+    """Return the configuration of a module without paths and library versions."""
     config: Any = getattr(module, "config", {})
     items = config.items() if isinstance(config, Mapping) else config.to_dict().items()
-    passing = ("transformers_version", "torch_dtype", "dtype", "architectures")
-    return sorted((k, str(v)) for k, v in items if not k.startswith("_") and k not in passing)
+    ignored = ("transformers_version", "torch_dtype", "dtype", "architectures")
+    return sorted((k, str(v)) for k, v in items if not k.startswith("_") and k not in ignored)
 
 
 def check_vocabulary(tokenizer: Any, encoder: Any, name: str) -> None:
-    """Refuse a tokenizer that cannot belong to its text encoder.
+    """Check that a tokenizer fits its text encoder.
 
-    A tokenizer folder without its vocabulary loads silently with two or three tokens.
+    A tokenizer folder without its vocabulary loads silently, with two or three tokens.
 
     Raises:
         ValueError: If token ids exceed the embedding, or most of the embedding is unreachable.
@@ -341,16 +336,16 @@ def check_vocabulary(tokenizer: Any, encoder: Any, name: str) -> None:
     tokens, rows = len(tokenizer), len(table.weight) + len(getattr(table, "rows", ()))
     if tokens > rows or tokens < rows // 2:
         raise ValueError(
-            f"{name}: the tokenizer knows {tokens} tokens but the text encoder has {rows}; "
+            f"{name}: the tokenizer has {tokens} tokens but the text encoder has {rows}; "
             "its vocabulary files (vocab.json, merges.txt or tokenizer.json) are missing or wrong"
         )
 
 
 def cast_to_weight(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook: cast a floating-point input to the module's own dtype.
+    """Cast floating-point inputs to the dtype of the module (forward pre-hook).
 
-    A float32 autoencoder beside a half-precision UNet needs it: SDXL's pipeline passes latents on
-    in the UNet's dtype.
+    The SDXL pipeline passes latents in the dtype of the UNet, which may differ from the dtype of
+    the autoencoder.
     """
     dtype = next(module.parameters()).dtype
     return tuple(

@@ -1,8 +1,8 @@
-"""Configuration and tokenizers of single files: those of the released models, in this package.
+"""Configurations and tokenizers for single-file models, without downloads.
 
-A single file holds weights alone. What `RELEASED` holds of each kind of model is small, and CLIP's
-vocabulary follows from the merges of its byte-pair encoding (arXiv:2103.00020; see the license
-beside them), so that nothing is downloaded.
+A single file contains only weights. This package includes the configurations of the released models
+and the merges of CLIP's byte-pair encoding (arXiv:2103.00020; see the license in the same folder),
+from which the vocabulary is computed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION, Nois
 
 RELEASED = Path(__file__).parent / "released"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# They are removed when the process ends.
+# Temporary folders, removed when the process ends.
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def require_prediction(name: str, family: Family, schedule: NoiseSchedule) -> None:
-    """Refuse a model of which nobody says what it predicts.
+    """Check that the prediction type of a model is known.
 
     Raises:
-        ValueError: With the two that it may be.
+        ValueError: If it is unknown.
     """
     if not schedule.prediction_type:
         both = {
@@ -38,24 +38,24 @@ def require_prediction(name: str, family: Family, schedule: NoiseSchedule) -> No
             f"{kind} (as the release of {side} pixels)" for kind, side in both.items()
         )
         raise ValueError(
-            f"{name} does not say whether it predicts the noise or v, as {family.title} has both: "
-            f"give --prediction_type {choices}"
+            f"{name} does not state whether it predicts the noise or v, and {family.title} has "
+            f"both; set --prediction_type {choices}"
         )
 
 
 @lru_cache
 def released_config(family: Family, prediction_type: str) -> dict[str, Any]:
-    """The configuration of a released model: of each component, its scheduler and tokenizers.
+    """Return the configuration of a released model, with components, scheduler and tokenizers.
 
     Args:
-        family: Of the model.
-        prediction_type: Where two releases differ in it, which one.
+        family: Family of the model.
+        prediction_type: Prediction type of the release.
     """
     text = (RELEASED / f"{family.configuration}.json").read_text(encoding="utf-8")
     config: dict[str, Any] = json.loads(text)
     for kind in (EPSILON, V):
-        other = config.pop(kind, {})
-        for part, values in other.items() if kind == prediction_type else ():
+        changes = config.pop(kind, {})
+        for part, values in changes.items() if kind == prediction_type else ():
             config[part] |= values
     config["unet"]["in_channels"] = family.in_channels()
     config["scheduler"][PREDICTION] = prediction_type
@@ -64,7 +64,7 @@ def released_config(family: Family, prediction_type: str) -> dict[str, Any]:
 
 @lru_cache
 def released_folder(family: Family, prediction_type: str) -> Path:
-    """A Diffusers folder of a released model without its weights, as long as the process lives."""
+    """Create a Diffusers folder of a released model without weights, for the process's lifetime."""
     config, home = released_config(family, prediction_type), tempfile.TemporaryDirectory()
     _FOLDERS.append(home)
     folder = Path(home.name)
@@ -93,36 +93,37 @@ def released_folder(family: Family, prediction_type: str) -> Path:
 
 
 def module_classes(family: Family) -> dict[str, str]:
-    """The class of each module, by component: Diffusers', of text encoders transformers'."""
+    """Return the class names of the modules (Diffusers and Transformers), by component."""
     encoders = zip(family.text_encoder_names, family.text_encoder_classes, strict=True)
     return {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **dict(encoders)}
 
 
 def is_released(folder: Path) -> bool:
-    """Return whether a folder is one that `released_folder` made."""
+    """Return whether a folder was created by `released_folder`."""
     return any(Path(home.name) == folder for home in _FOLDERS)
 
 
 def empty_module(folder: Path, kind: str) -> Any:
-    """A module of a class as its folder configures it, its parameters without memory."""
+    """Build a module from the configuration in a folder, with parameters on the meta device."""
     import diffusers
     import transformers
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
     config = read_json(folder / "config.json")
-    # Imported before: what Diffusers finds in torch.nn.init then, it sets back after each load.
+    # Diffusers must be imported before `no_init_weights`: after each load, it restores the
+    # functions that torch.nn.init had at import.
     is_diffusers = hasattr(diffusers, kind)
-    found: Any = getattr(diffusers if is_diffusers else transformers, kind)
-    # Buffers are not weights, and no file needs to have them.
+    module_class: Any = getattr(diffusers if is_diffusers else transformers, kind)
+    # Files do not need to contain buffers.
     with init_empty_weights(include_buffers=False), no_init_weights():
         if is_diffusers:
-            return found.from_config(config)
-        return found(transformers.CLIPTextConfig(**config))
+            return module_class.from_config(config)
+        return module_class(transformers.CLIPTextConfig(**config))
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:
-    """Write CLIP's tokenizer as the released models have it: 49,408 tokens."""
+    """Write the CLIP tokenizer of the released models, with 49,408 tokens."""
     merges = gzip.decompress((RELEASED / "merges.txt.gz").read_bytes()).decode("utf-8")
     _write(folder / "vocab.json", vocabulary(merges))
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
@@ -132,12 +133,12 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
 
 
 def vocabulary(merges: str) -> dict[str, int]:
-    """CLIP's tokens with their numbers: bytes, bytes that end a word, merged pairs, two more.
+    """Return CLIP's tokens with ids: bytes, bytes at the end of a word, merged pairs, start, end.
 
     Args:
-        merges: A line for each pair, the first that is merged first, below a line of the version.
+        merges: A version line, then one line for each pair, in the order of merging.
     """
-    # Bytes that cannot be printed have stand-ins, and come last.
+    # Non-printable bytes come last and are represented by other characters.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
     pairs = merges.splitlines()[1:]

@@ -1,8 +1,8 @@
-"""Weights in prompts as A1111 reads them: ``(word:1.2)``, ``(word)``, ``[word]`` and ``BREAK``.
+"""Prompt weights as in A1111: ``(word:1.2)``, ``(word)``, ``[word]`` and ``BREAK``.
 
-Each token's states are multiplied by its weight, and those of its chunk scaled so that their mean
-stays. Chunks are of the 75 tokens that CLIP reads (30 with the embedded models); where one is full,
-it ends behind its last comma, if that is among its last 20 tokens.
+The hidden states of each token are multiplied by its weight, then all states of the chunk are
+rescaled to their original mean. Chunks have the 75 tokens of CLIP (30 for the embedded models). A
+full chunk ends after its last comma if that is among its last 20 tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BREAK = "BREAK"
 _FACTOR = 1.1
 _BACKTRACK = 20
 _SYNTAX = re.compile(rf"[()\[\]\\]|\b{BREAK}\b")
-# A backslash with what it escapes; the weight that ends a bracket; a bracket; a break; other text.
+# Escaped character; weight before a closing bracket; bracket; break; other text.
 _PIECE = re.compile(
     rf"\\([()\[\]\\]?)|:\s*([+-]?[.\d]+)\s*\)|([()\[\]])|\s*\b({BREAK})\b\s*"
     rf"|((?:(?!\s*\b{BREAK}\b)[^\\()\[\]:])+|:)"
@@ -33,7 +33,7 @@ _BRACKETS = re.compile(r"(?<!\\)\([^()\[\]]*(?<!\\)\)")
 
 
 class Chunk(NamedTuple):
-    """Tokens of a prompt that are encoded at once, without start and end, and their weights."""
+    """Tokens of a prompt that are encoded together, without start and end, and their weights."""
 
     ids: list[int]
     weights: list[float]
@@ -46,14 +46,14 @@ def has_weights(prompt: str) -> bool:
 
 def has_editing(prompt: str) -> bool:
     """Return whether a prompt changes over the steps in A1111: ``[a:b:0.5]``, ``[a|b]``."""
-    # What is in round brackets is one piece of what is in square ones.
+    # Text in round brackets counts as one piece inside square brackets.
     while prompt != (prompt := _BRACKETS.sub("x", prompt)):
         pass
     return _EDITING.search(prompt) is not None
 
 
 def unread_syntax(prompt: str) -> list[str]:
-    """Name what of a prompt has a meaning in A1111 or ComfyUI and is read as text here."""
+    """Return the syntax of A1111 and ComfyUI in a prompt that is not supported, by description."""
     kinds = {
         "[a:b:0.5] and [a|b], which change a prompt over the steps": has_editing(prompt),
         "AND, which combines prompts": re.search(r"\bAND\b", prompt),
@@ -64,13 +64,13 @@ def unread_syntax(prompt: str) -> list[str]:
 
 
 def parse_weights(prompt: str) -> list[list[tuple[str, float]]]:
-    r"""The parts of a prompt between its breaks: texts, each with its weight.
+    r"""Parse a prompt into segments between breaks, each a list of texts with weights.
 
-    A bracket that is not closed reaches to the end, and one that closes nothing is text, as are
-    escaped ones (``\(``).
+    An unclosed bracket extends to the end. An unmatched closing bracket and an escaped bracket
+    (``\(``) are text.
 
     Raises:
-        ConfigError: If a weight is no number.
+        ConfigError: If a weight is not a number.
 
     Example:
         >>> parse_weights("a (red:1.5) dog")
@@ -100,14 +100,14 @@ def parse_weights(prompt: str) -> list[list[tuple[str, float]]]:
         weigh(start, _FACTOR)
     for start in opened["["]:
         weigh(start, 1 / _FACTOR)
-    parts: list[list[tuple[str, float]]] = [[]]
+    segments: list[list[tuple[str, float]]] = [[]]
     for is_break, run in itertools.groupby(pieces, lambda piece: not piece[0]):
         if is_break:
-            parts += [[] for _ in run]
+            segments += [[] for _ in run]
             continue
         for weight, same in itertools.groupby(run, lambda piece: piece[1]):
-            parts[-1].append(("".join(text for text, _ in same), weight))
-    return parts
+            segments[-1].append(("".join(text for text, _ in same), weight))
+    return segments
 
 
 def _number(text: str, prompt: str) -> float:
@@ -115,69 +115,76 @@ def _number(text: str, prompt: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(
-            f"the weight {text} in the prompt {quoted(prompt)} is no number; write (word:1.2)",
+            f"the weight {text} in the prompt {quoted(prompt)} is not a number; write (word:1.2)",
             "prompt_weights",
         ) from None
 
 
 def plain_parts(prompt: str) -> list[str]:
-    """The texts of a prompt between its breaks, without weights."""
-    return ["".join(text for text, _ in part) for part in parse_weights(prompt)]
+    """Return the segments of a prompt between breaks as text without weights."""
+    return ["".join(text for text, _ in segment) for segment in parse_weights(prompt)]
 
 
 def weighted_chunks(
-    tokenizer: Any, prompt: str, own: Mapping[str, str], most: int | None
+    tokenizer: Any, prompt: str, own_tokens: Mapping[str, str], most: int | None
 ) -> list[Chunk]:
-    """A prompt's tokens in chunks.
+    """Tokenize a weighted prompt into chunks.
 
     Args:
-        tokenizer: A tokenizer.
+        tokenizer: The tokenizer.
         prompt: The prompt.
-        own: An adapter's own tokens (`own_words`).
-        most: The chunks of a part that are read; None: all.
+        own_tokens: Tokens of one adapter (`own_words`).
+        most: Largest number of chunks of a segment; None: no limit.
     """
     (comma,) = tokenizer(",", add_special_tokens=False).input_ids
     chunks: list[Chunk] = []
-    for part in parse_weights(prompt):
+    for segment in parse_weights(prompt):
         tokens: list[tuple[int, float]] = []
-        for text, weight in part:
-            written = write_out_words(tokenizer, text, own)
+        for text, weight in segment:
+            written = write_out_words(tokenizer, text, own_tokens)
             ids = tokenizer(written, add_special_tokens=False, verbose=False).input_ids
             tokens += [(token, weight) for token in ids]
         ends = _ends([token == comma for token, _ in tokens], tokenizer.model_max_length - 2)
-        made = [tokens[start:end] for start, end in itertools.pairwise([0, *ends])]
-        chunks += [Chunk([t for t, _ in each], [w for _, w in each]) for each in made[:most]]
+        token_chunks = [tokens[start:end] for start, end in itertools.pairwise([0, *ends])]
+        chunks += [
+            Chunk([t for t, _ in pairs], [w for _, w in pairs]) for pairs in token_chunks[:most]
+        ]
     if len(chunks) > 1 and not chunks[-1].ids:
-        chunks.pop()  # Nothing is behind the last break.
+        chunks.pop()  # The prompt ends with a break.
     return chunks
 
 
 def _ends(commas: Sequence[bool], size: int) -> list[int]:
-    """The end of each chunk of at most so many tokens, of which these are commas; one at least."""
+    """Return the end index of each chunk of at most ``size`` tokens; at least one.
+
+    Args:
+        commas: Whether each token is a comma.
+        size: Largest number of tokens in a chunk.
+    """
     ends: list[int] = []
     while len(commas) - (start := ends[-1] if ends else 0) > size:
         end = start + size
-        # A comma that comes next begins the next chunk.
+        # If the next token is a comma, the next chunk begins with it.
         near = () if commas[end] else range(end - 1, end - _BACKTRACK - 1, -1)
-        ends.append(next((place + 1 for place in near if commas[place]), end))
+        ends.append(next((index + 1 for index in near if commas[index]), end))
     return [*ends, len(commas)]
 
 
 def weigh_states(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
-    """States ``(B, tokens, C)`` times the weight of each token, each row with the mean it had.
+    """Multiply hidden states ``(B, tokens, C)`` by token weights, keeping the mean of each row.
 
-    A row whose mean is 0 within rounding, as after a LayerNorm without a bias, is not scaled.
+    A row whose mean is 0 within rounding, as after a LayerNorm without a bias, is not rescaled.
 
     Args:
-        states: A text encoder's, from the start token on.
-        weights: Of the tokens behind it; those of others are 1.
+        states: Hidden states of a text encoder, beginning with the start token.
+        weights: Weights of the tokens after the start token; 1 for further tokens.
     """
     factors = torch.ones(states.shape[:2], dtype=torch.float32)
-    for row, own in zip(factors, weights, strict=True):
-        row[1 : 1 + len(own)] = torch.tensor(own)
+    for row, row_weights in zip(factors, weights, strict=True):
+        row[1 : 1 + len(row_weights)] = torch.tensor(row_weights)
     full = states.float()
     weighted = full * factors.to(full.device).unsqueeze(-1)
-    means = [each.mean(dim=(1, 2), keepdim=True) for each in (full, weighted)]
+    means = [tensor.mean(dim=(1, 2), keepdim=True) for tensor in (full, weighted)]
     least = 1e-6 * full.abs().mean(dim=(1, 2), keepdim=True)
     has_mean = (means[0].abs() > least) & (means[1].abs() > least)
     scales = torch.where(has_mean, means[0] / means[1], 1.0)

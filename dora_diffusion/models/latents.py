@@ -1,4 +1,4 @@
-"""Pixels to scaled latents, through any AutoencoderKL, and the UNet's prediction from them."""
+"""Encoding of pixels to scaled latents with an AutoencoderKL, and predictions of the UNet."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dora_diffusion.models.text import Conditioning
 
 
 def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
-    """Encode pixels ``(B, 3, H, W)`` in [-1, 1] to the posterior's moments ``(B, 2C, h, w)``.
+    """Encode pixels ``(B, 3, H, W)`` in [-1, 1] to moments of the posterior ``(B, 2C, h, w)``.
 
-    Moments (mean and log variance) are what a cache should hold: a latent can be drawn from them
-    at every step, as training on the photos themselves would.
+    A cache should store moments (mean and log variance) instead of latents, so that a new latent
+    can be drawn at every step.
     """
     weight = next(vae.parameters())
     pixels = send(pixels, weight.device).to(weight.dtype)
@@ -25,57 +25,59 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def encode_inputs(vae: Any, family: Family, pixels: Tensor) -> Tensor:
-    """Encode all that the family's UNet reads of pixels ``(B, 3 + mask_channels, H, W)``.
+    """Encode the inputs of the UNet from pixels ``(B, 3 + mask_channels, H, W)``.
 
-    A mask that is missing is 1.
+    A missing mask is set to 1.
 
     Returns:
-        ``(B, n, h, w)``: the moments of the image, the mask (the pixel in each corner), and the
-        moments of the images that condition the UNet.
+        ``(B, n, h, w)``: the moments of the image, the mask (downsampled by nearest neighbour) and
+        the moments of the conditioning images.
     """
     if not family.mask_channels + family.conditioning_latents:
         return encode_moments(vae, pixels)
     missing = 3 + family.mask_channels - pixels.shape[1]
     pixels = nn.functional.pad(pixels, (0, 0, 0, 0, 0, missing), value=1.0)
-    image, *others = (encode_moments(vae, each) for each in family.images(pixels))
+    image, *conditioning = (encode_moments(vae, image) for image in family.images(pixels))
     mask_channels = nn.functional.interpolate(pixels[:, 3:], size=image.shape[-2:])
-    return torch.cat([image, mask_channels.to(image), *others], dim=1)
+    return torch.cat([image, mask_channels.to(image), *conditioning], dim=1)
 
 
 def condition_from_moments(
     vae: Any, family: Family, moments: Tensor, generator: torch.Generator | None = None
 ) -> Tensor | None:
-    """Return the UNet's inputs besides noisy latents, from `encode_inputs`; None if nothing.
+    """Draw the UNet's inputs after the noisy latents from the moments of `encode_inputs`.
 
     Returns:
-        ``(B, n, h, w)``: the mask, then latents, drawn as `latents_from_moments` draws them.
+        Mask and conditioning latents, ``(B, n, h, w)``; None if the UNet has no such inputs.
     """
     width = 2 * int(vae.config.latent_channels)
-    mask_channels, others = moments[:, width:].tensor_split([family.mask_channels], dim=1)
-    if not mask_channels.shape[1] + others.shape[1]:
+    mask_channels, images = moments[:, width:].tensor_split([family.mask_channels], dim=1)
+    if not mask_channels.shape[1] + images.shape[1]:
         return None
-    latents = (latents_from_moments(vae, m, generator) for m in others.split(width, dim=1))
+    latents = (latents_from_moments(vae, m, generator) for m in images.split(width, dim=1))
     return torch.cat([mask_channels, *latents], dim=1)
 
 
 def latents_from_moments(
     vae: Any, moments: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw scaled latents ``(B, C, h, w)`` from an image's moments; the mode without a generator.
+    """Draw scaled latents ``(B, C, h, w)`` from the moments of an image.
 
-    The moments are the first channels. The generator may live on the CPU while they are on an
-    accelerator.
+    Args:
+        vae: The autoencoder.
+        moments: Moments in the first channels; further channels are ignored.
+        generator: Generator on any device. None: the mode of the posterior.
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     posterior = DiagonalGaussianDistribution(moments[:, : 2 * vae.config.latent_channels])
     drawn: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
-    # Some autoencoders give one shift, others a mean and standard deviation per channel.
+    # Some autoencoders have one shift, others a mean and standard deviation per channel.
     mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
     shift = drawn.new_tensor(getattr(vae.config, "shift_factor", None) or 0.0)
     divisor = drawn.new_tensor(1.0)
     if mean is not None and std is not None:
-        shift, divisor = (drawn.new_tensor(each).view(1, -1, 1, 1) for each in (mean, std))
+        shift, divisor = (drawn.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     return (drawn - shift) / divisor * float(vae.config.scaling_factor)
 
 
@@ -87,18 +89,17 @@ def predict(
     time_ids: Tensor | None = None,
     condition: Tensor | None = None,
 ) -> Tensor:
-    """The UNet's prediction (noise or velocity, by its prediction type), ``(B, C, h, w)``.
+    """Return the UNet's prediction of noise or velocity (by prediction type), ``(B, C, h, w)``.
 
     Args:
-        unet: A ``UNet2DConditionModel``, with whatever adapters are on it. Inputs are cast to its
-            dtype.
+        unet: A ``UNet2DConditionModel``, with or without adapters. Inputs are cast to its dtype.
         noisy_latents: ``(B, C, h, w)``.
         timesteps: ``(B,)`` int64.
-        conditioning: Of B prompts.
-        time_ids: SDXL's size and crop conditioning, ``(B, 6)``; None for other families.
-        condition: What it reads besides (`condition_from_moments`), ``(B, n, h, w)``.
+        conditioning: Conditioning of B prompts.
+        time_ids: Size and crop conditioning of SDXL, ``(B, 6)``; None for other families.
+        condition: Further input channels (`condition_from_moments`), ``(B, n, h, w)``.
     """
-    # Diffusers' `unet.dtype` looks at every module, at each step: the first weight's is the same.
+    # The dtype of the first weight, since `unet.dtype` of Diffusers visits every module.
     dtype = next(unet.parameters()).dtype
     conditioning = conditioning.to(noisy_latents.device, dtype)
     if condition is not None:

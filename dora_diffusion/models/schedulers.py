@@ -1,4 +1,4 @@
-"""The schedulers that images can be sampled with, by the names that users choose."""
+"""Schedulers for sampling, by the names that users choose."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 
 class SamplingScheduler(NamedTuple):
-    """A scheduler of Diffusers.
+    """Scheduler of Diffusers with its settings.
 
     Attributes:
-        class_name: Its class.
-        a1111: What A1111 calls it in the text of its images.
-        settings: What makes the class this scheduler.
-        schedule: What A1111 calls its noise levels ("Schedule type").
+        class_name: Name of the class in Diffusers.
+        a1111: Name of the sampler in A1111's image parameters.
+        settings: Configuration of the class.
+        schedule: Name of the noise levels in A1111 ("Schedule type").
     """
 
     class_name: str
@@ -24,7 +24,7 @@ class SamplingScheduler(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name that users of A1111 know: ``DPM++ 2M Karras``."""
+        """Name of sampler and schedule type in A1111: ``DPM++ 2M Karras``."""
         usual = self.schedule in ("Automatic", "Uniform")
         return self.a1111 if usual else f"{self.a1111} {self.schedule}"
 
@@ -62,35 +62,36 @@ SCHEDULERS: Mapping[str, SamplingScheduler] = {
 
 
 def scheduler_of(sampler: str, schedule: str | None = None) -> str | None:
-    """Return our name of a sampler of A1111; None if it is none of ours.
+    """Return the name in `SCHEDULERS` for a sampler of A1111; None if it is not supported.
 
     Args:
-        sampler: Its name; until A1111 1.8 with the noise levels behind it, ``DPM++ 2M Karras``.
-        schedule: The "Schedule type" of its noise levels.
+        sampler: Name of the sampler. Up to A1111 1.8 it includes the schedule type, as in
+            ``DPM++ 2M Karras``.
+        schedule: Schedule type.
     """
     if sampler.endswith(" Karras"):
         sampler, schedule = sampler.removesuffix(" Karras"), "Karras"
-    own = {each.schedule: name for name, each in SCHEDULERS.items() if each.a1111 == sampler}
+    by_schedule = {s.schedule: name for name, s in SCHEDULERS.items() if s.a1111 == sampler}
     alike: Mapping[str | None, tuple[str, ...]] = {
         None: ("Automatic", "Uniform"),
-        # What it chooses itself; with SDE exponential levels, which are not here.
+        # Chosen by A1111. For SDE it is "Exponential", which is not supported.
         "Automatic": ("Automatic", "" if sampler.endswith("SDE") else "Karras"),
         "Uniform": ("Uniform", "Automatic"),
         "Normal": ("Uniform", "Automatic"),
     }
     levels_of = alike.get(schedule, (str(schedule),))
-    return next((own[levels] for levels in levels_of if levels in own), None)
+    return next((by_schedule[levels] for levels in levels_of if levels in by_schedule), None)
 
 
 A1111_NAMES: Mapping[str, str] = {
     text.lower(): name
-    for name, each in reversed([*SCHEDULERS.items()])
-    for text in (each.a1111, f"{each.a1111} {each.schedule}")
+    for name, scheduler in reversed([*SCHEDULERS.items()])
+    for text in (scheduler.a1111, f"{scheduler.a1111} {scheduler.schedule}")
 }
-"""A1111's names of samplers, with their noise levels or without, in lower case -> ours."""
+"""A1111's name in lower case, with or without schedule type -> name in `SCHEDULERS`."""
 
-# Those of Diffusers that know a noise schedule whose last timestep is pure noise. Where sigma would
-# be infinite there, they take a finite one.
+# Classes of Diffusers that support a noise schedule with pure noise at the last timestep. They
+# replace an infinite sigma by a finite one.
 _TO_ZERO_SNR = (
     "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler",
@@ -99,24 +100,24 @@ _TO_ZERO_SNR = (
 
 
 def to_zero_snr(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's settings that sample from pure noise on (arXiv:2305.08891, section 3.3).
+    """Return scheduler settings for sampling from pure noise (arXiv:2305.08891, section 3.3).
 
-    The first timestep is the schedule's last, and a class that would ignore such a schedule becomes
-    DDIM.
+    Sampling starts at the last timestep of the schedule. A class that does not support such a
+    schedule is replaced by DDIM.
     """
     is_able = config.get("_class_name") in _TO_ZERO_SNR
-    others = {} if is_able else {"_class_name": "DDIMScheduler"}
-    return {**config, "timestep_spacing": "trailing", **others}
+    changes = {} if is_able else {"_class_name": "DDIMScheduler"}
+    return {**config, "timestep_spacing": "trailing", **changes}
 
 
 class FewSteps(NamedTuple):
-    """Settings of sampling for a model, or with an adapter, that was distilled to few steps.
+    """Sampling settings for a model or adapter that was distilled to few steps.
 
     Attributes:
-        kind: What shows it.
-        steps: Denoising steps.
-        guidance_scale: 1 is none, where guidance was distilled away.
-        scheduler: A name of `SCHEDULERS`; None is the model's own.
+        kind: Kind of distillation.
+        steps: Number of denoising steps.
+        guidance_scale: Guidance scale. 1: no guidance, as it was distilled into the model.
+        scheduler: A name of `SCHEDULERS`; None: the model's scheduler.
     """
 
     kind: str
@@ -125,7 +126,7 @@ class FewSteps(NamedTuple):
     scheduler: str | None = None
 
 
-# What the names of released files and folders begin with.
+# Patterns at the beginning of the names of released files and folders.
 _RELEASED: Mapping[str, FewSteps] = {
     r"lcm[-_]lora": FewSteps("LCM", scheduler="lcm"),
     r"sdxl[-_]turbo|sd_xl_turbo": FewSteps("Turbo", scheduler="euler_a_trailing"),
@@ -135,7 +136,7 @@ _RELEASED: Mapping[str, FewSteps] = {
 
 
 def few_steps_of_name(name: str) -> FewSteps | None:
-    """The settings that a model or adapter was released for, by its name; None of any other."""
+    """Return the settings of a distilled model or adapter by its name; None for other names."""
     for pattern, few in _RELEASED.items():
         if match := re.match(pattern, name, re.IGNORECASE):
             return few._replace(steps=int(match[1])) if match.groups() else few
@@ -143,12 +144,13 @@ def few_steps_of_name(name: str) -> FewSteps | None:
 
 
 def few_steps_of_model(config: Mapping[str, Any], *, guidance_is_input: bool) -> FewSteps | None:
-    """The settings that a model's configuration shows it to be distilled for; None of any other.
+    """Return the settings of a distilled model by its configuration; None for other models.
 
     Args:
-        config: Its scheduler's, with ``_class_name``.
-        guidance_is_input: Whether the UNet has a ``time_cond_proj_dim``: the guidance scale is one
-            of its inputs, 8 as released (arXiv:2310.04378), and costs no second pass.
+        config: Configuration of the scheduler, with ``_class_name``.
+        guidance_is_input: Whether the guidance scale is an input of the UNet
+            (``time_cond_proj_dim``). It is 8 as released (arXiv:2310.04378) and needs no second
+            forward pass.
     """
     name = config.get("_class_name")
     if guidance_is_input:
@@ -156,7 +158,7 @@ def few_steps_of_model(config: Mapping[str, Any], *, guidance_is_input: bool) ->
     if name == "LCMScheduler":
         return FewSteps("LCM")
     is_euler = name in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-    # Of a schedule that ends in pure noise, trailing timesteps say nothing else.
+    # Schedules that end in pure noise have trailing timesteps without distillation, too.
     is_zero_snr = config.get("rescale_betas_zero_snr")
     if is_euler and config.get("timestep_spacing") == "trailing" and not is_zero_snr:
         return FewSteps("trailing timesteps, as Turbo models have")

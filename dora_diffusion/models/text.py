@@ -1,8 +1,8 @@
-"""Prompts to the UNet's conditioning, computed exactly as diffusers' pipelines compute it.
+"""Encoding of prompts to the UNet's conditioning, equal to that of Diffusers' pipelines.
 
-Prompts of more than 75 tokens, which those cut, are read in chunks where the model says so
-(`Components.max_token_length`), as web UIs read them: each chunk is a text of its own, with start
-and end token, and the states of all lie side by side.
+Diffusers truncates prompts at 75 tokens. With a larger `Components.max_token_length`, prompts are
+encoded in chunks as in web UIs: each chunk is a text with its own start and end token, and the
+hidden states of all chunks are concatenated.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Conditioning:
     """Conditioning of the UNet on a batch of prompts.
 
     Attributes:
-        encoder_hidden_states: ``(B, tokens, C)``; of SDXL both encoders' states side by side, and
-            of long prompts those of all chunks.
-        pooled: ``(B, P)``, or None for families without a pooled output.
+        encoder_hidden_states: Hidden states ``(B, tokens, C)``. For SDXL, the channels of both
+            encoders are concatenated; for long prompts, the tokens of all chunks.
+        pooled: Pooled output ``(B, P)``; None for families without it.
     """
 
     encoder_hidden_states: Tensor
@@ -46,20 +46,20 @@ class Conditioning:
         return self.encoder_hidden_states.shape[0]
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
-        """The chosen rows, always with a batch dimension."""
+        """Select rows, always with a batch dimension."""
         rows = [index] if isinstance(index, int) else index
         return self._with(lambda tensor: tensor[rows])
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """Move or cast the tensors, as ``Tensor.to`` does."""
+        """Move or cast the tensors (``Tensor.to``)."""
         return self._with(lambda tensor: tensor.to(*args, **kwargs))
 
     def detach(self) -> Conditioning:
-        """Cut the tensors from the autograd graph."""
+        """Detach the tensors from the autograd graph."""
         return self._with(Tensor.detach)
 
     def zeros(self) -> Conditioning:
-        """Zeros of the same shapes."""
+        """Return zeros of the same shapes."""
         return self._with(torch.zeros_like)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
@@ -67,30 +67,30 @@ class Conditioning:
         return Conditioning(change(self.encoder_hidden_states), pooled)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, as caches and files store them."""
+        """Return the tensors by name, for caches and files."""
         named = {"encoder_hidden_states": self.encoder_hidden_states}
         return named if self.pooled is None else named | {"pooled": self.pooled}
 
     def added_cond_kwargs(self, time_ids: Tensor | None) -> dict[str, Tensor] | None:
-        """The UNet's ``added_cond_kwargs`` with time ids ``(B, 6)``; None without pooled output."""
+        """Return ``added_cond_kwargs`` for the UNet; None without pooled output or time ids."""
         if self.pooled is None or time_ids is None:
             return None
-        # Time ids stay float32: bfloat16 cannot hold sizes above 256 exactly.
+        # Time ids stay float32, since bfloat16 cannot represent all sizes above 256.
         return {"text_embeds": self.pooled, "time_ids": time_ids.to(self.pooled.device)}
 
     @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Stack batches of conditioning in order.
+    def cat(batches: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate batches of conditioning.
 
-        Shorter ones are repeated to the right until all are of one length. Attention to states
-        that are all there k times is that to the states themselves, so that no row depends on what
-        is beside it, which padding of another kind would not give.
+        Shorter sequences are repeated until all have the same length. Repeating all states k times
+        does not change attention to them, so that no row depends on the other rows. Padding would
+        change it.
         """
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        if pooled and len(pooled) != len(parts):
+        pooled = [batch.pooled for batch in batches if batch.pooled is not None]
+        if pooled and len(pooled) != len(batches):
             raise ValueError("some of the conditioning has a pooled output and some has none")
-        states = [part.encoder_hidden_states for part in parts]
-        tokens = math.lcm(*{part.shape[1] for part in states})
+        states = [batch.encoder_hidden_states for batch in batches]
+        tokens = math.lcm(*{s.shape[1] for s in states})
         hidden = torch.cat(
             [s if s.shape[1] == tokens else s.repeat(1, tokens // s.shape[1], 1) for s in states]
         )
@@ -104,21 +104,21 @@ def encode_prompts(
     clip_skip: int | None = None,
     adapters: Sequence[str | None] | None = None,
 ) -> Conditioning:
-    """Encode prompts as the family's pipeline does; gradients flow when the encoders train.
+    """Encode prompts as the pipeline of the family does, with gradients if the encoders train.
 
     Args:
         components: The loaded model.
-        prompts: B prompts. The empty prompt is encoded like any other (see
-            :func:`encode_unconditional` for what the pipeline uses under guidance).
-        clip_skip: Another one than the model's.
-        adapters: The adapter of each prompt, whose own tokens are known in it.
+        prompts: B prompts. The empty prompt is encoded like any other prompt
+            (:func:`encode_unconditional` gives the conditioning of guidance).
+        clip_skip: Number of layers to skip. Default: ``components.clip_skip``.
+        adapters: Adapter of each prompt, whose own tokens are used in it.
 
     Returns:
-        Conditioning with ``encoder_hidden_states (B, tokens, C)`` and, of SDXL, ``pooled (B, P)``,
-        which is the first chunk's.
+        Conditioning with ``encoder_hidden_states (B, tokens, C)`` and, for SDXL, ``pooled (B, P)``
+        of the first chunk.
 
     Warns:
-        UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
+        UserWarning: Once for each prompt beyond the token limit, with the truncated text.
     """
     if isinstance(prompts, str):
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
@@ -149,13 +149,13 @@ def encode_weighted(
     clip_skip: int | None = None,
     adapters: Sequence[str | None] | None = None,
 ) -> Conditioning:
-    """Encode prompts with their weights (`models.emphasis`); all else as `encode_prompts` does.
+    """Encode prompts with weights (`models.emphasis`), otherwise as `encode_prompts`.
 
-    The pooled output is that of the first chunk without weights. The limit of tokens is of each
-    part between breaks.
+    The pooled output is that of the first chunk without weights. The token limit applies to each
+    segment between breaks.
 
     Raises:
-        ConfigError: If a weight is no number.
+        ConfigError: If a weight is not a number.
     """
     adapters = adapters or [None] * len(prompts)
     skip, encoded = components.clip_skip if clip_skip is None else clip_skip, list[Conditioning]()
@@ -168,9 +168,9 @@ def encode_weighted(
     ]
     counts = [max(map(len, chunks)) for chunks in zip(*by_encoder, strict=True)]
     pairs = zip(components.text_encoders, components.tokenizers, by_encoder, strict=True)
-    for encoder, tokenizer, own in pairs:
+    for encoder, tokenizer, by_prompt in pairs:
         (start, _, end), rows = _content(tokenizer, ""), list[Chunk]()
-        for chunks, count in zip(own, counts, strict=True):
+        for chunks, count in zip(by_prompt, counts, strict=True):
             rows += [*chunks, *[Chunk([], [])] * (count - len(chunks))]
         tokens = tokenizer.pad(
             {"input_ids": [[start, *row.ids, end] for row in rows]},
@@ -187,15 +187,15 @@ def encode_weighted(
 
 
 def _joined(chunks: Conditioning, counts: Sequence[int]) -> Conditioning:
-    """The chunks of each prompt side by side, with the pooled output of its first."""
-    rows = [chunks[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
+    """Concatenate the chunks of each prompt, with the pooled output of the first chunk."""
+    prompts = [chunks[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
     return Conditioning.cat(
-        [Conditioning(own.encoder_hidden_states.flatten(0, 1)[None], own[0].pooled) for own in rows]
+        [Conditioning(p.encoder_hidden_states.flatten(0, 1)[None], p[0].pooled) for p in prompts]
     )
 
 
 def chunk_count(components: Components, prompt: str, adapter: str | None = None) -> int:
-    """The chunks that an adapter's prompt is read in, of the tokenizer that makes most of it."""
+    """Return the number of chunks of a prompt, the largest over all tokenizers."""
     most = 1
     for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
         text = write_out_words(tokenizer, prompt, own_words(encoder, adapter))
@@ -204,13 +204,13 @@ def chunk_count(components: Components, prompt: str, adapter: str | None = None)
 
 
 def _content(tokenizer: Any, text: str) -> tuple[int, list[int], int]:
-    """The start token, those of a text, and the end token."""
+    """Tokenize a text. Returns start token, token ids and end token."""
     start, *ids, end = tokenizer(text, truncation=False, verbose=False).input_ids
     return start, ids, end
 
 
 def _tokenize_chunks(tokenizer: Any, prompts: Sequence[str], counts: Sequence[int]) -> Any:
-    """``input_ids`` and ``attention_mask`` of all chunks, ``(sum of counts, tokens)``."""
+    """Return ``input_ids`` and ``attention_mask`` of all chunks, ``(sum of counts, tokens)``."""
     rows, size = [], tokenizer.model_max_length - 2
     for prompt, count in zip(prompts, counts, strict=True):
         start, ids, end = _content(tokenizer, prompt)
@@ -222,10 +222,7 @@ def _tokenize_chunks(tokenizer: Any, prompts: Sequence[str], counts: Sequence[in
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
-    """The prompts' ``input_ids`` and ``attention_mask``, each ``(B, tokens)``.
-
-    Padded and cut to the tokenizer's limit.
-    """
+    """Return ``input_ids`` and ``attention_mask``, each ``(B, tokens)``, padded and truncated."""
     length = tokenizer.model_max_length
     return tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -239,14 +236,14 @@ def encode_tokens(
     attention_masks: Sequence[Tensor] | None = None,
     clip_skip: int = 0,
 ) -> Conditioning:
-    """Encode B prompts' tokens, for each text encoder of the family its own ``(B, tokens)``.
+    """Encode the tokens of B prompts, ``(B, tokens)`` for each text encoder of the family.
 
-    An attention mask is used where its encoder's config asks for it.
+    Attention masks are used only by encoders with ``use_attention_mask`` in their configuration.
     """
     encoded = []
     for index, (encoder, ids) in enumerate(zip(encoders, input_ids, strict=True)):
         device, mask = computing_device(encoder), None
-        # A few SD1-style models ask for the padding to be masked; CLIP's own configs never do.
+        # A few models like Stable Diffusion 1 mask the padding; the released CLIP models do not.
         if attention_masks and getattr(encoder.config, "use_attention_mask", False):
             mask = send(attention_masks[index], device)
         encoded.append(family.encode_text(encoder, send(ids, device), mask, clip_skip))
@@ -255,7 +252,7 @@ def encode_tokens(
 
 
 def encode_unconditional(components: Components, count: int = 1) -> Conditioning:
-    """Encode what guidance uses where no negative prompt is given: ``count`` empty prompts.
+    """Return the unconditional conditioning for guidance without a negative prompt, ``count`` rows.
 
     The released SDXL was trained with zeros instead of an encoded empty prompt.
     """
@@ -270,33 +267,36 @@ def encode_negative(
     *,
     weighted: bool = False,
 ) -> Conditioning:
-    """Encode negative prompts, which Diffusers' pipelines read without clip skip."""
+    """Encode negative prompts without clip skip, as in Diffusers' pipelines."""
     encode = encode_weighted if weighted else encode_prompts
     return encode(components, prompts, clip_skip=0, adapters=adapters)
 
 
 def truncated_text(
-    tokenizer: Any, prompt: str, most_chunks: int | None = 1, own: Mapping[str, str] | None = None
+    tokenizer: Any,
+    prompt: str,
+    most_chunks: int | None = 1,
+    own_tokens: Mapping[str, str] | None = None,
 ) -> str:
-    """The end of the prompt that does not fit the token limit, or an empty string.
+    """Return the end of a prompt beyond the token limit, or an empty string.
 
     Args:
-        tokenizer: A tokenizer.
+        tokenizer: The tokenizer.
         prompt: The prompt.
-        most_chunks: The chunks that are read; None: all.
-        own: An adapter's own tokens (`own_words`).
+        most_chunks: Number of chunks that are encoded; None: all.
+        own_tokens: Tokens of one adapter (`own_words`).
     """
     if most_chunks is None:
         return ""
-    _, ids, _ = _content(tokenizer, write_out_words(tokenizer, prompt, own))
+    _, ids, _ = _content(tokenizer, write_out_words(tokenizer, prompt, own_tokens))
     cut = str(tokenizer.decode(ids[(tokenizer.model_max_length - 2) * most_chunks :])).strip()
-    for word, name in (own or {}).items():
+    for word, name in (own_tokens or {}).items():
         cut = cut.replace(name, word)
     return cut
 
 
 def token_limit(components: Components) -> str:
-    """Describe how much of a prompt is read, in words."""
+    """Return the token limit as text."""
     if components.most_chunks == 1:
         return f"the model's {components.tokenizers[0].model_max_length} tokens"
     return f"{components.max_token_length} tokens (max_token_length)"
@@ -304,7 +304,7 @@ def token_limit(components: Components) -> str:
 
 MORE_TOKENS = "; max_token_length reads more, in chunks"
 
-# Prompts that were warned of, by tokenizer: a caption comes again with every epoch.
+# Prompts with a warning, by tokenizer, since captions recur in every epoch.
 _WARNED: WeakKeyDictionary[Any, set[tuple[str, int | None]]] = WeakKeyDictionary()
 _MOST_WARNED = 10_000
 
@@ -312,35 +312,35 @@ _MOST_WARNED = 10_000
 def warn_of_truncation(
     components: Components, prompts: Sequence[str], adapters: Sequence[str | None]
 ) -> None:
-    """Warn once of each distinct prompt that is too long, naming what the model will not see.
+    """Warn once for each distinct prompt beyond the token limit.
 
     Args:
         components: The model.
         prompts: The prompts.
-        adapters: The adapter of each, for its own tokens; further prompts are the base's.
+        adapters: Adapter of each prompt, for its own tokens. Further prompts have no adapter.
     """
     encoder, tokenizer = components.text_encoders[0], components.tokenizers[0]
     warned, chunks = _WARNED.setdefault(tokenizer, set()), components.most_chunks
     for prompt, adapter in dict.fromkeys(zip_longest(prompts, adapters)):
-        own = own_words(encoder, adapter)
+        tokens = own_words(encoder, adapter)
         known = (prompt, chunks) in warned
-        if not known and (cut := truncated_text(tokenizer, prompt, chunks, own)):
-            if len(warned) == _MOST_WARNED:  # A server sees prompts without end.
+        if not known and (cut := truncated_text(tokenizer, prompt, chunks, tokens)):
+            if len(warned) == _MOST_WARNED:  # Limits the memory of a server.
                 warned.clear()
             warned.add((prompt, chunks))
             warnings.warn(
-                f"the prompt is longer than {token_limit(components)}; it will not see the end: "
-                f"{quoted(cut)}{MORE_TOKENS}",
+                f"the prompt is longer than {token_limit(components)}; the model will not see the "
+                f"end: {quoted(cut)}{MORE_TOKENS}",
                 stacklevel=3,
             )
 
 
 def time_ids(family: Family, crops: Sequence[Any]) -> Tensor | None:
-    """The family's size and crop conditioning of B crops, ``(B, n)`` float32; None if it has none.
+    """Return the size and crop conditioning of B crops, ``(B, n)`` float32; None if not used.
 
     Args:
-        family: The model's family.
-        crops: Each with ``original_size``, ``crop_top_left`` and ``target_size``.
+        family: Family of the model.
+        crops: Crops with ``original_size``, ``crop_top_left`` and ``target_size``.
     """
     ids = torch.tensor([family.time_ids(crop) for crop in crops], dtype=torch.float32)
     return ids if ids.numel() else None

@@ -1,4 +1,4 @@
-"""Trained words: tokens of a tokenizer, and their vectors beside a text encoder's own table."""
+"""Trained words: tokens added to a tokenizer, with vectors in the text encoder."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ class Encoders(Protocol):
 
 
 class WordEmbedding(nn.Embedding):
-    """A text encoder's table, whose parameter it shares, with rows for the tokens behind it.
+    """Embedding table of a text encoder, extended by rows for added tokens.
 
-    The table is neither copied nor masked: no gradient, decay or moment of the words is in it.
+    The original table is shared and neither copied nor masked, so that it gets no gradients, weight
+    decay or moments.
 
     Args:
-        table: What the encoder had.
-        first: Id of the first word.
-        rows: Its and the next ones' vectors ``(n, C)``.
+        table: Original embedding table.
+        first: Id of the first added token.
+        rows: Vectors of the added tokens ``(n, C)``.
 
     Attributes:
-        rows: The same in float32, a parameter.
-        trains: Whether gradients reach the rows.
-        own: Of each adapter that has tokens of its own (`add_own_tokens`): what the tokenizer calls
-            the parts of each.
-        free: Tokens of the tokenizer that were an adapter's own.
+        rows: Vectors of the added tokens, a float32 parameter.
+        trains: Whether the rows get gradients.
+        own: For each adapter with own tokens (`add_own_tokens`), the names of its tokens in the
+            tokenizer.
+        free: Unused tokens of the tokenizer that adapters had before.
     """
 
     own: dict[str, dict[str, str]]
@@ -61,7 +62,7 @@ class WordEmbedding(nn.Embedding):
         self.rows = nn.Parameter(rows, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Vectors ``(B, tokens, C)`` of ids ``(B, tokens)``, in the table's dtype."""
+        """Look up ids ``(B, tokens)``. Returns ``(B, tokens, C)`` in the dtype of the table."""
         is_word = input >= self.first
         known = F.embedding(input.masked_fill(is_word, 0), self.weight)
         rows = self.rows if self.trains else self.rows.detach()
@@ -70,21 +71,21 @@ class WordEmbedding(nn.Embedding):
 
 
 def add_tokens(model: Encoders, tokens: Mapping[str, Vectors]) -> dict[str, WordEmbedding]:
-    """Add tokens to the tokenizers and text encoders; other prompts stay the same.
+    """Add tokens to tokenizers and text encoders. Prompts without them are encoded as before.
 
-    A token of n vectors is n of the tokenizer, ``<x> <x>_1 <x>_2``, as Diffusers'
-    ``load_textual_inversion`` adds it. One that was added before gets the new vectors.
+    A token with n vectors becomes n tokens of the tokenizer, ``<x> <x>_1 <x>_2``, as in Diffusers'
+    ``load_textual_inversion``. The vectors of an existing added token are replaced.
 
     Args:
         model: The loaded model.
-        tokens: By token: vectors ``(C,)``, or ``(n, C)``, of each text encoder.
+        tokens: Token -> vectors ``(C,)`` or ``(n, C)`` for each text encoder.
 
     Returns:
-        The table of each text encoder that has such tokens, by component.
+        The embedding table of each text encoder with added tokens, by component.
 
     Raises:
-        ValueError: If the model's vocabulary has such a token already, or an adapter is on a table
-            of token vectors, which cannot grow then.
+        ValueError: If the vocabulary of the model has the token, or an adapter is on an embedding
+            table.
     """
     return {
         name: _add(encoder, tokenizer, token, rows)
@@ -93,38 +94,38 @@ def add_tokens(model: Encoders, tokens: Mapping[str, Vectors]) -> dict[str, Word
 
 
 def add_own_tokens(model: Encoders, adapter: str, tokens: Mapping[str, Vectors]) -> None:
-    """Add tokens that only the prompts of one adapter have (`own_words`).
+    """Add tokens that only prompts of one adapter can use (`own_words`).
 
-    So adapters that have trained one token with different vectors are on one model, and a prompt
-    of any other adapter reads the token's letters. To the tokenizer each part of a token is a
-    word that nobody can guess.
+    Several adapters on one model can thereby have different vectors for the same token. Prompts of
+    other adapters encode the token as ordinary text. In the tokenizer, the tokens have random
+    names.
 
     Args:
         model: The loaded model.
-        adapter: The adapter's name.
+        adapter: Name of the adapter.
         tokens: As in `add_tokens`.
 
     Raises:
-        ValueError: As `add_tokens` raises it; then none of them is added.
+        ValueError: As in `add_tokens`. No token is added then.
     """
     try:
         for _, encoder, tokenizer, token, rows in _by_encoder(model, tokens):
-            parts = token_parts(token, len(rows))
-            # A word that was trained into the base may be trained again.
-            taken = tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()
-            _require_new(taken & {*parts, f"{token}_{len(rows)}"})
+            names = token_parts(token, len(rows))
+            # Added words of the base model may be trained again.
+            vocabulary = tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()
+            _require_new(vocabulary & {*names, f"{token}_{len(rows)}"})
             free = getattr(encoder.get_input_embeddings(), "free", [])
-            for part, row in zip(parts, rows.split(1), strict=True):
+            for name, row in zip(names, rows.split(1), strict=True):
                 word = free.pop() if free else f"<{secrets.token_hex(16)}>"
                 table = _add(encoder, tokenizer, word, row)
-                table.own.setdefault(adapter, {})[part] = word
+                table.own.setdefault(adapter, {})[name] = word
     except ValueError:
         remove_own_tokens(model, adapter)
         raise
 
 
 def remove_own_tokens(model: Encoders, adapter: str) -> None:
-    """Forget an adapter's own tokens; the next ones take their places."""
+    """Remove the tokens of one adapter. Their rows are reused by later ones."""
     for encoder in model.text_encoders:
         table = encoder.get_input_embeddings()
         if isinstance(table, WordEmbedding):
@@ -132,13 +133,13 @@ def remove_own_tokens(model: Encoders, adapter: str) -> None:
 
 
 def own_words(encoder: Any, adapter: str | None) -> Mapping[str, str]:
-    """An adapter's own tokens: what the encoder's tokenizer calls the parts of each."""
+    """Return the tokens of one adapter, with their names in the tokenizer."""
     words: Mapping[str, str] = getattr(encoder.get_input_embeddings(), "own", {}).get(adapter, {})
     return words
 
 
 def have_own_words(model: Encoders, adapters: Collection[str | None]) -> bool:
-    """Return whether one of these adapters has tokens of its own."""
+    """Return whether any of the adapters has its own tokens."""
     tables = [encoder.get_input_embeddings() for encoder in model.text_encoders]
     return any(not {*adapters}.isdisjoint(getattr(table, "own", ())) for table in tables)
 
@@ -146,7 +147,7 @@ def have_own_words(model: Encoders, adapters: Collection[str | None]) -> bool:
 def _by_encoder(
     model: Encoders, tokens: Mapping[str, Vectors]
 ) -> Iterator[tuple[str, Any, Any, str, Tensor]]:
-    """Component, text encoder and tokenizer, and each token that is for them with its rows."""
+    """Yield component, text encoder, tokenizer, token and rows for each token of each encoder."""
     names = model.family.text_encoder_names
     for name, encoder, tokenizer in zip(names, model.text_encoders, model.tokenizers, strict=True):
         for token, vectors in tokens.items():
@@ -158,79 +159,83 @@ def _by_encoder(
 def _require_new(known: Collection[str]) -> None:
     if known:
         raise ValueError(
-            f"the model's vocabulary has the token {quoted(min(known))} already; "
-            "a trained token needs a name of its own"
+            f"the model's vocabulary already has the token {quoted(min(known))}; give the trained "
+            "token another name"
         )
 
 
 def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbedding:
-    table, parts = encoder.get_input_embeddings(), token_parts(token, len(rows))
+    table, names = encoder.get_input_embeddings(), token_parts(token, len(rows))
     if isinstance(table, AdaptedLayer):
         raise ValueError(
-            f"the trained token {token} cannot be added to a token embedding that carries an "
-            "adapter; export the adapter, which writes the token next to the merged model, or "
-            "train it without the target token-embedding"
+            f"the trained token {token} cannot be added to a token embedding with an adapter; "
+            "export the adapter, which writes the token next to the merged model, or train it "
+            "without the target token-embedding"
         )
     added = tokenizer.added_tokens_encoder
-    if isinstance(table, WordEmbedding) and all(part in added for part in parts):
+    if isinstance(table, WordEmbedding) and all(name in added for name in names):
         with torch.no_grad():
             table.rows[added[token] - table.first :][: len(rows)] = rows.to(table.rows)
         return table
-    _require_new(tokenizer.get_vocab().keys() & {*parts, f"{token}_{len(rows)}"})
+    _require_new(tokenizer.get_vocab().keys() & {*names, f"{token}_{len(rows)}"})
     first = len(tokenizer)
-    tokenizer.add_tokens([AddedToken(part, single_word=True, normalized=True) for part in parts])
+    tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
     if isinstance(table, WordEmbedding):
         first, rows = table.first, torch.cat([table.rows, rows.to(table.rows)])
-    grown = WordEmbedding(table, first, rows)
-    encoder.set_input_embeddings(grown)
-    return grown
+    extended = WordEmbedding(table, first, rows)
+    encoder.set_input_embeddings(extended)
+    return extended
 
 
 def token_parts(token: str, count: int) -> list[str]:
-    """Return the tokenizer's names of a multi-vector token: ``<x>``, ``<x>_1``, ``<x>_2``."""
+    """Return the names of a multi-vector token in the tokenizer: ``<x>``, ``<x>_1``, ``<x>_2``."""
     return [token, *(f"{token}_{number}" for number in range(1, count))]
 
 
-def write_out_words(tokenizer: Any, prompt: str, own: Mapping[str, str] | None = None) -> str:
-    """A prompt with all vectors of its trained words: ``A <X> dog`` becomes ``a <x> <x>_1 dog``.
+def write_out_words(
+    tokenizer: Any, prompt: str, own_tokens: Mapping[str, str] | None = None
+) -> str:
+    """Replace trained words in a prompt by all their tokens: ``A <X> dog`` -> ``a <x> <x>_1 dog``.
 
-    Words are read as `whole_word` reads them, everywhere: whatever their case, beside any
-    punctuation and each other, and not inside other words. A word whose next vector is written
-    behind it stays as it is. A prompt without words is returned as it is, any other as the
-    tokenizer normalizes it.
+    Words are matched by `whole_word`: regardless of case, next to punctuation or each other, and
+    not inside other words. A word that is followed by its second token is not replaced. A prompt
+    without trained words is returned unchanged; other prompts are normalized by the tokenizer.
 
     Args:
-        tokenizer: A tokenizer.
+        tokenizer: The tokenizer.
         prompt: The prompt.
-        own: An adapter's own tokens (`own_words`).
+        own_tokens: Tokens of one adapter (`own_words`).
     """
     normalize = tokenizer.backend_tokenizer.normalizer.normalize_str
-    text, own = normalize(prompt), {normalize(word): name for word, name in (own or {}).items()}
+    text = normalize(prompt)
+    own_tokens = {normalize(word): name for word, name in (own_tokens or {}).items()}
     added = ((normalize(word), word) for word in tokenizer.added_tokens_encoder)
-    names = {word: name for word, name in added if word.rpartition("_")[0] not in own} | own
-    found = [word for word in names if word in text]
-    if not found:
+    names = {
+        word: name for word, name in added if word.rpartition("_")[0] not in own_tokens
+    } | own_tokens
+    known = [word for word in names if word in text]
+    if not known:
         return prompt
 
     def write_out(match: re.Match[str]) -> str:
-        word, parts = match[0], [names[match[0]]]
+        word, tokens = match[0], [names[match[0]]]
         if not re.match(rf" {re.escape(word)}_1(?!\w)", text[match.end() :]):
-            while (part := f"{word}_{len(parts)}") in names:
-                parts.append(names[part])
-        # A tokenizer finds them between other characters than those of words.
+            while (name := f"{word}_{len(tokens)}") in names:
+                tokens.append(names[name])
+        # The tokenizer finds added tokens only between characters that are not word characters.
         left = " " * bool(re.match(r"\w", text[: match.start()][-1:]))
         after = text[match.end() :]
         right = " " * bool(re.match(r"\w", after) or pattern.match(after))
-        return f"{left}{' '.join(parts)}{right}"
+        return f"{left}{' '.join(tokens)}{right}"
 
-    # The longest first, as a tokenizer finds them.
-    words = sorted(found, key=len, reverse=True)
+    # The longest match has precedence, as in the tokenizer.
+    words = sorted(known, key=len, reverse=True)
     pattern = re.compile("|".join(whole_word(word).pattern for word in words))
     return pattern.sub(write_out, text)
 
 
 def has_words(model: Encoders, prompt: str) -> bool:
-    """Return whether a prompt holds a trained word, as the model's tokenizers read it."""
+    """Return whether a prompt contains a trained word for any of the tokenizers."""
     for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True):
         table = encoder.get_input_embeddings()
         if isinstance(table, WordEmbedding):

@@ -1,7 +1,7 @@
-"""Devices here and their capabilities, asked of torch: no other module asks.
+"""Devices of this machine and their capabilities, as reported by torch.
 
-torch calls NVIDIA's and AMD's GPUs ``cuda``, Intel's ``xpu`` and Apple's ``mps``. This module is
-imported without torch; functions that only report say nothing where no other module imported it.
+torch names NVIDIA's and AMD's GPUs ``cuda``, Intel's ``xpu`` and Apple's ``mps``. Importing this
+module does not import torch. Memory functions do nothing if no other module has imported torch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _TRUE = ("1", "true", "yes", "on", "y", "t")
 
 
 def default_device() -> str:
-    """The kind of device that is used where none is named: the accelerator, or the CPU.
+    """Return the kind of the default device: the accelerator if there is one, else the CPU.
 
-    Accelerate's ``ACCELERATE_USE_CPU`` is honoured.
+    Accelerate's ``ACCELERATE_USE_CPU`` is respected.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
         return "cpu"
@@ -30,10 +30,10 @@ def default_device() -> str:
 
 
 def accelerator() -> str | None:
-    """The kind of accelerator that this machine has and this torch can use; None without one."""
+    """Return the kind of the accelerator that torch can use; None if there is none."""
     import torch
 
-    # Asked first: torch 2.6 raises an error for the device that there is not.
+    # Checked first, since torch 2.6 raises an error if there is no accelerator.
     if not torch.accelerator.is_available():
         return None
     device = torch.accelerator.current_accelerator()
@@ -41,7 +41,7 @@ def accelerator() -> str | None:
 
 
 def device_name(kind: str) -> str:
-    """Return the name of a device of a kind."""
+    """Return the name of the first device of a kind."""
     import torch
 
     if kind == "mps":
@@ -51,7 +51,7 @@ def device_name(kind: str) -> str:
 
 
 def built_for() -> str:
-    """The accelerators that this torch was built for, with the version of their software."""
+    """Return the platform that torch was built for, with its version."""
     import torch
 
     for name, attribute in (("ROCm", "hip"), ("CUDA", "cuda"), ("XPU", "xpu")):
@@ -61,7 +61,7 @@ def built_for() -> str:
 
 
 def describe_accelerators() -> list[str]:
-    """Each accelerator that torch can use, in a line: what it is called, and its memory."""
+    """Return a line with name and memory for each accelerator that torch can use."""
     import torch
 
     lines = []
@@ -77,23 +77,23 @@ def describe_accelerators() -> list[str]:
 
 
 def _described(home: Any, index: int) -> str:
-    """Name and memory of a device; what a version of torch, or a driver, does not say is left."""
+    """Return name, memory and capability of a device, as far as torch reports them."""
     properties = home.get_device_properties(index)
-    parts = [str(properties.name), f"{properties.total_memory / 2**30:.1f} GiB"]
+    details = [str(properties.name), f"{properties.total_memory / 2**30:.1f} GiB"]
     with contextlib.suppress(Exception):
-        parts.append(f"{home.mem_get_info(index)[0] / 2**30:.1f} GiB free")
+        details.append(f"{home.mem_get_info(index)[0] / 2**30:.1f} GiB free")
     with contextlib.suppress(Exception):
-        parts.append("compute capability {}.{}".format(*home.get_device_capability(index)))
-    return ", ".join(parts)
+        details.append("compute capability {}.{}".format(*home.get_device_capability(index)))
+    return ", ".join(details)
 
 
 def has_own_memory(kind: str) -> bool:
-    """Return whether a kind of device has memory apart from the machine's: Apple's shares it."""
+    """Return whether a kind of device has its own memory. Apple's GPUs share the machine's."""
     return kind not in ("cpu", "mps")
 
 
 def has_float64(kind: str) -> bool:
-    """Return whether a kind of device holds float64: Apple's does not, nor do some of Intel's."""
+    """Return whether a kind of device supports float64. Apple's GPUs and some of Intel's do not."""
     return kind != "mps" and (kind != "xpu" or _intel_has_float64())
 
 
@@ -103,9 +103,10 @@ def _intel_has_float64() -> bool:
 
 
 def has_bf16(kind: str) -> bool:
-    """Return whether a kind of device computes in bfloat16 by itself, torch's autocast included.
+    """Return whether a kind of device supports bfloat16 natively, including torch's autocast.
 
-    On Apple's, since macOS 14 and torch 2.6. Older GPUs of NVIDIA emulate it, slower than float16.
+    Apple's GPUs support it since macOS 14 and torch 2.6. Older NVIDIA GPUs emulate it, slower than
+    float16.
     """
     import torch
 
@@ -116,60 +117,60 @@ def has_bf16(kind: str) -> bool:
 
 
 def has_gradient_scaler(kind: str) -> bool:
-    """Return whether fp16 can train on a kind of device: not on a CPU, on Apple's since torch 2.8.
+    """Return whether a kind of device can train in fp16.
 
-    Before, torch's scaler takes its scale through float64.
+    CPUs cannot. Apple's GPUs can since torch 2.8; before, the gradient scaler uses float64.
     """
     return kind != "cpu" and (kind != "mps" or torch_version() >= (2, 8))
 
 
 def has_8bit_adam(kind: str) -> bool:
-    """Return whether bitsandbytes is there for a kind of device."""
+    """Return whether bitsandbytes is installed and supports a kind of device."""
     return kind == "cuda" and find_spec("bitsandbytes") is not None
 
 
 def has_fused_optimizers(kind: str) -> bool:
-    """Return whether torch updates all parameters on a kind of device in one kernel."""
+    """Return whether torch has fused optimizers for a kind of device."""
     from torch.utils import _foreach_utils
 
     return kind in _foreach_utils._get_fused_kernels_supported_devices()
 
 
 def keeps_random_state(kind: str) -> bool:
-    """Return whether torch's gradient checkpointing repeats random draws of a kind of device.
+    """Return whether torch's gradient checkpointing restores the random state of a kind of device.
 
-    It does for backends that say whether they were initialised; Apple's does not say it.
+    It requires the attribute ``_initialized`` of the backend, which Apple's backend does not have.
     """
     return kind == "cpu" or hasattr(_home(kind), "_initialized")
 
 
 def random_state(kind: str) -> Tensor:
-    """The state of a device's random generator."""
+    """Return the state of the random generator of a device."""
     state: Tensor = _home(kind).get_rng_state()
     return state
 
 
 def set_random_state(kind: str, state: Tensor) -> None:
-    """Restore what `random_state` returned."""
+    """Restore a state of `random_state`."""
     _home(kind).set_rng_state(state)
 
 
 def free_device_memory(kind: str) -> int | None:
-    """Free bytes of a device's own memory; None where it shares the machine's, or cannot tell."""
-    about = getattr(_home(kind), "mem_get_info", None)
-    return None if about is None else int(about()[0])
+    """Return the free bytes of a device's own memory; None if it shares memory or is unknown."""
+    mem_get_info = getattr(_home(kind), "mem_get_info", None)
+    return None if mem_get_info is None else int(mem_get_info()[0])
 
 
 def memory_limit(kind: str) -> int | None:
-    """The most bytes that a device takes of memory that it shares with the machine, if it says."""
+    """Return the largest number of bytes that a device uses of shared memory; None if unknown."""
     limit = getattr(_home(kind), "recommended_max_memory", None)
     return None if limit is None else int(limit())
 
 
 def peak_memory() -> int | None:
-    """The most bytes that the accelerator held for this process; None without one, or unknown."""
+    """Return the peak of this process's accelerator memory in bytes; None if unknown."""
     home = _home_in_use()
-    # Apple's has no peak, but it keeps what it took from the system until `release_memory`.
+    # Apple's backend has no peak, but its driver keeps allocated memory until `release_memory`.
     for name in ("max_memory_allocated", "driver_allocated_memory"):
         if hasattr(home, name):
             return int(getattr(home, name)())
@@ -177,14 +178,14 @@ def peak_memory() -> int | None:
 
 
 def release_memory() -> None:
-    """Release the accelerator memory that the allocator keeps of tensors that are gone."""
+    """Release unused accelerator memory that the allocator caches."""
     home = _home_in_use()
     if home is not None:
         home.empty_cache()
 
 
 def _home(kind: str) -> Any:
-    """The module of torch for a kind of device: ``torch.cuda``, ``torch.mps``..."""
+    """Return the module of torch for a kind of device, such as ``torch.cuda``."""
     import torch
 
     return getattr(torch, kind)
@@ -198,7 +199,7 @@ def _home_in_use() -> Any:
 
 
 def torch_version() -> tuple[int, int]:
-    """Major and minor version of the installed torch."""
+    """Return the major and minor version of torch."""
     import torch
 
     major, minor = torch.__version__.split(".")[:2]

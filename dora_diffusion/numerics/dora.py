@@ -4,9 +4,9 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICM
 
     W' = m * (W + delta) / norm(W + delta),    delta = s * B @ A,    m starts as norm(W)
 
-Weights are ``(out, in, *k)``; those that a model stores as ``(in, out)`` are seen transposed.
+Weights are ``(out, in, *k)``; weights that a model stores as ``(in, out)`` are transposed views.
 Norms and weights are computed in float32 (float64 for float64 weights). Merges and exports call
-`adapted_weight`, layers `dora_forward` with factors that are made for all of them once per step.
+`adapted_weight`. Layers call `dora_forward`, with factors that are computed once per step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dora_diffusion.numerics.operation import Operation, by_row
 from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
-# Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
-# stays finite. A channel of a smaller norm is 0. Never added, so no norm is changed.
+# Far below any pretrained norm, but large enough that m / NORM_FLOOR stays finite in float32. A
+# channel with a smaller norm is 0. It is a lower bound and is not added, so that no norm changes.
 NORM_FLOOR = 1e-30
 
 
@@ -35,8 +35,8 @@ def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
 def squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
     """Squared L2 norm per output or input channel: ``(out, in, *k)`` -> ``(out,)`` or ``(in,)``.
 
-    The output axis is what the authors' code and PEFT use; the input axis is the paper's formula
-    as printed (section 3.2: the norm of each column of ``W`` in R^{d x k}).
+    The authors' code and PEFT use the output axis. The input axis is the formula of the paper as
+    printed (section 3.2: the norm of each column of ``W`` in R^{d x k}).
     """
     if axis == "output":
         dims = list(range(1, weight.ndim))
@@ -48,31 +48,31 @@ def squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
 
 
 def weight_norm(weight: Tensor, axis: NormAxis) -> Tensor:
-    """L2 norm per channel, the magnitude of a fresh adapter: the factored norm if delta is 0."""
+    """L2 norm per channel: the initial magnitude, equal to the factored norm if delta is 0."""
     return squared_norm(weight, axis).sqrt()
 
 
 def per_channel(vector: Tensor, ndim: int, axis: NormAxis) -> Tensor:
-    """Shape ``(n,)`` to broadcast along the output or the input axis of an ``ndim`` weight."""
+    """View ``(n,)`` to broadcast along the output or input axis of a weight with ``ndim`` axes."""
     return vector.view(-1, *[1] * (ndim - 1) if axis == "output" else [1] * (ndim - 2))
 
 
 @torch.no_grad()
 def adapted_norm(weight: Tensor, layer: LayerWeights) -> Tensor:
-    """``norm(W + delta)``, a constant for the gradient (section 4.3): ``(out,)`` or ``(in,)``."""
+    """``norm(W + delta)``, without gradient (section 4.3): ``(out,)`` or ``(in,)``."""
     with full_precision(weight.device):
         direction = upcast(weight) + low_rank_delta(layer.down, layer.up, layer.scale)
         return weight_norm(direction, layer.norm_axis)
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """``g = m / norm`` (section 4.1), by which a channel is multiplied; 0 where its norm is 0."""
+    """``g = m / norm`` (section 4.1), the factor of a channel; 0 if the norm is 0."""
     quotient = magnitude / norm.clamp_min(NORM_FLOOR)
     return quotient.masked_fill(norm <= NORM_FLOOR, 0.0)
 
 
 def interpolated_magnitude(weight: Tensor, layer: LayerWeights, strength: float) -> Tensor:
-    """The magnitude, moved by a share of its change from ``norm(W)``; 1 returns it unchanged."""
+    """Interpolate between ``norm(W)`` (strength 0) and the magnitude (strength 1, unchanged)."""
     assert layer.magnitude is not None
     magnitude = upcast(layer.magnitude)
     if strength == 1.0:
@@ -89,18 +89,19 @@ def adapted_weight(
     direction_strength: float = 1.0,
     magnitude_strength: float = 1.0,
 ) -> Tensor:
-    """``W + strength * (W' - W)``, what a merge writes (section 4.1): ``(out, in, *k)``, float32.
+    """Compute the merged weight ``W + strength * (W' - W)`` (section 4.1): ``(out, in, *k)``.
 
-    ``strength`` 0 is exactly ``W``, 1 exactly ``W'``. The others act inside: on ``delta`` before
-    the norm is taken, and on the magnitude's change from ``norm(W)``. Differentiable in A, B and m.
+    The result is float32, and differentiable in A, B and m. ``strength`` 0 is exactly ``W`` and 1
+    exactly ``W'``. ``direction_strength`` multiplies ``delta`` inside the norm, and
+    ``magnitude_strength`` the change of the magnitude from ``norm(W)``.
 
     Raises:
-        ValueError: If the layer is not for a weight of this shape.
+        ValueError: If the layer has another weight shape.
     """
     if layer.weight_shape != tuple(weight.shape):
         raise ValueError(
-            f"the adapter is for a weight of shape {layer.weight_shape}, "
-            f"the base has {tuple(weight.shape)}"
+            f"the adapter is for a weight of shape {layer.weight_shape}, but the base has "
+            f"{tuple(weight.shape)}"
         )
     base = upcast(weight)
     down, up = layer.down.to(base.dtype), layer.up.to(base.dtype)
@@ -113,23 +114,24 @@ def adapted_weight(
 
 
 class Factors(NamedTuple):
-    """Factors of a layer, in the dtype that it computes in. Gradients flow to A, B and m.
+    """Factors of a layer in its compute dtype, with gradients to A, B and m.
 
     Attributes:
         down: ``A``.
         up: ``g s B`` on the output axis, else ``s B``.
-        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1. It
-            represents m in the graph: its gradient is ``g`` times its derivative,
-            ``sum(dy * (y - b))``, but for the bias, which ``shift_numerator`` has; of a direct
-            layer it is the derivative. None makes the layer a LoRA, and what follows None too.
+        gain: ``g``, ``(n,)``, in float32, since a gain near 1 would be rounded to 1 in 16 bits. It
+            represents m in the graph. Its gradient is ``g`` times the derivative,
+            ``sum(dy * (y - b))``, without the term of the bias, which ``shift_numerator`` has. With
+            ``gain_in_graph`` its gradient is the derivative. None: the layer is a LoRA, and the
+            following attributes are None, too.
         shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
+        shift_numerator: Tensor whose gradient is ``sum(dy)``; None without ``shift``.
         axis: Norm axis.
-        gain_in_graph: Multiply by ``gain`` in the graph, where ``y / g`` is no good for m's
-            gradient: |g| is too small, or the next module overwrites y.
+        gain_in_graph: Whether the product with ``gain`` is part of the graph ("direct" layer). It
+            must be if |g| is too small for ``y / g``, or if the next module overwrites y.
         direction: ``W + s B A`` of a direct layer on the output axis, else None.
-        norm_change: ``norm(W + s B A) / norm - 1`` of each row of a batch, ``(N, n)``, where a row
-            has a norm of its own (`AdapterStack.of`); None: none has.
+        norm_change: ``norm(W + s B A) / norm - 1`` for each row of a batch, ``(N, n)``, if rows
+            have different norms (`AdapterStack.of`); else None.
     """
 
     down: Tensor
@@ -151,15 +153,15 @@ def factors_of(
     magnitude_strength: float = 1.0,
     norm: Tensor | None = None,
 ) -> Factors:
-    """The factors of one layer by itself, by plain autograd.
+    """Compute the factors of one layer with standard autograd.
 
     Args:
         weight: Base weight ``(out, in, *k)``.
-        bias: ``(out,)``, or None.
+        bias: Bias ``(out,)``, or None.
         layer: The adapter.
-        dtype: To compute in.
+        dtype: Compute dtype.
         magnitude_strength: See `interpolated_magnitude`.
-        norm: ``norm(W + s B A)``, if already computed.
+        norm: ``norm(W + s B A)``. Default: it is computed.
     """
     down, up = layer.down.to(dtype), layer.scale * layer.up
     if layer.magnitude is None:
@@ -170,8 +172,8 @@ def factors_of(
     if axis == "output":
         up = per_channel(constant, up.ndim, axis) * up
         shift = None if bias is None else ((1 - constant) * bias).to(dtype)
-    made = direction_of(weight, layer, dtype)
-    return Factors(down, up.to(dtype), g, shift, None, axis, True, made)
+    direction = direction_of(weight, layer, dtype)
+    return Factors(down, up.to(dtype), g, shift, None, axis, True, direction)
 
 
 @torch.no_grad()
@@ -179,7 +181,7 @@ def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Ten
     """Compute `Factors.direction` of a direct layer."""
     if layer.norm_axis == "input":
         return None
-    # Not by `dataclasses.replace`, which Dynamo of torch 2.6 cannot trace.
+    # Dynamo of torch 2.6 cannot trace `dataclasses.replace`.
     lora = LayerWeights(layer.down, layer.up, alpha=layer.alpha)
     return adapted_weight(weight, lora).to(dtype)
 
@@ -188,14 +190,19 @@ def dora_forward(
     op: Operation, x: Any, weight: Tensor, bias: Tensor | None, factors: Factors,
     base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``y = W' x + b``, what training computes: ``(..., in)`` -> ``(..., out)``, or images.
+    """``y = W' x + b`` in training: ``(..., in)`` -> ``(..., out)``, or images.
 
-    On the output axis ``g (W x + b) + g s B A x + (1 - g) b``, on the input axis
-    ``(W + s B A)(g x) + b``. Not the product with ``W'``: in 16 bits, that would round updates away
-    that are small beside W. Where B is 0 and g is 1, it is the base result to the last bit.
+    Computed as ``g (W x + b) + g s B A x + (1 - g) b`` on the output axis, and as
+    ``(W + s B A)(g x) + b`` on the input axis. In 16 bits, ``W'`` would lose updates that are small
+    compared to W. If B is 0 and g is 1, the result equals the base's exactly.
 
-    ``op`` applies ``weight`` ``(out, in, *k)`` and ``bias``, which is not scaled; all are of one
-    dtype, the factors too. ``base`` is ``W x + b``, if already computed.
+    Args:
+        op: Operation that applies a weight.
+        x: Input.
+        weight: Base weight ``(out, in, *k)``.
+        bias: Bias, which is not scaled, or None.
+        factors: Factors, in the dtype of the weight.
+        base: ``W x + b``. Default: it is computed.
     """
     f, in_graph = factors, factors.gain_in_graph
     if f.gain is not None and f.axis == "input":
@@ -212,18 +219,18 @@ def dora_forward(
     if f.direction is not None:
         with torch.no_grad():
             unscaled = op.apply(x, f.direction)
-        y = y + ((f.gain - gain).view(op.shape) * unscaled).to(y.dtype)  # 0, with the gradient of m
+        y = y + ((f.gain - gain).view(op.shape) * unscaled).to(y.dtype)  # 0, but gradient of m
     return y if f.norm_change is None else _with_norms(op, y, bias, f.norm_change)
 
 
 def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor) -> Any:
-    """``b + (1 + change) (y - b)`` of each row: an output, or input, with its own norm in the gain.
+    """``b + (1 + change) (y - b)`` for each row: output or input with the gain of the row's norm.
 
-    Norms are constants of the graph, so that A, B and m get the gradients of this gain.
+    Norms have no gradient, so that A, B and m get the gradients of this gain.
     """
     factor = by_row(op, 1 + change, y)
-    made = y * factor if bias is None else torch.addcmul(by_row(op, -change * bias, y), y, factor)
-    return made.to(y.dtype)
+    scaled = y * factor if bias is None else torch.addcmul(by_row(op, -change * bias, y), y, factor)
+    return scaled.to(y.dtype)
 
 
 def sum_of_adapters(
@@ -232,25 +239,33 @@ def sum_of_adapters(
 ) -> Tensor:  # fmt: skip
     """``W x + b + sum_k strength_k (W'_k - W) x_k``: several adapters, each on the unmerged base.
 
-    Of each factors, strength and input: ``x``, or what dropout left of it (as in PEFT).
+    Args:
+        op: Operation that applies a weight.
+        x: Input.
+        weight: Base weight.
+        bias: Bias, or None.
+        adapters: Factors, strength and input of each adapter. The input is ``x`` or ``x`` after
+            dropout (as in PEFT).
     """
     total = base = op.apply(x, weight, bias)
-    for factors, strength, own in adapters:
+    for factors, strength, adapter_input in adapters:
         if factors.gain is None:
-            difference = op.up_project(op.down_project(own, factors.down), factors.up)
+            difference = op.up_project(op.down_project(adapter_input, factors.down), factors.up)
         else:
-            unadapted = base if own is x else op.apply(own, weight, bias)
-            difference = dora_forward(op, own, weight, bias, factors, unadapted) - unadapted
+            unadapted = base if adapter_input is x else op.apply(adapter_input, weight, bias)
+            difference = (
+                dora_forward(op, adapter_input, weight, bias, factors, unadapted) - unadapted
+            )
         total = total + strength * difference
     return total
 
 
 class _Scale(torch.autograd.Function):
-    """``y = g * value + total``, and the sums that the gradient of m is made of (`Factors`).
+    """``y = g * value + total``, with the sums for the gradient of m (`Factors`).
 
-    With the norm detached (section 4.3), ``dm = sum(dy * (y - b)) / (g norm)`` on the output axis:
-    ``(y - b) / g`` is the direction's output. On the input axis y is ``g x``, and b is 0. So y is
-    kept, which the next operation mostly keeps for its own gradient anyway, and not ``value``.
+    With the norm detached (section 4.3), ``dm = sum(dy * (y - b)) / (g norm)`` on the output axis,
+    since ``(y - b) / g`` is the output of the direction. On the input axis y is ``g x`` and b is 0.
+    Saving y instead of ``value`` saves memory, as the next operation usually saves y, too.
     """
 
     @staticmethod
@@ -259,7 +274,7 @@ class _Scale(torch.autograd.Function):
         if torch.compiler.is_compiling():
             scaled = ctx.gain * value
             y = (scaled if total is None else scaled + total).to(value.dtype)
-        # Upcast as it is read, and rounded once; given where to write, autocast lets it be.
+        # The kernel upcasts its inputs and rounds once. Autocast ignores operations with `out`.
         elif total is None:
             y = torch.mul(value, ctx.gain, out=torch.empty_like(value))
         else:
@@ -277,7 +292,7 @@ class _Scale(torch.autograd.Function):
         elif to_value:
             of_value = torch.mul(grad, gain, out=torch.empty_like(grad))
         if to_gain:
-            # Under a loss scale it would overflow; one operation, which upcasts what it reads.
+            # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
             of_gain = (
                 grad * y
                 if grad.dtype != torch.float16

@@ -1,6 +1,6 @@
 """The best DoRA for two weights: a base ``W`` and a tuned ``T``, after any kind of training.
 
-On the output axis the weights that a DoRA of rank r makes of ``W`` are exactly ``D W + E``, with a
+On the output axis, a DoRA of rank r on ``W`` represents exactly the weights ``D W + E``, with a
 positive diagonal ``D`` and a matrix ``E`` of rank r: ``delta = E / D`` has the rank of E, and
 ``m = norm(D W + E)`` gives every row its scale (arXiv:2402.09353, section 4.1). So the best DoRA
 minimises
@@ -8,20 +8,20 @@ minimises
     |T - D W - E|  =  |(T - W) - diag(e) W - E|        over e = D - 1 > -1 and E of rank r,
 
 in the Frobenius norm. A plain LoRA is the case e = 0, where the truncated singular value
-decomposition (SVD) of ``T - W`` is the best E. Here two closed forms alternate, none of which lets
-the error grow:
+decomposition (SVD) of ``T - W`` is the best E. Here two closed forms alternate, neither of which
+increases the error:
 
     E = SVD_r((T - W) - diag(e) W)          e_i = <(T - W)_i - E_i, W_i> / |W_i|^2
 
-Where T is a DoRA of rank r, the error falls to 0 by a factor per iteration; Anderson's
-extrapolation over the last iterations (J. ACM 12, 1965) takes it there in some ten where the plain
-alternation takes up to hundreds. On the input axis the same holds for columns.
+If T is a DoRA of rank r, the error converges linearly to 0. Anderson's extrapolation over the last
+iterations (J. ACM 12, 1965) needs about ten iterations, instead of up to hundreds. On the input
+axis the same holds for columns.
 
-The magnitude is the best one for the direction that was found, ``m_i = <T_i, v_i>`` with
-``v = (W + delta) / norm(W + delta)``. It is ``norm(D W + E)`` where the alternation has ended, and
-``norm(T)`` where T is a DoRA of this rank. It is not ``norm(T)`` always: a channel whose direction
-is off by an angle a would then be off by ``2 |T_i| sin(a / 2)`` instead of ``|T_i| sin(a)``, and
-for large changes (half of the weight) a plain LoRA would be nearer.
+The magnitude is optimal for the direction found, ``m_i = <T_i, v_i>`` with
+``v = (W + delta) / norm(W + delta)``. It equals ``norm(D W + E)`` after convergence, and
+``norm(T)`` if T is a DoRA of this rank. In general ``norm(T)`` would be worse: a channel whose
+direction has an error of angle a would have an error of ``2 |T_i| sin(a / 2)`` instead of
+``|T_i| sin(a)``, and for large changes (half of the weight) a plain LoRA would be closer.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from dora_diffusion.numerics.precision import full_precision, upcast_dtype
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
 
 _MOST_TURNS = 60
-# The second iteration in a row that lowers the error by less of itself is the last.
+# Stop after two consecutive iterations that reduce the error by less than this share.
 _PROGRESS = 1e-4
 _PATIENCE = 1
-# Where rounding in float32 leaves nothing to gain, relative to the weight.
+# Relative error of float32 rounding, below which iterations stop.
 _EXACT = 1e-7
-# Turns that are extrapolated over.
+# Number of iterations for extrapolation.
 _MEMORY = 6
-# A row's least scale: one that turns around is not held by a positive one.
+# Smallest scale of a row, since scales must be positive.
 _LEAST_SCALE = 1e-3
-# Power iterations of the first decomposition, and of each that starts from the one before.
+# Power iterations of the first decomposition, and of each later one, which starts from the last.
 _FIRST_ITERATIONS, _NEXT_ITERATIONS = 3, 1
 
 
@@ -70,16 +70,16 @@ def best_dora(
     energy: float | None = None,
     start: Tensor | None = None,
 ) -> LayerWeights:
-    """The DoRA of a rank whose adapted weight is nearest to a tuned one; see the module.
+    """Find the DoRA of a rank whose adapted weight is closest to a tuned one (see the module).
 
     Args:
-        weight: The base ``(out, in, *k)``, any floating dtype.
-        tuned: The tuned weight, of the same shape.
-        rank: Largest rank; a small weight gets less.
-        norm_axis: What the magnitude runs along.
-        energy: Take the smallest rank that holds this share of the squared singular values of what
-            is left of the change once every channel has its best scale.
-        start: Scales ``D`` to start from, ``(out,)`` or ``(in,)``, where they are known.
+        weight: Base weight ``(out, in, *k)``, any floating dtype.
+        tuned: Tuned weight, of the same shape.
+        rank: Largest rank; smaller for small weights.
+        norm_axis: Axis of the magnitude.
+        energy: Use the smallest rank with this share of the squared singular values of the change
+            after optimal scaling of every channel.
+        start: Initial scales ``D``, ``(out,)`` or ``(in,)``, if they are known.
 
     Returns:
         The layer in float32 (float64 for float64 weights), with ``alpha = rank``.
@@ -108,25 +108,26 @@ def best_dora(
 def _best_magnitude(
     weight: Tensor, tuned: Tensor, layer: LayerWeights, norm_axis: NormAxis
 ) -> Tensor:
-    """``<T_i, v_i>`` for each channel's direction ``v_i``, at least 0."""
+    """Return ``<T_i, v_i>`` for the direction ``v_i`` of each channel, at least 0."""
     direction = low_rank_delta(layer.down, layer.up, layer.scale).add_(weight)
     norm = weight_norm(direction, norm_axis)
-    others = [dim for dim in range(weight.ndim) if dim != NORM_AXES.index(norm_axis)]
-    return gain(direction.mul_(tuned).sum(dim=others), norm).clamp_min(0)
+    dims = [dim for dim in range(weight.ndim) if dim != NORM_AXES.index(norm_axis)]
+    return gain(direction.mul_(tuned).sum(dim=dims), norm).clamp_min(0)
 
 
 def known_scale(
     weight: Tensor, layers: Sequence[tuple[LayerWeights, float]], norm_axis: NormAxis
 ) -> Tensor:
-    """The scales ``D`` of a sum of adapters: ``W + sum_k s_k (W'_k - W) = D W + E``.
+    """Return the scales ``D`` of a sum of adapters: ``W + sum_k s_k (W'_k - W) = D W + E``.
 
-    ``D = 1 + sum_k s_k (g_k - 1)``, over those that have a magnitude on this axis; E then has the
-    sum of their ranks, unless one has its magnitude on the other axis. A start for `best_dora`.
+    ``D = 1 + sum_k s_k (g_k - 1)`` over the adapters with a magnitude on this axis. The rank of E
+    is the sum of their ranks, unless an adapter has its magnitude on the other axis. The scales are
+    initial values for `best_dora`.
 
     Args:
-        weight: The base ``(out, in, *k)``.
-        layers: The layers that adapt it, each with its strength.
-        norm_axis: The axis of ``D``.
+        weight: Base weight ``(out, in, *k)``.
+        layers: Adapter layers, each with its strength.
+        norm_axis: Axis of ``D``.
     """
     scale = torch.ones(weight.shape[NORM_AXES.index(norm_axis)])
     for layer, strength in layers:
@@ -136,7 +137,7 @@ def known_scale(
 
 
 class _Rows:
-    """Base and change as matrices whose rows are scaled; channels of ``group`` rows share one."""
+    """Base and change as matrices with scaled rows. Channels of ``group`` rows share a scale."""
 
     def __init__(self, base: Tensor, change: Tensor, group: int) -> None:
         self.base, self.change, self.group = base, change, group
@@ -148,7 +149,7 @@ class _Rows:
         return scale.repeat_interleave(self.group)
 
     def projection(self, matrix: Tensor) -> Tensor:
-        """The multiple of the base's channel that each channel holds: ``<M_i, W_i> / |W_i|^2``."""
+        """Project the channels of a matrix on those of the base: ``<M_i, W_i> / |W_i|^2``."""
         return self._per_channel(matrix) * self._inverse
 
     def rest(self, excess: Tensor) -> Tensor:
@@ -161,28 +162,30 @@ class _Rows:
 
 
 def _alternate(rows: _Rows, rank: int, energy: float | None, start: Tensor | None) -> _Fit:
-    """Alternate the two closed forms until the error no longer falls.
+    """Alternate the two closed forms until the error stops decreasing.
 
-    From the scales that are best without an update, or those of a plain LoRA, whichever is nearer
-    once it has its own: of a change of low rank the first hide what is low in it.
+    The initial scales are either optimal without an update, or all 1 (a plain LoRA), depending on
+    the error after the first iteration. The former can obscure a change of low rank.
     """
     rank = min(rank, *rows.base.shape)
-    given = rows.projection(rows.change) if start is None else start.to(rows.base) - 1
+    start_excess = rows.projection(rows.change) if start is None else start.to(rows.base) - 1
     search = _Search(rows, rank, energy)
     exact = _EXACT * torch.linalg.vector_norm(rows.base).item()
-    error, step = search.iterate(given)
-    excess, least = given, error
+    error, step = search.iterate(start_excess)
+    excess, least = start_excess, error
     if start is None:
-        error, other_step = search.iterate(torch.zeros_like(given))
+        error, other_step = search.iterate(torch.zeros_like(start_excess))
         if error < least:
-            excess, least, step = torch.zeros_like(given), error, other_step
+            excess, least, step = torch.zeros_like(start_excess), error, other_step
     extrapolation, idle = _Extrapolation(), 0
     for _ in range(_MOST_TURNS):
         if least <= exact or idle > _PATIENCE:
             break
         tried = extrapolation.next(excess, step)
         error, new_step = search.iterate(tried)
-        if error >= least:  # too far: the plain step never is
+        if (
+            error >= least
+        ):  # The extrapolation was too long. A plain step never increases the error.
             extrapolation = _Extrapolation()
             tried = excess + step
             error, new_step = search.iterate(tried)
@@ -193,10 +196,10 @@ def _alternate(rows: _Rows, rank: int, energy: float | None, start: Tensor | Non
 
 
 class _Search:
-    """Best updates for given scales; keeps the nearest of all.
+    """Search for the best update for given scales.
 
     Attributes:
-        best: Of all iterations.
+        best: Best fit of all iterations.
     """
 
     def __init__(self, rows: _Rows, rank: int, energy: float | None) -> None:
@@ -206,7 +209,7 @@ class _Search:
         self.best: _Fit
 
     def iterate(self, excess: Tensor) -> tuple[float, Tensor]:
-        """The error with the best update for ``e``, and the step to the best scales for that."""
+        """Find the best update for ``e``. Returns its error and the step to the best scales."""
         excess = excess.clamp_min(_LEAST_SCALE - 1)
         rest = self._rows.rest(excess)
         width = self._rank if self._basis is None else self._basis.shape[1]
@@ -225,14 +228,14 @@ class _Search:
 
 
 class _Extrapolation:
-    """Anderson's: where a linear combination of the last steps would vanish."""
+    """Anderson extrapolation: the point where a combination of the last steps would vanish."""
 
     def __init__(self) -> None:
         self._points: list[Tensor] = []
         self._steps: list[Tensor] = []
 
     def next(self, point: Tensor, step: Tensor) -> Tensor:
-        """The next point, from one and the step that the plain alternation takes there."""
+        """Return the next point from a point and the step of plain alternation there."""
         self._points = [*self._points[1 - _MEMORY :], point.double()]
         self._steps = [*self._steps[1 - _MEMORY :], step.double()]
         points, steps = torch.stack(self._points, 1), torch.stack(self._steps, 1)

@@ -1,4 +1,4 @@
-"""Random draws and loss of training: target, weights, and prior preservation."""
+"""Random draws and losses of training: targets, weights and prior preservation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 Quantile = Callable[[Tensor], Tensor]
-"""The share of the noise schedule that a share ``u`` of the draws lies below: [0, 1) to [0, 1]."""
+"""Quantile function of timesteps as shares of the noise schedule: [0, 1) -> [0, 1]."""
 
 
 def timestep_quantile(
     u: Tensor, distribution: str, *, mean: float = 0.0, std: float = 1.0, power: float = 1.0
 ) -> Tensor:
-    """The quantile function of a distribution of timesteps, as shares of the noise schedule.
+    """Compute the quantile function of a timestep distribution, as shares of the noise schedule.
 
     Args:
         u: Uniform in [0, 1).
-        distribution: ``"uniform"``; ``"logit_normal"``, whose logit is normal (Esser et al.,
-            arXiv:2403.03206, section 3.1); or ``"power"``: ``u ** power``, of the density
+        distribution: ``"uniform"``; ``"logit_normal"``, with a normally distributed logit (Esser et
+            al., arXiv:2403.03206, section 3.1); or ``"power"``: ``u ** power``, with density
             ``p x ** (p - 1)`` for ``p = 1 / power``.
-        mean: Mean of the logit; below 0 there is less noise.
+        mean: Mean of the logit. Values below 0 give less noise.
         std: Standard deviation of the logit.
-        power: Above 1 there is less noise.
+        power: Exponent. Values above 1 give less noise.
     """
     if distribution == "logit_normal":
         return torch.sigmoid(mean + std * torch.special.ndtri(u))
@@ -36,16 +36,16 @@ def sample_timestep(
     generator: torch.Generator,
     quantile: Quantile | None = None,
 ) -> Tensor:
-    """One timestep: scalar int64.
+    """Draw a timestep, a scalar of int64.
 
     Args:
         num_train_timesteps: Length of the noise schedule.
-        generator: Source of the draw.
-        quantile: Of the distribution (`timestep_quantile`); None is uniform.
+        generator: Random generator.
+        quantile: Quantile function of the distribution (`timestep_quantile`). Default: uniform.
     """
     if quantile is None:
         return torch.randint(num_train_timesteps, (), generator=generator)
-    # A draw in float32, as large as that of an integer: the noise that follows stays the same.
+    # A float32 draw advances the generator as an integer draw does: the later noise is the same.
     share = quantile(torch.rand((), generator=generator).double())
     return (share * num_train_timesteps).long().clamp_max(num_train_timesteps - 1)
 
@@ -53,14 +53,13 @@ def sample_timestep(
 def sample_noise(
     shape: tuple[int, int, int], generator: torch.Generator, offset: float = 0.0
 ) -> Tensor:
-    """Noise of one latent ``(C, h, w)``, float32 on the generator's device.
+    """Draw the noise of one latent ``(C, h, w)``, float32 on the generator's device.
 
     Args:
         shape: ``(C, h, w)``.
-        generator: Source of the draw.
-        offset: Share of an additional draw that is constant over each channel, with which a model
-            learns to change the mean of an image (https://www.crosslabs.org/blog/
-            diffusion-with-offset-noise).
+        generator: Random generator.
+        offset: Factor of additional noise that is constant over each channel. It lets a model learn
+            the mean of an image (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
     """
     noise = torch.randn(shape, generator=generator, device=generator.device)
     if offset:
@@ -70,7 +69,7 @@ def sample_noise(
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The forward process, ``sqrt(a) latents + sqrt(1 - a) noise``: ``(B, C, h, w)``.
+    """Apply the forward process, ``sqrt(a) latents + sqrt(1 - a) noise``: ``(B, C, h, w)``.
 
     Args:
         latents: ``(B, C, h, w)``.
@@ -95,11 +94,11 @@ def training_target(
         prediction_type: ``"epsilon"`` (the noise; Ho et al., arXiv:2006.11239) or
             ``"v_prediction"`` (``sqrt(a) noise - sqrt(1 - a) latents``; arXiv:2202.00512, app. D).
         latents: ``(B, C, h, w)``.
-        noise: The noise that was added to them.
+        noise: Noise that was added to the latents.
         alpha_bar: Cumulative product of alphas at each sample's timestep, ``(B,)``.
 
     Raises:
-        ValueError: If the prediction type is another one.
+        ValueError: If the prediction type is unknown.
     """
     if prediction_type == "epsilon":
         return noise
@@ -112,18 +111,18 @@ def training_target(
 
 
 def slider_target(base: Tensor, positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
-    """Return the target of a slider: the base's prediction, moved by the difference of two prompts.
+    """Return the target of a slider: the base's prediction plus the difference of two prompts.
 
-    Gandikota et al., arXiv:2311.12092, equation 8, for predictions of any type.
+    Gandikota et al., arXiv:2311.12092, equation 8, for any prediction type.
 
     Args:
-        base: The base model's predictions, ``(B, C, h, w)``.
-        positive: Those of the first n of these inputs for the prompt of one end, ``(n, C, h, w)``.
-        negative: The same for that of the other end.
+        base: Predictions of the base model, ``(B, C, h, w)``.
+        positive: Predictions for the first n inputs with the positive prompt, ``(n, C, h, w)``.
+        negative: Predictions for the first n inputs with the negative prompt, ``(n, C, h, w)``.
         guidance: Factor of the difference.
 
     Returns:
-        ``(B, C, h, w)``, float32; rows after the first n are the base's.
+        ``(B, C, h, w)``, float32. Rows after the first n equal the base's predictions.
     """
     target, count = base.float(), len(positive)
     moved = target[:count] + guidance * (positive.float() - negative.float())
@@ -134,7 +133,7 @@ def min_snr(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """Min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4); the paper's gamma is 5.
 
     ``min(SNR, gamma) / SNR`` for noise prediction and ``min(SNR, gamma) / (SNR + 1)`` for
-    v-prediction; both are written so that SNR 0 gives no 0 / 0.
+    v-prediction, computed without 0 / 0 at an SNR of 0.
     """
     if prediction_type == "epsilon":
         weight = gamma / snr.clamp_min(gamma)
@@ -145,9 +144,9 @@ def min_snr(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
 def debiased_estimation(snr: Tensor, prediction_type: str, _: float) -> Tensor:
     """Debiased estimation (Yu et al., arXiv:2310.08442, section 3.3).
 
-    The noise's error is weighted by ``1 / sqrt(SNR)``, and v's, which is ``1 / a`` of it, by
-    ``sqrt(SNR) / (SNR + 1)``. At SNR 0 the noise is the input itself: nothing is to be learned
-    there.
+    The error of the noise has the weight ``1 / sqrt(SNR)``. The error of v, which is ``1 / a``
+    times as large, has the weight ``sqrt(SNR) / (SNR + 1)``. At an SNR of 0 the noise equals the
+    input, and the weight is 0.
     """
     if prediction_type == "epsilon":
         return torch.where(snr > 0, snr.rsqrt(), torch.zeros_like(snr))
@@ -155,39 +154,39 @@ def debiased_estimation(snr: Tensor, prediction_type: str, _: float) -> Tensor:
 
 
 WEIGHTINGS = {"snr_gamma": min_snr, "debiased_estimation_loss": debiased_estimation}
-"""Weightings of a sample's loss by setting: from its SNR, the prediction type, and the value."""
+"""Loss weightings by setting: functions of SNR, prediction type and the setting's value."""
 
 
 def loss_weight(
     alpha_bar: Tensor, prediction_type: str, weightings: Mapping[str, float]
 ) -> Tensor | None:
-    """Loss weight of each sample, ``(B,)``, the product of `WEIGHTINGS`; None if all are 1.
+    """Return the loss weights of samples, ``(B,)``, the product of weightings; None if all are 1.
 
     Args:
         alpha_bar: ``(B,)``; ``SNR = alpha_bar / (1 - alpha_bar)``.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
-        weightings: Values of the settings that are set.
+        weightings: Values by setting (`WEIGHTINGS`).
     """
     if not weightings:
         return None
     snr = alpha_bar / (1 - alpha_bar)
-    made = [WEIGHTINGS[name](snr, prediction_type, value) for name, value in weightings.items()]
-    return prod(made[1:], start=made[0])
+    weights = [WEIGHTINGS[name](snr, prediction_type, value) for name, value in weightings.items()]
+    return prod(weights[1:], start=weights[0])
 
 
 def huber_delta(
     timesteps: Tensor, alpha_bar: Tensor, schedule: str, c: float, num_train_timesteps: int
 ) -> Tensor:
-    """Delta of the Huber loss of each sample, ``(B,)``, after sd-scripts' ``--huber_schedule``.
+    """Return the Huber delta of each sample, ``(B,)``, as sd-scripts' ``--huber_schedule``.
 
     Args:
         timesteps: ``(B,)``.
-        alpha_bar: ``(B,)``, at these.
-        schedule: ``"constant"``: c. ``"exponential"``: from 1 to c with the timestep, ``c ** (t /
-            T)``. ``"snr"``: likewise with the noise, ``(1 - c) / (1 + sigma) ** 2 + c`` where
-            ``sigma ** 2 = 1 / SNR``.
-        c: The delta, of the other schedules the one in pure noise.
-        num_train_timesteps: T, the length of the noise schedule.
+        alpha_bar: Cumulative products of alphas at the timesteps, ``(B,)``.
+        schedule: ``"constant"``: c. ``"exponential"``: decrease from 1 to c with the timestep,
+            ``c ** (t / T)``. ``"snr"``: decrease with the noise, ``(1 - c) / (1 + sigma) ** 2 + c``
+            where ``sigma ** 2 = 1 / SNR``.
+        c: Delta, for the other schedules the delta at pure noise.
+        num_train_timesteps: Length T of the noise schedule.
     """
     if schedule == "exponential":
         return c ** (timesteps / num_train_timesteps)
@@ -204,21 +203,21 @@ def denoising_loss(
     mask: Tensor | None = None,
     delta: Tensor | None = None,
 ) -> Tensor:
-    """The objective: mean squared error of each sample in float32, or its Huber loss, ``(B,)``.
+    """Compute the mean squared error or Huber loss of each sample in float32, ``(B,)``.
 
     Args:
         model_pred: ``(B, C, h, w)``.
         target: ``(B, C, h, w)``, see `training_target`.
         weight: Factor of each sample, ``(B,)``, see `loss_weight`.
-        mask: Where to learn, ``(B, 1, h, w)`` in [0, 1]: the error becomes the mean weighted by
-            it. A sample whose mask is empty has no loss.
-        delta: ``(B,)``, of the pseudo-Huber loss ``2 d (sqrt(error + d ** 2) - d)``, which is the
-            squared error where that is small and grows as its root; None is the squared error.
+        mask: Weights in [0, 1] for the mean, ``(B, 1, h, w)``. A sample with an empty mask has a
+            loss of 0.
+        delta: Deltas ``(B,)`` of the pseudo-Huber loss ``2 d (sqrt(error + d ** 2) - d)``, which is
+            quadratic for small errors and linear for large ones. Default: squared error.
     """
     error = (model_pred.float() - target.float()).square()
     if delta is not None:
         d = _broadcast(delta, error)
-        # The same without the difference of two numbers that are nearly alike.
+        # Equal to the formula, but without cancellation.
         error = 2 * d * error / ((error + d.square()).sqrt() + d)
     if mask is None:
         per_sample = error.flatten(1).mean(dim=1)
@@ -232,16 +231,16 @@ def denoising_loss(
 def split_prior(
     per_sample: Tensor, photos: int, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss of the subject's samples, and of what holds the prior; both per photo.
+    """Return the mean losses of the subject and of prior preservation, both per photo.
 
-    Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2) adds the second, weighted, to
-    the first. A photo without a prior adds nothing to it.
+    Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2) adds the weighted second loss to
+    the first. A photo without prior preservation counts with 0 in the second.
 
     Args:
-        per_sample: ``(B,)``, the photos first, then one for each photo whose prior is held.
-        photos: How many they are.
-        weights: Factor of each photo's loss, ``(photos,)``. They are not normalised: a photo of
-            weight 2 has twice the gradient, whatever else is in the batch.
+        per_sample: Losses ``(B,)`` of the photos, then of prior preservation.
+        photos: Number of photos.
+        weights: Factors of the photos' losses, ``(photos,)``. They are not normalised: a photo with
+            weight 2 has twice the gradient, regardless of the rest of the batch.
     """
     subject, prior = per_sample[:photos], per_sample[photos:]
     if weights is not None:

@@ -1,14 +1,14 @@
-"""Changes of weights: magnitude and direction, singular values, and the best factors of low rank.
+"""Changes of weights: magnitude and direction, singular values, and low-rank approximation.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, section 3.2. With W_0
-the pretrained weight, W_t the trained one, and both taken apart along one axis,
+the pretrained weight, W_t the trained one, and both decomposed along one axis,
 
     delta M = mean over channels of |norm(W_t) - norm(W_0)|
     delta D = mean over channels of 1 - cos(W_t, W_0)
 
-These are computed in float64 and in blocks of the weight, since what training changes is small
-beside the weight: the update is subtracted first, and nothing is taken from two numbers that nearly
-cancel. In exact arithmetic these are the formulas above.
+Since changes are small compared to the weight, they are computed in float64, block by block, from
+the difference ``W_t - W_0`` and without cancellation. In exact arithmetic the results equal the
+formulas above.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis, out_in
 
 _OVERSAMPLING = 16
-# A round of so many power iterations that adds less than this share of all squares is the last.
+# Power iterations per round, and the gain in squared singular values, as a share, that ends them.
 _ITERATIONS, _PROGRESS = 2, 1e-7
 _MOST_TURNS = 30
-# Values of a weight that are in float64 at a time: few enough for a processor's cache.
+# Number of values that are converted to float64 at a time, chosen for the processor's cache.
 _BLOCK = 2**18
 
 
 def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
-    """``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
+    """Compute ``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
     weight = out_in(weight, layer.kind)
     return adapted_weight(weight, layer) - upcast(weight)
 
@@ -42,16 +42,16 @@ def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
 def plain_lora(
     weight: Tensor, layer: LayerWeights, rank: int, energy: float | None = None
 ) -> tuple[LayerWeights, float, float]:
-    """The best plain LoRA of a rank for a layer's ``W' - W``.
+    """Find the best plain LoRA of a rank for ``W' - W`` of a layer.
 
     Args:
-        weight: The base weight, as the model stores it.
-        layer: A LoRA or DoRA layer.
-        rank: Largest rank; small layers get less.
+        weight: Base weight, as the model stores it.
+        layer: LoRA or DoRA layer.
+        rank: Largest rank; smaller for small layers.
         energy: See `low_rank`.
 
     Returns:
-        The layer without a magnitude; the Frobenius norm of what is lost of ``W' - W``, and that of
+        The layer without a magnitude, the Frobenius norm of the error, and the Frobenius norm of
         ``W' - W``.
     """
     target = weight_change(weight, layer)
@@ -62,12 +62,12 @@ def plain_lora(
 
 
 def low_rank(target: Tensor, rank: int, energy: float | None = None) -> LayerWeights:
-    """Truncated singular value decomposition of ``(out, in, *k)`` as a plain LoRA layer.
+    """Approximate ``(out, in, *k)`` by a plain LoRA layer (truncated singular value decomposition).
 
     Args:
-        target: What is approximated.
-        rank: Largest rank; a small target gets less.
-        energy: Take the smallest rank that holds this share of the squared singular values.
+        target: Tensor to approximate.
+        rank: Largest rank; smaller for small tensors.
+        energy: Use the smallest rank with this share of the squared singular values.
     """
     matrix = target.flatten(1)
     rank = min(rank, *matrix.shape)
@@ -78,7 +78,7 @@ def low_rank(target: Tensor, rank: int, energy: float | None = None) -> LayerWei
 
 
 def balanced(u: Tensor, s: Tensor, vh: Tensor, shape: torch.Size) -> LayerWeights:
-    """Singular triplets as a plain LoRA layer for a weight of a shape, alpha = rank."""
+    """Convert singular triplets to a plain LoRA layer with alpha = rank."""
     rank, root = len(s), s.sqrt()
     up = (u * root).reshape(-1, rank, *[1] * (len(shape) - 2))
     down = (root[:, None] * vh).reshape(rank, *shape[1:])
@@ -88,19 +88,19 @@ def balanced(u: Tensor, s: Tensor, vh: Tensor, shape: torch.Size) -> LayerWeight
 def truncated(
     layer: LayerWeights, rank: int, energy: float | None = None
 ) -> tuple[LayerWeights, float, float]:
-    """The layer with the best update of a smaller rank, from its factors alone.
+    """Reduce the rank of a layer without its base weight.
 
-    ``delta = s B A`` is decomposed through two QR factorisations and the singular values of an
-    ``r x r`` matrix. The magnitude stays: without the base there is no better one.
+    ``delta = s B A`` is decomposed by two QR factorisations and the singular values of an ``r x r``
+    matrix. The magnitude is kept, since improving it would require the base weight.
 
     Args:
-        layer: A LoRA or DoRA layer.
+        layer: LoRA or DoRA layer.
         rank: Largest rank.
-        energy: Take the smallest rank that holds this share of the squared singular values.
+        energy: Use the smallest rank with this share of the squared singular values.
 
     Returns:
-        The layer, itself where its rank is small enough; the Frobenius norm of what is lost of
-        ``delta``, and that of ``delta``.
+        The layer (unchanged if its rank is small enough), the Frobenius norm of the error of
+        ``delta``, and the Frobenius norm of ``delta``.
     """
     left = torch.linalg.qr(upcast(layer.up).flatten(1).double())
     right = torch.linalg.qr(upcast(layer.down).flatten(1).double().t())
@@ -118,22 +118,23 @@ def truncated(
 
 
 def rank_of_energy(singular_values: Tensor, matrix: Tensor, energy: float) -> int:
-    """The smallest rank that holds a share of a matrix's squared singular values, at least 1.
+    """Return the smallest rank with a share of a matrix's squared singular values, at least 1.
 
     Args:
-        singular_values: The leading ones, in descending order; never more than these.
-        matrix: The matrix, or all of its singular values: what has their squared sum.
+        singular_values: Leading singular values in descending order; their number is the largest
+            rank.
+        matrix: The matrix or all its singular values, for the sum of squares.
         energy: The share.
     """
-    held = singular_values.double().square().cumsum(0)
-    wanted = energy * matrix.double().square().sum()
-    return min(int((held < wanted).sum()) + 1, len(held))
+    sums = singular_values.double().square().cumsum(0)
+    threshold = energy * matrix.double().square().sum()
+    return min(int((sums < threshold).sum()) + 1, len(sums))
 
 
 def random_start(matrix: Tensor, rank: int) -> Tensor | None:
-    """Return where `leading_svd` starts to look for ``rank`` singular vectors: ``(in, w)``.
+    """Return the random start ``(in, w)`` of `leading_svd` for ``rank`` singular vectors.
 
-    None where all of them are as cheap.
+    None if a complete decomposition is not more expensive.
     """
     width = rank + _OVERSAMPLING
     if 4 * width >= min(matrix.shape):
@@ -143,17 +144,18 @@ def random_start(matrix: Tensor, rank: int) -> Tensor | None:
 
 
 def _converged_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`leading_svd`, until the triplets hold all that they can of the matrix.
+    """Iterate `leading_svd` until convergence.
 
-    Few turns where singular values fall; where they hardly do, as those of noise, some twenty.
+    It takes a few rounds if the singular values decrease, and about twenty if they hardly do, as
+    for noise.
     """
     start = random_start(matrix, rank)
     width = rank if start is None else start.shape[1]
-    total, held = matrix.double().square().sum().item(), -math.inf
+    total, energy = matrix.double().square().sum().item(), -math.inf
     for _ in range(_MOST_TURNS):
         u, s, vh = leading_svd(matrix, width, start, _ITERATIONS)
-        before, held = held, s[:rank].double().square().sum().item()
-        if start is None or held - before <= _PROGRESS * total:
+        before, energy = energy, s[:rank].double().square().sum().item()
+        if start is None or energy - before <= _PROGRESS * total:
             break
         start = vh.t()
     return u[:, :rank], s[:rank], vh[:rank]
@@ -162,7 +164,7 @@ def _converged_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def leading_svd(
     matrix: Tensor, rank: int, start: Tensor | None, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets, by subspace iteration from ``start``; exactly without it.
+    """Compute the leading singular triplets by subspace iteration, or exactly without ``start``.
 
     Source: Halko, Martinsson and Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1.
     """
@@ -181,10 +183,10 @@ class Decomposition:
     """Change of a weight ``(out, in, *k)``, as means over the channels of an axis.
 
     Attributes:
-        delta_m: Mean ``|norm(W_t) - norm(W_0)|``, in the unit of the weight.
-        delta_d: Mean ``1 - cos(W_t, W_0)``, from 0 to 2. Channels of norm 0 in either weight have
-            no direction and are left out; 0 where no channel is left.
-        norm: Mean ``norm(W_0)``, by which ``delta_m`` becomes relative.
+        delta_m: Mean ``|norm(W_t) - norm(W_0)|``.
+        delta_d: Mean ``1 - cos(W_t, W_0)``, from 0 to 2. Channels with a norm of 0 in either weight
+            have no direction and are excluded. 0 if no channels are left.
+        norm: Mean ``norm(W_0)``, to which ``delta_m`` is relative in reports.
         squared_change: ``|W_t - W_0|^2`` in the Frobenius norm.
         squared_norm: ``|W_0|^2``.
     """
@@ -203,19 +205,19 @@ def decompose(weight: Tensor, tuned: Tensor, axis: NormAxis) -> Decomposition:
     Args:
         weight: W_0 ``(out, in, *k)``, any floating dtype.
         tuned: W_t, of the same shape.
-        axis: What a channel is: an output, or an input.
+        axis: Axis of the channels.
 
     Raises:
-        ValueError: If the shapes differ, or are not those of a matrix or a kernel.
+        ValueError: If the shapes differ or have fewer than two dimensions.
     """
     if weight.shape != tuned.shape or weight.ndim < 2:
         raise ValueError(
-            f"weights of one shape with two dimensions or more are needed, got "
+            f"both weights must have the same shape with two dimensions or more, got "
             f"{tuple(weight.shape)} and {tuple(tuned.shape)}"
         )
     squares, tuned_squares, change, growth = _channel_sums(weight, tuned, axis)
     norm, tuned_norm = squares.sqrt(), tuned_squares.sqrt()
-    # norm(W_t) - norm(W_0), without taking one from the other.
+    # norm(W_t) - norm(W_0) without cancellation.
     moved = growth / (norm + tuned_norm).clamp_min(torch.finfo(torch.float64).tiny)
     has_direction = (norm > 0) & (tuned_norm > 0)
     # 1 - cos: |W_t - W_0|^2 = (norm_t - norm_0)^2 + 2 norm_0 norm_t (1 - cos).
@@ -231,8 +233,8 @@ def decompose(weight: Tensor, tuned: Tensor, axis: NormAxis) -> Decomposition:
 
 
 def _channel_sums(weight: Tensor, tuned: Tensor, axis: NormAxis) -> Tensor:
-    """``|W_0|^2, |W_t|^2, |D|^2`` and ``<D, W_0 + W_t>`` per channel, D the change: ``(4, n)``."""
-    parts = []
+    """Return ``|W_0|^2, |W_t|^2, |D|^2, <D, W_0 + W_t>`` per channel, ``(4, n)``; D: the change."""
+    sums = []
     for start, length in _blocks(weight.shape[0], weight[0].numel()):
         before = weight.narrow(0, start, length).double()
         after = tuned.narrow(0, start, length).double()
@@ -242,17 +244,17 @@ def _channel_sums(weight: Tensor, tuned: Tensor, axis: NormAxis) -> Tensor:
         )
         outputs, inputs = products.shape[1:3]
         dims = (2, 3) if axis == "output" else (1, 3)
-        parts.append(products.view(4, outputs, inputs, -1).sum(dims))
-    return torch.cat(parts, dim=1) if axis == "output" else torch.stack(parts).sum(0)
+        sums.append(products.view(4, outputs, inputs, -1).sum(dims))
+    return torch.cat(sums, dim=1) if axis == "output" else torch.stack(sums).sum(0)
 
 
 @torch.no_grad()
 def singular_values(weight: Tensor, tuned: Tensor) -> Tensor:
-    """All singular values of ``W_t - W_0`` as a matrix ``(out, in * k)``, the largest first.
+    """Compute all singular values of ``W_t - W_0``, as ``(out, in * k)``, in descending order.
 
-    From the Gram matrix of the shorter side in float64: exact up to about 1e-8 of the largest, at
-    a fraction of the price and memory of a decomposition of the whole. Returns
-    ``(min(out, in * k),)``, float64.
+    They are computed from the Gram matrix of the shorter side in float64, with an error of about
+    1e-8 of the largest one. This takes a fraction of the time and memory of a complete
+    decomposition. Returns ``(min(out, in * k),)``, float64.
     """
     before, after = weight.flatten(1), tuned.flatten(1)
     if before.shape[0] > before.shape[1]:
@@ -269,9 +271,9 @@ def singular_values(weight: Tensor, tuned: Tensor) -> Tensor:
 
 @torch.no_grad()
 def low_rank_singular_values(layer: LayerWeights) -> Tensor:
-    """The singular values of ``s B A``, the largest first, from QR of the factors alone.
+    """Compute the singular values of ``s B A`` in descending order, by QR of the factors.
 
-    Returns at most r of them, float64. Of a plain LoRA, this is ``W_t - W_0``.
+    Returns at most r values, float64. For a plain LoRA, ``s B A`` is ``W_t - W_0``.
     """
     down, up = layer.down.flatten(1).double(), layer.up.flatten(1).double()
     left, right = torch.linalg.qr(up).R, torch.linalg.qr(down.t()).R
@@ -280,7 +282,7 @@ def low_rank_singular_values(layer: LayerWeights) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """``exp`` of the entropy of the singular values as shares of their sum; 0 if all are 0.
+    """Return ``exp`` of the entropy of singular values as shares of their sum; 0 if all are 0.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007. r equal values give r.
     """
@@ -292,7 +294,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def _blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Start and length of neighbouring slices, of ``size`` values each, that fit a block."""
+    """Yield start and length of blocks of slices with ``size`` values each."""
     step = max(1, _BLOCK // max(1, size))
     for start in range(0, count, step):
         yield start, min(step, count - start)

@@ -1,11 +1,11 @@
-"""Adapters merged into a weight, block by block, and how far rounding may take the result.
+"""Merging of adapters into a weight, block by block, with a bound of the rounding error.
 
     merged = W + sum_i strength_i * (W'_i - W)
 
-Exports and live layers both merge here, on a CPU in blocks of a fixed size and on one thread each,
-from operands that were copied to fresh memory: so the result is the same bits whatever the number
-of threads and wherever the tensors lie. Another processor or BLAS may round otherwise:
-`merge_error` bounds by how much.
+Exports and live layers both use this module. On a CPU it merges blocks of a fixed size on one
+thread, from operands in newly allocated memory, so that results do not depend on the number of
+threads or on memory addresses. Another processor or BLAS may round differently, within the bound of
+`merge_error`.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from dora_diffusion.numerics.weights import (
 
 Layers = Sequence[tuple[LayerWeights, Strengths]]
 
-# Values that are merged at a time: their float32 copies fit into a processor's cache.
+# Number of values that are merged at a time, chosen for the processor's cache.
 _BLOCK = 2**18
-# Neighbouring inputs that are merged at a time: fewer would read a part of each cache line.
+# Smallest number of adjacent inputs in a block. Fewer would use only a part of each cache line.
 _COLUMNS = 128
-# Roundings of an entry's terms, in any order, as a share of the sum of their magnitudes.
+# Number of rounding errors in an entry, in units of the sum of its terms' magnitudes.
 _SUMMATION = 8
 
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """The layers of one adapter, by canonical module name, and how strongly they act."""
+    """Layers of one adapter by canonical module name, with strengths."""
 
     layers: Mapping[str, LayerWeights]
     strengths: Strengths = field(default_factory=Strengths)
@@ -56,7 +56,7 @@ class WeightedAdapter:
 def layers_of(
     key: str, adapters: Sequence[WeightedAdapter]
 ) -> list[tuple[LayerWeights, Strengths]]:
-    """The layers that adapt the tensor ``key``, which is a module's name with ``.weight``."""
+    """Return the layers that adapt a tensor. The key is a module name with ``.weight``."""
     if not key.endswith(".weight"):
         return []
     name = key.removesuffix(".weight")
@@ -64,18 +64,17 @@ def layers_of(
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether every number of a floating-point tensor is finite."""
-    # A sum with infinity or NaN in it is one of them, and is known much sooner than each number.
-    # Only a sum that overflows on its own needs these.
+    """Return whether all values of a floating-point tensor are finite."""
+    # A sum that includes infinity or NaN is not finite, and is much faster than checking each
+    # value. A sum that is not finite may also have overflowed.
     total = tensor.sum(dtype=upcast_dtype(tensor))
     return math.isfinite(total) or bool(tensor.isfinite().all())
 
 
 def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
-    """Several adapters on one base: ``W + sum_k (W'_k - W)``, in float32.
+    """Combine adapted weights of one base: ``W + sum_k (W'_k - W)``, in float32.
 
-    Every difference is taken from the unmerged base. They are summed in float64, so that the order
-    of the adapters does not matter.
+    The differences are summed in float64, so that the order of the adapters does not matter.
     """
     if len(adapted) == 1:
         return adapted[0]
@@ -86,18 +85,19 @@ def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def merge_tensor(weight: Tensor, layers: Layers, dtype: torch.dtype | None = None) -> Tensor:
-    """Merge one or several adapters' layers into one weight, in float32, cast once.
+    """Merge layers of adapters into a weight in float32, and cast the result.
 
     Args:
         weight: Base weight as the model stores it, any floating dtype.
-        layers: The layers that adapt it, each with its strengths.
-        dtype: Of the result; that of ``weight`` if None.
+        layers: Adapter layers, each with its strengths. If empty, the weight is only cast.
+        dtype: Dtype of the result. Default: the dtype of ``weight``.
 
     Returns:
-        A new tensor on the device of ``weight``, of its shape; without layers, the weight cast.
+        A new tensor on the device of ``weight``, with its shape.
 
     Raises:
-        MergeError: If the result is not finite; without layers, if only the cast makes it so.
+        MergeError: If the result is not finite. Without layers, a weight that was not finite before
+            the cast is allowed.
     """
     dtype = dtype or weight.dtype
     name = str(dtype).removeprefix("torch.")
@@ -105,8 +105,8 @@ def merge_tensor(weight: Tensor, layers: Layers, dtype: torch.dtype | None = Non
         cast = weight.to(dtype)
         if dtype != weight.dtype and not is_finite(cast) and is_finite(weight):
             raise MergeError(
-                f"the base's weight {tuple(weight.shape)} has numbers that are beyond {name}; take "
-                "a data type with larger numbers (bfloat16 or float32)"
+                f"the base weight {tuple(weight.shape)} has values beyond the range of {name}; use "
+                "a data type with a larger range (bfloat16 or float32)"
             )
         return cast
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -121,31 +121,31 @@ def merge_tensor(weight: Tensor, layers: Layers, dtype: torch.dtype | None = Non
                 for layer, strengths in layers
             ]
             target = merged.narrow(dim, start, length).copy_(merged_weight(block, adapted))
-            # Beyond the largest number of the dtype the cast gives inf: better no file than that.
+            # Values beyond the range of the dtype are cast to inf.
             if not is_finite(target):
                 raise MergeError(
                     f"the merged weight {tuple(result.shape)} is not finite in {name}; lower the "
-                    "strength, or take a data type with larger numbers"
+                    "strength, or use a data type with a larger range"
                 )
     return result
 
 
 def _kind_of(layers: Layers) -> LayerKind:
-    """Return how the weight that all of these adapt is stored.
+    """Return the layer kind of the weight that the layers adapt.
 
     Raises:
-        ValueError: If they do not agree.
+        ValueError: If the kinds differ.
     """
     kinds: set[LayerKind] = {layer.kind for layer, _ in layers}
     if len(kinds) > 1:
-        raise ValueError(f"adapters of one weight take it for {' and '.join(sorted(kinds))}")
+        raise ValueError(f"adapters of one weight have kinds {' and '.join(sorted(kinds))}")
     return kinds.pop() if kinds else "plain"
 
 
 def _copied(layer: LayerWeights, weight: Tensor) -> LayerWeights:
-    """The layer on the weight's device, its factors in fresh memory and in the merge's dtype.
+    """Copy a layer to the device of a weight, in the dtype of the merge and in new memory.
 
-    BLAS may sum in another order where its operands are aligned otherwise.
+    The order of sums in BLAS may depend on the alignment of its operands.
     """
     device, dtype = weight.device, upcast_dtype(weight)
     down, up = (
@@ -157,11 +157,11 @@ def _copied(layer: LayerWeights, weight: Tensor) -> LayerWeights:
 
 
 def _blocks(weight: Tensor, layers: Sequence[LayerWeights]) -> Iterator[tuple[int, int, int]]:
-    """Parts of a weight that can be merged each on its own, as (dim, start, length).
+    """Yield blocks of a weight that can be merged independently, as (dim, start, length).
 
-    A channel along the norm axis depends on no other. Blocks of them that stay in the processor's
-    cache are merged several times faster than the whole, which goes through the memory for every
-    operation. Adapters on both axes leave no such blocks, and a GPU gains nothing from them.
+    Channels along the norm axis are independent. Merging blocks of channels that fit the
+    processor's cache is several times faster than merging the whole weight. Adapters on both axes
+    have no independent blocks, and a GPU does not need them.
     """
     axes = {layer.norm_axis for layer in layers if layer.magnitude is not None}
     dim = 1 if axes == {"input"} else 0
@@ -174,11 +174,11 @@ def _blocks(weight: Tensor, layers: Sequence[LayerWeights]) -> Iterator[tuple[in
 
 @torch.no_grad()
 def merge_error(weight: Tensor, layers: Layers) -> Tensor:
-    """Bound the rounding error of each entry of a merge before its cast, as the model stores it.
+    """Bound the rounding error of each entry of a merge before the cast, as the model stores it.
 
-    An entry of ``W' = g (W + s B A)`` is off by a share of the magnitudes of its terms,
-    ``g (|W| + s |B| |A|)``, and so is the norm in ``g``. Where the terms nearly cancel, they are
-    many times what they add up to.
+    The error of an entry of ``W' = g (W + s B A)`` is proportional to the magnitudes of its terms,
+    ``g (|W| + s |B| |A|)``, and so is that of the norm in ``g``. If the terms nearly cancel, the
+    magnitudes are much larger than the sum.
     """
     kind = _kind_of(layers)
     base = upcast(out_in(weight, kind))
@@ -190,7 +190,7 @@ def merge_error(weight: Tensor, layers: Layers) -> Tensor:
 
 
 def _adapted_error(base: Tensor, layer: LayerWeights, strengths: Strengths) -> Tensor:
-    """The magnitudes of the terms of ``W'``, those of its norm among them."""
+    """Return the magnitudes of the terms of ``W'``, including the terms of its norm."""
     scale = strengths.direction_strength * layer.scale
     terms = low_rank_delta(layer.down.abs(), layer.up.abs(), abs(scale)) + base.abs()
     if layer.magnitude is None:
@@ -210,7 +210,7 @@ def _adapted_error(base: Tensor, layer: LayerWeights, strengths: Strengths) -> T
 
 
 def cast_error(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbours of each entry in a dtype: the error of one cast."""
+    """Bound the rounding error of a cast: half the distance of adjacent values in the dtype."""
     info = torch.finfo(dtype)
-    smallest = info.tiny * info.eps / 2  # half the smallest subnormal number
+    smallest = info.tiny * info.eps / 2  # Half the smallest subnormal number.
     return upcast(tensor).abs() * (info.eps / 2) + smallest

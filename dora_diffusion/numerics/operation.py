@@ -1,4 +1,4 @@
-"""Kinds of layers as one kind of object, so that the formula is written once for all of them."""
+"""Operations of layers behind one interface, so that formulas are written once for all kinds."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from dora_diffusion.numerics.precision import product_dtype
 
-# Dimensions of a sum over all but the last, by how many there are; torch has no more than 64.
+# All dimensions but the last, by number of dimensions (at most 64 in torch).
 _LEADING = tuple(tuple(range(max(0, ndim - 1))) for ndim in range(65))
 
 
 class Operation:
-    """A linear map with a weight ``(out, in, *k)``; this one is a Linear's.
+    """Linear map with a weight ``(out, in, *k)``. The base class is the operation of a Linear.
 
-    What it does to an activation are torch's own functions, with the layer's settings bound to
-    them: nothing else is called on the way.
+    Its attributes are functions of torch with the settings of a layer bound, so that calls have no
+    overhead.
 
     Attributes:
-        apply: ``x``, an activation, or ids as a `OneHot`, the weight, and perhaps a bias ``(out,)``
-            to the output.
-        down_project: ``x`` and ``down``, ``(r, in, *k)``, to what B is applied to.
-        up_project: That, ``up``, ``(out, r)`` or ``(out, r, *1)``, and perhaps a bias.
-        shape: What a vector over outputs is viewed as to multiply an activation.
-        dims: Over which dimensions of an activation its channels are summed, by how many it has;
-            none: it is the sum.
+        apply: Function of ``x`` (an activation or a `OneHot`), the weight and an optional bias
+            ``(out,)`` to the output.
+        down_project: Function of ``x`` and ``down`` ``(r, in, *k)`` to the input of B.
+        up_project: Function of the input of B, ``up`` ``(out, r)`` or ``(out, r, *1)`` and an
+            optional bias to the output.
+        shape: Shape of a vector over outputs to multiply an activation.
+        dims: Dimensions of an activation except for the channels, by number of dimensions.
     """
 
     apply: Callable[..., Tensor] = staticmethod(F.linear)
@@ -40,23 +40,22 @@ class Operation:
     dims: Mapping[int, tuple[int, ...]] | Sequence[tuple[int, ...]] = _LEADING
 
     def scale_input(self, x: Any, vector: Tensor) -> Any:
-        """``x`` times ``vector``, ``(in,)``: a value for each slice ``weight[:, i]``."""
+        """Multiply ``x`` by ``vector`` ``(in,)``, one value for each slice ``weight[:, i]``."""
         return x * vector.view(self.shape)
 
 
 class ConvOperation(Operation):
-    """``x (N, in, *size)``, or without N, -> ``(N, out, *size')``, zero padding, in one or two
-    dimensions.
+    """Convolution in one or two dimensions with zero padding.
 
-    With ``groups``, output channels are in as many blocks that see one block of the inputs each.
-    The weight is ``(out, in / groups, *k)``, and so is ``B A``: A is applied to each block, and B
-    has a row for each output. LyCORIS has it so; in PEFT, A sees all inputs at once, which is an
-    update that no grouped weight can hold. B is a convolution of size 1 on what A made: stride,
-    padding and dilation were applied by A; applied twice, the sizes would not fit.
+    It maps ``(N, in, *size)``, or an input without N, to ``(N, out, *size')``. With ``groups``, the
+    weight is ``(out, in / groups, *k)``, and so is ``B A``: A is applied to each group of inputs,
+    and B has a row for each output. LyCORIS does the same; in PEFT, A is applied to all inputs,
+    which no grouped weight can represent. A has the stride, padding and dilation of the layer; B is
+    a convolution of size 1.
 
     Args:
-        stride, padding, dilation, groups: The layer's.
-        leaves_garbage: Whether `convolve` must look after the gradient of A.
+        stride, padding, dilation, groups: Settings of the layer.
+        leaves_garbage: Whether `convolve` must correct the gradient of A.
     """
 
     def __init__(
@@ -78,20 +77,24 @@ class ConvOperation(Operation):
             "groups": groups,
         }
         self.apply = partial(run, **settings)
-        own = partial(convolve, bias=None, **settings) if leaves_garbage else self.apply
-        self.down_project = partial(_down_groups, own, groups) if groups > 1 else own
+        convolution = partial(convolve, bias=None, **settings) if leaves_garbage else self.apply
+        self.down_project = (
+            partial(_down_groups, convolution, groups) if groups > 1 else convolution
+        )
         self.up_project = partial(run, groups=groups)
         self.shape = (-1, *[1] * size)
         self.dims = {size + 1: tuple(range(1, size + 1)), size + 2: (0, *range(2, size + 2))}
 
     def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
-        """``vector`` is ``(in / groups,)``: channel i of every group is multiplied by value i."""
+        """Multiply channel i of every group by value i of ``vector`` ``(in / groups,)``."""
         return x * vector.repeat(self.groups).view(self.shape)
 
 
-def _down_groups(own: Callable[..., Tensor], groups: int, x: Tensor, down: Tensor) -> Tensor:
-    """Convolve with ``down``, every group alike: ``(N, groups * r, *size')``."""
-    return own(x, down.repeat(groups, *[1] * (down.ndim - 1)))
+def _down_groups(
+    convolution: Callable[..., Tensor], groups: int, x: Tensor, down: Tensor
+) -> Tensor:
+    """Convolve every group with ``down``: ``(N, groups * r, *size')``."""
+    return convolution(x, down.repeat(groups, *[1] * (down.ndim - 1)))
 
 
 def convolve(
@@ -103,29 +106,28 @@ def convolve(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """``F.conv1d`` or ``F.conv2d``, whose weight gets a right gradient everywhere."""
+    """Apply ``F.conv1d`` or ``F.conv2d`` with a correct weight gradient on all devices."""
     run: Any = F.conv2d if weight.ndim == 4 else F.conv1d
     trains = torch.is_grad_enabled() and weight.requires_grad
     if not (trains and leaves_garbage(x, weight, dilation)):
-        made: Tensor = run(x, weight, bias, stride, padding, dilation, groups)
-        return made
+        output: Tensor = run(x, weight, bias, stride, padding, dilation, groups)
+        return output
     low, bias = product_dtype(x), None if bias is None else bias.float()
     with torch.autocast(x.device.type, enabled=False):
-        made = run(x.float(), weight.float(), bias, stride, padding, dilation, groups)
-        return made.to(low)
+        output = run(x.float(), weight.float(), bias, stride, padding, dilation, groups)
+        return output.to(low)
 
 
 def leaves_garbage(x: Tensor, weight: Tensor, dilation: Sequence[int]) -> bool:
-    """Return whether a convolution's weight gradient must be computed in float32.
+    """Return whether the weight gradient of a convolution must be computed in float32.
 
-    Where a kernel spans more than the map that it is applied to, oneDNN in bfloat16 leaves those
-    taps of the gradient that only ever met padding as it found them in memory, with whatever
-    numbers these were, NaN among them.
+    If a kernel is larger than its input, oneDNN in bfloat16 does not write the gradient of taps
+    that only meet padding. These entries keep arbitrary values of uninitialized memory, even NaN.
 
     Args:
         x: Input ``(N, in, *size)``, or without N.
-        weight: ``(out, in, *k)``.
-        dilation: Of each dimension of the kernel.
+        weight: Weight ``(out, in, *k)``.
+        dilation: Dilation of each dimension of the kernel.
     """
     if x.device.type != "cpu" or product_dtype(x) != torch.bfloat16:
         return False
@@ -135,11 +137,11 @@ def leaves_garbage(x: Tensor, weight: Tensor, dilation: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class OneHot:
-    """Ids ``(...)`` as what an Embedding multiplies: vectors ``(..., num)``, 0 but at their id.
+    """Ids ``(...)`` as scaled one-hot vectors ``(..., num)``, which an Embedding multiplies.
 
     Attributes:
         ids: Rows to look up, int64 or int32.
-        values: What stands at the id, ``(...)``: 1 at first.
+        values: Values at the ids, ``(...)``, initially 1.
     """
 
     ids: Tensor
@@ -154,36 +156,36 @@ class OneHot:
         return self.values.dtype
 
     def to(self, dtype: torch.dtype) -> OneHot:
-        """The same in another dtype."""
+        """Cast the values."""
         return OneHot(self.ids, self.values.to(dtype))
 
     def look_up(self, table: Tensor) -> Tensor:
-        """The rows of a table ``(num, n)`` at the ids: ``(..., n)``; nothing else is read."""
+        """Look up rows of a table ``(num, n)``: ``(..., n)``."""
         return F.embedding(self.ids, table)
 
 
 class EmbeddingOperation(Operation):
-    """``x (...)``, ids as a `OneHot` -> ``(..., dim)``: a Linear on one-hot vectors, without these.
+    """Operation of an Embedding: a Linear on one-hot vectors, ``(...)`` to ``(..., dim)``.
 
-    Its weight is the transposed table, ``(out, in) = (dim, num)``, as PEFT has it: outputs are the
-    dimensions of a vector, inputs the rows of the table. On the output axis there is a magnitude
-    for each dimension, on the input axis one for each row.
+    The weight is the transposed table, ``(out, in) = (dim, num)``, as in PEFT: outputs are the
+    dimensions of a vector, inputs the rows of the table. The output axis has a magnitude for each
+    dimension, the input axis one for each row.
     """
 
     def apply(self, x: OneHot, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Look up columns of ``weight``; an Embedding has no bias."""
+        """Look up columns of ``weight``. There is no bias."""
         assert bias is None
         return x.look_up(weight.t()) * x.values[..., None]
 
     down_project = apply
 
     def scale_input(self, x: OneHot, vector: Tensor) -> OneHot:
-        """Values times those of ``vector``, ``(num,)``, at the ids."""
+        """Multiply the values by the entries of ``vector`` ``(num,)`` at the ids."""
         return OneHot(x.ids, x.values * x.look_up(vector[:, None])[..., 0])
 
 
 def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
-    """Inputs with some set to 0; an Embedding's, which are one-hot, with some tokens."""
+    """Apply dropout to inputs, or to whole tokens for an Embedding."""
     if not training or p == 0:
         return x
     if isinstance(x, OneHot):
@@ -192,13 +194,15 @@ def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
 
 
 def timestep_ranks(timesteps: Tensor, num_train_timesteps: int, rank: int, least: int) -> Tensor:
-    """T-LoRA's active ranks, ``floor((T - t) / T (r - r_min)) + r_min`` (arXiv:2507.05964, 4.1).
+    """Return T-LoRA's active ranks, ``floor((T - t) / T (r - r_min)) + r_min``.
+
+    Source: arXiv:2507.05964, section 4.1. All ranks are active at timestep 0.
 
     Args:
-        timesteps: t, ``(B,)`` int64, from 0, where all ranks are active.
-        num_train_timesteps: T.
-        rank: r of the layer.
-        least: r_min, no more than r.
+        timesteps: Timesteps t, ``(B,)`` int64.
+        num_train_timesteps: Length T of the noise schedule.
+        rank: Rank r of the layer.
+        least: Smallest rank r_min, at most r.
 
     Returns:
         ``(B,)`` int64.
@@ -208,9 +212,9 @@ def timestep_ranks(timesteps: Tensor, num_train_timesteps: int, rank: int, least
 
 
 def by_row(op: Operation, vectors: Tensor, activation: Tensor) -> Tensor:
-    """View ``(N, c)`` to multiply an activation of N rows; ``(1, c)`` is for any number.
+    """View ``(N, c)`` or ``(1, c)`` to multiply an activation of N rows.
 
-    Channels that are several times as many, as with groups, repeat it.
+    The vector is repeated if the activation has several times c channels, as with groups.
     """
     channels = activation.ndim - len(op.shape) + op.shape.index(-1)
     shape = [len(vectors), *[1] * (activation.ndim - 1)]
@@ -219,11 +223,11 @@ def by_row(op: Operation, vectors: Tensor, activation: Tensor) -> Tensor:
 
 
 class MaskedOperation(Operation):
-    """Another operation, of which what A makes is multiplied by a number for each rank and row.
+    """Operation whose down projection is multiplied by a mask over ranks and rows.
 
     Args:
-        op: The other.
-        mask: Of each row, as `by_row` takes it.
+        op: Operation to mask.
+        mask: Masks of the rows, for `by_row`.
     """
 
     def __init__(self, op: Operation, mask: Tensor) -> None:
@@ -233,28 +237,28 @@ class MaskedOperation(Operation):
         )  # fmt: skip
 
     def scale_input(self, x: Any, vector: Tensor) -> Any:
-        """As the other operation does it."""
+        """Multiply ``x`` as the masked operation does."""
         return self.op.scale_input(x, vector)
 
     def down_project(self, x: Any, down: Tensor) -> Tensor:
-        """The product with ``down``, times the mask."""
-        made = self.op.down_project(x, down)
-        return made * by_row(self, self.mask, made).to(made.dtype)
+        """Project with ``down`` and multiply by the mask."""
+        projected = self.op.down_project(x, down)
+        return projected * by_row(self, self.mask, projected).to(projected.dtype)
 
 
-# Pixels from which on a CPU takes less time for a convolution of each row than for groups.
+# Number of pixels from which a CPU convolves row by row faster than with groups.
 _LARGE_MAP = 256
 
 
 class RowOperation(Operation):
-    """Operation of a Linear or a Conv2d, on a batch whose rows have factors of their own.
+    """Operation of a Linear or Conv2d on a batch in which each row has its own factors.
 
     ``down`` is ``(N, r, in, *k)``, ``up`` ``(N, out, r)``; gains and biases are ``(N, channels)``.
 
     Args:
-        op: What the weight, which all rows share, does.
-        ndim: Dimensions of an activation, the first of which is the rows.
-        rows: N.
+        op: Operation of the weight, which all rows share.
+        ndim: Number of dimensions of an activation. The first one is the rows.
+        rows: Number of rows N.
     """
 
     def __init__(self, op: Operation, ndim: int, rows: int) -> None:
@@ -267,10 +271,10 @@ class RowOperation(Operation):
         self.dims = {ndim: tuple(d for d in range(1, ndim) if d != channels)}
 
     def down_project(self, x: Tensor, down: Tensor) -> Tensor:
-        """Each row by its own: a batched product, or a convolution with a group per row.
+        """Project each row with its own factor: a batched product, or a grouped convolution.
 
-        oneDNN has no good kernels for so many groups: on a CPU, a kernel of one pixel is a product
-        too, and large maps are convolved row after row, in down to half the time.
+        oneDNN is slow with many groups. On a CPU, kernels of one pixel are batched products, and
+        large inputs are convolved row by row, in up to half the time.
         """
         op = self._conv
         if op is None:
@@ -280,20 +284,20 @@ class RowOperation(Operation):
         if is_cpu and is_pixel and set(op.stride) == {1} and not any(op.padding):
             return self.up_project(x, down.flatten(2))
         if is_cpu and x.shape[2:].numel() >= _LARGE_MAP:
-            each = zip(x[:, None].unbind(), down.unbind(), strict=True)
-            return torch.cat([op.down_project(row, own) for row, own in each])
+            pairs = zip(x[:, None].unbind(), down.unbind(), strict=True)
+            return torch.cat([op.down_project(row, factor) for row, factor in pairs])
         side_by_side, rows = x.reshape(1, -1, *x.shape[2:]), x.shape[0]
-        made = convolve(
+        output = convolve(
             side_by_side, down.flatten(0, 1), None, op.stride, op.padding, op.dilation, rows
         )
-        return made.view(rows, -1, *made.shape[2:])
+        return output.view(rows, -1, *output.shape[2:])
 
     def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A batched product on what ``down`` made."""
+        """Project each row of the down projection with its own factor, by a batched product."""
         if self._conv:
             flat = x.flatten(2)
-            made = torch.bmm(up, flat) if bias is None else torch.baddbmm(bias[..., None], up, flat)
-            return made.view(x.shape[0], -1, *x.shape[2:])
+            y = torch.bmm(up, flat) if bias is None else torch.baddbmm(bias[..., None], up, flat)
+            return y.view(x.shape[0], -1, *x.shape[2:])
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        made = torch.bmm(flat, up.mT) if bias is None else torch.baddbmm(bias[:, None], flat, up.mT)
-        return made.view(*x.shape[:-1], -1)
+        y = torch.bmm(flat, up.mT) if bias is None else torch.baddbmm(bias[:, None], flat, up.mT)
+        return y.view(*x.shape[:-1], -1)

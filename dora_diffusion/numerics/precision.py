@@ -1,8 +1,8 @@
 """Precision of products, norms, gains and merges.
 
-Norms and merges take float32, or float64 for float64 weights. But float32 says less than it seems:
-torch may round the operands of a float32 product to the 10 bits of TensorFloat-32 (convolutions on
-CUDA do so by default) or to bfloat16's 7, which loses an update that is small beside its weight.
+Norms and merges are computed in float32, or float64 for float64 weights. However, torch may round
+the operands of float32 products to the 10 bits of TensorFloat-32 (convolutions on CUDA do by
+default) or the 7 bits of bfloat16, which loses updates that are small compared to the weight.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ _ROUNDED = ("tf32", "bf16")
 
 
 def upcast_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision that norms and merges of a tensor are computed in."""
+    """Return the dtype in which norms and merges of a tensor are computed."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """Return the tensor in the precision that norms and merges are computed in."""
+    """Cast a tensor to the dtype in which norms and merges are computed."""
     return tensor.to(upcast_dtype(tensor))
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype for a product of a floating tensor: autocast's dtype, or its own."""
+    """Return the dtype of a product with a floating-point tensor: autocast's, or the tensor's."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64; on the CPU where its device has none, which an operation brings back.
+    """Cast a tensor to float64, on the CPU if its device does not support float64.
 
-    Two steps there: Apple's GPUs do not cast on the way to the CPU either.
+    The tensor is moved before the cast, since Apple's GPUs cannot do both in one step.
     """
     return (tensor if has_float64(tensor.device.type) else tensor.cpu()).double()
 
 
 def rounds_float32(device_type: str) -> bool:
-    """Return whether torch is set to round the operands of ``@`` in float32. Never raises."""
+    """Return whether torch rounds the operands of float32 matrix products. Never raises."""
     setting = _setting(device_type)
     if setting is not None:
         return setting.fp32_precision in _ROUNDED
@@ -58,10 +58,10 @@ def rounds_float32(device_type: str) -> bool:
 
 @lru_cache
 def _setting(device_type: str) -> Any:
-    """The object with the setting ``fp32_precision``; None before torch 2.9, which has none.
+    """Return the object with the setting ``fp32_precision``; None before torch 2.9.
 
-    It covers the older switches too, which in their turn cannot be read once this one was set:
-    `torch.backends.cuda.matmul.allow_tf32` raises a RuntimeError then.
+    The setting includes the older switches. After it has been set, reading an older one, such as
+    `torch.backends.cuda.matmul.allow_tf32`, raises a RuntimeError.
     """
     library = {"cuda": "cuda", "cpu": "mkldnn"}.get(device_type, "")
     setting = getattr(getattr(torch.backends, library, None), "matmul", None)
@@ -69,12 +69,13 @@ def _setting(device_type: str) -> Any:
 
 
 def allow_tf32() -> None:
-    """Allow TensorFloat-32 for float32 matrix products on CUDA; convolutions use it by default.
+    """Allow TensorFloat-32 for float32 matrix products on CUDA. Convolutions use it by default.
 
-    By torch's older switch: programs that read it would fail if the newer one was set.
+    This sets the older switch of torch. Setting the newer one would break programs that read the
+    older one.
 
     Warns:
-        UserWarning: If no GPU here has TensorFloat-32.
+        UserWarning: If there is no GPU with TensorFloat-32.
     """
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
         warnings.warn(
@@ -85,8 +86,8 @@ def allow_tf32() -> None:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Products of matrices as precise as their dtype: without autocast, TF32 and bfloat16."""
-    # Not a generator: Dynamo of torch 2.6 traces torch's own contexts only.
+    """Return a context with exact float32 matrix products: no autocast, TF32 and bfloat16."""
+    # Dynamo of torch 2.6 traces only torch's own contexts, not generators.
     without_autocast = torch.autocast(device.type, enabled=False)
     return without_autocast if torch.compiler.is_compiling() else _exact(without_autocast, device)
 
@@ -99,12 +100,12 @@ def _exact(without_autocast: torch.autocast, device: torch.device) -> Iterator[N
 
 @lru_cache
 def _exact_products(device_type: str) -> SharedSwitch:
-    """Products of matrices on a kind of device round nothing inside of it."""
+    """Return a context without rounding in matrix products on a kind of device."""
     return SharedSwitch(partial(_stop_rounding, device_type))
 
 
 def _stop_rounding(device_type: str) -> Callable[[], None] | None:
-    """Disable rounding in products of matrices. Returns what undoes it, if they did."""
+    """Disable rounding in matrix products. Returns a function to restore it, None if not needed."""
     if not rounds_float32(device_type):
         return None
     setting = _setting(device_type)
@@ -118,7 +119,7 @@ def _stop_rounding(device_type: str) -> Callable[[], None] | None:
 
 
 def _restore(setting: Any, before: str) -> None:
-    # Where it followed a more general setting, it does so again.
+    # "none" follows the more general setting, as it may have done before.
     setting.fp32_precision = "none"
     if setting.fp32_precision != before:
         setting.fp32_precision = before

@@ -1,4 +1,4 @@
-"""Noise processes: how latents become noise, and what a model predicts of the result."""
+"""Noise processes: noisy latents, prediction targets and loss weights by timestep."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from dora_diffusion.numerics.loss import add_noise, huber_delta, loss_weight, tr
 
 
 class NoiseProcess(Protocol):
-    """The noise process of a model. Timesteps are ``(B,)`` int64, and so many rows are returned."""
+    """Noise process of a model. Timesteps are ``(B,)`` int64."""
 
     @property
     def num_timesteps(self) -> int:
         """Length of the noise schedule."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy latents, ``(B, C, h, w)``."""
+        """Return noisy latents, ``(B, C, h, w)``."""
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Target of the prediction, ``(B, C, h, w)``."""
+        """Return the target of the prediction, ``(B, C, h, w)``."""
 
     def weight(self, timesteps: Tensor, weightings: Mapping[str, float]) -> Tensor | None:
-        """Loss weights ``(B,)``; None if all are 1."""
+        """Return loss weights ``(B,)``; None if all are 1."""
 
     def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
-        """Delta of the Huber loss, ``(B,)``."""
+        """Return deltas of the Huber loss, ``(B,)``."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Frozen random projections that all layers share, from a seed: the same bits everywhere.
+"""Frozen random projections that all layers share, reproducible from a seed.
 
-VeRA (arXiv:2310.11454) trains vectors between two random matrices that no file holds. They must
-come back from their seed to the last bit, with every version of every library on every device. So
-they are drawn here by a generator that is written out (SplitMix64; Steele, Lea and Flood, OOPSLA
-2014): whole numbers modulo 2^64, each from its place alone.
+VeRA (arXiv:2310.11454) trains vectors between two random matrices that are not saved. The matrices
+must be reproducible exactly, with every version of every library on every device. They are
+therefore drawn by an implementation of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) in this
+module, in integers modulo 2^64, each entry from its index.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch.autograd.function import once_differentiable
 
 _STEP = 0x9E3779B97F4A7C15
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_BITS = 24  # What a float32 holds exactly.
+_BITS = 24  # Precision of float32.
 Kernel = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Projections:
-    """A and B of the largest layer; a smaller layer takes the first columns of A and rows of B.
+    """A and B of the largest layer. Smaller layers use the first columns of A and rows of B.
 
-    Drawn from U(-b, b) with ``b = sqrt(6 / fan_in)`` (Kaiming), as the paper does.
+    They are drawn from U(-b, b) with ``b = sqrt(6 / fan_in)`` (Kaiming), as in the paper.
 
     Attributes:
-        seed: What they are drawn from.
-        rank: r.
-        outputs: Rows of B: output features of the largest layer.
-        inputs: Input features of the largest layer of each kernel size, ``(1, 1)`` for a Linear,
-            each of which has an A of its own.
+        seed: Random seed.
+        rank: Rank r.
+        outputs: Number of output features of the largest layer, the rows of B.
+        inputs: Number of input features of the largest layer by kernel size, ``(1, 1)`` for a
+            Linear. Each kernel size has its own A.
 
     Raises:
         ValueError: If a size is not positive, or the seed negative.
@@ -49,11 +49,11 @@ class Projections:
     def __post_init__(self) -> None:
         sizes = (self.rank, self.outputs, *self.inputs.values(), *sum(self.inputs, ()))
         if min(sizes) < 1 or not 0 <= self.seed < 2**63 or not self.inputs:
-            raise ValueError(f"these are not the sizes and seed of projections: {self}")
+            raise ValueError(f"sizes must be positive and the seed not negative, got {self}")
 
     @classmethod
     def of(cls, shapes: Iterable[tuple[int, ...]], rank: int, seed: int) -> Projections:
-        """Projections for weights of these shapes ``(out, in, *k)``."""
+        """Build projections for weights of shapes ``(out, in, *k)``."""
         shapes = list(shapes)
         inputs: dict[Kernel, int] = {}
         for shape in shapes:
@@ -67,7 +67,7 @@ class Projections:
 
     @cached_property
     def matrices(self) -> dict[Kernel | None, Tensor]:
-        """Each A ``(r, in, *k)`` by its kernel size, B ``(out, r)`` under None; float32, CPU."""
+        """A ``(r, in, *k)`` by kernel size, and B ``(out, r)`` under None; float32 on the CPU."""
         drawn: dict[Kernel | None, Tensor] = {}
         for number, (kernel, width) in enumerate(sorted(self.inputs.items())):
             drawn[kernel] = _kaiming(self.seed, 1 + number, (self.rank, width, *kernel))
@@ -75,19 +75,19 @@ class Projections:
         return drawn
 
     def factors(self, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """A ``(r, in, *k)`` and B ``(out, r, ...)`` of a weight, views of what all layers share."""
-        held = self._on(device)
-        down = held[kernel_of(shape)][:, : shape[1]]
-        up = held[None][: shape[0]]
+        """Return A ``(r, in, *k)`` and B ``(out, r, ...)`` of a weight, views of the matrices."""
+        matrices = self._on(device)
+        down = matrices[kernel_of(shape)][:, : shape[1]]
+        up = matrices[None][: shape[0]]
         if len(shape) == 2:
             return down.flatten(1), up
         return down, up.view(*up.shape, *[1] * (len(shape) - 2))
 
     def _on(self, device: torch.device) -> dict[Kernel | None, Tensor]:
-        held = self._by_device
-        if device not in held:
-            held[device] = {kernel: drawn.to(device) for kernel, drawn in self.matrices.items()}
-        return held[device]
+        cache = self._by_device
+        if device not in cache:
+            cache[device] = {kernel: matrix.to(device) for kernel, matrix in self.matrices.items()}
+        return cache[device]
 
     @cached_property
     def _by_device(self) -> dict[torch.device, dict[Kernel | None, Tensor]]:
@@ -95,21 +95,21 @@ class Projections:
 
 
 def kernel_of(shape: tuple[int, ...]) -> Kernel:
-    """The kernel size of a weight; that of a Linear is a single tap."""
+    """Return the kernel size of a weight, ``(1, 1)`` for a Linear."""
     return tuple(shape[2:]) or (1, 1)
 
 
 def _kaiming(seed: int, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """U(-b, b) for a rectified layer: ``b = sqrt(6 / fan_in)``."""
+    """Draw from U(-b, b) with ``b = sqrt(6 / fan_in)``."""
     bound = torch.tensor(math.sqrt(6 / math.prod(shape[1:])), dtype=torch.float32)
     return uniform(seed, stream, math.prod(shape)).mul_(bound).view(shape)
 
 
 def uniform(seed: int, stream: int, count: int) -> Tensor:
-    """Numbers from U(-1, 1), ``(count,)``, float32: odd multiples of 2^-24.
+    """Draw from U(-1, 1), ``(count,)``, float32: odd multiples of 2^-24.
 
-    Number i is the output of SplitMix64 after i + 1 steps of a state that itself is its output for
-    the seed, moved on by the stream; its upper 24 bits count.
+    Value i is given by the upper 24 bits of SplitMix64's output after i + 1 steps. The initial
+    state is itself an output, for a state of seed and stream.
     """
     start = _mixed(torch.tensor([seed], dtype=torch.int64) * _signed(_STEP) + stream)
     states = start + torch.arange(1, count + 1, dtype=torch.int64) * _signed(_STEP)
@@ -119,14 +119,14 @@ def uniform(seed: int, stream: int, count: int) -> Tensor:
 
 
 def _mixed(state: Tensor) -> Tensor:
-    """SplitMix64's output of a state."""
+    """Return the output of SplitMix64 for a state."""
     for shift, multiplier in _MULTIPLIERS:
         state = (state ^ _shifted(state, shift)) * _signed(multiplier)
     return state ^ _shifted(state, 31)
 
 
 def _shifted(state: Tensor, by: int) -> Tensor:
-    """Shift to the right without the sign, which torch's shift keeps."""
+    """Shift to the right without sign extension."""
     return (state >> by) & ((1 << (64 - by)) - 1)
 
 
@@ -135,13 +135,13 @@ def _signed(number: int) -> int:
 
 
 def scaled_rows(vector: Tensor, matrix: Tensor) -> Tensor:
-    """``diag(v) M``: ``(n,)`` and ``(n, ...)`` -> ``(n, ...)``, differentiable in both."""
-    made: Tensor = _ScaledRows.apply(vector, matrix)  # type: ignore[no-untyped-call]
-    return made
+    """Compute ``diag(v) M``: ``(n,)`` and ``(n, ...)`` -> ``(n, ...)``, differentiable in both."""
+    rows: Tensor = _ScaledRows.apply(vector, matrix)  # type: ignore[no-untyped-call]
+    return rows
 
 
 class _ScaledRows(torch.autograd.Function):
-    """Autograd function that keeps its inputs past a first backward pass; they stay the same."""
+    """Autograd function that allows several backward passes, since its inputs do not change."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, matrix: Tensor) -> Tensor:

@@ -1,19 +1,19 @@
-"""Frozen weights in 8 or 4 bits that every operation sees as the dense weights they stand for.
+"""Frozen weights in 8 or 4 bits, which all operations see as dense weights.
 
-`PackedWeight` is a tensor of the shape, dtype and device of the weight that it was made of, but
-holds its codes alone. Products keep the codes for the backward pass and make the dense weight
-again there; whatever else reads it gets the dense weight for a moment. The values are rounded to
-the dtype that the base model has, whatever dtype is asked for: forward pass, norm, merge and
-analysis see one W.
+`PackedWeight` is a tensor with the shape, dtype and device of the original weight that stores only
+codes. Products save the codes for the backward pass and restore the dense weight there. All other
+operations get a temporary dense weight. Its values are always rounded to the dtype of the base
+model, so that forward pass, norm, merge and analysis use the same W.
 
-- int8: a row's numbers over 1/127 of its largest (LLM.int8, arXiv:2208.07339, section 2).
-- nf4: 64 numbers of a row at a time, over their largest, to the nearest of 16 quantiles of the
-  normal distribution (QLoRA, arXiv:2305.14314, section 3), whose codes are bitsandbytes'. The
-  largest ones are 8 bits in their turn, 256 of them evenly between their bounds.
+- int8: each row is divided by 1/127 of its largest absolute value (LLM.int8, arXiv:2208.07339,
+  section 2).
+- nf4: each block of 64 values of a row is divided by its largest absolute value and rounded to 16
+  quantiles of the normal distribution (QLoRA, arXiv:2305.14314, section 3), with the codes of
+  bitsandbytes. The largest values are themselves quantised to 8 bits, in groups of 256.
 
-The scales of a row are multiplied by one number, within 2% of 1, that gives the row the norm that
-it had. So a magnitude starts as, and means, the norm of the original weight, and an adapter that
-was trained on the quantised weight is one of the original weight as it is.
+The scales of a row are multiplied by a factor, within 2% of 1, that restores the norm of the row.
+Magnitudes therefore start as the norms of the original weight, and an adapter that was trained on
+the quantised weight can be used on the original weight.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dora_diffusion.numerics.precision import product_dtype
 Quantisation = Literal["int8", "nf4"]
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 BLOCK = 64
-"""Numbers that share a scale in nf4."""
+"""Number of values that share a scale in nf4."""
 _GROUP = 256
-# Numbers that are quantised at a time: few enough to stay in a processor's cache.
+# Number of values that are quantised at a time, chosen for the processor's cache.
 _CHUNK = 2**18
 _TINY = torch.finfo(torch.float32).tiny
-# Quantiles of the normal distribution (QLoRA, section 3 and appendix E), 0, and half way between.
+# Quantiles of the normal distribution, including 0 (QLoRA, section 3 and appendix E).
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -54,59 +54,59 @@ _aten: Any = torch.ops.aten
 
 
 class PackedWeight(Tensor):
-    """A frozen weight that is kept as codes; made by `quantise`, of one of its two kinds.
-
-    It is written by nobody: what would change it raises a RuntimeError.
+    """Frozen weight that is stored as codes (`quantise`). Changing it raises a RuntimeError.
 
     Attributes:
-        rounded_to: The dtype that the weight had when it was quantised.
+        kind: Kind of quantisation.
+        tensor_names: Names of the tensors with codes and scales.
+        rounded_to: Dtype of the original weight.
     """
 
     kind: ClassVar[Quantisation]
-    parts: ClassVar[tuple[str, ...]]
+    tensor_names: ClassVar[tuple[str, ...]]
     rounded_to: torch.dtype
 
     @staticmethod
     def __new__(
         cls, tensors: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, rounded_to: Any
     ) -> PackedWeight:
-        device = tensors[cls.parts[0]].device
-        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made.rounded_to = rounded_to
-        for name in cls.parts:
-            setattr(made, name, tensors[name])
-        return made
+        device = tensors[cls.tensor_names[0]].device
+        packed: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        packed.rounded_to = rounded_to
+        for name in cls.tensor_names:
+            setattr(packed, name, tensors[name])
+        return packed
 
     def __init__(self, *args: Any) -> None:
-        """`__new__` has done it."""
+        """Do nothing, since `__new__` has set the attributes."""
 
     @classmethod
     def pack(cls, rows: Tensor) -> dict[str, Tensor]:
-        """Return codes and scales of some rows of a weight, float32 ``(rows, n)``."""
+        """Quantise some rows of a weight, float32 ``(rows, n)``. Returns codes and scales."""
         raise NotImplementedError
 
     @classmethod
-    def finished(cls, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `tensors` of a weight from what `pack` made of all its rows."""
-        return made
+    def finished(cls, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert the results of `pack` for all rows to `tensors`."""
+        return packed
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return some rows of the weight, float32 ``(stop - start, n)``."""
+        """Restore some rows of the weight, float32 ``(stop - start, n)``."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight that the codes stand for, in its own dtype or another one."""
+        """Restore the dense weight, in the dtype of the tensor or another one."""
         with torch.no_grad():
-            made = self.rows(0, self.shape[0]).to(self.rounded_to)
-            return made.reshape(self.shape).to(dtype or self.dtype).contiguous()
+            rows = self.rows(0, self.shape[0]).to(self.rounded_to)
+            return rows.reshape(self.shape).to(dtype or self.dtype).contiguous()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Codes and scales, as they are saved."""
-        return {name: getattr(self, name) for name in self.parts}
+        """Codes and scales by name."""
+        return {name: getattr(self, name) for name in self.tensor_names}
 
     def over(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> PackedWeight:
-        """Return the same weight over changed tensors."""
+        """Return the weight with a function applied to its tensors."""
         tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
         return type(self)(tensors, self.shape, dtype, self.rounded_to)
 
@@ -117,7 +117,7 @@ class PackedWeight(Tensor):
         return f"{self!r} {self.rounded_to}"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return list(self.parts), (self.dtype, self.rounded_to)
+        return list(self.tensor_names), (self.dtype, self.rounded_to)
 
     @classmethod
     def __tensor_unflatten__(
@@ -133,7 +133,7 @@ class PackedWeight(Tensor):
         if function in _PRODUCTS and not isinstance(args[0], PackedWeight):
             return _product(function, *args, **kwargs)
         if function is Tensor.data_ptr:
-            return args[0].tensors[cls.parts[0]].data_ptr()
+            return args[0].tensors[cls.tensor_names[0]].data_ptr()
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
@@ -142,39 +142,37 @@ class PackedWeight(Tensor):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        own = args[0] if args and isinstance(args[0], PackedWeight) else None
-        if own is not None and function in (_aten.detach.default, _aten.alias.default):
-            return own.over(lambda tensor: tensor, own.dtype)
-        if own is not None and function is _aten.clone.default:
-            return own.over(torch.clone, own.dtype)
-        if own is not None and function is _aten._to_copy.default:
-            device = kwargs.get("device") or own.device
-            return own.over(
-                lambda tensor: tensor.to(device, copy=True), kwargs.get("dtype") or own.dtype
-            )
+        weight = args[0] if args and isinstance(args[0], PackedWeight) else None
+        if weight is not None and function in (_aten.detach.default, _aten.alias.default):
+            return weight.over(lambda tensor: tensor, weight.dtype)
+        if weight is not None and function is _aten.clone.default:
+            return weight.over(torch.clone, weight.dtype)
+        if weight is not None and function is _aten._to_copy.default:
+            device, dtype = kwargs.get("device") or weight.device, kwargs.get("dtype")
+            return weight.over(lambda tensor: tensor.to(device, copy=True), dtype or weight.dtype)
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if (info := argument.alias_info) and info.is_write and isinstance(value, PackedWeight):
                 raise RuntimeError(
-                    f"a weight that is quantised to {value.kind} cannot be changed: a small "
-                    "update would be lost in its rounding; load the model unquantised"
+                    f"a weight that is quantised to {value.kind} cannot be changed, since rounding "
+                    "would lose small updates; load the model unquantised"
                 )
         return function(*_dense(args), **_dense(kwargs))
 
 
 def _dense(value: Any) -> Any:
-    """Arguments of an operation with the dense weight in place of each packed one."""
+    """Replace packed weights by dense ones in the arguments of an operation."""
     if isinstance(value, PackedWeight):
         return value.dense()
     if isinstance(value, dict):
-        return {key: _dense(each) for key, each in value.items()}
+        return {key: _dense(item) for key, item in value.items()}
     return type(value)(map(_dense, value)) if isinstance(value, tuple | list) else value
 
 
 class Int8Weight(PackedWeight):
-    """``codes`` int8 ``(rows, n)``, ``scale`` float32 ``(rows,)``."""
+    """Weight as ``codes`` int8 ``(rows, n)`` and ``scale`` float32 ``(rows,)``."""
 
     kind = "int8"
-    parts = ("codes", "scale")
+    tensor_names = ("codes", "scale")
     codes: Tensor
     scale: Tensor
 
@@ -190,14 +188,15 @@ class Int8Weight(PackedWeight):
 
 
 class NF4Weight(PackedWeight):
-    """Pairs of ``codes`` uint8, the first in the high half, and the scales of their blocks.
+    """Weight as pairs of 4-bit codes and quantised scales of blocks.
 
-    ``codes`` is ``(rows, blocks * 32)``, a row filled up with zeros. ``scale`` uint8 ``(rows,
-    blocks)`` is a number of steps, ``step`` float32 ``(groups,)``, above ``lowest``.
+    ``codes`` uint8 ``(rows, blocks * 32)`` has the first code of a pair in the high bits; rows are
+    padded with zeros. The scale of a block is ``lowest + scale * step``, with ``scale`` uint8
+    ``(rows, blocks)``, and ``step`` and ``lowest`` float32 ``(groups,)``.
     """
 
     kind = "nf4"
-    parts = ("codes", "scale", "step", "lowest")
+    tensor_names = ("codes", "scale", "step", "lowest")
     codes: Tensor
     scale: Tensor
     step: Tensor
@@ -216,19 +215,21 @@ class NF4Weight(PackedWeight):
         return {"codes": codes, "top": top}
 
     @classmethod
-    def finished(cls, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        top = made.pop("top")
+    def finished(cls, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+        top = packed.pop("top")
         flat = top.flatten()[None]
         groups = F.pad(flat, (0, -flat.shape[1] % _GROUP), mode="replicate").view(-1, _GROUP)
         lowest, step = groups.amin(dim=1), (groups.amax(dim=1) - groups.amin(dim=1)) / 255
         steps = (groups - lowest[:, None]).div_(step.clamp_min(_TINY)[:, None]).round_()
         scale = steps.to(torch.uint8).flatten()[: top.numel()].view(top.shape)
-        return made | {"scale": scale.clone(), "step": step, "lowest": lowest}
+        return packed | {"scale": scale.clone(), "step": step, "lowest": lowest}
 
     def tops(self) -> Tensor:
-        """The largest number of each block, ``(rows, blocks)``."""
-        each = (t.repeat_interleave(_GROUP)[: self.scale.numel()] for t in (self.step, self.lowest))
-        step, lowest = (t.view(self.scale.shape) for t in each)
+        """Return the largest absolute value of each block, ``(rows, blocks)``."""
+        spread = (
+            t.repeat_interleave(_GROUP)[: self.scale.numel()] for t in (self.step, self.lowest)
+        )
+        step, lowest = (t.view(self.scale.shape) for t in spread)
         return torch.addcmul(lowest, self.scale, step)
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -237,37 +238,37 @@ class NF4Weight(PackedWeight):
 
 
 def _restored(rows: Tensor, quantised: Tensor) -> Tensor:
-    """The factors that give the rows of a quantised weight their norm back, ``(rows,)``."""
-    norms = (torch.linalg.vector_norm(each, dim=1) for each in (rows, quantised))
+    """Return the factors that restore the norms of rows after quantisation, ``(rows,)``."""
+    norms = (torch.linalg.vector_norm(matrix, dim=1) for matrix in (rows, quantised))
     return torch.div(*(norm.clamp_min(_TINY) for norm in norms))
 
 
 def _values(codes: Tensor, top: Tensor) -> Tensor:
-    """The numbers of nf4 codes ``(rows, n / 2)`` whose blocks have such largest ones."""
-    # A table of an earlier call is none of the tensors that a graph is traced with.
-    made = _pairs if type(codes) is Tensor else _pairs.__wrapped__
-    pairs = made(codes.device)[codes.int()]
+    """Return the values of nf4 codes ``(rows, n / 2)``, from the largest values of blocks."""
+    # While a graph is traced, the cached table of an earlier call cannot be used.
+    pairs_of = _pairs if type(codes) is Tensor else _pairs.__wrapped__
+    pairs = pairs_of(codes.device)[codes.int()]
     return pairs.view(*top.shape, BLOCK).mul_(top[..., None]).flatten(1)
 
 
 @lru_cache
 def _pairs(device: torch.device) -> Tensor:
-    """The two values of each byte, float32 ``(256, 2)``."""
-    found, byte = torch.tensor(LEVELS), torch.arange(256)
-    return torch.stack([found[byte >> 4], found[byte & 15]], dim=1).to(device)
+    """Return the two values of each byte, float32 ``(256, 2)``."""
+    levels, byte = torch.tensor(LEVELS), torch.arange(256)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).to(device)
 
 
 def quantise(weight: Tensor, kind: str) -> PackedWeight:
-    """Return a weight ``(out, in, *k)`` as codes.
+    """Quantise a weight ``(out, in, *k)``.
 
     Raises:
-        ValueError: If the weight is quantised already, or holds no floating-point numbers, or
-            the kind is none of `QUANTISATIONS`.
+        ValueError: If the weight is already quantised or not floating-point, or the kind is
+            unknown.
     """
     if kind not in QUANTISATIONS:
         raise ValueError(f"quantize is {kind!r}; it must be one of {', '.join(QUANTISATIONS)}")
     if isinstance(weight, PackedWeight) or not weight.is_floating_point():
-        raise ValueError("a weight that is quantised already cannot be quantised again")
+        raise ValueError("a weight that is already quantised cannot be quantised again")
     flat = weight.detach().flatten(1)
     return quantise_rows(lambda start, stop: flat[start:stop], weight.shape, weight.dtype, kind)
 
@@ -275,36 +276,36 @@ def quantise(weight: Tensor, kind: str) -> PackedWeight:
 def quantise_rows(
     load: Callable[[int, int], Tensor], shape: Sequence[int], dtype: torch.dtype, kind: str
 ) -> PackedWeight:
-    """Return a weight as codes that is never there as a whole.
+    """Quantise a weight row by row, without loading it as a whole.
 
     Args:
-        load: Returns rows ``start`` to before ``stop``, ``(stop - start, n)``, in any dtype.
-        shape: The weight's, ``(out, in, *k)``.
-        dtype: To which its numbers are rounded first.
+        load: Returns the rows from ``start`` to ``stop``, ``(stop - start, n)``, in any dtype.
+        shape: Shape of the weight, ``(out, in, *k)``.
+        dtype: Dtype of the base model, to which values are rounded first.
         kind: One of `QUANTISATIONS`.
     """
-    chosen = Int8Weight if kind == "int8" else NF4Weight
-    step, made = max(1, _CHUNK // math.prod(shape[1:])), dict[str, Tensor]()
+    packed_class = Int8Weight if kind == "int8" else NF4Weight
+    step, tensors = max(1, _CHUNK // math.prod(shape[1:])), dict[str, Tensor]()
     with torch.no_grad():
         for start in range(0, shape[0], step):
             rows = load(start, min(start + step, shape[0])).to(dtype).float()
-            for name, part in chosen.pack(rows).items():
-                if name not in made:
-                    made[name] = part.new_empty(shape[0], *part.shape[1:])
-                made[name][start : start + step] = part
-        return chosen(chosen.finished(made), torch.Size(shape), dtype, dtype)
+            for name, packed in packed_class.pack(rows).items():
+                if name not in tensors:
+                    tensors[name] = packed.new_empty(shape[0], *packed.shape[1:])
+                tensors[name][start : start + step] = packed
+        return packed_class(packed_class.finished(tensors), torch.Size(shape), dtype, dtype)
 
 
 def memory_of(tensor: Tensor) -> list[Tensor]:
-    """The tensors whose storages hold a tensor's numbers: itself, or codes and scales."""
+    """Return the tensors that store a tensor's values: itself, or codes and scales."""
     return [*tensor.tensors.values()] if isinstance(tensor, PackedWeight) else [tensor]
 
 
 def exchange(ours: Tensor, theirs: Tensor) -> None:
-    """Exchange the values of two tensors, which stay the same objects."""
+    """Exchange the values of two tensors without changing their identities."""
     if isinstance(ours, PackedWeight):
-        for each in (ours, theirs):
-            each.requires_grad_(False)
+        for tensor in (ours, theirs):
+            tensor.requires_grad_(False)
         swap_tensors(ours, theirs)  # type: ignore[no-untyped-call]
     else:
         ours.data, theirs.data = theirs.data, ours.data
@@ -313,18 +314,18 @@ def exchange(ours: Tensor, theirs: Tensor) -> None:
 def _product(
     run: Any, x: Tensor, weight: PackedWeight, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """``F.linear`` or a convolution with a packed weight, in autocast's dtype where that is on."""
+    """Apply ``F.linear`` or a convolution with a packed weight, respecting autocast."""
     if run is not F.linear and x.ndim < weight.ndim:
         return _product(run, x[None], weight, bias, *args, **kwargs)[0]
     dtype = product_dtype(x)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        made: Tensor = _Product.apply(x, bias, weight, run, args, kwargs)  # type: ignore[no-untyped-call]
-    return made
+        output: Tensor = _Product.apply(x, bias, weight, run, args, kwargs)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Product(torch.autograd.Function):
-    """A product that keeps the codes, and recomputes the dense weight in the backward pass."""
+    """Product that saves codes and restores the dense weight in the backward pass."""
 
     @staticmethod
     def forward(
@@ -337,8 +338,8 @@ class _Product(torch.autograd.Function):
         kwargs: Any,
     ) -> Tensor:
         ctx.weight, ctx.run, ctx.args, ctx.kwargs, ctx.shape = weight, run, args, kwargs, x.shape
-        made: Tensor = run(x, weight.dense(x.dtype), bias, *args, **kwargs)
-        return made
+        output: Tensor = run(x, weight.dense(x.dtype), bias, *args, **kwargs)
+        return output
 
     @staticmethod
     @once_differentiable

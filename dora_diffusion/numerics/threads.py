@@ -1,8 +1,7 @@
-"""Work spread over threads that compute with one core each.
+"""Parallel work in threads that use one core each.
 
-A matrix product of BLAS may differ in its last bits with the number of threads that share it. What
-one thread computes alone does not, and many small products run faster side by side than each of
-them split up.
+The last bits of a matrix product may depend on the number of threads of BLAS. With one thread per
+product, results are reproducible, and many small products are faster.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ _MOST_WORKERS = 4
 
 
 class SharedSwitch:
-    """A setting of the whole process that several threads want otherwise at once, as a context.
+    """Context for a process-wide setting that several threads may change at once.
 
-    The first one that needs to sets it, and the last one to leave restores it.
+    The first thread changes the setting, and the last one to leave restores it.
 
     Args:
-        switch: Sets it, and returns what restores it; None if it is as wanted.
+        switch: Changes the setting, and returns a function that restores it; None if no change is
+            needed.
     """
 
     def __init__(self, switch: Callable[[], Callable[[], None] | None]) -> None:
@@ -39,14 +39,14 @@ class SharedSwitch:
         self._restore: Callable[[], None] | None = None
 
     def __enter__(self) -> None:
-        """Set it, unless it is set."""
+        """Change the setting, unless another thread has changed it."""
         with self._lock:
             if self._restore is None:
                 self._restore = self._switch()
             self._users += 1
 
     def __exit__(self, *error: object) -> None:
-        """Restore it, unless another thread is inside."""
+        """Restore the setting, unless another thread is inside."""
         with self._lock:
             self._users -= 1
             if self._users == 0 and self._restore is not None:
@@ -55,7 +55,7 @@ class SharedSwitch:
 
 
 class _Cores:
-    """Number of cores that torch's threads compute with: one, while anybody wants that."""
+    """Number of cores per thread in torch: one, while any thread is inside `one_thread`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class _Cores:
         self._outside = 1
 
     def enter(self) -> int:
-        """Limit this thread, and new ones, to one core. Returns what this one had."""
+        """Limit this thread and new ones to one core. Returns the previous number of cores."""
         with self._lock:
             before = torch.get_num_threads()
             self._outside = max(before, self._outside if self._users else 1)
@@ -73,18 +73,18 @@ class _Cores:
         return before
 
     def leave(self, before: int) -> None:
-        """Restore this thread's cores; those of new ones too, where nobody else is inside."""
+        """Restore the number of cores of this thread and, if no other is inside, of new threads."""
         with self._lock:
             self._users -= 1
             if self._users == 0 and self._outside != 1:
                 torch.set_num_threads(self._outside)
             elif self._users and before != 1:
                 torch.set_num_threads(before)
-                # That was for new threads too, which are to have one still: who sets it sets its
-                # own, so that another thread does.
-                other = threading.Thread(target=torch.set_num_threads, args=(1,))
-                other.start()
-                other.join()
+                # The call also affects new threads, which should still have one core. Calling it
+                # in another thread resets that without affecting this thread.
+                thread = threading.Thread(target=torch.set_num_threads, args=(1,))
+                thread.start()
+                thread.join()
 
 
 _CORES = _Cores()
@@ -92,7 +92,7 @@ _CORES = _Cores()
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Limit this thread, and those that start inside, to one core each."""
+    """Limit this thread, and threads that start inside the block, to one core each."""
     before = _CORES.enter()
     try:
         yield
@@ -103,8 +103,8 @@ def one_thread() -> Iterator[None]:
 def map_ahead(
     make: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Result]]:
-    """Call ``make`` for each item in threads, a few ahead of their use; results keep the order."""
-    # One more than there are cores: some of them wait for the disk.
+    """Call ``make`` for each item in threads, a few items ahead. Yields results in order."""
+    # One more than the number of cores, since some threads wait for the disk.
     workers = min(_MOST_WORKERS, (os.cpu_count() or 1) + 1)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(workers)

@@ -1,4 +1,4 @@
-"""The tensors of one adapted layer, as every other part of the package passes them around."""
+"""Tensors of one adapted layer, and strengths of adapters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 NormAxis = Literal["output", "input"]
 NORM_AXES: tuple[NormAxis, ...] = get_args(NormAxis)
-# How a model stores a weight, of what kind of layer. "plain": (out, in, *k), of Linear and
-# convolutions. Transposed, (in, out): "embedding", the table (num, dim) of an Embedding, whose
-# outputs are the dimensions of its vectors; "conv1d", the weight of transformers' Conv1D.
+# Layout of a weight in the model. "plain": (out, in, *k), for Linear and convolutions. Transposed,
+# (in, out): "embedding", the table (num, dim) of an Embedding, whose outputs are the dimensions of
+# its vectors; "conv1d", the weight of Conv1D in Transformers.
 LayerKind = Literal["plain", "embedding", "conv1d"]
 
 
@@ -26,7 +26,7 @@ class MergeError(ValueError):
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A low-rank update of one layer's weight ``(out, in, *k)``, with its DoRA magnitude.
+    """Low-rank update of a layer's weight ``(out, in, *k)``, with its DoRA magnitude.
 
     Attributes:
         down: ``A``, shape ``(r, in)`` for a Linear or Embedding, ``(r, in / groups, *k)`` for a
@@ -36,9 +36,9 @@ class LayerWeights:
             convolution with groups ``(in / groups,)``). None makes the layer a plain LoRA.
         alpha: Effective alpha. The scale is always ``alpha / r``; rank-stabilised LoRA
             (arXiv:2312.03732) is stored as ``alpha * sqrt(r)``.
-        norm_axis: The axis that the magnitude runs along. Meaningless without a magnitude.
-        kind: How the model stores the weight.
-        groups: Of a convolution, where it is known: files do not say it.
+        norm_axis: Axis of the magnitude. It has no meaning without a magnitude.
+        kind: Layout of the weight in the model.
+        groups: Number of groups of a convolution, if known. Adapter files do not store it.
 
     Raises:
         ValueError: If the shapes do not belong together.
@@ -65,7 +65,7 @@ class LayerWeights:
         if self.up.shape[1] != self.down.shape[0] or self.up.shape[2:].numel() != 1:
             raise ValueError(
                 f"down {tuple(self.down.shape)} and up {tuple(self.up.shape)} do not multiply: "
-                f"up must be (out, r), with ones behind it for a convolution, and r = "
+                f"up must be (out, r), followed by ones for a convolution, with r = "
                 f"{self.down.shape[0]}"
             )
         if self.magnitude is not None and tuple(self.magnitude.shape) != (self.magnitude_size,):
@@ -76,7 +76,7 @@ class LayerWeights:
 
     @property
     def rank(self) -> int:
-        """The rank r."""
+        """Rank r."""
         return self.down.shape[0]
 
     @property
@@ -86,57 +86,57 @@ class LayerWeights:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight this layer adapts, ``(out, in, *k)``."""
+        """Shape of the adapted weight, ``(out, in, *k)``."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the same weight as the model stores it."""
+        """Shape of the adapted weight as the model stores it."""
         return self.weight_shape if self.kind == "plain" else self.weight_shape[::-1]
 
     @property
     def magnitude_size(self) -> int:
-        """Number of magnitudes that the norm axis asks for."""
+        """Number of magnitudes on the norm axis."""
         return self.up.shape[0] if self.norm_axis == "output" else self.down.shape[1]
 
     @property
     def layer_name(self) -> str:
-        """Name of a layer of this kind in PyTorch, or in transformers."""
+        """Name of this kind of layer in PyTorch or Transformers."""
         if self.kind != "plain":
             return {"embedding": "Embedding", "conv1d": "Conv1D"}[self.kind]
         return {2: "Linear", 3: "Conv1d", 4: "Conv2d"}[self.down.ndim]
 
     @property
     def kind_and_size(self) -> str:
-        """The same with the size of a convolution's kernel: ``"Conv2d 3x3"``."""
+        """Layer name with the kernel size of a convolution: ``"Conv2d 3x3"``."""
         return " ".join([self.layer_name, "x".join(map(str, self.down.shape[2:]))]).rstrip()
 
     def to(self, *args: torch.device | torch.dtype | str, copy: bool = False) -> LayerWeights:
-        """Return the layer with its tensors moved or cast, as ``Tensor.to`` does."""
+        """Move or cast the tensors (``Tensor.to``)."""
         magnitude = None if self.magnitude is None else self.magnitude.to(*args, copy=copy)
         down, up = (factor.to(*args, copy=copy) for factor in (self.down, self.up))
         return dataclasses.replace(self, down=down, up=up, magnitude=magnitude)
 
     def narrow(self, dim: int, start: int, length: int) -> LayerWeights:
-        """The layer of some output (``dim`` 0) or input (``dim`` 1) channels of its weight.
+        """Select output (``dim`` 0) or input (``dim`` 1) channels of the weight.
 
-        The formula holds for this part alone unless the magnitude runs along the other axis.
+        The channels can be computed separately, unless the magnitude is on the other axis.
         """
         name = ("up", "down")[dim]
         magnitude = self.magnitude
         if magnitude is not None and self.norm_axis == NORM_AXES[dim]:
             magnitude = magnitude.narrow(0, start, length)
-        part = getattr(self, name).narrow(dim, start, length)
-        return dataclasses.replace(self, magnitude=magnitude, **{name: part})
+        factor = getattr(self, name).narrow(dim, start, length)
+        return dataclasses.replace(self, magnitude=magnitude, **{name: factor})
 
 
 def out_in(weight: Tensor, kind: LayerKind) -> Tensor:
-    """A weight as the model stores it, seen as ``(out, in, *k)``; and the other way round."""
+    """View a weight as the model stores it as ``(out, in, *k)``, or the reverse."""
     return weight if kind == "plain" else weight.t()
 
 
 STRENGTH_LIMIT = 10
-"""Limit of strengths, far beyond what any image survives."""
+"""Largest absolute value of strengths, far beyond usable values."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,13 @@ class Strengths:
     """Strengths of one adapter.
 
     Attributes:
-        strength: ``W + strength * (W' - W)``: 0 is the base, 1 the adapter as trained.
-        direction_strength: Scales the low-rank difference inside the norm.
-        magnitude_strength: Moves the magnitude by a share of its change from the base's norm.
+        strength: Factor of the whole change, ``W + strength * (W' - W)``. 0 is the base, 1 the
+            adapter as trained.
+        direction_strength: Factor of the low-rank update inside the norm.
+        magnitude_strength: Factor of the magnitude's change from the norm of the base.
 
     Raises:
-        ValueError: If one is not a number of at most `STRENGTH_LIMIT`.
+        ValueError: If a strength exceeds `STRENGTH_LIMIT` or is NaN.
     """
 
     strength: float = 1.0
@@ -162,7 +163,7 @@ class Strengths:
 
     @classmethod
     def of(cls, strength: float | Strengths) -> Self:
-        """Strengths that may be given by the plain one alone, or without those of parts."""
+        """Build strengths from a single strength or from other strengths."""
         return cls(**vars(strength)) if isinstance(strength, Strengths) else cls(strength)
 
 
@@ -180,10 +181,10 @@ class MergeStrengths(Strengths):
 
 
 def require_strength(name: str, value: float) -> None:
-    """Refuse a strength that is not a share of what was trained: 70 for 0.7, or NaN.
+    """Check that a strength is in range.
 
     Raises:
-        ValueError: If so.
+        ValueError: If it exceeds `STRENGTH_LIMIT`, as a percentage would, or is NaN.
     """
     if not abs(value) <= STRENGTH_LIMIT:
         raise ValueError(

@@ -31,7 +31,7 @@ Rows = tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Inputs of the UNet besides its conditioning.
+    """Inputs of the UNet except its conditioning.
 
     Attributes:
         noisy_latents: ``(B, C, h, w)``.
@@ -51,13 +51,13 @@ class ModelInputs:
         return ModelInputs(self.noisy_latents[index], self.timesteps[index], *optional)
 
     @classmethod
-    def cat(cls, parts: Sequence[ModelInputs]) -> ModelInputs:
-        """Concatenate the rows of inputs of one size."""
-        if len(parts) == 1:
-            return parts[0]
+    def cat(cls, inputs: Sequence[ModelInputs]) -> ModelInputs:
+        """Concatenate inputs of the same size along the rows."""
+        if len(inputs) == 1:
+            return inputs[0]
 
         def joined(name: str) -> Any:
-            tensors = [getattr(part, name) for part in parts]
+            tensors = [getattr(item, name) for item in inputs]
             return None if tensors[0] is None else torch.cat(tensors)
 
         return cls(**{field.name: joined(field.name) for field in fields(cls)})
@@ -65,7 +65,7 @@ class ModelInputs:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch on the training device. The first rows are photos, the others class images.
+    """Batch on the training device. Rows of photos come first, then rows of class images.
 
     Attributes:
         inputs: Inputs of the UNet.
@@ -74,12 +74,12 @@ class Batch:
         captions: B prompts.
         photos: Number of photos.
         index: Index of the batch in the run, from 0.
-        class_captions: Row -> caption without the subject, of photos whose prior is preserved
+        class_captions: Row -> caption without the subject, for photos with prior preservation
             without class images.
-        mask: ``(B, 1, h, w)`` in [0, 1], 1 where the loss counts; None: everywhere.
-        masked_rows: Rows whose mask excludes something.
-        weights: ``(photos,)``, factor of each photo's loss; None if all are 1.
-        generators: The generator of each row, for terms that draw more.
+        mask: ``(B, 1, h, w)`` in [0, 1], 1 where the loss counts. None: the loss counts everywhere.
+        masked_rows: Rows whose mask is below 1 somewhere.
+        weights: ``(photos,)``, factor of each photo's loss. None: all factors are 1.
+        generators: Generator of each row, for terms that draw random numbers themselves.
     """
 
     inputs: ModelInputs
@@ -95,9 +95,9 @@ class Batch:
     generators: Sequence[torch.Generator] = ()
     _indices: dict[Rows, Tensor] = field(default_factory=dict, repr=False)
 
-    def rows(self, chosen: Collection[int]) -> Rows:
-        """Return these rows, or None if they are all rows of the batch."""
-        return tuple(chosen) if len(chosen) < len(self.captions) else None
+    def rows(self, indices: Collection[int]) -> Rows:
+        """Return row indices as `Rows`: None if they include every row of the batch."""
+        return tuple(indices) if len(indices) < len(self.captions) else None
 
     def inputs_of(self, rows: Rows) -> ModelInputs:
         """Select rows of the inputs."""
@@ -108,7 +108,7 @@ class Batch:
         return tensor if rows is None else tensor[self.index_of(rows)]
 
     def index_of(self, rows: tuple[int, ...]) -> Tensor:
-        """Index of rows on the batch's device, which is copied there once."""
+        """Return an index tensor of the rows on the batch's device. It is copied there once."""
         if rows not in self._indices:
             self._indices[rows] = send(torch.tensor(rows), self.latents.device)
         return self._indices[rows]
@@ -119,11 +119,11 @@ class Batches:
     """Iterator over the batches of a run.
 
     Attributes:
-        config: Settings: the seed, and the distributions of noise and timesteps.
+        config: Settings, including the seed and the distributions of noise and timesteps.
         components: The model.
-        process: Its noise process.
+        process: Noise process of the model.
         samples: Photos and class images of each batch.
-        process_index: Index of this process among those that share a batch.
+        process_index: Index of this process among the processes that share a batch.
         index: Number of batches since the start of the run.
     """
 
@@ -153,25 +153,25 @@ def draw_batch(
     index: int,
     first_row: int = 0,
 ) -> Batch:
-    """Draw latents, noise and timesteps.
+    """Draw latents, noise and timesteps of a batch.
 
     Each row draws from its own generator, seeded by the row's position in the run. The draws
     therefore depend neither on the number of processes nor on interruptions.
 
     Args:
         components: The model.
-        process: Its noise process.
+        process: Noise process of the model.
         samples: Photos, then class images.
-        config: Settings: the seed, and the distributions of noise and timesteps.
+        config: Settings, including the seed and the distributions of noise and timesteps.
         index: Index of the batch in the run.
         first_row: Index of this process's first photo in the global batch.
     """
     device, vae, family = components.device, components.vae, components.family
-    # A class image has the position of its photo.
+    # A class image shares the position of its photo.
     positions = [(first_row + row, False) for row in range(samples.photos)]
     positions += [(first_row + row, True) for row in samples.partners]
     generators = [generator_for("draw", config.seed, index, *position) for position in positions]
-    # Cached moments are on the CPU: everything is drawn there, and sent without waiting.
+    # Cached moments are on the CPU. Everything is drawn there and copied asynchronously.
     moments = samples.moments
     if moments is None:
         assert samples.pixels is not None
@@ -222,6 +222,6 @@ def _draw_timesteps(
 
 
 def _excluding(mask: Tensor) -> list[int]:
-    """Rows whose mask is below 1 somewhere."""
+    """Return the rows whose mask is below 1 somewhere."""
     rows: list[int] = (mask < 1).flatten(1).any(dim=1).nonzero().flatten().tolist()
     return rows

@@ -1,4 +1,4 @@
-"""Encoding of captions in a run, each once, unless text encoders or new words train."""
+"""Caption encoder of a run. Captions are encoded once unless text encoders or new words train."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dora_diffusion.models.offload import on_device, send
 from dora_diffusion.models.text import Conditioning, encode_prompts, encode_unconditional
 from dora_diffusion.models.words import has_words
 
-# A third of a megabyte each for SDXL in half precision.
+# For SDXL in half precision, each caption occupies a third of a megabyte.
 KNOWN_CAPTIONS = 256
 
 
 class Conditioner:
-    """Encoder of a run's captions. It keeps conditioning that no step changes.
+    """Encoder of a run's captions, with a cache of the conditioning that no step changes.
 
-    A dropped caption is empty. It is encoded as the pipeline's guidance without a negative prompt,
-    so that caption dropout trains the unconditional prediction that is sampled with: zeros if the
+    A dropped caption is empty. It is encoded like the unconditional prompt of classifier-free
+    guidance, so that caption dropout trains the prediction that sampling uses: zeros if the
     pipeline has ``force_zeros_for_empty_prompt`` (SDXL), else the encoded empty prompt.
 
     Args:
         components: The model.
-        trains: Whether its text encoders train.
+        trains: Whether the text encoders train.
     """
 
     def __init__(self, components: Components, trains: bool) -> None:
@@ -40,7 +40,7 @@ class Conditioner:
         if len(trained) == len(captions):
             return self._encode(captions)
         encoded = {caption: self._cached(caption) for caption in captions if caption not in trained}
-        while len(self._cache) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever recur.
+        while len(self._cache) > KNOWN_CAPTIONS:  # Captions with shuffled tags rarely recur.
             del self._cache[next(iter(self._cache))]
         if trained:
             rows = self._encode(trained)
@@ -48,11 +48,11 @@ class Conditioner:
         return Conditioning.cat([encoded[caption] for caption in captions])
 
     def cache(self, captions: Collection[str]) -> bool:
-        """Encode captions ahead of their steps.
+        """Encode captions before training.
 
         Returns:
-            False, and nothing is encoded, if the text encoders or a word of a caption train, or if
-            there are more captions than are kept.
+            Whether the captions were encoded. They are not if the text encoders or a word of a
+            caption train, or if there are more captions than the cache keeps.
         """
         if self.trains or len(captions) > KNOWN_CAPTIONS or any(map(self.has_words, captions)):
             return False
@@ -72,7 +72,7 @@ class Conditioner:
         return encoded if all(captions) else self._with_dropped(captions, encoded)
 
     def _with_dropped(self, captions: Sequence[str], encoded: Conditioning) -> Conditioning:
-        """Replace the rows of dropped captions."""
+        """Replace the conditioning of dropped captions."""
         components, device = self.components, encoded.encoder_hidden_states.device
         if components.zeros_for_empty_prompt:
             dropped = send(torch.tensor([not caption for caption in captions]), device)

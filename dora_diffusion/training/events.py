@@ -1,4 +1,4 @@
-"""Events of a run for whoever watches it, one class per kind."""
+"""Events that a run reports to its caller."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Event:
-    """Base of the events."""
+    """Base class of all events."""
 
 
 @dataclass(frozen=True)
 class ModelLoading(Event):
-    """The base model is about to be loaded."""
+    """Loading of the base model begins."""
 
     model: str
     device: str
@@ -28,7 +28,7 @@ class ModelLoading(Event):
 
 @dataclass(frozen=True)
 class ClassImagesAnnounced(Event):
-    """Number of class images to make first; again once it was timed how long that takes."""
+    """Number of class images to generate before training; sent again with an estimate of time."""
 
     count: int
     seconds: float | None = None
@@ -36,7 +36,7 @@ class ClassImagesAnnounced(Event):
 
 @dataclass(frozen=True)
 class ClassImagesProgress(Event):
-    """Number of class images that are there."""
+    """Number of class images that exist."""
 
     done: int
     total: int
@@ -44,7 +44,7 @@ class ClassImagesProgress(Event):
 
 @dataclass(frozen=True)
 class CachingProgress(Event):
-    """Number of the run's crops that are encoded."""
+    """Number of crops whose latents are cached."""
 
     done: int
     total: int
@@ -52,16 +52,16 @@ class CachingProgress(Event):
 
 @dataclass(frozen=True)
 class TrainingStarted(Event):
-    """Start of training: everything is ready for the step after ``step``, 0 for a fresh run.
+    """Start of training. The next step is ``step + 1``; ``step`` is 0 for a new run.
 
     Attributes:
         resumed_from: Name of the checkpoint.
-        steps_dropped: Steps after that checkpoint, which are repeated.
-        adapter: What was adapted, in words.
-        started_from: The adapter that it started from; empty for a fresh one.
-        changed: Setting -> (before, now) of a resumed run.
-        unused: The same, of settings without effect since no step is left.
-        held_out: File names of the photos that are held out.
+        steps_dropped: Number of steps after that checkpoint. They are repeated.
+        adapter: Summary of the trained parameters.
+        started_from: Adapter that the run started from; empty if the adapter is new.
+        changed: Setting -> (value before, value now) of a resumed run.
+        unused: Changed settings without effect because no step is left, in the same form.
+        held_out: File names of the held-out photos.
     """
 
     step: int
@@ -83,7 +83,7 @@ class TrainingStarted(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """An optimizer step; ``record`` is its line of ``metrics.jsonl``."""
+    """Completed optimizer step; ``record`` is its line of ``metrics.jsonl``."""
 
     step: int
     total_steps: int
@@ -96,10 +96,10 @@ class Validated(Event):
     """Validation on held-out photos; ``record`` is its line of ``metrics.jsonl``.
 
     Attributes:
-        step: Optimizer steps done.
-        loss: The validation loss; None where it was the samples' similarity that was measured.
-        best_step: The step of the lowest loss so far; None before the first step.
-        record: What is in the file.
+        step: Number of completed optimizer steps.
+        loss: Validation loss; None if the similarity of samples was measured instead.
+        best_step: Step of the lowest loss so far; None before the first step.
+        record: Values of the line.
     """
 
     step: int
@@ -110,7 +110,7 @@ class Validated(Event):
 
 @dataclass(frozen=True)
 class SamplingProgress(Event):
-    """Denoising steps of the sample images."""
+    """Number of denoising steps of the sample images that are done."""
 
     done: int
     total: int
@@ -118,7 +118,7 @@ class SamplingProgress(Event):
 
 @dataclass(frozen=True)
 class SampleSaved(Event):
-    """A sheet of sample images was written."""
+    """Sheet of sample images that was written."""
 
     name: str
     path: Path
@@ -126,12 +126,12 @@ class SampleSaved(Event):
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """A checkpoint that stays was written.
+    """Checkpoint that was written and is not temporary.
 
     Attributes:
-        step: Optimizer steps done.
-        path: Its folder.
-        removed: Names of earlier checkpoints that were removed since the last one.
+        step: Number of completed optimizer steps.
+        path: Folder of the checkpoint.
+        removed: Names of earlier checkpoints that were removed since the last event.
     """
 
     step: int
@@ -141,20 +141,20 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class EffectMeasured(Event):
-    """Distance by which the written adapter moves the model."""
+    """Measured effect of the result on the model's predictions."""
 
     effect: Effect
 
 
 @dataclass(frozen=True)
 class TrainingEnded(Event):
-    """The run is over, after ``step`` optimizer steps.
+    """End of a run.
 
     Attributes:
-        step: How many.
-        interrupted: Whether it was asked to stop.
-        result_step: The step that the result is of; None where none was written.
-        stopped_early: Whether its patience was at an end.
+        step: Number of completed optimizer steps.
+        interrupted: Whether a signal stopped the run.
+        result_step: Step whose weights the result has; None if no result was written.
+        stopped_early: Whether ``early_stopping_patience`` ended the run.
     """
 
     step: int
@@ -165,7 +165,7 @@ class TrainingEnded(Event):
 
 @dataclass(frozen=True)
 class SubjectLeft(Event):
-    """A subject has left its pack, which continues without it."""
+    """Failure of one subject of a pack. The pack continues without it."""
 
     reason: str
 
@@ -174,4 +174,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Watch nothing."""
+    """Ignore an event."""

@@ -1,4 +1,4 @@
-"""The folder of a run: its log, checkpoints, samples and result."""
+"""Output folder of a run: log, checkpoints, samples and result."""
 
 from __future__ import annotations
 
@@ -53,19 +53,20 @@ class TrainResult:
     """Result of a run.
 
     Attributes:
-        output_dir: The run's folder.
-        adapter: The adapter file, or None if the run was interrupted or trained the model itself.
-        steps: Optimizer steps done.
-        total_steps: Optimizer steps asked for; 0 if it was interrupted before that was known.
-        signal_number: The signal that interrupted the run, or None.
-        samples: Name -> image file, such as ``adapted`` and ``base``.
-        checkpoint: The newest checkpoint to resume from, or None.
-        model: The folder of the model that full fine-tuning made, or None.
-        result_step: The step that the result is of, which with ``keep_best`` may be an earlier one;
-            None if none was written.
-        stopped_early: Whether ``early_stopping_patience`` ended it.
-        kept: The share of what full fine-tuning changed that the model's file keeps, or None.
-        published: The address on the hub that ``push_to_hub`` published it at, or None.
+        output_dir: Output folder of the run.
+        adapter: Adapter file; None if the run was interrupted or was full fine-tuning.
+        steps: Number of completed optimizer steps.
+        total_steps: Number of optimizer steps of the whole run; 0 if it was interrupted before that
+            was known.
+        signal_number: Signal that interrupted the run, or None.
+        samples: Name -> image file, with names such as ``adapted`` and ``base``.
+        checkpoint: Newest checkpoint to resume from, or None.
+        model: Folder of the fine-tuned model; None if adapters were trained.
+        result_step: Step whose weights the result has, which may be earlier than the last step with
+            ``keep_best``; None if no result was written.
+        stopped_early: Whether ``early_stopping_patience`` ended the run.
+        kept: Share of the changes of full fine-tuning that the model file preserves, or None.
+        published: URL of the result on the hub with ``push_to_hub``, or None.
     """
 
     output_dir: Path
@@ -88,15 +89,15 @@ class TrainResult:
 
 
 class RunFolder:
-    """The folder of a run, which is written between its steps.
+    """Writer of a run's output folder, called between the steps.
 
     Args:
-        run: The run. It is restored from the checkpoint that its settings resume.
-        on_event: Called with each of `dora_diffusion.training.events`.
+        run: The run. It is restored from the checkpoint of ``resume_from_checkpoint``.
+        on_event: Called with each event (`dora_diffusion.training.events`).
         stop: Signals that stop the run.
 
     Attributes:
-        steps: Number of steps that are done.
+        steps: Number of completed steps.
     """
 
     def __init__(self, run: Run, on_event: events.OnEvent, stop: StopRequest) -> None:
@@ -123,7 +124,7 @@ class RunFolder:
             self.saver.resume_from(start.checkpoint, interim=start.is_interim, best=best)
 
     def begin(self) -> None:
-        """Prepare the first step: cache, open the log, and sample where that is asked for."""
+        """Prepare the first step: fill the caches, open the log, and sample if configured."""
         run, start = self.run, self.start
         if run.components.offload_to is not None and run.total_steps > self.steps:
             from dora_diffusion.training.inputs.cache import cache_inputs
@@ -166,11 +167,11 @@ class RunFolder:
         self._begun = time.perf_counter()
         self._data_position = run.data_position()
         self.is_begun = True
-        if self._validate(self.steps):  # Of what the run starts from.
+        if self._validate(self.steps):  # The starting weights may be the best ones.
             self._checkpoint(self.steps, is_best=True)
 
     def is_over(self) -> bool:
-        """Return whether no step follows; samples and saves what is asked for, or overdue."""
+        """Return whether the run is over. Before, take samples and checkpoints that are due."""
         has_stepped = self.steps > self.start.step
         sampling, saving = (self.is_main and has_stepped and self._asked(n) for n in REQUESTS)
         overdue = self.is_main and has_stepped and self.saver.is_overdue()
@@ -185,19 +186,19 @@ class RunFolder:
         return False
 
     def _asked(self, name: str) -> bool:
-        """Return whether a file in the run's folder asks for something; it is answered once."""
+        """Return whether a request file exists in the folder, and remove it."""
         file = self.output_dir / name
         if not file.exists():
             return False
         file.unlink(missing_ok=True)
         if name == SAMPLE and not self.run.config.num_validation_images:
             warnings.warn(
-                f"{SAMPLE} asks for sample images, and num_validation_images is 0", stacklevel=3
+                f"{SAMPLE} requests sample images, but num_validation_images is 0", stacklevel=3
             )
         return True
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Log the step that was done; validate, sample and save where these are due."""
+        """Log a completed step; validate, sample and save a checkpoint when they are due."""
         run = self.run
         self.steps, self._data_position = self.steps + 1, run.data_position()
         seconds = round(time.perf_counter() - self._begun, 4)
@@ -211,7 +212,7 @@ class RunFolder:
             self._checkpoint(self.steps, is_best=is_best)
 
     def fail(self, error: Exception) -> None:
-        """Save what can be saved before an error ends the run."""
+        """Save the completed steps, if possible, before an error ends the run."""
         if not self.is_begun:
             return
         if isinstance(error, TrainingError):
@@ -222,10 +223,10 @@ class RunFolder:
         self.log.close()
 
     def finish(self) -> TrainResult:
-        """Save the last step; write what was learned, sample from the written file; the card.
+        """Save the last checkpoint; write the result, its samples and its model card.
 
         Raises:
-            TrainingError: If all is written, and the model predicts what it did before training.
+            TrainingError: If training had no effect on the predictions. The files are written.
         """
         steps, total_steps = self.steps, self.run.total_steps
         is_complete = self._is_complete(steps)
@@ -240,7 +241,7 @@ class RunFolder:
             with self.run.in_use():
                 result_step = self._best_step(steps)
                 path, kept = write_result(self.run, self.output_dir, result_step, self.samples)
-            written = path if self.is_main else None  # Others have given their parts.
+            written = path if self.is_main else None  # Other processes only gathered their shards.
             self._tell_effect(result_step)
         self.run.accelerator.wait_for_everyone()
         if written is not None:
@@ -264,7 +265,7 @@ class RunFolder:
         )
 
     def _tell_effect(self, step: int) -> None:
-        """Record how far the result moves the model."""
+        """Record the measured effect of training."""
         effect = self.run.probe.effect
         if self.is_main and effect is not None:
             with warning_of_full_disk("run.json does not have the effect of training"):
@@ -273,36 +274,40 @@ class RunFolder:
             self.on_event(events.EffectMeasured(effect))
 
     def _require_effect(self, written: Path) -> None:
-        """Refuse to call a run done that has moved nothing."""
+        """Raise an error if training had no effect."""
         effect, config = self.run.probe.effect, self.run.config
         if effect is None or not effect.is_nothing:
             return
-        mend = (
-            f"raise learning_rate ({config.unet_lr:g}) or max_train_steps ({self.steps}), or lower "
+        fix = (
+            f"Raise learning_rate ({config.unet_lr:g}) or max_train_steps ({self.steps}), or lower "
             "lr_warmup_steps"
         )
         if self.log.largest_norm == 0:
-            mend = "every gradient was 0: look at the photos' masks, and at mixed_precision"
+            fix = "All gradients were 0: check the masks of the photos and mixed_precision"
         elif self.log.largest_norm == math.inf:
-            mend = "fp16 skipped every step: give --mixed_precision bf16, or no"
+            fix = "fp16 skipped every step: use --mixed_precision bf16 or no"
         raise TrainingError(
-            f"nothing was learned: {effect}, no more than rounding; {written} is written, and does "
-            f"nothing. {mend[0].upper()}{mend[1:]}"
+            f"nothing was learned: {effect}, within rounding. {written} was written but has no "
+            f"effect. {fix}"
         )
 
     def _best_step(self, steps: int) -> int:
-        """The step that the result is of, whose weights the model has afterwards."""
+        """Load the weights of the result into the model. Returns their step."""
         if self.run.validation is None or not self.run.config.keep_best:
             return steps
-        places = {self.output_dir: steps}
-        if self.start.checkpoint is not None:  # It may be another run's, up to here.
-            places = {self.start.checkpoint.parent: self.start.step, **places}
-        found = [(at, last) for place, last in places.items() for at in checkpoints_in(place)]
-        kept = {step_of(path): path for path, last in found if step_of(path) <= last}
-        return take_best(self.run, steps, kept)
+        last_steps = {self.output_dir: steps}
+        if self.start.checkpoint is not None:  # It may be in another run's folder.
+            last_steps = {self.start.checkpoint.parent: self.start.step, **last_steps}
+        checkpoints = {
+            step_of(path): path
+            for folder, last_step in last_steps.items()
+            for path in checkpoints_in(folder)
+            if step_of(path) <= last_step
+        }
+        return take_best(self.run, steps, checkpoints)
 
     def _is_complete(self, step: int) -> bool:
-        """Return whether no step is left after this one, or validation patience is at its end."""
+        """Return whether a step is the last one, or early stopping has ended the run."""
         validation = self.run.validation
         is_exhausted = validation is not None and validation.is_exhausted
         return step >= self.run.total_steps or is_exhausted
@@ -317,7 +322,7 @@ class RunFolder:
             self.on_event(events.StepDone(step, self.run.total_steps, record["loss"], record))
 
     def _validate(self, step: int) -> bool:
-        """Compute the validation loss if due. Returns whether the step is to be kept for it."""
+        """Compute the validation loss if due. Returns whether the step is the best to keep."""
         validation = self.run.validation
         if validation is None or not validation.is_due(step):
             return False
@@ -328,11 +333,11 @@ class RunFolder:
         return self.run.config.keep_best and validation.best() == step
 
     def _checkpoint(self, step: int, *, interim: bool = False, is_best: bool = False) -> None:
-        """Save a checkpoint, unless this step has tried to. All processes end if that fails."""
+        """Save a checkpoint, unless this step has one. A failure ends all processes."""
         self.log.flush()  # Numbers that are not finite raise here, before anything is written.
         failure: Exception | None = None
         is_new = self.is_main and self.saver.last_step != step
-        # Of a sharded model every process gives its part.
+        # For a sharded model all processes gather their shards.
         if set_by_any(self.run.accelerator, is_new) if self.shards else is_new:
             try:
                 path = self._save(step, interim=interim, is_best=is_best)
@@ -346,7 +351,7 @@ class RunFolder:
     def _save(
         self, step: int, *, interim: bool, is_best: bool = False, **state: Any
     ) -> Path | None:
-        """Save a checkpoint, with parts of its state that replace those of this moment."""
+        """Save a checkpoint; ``state`` overrides entries of the current state."""
         run, weights = self.run, self.run.weights
 
         def write(folder: Path) -> None:
@@ -366,27 +371,27 @@ class RunFolder:
             )
 
     def _rescue(self, step: int, data_position: Mapping[str, Any]) -> None:
-        """Save the steps as a checkpoint in between before an error ends the run.
+        """Save the completed steps as a temporary checkpoint before an error ends the run.
 
         Args:
-            step: The last one that is done.
-            data_position: Where the run stood in its data after that step.
+            step: Last completed step.
+            data_position: Position in the data after that step.
         """
         if not self.is_main or not self.start.step < step != self.saver.last_step:
             return
         failed = f"no checkpoint of step {step} was saved before the error"
         if self.shards and self.run.config.is_full:
-            warnings.warn(f"{failed}, since parts are in the other processes", stacklevel=3)
+            warnings.warn(f"{failed}, since other processes hold shards", stacklevel=3)
             return
         if not self.run.step.is_whole:
-            warnings.warn(f"{failed}, which came while the weights were changed", stacklevel=3)
+            warnings.warn(f"{failed}, which interrupted an update of the weights", stacklevel=3)
             return
         try:
             try:
                 self.log.flush()
             except TrainingError:
                 raise
-            except Exception:  # Of whoever watches the numbers, which are looked at before.
+            except Exception:  # Raised by a callback; the metrics were checked before.
                 pass
             if path := self._save(step, interim=True, **data_position):
                 warnings.warn(
@@ -398,15 +403,15 @@ class RunFolder:
             warnings.warn(f"{failed}: {error}", stacklevel=3)
 
     def _tell_of_rise(self) -> None:
-        """Name the checkpoint from before the loss rose, at the end."""
+        """Warn of a loss that rose, and name the checkpoint from before."""
         watch = self.log.watch
         stable, risen_at = self.saver.newest_stable(watch.is_stable), watch.risen_at
         if risen_at is None or not self.is_main:
             return
         before = f"{stable} is from before" if stable else "no checkpoint is from before"
         warnings.warn(
-            f"the loss rose far above its start by step {risen_at}, so what was learned may be "
-            f"damaged: {before}; a lower learning rate helps",
+            f"the loss rose far above its start by step {risen_at}, so the result may be damaged: "
+            f"{before}; lower the learning rate",
             stacklevel=3,
         )
 

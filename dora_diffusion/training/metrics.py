@@ -1,7 +1,4 @@
-"""One JSON line per step, written when its numbers have arrived from the device.
-
-What is measured on held-out photos has lines of its own.
-"""
+"""Metrics of a run: one JSON line per step and per validation, and trackers."""
 
 from __future__ import annotations
 
@@ -27,26 +24,26 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.models.offload import fetch
 
 _PROJECT = "dreambooth"
-# Steps in a row that fp16 may skip: its scaler halves its scale each time, from 65,536.
+# Consecutive steps that fp16 may skip. The scaler halves its scale of 65,536 each time.
 MOST_SKIPPED = 40
-# Of the losses that a rise is held against: how many, how far above their mean a loss must lie to
-# count, how much of that at most, and the sum that is told.
+# Detection of a rising loss: number of initial losses, their mean times this factor is the
+# threshold, largest ratio that a loss counts with, and cumulative sum that triggers the warning.
 _START, _FACTOR, _MOST, _ALARM = 20, 3.0, 10.0, 25.0
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot continue, with its step and what to do."""
+    """Error for a run that cannot continue."""
 
 
 def require_finite(record: Mapping[str, Any], skipped: int = 0) -> None:
-    """Refuse a step whose loss, or whose gradients by their norm, are not finite.
+    """Check that the loss and the gradient norm of a step are finite.
 
     Args:
-        record: The step's, with numbers of the host.
-        skipped: For the message: steps before it that fp16's scaler skipped.
+        record: Metrics of the step, on the host.
+        skipped: Number of preceding steps that the fp16 scaler skipped, for the message.
 
     Raises:
-        TrainingError: With the step.
+        TrainingError: If one of them is not finite.
     """
     loss, norm, step = float(record["loss"]), float(record.get("grad_norm", 0)), record["step"]
     if math.isfinite(loss) and math.isfinite(norm):
@@ -65,19 +62,19 @@ def require_finite(record: Mapping[str, Any], skipped: int = 0) -> None:
 def skip_if_not_finite(
     record: Mapping[str, Any], parameters: Iterable[Tensor], optimizer: Any
 ) -> None:
-    """Skip the optimizer's step if loss or gradients are not finite. The device is not waited for.
+    """Skip the optimizer's step if loss or gradients are not finite, without synchronization.
 
-    A fused optimizer on CUDA skips the step by a flag, as it would for a gradient scaler. Other
-    optimizers on a GPU get gradients of 0, so that no NaN reaches the weights. `MetricsLog` reports
-    the step when its numbers have arrived.
+    A fused optimizer on CUDA skips the step by a flag, as with a gradient scaler. Other optimizers
+    on a GPU get gradients of 0, so that no NaN reaches the weights. `MetricsLog` reports the step
+    after its metrics have arrived on the host.
 
     Args:
-        record: Numbers of the step.
-        parameters: The parameters as the optimizer sees them.
+        record: Metrics of the step.
+        parameters: Parameters of the optimizer.
         optimizer: The optimizer.
 
     Raises:
-        TrainingError: On a CPU.
+        TrainingError: If they are not finite, on a CPU.
     """
     norm: Tensor = record["grad_norm"]
     if norm.device.type == "cpu":
@@ -94,7 +91,7 @@ def skip_if_not_finite(
 
 @contextlib.contextmanager
 def naming_step(noun: str, step: int) -> Iterator[None]:
-    """Raise a `TrainingError` with the step where what was learned is not finite."""
+    """Convert a `ValueError` about weights that are not finite to a `TrainingError`."""
     try:
         yield
     except ValueError as error:
@@ -105,19 +102,20 @@ def naming_step(noun: str, step: int) -> Iterator[None]:
 
 
 def is_validation(record: Mapping[str, Any]) -> bool:
-    """Return whether a record is of held-out photos, and not of a training step."""
+    """Return whether a record belongs to a validation, not to a training step."""
     return any(name.startswith("validation_") for name in record)
 
 
 class LossWatch:
-    """Monitor of the loss: whether it has risen far above its own start, and since when.
+    """Detector of a loss that rises far above its initial level.
 
-    A cumulative sum (Page 1954) of how far each loss lies above `_FACTOR` times the mean of the
-    first `_START` ones. A single loss says little: with one photo a step it varies a hundredfold
-    with the timestep. What falls apart within those first steps has no start to be held against.
+    The detector is a cumulative sum (Page 1954) of the distance of each loss above `_FACTOR` times
+    the mean of the first `_START` losses. A single loss is not significant: with one photo per step
+    it varies a hundredfold with the timestep. A divergence within the first `_START` steps is not
+    detected, since the initial level is then too high.
 
     Attributes:
-        risen_at: The step at which the sum passed `_ALARM`; None if it has not.
+        risen_at: Step at which the sum exceeded `_ALARM`; None if it has not.
     """
 
     def __init__(self) -> None:
@@ -139,24 +137,24 @@ class LossWatch:
             self.risen_at = step
 
     def is_stable(self, step: int) -> bool:
-        """Return whether nothing spoke of a rise at a step."""
+        """Return whether the cumulative sum was 0 at a step."""
         return step not in self._raised
 
 
 class MetricsLog:
-    """Steps' numbers, read from the device one step late, so that logging does not wait for it.
+    """Log of a run's metrics. They are read from the device one step late, to avoid waiting.
 
     Args:
-        path: The ``metrics.jsonl`` to append to; None writes nothing.
-        start_step: Lines of later steps, left by a run that is now resumed from here, are dropped.
-        on_record: Called with each step's record.
-        skips: Steps in a row whose gradients may be not finite: fp16 skips these.
+        path: ``metrics.jsonl``, to which lines are appended; None: nothing is written.
+        start_step: Step from which the run is resumed. Lines of later steps are dropped.
+        on_record: Called with the record of each step.
+        skips: Number of consecutive steps whose gradients may be non-finite, as fp16 skips them.
 
     Attributes:
-        steps_dropped: Number of the lines that were dropped.
-        largest_norm: Of the gradients of this process's steps but those that fp16 skipped; infinite
-            where it skipped all of them, None before the first.
-        watch: Of the loss, those of earlier processes included.
+        steps_dropped: Number of steps whose lines were dropped.
+        largest_norm: Largest gradient norm of all steps that this process has taken and fp16 has
+            not skipped; infinite if all were skipped, None before the first.
+        watch: Detector of a rising loss. It includes the losses of earlier processes.
     """
 
     def __init__(
@@ -173,22 +171,22 @@ class MetricsLog:
         self.largest_norm: float | None = None
         self.watch = LossWatch()
         if path is not None:
-            kept = []
+            lines = []
             for line, step, loss in _lines(path):
                 if step > start_step:
                     self.steps_dropped += loss is not None
                     continue
-                kept.append(line)
+                lines.append(line)
                 if loss is not None:
                     self.watch.add(step, loss)
-            save_text(path, "".join(kept))
+            save_text(path, "".join(lines))
             self._file = _LineFile(path)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Add a step's record, whose values may be tensors, and write the one before it.
+        """Add the record of a step, whose values may be tensors, and write the previous record.
 
         Raises:
-            TrainingError: If loss or gradients of the step before are not finite.
+            TrainingError: If loss or gradients of the previous step are not finite.
         """
         tensors = {k: v.detach() for k, v in record.items() if isinstance(v, Tensor)}
         numbers = torch.stack(list(tensors.values())) if tensors else torch.empty(0)
@@ -197,12 +195,12 @@ class MetricsLog:
             self._write(*self._waiting.popleft())
 
     def flush(self) -> None:
-        """Write everything that waits."""
+        """Write all pending records."""
         while self._waiting:
             self._write(*self._waiting.popleft())
 
     def close(self) -> None:
-        """Close the file; what waits is dropped."""
+        """Close the file without writing pending records."""
         if self._file is not None:
             self._file.close()
 
@@ -213,7 +211,7 @@ class MetricsLog:
         if is_step := "loss" in values:
             self._require_finite(values)
         if self._file is not None:
-            # An fp16 step that overflowed, and was skipped, has no norm of its gradients.
+            # An fp16 step that was skipped after an overflow has no finite gradient norm.
             written = {
                 k: None if v in (math.inf, -math.inf) or v != v else v for k, v in values.items()
             }
@@ -240,13 +238,13 @@ class MetricsLog:
             warnings.warn(
                 f"the loss has risen far above its start by step {step} (more than {_FACTOR:g} "
                 f"times the mean of the first {_START} steps): the learning rate may be too high. "
-                "The newest checkpoint from before is kept, whatever checkpoints_total_limit is",
+                "The newest checkpoint from before is kept regardless of checkpoints_total_limit",
                 stacklevel=2,
             )
 
 
 class _LineFile:
-    """Lines at the end of a file, whole: what a full disk refuses waits for the next line."""
+    """Writer of whole lines. Lines that a full disk rejects are written with the next line."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
@@ -264,8 +262,8 @@ class _LineFile:
                 self._file.truncate(self._end)
             if not self._waiting:
                 warnings.warn(
-                    f"metrics.jsonl cannot be written: {error.strerror}; training continues, and "
-                    "its lines are written when there is room",
+                    f"metrics.jsonl cannot be written: {error.strerror}. Training continues; the "
+                    "lines are written when the disk has space",
                     stacklevel=2,
                 )
             self._waiting = data
@@ -278,12 +276,12 @@ class _LineFile:
 
 
 def _lines(path: Path) -> list[tuple[str, int, float | None]]:
-    """Complete lines of a log, each with its step, and its loss if it is of a training step.
+    """Read the complete lines of a log, each with its step and, for a training step, its loss.
 
-    A half-written last one is dropped.
+    An incomplete last line is dropped.
 
     Warns:
-        UserWarning: If another line is damaged: it is left out.
+        UserWarning: If another line is damaged. It is dropped too.
     """
     if not path.is_file():
         return []
@@ -301,16 +299,14 @@ def _lines(path: Path) -> list[tuple[str, int, float | None]]:
             damaged += 1
     if damaged:
         noun = counted(damaged, "line")
-        warnings.warn(
-            f"{path.name}: {noun} cannot be read, and left out from here on", stacklevel=3
-        )
+        warnings.warn(f"{path.name}: {noun} cannot be read and will be dropped", stacklevel=3)
     return read
 
 
 class Trackers:
-    """The configured trackers; none where ``report_to`` is not set.
+    """Trackers of Accelerate that ``report_to`` configures.
 
-    A tracker that cannot write warns once, and training continues without it.
+    If a tracker cannot write, training continues without trackers, with one warning.
     """
 
     def __init__(self, accelerator: Any, enabled: bool) -> None:
@@ -318,7 +314,7 @@ class Trackers:
         self._enabled = enabled
 
     def begin(self, values: Mapping[str, Any]) -> None:
-        """Open the trackers and give them the run's settings."""
+        """Open the trackers and log the settings of the run."""
         if not self._enabled:
             return
         self._accelerator.init_trackers(_PROJECT)
@@ -326,12 +322,12 @@ class Trackers:
             self._attempt(partial(_store_settings, tracker, values))
 
     def log_step(self, record: Mapping[str, Any]) -> None:
-        """Log a step's numbers."""
+        """Log the metrics of a step."""
         if self._enabled:
             self._attempt(partial(self._accelerator.log, step_tags(record), step=record["step"]))
 
     def log_images(self, tag: str, images: Sequence[Image.Image], step: int) -> None:
-        """Log images of one size under a tag."""
+        """Log images of the same size under a tag."""
         if not self._enabled:
             return
         # (n, height, width, 3)
@@ -351,7 +347,7 @@ class Trackers:
 
 
 def step_tags(record: Mapping[str, Any]) -> dict[str, float]:
-    """A step's record under the names that trackers show, grouped by what they are."""
+    """Return the metrics of a record by tag, such as ``train/loss``."""
     tags = {
         f"train/{name}": record[name]
         for name in ("loss", "prior_loss", "grad_norm")
@@ -368,13 +364,13 @@ def step_tags(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tracked_settings(config: TrainConfig) -> dict[str, Any]:
-    """Settings as plain values: lists and mappings are joined, and folders lose the way to them."""
+    """Return settings as scalars: lists and mappings are joined, paths reduced to their names."""
     return {name: _plain(value) for name, value in without_paths(config.to_dict()).items()}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        value = [f"{name}={each}" for name, each in value.items()]
+        value = [f"{name}={item}" for name, item in value.items()]
     if isinstance(value, list):
         return " | ".join(str(item) for item in value)
     return "" if value is None else value
@@ -386,8 +382,8 @@ def _store_settings(tracker: Any, values: Mapping[str, Any]) -> None:
         return
     from torch.utils.tensorboard.summary import hparams
 
-    # Into the run's own file, so that its loss stands beside its settings in the HPARAMS tab.
-    # Accelerate would make a run of its own for them.
+    # The HPARAMS tab shows loss and settings together only if both are in the run's file.
+    # Accelerate would create a separate run for the settings.
     for summary in hparams(dict(values), {"train/loss": 0.0}):
         tracker.writer.file_writer.add_summary(summary)
     lines = [f"    {name}: {value}" for name, value in values.items()]

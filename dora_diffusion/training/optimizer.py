@@ -1,4 +1,4 @@
-"""Parameter groups, what an optimizer sees of them, optimizers and schedules."""
+"""Parameter groups, optimizers and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from dora_diffusion.training.processes import (
 
 Groups = list[dict[str, Any]]
 WORDS = "words"
-"""Suffix of the name of a group for new words' vectors."""
+"""Role of the parameter groups for new words."""
 
-# Not everybody needs them, and they are installed apart.
+# Optional packages.
 _LIBRARIES = {
     "adamw8bit": "bitsandbytes",
     "prodigy": "prodigyopt",
@@ -40,13 +40,13 @@ _MODULES = {"prodigy-plus-schedule-free": "prodigyplus"}
 
 
 def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> Groups:
-    """The adapters' parameters by component and role, each with its rate and decay.
+    """Group the parameters of adapters by component and role, with learning rate and decay.
 
-    B's rate is ``loraplus_ratio`` times A's (arXiv:2402.12354). The magnitude never decays:
-    pulling it towards 0 would shrink the pretrained weight.
+    The learning rate of B is ``loraplus_ratio`` times that of A (arXiv:2402.12354). The magnitude
+    has no weight decay, which would shrink the pretrained weight.
 
     Args:
-        trained: The components that carry adapters, by name.
+        trained: Components with adapters, by name.
         config: Learning rates and weight decay.
     """
     groups = []
@@ -64,7 +64,7 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> G
             for role, (lr, decay) in roles.items():
                 named = [dict(adapter.named_parameters()) for adapter in adapters]
                 names = (role, f"parametrization.{role}")
-                parameters = [parts[name] for parts in named for name in names if name in parts]
+                parameters = [p[name] for p in named for name in names if name in p]
                 if parameters:
                     name = f"{component}/{role}{pattern and f' of {pattern}'}"
                     group = {"params": parameters, "lr": lr, "weight_decay": decay}
@@ -73,38 +73,38 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> G
 
 
 def role_of(group: Mapping[str, Any]) -> str:
-    """The role of a group's parameters: ``"up"`` of ``"unet/up of mid_block.*"``."""
+    """Return the role of a group: ``"up"`` for the name ``"unet/up of mid_block.*"``."""
     return str(group["name"]).partition("/")[2].partition(" ")[0]
 
 
 def _by_pattern(model: nn.Module, config: TrainConfig) -> dict[str, list[nn.Module]]:
-    """A component's adapters by the pattern of ``lr_pattern`` that names their layer, or none."""
-    parts: dict[str, list[nn.Module]] = {}
+    """Group the adapters of a component by the pattern of ``lr_pattern`` that names their layer."""
+    by_pattern: dict[str, list[nn.Module]] = {}
     for path, layer in adapted_layers(model):
         pattern = first_naming(config.lr_pattern, path, layer)
-        parts.setdefault(pattern, []).extend(layer.adapters.values())
-    return parts
+        by_pattern.setdefault(pattern, []).extend(layer.adapters.values())
+    return by_pattern
 
 
 def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> Groups:
-    """Weights of a model itself by component, each with its rate and decay.
+    """Group the weights of a model by component, with learning rate and decay (full fine-tuning).
 
     Args:
         trained: Parameters by canonical name, which begins with the component.
         config: Learning rates and weight decay.
     """
-    parts: dict[str, list[nn.Parameter]] = {}
+    by_component: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        parts.setdefault(name.partition(".")[0], []).append(parameter)
+        by_component.setdefault(name.partition(".")[0], []).append(parameter)
     return [
-        {"name": f"{name}/weights", "params": part, "lr": rate, "weight_decay": decay}
-        for name, part in parts.items()
+        {"name": f"{name}/weights", "params": parameters, "lr": rate, "weight_decay": decay}
+        for name, parameters in by_component.items()
         for rate, decay in [_rate_and_decay(name, config)]
     ]
 
 
 def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
-    """Learning rate and weight decay of a component."""
+    """Return the learning rate and weight decay of a component."""
     has_own_rate = component != "unet" and not config.is_prodigy
     rate = config.text_encoder_lr if has_own_rate else config.unet_lr
     decay = config.adam_weight_decay
@@ -114,7 +114,7 @@ def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
 
 
 def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over parameter groups.
+    """Build the configured optimizer over parameter groups.
 
     Raises:
         ConfigError: If the optimizer's library is not installed.
@@ -122,7 +122,7 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     betas, name = (config.adam_beta1, config.adam_beta2), config.optimizer_name
     library = optimizer_library(name)
     if name == "adamw":
-        # One kernel that updates every parameter is the fastest for many small ones.
+        # For many small parameters, one kernel over all of them is the fastest.
         kinds = {parameter.device.type for group in groups for parameter in group["params"]}
         kind = "fused" if all(map(has_fused_optimizers, kinds)) else "foreach"
         return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
@@ -148,20 +148,20 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
             betas=betas,
             beta3=config.prodigy_beta3,
             eps=config.adam_epsilon,
-            split_groups=False,  # One step size for all, as Prodigy has it.
+            split_groups=False,  # One step size for all groups, as in Prodigy.
         )
     from transformers.optimization import Adafactor
 
-    # Each group has its own rate; the polynomial schedule takes that of AdamW's defaults for scale.
+    # Groups have their own rates. The polynomial schedule scales by this one, AdamW's default.
     return Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
 
 
 def learning_rates(groups: Groups) -> dict[str, dict[str, float]]:
-    """The rates of the step that comes, as a step's record holds them.
+    """Return the learning rates of the next step, for its record.
 
     Returns:
-        ``{"lr": {group: rate}}``. Prodigy multiplies its rate by ``d``, the step size that it has
-        found (arXiv:2306.06101): that product is in ``"effective_lr"``.
+        ``{"lr": {group: rate}}``. For Prodigy, ``"effective_lr"`` has the rates multiplied by its
+        estimated step size ``d`` (arXiv:2306.06101).
     """
     rates = {"lr": {group["name"]: group["lr"] for group in groups}}
     if all("d" in group for group in groups):
@@ -170,10 +170,10 @@ def learning_rates(groups: Groups) -> dict[str, dict[str, float]]:
 
 
 def optimizer_library(name: str) -> Any:
-    """The module that an optimizer is from.
+    """Import the library of an optimizer.
 
     Raises:
-        ConfigError: If it is not installed.
+        ConfigError: If the library is not installed.
     """
     package = _LIBRARIES.get(name, "torch.optim")
     try:
@@ -187,26 +187,26 @@ def optimizer_library(name: str) -> Any:
 
 
 def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
-    """The configured learning-rate schedule over ``max_train_steps`` optimizer steps.
+    """Build the configured learning-rate schedule over ``max_train_steps`` optimizer steps.
 
     Warns:
-        UserWarning: Of a warm-up that is longer than the run.
+        UserWarning: If the warm-up is longer than the run.
     """
     from diffusers.optimization import get_scheduler
 
     steps = config.max_train_steps or 0
     if config.lr_warmup_steps >= steps:
         warnings.warn(
-            f"lr_warmup_steps is {config.lr_warmup_steps}, and the run has "
+            f"lr_warmup_steps is {config.lr_warmup_steps}, but the run has "
             f"{counted(steps, 'step')}: the learning rate never reaches {config.unet_lr:g}; "
-            "make the warm-up shorter",
+            "shorten the warm-up",
             stacklevel=2,
         )
     schedule = get_scheduler(
         config.lr_schedule,
         optimizer=optimizer,
         num_warmup_steps=config.lr_warmup_steps,
-        # The polynomial divides by what is left after the warm-up.
+        # The polynomial schedule divides by the number of steps after the warm-up.
         num_training_steps=max(steps, config.lr_warmup_steps + 1),
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
@@ -219,20 +219,22 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
 
 
 def _until(last: int, factor: Callable[[int], float]) -> Callable[[int], float]:
-    """A schedule that is 0 once so many steps are done."""
+    """Return a schedule that is 0 after the given number of steps."""
     return lambda done: 0.0 if done >= last else factor(done)
 
 
 def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]) -> None:
-    """Restore saved moments and the schedule's place; rates and decays stay those of this run.
+    """Restore the moments of an optimizer and the position of its schedule.
+
+    Learning rates, weight decays, betas and eps keep the values of this run.
 
     Args:
-        optimizer: This run's, fresh.
-        lr_schedule: This run's, fresh: a `LambdaLR`, or Accelerate's wrapper of one.
-        state: What a checkpoint holds.
+        optimizer: New optimizer.
+        lr_schedule: New schedule: a `LambdaLR` or Accelerate's wrapper of one.
+        state: State of a checkpoint.
 
     Raises:
-        ConfigError: If it is of other parameters.
+        ConfigError: If the state belongs to other parameters.
     """
     settings = ("initial_lr", "weight_decay", "betas", "eps")
     fresh = [{k: group[k] for k in settings if k in group} for group in optimizer.param_groups]
@@ -252,21 +254,21 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
 
 
 def _restore_dtypes(optimizer: Any, saved: Mapping[int, Mapping[str, Any]]) -> None:
-    """Restore what an optimizer keeps in bfloat16, which torch reads in its parameter's dtype."""
+    """Restore bfloat16 moments, which `load_state_dict` casts to the dtype of their parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, moments in saved.items():
-        own = optimizer.state[parameters[index]]
+        loaded = optimizer.state[parameters[index]]
         for key, value in moments.items():
             if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
-                own[key] = own[key].to(value.dtype)
+                loaded[key] = loaded[key].to(value.dtype)
 
 
 class SteppedParameters:
-    """Parameters that an optimizer sees: those that train themselves.
+    """Parameters of an optimizer: the trained parameters themselves.
 
     Attributes:
-        groups: The parameter groups, with what the optimizer is given.
-        whole: Of these, what every process has whole.
+        groups: Parameter groups of the optimizer.
+        whole: Parameters that are not sharded.
     """
 
     def __init__(self, groups: Groups, whole: Sequence[nn.Parameter] | None = None) -> None:
@@ -280,10 +282,10 @@ class SteppedParameters:
         """Prepare the gradients for the optimizer after the backward passes."""
 
     def share_gradients(self) -> None:
-        """Make clipping change the parameters' own gradients."""
+        """Make the clipped gradients available as ``.grad`` of the trained parameters."""
 
     def clip(self, limit: float, accelerator: Any) -> Tensor:
-        """Limit the gradients' L2 norm; return it as it was; 0: no limit."""
+        """Clip the L2 norm of the gradients, unless the limit is 0. Returns the norm before."""
         if limit:
             norm: Tensor = accelerator.clip_grad_norm_(list(self), limit)
             return norm
@@ -294,22 +296,22 @@ class SteppedParameters:
         """Drop the gradients after the optimizer's step."""
 
     def gather_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """An optimizer's state with whole moments, in the first process."""
+        """Gather the sharded moments of an optimizer's state in the first process."""
         return state
 
     def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The part of a whole state that is this process's."""
+        """Return this process's shard of a gathered optimizer state."""
         return state
 
 
 class FlatParameters(SteppedParameters):
-    """One flat parameter for each parameter group; the group's own become views of it.
+    """One flat parameter per group. The parameters of the group become views of it.
 
-    Clipping and AdamW treat every number alike, so they see the flat ones, and do the same. Not for
-    optimizers to which a parameter's size matters.
+    Clipping and AdamW are elementwise except for the total norm, so that their results do not
+    change. Optimizers that depend on the shape of a parameter cannot use flat parameters.
 
     Args:
-        groups: The groups.
+        groups: Parameter groups.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -328,18 +330,20 @@ class FlatParameters(SteppedParameters):
                 member.data = view
 
     def take_gradients(self) -> None:
-        """Copy the gradients of their members to the flat parameters.
+        """Copy the gradients of the members to the flat parameters.
 
         Raises:
-            RuntimeError: If a member's memory was exchanged, as ``.to()`` does it.
+            RuntimeError: If a member is no longer a view of its flat parameter, as after ``.to()``.
         """
         self._unused = []
-        each = zip(self._flat, self._gradients, self._shares, self._members, strict=True)
-        for flat, gradient, shares, members in each:
+        columns = zip(self._flat, self._gradients, self._shares, self._members, strict=True)
+        for flat, gradient, shares, members in columns:
             _check_memory(flat, members)
-            found = [member.grad for member in members]
-            pairs = [(s, grad) for s, grad in zip(shares, found, strict=True) if grad is not None]
-            unused = [m for m, grad in zip(members, found, strict=True) if grad is None]
+            gradients = [member.grad for member in members]
+            pairs = [
+                (s, grad) for s, grad in zip(shares, gradients, strict=True) if grad is not None
+            ]
+            unused = [m for m, grad in zip(members, gradients, strict=True) if grad is None]
             if unused:
                 gradient.zero_()
                 self._unused += [(m, m.detach().clone()) for m in unused if pairs]
@@ -348,15 +352,16 @@ class FlatParameters(SteppedParameters):
             flat.grad = gradient if pairs else None
 
     def share_gradients(self) -> None:
-        """Make the members' gradients views of the flat ones, which clipping then changes too."""
+        """Make the gradients of the members views of the clipped flat gradients."""
         for shares, members in zip(self._shares, self._members, strict=True):
             for share, member in zip(shares, members, strict=True):
                 member.grad = None if member.grad is None else share
 
     def finish(self) -> None:
-        """Drop the members' gradients after the optimizer's step, and count them as written.
+        """Drop the members' gradients after the optimizer's step, and mark the members as modified.
 
-        A member that had none is what it was before: no weight decay acts on it.
+        A member without a gradient keeps its value: the weight decay of the flat parameter is
+        undone.
         """
         for member, value in self._unused:
             member.data.copy_(value)
@@ -364,44 +369,44 @@ class FlatParameters(SteppedParameters):
         for members in self._members:
             for member in members:
                 member.grad = None
-            # Memory that is given by ``.data`` brings no version counter along.
+            # Views assigned to ``.data`` do not share the version counter of the flat parameter.
             increment_version(members)
 
 
 def _check_memory(flat: Tensor, members: Sequence[Tensor]) -> None:
-    place, size = flat.data_ptr(), flat.element_size()
+    address, size = flat.data_ptr(), flat.element_size()
     for member in members:
-        if member.data_ptr() != place:
+        if member.data_ptr() != address:
             raise RuntimeError(
-                "a trained parameter was moved or replaced while it trains, so that the optimizer "
-                "no longer reaches it; build the optimizer after the model is where it stays"
+                "a trained parameter was moved or replaced during training, so that the optimizer "
+                "no longer reaches it; build the optimizer after moving the model"
             )
-        place += member.numel() * size
+        address += member.numel() * size
 
 
 class LocalParameters(SteppedParameters):
-    """The parts of this process, of weights that train sharded.
+    """Local shards of sharded weights.
 
-    AdamW treats every number alike, so that each process steps its own.
+    AdamW is elementwise, so that each process can update its shard by itself.
     """
 
     def __init__(self, groups: Groups) -> None:
         members = [parameter for group in groups for parameter in group["params"]]
-        own = {
+        shards = {
             id(member): nn.Parameter(local(member)) if is_sharded(member) else member
             for member in members
         }
         super().__init__(
-            [group | {"params": [own[id(m)] for m in group["params"]]} for group in groups],
+            [group | {"params": [shards[id(m)] for m in group["params"]]} for group in groups],
             whole=[member for member in members if not is_sharded(member)],
         )
         self._members = members
-        self._pairs = [(m, own[id(m)]) for m in members if is_sharded(m)]
+        self._pairs = [(m, shards[id(m)]) for m in members if is_sharded(m)]
 
     def take_gradients(self) -> None:
-        # FSDP has averaged them.
-        for member, own in self._pairs:
-            own.grad = None if member.grad is None else local(member.grad)
+        # FSDP has averaged the gradients.
+        for member, shard in self._pairs:
+            shard.grad = None if member.grad is None else local(member.grad)
 
     def finish(self) -> None:
         for member, _ in self._pairs:
@@ -409,13 +414,13 @@ class LocalParameters(SteppedParameters):
 
     @torch.no_grad()
     def clip(self, limit: float, accelerator: Any) -> Tensor:
-        """Limit the gradients' L2 norm over all processes; return it as it was; 0: no limit."""
-        own = [part.grad for _, part in self._pairs if part.grad is not None]
+        """Clip the L2 norm over all processes, unless the limit is 0. Returns the norm before."""
+        sharded = [shard.grad for _, shard in self._pairs if shard.grad is not None]
         whole = [parameter.grad for parameter in self.whole if parameter.grad is not None]
-        squares = [torch.nn.utils.get_total_norm(part).square() for part in (own, whole)]
+        squares = [torch.nn.utils.get_total_norm(grads).square() for grads in (sharded, whole)]
         norm = (add_up(squares[0]) + squares[1]).sqrt()
         if limit:
-            torch._foreach_mul_([*own, *whole], (limit / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_([*sharded, *whole], (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def gather_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -436,15 +441,15 @@ class LocalParameters(SteppedParameters):
 
 
 def stepped_parameters(groups: Groups, config: TrainConfig, *, shards: bool) -> SteppedParameters:
-    """The form in which a run's optimizer sees the parameters that train.
+    """Return the parameters of a run's optimizer, flattened if the optimizer allows it.
 
-    AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows
-    rows and columns, Prodigy each parameter's start, the 8-bit AdamW quantises no small ones, which
-    keeps the magnitudes' moments whole, and the schedule-free one's own average must know those
-    without a gradient. A model's own weights are few and large.
+    AdamW is elementwise and can update flat parameters. Adafactor uses rows and columns. Prodigy
+    uses the initial value of each parameter. The 8-bit AdamW does not quantise small parameters,
+    which keeps the moments of magnitudes exact. The average of schedule-free optimizers must skip
+    parameters without a gradient. The weights of full fine-tuning are few and large.
 
     Args:
-        groups: The parameter groups.
+        groups: Parameter groups.
         config: Method and optimizer.
         shards: Whether the model is sharded.
     """

@@ -1,4 +1,4 @@
-"""Packs: several runs, each with its adapter and folder, that train on one model at once."""
+"""Packs: several runs that train at once on one model, each with its own adapter and folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dora_diffusion.training.signals import Stopped, StopRequest
 OnPackEvent = Callable[[str, events.Event], None]
 """Callback with a subject's name, empty for the whole pack, and an event of its run."""
 
-# Besides what a loaded base is made of.
+# Settings that all subjects must share, in addition to the base model's.
 _ALIKE = (
     *sorted(SHARED - {"dataset_config", "output_dir", "overwrite_output_dir",
                       "resume_from_checkpoint"}),
@@ -48,9 +48,9 @@ class PackResult:
     """Result of a pack.
 
     Attributes:
-        results: Results of the runs that ended, or were interrupted, by the name of the subject.
-        failures: Errors of the others.
-        signal_number: The signal that interrupted the pack, or None.
+        results: Results of completed and interrupted runs, by name of the subject.
+        failures: Errors of failed runs, by name of the subject.
+        signal_number: Signal that interrupted the pack, or None.
     """
 
     results: dict[str, TrainResult] = field(default_factory=dict)
@@ -65,23 +65,24 @@ def train_pack(
     *,
     load: LoadBase | None = None,
 ) -> PackResult:
-    """Train several subjects at once, each as `train` does it with its settings alone.
+    """Train several subjects at once, each with the same result as `train` with its settings.
 
-    A step computes the rows of all subjects in one forward and backward pass, so that it takes the
-    operations of one. Each subject has its folder, draws, learning rate, clipping, checkpoints,
-    samples and result. One whose photos or settings are broken, or whose numbers stop being finite,
-    leaves the pack; the others continue. With ``resume_from_checkpoint: latest`` those without a
-    checkpoint begin, and those with a result alone have ended.
+    A step computes the rows of all subjects in one forward and backward pass, with as many kernel
+    launches as for one subject. Each subject has its own folder, random draws, learning rate,
+    clipping, checkpoints, samples and result. A subject with invalid photos, settings or losses
+    leaves the pack; the others continue. With ``resume_from_checkpoint: latest`` a subject without
+    a checkpoint starts from the beginning, and a subject that has only a result is complete.
 
     Args:
-        configs: The settings of each subject, by its name, or why it has none
+        configs: Settings of each subject by name, or the error of invalid settings
             (`dora_diffusion.config.subject_list.subject_configs`).
-        on_event: Called with the subject's name and each of `dora_diffusion.training.events`.
-        load: Loads the base model, as `train` takes it.
+        on_event: Called with the name of the subject and each event
+            (`dora_diffusion.training.events`).
+        load: Loads the base model, as in `train`.
 
     Raises:
-        ConfigError: If the settings cannot be those of a pack, before anything is loaded.
-        ModelNotFoundError: If there is no such base.
+        ConfigError: If a pack cannot have these settings. Nothing is loaded then.
+        ModelNotFoundError: If the base model does not exist.
 
     Example:
         >>> shared = TrainConfig(
@@ -94,13 +95,13 @@ def train_pack(
         >>> sorted(train_pack(subject_configs(subjects, shared)).results)
         ['bolt_mug', 'heart_teapot']
     """
-    usable = {name: given for name, given in configs.items() if isinstance(given, TrainConfig)}
+    usable = {name: config for name, config in configs.items() if isinstance(config, TrainConfig)}
     check_pack(usable)
     pack = _Pack(on_event or (lambda name, event: None))
-    for name, given in configs.items():
+    for name, config in configs.items():
         with pack.leaving(name):
-            if isinstance(given, ConfigError):
-                raise given
+            if isinstance(config, ConfigError):
+                raise config
     with pack.stop, pack.folders, reading_once(), contextlib.suppress(Stopped):
         pack.open(usable, load)
         pack.train()
@@ -108,16 +109,16 @@ def train_pack(
 
 
 def check_pack(configs: Mapping[str, TrainConfig]) -> None:
-    """Refuse settings that subjects of one pack cannot have.
+    """Check that a pack can have these settings.
 
     Raises:
-        ConfigError: Naming the setting, and a subject.
+        ConfigError: If a setting is not supported, or differs between subjects.
     """
     require(bool(configs), "a pack needs a subject; none is given")
-    first, *others = configs
-    for name in others:
+    first, *rest = configs
+    for name in rest:
         for setting in _ALIKE:
-            values = [getattr(configs[each], setting) for each in (first, name)]
+            values = [getattr(configs[subject], setting) for subject in (first, name)]
             require(
                 values[0] == values[1],
                 f"{setting} must be the same in a pack; {first} has {shown(values[0])}, {name} "
@@ -128,13 +129,13 @@ def check_pack(configs: Mapping[str, TrainConfig]) -> None:
         if setting := next((s for s, is_wrong in _unsupported(config).items() if is_wrong), ""):
             raise ConfigError(
                 f"{setting} {shown(getattr(config, setting))} of {name} is not possible in a pack; "
-                "leave it out, or train that subject by itself",
+                "remove it, or train that subject alone",
                 setting,
             )
 
 
 def _unsupported(config: TrainConfig) -> dict[str, bool]:
-    """Settings that a pack does not have, and whether they are set so."""
+    """Return the settings that a pack does not support, and whether they are set."""
     encodes = config.train_text_encoder
     return {
         "method": config.is_full,
@@ -144,7 +145,7 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
         "lora_dropout": config.lora_dropout > 0,
         "train_text_encoder_ti": config.train_text_encoder_ti,
         "text_encoder_targets": encodes and "token-embedding" in config.text_encoder_targets,
-        # A caption in chunks is several rows of a text encoder, and a dropped one none.
+        # In a text encoder, a caption in chunks occupies several rows, and a dropped one none.
         "max_token_length": encodes and config.max_token_length != 75,
         "clip_skip": encodes
         and config.clip_skip > 0
@@ -157,13 +158,13 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
 
 
 class _Pack:
-    """The subjects of a pack. One that fails leaves it, and the others continue.
+    """Runs of a pack. A run that fails leaves the pack, and the others continue.
 
     Attributes:
-        results: Results of the runs that ended, or were interrupted.
-        failures: Errors of those that left.
+        results: Results of completed and interrupted runs.
+        failures: Errors of failed runs.
         stop: Signals that stop all runs.
-        folders: Locks of the runs' folders.
+        folders: Locks of the output folders.
     """
 
     def __init__(self, on_event: OnPackEvent) -> None:
@@ -187,29 +188,29 @@ class _Pack:
         accelerator = make_accelerator(config)
         require(
             accelerator.num_processes == 1,
-            f"a pack trains in one process, and there are {accelerator.num_processes}; start it "
-            "without accelerate launch, or each subject by itself",
+            f"a pack trains in one process, but there are {accelerator.num_processes}; start it "
+            "without accelerate launch, or train each subject alone",
         )
         model, device = config.pretrained_model_name_or_path, str(accelerator.device)
         self._show("", events.ModelLoading(model, device, config.mixed_precision))
         base = load_base(config, accelerator, load)
-        for name, (own, subjects) in ready.items():
+        for name, (config, subjects) in ready.items():
             try:
                 with self.leaving(name):
-                    self._begin(name, own, subjects, accelerator, base)
+                    self._begin(name, config, subjects, accelerator, base)
             finally:
                 AdapterSet.of(*base.adaptable().values()).detach()
                 self._attached = None
 
     def _prepared(self, name: str, config: TrainConfig) -> tuple[TrainConfig, list[Subject]] | None:
-        """Check a subject's settings as far as possible without the base; None if it has ended."""
+        """Check a subject's settings without the base model. Returns None if the run is over."""
         folder = Path(config.output_dir)
         if config.resume_from_checkpoint == "latest" and not checkpoints_in(folder):
             adapter = next(folder.glob("*.safetensors"), None)
             if has_learned_nothing(folder):
                 raise TrainingError(
-                    f"{folder} holds the result of a run that has learned nothing; start it over "
-                    "with --overwrite_output_dir, and other settings"
+                    f"{folder} holds the result of a run that has learned nothing; start over with "
+                    "other settings and --overwrite_output_dir"
                 )
             if adapter is not None:
                 steps = config.max_train_steps or 0
@@ -225,7 +226,7 @@ class _Pack:
         self, name: str, config: TrainConfig, subjects: list[Subject], accelerator: Any,
         base: Components,
     ) -> None:  # fmt: skip
-        """Assemble a run, whose adapters are on the model then, and begin it."""
+        """Assemble a run and begin it. Its adapters stay attached to the model."""
         show = partial(self._show, name)
         run = assemble(config, subjects, accelerator, show, base=base)
         run.activate = partial(self._attach, run.step.adapters)
@@ -240,7 +241,7 @@ class _Pack:
             self._attached = adapters
 
     def train(self) -> None:
-        """Train until every run has its result, or has failed."""
+        """Train until every run is complete or has failed."""
         while True:
             self._finish_runs()
             if not self._runs:
@@ -252,7 +253,7 @@ class _Pack:
                 self._finish_runs()
 
     def _finish_runs(self) -> None:
-        """Write the results of runs that are over."""
+        """Write the results of completed runs."""
         for name, folder in list(self._runs.items()):
             with self.leaving(name):
                 if folder.is_over():
@@ -261,7 +262,7 @@ class _Pack:
                     self._drop(name)
 
     def _step(self, step: PackStep, runs: Mapping[str, RunFolder]) -> bool:
-        """Take a step of all runs. Returns whether one of them has left."""
+        """Take a step of all runs. Returns whether a run has left the pack."""
         try:
             outcomes = step([folder.steps + 1 for folder in runs.values()])
         except Exception as error:
@@ -274,13 +275,13 @@ class _Pack:
         return len(self._runs) < len(runs)
 
     def _drop(self, name: str) -> None:
-        """Remove a run, whose adapters may no longer be those on the model."""
+        """Remove a run. Its adapters may no longer be attached."""
         del self._runs[name]
         self._attached = None
 
     @contextlib.contextmanager
     def leaving(self, name: str) -> Iterator[None]:
-        """Context in which an error ends one run, which saves what it can."""
+        """Context in which an error ends one run, after saving a checkpoint if possible."""
         try:
             yield
         except Exception as error:

@@ -1,8 +1,8 @@
-"""One optimizer step of several runs on one model.
+"""Optimizer step of several runs on one model.
 
-The rows of all runs go through text encoders and UNet in one pass, each with its run's adapter
-(`adapters.stack`). Everything else each run does by itself (`step.Step`). No row depends on another
-one, so that each run's gradients are the same as without the others.
+Text encoders and UNet process the rows of all runs in one pass, each row with the adapter of its
+run (`adapters.stack`). Each run does everything else by itself (`step.Step`). Rows do not depend on
+each other, so that the gradients of a run are the same as without the other runs.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dora_diffusion.training.prediction import Drawn, answer
 from dora_diffusion.training.step import Step, stack_of
 
 Outcome = Record | Exception
-"""The record of a run's step, or the error of that run alone, of which nothing was changed."""
+"""Metrics of a run's step, or the error that kept this run from taking the step."""
 Group = Mapping[int, Drawn]
-"""Batches of one size, by the index of their run."""
+"""Batches by index of their run."""
 
 
 class PackStep:
-    """One optimizer step of several runs.
+    """Optimizer step of several runs.
 
     Args:
         steps: Steps of the runs, on one model.
 
     Raises:
-        ValueError: If their adapters cannot be trained together.
+        ValueError: If the adapters cannot be trained together.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
@@ -47,7 +47,7 @@ class PackStep:
         """Take a step of each run.
 
         Args:
-            numbers: The number of each run's step, from 1.
+            numbers: Step number of each run, counted from 1.
         """
         outcomes: list[Outcome] = [{} for _ in self.steps]
         losses: list[list[Tensor]] = [[] for _ in self.steps]
@@ -67,7 +67,7 @@ class PackStep:
         return outcomes
 
     def _draw(self, turn: int, outcomes: list[Outcome]) -> Group:
-        """Draw the next batch of each run that has one in this turn of gradient accumulation."""
+        """Draw the next batch of each run that has not yet accumulated all its gradients."""
         group = {}
         for k, step in enumerate(self.steps):
             if turn < step.turns and not isinstance(outcomes[k], Exception):
@@ -78,7 +78,7 @@ class PackStep:
         return group
 
     def _backward(self, group: Group) -> Iterator[tuple[int, Tensor]]:
-        """Add the gradients of batches. Yields each run with its ``(loss, prior)``, detached."""
+        """Accumulate the gradients of batches. Yields each run with ``(loss, prior)``, detached."""
         first = self.steps[0]
         trained = _interleaved([
             [(k, question) for question in drawn.trained()] for k, drawn in group.items()
@@ -86,7 +86,7 @@ class PackStep:
         of_base = _interleaved([drawn.of_base() for drawn in group.values()])
         rows = [k for k, question in trained for _ in question.ask.captions]
         questions = [question for _, question in trained] + of_base
-        # Backward inside, since blocks may be recomputed.
+        # Backward stays inside the context: gradient checkpointing recomputes blocks.
         with self.stack.of(rows, *self._route(group)):
             with first.accelerator.autocast():
                 base = partial(self._base, [self.steps[k] for k in group])
@@ -94,8 +94,8 @@ class PackStep:
                 losses = {k: self.steps[k].losses(drawn, answers) for k, drawn in group.items()}
             shares = [loss * (1 / self.steps[k].turns) for k, (loss, _) in losses.items()]
             first.accelerator.backward(torch.stack(shares).sum())
-        for k, parts in losses.items():
-            yield k, torch.stack([part.detach() for part in parts])
+        for k, pair in losses.items():
+            yield k, torch.stack([loss.detach() for loss in pair])
 
     @contextlib.contextmanager
     def _base(self, steps: Sequence[Step]) -> Iterator[None]:
@@ -105,7 +105,7 @@ class PackStep:
             yield
 
     def _route(self, group: Group) -> RankRoute:
-        """Join the masks of runs whose adapters may have different ranks."""
+        """Join the rank masks of the runs. Their adapters may have different ranks."""
         routes = {k: self.steps[k].route(drawn) for k, drawn in group.items()}
         if not any(route.masks for route in routes.values()):
             return RankRoute()
@@ -118,12 +118,12 @@ class PackStep:
         )
 
     def _joined(self, group: Group, layer: int, masks: Mapping[int, Masks]) -> Tensor | None:
-        """Join the masks of a layer: rows of all runs in their order, filled up to one rank.
+        """Join the masks of a layer over all rows, padded to the largest rank.
 
         Args:
             group: The batches.
             layer: Index of the layer.
-            masks: Masks of all layers by run. Runs without masks have all ranks.
+            masks: Masks of all layers by run. A run without masks has all ranks active.
         """
         present = [mask for layers in masks.values() if (mask := layers[layer]) is not None]
         if not present:
@@ -141,15 +141,15 @@ class PackStep:
         return torch.cat(_interleaved(by_run))
 
 
-def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """Return the first element of each part, then the second of each, and so on."""
+def _interleaved(sequences: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the first element of each sequence, then the second of each, and so on."""
     missing = object()
-    columns = zip_longest(*parts, fillvalue=missing)
-    return [part for part in chain.from_iterable(columns) if part is not missing]
+    columns = zip_longest(*sequences, fillvalue=missing)
+    return [item for item in chain.from_iterable(columns) if item is not missing]
 
 
 def _of_one_size(group: Group) -> Iterator[Group]:
-    """Divide batches into those whose latents have one size."""
+    """Group batches by the size of their latents."""
     groups: dict[tuple[int, ...], dict[int, Drawn]] = {}
     for k, drawn in group.items():
         groups.setdefault(tuple(drawn.batch.latents.shape[1:]), {})[k] = drawn

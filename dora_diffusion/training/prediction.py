@@ -1,4 +1,4 @@
-"""Predictions of a step: one pass of the model for all questions, and one of its base."""
+"""Predictions of a step: one forward pass of the trained model and one of the base model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dora_diffusion.training.batch import Batch, ModelInputs, Rows
 from dora_diffusion.training.conditioner import Conditioner
 
 Base = Callable[[], AbstractContextManager[object]]
-"""Returns a context in which the model is its base: as it was before training."""
+"""Returns a context in which the model is the base model, without training."""
 
 
 class Ask(NamedTuple):
-    """Predictions that a term of the loss needs for a batch.
+    """Request of a loss term for predictions on a batch.
 
     Attributes:
-        captions: The prompt of each row.
-        rows: The rows.
-        of_base: Predictions of the base model, without gradients.
+        captions: Prompt of each row.
+        rows: Rows of the batch.
+        of_base: Whether the base model predicts, without gradients.
     """
 
     captions: tuple[str, ...]
@@ -34,17 +34,17 @@ class Ask(NamedTuple):
 
     @classmethod
     def by_row(cls, batch: Batch, captions: Mapping[int, str], *, of_base: bool = False) -> Ask:
-        """Ask for some rows of a batch, each with its caption."""
+        """Request predictions for some rows of a batch from captions by row."""
         return cls(tuple(captions.values()), batch.rows(captions), of_base)
 
 
 class Question(NamedTuple):
-    """Question about a batch. Equal questions are answered once.
+    """Request together with its batch. Equal questions are predicted once.
 
     Attributes:
         ask: Rows and captions.
         batch: The batch.
-        encode: Encoder of captions.
+        encode: Caption encoder.
     """
 
     ask: Ask
@@ -53,7 +53,7 @@ class Question(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A batch, and the questions of each term of the loss about it."""
+    """Batch with the questions of each loss term."""
 
     batch: Batch
     questions: Sequence[Sequence[Question]]
@@ -63,21 +63,21 @@ class Drawn(NamedTuple):
         return list(dict.fromkeys(chain.from_iterable(self.questions)))
 
     def trained(self) -> list[Question]:
-        """Return the questions about the model that trains, in the order of their rows."""
+        """Return the questions to the trained model, in the order of their rows."""
         return [question for question in self.distinct() if not question.ask.of_base]
 
     def of_base(self) -> list[Question]:
-        """Return the questions about the base model."""
+        """Return the questions to the base model."""
         return [question for question in self.distinct() if question.ask.of_base]
 
 
 def answer(unet: Any, questions: Sequence[Question], base: Base) -> dict[Question, Tensor]:
-    """Predict the answers ``(rows, C, h, w)`` to questions about batches of one size.
+    """Predict the answers ``(rows, C, h, w)`` to questions on batches of the same size.
 
     Args:
-        unet: The model, with the adapters of the rows.
-        questions: Questions, in the order of the rows of a pass.
-        base: Makes the model its base.
+        unet: The UNet, with the adapters of the rows active.
+        questions: Questions, in the order of the rows of a forward pass.
+        base: Returns a context in which the model is the base model.
     """
     answers: dict[Question, Tensor] = {}
     if of_base := [question for question in questions if question.ask.of_base]:

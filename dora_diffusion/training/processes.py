@@ -1,13 +1,13 @@
-"""Devices, processes and precision of a run, by Accelerate; one model over several devices.
+"""Devices, processes and precision of a run (Accelerate), and sharding of a model (FSDP2).
 
-A model is sharded by torch's ``fully_shard`` (FSDP2). Matrices and kernels of the UNet, and of text
-encoders that train, are sharded by rows: each process has a part of every weight, and a block's
-weights are whole only while that block computes. Vectors, adapters and new words are whole in every
-process, and their gradients are averaged once for each step. All processes must therefore call a
-sharded model equally often.
+A model is sharded by torch's ``fully_shard``. Matrices and kernels of the UNet and of trained text
+encoders are sharded by rows. A block's weights are gathered only while the block computes. Vectors,
+adapters and new words are replicated, and their gradients are averaged once per step. All processes
+must therefore call a sharded model equally often.
 
-Accelerate launches the processes, and its launcher may ask for this too. Its own preparation of
-FSDP2 takes model and optimizer together, shards adapters, and knows no CPU processes.
+Accelerate launches the processes, and its launcher can request sharding. The model is not prepared
+by Accelerate, which would prepare model and optimizer together, shard adapters, and not support CPU
+processes.
 """
 
 from __future__ import annotations
@@ -35,41 +35,41 @@ from dora_diffusion.models.words import WordEmbedding
 from dora_diffusion.numerics.devices import default_device, torch_version
 from dora_diffusion.numerics.precision import allow_tf32
 
-# By name: importing their classes imports Diffusers. What is in none of these is gathered with the
-# whole model.
+# Class names of the blocks that are gathered one at a time; importing the classes would import
+# Diffusers. Weights outside of these blocks are gathered with the whole model.
 UNITS = (
     "BasicTransformerBlock", "Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D",
     "CLIPEncoderLayer",
 )  # fmt: skip
 _DEEPSPEED = (
     "DeepSpeed is not supported: its engine takes the optimizer's step inside of backward(), "
-    "before this program has looked at the gradients; launch with --use_fsdp --fsdp_version 2 in "
-    "place of --use_deepspeed, which shards what ZeRO-3 shards"
+    "before this program has checked the gradients; launch with --use_fsdp --fsdp_version 2 "
+    "instead of --use_deepspeed, which shards as ZeRO-3 does"
 )
-# Variables that the launcher sets, the values that are refused, and why.
+# Variables of the launcher, their unsupported values, and the reasons.
 _LAUNCHED = {
     "FSDP_OFFLOAD_PARAMS": (
-        "true", "--fsdp_offload_params true keeps weights off the GPU; leave it out"
+        "true", "--fsdp_offload_params true keeps weights off the GPU; remove it"
     ),
     "FSDP_RESHARD_AFTER_FORWARD": (
-        "false", "--fsdp_reshard_after_forward false keeps every weight whole; leave it out"
+        "false", "--fsdp_reshard_after_forward false keeps every weight gathered; remove it"
     ),
     "FSDP_ACTIVATION_CHECKPOINTING": (
-        "true", "in place of --fsdp_activation_checkpointing, use --gradient_checkpointing"
+        "true", "use --gradient_checkpointing instead of --fsdp_activation_checkpointing"
     ),
 }  # fmt: skip
 
 
-# Numbers of a gradient from which on it is averaged by itself.
+# Gradients with more elements than this are averaged one at a time.
 _LARGE = 2**20
 
 
 def make_accelerator(config: TrainConfig) -> Any:
-    """The accelerator, which knows devices, processes and precision.
+    """Build the accelerator, with devices, processes and precision of a run.
 
     Raises:
-        ConfigError: If the precision is not possible here, the tracker is not installed, or what
-            it is launched with and the settings do not go together.
+        ConfigError: If the device does not support the precision, the tracker is not installed, or
+            settings and launcher contradict each other.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -84,20 +84,20 @@ def make_accelerator(config: TrainConfig) -> Any:
             "report_to",
         )
     shards = wants_sharding(config)
-    # A process may train more than once, with another precision.
+    # A process may train several runs with different precisions.
     AcceleratorState._reset_state(reset_partial_state=False)
     if config.allow_tf32:
         allow_tf32()
-    # Adapters do without: their frozen model is in the precision already, where autocast would
-    # widen what norms make and cast it back, and an adapted layer casts its own parameters.
+    # Adapters need no autocast: the frozen model has the precision already, and an adapted layer
+    # casts its parameters. Autocast would only cast around the normalization layers.
     autocast = AutocastKwargs(enabled=config.is_full)
-    # `shard` does what it asks for.
+    # The model is sharded by `shard`, not by Accelerate.
     with patch_environment(ACCELERATE_USE_FSDP="false"):
         accelerator: Any = Accelerator(
             mixed_precision=precision,
             log_with=config.report_to,
             project_dir=str(Path(config.output_dir, config.logging_dir)),
-            # The other processes wait while the first one makes class images.
+            # The other processes wait while the first one generates class images.
             kwargs_handlers=[autocast, InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )  # fmt: skip
     accelerator.shards = shards
@@ -105,12 +105,12 @@ def make_accelerator(config: TrainConfig) -> Any:
 
 
 def shards_model(accelerator: Any) -> bool:
-    """Return whether the processes share one model, which all of them call equally often."""
+    """Return whether the model is sharded over the processes."""
     return bool(getattr(accelerator, "shards", False))
 
 
 def set_by_any(accelerator: Any, flag: bool) -> bool:
-    """Return whether any process has set a flag; all wait for the answer."""
+    """Return whether any process has set a flag. All processes must call this function."""
     if accelerator.num_processes == 1:
         return flag
     count = torch.tensor(float(flag), device=accelerator.device)
@@ -118,10 +118,10 @@ def set_by_any(accelerator: Any, flag: bool) -> bool:
 
 
 class SharedFlags:
-    """Flags that any process has set, so that all of them stop, and save, at the same step.
+    """Flags that any process has set, so that all processes stop and save at the same step.
 
-    Of several processes each reads what was asked for a step before, which has arrived by then:
-    nothing waits. What is answered is not asked for again by the same call.
+    With several processes, a call returns the flags of the previous call, to avoid waiting for the
+    device. A flag that is returned as set is not sent again by the same call.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -129,32 +129,32 @@ class SharedFlags:
         self._sent: Callable[[], Tensor] | None = None
 
     def __call__(self, *flags: bool) -> list[bool]:
-        """Return the flags that any process has set. Every process calls it at every step."""
+        """Return the flags that any process has set. All processes must call it at every step."""
         accelerator = self._accelerator
         if accelerator.num_processes == 1:
             return list(flags)
         before = torch.zeros(len(flags)) if self._sent is None else self._sent()
         is_set = [bool(count) for count in before.tolist()]
-        asked = [float(flag and not old) for flag, old in zip(flags, is_set, strict=True)]
-        counts = send(torch.tensor(asked), accelerator.device)
+        unsent = [float(flag and not old) for flag, old in zip(flags, is_set, strict=True)]
+        counts = send(torch.tensor(unsent), accelerator.device)
         self._sent = fetch(accelerator.reduce(counts, reduction="sum"))
         return is_set
 
 
 def wants_sharding(config: TrainConfig) -> bool:
-    """Return whether a run shards its model: by its settings, or by ``accelerate launch``.
+    """Return whether a run shards its model, by its settings or by ``accelerate launch``.
 
     Raises:
-        ConfigError: If the two do not agree, or something else is asked for that sharding excludes.
+        ConfigError: If the two contradict each other, or another setting excludes sharding.
 
     Warns:
-        UserWarning: If it has no effect.
+        UserWarning: If sharding has no effect because there is one process.
     """
     require(not _is_set("ACCELERATE_USE_DEEPSPEED"), _DEEPSPEED, "sharding")
     is_launched = _is_set("ACCELERATE_USE_FSDP")
     require(
         not (is_launched and config.sharding == "none"),
-        "sharding is none, and accelerate launch was given --use_fsdp; leave one of them out",
+        "sharding is none, but accelerate launch has --use_fsdp; remove one of them",
         "sharding",
     )
     if not is_launched and config.sharding != "fsdp":
@@ -166,7 +166,7 @@ def wants_sharding(config: TrainConfig) -> bool:
         )
         for variable, (value, reason) in _LAUNCHED.items():
             require(not _is_set(variable, value), f"sharding: {reason}", "sharding")
-        # Transformers would read no weights in processes other than the first.
+        # Otherwise Transformers would load weights in the first process only.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     _check_settings(config)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -189,27 +189,27 @@ def has_sharding() -> bool:
 
 
 def _check_settings(config: TrainConfig) -> None:
-    """Refuse what sharding excludes."""
+    """Check that no setting excludes sharding."""
     holds = {subject.is_image_free for subject in config.subjects}
     is_full, optimizer = config.is_full, config.optimizer_name
     problems = {
         f"needs torch 2.7 or newer, this is {torch.__version__}": not has_sharding(),
         "excludes compile: compiled blocks do not gather their weights": config.compile,
-        "excludes quantize: codes are not cut into parts": config.quantize != "none",
-        "excludes tlora_min_rank: each process would take norms of other ranks": (
+        "excludes quantize: quantised weights cannot be sharded": config.quantize != "none",
+        "excludes tlora_min_rank: the norms would have different ranks in each process": (
             config.least_rank is not None
         ),
-        "excludes offload model: each process keeps its part on its device": (
+        "excludes offload model: each process keeps its shard on its device": (
             config.offload == "model"
         ),
-        f"of full fine-tuning excludes optimizer {optimizer}, which looks at whole weights; use "
+        f"with full fine-tuning excludes optimizer {optimizer}, which needs whole weights; use "
         "adamw": is_full and optimizer != "adamw",
-        "of full fine-tuning excludes mixed_precision fp16; use bf16": (
+        "with full fine-tuning excludes mixed_precision fp16; use bf16": (
             is_full and config.mixed_precision == "fp16"
         ),
-        "excludes unmasked_prior: processes would pass the base model different numbers of "
+        "excludes unmasked_prior: processes would call the base model a different number of "
         "times": config.holds_unmasked,
-        "needs with_prior_preservation of all subjects or of none, where it is without images": (
+        "needs with_prior_preservation without images for all subjects or for none": (
             len(holds) > 1
         ),
     }
@@ -224,16 +224,16 @@ def shard(
     base: dict[str, Tensor],
     accelerator: Any,
 ) -> None:
-    """Shard the components that train, in place, and bring them to the device, a block at a time.
+    """Shard the trained components in place, and move them to the device block by block.
 
-    Every process calls it with the same weights.
+    All processes must call this function with the same weights.
 
     Args:
         components: The model.
-        modules: The components that train, by name.
-        trained: Weights of the model that train, by name: what they become replaces them.
-        base: Their values before training, which are cut to the rows of this process.
-        accelerator: What `make_accelerator` made.
+        modules: Trained components, by name.
+        trained: Trained weights of the model, by name. Their shards replace them.
+        base: Values of these weights before training. The local rows replace them.
+        accelerator: Devices and processes (`make_accelerator`).
 
     Raises:
         ConfigError: If processes could not call the text encoders equally often.
@@ -245,29 +245,29 @@ def shard(
     if encodes_apart and len(modules) > 1:
         raise ConfigError(
             "sharding fsdp cannot train text encoders with clip_skip, which encodes the empty "
-            "caption apart, where a process draws it; leave one of them out",
+            "caption separately in the processes that draw it; remove one of them",
             "sharding",
         )
-    places = {
+    owners = {
         id(parameter): (module, name)
         for model in modules.values()
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
-    names = {name: places[id(parameter)] for name, parameter in trained.items()}
-    trained.clear()  # Or each whole weight would live until all are sharded.
+    attributes = {name: owners[id(parameter)] for name, parameter in trained.items()}
+    trained.clear()  # Otherwise every whole weight would stay in memory until all are sharded.
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for model in modules.values():
         whole = set(_kept_whole(model))
-        inner = [part for part in model.modules() if type(part).__name__ in UNITS]
+        inner = [module for module in model.modules() if type(module).__name__ in UNITS]
         for unit in [*reversed(inner), model]:
-            # The outermost too: `FullWeights.base_weights` writes to what is sharded.
+            # Reshard the outermost unit too: `FullWeights.base_weights` writes to the shards.
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-        model.to(accelerator.device)  # What is whole follows.
+        model.to(accelerator.device)  # Moves the parameters that are not sharded.
         for _, layer in adapted_layers(model):
             if is_sharded(layer.weight):
                 layer.shard = _row_shard(layer.weight)
-    trained.update({name: getattr(*place) for name, place in names.items()})
+    trained.update({name: getattr(*owner) for name, owner in attributes.items()})
     for name in base:
         base[name] = local(trained[name]).clone()
 
@@ -279,58 +279,58 @@ def _kept_whole(model: nn.Module) -> Iterable[nn.Parameter]:
             yield module.rows
         if isinstance(module, AdaptedLayer):
             yield from module.adapters.parameters()
-            if module.kind != "plain":  # Its rows are not outputs.
+            if module.kind != "plain":  # Rows of its weight are not outputs.
                 yield module.weight
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is one process's part of a whole."""
+    """Return whether a tensor is sharded."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, detached: the same memory."""
+    """Return this process's shard of a tensor, detached and in the same memory."""
     whole: Any = tensor.detach()
-    part: Tensor = whole.to_local() if is_sharded(tensor) else whole
-    return part
+    shard: Tensor = whole.to_local() if is_sharded(tensor) else whole
+    return shard
 
 
 def _row_shard(tensor: Tensor) -> RowShard:
-    """Return this process's rows of a sharded tensor; torch gives the first ones one more."""
+    """Return this process's rows of a sharded tensor: ceil(rows / processes), fewer at the end."""
     rows, length = tensor.shape[0], len(local(tensor))
-    each = -(-rows // dist.get_world_size())
-    return RowShard(min(dist.get_rank() * each, rows), length, rows, add_up)
+    rows_per_process = -(-rows // dist.get_world_size())
+    return RowShard(min(dist.get_rank() * rows_per_process, rows), length, rows, add_up)
 
 
 def add_up(tensor: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Return the sum of a tensor over all processes."""
     tensor = tensor.contiguous()
     dist.all_reduce(tensor)
     return tensor
 
 
 def own_part(tensor: Tensor, whole: Tensor) -> Tensor:
-    """The part of a whole that a tensor has in this process."""
+    """Return the rows of a whole tensor that belong to this process's shard of ``tensor``."""
     return _row_shard(tensor).own(whole) if is_sharded(tensor) else whole
 
 
 def exchange(tensor: nn.Parameter, values: Tensor) -> Tensor:
-    """Exchange a parameter's values, of the rows of this process. Returns those that it had."""
+    """Replace the local values of a parameter. Returns the previous values."""
     if not is_sharded(tensor):
         before, tensor.data = tensor.data, values
         return before
-    part = local(tensor)  # What is gathered lies here, wherever ``.data`` points.
-    before = part.clone()
-    part.copy_(values)
+    shard = local(tensor)  # FSDP gathers from this memory, not from ``.data``.
+    before = shard.clone()
+    shard.copy_(values)
     return before
 
 
 def gather(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """The whole of a tensor on the CPU, in the first process; in others what is there is no use.
+    """Gather a tensor on the CPU of the first process. Other processes get an arbitrary tensor.
 
     Args:
-        tensor: A parameter, or the local part of something that is sharded as one.
-        like: That parameter.
+        tensor: A parameter, or the local shard of a tensor that is sharded like one.
+        like: Parameter with the same sharding. Default: ``tensor`` itself.
     """
     like = tensor if like is None else like
     if not is_sharded(like):
@@ -345,20 +345,20 @@ def gather(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def load(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Copy whole values into parameters, of which a process may have a part."""
+    """Copy whole values into parameters that may be sharded."""
     for name, parameter in parameters.items():
         local(parameter).copy_(own_part(parameter, values[name]))
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Any) -> None:
-    """Average the gradients of parameters that each process has whole over all processes."""
+    """Average the gradients of replicated parameters over all processes."""
     if accelerator.num_processes == 1:
         return
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # Large ones one by one: joined, there would be a second copy of them.
-    for gradient in (grad for grad in found if grad.numel() > _LARGE):
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # Large gradients are reduced one at a time, since joining them would copy them.
+    for gradient in (grad for grad in gradients if grad.numel() > _LARGE):
         gradient.copy_(add_up(gradient).div_(dist.get_world_size()))
-    if small := [grad for grad in found if grad.numel() <= _LARGE]:
+    if small := [grad for grad in gradients if grad.numel() <= _LARGE]:
         mean = add_up(join(small)).div_(dist.get_world_size())
         torch._foreach_copy_(small, list(split_like(mean, small)))

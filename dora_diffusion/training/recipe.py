@@ -1,4 +1,4 @@
-"""Training, from settings to a finished folder: check, load, resolve, assemble, step, write."""
+"""Training from settings to results: check, load, resolve, assemble, step and write."""
 
 from __future__ import annotations
 
@@ -63,26 +63,26 @@ def train(
     *,
     load: LoadBase | None = None,
 ) -> TrainResult:
-    """Teach a model a subject from photos, and write the result to ``config.output_dir``.
+    """Train a model on photos of a subject, and write the result to ``config.output_dir``.
 
-    ``push_to_hub`` publishes it, privately. SIGINT, SIGTERM and SIGHUP stop the run: before its
-    first step at once, later with a checkpoint after the step. A second SIGINT or SIGTERM loses
-    nothing; a third one ends the process.
+    With ``push_to_hub`` the result is published as a private repository. SIGINT, SIGTERM and SIGHUP
+    stop the run: immediately before the first step, later with a checkpoint after the current step.
+    A second SIGINT or SIGTERM is ignored with a warning; a third one ends the process.
 
     Args:
         config: All settings.
-        on_event: Called in the main process with each of `dora_diffusion.training.events`.
-        load: Loads the base model; a `models.load.BaseCache` keeps it for the next run.
+        on_event: Called in the main process with each event (`dora_diffusion.training.events`).
+        load: Loads the base model. A `models.load.BaseCache` keeps it for the next run.
 
     Raises:
-        ConfigError, PhotoError, ModelNotFoundError, TargetError: Before anything is trained.
-        TrainingError: If loss, gradients or weights stop being finite; nothing is written from
-            there on, and what was there stays.
-        ExportError: If it cannot be published; before training where that is known.
-        DiskFullError: If neither a checkpoint can be written nor its adapter alone, or not the
-            adapter in the end; earlier checkpoints are kept.
+        ConfigError, PhotoError, ModelNotFoundError, TargetError: Before training starts.
+        TrainingError: If loss, gradients or weights are not finite. Nothing is written from then
+            on; files that were written before are kept.
+        ExportError: If the result cannot be published; before training if that is known by then.
+        DiskFullError: If the disk has no space for a checkpoint or its adapter alone, or for the
+            final adapter. Earlier checkpoints are kept.
 
-    Any other error in the middle of training saves a checkpoint first.
+    Any other error during training saves a checkpoint first.
 
     Example:
         >>> result = train(TrainConfig(
@@ -111,7 +111,7 @@ def train(
 
 
 def _train(folder: RunFolder) -> TrainResult:
-    """Take the steps of a run, and write its result."""
+    """Train a run and write its result."""
     try:
         folder.begin()
         while not folder.is_over():
@@ -123,7 +123,7 @@ def _train(folder: RunFolder) -> TrainResult:
 
 
 def _published(result: TrainResult, config: TrainConfig) -> TrainResult:
-    """Publish a result on the hub."""
+    """Publish a result on the hub, unless the run was interrupted."""
     from dora_diffusion.export import hub
 
     if result.interrupted:
@@ -138,13 +138,16 @@ def _published(result: TrainResult, config: TrainConfig) -> TrainResult:
 
 
 def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
-    """Check a run's settings; return them with the precision resolved, and the subjects.
+    """Check the settings of a run without loading the model.
+
+    Returns:
+        The settings with the precision resolved, and the subjects.
 
     Raises:
-        ConfigError, HubError: Before anything is loaded.
+        ConfigError, HubError: If the settings are invalid.
 
     Warns:
-        UserWarning: Of settings without effect, and of subjects that the base model cannot learn.
+        UserWarning: For settings without effect and for subjects that the base model cannot learn.
     """
     config = config.with_sample_prompts()
     subjects = subjects_of(config)
@@ -170,7 +173,7 @@ def assemble(
     base: Components | None = None,
     load: LoadBase | None = None,
 ) -> Run:
-    """Load a run's model, resolve its settings, and build everything that a step needs.
+    """Load the model of a run, resolve the settings and build the training step.
 
     Args:
         config: Settings.
@@ -181,7 +184,7 @@ def assemble(
         load: Loads the model (`load_base`).
 
     Raises:
-        ConfigError, PhotoError, ModelNotFoundError, TargetError: Naming what is wrong.
+        ConfigError, PhotoError, ModelNotFoundError, TargetError: If an input is invalid.
     """
     if config.compile:
         require_compiler(accelerator.device)
@@ -227,19 +230,19 @@ def build_step(
     weights: TrainedWeights,
     batches: Batches,
 ) -> Step:
-    """Build terms, optimizer, learning rates and features of a run.
+    """Build the training step of a run, with its loss, optimizer, schedule and hooks.
 
     Args:
-        config: Settings, resolved.
+        config: Resolved settings.
         accelerator: Devices and processes.
         components: The model.
-        weights: The weights that train, on their device.
+        weights: Trained weights, on their device.
         batches: Batches of the run.
     """
     shards = shards_model(accelerator)
     parameters = stepped_parameters(weights.groups(config), config, shards=shards)
     optimizer = build_optimizer(parameters.groups, config)
-    # Before Accelerate wraps the optimizer: the schedule marks its `step` method.
+    # Built before Accelerate wraps the optimizer, since the schedule patches its `step` method.
     lr_schedule = build_lr_schedule(optimizer, config)
     step = Step(
         config=config,
@@ -259,6 +262,6 @@ def build_step(
 
 
 def build_hooks(step: Step) -> list[Hook]:
-    """Build the features of a run that are on (`HOOKS`), in the order in which they act."""
+    """Build the hooks that are on (`HOOKS`), in the order in which they are called."""
     names = [name for name, is_on in HOOKS.items() if is_on(step.config)]
     return [resolve_name(f"dora_diffusion.training.hooks.{name}")(step) for name in names]

@@ -1,4 +1,4 @@
-"""A run that is ready for its next step: settings, model, data, and what trains."""
+"""State of a run that is ready for its next step."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A run that is ready for its next step.
+    """Run that is ready for its next step.
 
     Attributes:
-        config: Settings, with the values that were resolved.
+        config: Resolved settings.
         subjects: The subjects.
         accelerator: Devices and processes (`make_accelerator`).
         components: The model, with the run's adapters.
-        weights: The weights that train.
+        weights: Trained weights.
         dataset: Photos and class images.
-        sampler: The order of this process's batches.
+        sampler: Order of this process's batches.
         step: The optimizer step.
-        probe: Measures how far training has moved the model.
-        validation: Measures the loss on held-out photos; None without any.
-        activate: Attaches the run's adapters, where several runs share a model.
+        probe: Measures the effect of training on the model's predictions.
+        validation: Measures the loss on held-out photos; None if there are none.
+        activate: Attaches the run's adapters if several runs share the model.
     """
 
     config: TrainConfig
@@ -52,13 +52,13 @@ class Run:
 
     @property
     def report(self) -> str:
-        """Trained parameters, as text."""
+        """Summary of the trained parameters."""
         words = [str(self.weights.words)] if self.weights.words.tables else []
         return " and ".join([str(self.weights.report), *words])
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """Resolutions that are trained at, in pixels, the smallest first."""
+        """Training resolutions in pixels, in ascending order."""
         sides = {s.settings.resolution or self.config.resolution for s in self.subjects}
         return tuple(sorted(filter(None, sides)))
 
@@ -75,7 +75,7 @@ class Run:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Make the model what the run's result has, such as an average, inside the block."""
+        """Use the weights of the run's result, such as an average, inside the block."""
         self.activate()
         with ExitStack() as stack:
             for hook in self.step.hooks:

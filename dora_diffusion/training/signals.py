@@ -1,4 +1,4 @@
-"""Signals: the first one asks a run to save and leave, the third one ends it at once."""
+"""Signal handling: the first signal saves a checkpoint and stops, the third one ends at once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from dora_diffusion.system import HANGUP, INTERRUPTS, STOP_SIGNALS
 
 
 class Stopped(BaseException):
-    """A signal came while there was nothing to save. Libraries that catch `Exception` let it by."""
+    """Signal with nothing to save. Not an `Exception`, so that libraries do not catch it."""
 
 
 class StopRequest:
     """Context in which signals set `requested` instead of ending the process.
 
-    The first one is answered by what `answer_with` last said: a line, or `Stopped` at once where
-    there is nothing to save. A second SIGINT (Ctrl-C), Windows' SIGBREAK (Ctrl-Break) or SIGTERM
-    changes nothing: keys are pressed twice, and two programs may end the same process. It is
-    answered by what the next one would lose, and the next one ends the process. Further SIGHUPs (a
-    closed terminal) are ignored, since a closing shell sends its own after the terminal's; one that
-    was ignored when the process began (``nohup``) stays ignored.
+    The first signal prints the line set by `answer_with`, or raises `Stopped` if there is nothing
+    to save. A second SIGINT (Ctrl-C), SIGBREAK (Ctrl-Break on Windows) or SIGTERM only prints a
+    warning, since keys may be pressed twice and two programs may end the same process. A third one
+    ends the process. Further SIGHUPs (closed terminal) are ignored, since terminal and shell send
+    one each. If SIGHUP was ignored when the process started (``nohup``), it remains ignored.
 
-    Signal handlers can be set in the main thread only; elsewhere the block changes nothing.
+    Python sets signal handlers in the main thread only. In other threads the context does nothing.
     """
 
     def __init__(self) -> None:
@@ -40,11 +39,11 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """True if a signal has come."""
+        """True if a signal was received."""
         return self.signal_number is not None
 
     def answer_with(self, text: str | None) -> None:
-        """Set the answer to the first signal from here on; None means to leave at once."""
+        """Set the line that the first signal prints; None: the signal raises `Stopped`."""
         self._answer = text
 
     def __enter__(self) -> StopRequest:
@@ -75,7 +74,7 @@ class StopRequest:
         _say(f"still {self._answer}; press Ctrl-C once more to leave without that")
 
     def _leave_closed_terminal(self) -> None:
-        """Send output for a terminal that is gone to nowhere: a write to it would be an error."""
+        """Discard output to a closed terminal, where each write would raise an error."""
         for descriptor in self._terminals:
             if not os.isatty(descriptor):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -83,7 +82,7 @@ class StopRequest:
                 os.close(nowhere)
 
     def _let_the_next_end(self) -> None:
-        """Restore previous handlers, or the default: a shell's background jobs ignore SIGINT."""
+        """Restore the previous handlers. Ignored signals (background jobs) get the default one."""
         default: dict[int, Any] = dict.fromkeys(INTERRUPTS, signal.default_int_handler)
         for number in set(self._previous) - {HANGUP}:
             before = self._previous[number]
@@ -99,10 +98,10 @@ class StopRequest:
 def _say(text: str) -> None:
     """Print from a signal handler, which may have interrupted another print.
 
-    The line break comes first, since a progress bar's line is usually open.
+    The text begins with a line break, since a progress bar usually occupies the current line.
     """
     if os.environ.get("RANK", "0") != "0":
-        return  # Of several processes, the first one speaks.
+        return  # Only the first process prints.
     with contextlib.suppress(OSError, ValueError):
         try:
             print(f"\n{text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""One optimizer step of a run: batches, predictions, losses, gradients, optimizer."""
+"""Optimizer step of a run: batches, predictions, losses, gradients and update."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Step:
         config: Settings.
         accelerator: Devices and processes (`make_accelerator`).
         components: The model.
-        weights: The weights that train.
-        adapters: The adapters among them.
+        weights: Trained weights.
+        adapters: Trained adapters.
         batches: Batches of the run.
-        encode: Encoder of captions.
+        encode: Caption encoder.
         terms: Terms of the loss.
-        parameters: The parameters as the optimizer sees them.
+        parameters: Parameters of the optimizer.
         optimizer: The optimizer.
-        lr_schedule: Its learning rates.
-        hooks: Features of the run, in the order in which they act.
+        lr_schedule: Learning-rate schedule.
+        hooks: Optional features, in the order in which they are called.
     """
 
     config: TrainConfig
@@ -61,13 +61,13 @@ class Step:
     lr_schedule: Any
     hooks: Sequence[Hook] = ()
 
-    is_whole = True  # False while the optimizer moves what a checkpoint would hold.
+    is_whole = True  # False while an update is incomplete, so that no checkpoint can be saved.
 
     def __call__(self, number: int) -> Record:
-        """Take a step, counted from 1. Returns its numbers, still on the device.
+        """Take a step, counted from 1. Returns its metrics, still on the device.
 
         Raises:
-            TrainingError: On a CPU, if loss or gradients are not finite. Nothing has moved then.
+            TrainingError: If loss or gradients are not finite, on a CPU. No weight has changed.
         """
         self.begin(number)
         with self.stack.scope():  # Norms are computed once: no parameter changes inside.
@@ -75,22 +75,22 @@ class Step:
         return self.update(number, losses)
 
     def begin(self, number: int) -> None:
-        """Prepare a step."""
+        """Prepare a step: call the hooks and seed the global generator."""
         for hook in self.hooks:
             hook.begin(number)
-        # Only dropout draws from the global generator. Reseeding it makes resuming exact.
+        # Only dropout uses the global generator. Seeding it at each step makes resuming exact.
         position = self.config.seed, number, self.accelerator.process_index
         torch.manual_seed(generator_for("step", *position).initial_seed())
 
     def draw(self) -> Drawn:
-        """Draw the next batch, and what the terms ask about it."""
+        """Draw the next batch, with the predictions that the terms request."""
         batch, encode = next(self.batches), self.encode
         asks = [term.asks(batch) for term in self.terms]
-        return Drawn(batch, [[Question(ask, batch, encode) for ask in part] for part in asks])
+        return Drawn(batch, [[Question(ask, batch, encode) for ask in of_term] for of_term in asks])
 
     def backward(self, drawn: Drawn) -> Tensor:
-        """Add a batch's gradients to those of the step. Returns ``(loss, prior)``, detached."""
-        # Backward inside, since blocks may be recomputed.
+        """Accumulate the gradients of a batch. Returns ``(loss, prior)``, detached."""
+        # Backward stays inside the context: gradient checkpointing recomputes blocks.
         with self.stack.of(0, *self.route(drawn)):
             with self.accelerator.autocast():
                 answers = answer(self.components.unet, drawn.distinct(), self.base)
@@ -99,7 +99,7 @@ class Step:
         return torch.stack([loss.detach(), prior.detach()])
 
     def update(self, number: int, losses: list[Tensor]) -> Record:
-        """Clip the gradients, and take the optimizer's step. Returns the step's numbers."""
+        """Clip the gradients and update the parameters. Returns the metrics of the step."""
         for hook in self.hooks:
             hook.gradients(number)
         self.parameters.take_gradients()
@@ -127,14 +127,14 @@ class Step:
         return record | ({"prior_loss": prior} if self.config.holds_prior else {})
 
     def route(self, drawn: Drawn) -> RankRoute:
-        """Return the masks of adapters' ranks for a batch."""
+        """Return the rank masks for a batch."""
         route = RankRoute()
         for hook in self.hooks:
             route = hook.route(drawn, route)
         return route
 
     def losses(self, drawn: Drawn, answers: Mapping[Question, Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute the loss of a batch, and the part of it that preserves the prior."""
+        """Compute the total loss of a batch and its prior-preservation loss."""
         batch = drawn.batch
         losses = [
             term.losses(batch, *(answers[question] for question in questions))
@@ -145,26 +145,26 @@ class Step:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Make the model what it was before training, inside the block."""
+        """Restore the base model inside the block."""
         with self.stack.of(BASE), self.weights.base_weights():
             yield
 
     @cached_property
     def turns(self) -> int:
-        """Number of batches of a step."""
+        """Number of batches per step."""
         return self.config.gradient_accumulation_steps
 
     @cached_property
     def stack(self) -> AdapterStack:
-        """The adapters, prepared for each step together."""
+        """Stack of the trained adapters, which are prepared together."""
         return stack_of(self.adapters)
 
 
 def stack_of(*adapters: AdapterSet) -> AdapterStack:
-    """Stack the adapters of runs, which are on the same layers.
+    """Stack the adapters of several runs on the same layers.
 
     Raises:
-        ValueError: If they cannot be trained together.
+        ValueError: If the adapters cannot be trained together.
     """
     layers = [layer for layer, _, _ in adapters[0].layers]
     return AdapterStack(layers, list(zip(*(run.trained() for run in adapters), strict=True)))

@@ -1,4 +1,4 @@
-"""Terms of a run's loss. Each asks for predictions, and computes the losses of rows from them."""
+"""Terms of the loss. Each requests predictions and computes the losses of rows from them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dora_diffusion.training.prediction import Ask
 
 
 class Losses(NamedTuple):
-    """Losses of rows. They are no means, since several terms share the mean over the batch.
+    """Unreduced losses of a term. The mean is taken over the sum of all terms.
 
     Attributes:
-        rows: ``(B,)``, added to those of other terms; None if the term has none.
-        prior: ``(n,)``, losses of n further rows that preserve the prior; None if there are none.
+        rows: Losses of the batch's rows, ``(B,)``. None: the term has no such losses.
+        prior: Prior-preservation losses of n further rows, ``(n,)``. None: the term has none.
     """
 
     rows: Tensor | None = None
@@ -31,23 +31,23 @@ class Losses(NamedTuple):
 
 
 class Term(Protocol):
-    """A term of the loss."""
+    """Term of the loss."""
 
     def asks(self, batch: Batch) -> list[Ask]:
-        """Return what the term asks about a batch. Called once, when the batch is drawn."""
+        """Return the predictions that the term needs. Called once per batch."""
 
     def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
-        """Compute the losses from the answers, in the order of the asks."""
+        """Compute the losses from predictions in the order of `asks`."""
 
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Loss of each row of a batch, from predictions and targets.
+    """Loss of each row of a batch between predictions and targets.
 
     Attributes:
-        process: The model's noise process.
+        process: Noise process of the model.
         weightings: Loss weights by timestep (`loss_weight`).
-        huber: Timesteps to the delta of the Huber loss; None: squared errors.
+        huber: Function from timesteps to the delta of the Huber loss. None: squared error.
     """
 
     process: NoiseProcess
@@ -72,7 +72,7 @@ class RowLoss:
 
 @dataclass(frozen=True)
 class Denoising:
-    """Denoising loss of all rows, by their captions, where masks allow it."""
+    """Denoising loss of all rows, inside their masks."""
 
     loss: RowLoss
 
@@ -87,7 +87,7 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Prior:
-    """Prior preservation without class images: predictions for class captions stay the base's."""
+    """Prior preservation without class images: match the base's predictions for class captions."""
 
     loss: RowLoss
 
@@ -107,7 +107,7 @@ class Prior:
 
 @dataclass(frozen=True)
 class Unmasked:
-    """Outside of masks, predictions stay the base's."""
+    """Prior preservation outside the masks: match the base's predictions there."""
 
     loss: RowLoss
     weight: float
@@ -134,12 +134,12 @@ class Unmasked:
 
 @dataclass(frozen=True)
 class Slider:
-    """Loss of a slider (`slider_target`). Rows of class images keep the base's predictions.
+    """Loss of a slider (`slider_target`). Class images are trained towards the base's predictions.
 
     Attributes:
         loss: Loss of each row.
-        pairs: Target prompts, each with the prompts of both ends, the positive one first.
-        guidance: Factor of the difference of both ends.
+        pairs: Target prompts, each with its positive and its negative prompt.
+        guidance: Factor of the difference between positive and negative prediction.
     """
 
     loss: RowLoss
@@ -157,7 +157,7 @@ class Slider:
         ]
 
     def _draw_ends(self, batch: Batch, row: int) -> tuple[str, str]:
-        """Draw one of the pairs of a photo's target prompt."""
+        """Draw one of the prompt pairs for the target prompt of a row."""
         pairs = [ends for prompt, ends in self.pairs if prompt == batch.captions[row]]
         return pairs[int(torch.randint(len(pairs), (), generator=batch.generators[row]))]
 
@@ -184,7 +184,7 @@ def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
 
 
 def mean_losses(batch: Batch, losses: Sequence[Losses]) -> tuple[Tensor, Tensor]:
-    """Mean losses of the subject and of the prior over a batch, both scalar (`split_prior`)."""
-    rows = reduce(add, [part.rows for part in losses if part.rows is not None])
-    prior = [part.prior for part in losses if part.prior is not None]
+    """Return the mean losses of the subject and of the prior, both scalar (`split_prior`)."""
+    rows = reduce(add, [term.rows for term in losses if term.rows is not None])
+    prior = [term.prior for term in losses if term.prior is not None]
     return split_prior(torch.cat([rows, *prior]) if prior else rows, batch.photos, batch.weights)

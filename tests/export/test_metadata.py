@@ -109,7 +109,7 @@ def test_the_prediction_type_of_a_single_file_is_kept(
         assert notes["modelspec.architecture"].endswith("-768-v" if is_v else "-512")
     else:
         assert not {"modelspec.prediction_type", "modelspec.architecture"} & notes.keys()
-        with pytest.raises(ValueError, match="does not say whether it predicts the noise or v"):
+        with pytest.raises(ValueError, match="does not state whether it predicts the noise or v"):
             export_checkpoint(single, path, tmp_path / "m")
 
 

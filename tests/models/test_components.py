@@ -20,7 +20,7 @@ def test_parts_that_do_not_belong_together_are_refused_when_one_is_replaced(sd1_
     components = load_components(sd1_folder)
     other = torch.nn.Module()
     other.config = type("Config", (), {"latent_channels": 16})
-    with pytest.raises(ValueError, match="the UNet reads 4 channels but the VAE makes 16"):
+    with pytest.raises(ValueError, match="the UNet has 4 input channels but the VAE has 16"):
         dataclasses.replace(components, vae=other)
 
 

@@ -112,7 +112,7 @@ def test_a_file_of_one_of_two_releases_must_say_which(tmp_path: Path) -> None:
         ValueError, match=r"v_prediction \(as the release of 768 pixels\) or eps.*512"
     ):
         load_components(tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"not shaped as a released Stable Diffusion 2"):
+    with pytest.raises(ValueError, match=r"the shapes of a released Stable Diffusion 2"):
         load_components(BaseModel(tmp_path / "x.safetensors", prediction_type="epsilon"))
 
 

@@ -107,7 +107,7 @@ def test_sizes_are_read_in_every_form(values, resize, crop, tmp_path) -> None:
     found = read_preprocessing(file)
     assert (found.resize, found.crop, found.mean) == (resize, crop, (0.5, 0.5, 0.5))
     file.write_text("{}", encoding="utf-8")
-    with pytest.raises(MetricModelError, match="does not say the size"):
+    with pytest.raises(MetricModelError, match="does not state the size"):
         read_preprocessing(file)
 
 

@@ -120,7 +120,9 @@ def test_what_trains_stays_and_tensors_keep_their_identity(gpu: AppleGPU) -> Non
 
 
 def test_no_effect_is_said_where_it_was_asked_for(sd1_folder: Path) -> None:
-    with pytest.warns(UserWarning, match="offload model has no effect because CPU has no memory"):
+    with pytest.warns(
+        UserWarning, match="offload model has no effect because CPU shares the memory"
+    ):
         components, _ = load_adapted(sd1_folder, offload="model")
     assert components.offload_to is None
     assert components.device == HOST

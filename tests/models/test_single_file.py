@@ -120,7 +120,7 @@ def test_markers_of_v_prediction_win_over_the_configuration(
 def test_another_shape_than_the_released_one_needs_its_configuration(
     sd1_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"as --model_config") as raised:
+    with pytest.raises(ValueError, match=r"set --model_config") as raised:
         load_components(single_file(sd1_folder, tmp_path))
     assert "\n" not in str(raised.value)
 

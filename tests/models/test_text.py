@@ -258,7 +258,7 @@ def test_clip_skip_is_that_of_diffusers(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         skipping = components.reading(clip_skip, None)
-    said = [f"is their {clip_skip + 2}" in str(each.message) for each in caught]
+    said = [f"is Clip skip {clip_skip + 2} there" in str(each.message) for each in caught]
     assert said == [True] * components.family.skipped_layers
     encodings = encode_prompts(skipping, PROMPTS), encode_negative(skipping, ["a cat"])
     for ours, theirs in zip(encodings, (hidden, negative[:1]), strict=True):

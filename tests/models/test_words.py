@@ -211,7 +211,7 @@ def test_an_adapters_own_words_are_read_alike(
     long = prompts[1]
     own = own_words(pooled.text_encoders[0], "mine")
     cut = truncated_text(with_words.tokenizers[0], long)
-    assert truncated_text(pooled.tokenizers[0], long, own=own) == cut
+    assert truncated_text(pooled.tokenizers[0], long, own_tokens=own) == cut
 
 
 def test_gradients_are_those_of_a_table_that_grew(pair: tuple[Components, Components]) -> None:
@@ -248,5 +248,5 @@ def test_a_table_with_an_adapter_cannot_grow(sd1_folder: Path) -> None:
     components = load_components(sd1_folder)
     (encoder,) = components.text_encoders
     inject_adapters(encoder, AdapterConfig(targets=("token-embedding",), rank=2))
-    with pytest.raises(ValueError, match="<x> cannot be added to a token embedding that carries"):
+    with pytest.raises(ValueError, match="<x> cannot be added to a token embedding with"):
         add_tokens(components, {"<x>": vectors(components, 1, 0)})

@@ -73,7 +73,7 @@ def test_the_bits_are_those_that_files_were_written_with() -> None:
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"seed": -1}, {"inputs": {}}, {"outputs": 0}])
 def test_impossible_sizes_are_refused(wrong: dict[str, object]) -> None:
     sizes = {"seed": 0, "rank": 2, "outputs": 3, "inputs": {(1, 1): 4}}
-    with pytest.raises(ValueError, match="not the sizes and seed"):
+    with pytest.raises(ValueError, match="sizes must be positive"):
         Projections(**{**sizes, **wrong})
 
 

@@ -196,7 +196,7 @@ def test_nobody_writes_to_it(change: Any) -> None:
 
 def test_what_cannot_be_quantised() -> None:
     for wrong in (quantise(weight((4, 64)), "nf4"), torch.ones(4, 4, dtype=torch.int8)):
-        with pytest.raises(ValueError, match="quantised already"):
+        with pytest.raises(ValueError, match="already quantised"):
             quantise(wrong, "int8")
 
 

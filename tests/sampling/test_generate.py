@@ -140,7 +140,7 @@ def test_prompts_are_read_as_the_adapter_says(family, clip_skip, request, tmp_pa
     # What is given counts more than what the file says.
     plain, _ = load_adapted(folder, tmp_path, clip_skip=0, max_token_length=75)
     assert (plain.clip_skip, plain.max_token_length) == (0, 75)
-    with pytest.warns(UserWarning, match="it will not see the end"):
+    with pytest.warns(UserWarning, match="the model will not see the end"):
         (cut,) = generate_images(plain, prompt, [11], settings)
     assert np.abs(np.asarray(cut, np.int16) - np.asarray(image, np.int16)).max() > 3
 
@@ -363,7 +363,7 @@ def test_schedulers_of_zero_terminal_snr_begin_at_pure_noise(sdxl_folder, name):
         BaseModel(sdxl_folder, prediction_type="v_prediction", zero_terminal_snr=True)
     )
     if name in ("pndm", "heun"):
-        with pytest.raises(ValueError, match="cannot follow this model's noise schedule"):
+        with pytest.raises(ValueError, match="does not support this model's noise schedule"):
             components.sampling_scheduler(name)
         return
     scheduler = components.sampling_scheduler(name)

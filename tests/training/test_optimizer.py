@@ -46,7 +46,7 @@ def test_a_warm_up_rises_with_the_constant_schedule(config):
 
 def test_a_warm_up_longer_than_the_run_is_said(config):
     said = warnings_of(replace(config, lr_warmup_steps=500))
-    assert any("lr_warmup_steps is 500, and the run has 2 steps" in text for text in said)
+    assert any("lr_warmup_steps is 500, but the run has 2 steps" in text for text in said)
 
 
 # What a schedule makes of the rate, after warm-up: by the share of the steps after it that is done.
@@ -286,5 +286,5 @@ def test_a_member_that_was_moved_is_not_trained_in_silence():
     flat = FlatParameters(groups)
     give_gradients(members, 0)
     members[1].data = members[1].data.clone()
-    with pytest.raises(RuntimeError, match="moved or replaced while it trains"):
+    with pytest.raises(RuntimeError, match="moved or replaced during training"):
         flat.take_gradients()

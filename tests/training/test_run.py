@@ -410,7 +410,7 @@ def test_compiled_blocks_of_an_offloaded_model_train_the_same(
 
 
 def test_it_is_said_where_it_has_no_effect(run, sd1_folder: Path) -> None:
-    no_effect = "offload model has no effect because CPU has no memory of its own"
+    no_effect = "offload model has no effect because CPU shares the memory"
     asked = warnings_of(run(sd1_folder, "asked", offload="model"))
     assert any(warning.startswith(no_effect) for warning in asked)
     for silent in ("auto", "none"):

@@ -242,7 +242,7 @@ def test_what_makes_no_slider_is_refused_in_a_line(
 
 @pytest.mark.parametrize("name", ["target", "positive", "negative"])
 def test_prompts_of_a_slider_that_is_not_asked_for_lead_to_it(name: str) -> None:
-    with refused("instance_data_dir", "or give --teach slider"):
+    with refused("instance_data_dir", "or use --teach slider"):
         subjects_of(TrainConfig(**{name: ["a"]}))
     with refused("instance_data_dir") as error:
         subjects_of(TrainConfig())
@@ -252,7 +252,7 @@ def test_prompts_of_a_slider_that_is_not_asked_for_lead_to_it(name: str) -> None
 def test_prompts_that_are_read_alike_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
     long = "a photo of the dog on the red toy " * 20
     config = slider(sd1_folder, tmp_path, positive=[f"{long} red"], negative=[f"{long} dog"])
-    with refused("negative", "as the same words"):
+    with refused("negative", "alike, as it reads"):
         train(config)
     assert not list(tmp_path.rglob("class-*.png"))
 

@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 class DiskFullError(OSError):
-    """The disk filled up while writing; the previous file is untouched."""
+    """Error for a disk that is full. An existing file is unchanged."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; rename it onto ``path`` if the block succeeds.
+    """Yield a temporary file name next to ``path``, and rename it to ``path`` after the block.
 
-    If it does not, the temporary file is removed, with folders that were made for it, and ``path``
-    is left as it was.
+    If the block fails, the temporary file and folders that were created for it are removed, and
+    ``path`` is unchanged.
 
     Raises:
-        DiskFullError: In place of the ``OSError`` of a full disk or quota.
+        DiskFullError: If the disk or quota is full, instead of the ``OSError``.
     """
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             text = f"{path.name} is open in another program, which must close it first"
             raise PermissionError(errno.EACCES, f"{text}; {_kept(path)}") from error
         if error.filename == str(temporary):
-            error.filename = str(path)  # the name that the user gave
+            error.filename = str(path)  # The name that the user knows.
         raise
     except BaseException:
         _remove(temporary, new_folders)
@@ -62,12 +62,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of `atomic_file` in a folder: of who was killed, or still writes."""
+    """Return temporary files of `atomic_file`, of processes that were killed or still write."""
     return [path for path in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
 
 
 def _remove(temporary: Path, folders: Iterable[Path]) -> None:
-    """Remove a temporary file, and folders that were made for it if nothing else is in them."""
+    """Remove a temporary file, and the folders that were created for it if they are empty."""
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
         for folder in folders:
@@ -75,32 +75,32 @@ def _remove(temporary: Path, folders: Iterable[Path]) -> None:
 
 
 def require_writable(path: Path, *, is_folder: bool = False) -> None:
-    """Find out before long work whether its result could be written; nothing is left behind.
+    """Check before a long operation that its result can be written.
 
     Args:
-        path: The file that will be written, whose folder need not exist.
-        is_folder: It is a folder that files will be written into.
+        path: The file. Its folder may not exist yet.
+        is_folder: Whether the path is a folder for files.
 
     Raises:
-        OSError: Naming the folder that is a file, or may not be written to; or the file that is a
-            folder.
+        OSError: If the path is a folder, its folder is a file, or the folder cannot be written to.
     """
     if not is_folder and path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; give the name of a file", str(path))
     folders = [path, *path.parents] if is_folder else path.parents
-    there = next(folder for folder in folders if os.path.lexists(folder))
-    if not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is not a folder; give another output", str(there))
+    existing = next(folder for folder in folders if os.path.lexists(folder))
+    if not existing.is_dir():
+        text = "is not a folder; give another output"
+        raise NotADirectoryError(errno.ENOTDIR, text, str(existing))
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         reason = f"nothing can be written there ({error.strerror}); give another output"
-        raise OSError(error.errno, reason, str(there)) from error
+        raise OSError(error.errno, reason, str(existing)) from error
 
 
 def disk_full(path: Path) -> DiskFullError:
-    """The one-line error for a disk that filled up while ``path`` was written."""
+    """Return the error for a disk that is full."""
     text = f"the disk is full: {path.name} could not be written; {_kept(path)}"
     return DiskFullError(errno.ENOSPC, text)
 
@@ -117,11 +117,11 @@ def save_text(path: Path, text: str) -> Path:
 
 
 class SyncedFile:
-    """A new file that is on the disk when it is closed. Use as a context manager.
+    """New file that is synced to the disk when it is closed. Use as a context manager.
 
-    A large file is synced while it is written, and what is on the disk leaves the system's cache.
-    Otherwise a model of several gigabytes pushes everything else out of the memory, and most of
-    the time of writing it goes into finding memory for it.
+    A large file is synced while it is written, and synced data are dropped from the system's cache.
+    Otherwise a model of several gigabytes would evict everything else from the cache, and writing
+    would spend most of its time on freeing memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,7 +141,7 @@ class SyncedFile:
             self._unsynced = 0
 
     def replace_start(self, data: bytes) -> None:
-        """Write over the first bytes."""
+        """Overwrite the first bytes."""
         self._file.seek(0)
         self._file.write(data)
 
@@ -153,7 +153,7 @@ class SyncedFile:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        """Sync, unless writing failed, and close."""
+        """Sync, unless writing failed, and close the file."""
         try:
             if kind is None:
                 self._wait()
@@ -170,7 +170,7 @@ def _sync_and_drop(handle: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself durable. Not every system lets a folder be opened.
+    # Makes the rename durable. Not every system can open a folder.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Names of files and folders: from users' words, and of what lies in a run's folder."""
+"""Names of files and folders in a run's folder, and file names from text of the user."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from pathlib import Path
 from dora_diffusion import system
 
 PIPELINE_NAME = "model"
-"""Folder of the model in that of a run of full fine-tuning."""
+"""Folder of the model in the output folder of full fine-tuning."""
 _LONGEST = 60
-# Of the search for adapters: a run's checkpoint in a folder of runs is on the third level.
+# Limits of the search for adapters. Checkpoints in a folder of runs are on the third level.
 _LEVELS, _MOST_FOLDERS = 3, 5000
-# Windows keeps them for devices, whatever suffix they have.
+# Reserved names of devices in Windows, with any suffix.
 _DEVICE = re.compile(r"con|nul|aux|prn|com\d|lpt\d")
 RESULT_NAME = "result"
 SAMPLE, SAVE = "SAMPLE", "SAVE"
 REQUESTS = (SAMPLE, SAVE)
-"""Files that ask a run for something after its current step; it removes them."""
-# How they rank, and what the model without any of them is called there.
+"""Request files: a run samples or saves after its current step, and removes the file."""
+# File with the ranking of checkpoints, and the name of the base model in it.
 COMPARISON, BASE_NAME = "comparison.json", "base"
-# More rows than a page can show, and a comparison that takes longer than the run.
+# With more checkpoints, a comparison would not fit a page and take longer than the run.
 MOST_COMPARED = 8
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 """Name of a checkpoint's folder, with its step."""
-# Of a VeRA's checkpoints, the compact file alone.
+# A checkpoint of VeRA has only the compact file.
 KOHYA_FILE = "dora_kohya.safetensors"
 ADAPTER_FILES = ("pytorch_lora_weights.safetensors", KOHYA_FILE, "vera.safetensors")
 
 
 def runs_folder() -> Path:
-    """``runs`` where the app is started; on Windows the user's own folder for such data.
+    """Return ``runs`` in the working folder, or in the user's data folder on Windows.
 
-    A program that is started from Windows' menu has no working folder that it may write to. A
-    folder ``runs`` that is there is taken all the same.
+    The working folder of a program from the Windows start menu is not writable. An existing folder
+    ``runs`` there is used anyway.
     """
     here = Path("runs")
     if not system.is_windows() or here.is_dir():
@@ -47,14 +47,14 @@ def runs_folder() -> Path:
 
 
 def result_adapter(folder: Path) -> Path | None:
-    """The adapter file that a finished run left, or that a checkpoint holds."""
+    """Return the adapter file of a completed run or a checkpoint, or None."""
     return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Return the tensor files of a folder and of three levels of folders in it, nearest first.
+    """Return the tensor files of a folder and three levels of sub-folders, nearest first.
 
-    Hidden folders and those of pipelines are left out.
+    Hidden folders and pipeline folders are skipped.
     """
     files, level = list[Path](), [folder]
     for _ in range(1 + _LEVELS):
@@ -70,7 +70,7 @@ def _may_hold_adapters(path: Path) -> bool:
 
 
 def adapter_checkpoints(folder: Path) -> tuple[str, ...]:
-    """Names of a run's complete checkpoints with an adapter, oldest first."""
+    """Return the names of a run's complete checkpoints with an adapter, oldest first."""
     numbered = [
         (int(match[1]), path.name)
         for path in folder.glob("checkpoint-*")
@@ -80,28 +80,28 @@ def adapter_checkpoints(folder: Path) -> tuple[str, ...]:
 
 
 def candidates(checkpoints: Sequence[str], result_step: int | None) -> tuple[str, ...]:
-    """Return the checkpoints that can be ranked: spread over the run, the last ones always.
+    """Select the checkpoints to rank, evenly spaced over the run and including the last ones.
 
     Args:
-        checkpoints: Their names, oldest first.
-        result_step: Steps of the run's result; None where it has none.
+        checkpoints: Names of the checkpoints, oldest first.
+        result_step: Step of the run's result; None if there is no result.
     """
     names = list(checkpoints)
     if result_step is not None:
-        # At the last step there often is a checkpoint too, with the same weights.
+        # A checkpoint of the last step has the same weights as the result.
         last = f"checkpoint-{result_step}"
         names = [name for name in names if name != last] + [RESULT_NAME]
     if len(names) > MOST_COMPARED:
-        last_place = len(names) - 1
-        places = (round(i * last_place / (MOST_COMPARED - 1)) for i in range(MOST_COMPARED))
-        names = [names[place] for place in places]
+        last_index = len(names) - 1
+        indices = (round(i * last_index / (MOST_COMPARED - 1)) for i in range(MOST_COMPARED))
+        names = [names[index] for index in indices]
     return tuple(names)
 
 
 def file_stem(words: str, default: str) -> str:
-    """Words as the first part of a file's name: small ASCII letters and digits, joined by "-".
+    """Convert text to a file name without suffix: lower-case ASCII letters and digits, and "-".
 
-    Letters lose their accents, and what is left of none is ``default``.
+    Accents are removed. If nothing is left, the name is ``default``.
 
     Example:
         >>> file_stem("sks Käthe's mug: 1/2?", "subject"), file_stem("猫", "subject")
@@ -115,6 +115,6 @@ def file_stem(words: str, default: str) -> str:
 
 
 def pipeline_in(folder: Path) -> Path | None:
-    """The pipeline that a folder is, or that a run of full fine-tuning left in it; else None."""
-    places = (folder, folder / PIPELINE_NAME)
-    return next((place for place in places if (place / "model_index.json").is_file()), None)
+    """Return the pipeline folder: the folder itself, or the result of full fine-tuning in it."""
+    candidates = (folder, folder / PIPELINE_NAME)
+    return next((path for path in candidates if (path / "model_index.json").is_file()), None)

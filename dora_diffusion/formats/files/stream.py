@@ -1,11 +1,11 @@
-"""Safetensors files read and written one tensor at a time.
+"""Reading and writing of safetensors files, one tensor at a time.
 
-A safetensors file is 8 bytes of header length (little endian), a JSON header
-``{name: {dtype, shape, data_offsets}}`` with optional string ``__metadata__``, and the raw bytes.
+A safetensors file has 8 bytes of header length (little endian), a JSON header
+``{name: {dtype, shape, data_offsets}}`` with optional strings in ``__metadata__``, and the raw
+data.
 
-Writing a file directly keeps one tensor in memory, and makes it a pure function of its content
-(names in a fixed order), so equal adapters are equal files. Reading it directly, not through a
-memory map, keeps the memory in use to one tensor, too.
+Writing files directly needs memory for only a few tensors and gives equal files for equal adapters,
+since names have a fixed order. Reading without a memory map also needs memory for only one tensor.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CHUNK = 2**18  # stays in the processor's cache between reading and hashing
-# Suffixes of files that can run code when they are opened, and never are.
+_CHUNK = 2**18  # Fits the processor's cache between reading and hashing.
+# Suffixes of files that can execute code. They are never opened.
 PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 
 
 class TensorFileError(ValueError):
-    """A tensor file that cannot be read, or did not come out as intended."""
+    """Error for a tensor file that cannot be read, or was not written correctly."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """The parsed header of a file.
+    """Parsed header of a file.
 
     Attributes:
-        specs: Its tensors, in the header's order.
-        metadata: Its metadata.
-        starts: Where each tensor's data begins, in bytes from the start of the file.
+        specs: Dtypes and shapes of the tensors, in the order of the header.
+        metadata: Metadata of the file.
+        starts: Offset of each tensor's data in the file, in bytes.
     """
 
     specs: dict[str, TensorSpec]
@@ -78,16 +78,16 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read the header of a safetensors file without touching its tensors.
+    """Read the header of a safetensors file without reading tensors.
 
     Raises:
-        TensorFileError: If the file is not a complete safetensors file: cut short or too long,
-            a name twice, data that overlap or leave gaps.
+        TensorFileError: If the file is not a valid safetensors file: truncated or too long, with
+            duplicate names, or with overlapping data or gaps.
         OSError: If it cannot be opened.
     """
     with open(path, "rb") as file:
         try:
-            with safe_open(path, "np"):  # It checks all but names that appear twice.
+            with safe_open(path, "np"):  # It checks everything except duplicate names.
                 length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
             metadata = header.pop("__metadata__", None) or {}
@@ -116,16 +116,16 @@ class TensorReader:
     metadata of the (first) file. ``reader[name]`` loads one tensor, in any thread.
 
     Raises:
-        TensorFileError: For a broken file, or an index that its shards do not fulfil.
+        TensorFileError: If a file is damaged, or the shards do not match their index.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._stack = contextlib.ExitStack()
-        # An index of a variant is called `model.safetensors.index.fp16.json`.
+        # The index of a variant has a name such as `model.safetensors.index.fp16.json`.
         is_index = self.path.suffix == ".json" and ".index" in self.path.name
-        promised = _weight_map(self.path) if is_index else {}
-        self.files = sorted({*promised.values()}) if is_index else [self.path]
+        shards = _weight_map(self.path) if is_index else {}
+        self.files = sorted({*shards.values()}) if is_index else [self.path]
         self.specs: dict[str, TensorSpec] = {}
         self.metadata: dict[str, str] = {}
         self.file_of: dict[str, Path] = {}
@@ -138,13 +138,13 @@ class TensorReader:
             self.specs |= header.specs
             self._starts |= header.starts
             self.file_of |= dict.fromkeys(header.specs, file)
-        if lost := promised.keys() - self.specs.keys():
-            raise TensorFileError(f"{self.path.name}: in no shard: {listing(lost)}")
+        if missing := shards.keys() - self.specs.keys():
+            raise TensorFileError(f"{self.path.name}: in no shard: {listing(missing)}")
         self._handles: dict[Path, BufferedReader] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> TensorReader:
-        """Return the reader; files are opened when a tensor of theirs is asked for."""
+        """Return the reader. Files are opened when their first tensor is read."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -156,28 +156,28 @@ class TensorReader:
         return self._read(name, 0, self.specs[name])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Load rows of one tensor, from ``start`` to before ``stop``: entries of its first axis."""
-        dtype, (_, *others) = self.specs[name].dtype, self.specs[name].shape
-        before = TensorSpec(dtype, (start, *others)).nbytes
-        return self._read(name, before, TensorSpec(dtype, (stop - start, *others)))
+        """Load the entries ``start`` to ``stop`` (exclusive) of a tensor's first axis."""
+        dtype, (_, *row_shape) = self.specs[name].dtype, self.specs[name].shape
+        offset = TensorSpec(dtype, (start, *row_shape)).nbytes
+        return self._read(name, offset, TensorSpec(dtype, (stop - start, *row_shape)))
 
-    def _read(self, name: str, before: int, spec: TensorSpec) -> Tensor:
-        """Load what lies in a tensor after some bytes."""
+    def _read(self, name: str, offset: int, spec: TensorSpec) -> Tensor:
+        """Load part of a tensor, from an offset in bytes."""
         file, raw = self.file_of[name], torch.empty(spec.nbytes, dtype=torch.uint8)
         with self._lock:
             if file not in self._handles:
                 self._handles[file] = self._stack.enter_context(file.open("rb"))
-            self._handles[file].seek(self._starts[name] + before)
+            self._handles[file].seek(self._starts[name] + offset)
             if self._handles[file].readinto(raw.numpy().data) != spec.nbytes:
-                raise TensorFileError(f"{file.name} was cut short while it was read")
+                raise TensorFileError(f"{file.name} was truncated while it was read")
         return raw.view(spec.dtype).view(spec.shape)
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
-    """Name of each tensor -> the shard that holds it."""
+    """Read an index. Returns the shard of each tensor."""
     try:
-        places = json.loads(index.read_text("utf-8"))["weight_map"]
-        shards = {str(name): str(shard) for name, shard in places.items()}
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        shards = {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise TensorFileError(f"{index.name} is not an index of shards: {error!r}") from error
     names = sorted({*shards.values()})
@@ -196,23 +196,23 @@ def write_tensors(
     final_metadata: Callable[[], Mapping[str, str]] | None = None,
     on_written: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write one file atomically, asking ``load(name)`` for one tensor after the other.
+    """Write a file atomically, calling ``load(name)`` for one tensor after the other.
 
-    A few tensors are made at once, in threads, while earlier ones are written. They are ordered by
-    descending item size, then by name: every tensor stays aligned.
+    A few tensors are computed in threads while earlier ones are written. Tensors are ordered by
+    descending item size, then by name, so that all are aligned.
 
     Args:
         path: The file.
         specs: Dtype and shape of each tensor.
-        load: Makes a tensor, in any thread.
-        metadata: The file's metadata.
-        final_metadata: Called when all tensors are written; takes the place of ``metadata``, whose
-            encoding must be as long. For values that take time to compute, such as hashes.
-        on_written: Called with the number of bytes of each tensor that is written.
+        load: Returns a tensor, in any thread.
+        metadata: Metadata of the file.
+        final_metadata: Called after all tensors are written. Its result replaces ``metadata`` and
+            must have the same encoded length. For values that take time to compute, such as hashes.
+        on_written: Called with the number of bytes of each written tensor.
 
     Raises:
-        TensorFileError: If a tensor differs from its spec, or the reopened file from the intended.
-        DiskFullError: If the disk fills up. A file that was at ``path`` is untouched.
+        TensorFileError: If a tensor does not match its spec, or the file does not read back.
+        DiskFullError: If the disk is full. An existing file at ``path`` is unchanged.
     """
     order, notes = _file_order(specs), dict(metadata or {})
     with atomic_file(path) as temporary:
@@ -239,7 +239,7 @@ def _file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def data_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the data (all behind the header) of the file that `save_tensors` writes."""
+    """Return the SHA-256 of the data after the header in a file of `save_tensors`."""
     digest = hashlib.sha256()
     for name in _file_order({name: TensorSpec.of(tensor) for name, tensor in tensors.items()}):
         digest.update(_raw(tensors[name]))
@@ -247,15 +247,15 @@ def data_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def file_hash(files: Sequence[Path], *, is_data: bool = False) -> str:
-    """SHA-256 of one file, or of several one after the other.
+    """Return the SHA-256 of a file, or of the concatenation of several files.
 
     Args:
         files: The files.
-        is_data: Hash the data of a safetensors file only, which is all behind its header.
+        is_data: Whether to hash only the data after the header of a safetensors file.
     """
     blob = files[0].resolve()
     is_blob = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
-    # The hub's cache names large files so.
+    # The hub's cache names large files by their hash.
     if len(files) == 1 and is_blob and not is_data:
         return blob.name
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
@@ -271,7 +271,7 @@ def file_hash(files: Sequence[Path], *, is_data: bool = False) -> str:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a dict of tensors atomically; raises as ``write_tensors`` does."""
+    """Write a dict of tensors atomically (`write_tensors`)."""
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     return write_tensors(path, specs, tensors.__getitem__, metadata)
 

@@ -1,8 +1,7 @@
-"""The layouts of adapter files: one list, by which every file is read, inspected and written.
+"""Layouts of adapter files, for reading, inspecting and writing.
 
-What is known of them and of programs is in `programs.json`.
-
-Nothing heavy is imported here: commands show this list in their help.
+`programs.json` describes layouts and programs. This module imports nothing heavy, since commands
+show the list in their help.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ class Conversion(NamedTuple):
     """Conversion of an adapter to a format.
 
     Attributes:
-        summary: Where it is exact.
-        written: What was written, as a report says it.
-        plain_lora_in: The layout of an approximation without magnitudes; else empty.
-        needs_rank: It is asked for with a rank, or a share of the update.
-        for_one_base: It holds numbers that are computed from a base model's weights.
-        title: What the app offers it as, beside the programs.
-        is_folder: It is a folder, of a file for each component.
+        summary: Programs or cases in which the conversion is exact.
+        written: Description of the result in reports.
+        plain_lora_in: Layout of an approximation without magnitudes; else empty.
+        needs_rank: Whether a rank or a share of the update must be given.
+        for_one_base: Whether the result depends on the weights of one base model.
+        title: Name in the app's list of targets.
+        is_folder: Whether the result is a folder with a file for each component.
     """
 
     summary: str
@@ -42,16 +41,16 @@ class Conversion(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A program, or a site, that people use adapters in.
+    """Program or site that uses adapters.
 
     Attributes:
-        title: What it is called.
-        place: Where it looks for adapters.
-        columns: Its columns in `COLUMNS`.
-        output_axis: The conversion that it needs of magnitudes on the output axis.
-        input_axis: Of magnitudes on the input axis.
-        lora: Of an adapter without magnitudes.
-        clip_skip: Its setting for clip skip, before the number that it takes.
+        title: Name of the program.
+        place: Folder in which the program searches for adapters.
+        columns: Columns of the program in `COLUMNS`.
+        output_axis: Conversion for magnitudes on the output axis.
+        input_axis: Conversion for magnitudes on the input axis.
+        lora: Conversion for adapters without magnitudes.
+        clip_skip: Name of the program's setting for clip skip.
     """
 
     title: str
@@ -64,15 +63,16 @@ class Program(NamedTuple):
 
     @property
     def takes_dense(self) -> bool:
-        """True if it adds full differences to the base's weights."""
+        """True if the program can add full differences to the base weights."""
         return self.output_axis in ("comfyui", "dense")
 
     def conversion(self, axes: Set[str], *, is_sum: bool = False) -> str:
-        """The conversion that it needs of an adapter.
+        """Return the conversion that the program needs for an adapter.
 
         Args:
-            axes: Those that its magnitudes run along.
-            is_sum: A plain LoRA is added to its change, which full differences alone can hold.
+            axes: Norm axes of the magnitudes.
+            is_sum: Whether a plain LoRA is added to the change, which only full differences can
+                represent.
         """
         if is_sum and self.takes_dense:
             return "dense"
@@ -80,27 +80,27 @@ class Program(NamedTuple):
 
 
 FACTS = read_facts("formats/layouts/programs")
-"""Layouts, conversions, programs, and what they compute of each kind of file.
+"""Layouts, conversions and programs, with the verdict of each program on each kind of file.
 
-Verdicts are in short before the colon; "-" where it is not known; a row's last one is that of the
-rest. Every one is proven by a test against the program itself (diffusers, PEFT, LyCORIS), or was
-seen when the program was run (ComfyUI, Forge, A1111's network code, InvokeAI, sd-scripts); tests
-restate the published formulas of ComfyUI and A1111. Methods are told by ends of keys, as LyCORIS
-4.1 (LoHa to T-LoRA) and PEFT 0.21 (IA3, OFT, VeRA, DoRA's relatives) write them; without advice,
-one merges with the program that trained the file.
+The text before the colon is the short verdict; "-" means unknown. The last verdict of a row applies
+to the remaining programs. Each verdict is tested against the program itself (diffusers, PEFT,
+LyCORIS), or was observed when the program was run (ComfyUI, Forge, A1111's network code, InvokeAI,
+sd-scripts); tests implement the published formulas of ComfyUI and A1111. Methods are identified by
+suffixes of keys, as in LyCORIS 4.1 (LoHa to T-LoRA) and PEFT 0.21 (IA3, OFT, VeRA, variants of
+DoRA). The default advice is to merge with the program that trained the file.
 """
 
 LAYOUTS: dict[str, Conversion | None] = {
     name: Conversion(**entry) if entry else None for name, entry in FACTS["layouts"].items()
 }
-"""Each layout, with what it is as a conversion; None where it is read and not converted to."""
-KEY_FORMATS = tuple(name for name, one in LAYOUTS.items() if one and not one.for_one_base)
-"""Key formats of a fitted adapter."""
+"""Layouts with their conversions; None for layouts that are only read."""
+KEY_FORMATS = tuple(name for name, layout in LAYOUTS.items() if layout and not layout.for_one_base)
+"""Key formats in which a fitted adapter can be written."""
 
-FOLDERS = frozenset(name for name, one in LAYOUTS.items() if one and one.is_folder)
-"""Layouts that are folders, and downloaded as a .zip."""
+FOLDERS = frozenset(name for name, layout in LAYOUTS.items() if layout and layout.is_folder)
+"""Layouts that are folders and are downloaded as a .zip file."""
 
-# Of a plain LoRA for which none is given.
+# Default rank of a plain LoRA.
 LORA_RANK = 64
 
 CONVERSIONS: Mapping[str, Conversion] = {
@@ -116,10 +116,10 @@ NOT_TARGETS: Mapping[str, str] = {
     "dora": "DoRA is the adapter's method, not a program; name the program that loads the file, "
     "such as comfyui, or diffusers for a DoRA as it was trained; smaller-rank takes a rank"
 }
-"""Words that are taken for a target, and what to choose instead."""
+"""Words that users mistake for targets, with advice."""
 
 COLUMNS: tuple[str, ...] = (*FACTS["columns"],)
-"""Programs that adapter files are judged for."""
+"""Programs with a verdict on adapter files."""
 BYPASS: str = FACTS["words"]["bypass"]
 
 

@@ -1,9 +1,8 @@
-"""Files of the first LoRA trainer (cloneofsimo/lora): numbered layers, and trained tokens.
+"""Files of the first LoRA trainer (cloneofsimo/lora), with numbered layers and trained tokens.
 
-``unet:N:down`` and ``unet:N:up`` are the factors of the N-th layer, with alpha = rank; the metadata
-name the classes that layers were counted in, and mark tokens: ``{"<s1>": "<embed>"}``. The trainer
-walked the model in the order in which Diffusers and transformers had registered its modules, and
-counted the layers below modules of those classes.
+``unet:N:down`` and ``unet:N:up`` are the factors of the N-th layer, with alpha = rank. The metadata
+list the classes of modules whose layers are counted, and mark tokens: ``{"<s1>": "<embed>"}``. The
+layers are numbered in the order in which Diffusers and Transformers registered the modules.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _FACTORS: tuple[Part, Part] = ("down", "up")
 Shape = tuple[int, ...]
 _TRAINER = NAMES["first_trainer"]
 _CLASSES: Mapping[str, Sequence[str]] = _TRAINER["classes"]
-# A UNet was made with None for its middle block, so that the real one came behind `up_blocks`.
+# A UNet was created with None as its middle block, so that `mid_block` comes after `up_blocks`.
 _SIDES = ("down_blocks", "up_blocks", "mid_block")
 _KINDS = ("attentions", "resnets")
 _UNET_PATH = re.compile(
@@ -45,7 +44,7 @@ _UNET_PATH = re.compile(
     r"(?:transformer_blocks\.(\d+)\.)?(.+)"
 )
 _TEXT_PATH = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.self_attn\.(.+)")
-# Levels of the released UNets whose first resnet changes the width, as all on the way up do.
+# Down levels of the released UNets whose first resnet changes the width, as all up levels do.
 _WIDER_LEVELS = (1, 2)
 
 
@@ -63,7 +62,7 @@ class CloneOfSimo(AdapterLayout):
         return any(map(self.parse, keys))
 
     def module(self, key: Key, resolve: object, component: str | None) -> None:
-        pass  # Its number tells it only together with all others.
+        pass  # A number identifies a layer only together with all other layers.
 
     def tokens(self, keys: Collection[str], metadata: Fields) -> list[str]:
         marked = sorted(name for name, mark in metadata.items() if mark == _TOKEN_MARK)
@@ -122,17 +121,17 @@ def positional_names(
     classes: Iterable[str],
     known: Mapping[str, Shape] | None = None,
 ) -> list[str]:
-    """Canonical names of numbered layers.
+    """Return the canonical names of numbered layers.
 
     Args:
         component: ``"unet"`` or ``"text_encoder"``.
-        shapes: Of each layer's weight, ``(out, in, *k)``, by number.
-        classes: Of the modules that layers were counted in.
-        known: The model's modules and the shapes of their weights; None takes a released model of
-            Stable Diffusion 1 or 2.
+        shapes: Weight shapes ``(out, in, *k)`` of the layers, in order.
+        classes: Classes of the modules whose layers are counted.
+        known: Modules of the model with their weight shapes. Default: a released Stable Diffusion 1
+            or 2.
 
     Raises:
-        ValueError: If the order inside of a class is not known, or no order fits the shapes.
+        ValueError: If the order of layers in a class is unknown, or no order matches the shapes.
     """
     classes = list(classes) or _TRAINER["default"][component]
     if unknown := [name for name in classes if name not in _CLASSES]:
@@ -143,23 +142,23 @@ def positional_names(
     else:
         names = [name for name in known if split_component(name)[0] == component]
     for order in _orders(leaves):
-        places = {name: place for name in names if (place := _place(name, order)) is not None}
-        ordered = sorted(places, key=places.__getitem__)
+        positions = {name: key for name in names if (key := _position(name, order)) is not None}
+        ordered = sorted(positions, key=positions.__getitem__)
         if len(ordered) == len(shapes) and _fit(dict(zip(ordered, shapes, strict=True)), known):
             return ordered
     which = "a released Stable Diffusion 1 or 2" if known is None else "this model"
     raise ValueError(
-        f"its {counted(len(shapes), f'{component} layer')} cannot be those of {which}, counted in "
+        f"its {counted(len(shapes), f'{component} layer')} do not match {which}, counted in "
         f"{listing(classes)}: their number or their shapes differ"
     )
 
 
-def _place(name: str, order: Sequence[str]) -> tuple[int, ...] | None:
-    """The place of a module in the walk; None for one that is not in it.
+def _position(name: str, order: Sequence[str]) -> tuple[int, ...] | None:
+    """Return the position of a module in the order of registration; None if it is not counted.
 
     Args:
         name: Canonical module name.
-        order: Leaves below a block, such as ``attn1.to_q``, as that block registered them.
+        order: Leaves below a block, such as ``attn1.to_q``, in the order of registration.
     """
     path = split_component(name)[1]
     if match := _TEXT_PATH.fullmatch(path):
@@ -173,21 +172,21 @@ def _place(name: str, order: Sequence[str]) -> tuple[int, ...] | None:
 
 
 def _orders(leaves: Collection[str]) -> Iterator[list[str]]:
-    """The orders that the leaves may have, below one block."""
-    # Without convolutions, unless it was told to adapt these as well.
+    """Yield the possible orders of the leaves below a block."""
+    # The trainer adapted convolutions only as an option.
     for order, without in product(_TRAINER["orders"], ((), ("conv1", "conv2", "conv_shortcut"))):
         resnet = [leaf for leaf in _CLASSES["ResnetBlock2D"] if leaf not in without]
         yield [leaf for leaf in (*order, *resnet, *_CLASSES["CLIPAttention"]) if leaf in leaves]
 
 
 def _fit(shapes: Mapping[str, Shape], known: Mapping[str, Shape] | None) -> bool:
-    """Return whether weights of these shapes can be the modules that they are called after."""
+    """Return whether modules can have weights of these shapes."""
     if known is not None:
         return all(tuple(known[name]) == tuple(shape) for name, shape in shapes.items())
     widths: dict[str, int] = {}
     for name, (out, into, *kernel) in shapes.items():
         block, _, leaf = name.partition(".transformer_blocks.")
-        if not leaf:  # a resnet, or a text encoder's layer
+        if not leaf:  # A resnet, or a layer of a text encoder.
             is_conv = ".resnets." in name and not name.endswith("time_emb_proj")
             if bool(kernel) != is_conv or (".self_attn." in name and out != into):
                 return False
@@ -202,7 +201,7 @@ def _fit(shapes: Mapping[str, Shape], known: Mapping[str, Shape] | None) -> bool
 
 
 def _released_names(component: str, count: int) -> list[str]:
-    """Modules of a released model; of a text encoder, as many layers as make up the count."""
+    """Return the modules of a released model; for a text encoder, as many as the count requires."""
     if component != "unet":
         layers = range(count // len(_CLASSES["CLIPAttention"]))
         attention = [f"{component}.text_model.encoder.layers.{i}.self_attn" for i in layers]
@@ -211,7 +210,7 @@ def _released_names(component: str, count: int) -> list[str]:
 
 
 def _released_unet() -> Iterator[str]:
-    """Stable Diffusion 1's and 2's, which have the same modules."""
+    """Yield the modules of the UNets of Stable Diffusion 1 and 2, which are the same."""
     layout = released_layout(DEFAULT_FAMILY)
     levels = len(layout.up_attention)
     blocks = [("mid_block", True, 1, 2)]

@@ -1,9 +1,9 @@
-"""Diffusers' file, and what all layouts with dots in their keys share.
+"""Layouts with dots in their keys: Diffusers, PEFT and OneTrainer.
 
-PEFT: ``base_model.model.<module>.lora_A.weight``, of an Embedding ``<module>.lora_embedding_A``.
-Diffusers new and old: ``unet.<module>.lora_A.weight``, ``.lora.down.weight``,
+PEFT: ``base_model.model.<module>.lora_A.weight``, for an Embedding ``<module>.lora_embedding_A``.
+Diffusers, new and old: ``unet.<module>.lora_A.weight``, ``.lora.down.weight``,
 ``processor.to_q_lora.down.weight``, ``text_encoder.<module>.lora_linear_layer.down.weight``.
-OneTrainer: original blocks with dots, bare or behind ``unet.`` or ``diffusion_model.``.
+OneTrainer: original blocks with dots, with or without ``unet.`` or ``diffusion_model.``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dora_diffusion.formats.names.modules import (
 from dora_diffusion.numerics.weights import LayerWeights
 
 PEFT_PREFIX = "base_model.model."
-# The optional name in `.lora_A.default.weight` is the PEFT adapter's; it is not part of the module.
+# The optional name in `.lora_A.default.weight` is that of the PEFT adapter.
 _KEY = re.compile(
     r"(.+?)"
     r"(?:\.lora_(A|B)(?:\.[\w-]+)?\.weight"
@@ -62,12 +62,12 @@ EMBEDDING_FORMS = (".lora_embedding_A", ".lora_embedding_B")
 EARLY_FORMS = (".lora.down.weight", ".lora.up.weight")
 LINEAR_FORMS = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
 PROCESSOR_FORMS = ("_lora.down.weight", "_lora.up.weight")
-# Attention processors of early diffusers named the text encoder's projections as the UNet's.
+# Attention processors of early Diffusers used the UNet's names for text-encoder projections.
 _OLD_TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 def parse_dotted(text: str) -> Key | None:
-    """A key with dots, taken apart."""
+    """Parse a key with dots."""
     match = None if is_kohya_name(text) else _KEY.fullmatch(text)
     if match is None:
         return None
@@ -77,24 +77,24 @@ def parse_dotted(text: str) -> Key | None:
 
 
 def is_processor(key: Key) -> bool:
-    """Return whether a key is a factor in an attention processor of early diffusers."""
+    """Return whether a key is a factor in an attention processor of early Diffusers."""
     return key.form in PROCESSOR_FORMS and key.path.split(".")[-2:-1] == ["processor"]
 
 
 def is_old_form(text: str) -> bool:
-    """Return whether a key names a factor as the diffusers before PEFT did."""
+    """Return whether a key has the form of Diffusers before PEFT."""
     key = parse_dotted(text)
     return key is not None and (key.form in EARLY_FORMS + LINEAR_FORMS or is_processor(key))
 
 
 def mixes_forms(keys: Iterable[str]) -> bool:
-    """Return whether some keys name the factors as PEFT does, and others as old diffusers did."""
+    """Return whether some keys have the form of PEFT and others that of old Diffusers."""
     keys = list(keys)
     return any(map(is_old_form, keys)) and any(key.endswith(PEFT_FORMS) for key in keys)
 
 
 class Dotted(AdapterLayout):
-    """Common part of layouts with dots in their keys."""
+    """Base class of layouts with dots in their keys."""
 
     def parse(self, key: str) -> Key | None:
         return parse_dotted(key)
@@ -147,9 +147,9 @@ def _modern_path(path: str, component: str) -> str:
 def peft_tensors(
     prefix: str, layer: LayerWeights, options: WriteOptions, magnitude_suffix: str
 ) -> dict[str, Tensor]:
-    """The tensors of one layer under PEFT's names."""
+    """Return the tensors of a layer with PEFT's names."""
     down, up = factors(layer, options)
-    # Parameters of an Embedding, where other layers have modules: without `.weight`.
+    # The factors of an Embedding are parameters, not modules, and have no `.weight`.
     forms = EMBEDDING_FORMS if layer.kind == "embedding" else PEFT_FORMS
     tensors = {prefix + form: tensor for form, tensor in zip(forms, (down, up), strict=True)}
     if layer.magnitude is not None:
@@ -164,20 +164,20 @@ _UNET = re.compile(
     r"unet\.(?:conv_in|conv_out|time_embedding|add_embedding|mid_block|(?:down|up)_blocks)\b.*"
 )
 _MAGNITUDE = ".lora_magnitude_vector"
-# Of text encoders: diffusers loses a magnitude without `.weight`.
+# Text encoders: Diffusers ignores a magnitude without `.weight`.
 _TEXT_FORMS = (*PEFT_FORMS, *EMBEDDING_FORMS, *LINEAR_FORMS, f"{_MAGNITUDE}.weight")
 _UNET_FORMS = (*PEFT_FORMS, *EARLY_FORMS, _MAGNITUDE, f"{_MAGNITUDE}.weight")
 
 
 class Diffusers(Dotted):
-    """``unet.<module>.lora_A.weight``, and the names of releases before PEFT."""
+    """Layout ``unet.<module>.lora_A.weight``, with the names of releases before PEFT."""
 
     name = key_format = "diffusers"
     file_name = "pytorch_lora_weights.safetensors"
 
     def owns(self, key: Key) -> bool:
-        # It loads nothing where a UNet's component is missing, and loses an `.alpha`, a
-        # `dora_scale`, or a text encoder's bare magnitude.
+        # Diffusers loads nothing for UNet keys without the component, and ignores `.alpha`,
+        # `dora_scale` and a text encoder's magnitude without `.weight`.
         if key.path.startswith(("text_encoder.", "text_encoder_2.")):
             return key.form in _TEXT_FORMS
         known = key.form in _UNET_FORMS or is_processor(key)
@@ -185,18 +185,19 @@ class Diffusers(Dotted):
 
     def matches(self, keys: Collection[str], metadata: Fields) -> bool:
         for component in COMPONENTS:
-            part = [key for key in keys if key.startswith(f"{component}.")]
-            # It fails on Embeddings alone: it sees no adapter.
-            is_alone = any(".lora_embedding_" in k for k in part)
-            if mixes_forms(part) or (is_alone and not any(".lora_A." in k for k in part)):
+            selected = [key for key in keys if key.startswith(f"{component}.")]
+            # Diffusers does not recognize an adapter of Embeddings only.
+            has_embedding = any(".lora_embedding_" in k for k in selected)
+            has_other = any(".lora_A." in k for k in selected)
+            if mixes_forms(selected) or (has_embedding and not has_other):
                 return False
         return super().matches(keys, metadata)
 
     def check(self, layers: Layers) -> None:
         super().check(layers)
-        others = {split_component(n)[0] for n, layer in layers.items() if layer.kind != "embedding"}
+        adapted = {split_component(n)[0] for n, w in layers.items() if w.kind != "embedding"}
         for name, layer in layers.items():
-            if layer.kind == "embedding" and split_component(name)[0] not in others:
+            if layer.kind == "embedding" and split_component(name)[0] not in adapted:
                 raise AdapterFormatError(
                     f"the diffusers format cannot hold {name} alone: Diffusers does not take the "
                     "keys of an Embedding for an adapter's unless another layer of its component "
@@ -205,12 +206,12 @@ class Diffusers(Dotted):
                 )
 
     def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
-        """The file that diffusers loads exactly in every version.
+        """Encode a file that every version of Diffusers loads exactly.
 
-        The scale is multiplied into ``lora_B``: without ``lora_adapter_metadata``, diffusers takes
-        alpha = rank, and with it older and newer versions disagree on what they accept. For the
-        same reason layers of one component share a rank (zeros change nothing): older versions
-        scale all by one layer's rank.
+        The scale is multiplied into ``lora_B``, since Diffusers uses alpha = rank without
+        ``lora_adapter_metadata``, and versions differ in the metadata that they accept. Layers of
+        one component are padded with zeros to the same rank, since older versions scale all layers
+        by the rank of one.
         """
         ranks: dict[str, int] = {}
         for name, layer in layers.items():
@@ -234,7 +235,7 @@ _PROCESSOR_PATH = re.compile(
 
 
 class AttnProcs(Dotted):
-    """``down_blocks...attn1.processor.to_q_lora.down.weight``."""
+    """Layout ``down_blocks...attn1.processor.to_q_lora.down.weight``."""
 
     name = key_format = "attn_procs"
     advice = AdapterLayout.advice
@@ -248,7 +249,7 @@ _ONETRAINER_FORMS = (*PEFT_FORMS, ".lora_down.weight", ".lora_up.weight", ".alph
 
 
 class OneTrainer(Dotted):
-    """``clip_l.<module>.lora_down.weight``, ``unet.input_blocks.1.0....lora_down.weight``."""
+    """Layout ``clip_l.<module>.lora_down.weight``, ``unet.input_blocks.1.0.lora_down.weight``."""
 
     name = "onetrainer"
     advice = AdapterLayout.advice
@@ -263,7 +264,7 @@ PEFT_CONFIG = "adapter_config.json"
 
 
 class Peft(Dotted):
-    """``base_model.model.<module>.lora_A.weight``."""
+    """Layout ``base_model.model.<module>.lora_A.weight``."""
 
     name = key_format = "peft"
     file_name = None
@@ -273,24 +274,26 @@ class Peft(Dotted):
         return key.path.startswith(PEFT_PREFIX) and key.form in forms
 
     def finds_alpha(self, *of_file: object) -> bool:
-        return True  # in its config
+        return True  # The config file has the alpha.
 
     def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
-        """A folder per component, each for ``PeftModel.from_pretrained(component, folder)``."""
+        """Encode a folder per component, for ``PeftModel.from_pretrained(component, folder)``."""
         files: dict[str, EncodedFile] = {}
         components: dict[str, dict[str, LayerWeights]] = {}
         for name, layer in layers.items():
             components.setdefault(split_component(name)[0], {})[name] = layer
-        for component, part in components.items():
-            # Only CLIPTextModel was flattened; text_encoder_2 is a CLIPTextModelWithProjection.
-            paths = {name: installed_path(name, flat=component == "text_encoder") for name in part}
+        for component, selected in components.items():
+            # Transformers flattened CLIPTextModel, but not CLIPTextModelWithProjection
+            # (text_encoder_2).
+            flat = component == "text_encoder"
+            paths = {name: installed_path(name, flat=flat) for name in selected}
             tensors: dict[str, Tensor] = {}
-            for name, layer in part.items():
+            for name, layer in selected.items():
                 tensors |= peft_tensors(PEFT_PREFIX + paths[name], layer, options, "")
-            fields = {"format": "pt", **own_fields(options.metadata, part, self.name)}
+            fields = {"format": "pt", **own_fields(options.metadata, selected, self.name)}
             fields[OWN + "component"] = component
             files[f"{component}/{PEFT_FILE}"] = EncodedFile.of(tensors, fields)
-            named = {paths[name]: layer for name, layer in part.items()}
+            named = {paths[name]: layer for name, layer in selected.items()}
             config = _config_of(named, without_path(options.metadata.base_model))
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             files[f"{component}/{PEFT_CONFIG}"] = EncodedFile(text=text)
@@ -300,7 +303,7 @@ class Peft(Dotted):
 def _config_of(layers: Layers, base: str) -> dict[str, object]:
     rank = mode(layer.rank for layer in layers.values())
     alpha = mode(layer.alpha for layer in layers.values())
-    # Only fields that every PEFT with DoRA knows: older versions reject others.
+    # Fields of all PEFT versions with DoRA, since older versions reject unknown fields.
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -322,16 +325,16 @@ def _config_of(layers: Layers, base: str) -> dict[str, object]:
 
 
 def peft_folders(path: Path) -> list[Path]:
-    """The PEFT folders of one adapter: the path itself, or those of its components in it."""
+    """Return the PEFT folders of an adapter: the path itself, or its folders of components."""
     candidates = [path, *(path / component for component in COMPONENTS)]
     return [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
 
 
 def peft_config(folder: Path) -> dict[str, Any]:
-    """The config of a PEFT folder.
+    """Read the config of a PEFT folder.
 
     Raises:
-        AdapterFormatError: If it is damaged, or not of a LoRA or DoRA that fits released models.
+        AdapterFormatError: If it is damaged, not a LoRA or DoRA, or for a changed base model.
     """
     path = folder / PEFT_CONFIG
     try:
@@ -354,10 +357,10 @@ def peft_config(folder: Path) -> dict[str, Any]:
 
 
 def peft_component(keys: list[str], folder_name: str, stamped: str) -> str:
-    """Component of a PEFT folder: as we stamped it, as the folder is called, or as its keys look.
+    """Return the component of a PEFT folder, by our metadata, the folder's name or its keys.
 
     Raises:
-        AdapterFormatError: If none of these tells.
+        AdapterFormatError: If the component is unknown.
     """
     for name in (stamped, folder_name):
         if name in COMPONENTS:

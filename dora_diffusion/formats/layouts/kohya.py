@@ -1,7 +1,7 @@
-"""Kohya's key format, and LyCORIS': names, metadata, and the standard ``dora_scale``.
+"""Key format of kohya and LyCORIS: names, metadata and the standard ``dora_scale``.
 
-And with the same names, files that are made for one base model: exact where ``dora_scale`` is
-misread or ignored.
+Files for one base model have the same names. They are exact in programs that misread or ignore
+``dora_scale``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _ALPHA_IS_LOST = re.compile(r"^text_encoder\.|\.(?:attn[12]|self_attn)\.")
 
 
 class Kohya(AdapterLayout):
-    """``lora_unet_<module_with_underscores>.lora_down.weight``."""
+    """Layout ``lora_unet_<module_with_underscores>.lora_down.weight``."""
 
     name = key_format = "kohya"
     file_name: str | None = "adapter_kohya.safetensors"
@@ -71,7 +71,7 @@ class Kohya(AdapterLayout):
     def parse(self, key: str) -> Key | None:
         if not is_kohya_name(key):
             return None
-        # diffusers' own converter leaves `lora_unet_..._attn1.to_q.lora_magnitude_vector` behind.
+        # Diffusers' converter writes keys such as `lora_unet_..._attn1.to_q.lora_magnitude_vector`.
         path, mark, name = key.partition(".lora_magnitude_vector")
         if mark:
             return Key(key, path, mark + name, "magnitude")
@@ -84,11 +84,11 @@ class Kohya(AdapterLayout):
         return key.form in _FORMS and _OWN_PATH.fullmatch(key.path) is not None
 
     def matches(self, keys: Collection[str], metadata: Fields) -> bool:
-        made_for_it = metadata.get(OWN + "target") != "comfyui"
-        return made_for_it and super().matches(keys, metadata)
+        is_standard = metadata.get(OWN + "target") != "comfyui"
+        return is_standard and super().matches(keys, metadata)
 
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
-        # Inside OneTrainer the prefix alone is joined by a dot: `lora_unet.conv_in.alpha`.
+        # In OneTrainer the prefix is followed by a dot: `lora_unet.conv_in.alpha`.
         return resolve(key.path.replace(".", "_"))
 
     def check(self, layers: Layers) -> None:
@@ -105,7 +105,7 @@ class Kohya(AdapterLayout):
         return {self.name: _file(layers, layers, options, "kohya")}
 
     def is_read_as_meant(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
-        """Magnitudes must lie along their axis, too; LoRA and DoRA layers may stand together."""
+        """Check the shapes of magnitudes, too. LoRA and DoRA layers may be mixed."""
         if not self.finds_alpha(layers, specs, metadata):
             return False
         axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
@@ -142,23 +142,23 @@ class Kohya(AdapterLayout):
 
 
 def _lora_in_diffusers(layers: Layers) -> str:
-    """The verdict on a kohya LoRA in Diffusers (0.42), which reads few text encoders whole.
+    """Return the verdict on a kohya LoRA in Diffusers (0.42), which reads few text encoders whole.
 
-    It keys the alphas of attention, and of a first text encoder, by names that no module has: they
-    get the commonest alpha of their component.
+    Diffusers stores the alphas of attention and of the first text encoder under names that no
+    module has. These layers get the most frequent alpha of their component.
     """
     lost: list[str] = []
     misread: list[str] = []
     for component in dict.fromkeys(name.partition(".")[0] for name in layers):
-        part = {name: w for name, w in layers.items() if name.startswith(f"{component}.")}
-        alpha = mode(layer.alpha for layer in part.values())
-        misread += [n for n, w in part.items() if w.alpha != alpha and _ALPHA_IS_LOST.search(n)]
+        selected = {name: w for name, w in layers.items() if name.startswith(f"{component}.")}
+        alpha = mode(layer.alpha for layer in selected.values())
+        misread += [n for n, w in selected.items() if w.alpha != alpha and _ALPHA_IS_LOST.search(n)]
         if component == "unet":
             continue
-        # It knows the old names, in which attention stands, by this layer's.
-        has_output = any(name.endswith(".out_proj") for name in part)
-        attention = [] if has_output else [name for name in part if ".self_attn." in name]
-        if _is_refused(part, attention):
+        # Diffusers detects the old names, which attention has, by this layer.
+        has_output = any(name.endswith(".out_proj") for name in selected)
+        attention = [] if has_output else [name for name in selected if ".self_attn." in name]
+        if _is_refused(selected, attention):
             return f"convert: it refuses such layers of the {component}; convert it to diffusers"
         lost += attention
     if lost:
@@ -170,7 +170,7 @@ def _lora_in_diffusers(layers: Layers) -> str:
 
 
 def _is_refused(encoder: Layers, lost: Sequence[str]) -> bool:
-    """Return whether Diffusers stops at a text encoder: no name that it knows, or a missed rank."""
+    """Return whether Diffusers rejects a text encoder: no known names, or an unexpected rank."""
     ranks = Counter(w.rank for name, w in encoder.items() if ".encoder." in name).most_common(1)
     projections = {w.rank for name, w in encoder.items() if name.endswith(".text_projection")}
     missed = projections and projections != {rank for rank, _ in ranks}
@@ -178,44 +178,45 @@ def _is_refused(encoder: Layers, lost: Sequence[str]) -> bool:
 
 
 def _outside_of_blocks(layers: Iterable[str]) -> list[str]:
-    """Layers beside the blocks of UNet and text encoders, where sd-scripts looks for none."""
+    """Return layers outside of UNet blocks and text-encoder layers, which sd-scripts ignores."""
     tops = tuple(f"unet.{name}" for name in TOP_MODULES)
     return [name for name in layers if name in tops or name.endswith(".text_projection")]
 
 
 def _file(layers: Layers, trained: Layers, options: WriteOptions, target: str) -> EncodedFile:
-    """A file of kohya's names, with the hash by which A1111 and adapter managers know it.
+    """Encode a file with kohya's names and the hash that A1111 and adapter managers use.
 
     Args:
-        layers: What it holds.
-        trained: What its metadata tell of.
-        options: How to write it.
-        target: What it is written for.
+        layers: Layers to write.
+        trained: Layers that the metadata describe.
+        options: Options for writing.
+        target: Name of the target in the metadata.
     """
     names = kohya_names(layers, options)
     tensors: dict[str, Tensor] = {}
     for name, layer in _for_other_programs(layers, options).items():
         down, up = factors(layer, options)
         alpha = torch.tensor(layer.alpha, dtype=torch.float32)
-        parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+        by_suffix = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
         if layer.magnitude is not None:
-            # Never flat: a flat scale does not tell its axis, and ComfyUI skips the layer.
+            # Not one-dimensional: the axis would be unknown, and ComfyUI would skip the layer.
             lead = (-1,) if layer.norm_axis == "output" else (1, -1)
             shape = (*lead, *[1] * (layer.down.ndim - len(lead)))
-            parts["dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
-        tensors |= {f"{names[name]}.{part}": tensor for part, tensor in parts.items()}
+            by_suffix["dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
+        tensors |= {f"{names[name]}.{suffix}": tensor for suffix, tensor in by_suffix.items()}
     tensors |= options.bundled
     fields = _metadata(trained, options, target)
-    # Of its data alone.
+    # The hash includes only the data.
     return EncodedFile.of(tensors, {**fields, "sshs_model_hash": data_hash(tensors)})
 
 
 def _for_other_programs(layers: Layers, options: WriteOptions) -> Layers:
-    """The layers with the alphas that programs read alike; ``B`` makes up for them.
+    """Change alphas to values that all programs read correctly, and rescale ``B`` accordingly.
 
-    Diffusers gives a UNet's attention, and text encoders, the commonest alpha of the file: so all
-    layers get one. Magnitudes on the input axis have alpha = rank: A1111 computes that axis, but
-    its versions differ on whether ``alpha / rank`` acts before the norm or on the whole change.
+    All layers get the same alpha, since Diffusers uses the most frequent alpha of the file for
+    attention of the UNet and for text encoders. Layers with magnitudes on the input axis get
+    alpha = rank, since versions of A1111 differ in whether ``alpha / rank`` is applied before the
+    norm or to the whole change.
     """
     alpha = _one_alpha([w for w in layers.values() if not _on_input(w)], options.dtype)
     return {
@@ -229,9 +230,10 @@ def _on_input(layer: LayerWeights) -> bool:
 
 
 def _one_alpha(layers: Sequence[LayerWeights], dtype: torch.dtype | None) -> float:
-    """The smallest alpha of all: half precision loses small numbers first, and so ``B`` grows.
+    """Return the smallest alpha of all layers, so that values of ``B`` increase, not decrease.
 
-    A larger one where the largest number would come within a factor of 2 of the dtype's limit.
+    Half precision loses small values first. The alpha is larger if the largest value would come
+    within a factor of 2 of the dtype's limit.
     """
     alphas = {abs(layer.alpha) for layer in layers}
     if len(alphas) < 2:
@@ -241,7 +243,7 @@ def _one_alpha(layers: Sequence[LayerWeights], dtype: torch.dtype | None) -> flo
 
 
 def kohya_names(layers: Layers, options: WriteOptions) -> dict[str, str]:
-    """Canonical module name -> kohya name, for the adapter's family.
+    """Return the kohya names of modules, by canonical name.
 
     Raises:
         AdapterFormatError: If the family is unknown, or the names are not one-to-one.
@@ -261,10 +263,10 @@ def kohya_names(layers: Layers, options: WriteOptions) -> dict[str, str]:
 
 
 def _metadata(layers: Layers, options: WriteOptions, target: str) -> dict[str, str]:
-    """All metadata of a kohya-style file."""
+    """Return the metadata of a file in kohya's key format."""
     metadata, family = options.metadata, _known_family(layers, options.metadata)
     stored = _for_other_programs(layers, options)
-    # What was not trained has no other alpha than the file's.
+    # Layers of an approximation were not trained and have only the alpha of the file.
     fields = own_fields(metadata, stored if "approximation" in metadata.extra else layers, target)
     fields |= kohya_fields(metadata, stored, family, options.title)
     if options.unet_layout and family.kohya_names_original_blocks:
@@ -276,21 +278,21 @@ def _known_family(layers: Layers, metadata: AdapterMetadata) -> Family:
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
     name = metadata.family or guess_family(shapes)
     if not name:
-        *others, last = FAMILIES
+        *first, last = FAMILIES
         raise AdapterFormatError(
             "kohya names differ between model families, and this adapter's family is unknown; "
-            f"say which it is ({', '.join(others)} or {last})"
+            f"say which it is ({', '.join(first)} or {last})"
         )
     return FAMILIES[name]
 
 
 class BaseSpecific(Kohya):
-    """Kohya's names with numbers that hold for one base model: not read as an adapter.
+    """Base class of files with kohya's names for one base model, which are not read as adapters.
 
     Attributes:
-        method: What a report calls it.
-        form: What stands behind a layer's name in the key that tells its shape.
-        note: A remark for its users.
+        method: Name of the method in reports.
+        form: Suffix of the key whose tensor has the shape of the layer.
+        note: Note for users.
     """
 
     method = form = note = ""
@@ -299,10 +301,10 @@ class BaseSpecific(Kohya):
         return dict(VERDICTS[self.name])
 
     def base_of(self, options: WriteOptions) -> ModelWeights:
-        """The model that it is made for.
+        """Return the base model for which the file is written.
 
         Raises:
-            AdapterFormatError: If none is given.
+            AdapterFormatError: If no base model is given.
         """
         if options.base is None:
             raise AdapterFormatError(
@@ -312,11 +314,11 @@ class BaseSpecific(Kohya):
 
 
 class ComfyUI(BaseSpecific):
-    """A kohya file whose output-axis magnitudes are compensated for ComfyUI and Forge.
+    """Kohya file with output-axis magnitudes compensated for ComfyUI and Forge.
 
-    They compute ``m * (W + delta) / norm(W)``, so ``m`` is multiplied by
-    ``norm(W) / norm(W + delta)``. The input axis is exact there as it is: an adapter that has no
-    other is a plain kohya file, for any base.
+    These programs compute ``m * (W + delta) / norm(W)``, so ``m`` is multiplied by
+    ``norm(W) / norm(W + delta)``. The input axis needs no compensation: an adapter with only that
+    axis is written as a standard kohya file, for any base model.
     """
 
     name, method, form = "comfyui", "DoRA", ".lora_down.weight"
@@ -347,7 +349,7 @@ class ComfyUI(BaseSpecific):
 
 
 class Dense(BaseSpecific):
-    """Full differences ``W' - W`` under kohya names: large, and exact on either axis."""
+    """Full differences ``W' - W`` with kohya's names: large files, exact on both axes."""
 
     name, method, form = "dense", "full differences", ".diff"
     file_name = "adapter_dense.safetensors"
@@ -380,7 +382,7 @@ KOHYA, COMFYUI, DENSE = Kohya(), ComfyUI(), Dense()
 
 
 def needs_compensation(layers: Layers) -> bool:
-    """Return whether ComfyUI would compute these layers wrongly from a plain kohya file."""
+    """Return whether ComfyUI would compute layers incorrectly from a standard kohya file."""
     return any(w.magnitude is not None and w.norm_axis == "output" for w in layers.values())
 
 
@@ -389,6 +391,6 @@ def _compensated(weight: Tensor, layer: LayerWeights) -> LayerWeights:
         return layer
     start = weight_norm(weight, "output")
     norm = factored_norm(weight, layer.down, layer.up, layer.scale, layer.norm_axis)
-    # ComfyUI adds float32's epsilon to the norm it divides by.
+    # ComfyUI adds the epsilon of float32 to the norm.
     factor = (start + torch.finfo(torch.float32).eps) / norm.clamp_min(1e-30)
     return dataclasses.replace(layer, magnitude=upcast(layer.magnitude) * factor)

@@ -1,7 +1,6 @@
-"""Layout of adapter files: how it is told, read, checked, written, and judged.
+"""Base class of the layouts of adapter files.
 
-A layout is one object in the list of `dora_diffusion.formats.layouts`. Reading a file and
-reporting on it ask the same objects.
+A layout detects, reads, checks, writes and judges files. Reading and reports use the same objects.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from dora_diffusion.formats.names.kohya import Resolve
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
-# down and up are A and B; mid is the core of a Tucker-decomposed convolution. A `magnitude` is
-# PEFT's (always the output axis), a `dora_scale` tells its axis by its shape.
+# down and up are A and B; mid is the core of a Tucker-decomposed convolution. `magnitude` is PEFT's
+# (always on the output axis); the shape of `dora_scale` determines its axis.
 Part = Literal["down", "up", "mid", "alpha", "magnitude", "dora_scale"]
 Layers = Mapping[str, LayerWeights]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,30 +39,30 @@ Fields = Mapping[str, str]
 BUNDLED_TOKEN = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<key>clip_[lhg])")
 """Key of a trained token's vectors in a file of layers."""
 EXACT = "exact"
-# The error of an approximation that is none, but for the rounding of its numbers.
+# Largest error of rounding alone; below it a file is exact.
 _ROUNDING = 1e-5
-# Attention projections trained as one matrix, which only some programs split.
+# Joined attention projections, which only some programs split.
 _JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")
 
 
 class AdapterFormatError(ValueError):
-    """An adapter file that cannot be read, or an adapter that a format cannot hold."""
+    """Error for a file that cannot be read, or an adapter that a format cannot represent."""
 
 
 class Note(str):
-    """Note on a file and how it was read; its class tells which finding it is."""
+    """Note on a file and how it was read. Subclasses identify the kind of note."""
 
     __slots__ = ()
 
 
 class Key(NamedTuple):
-    """A tensor's name in an adapter file, taken apart.
+    """Parsed name of a tensor in an adapter file.
 
     Attributes:
-        text: All of it.
-        path: The module's path as the file writes it, with all that stands before it.
-        form: What stands behind it, such as ``".lora_A.weight"``.
-        part: What the tensor is.
+        text: The whole name.
+        path: Path of the module as in the file, with its prefix.
+        form: Suffix after the path, such as ``".lora_A.weight"``.
+        part: Role of the tensor in its layer.
     """
 
     text: str
@@ -73,12 +72,12 @@ class Key(NamedTuple):
 
     @property
     def is_embedding(self) -> bool:
-        """True if the key is a factor of an Embedding, as PEFT names it."""
+        """True if the key is a factor of an Embedding with PEFT's name."""
         return self.form.startswith(".lora_embedding_")
 
     @property
     def is_ai_toolkit(self) -> bool:
-        """True if the key is a magnitude of ai-toolkit's DoRA."""
+        """True if the key is a magnitude of a DoRA from ai-toolkit."""
         return self.form == ".magnitude"
 
 
@@ -91,14 +90,15 @@ class WriteOptions:
     """Options for writing an adapter.
 
     Attributes:
-        metadata: What is known of it.
-        dtype: Of the low-rank factors; None keeps theirs. Magnitudes stay float32: rounding one
-            moves every weight of its row, and they are small.
-        title: Name shown by user interfaces, the file's name without suffix.
-        unet_layout: For kohya names of an SDXL UNet that is not shaped like the released one.
-        base: The base model, for the layouts that need it.
-        beside: Plain LoRA layers whose change is added, for ``dense``.
-        bundled: Trained tokens' tensors by key, for files that hold them.
+        metadata: Metadata of the adapter.
+        dtype: Dtype of the low-rank factors; None: unchanged. Magnitudes stay float32, since
+            rounding a magnitude changes every weight of its row, and they are small.
+        title: Name for user interfaces, the file name without suffix.
+        unet_layout: Layout of an SDXL UNet with another shape than the released one, for kohya
+            names.
+        base: Base model, for layouts that need it.
+        beside: Plain LoRA layers whose change is added in ``dense``.
+        bundled: Tensors of trained tokens by key, for files that contain them.
     """
 
     metadata: AdapterMetadata
@@ -112,12 +112,12 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """One file to write: tensors with metadata, or text.
+    """File to write: tensors with metadata, or text.
 
     Attributes:
-        tensors: How to make each tensor when it is written, by name: large files are never whole
-            in memory.
-        metadata: The file's metadata.
+        tensors: Functions that return the tensors, by name. They are called when a tensor is
+            written, so that large files are never completely in memory.
+        metadata: Metadata of the file.
         text: Content of a text file.
     """
 
@@ -132,14 +132,14 @@ class EncodedFile:
 
 
 class AdapterLayout:
-    """One way to lay an adapter out in files.
+    """Layout of an adapter in files.
 
     Attributes:
-        name: Its name in the list, and what users call it where it is written.
-        key_format: What a report calls its keys; ``"other"`` if no program here writes them.
-        file_name: Default name of its file; None for a folder of files.
-        says_alpha: Its layers have no other alpha than the one that they are read with.
-        is_compact: It holds fewer numbers than the layers that it stands for.
+        name: Name in the list of layouts, for users too.
+        key_format: Name of the key format in reports; ``"other"`` if no known program writes it.
+        file_name: Default file name; None for a folder of files.
+        says_alpha: Whether the alpha of all layers is known without stored values.
+        is_compact: Whether the file has fewer values than the layers that it represents.
     """
 
     name = key_format = "other"
@@ -147,95 +147,97 @@ class AdapterLayout:
     says_alpha = is_compact = False
 
     def parse(self, key: str) -> Key | None:
-        """Parse a key, as its programs or others write it; None if it is none of its."""
+        """Parse a key, also in variants of other programs. None: the key is of another layout."""
 
     def owns(self, key: Key) -> bool:
-        """Return whether the layout's programs read this key, to the last letter."""
+        """Return whether the programs of the layout read exactly this key."""
         return True
 
     def matches(self, keys: Collection[str], metadata: Fields) -> bool:
-        """Return whether each key of a file is laid out so; no file matches two layouts."""
+        """Return whether all keys of a file have this layout. No file matches two layouts."""
         parsed = map(self.parse, keys)
         is_own = bool(keys) and all(key is not None and self.owns(key) for key in parsed)
         return is_own and not any(joined in key for key in keys for joined in _JOINED)
 
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
-        """Canonical name of a key's module, None if it is of none that is known."""
+        """Return the canonical name of a key's module, None if it is unknown."""
         return key.path
 
     def tokens(self, keys: Collection[str], metadata: Fields) -> list[str]:
-        """The keys of trained tokens among its layers' keys."""
+        """Return the keys of trained tokens."""
         return []
 
     def group(self, tensors: Tensors, metadata: Fields, shapes: Shapes | None) -> Groups | None:
-        """Sort a file's keys into layers, where no key tells its own; None: `group_keys` does.
+        """Group the keys of a file by layer, if keys do not name their layers.
+
+        The default returns None, and `group_keys` groups the keys.
 
         Args:
-            tensors: The file's tensors without its tokens.
-            metadata: The file's metadata.
-            shapes: Of the base model's modules, None if it is not known.
+            tensors: Tensors of the file without trained tokens.
+            metadata: Metadata of the file.
+            shapes: Weight shapes of the base model's modules, None if it is unknown.
 
         Raises:
             AdapterFormatError: If the file cannot be read.
         """
 
     def decode(self, tensors: Tensors, metadata: Fields) -> tuple[Layers, str] | None:
-        """Return the layers and a line on what they are, if not made from A, B and m as usual."""
+        """Decode a file without A, B and m. Returns its layers and a note; the default is None."""
 
     def check(self, layers: Layers) -> None:
-        """Refuse what the layout cannot hold.
+        """Check that the layout can represent the layers.
 
         Raises:
-            AdapterFormatError: With the reason, and what to write instead.
+            AdapterFormatError: If it cannot.
         """
 
     def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
-        """The files that hold layers, by relative name."""
+        """Encode layers to files, by relative name."""
         raise AdapterFormatError(f"the {self.name} layout is read, and not written")
 
     def is_read_as_meant(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
-        """Return whether programs that know the keys also read the numbers as they are meant.
+        """Return whether programs that know the keys also interpret the values correctly.
 
-        None takes alpha from what kohya's scripts note of the training; and PEFT makes all layers
-        of a component DoRA, or none.
+        No program reads alpha from the training metadata of kohya's scripts. PEFT treats either all
+        layers of a component as DoRA, or none.
         """
         kinds = {(n.split(".")[0], layer.magnitude is None) for n, layer in layers.items()}
         is_uniform = len(kinds) == len({component for component, _ in kinds})
         return is_uniform and self.finds_alpha(layers, specs, metadata)
 
     def finds_alpha(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
-        """Return whether programs find the alpha of each layer, or need none."""
+        """Return whether the file has the alpha of each layer, or all scales are 1."""
         says_alpha = sum(key.endswith(".alpha") for key in specs) >= len(layers)
         says_alpha |= DIFFUSERS_METADATA in metadata
         return says_alpha or all(layer.scale == 1.0 for layer in layers.values())
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
-        """Verdict per program for one file; empty if it mixes axes.
+        """Return the verdict of each program on a file; empty if the norm axes are mixed.
 
         Args:
-            layers: Its layers by canonical name.
+            layers: Layers by canonical name.
             norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a plain LoRA.
-            keys: Its keys.
+            keys: Keys of the file.
         """
-        # PEFT and diffusers know no magnitudes on the input axis.
+        # PEFT and Diffusers do not support magnitudes on the input axis.
         kind = f"{self.name} {'DoRA' if norm_axis else 'LoRA'}" if norm_axis != "input" else ""
         unknown = "convert: its key format is not one that we have checked"
         return dict(VERDICTS.get(kind) or dict.fromkeys(COLUMNS, unknown))
 
     def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
-        """Return advice on using such a file."""
+        """Return advice on using a file of this layout."""
         return ["programs read few of such files as they are meant: convert it for yours"]
 
 
-def factor_pair(name: str, parts: Mapping[Part, Tensor]) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B`` of a layer of a file, both of two dimensions or more.
+def factor_pair(name: str, tensors: Mapping[Part, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return ``A`` and ``B`` of a layer, both with two dimensions or more.
 
     Raises:
-        AdapterFormatError: If there is one of them, or it is of fewer.
+        AdapterFormatError: If one of them is missing or has fewer dimensions.
     """
-    if missing := [part for part in ("down", "up") if part not in parts]:
+    if missing := [part for part in ("down", "up") if part not in tensors]:
         raise AdapterFormatError(f"{name} lacks its {' and '.join(missing)} factor")
-    down, up = parts["down"], parts["up"]
+    down, up = tensors["down"], tensors["up"]
     if min(down.ndim, up.ndim) < 2:
         raise AdapterFormatError(
             f"{name}: low-rank factors of shapes {tuple(down.shape)} and {tuple(up.shape)}"
@@ -244,19 +246,19 @@ def factor_pair(name: str, parts: Mapping[Part, Tensor]) -> tuple[Tensor, Tensor
 
 
 def with_alpha(layer: LayerWeights, alpha: float) -> LayerWeights:
-    """The layer with another alpha and the same ``s B A``: ``B`` makes up for it."""
+    """Change the alpha of a layer and rescale ``B``, so that ``s B A`` stays the same."""
     factor = layer.alpha / alpha
     up = layer.up if factor == 1.0 else (layer.up.float() * factor).to(layer.up.dtype)
     return dataclasses.replace(layer, up=up, alpha=alpha)
 
 
 def unit_scale(layer: LayerWeights) -> LayerWeights:
-    """The layer with its scale multiplied into ``up``, so that alpha = rank."""
+    """Multiply the scale of a layer into ``up``, so that alpha = rank."""
     return with_alpha(layer, float(layer.rank))
 
 
 def factors(layer: LayerWeights, options: WriteOptions) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B`` as they are written."""
+    """Return ``A`` and ``B`` for writing, on the CPU and in the configured dtype."""
     dtype = options.dtype
     down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
     return (down, up) if dtype is None else (down.to(dtype), up.to(dtype))
@@ -264,11 +266,12 @@ def factors(layer: LayerWeights, options: WriteOptions) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Approximation:
-    """Original that a file approximates.
+    """Approximation that a file contains.
 
     Attributes:
-        of: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the adapters"``.
-        error: Relative error of the change of all layers; None if the file does not say it.
+        of: Approximated original: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the
+            adapters"``.
+        error: Relative error of the change of all layers; None if the file does not state it.
     """
 
     of: str
@@ -281,7 +284,7 @@ class Approximation:
         return f"which is off the {self.of} by {share}"
 
     def qualify(self, tools: Mapping[str, str], method: str) -> dict[str, str]:
-        """The verdicts on a file that is one: exact for what it holds, and how far off that is."""
+        """Qualify exact verdicts on an approximation by its error."""
         exact = f"exact for this {method}, {self}"
         return {
             program: exact + verdict.removeprefix(EXACT)
@@ -292,7 +295,7 @@ class Approximation:
 
 
 def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
-    """Return the approximation that our file's metadata state; None if it is exact."""
+    """Return the approximation that the metadata of our file state; None if the file is exact."""
     if not (of := extra.get(APPROXIMATES)):
         return None
     try:
@@ -303,5 +306,5 @@ def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
 
 
 def some_layers(names: Collection[str]) -> str:
-    """``"5 layers (a, b, c and 2 more)"``."""
+    """Return text such as ``"5 layers (a, b, c and 2 more)"``."""
     return f"{counted(len(names), 'layer')} ({listing(names, 3)})"

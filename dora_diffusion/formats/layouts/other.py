@@ -1,4 +1,4 @@
-"""The layout of a file, and what a file of no layout of the list is read as, or is instead."""
+"""Detection of the layout of a file, and files without a known layout."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dora_diffusion.formats.layouts.layout import (
 )
 from dora_diffusion.formats.names.kohya import Resolve
 
-# Each is the constant of its name, such as `KOHYA`, in the module of its name or in this one.
+# Modules of the layouts, if not named after them. Each layout is a constant, such as `KOHYA`.
 _MODULES = {
     "diffusers": "dotted", "peft": "dotted", "attn_procs": "dotted", "onetrainer": "dotted",
     "comfyui": "kohya", "dense": "kohya",
 }  # fmt: skip
 
-# Method -> the keys by which it is told.
+# Method -> pattern of keys that identify it.
 _METHODS = {method: re.compile(facts["keys"]) for method, facts in FACTS["methods"].items()}
 _PREFIX_TWICE = re.compile(r"(lora_unet_unet|lora_te\d?_te\d?|lora_te\d?_text_encoder)_.*")
 _MERGE = "merge it with the program that trained it, and use the merged model"
-# What a whole model holds, in the original layout and in diffusers'.
+# Key prefixes of whole models, in the original layout and in Diffusers'.
 _MODEL_KEYS = (
     "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
     "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
@@ -37,7 +37,7 @@ _MODEL_KEYS = (
 
 
 def layout_named(name: str) -> AdapterLayout:
-    """A layout of the list."""
+    """Return a layout by its name."""
     module = import_module(f"{__package__}.{_MODULES.get(name, name)}")
     layout: AdapterLayout = getattr(module, name.upper())
     return layout
@@ -48,7 +48,7 @@ def all_layouts() -> list[AdapterLayout]:
 
 
 class Other(AdapterLayout):
-    """Keys that no program of the list writes, or of several of them together."""
+    """Files with keys of no known program, or of several programs."""
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
         tools = super().judge(layers, norm_axis, keys)
@@ -71,9 +71,9 @@ OTHER = Other()
 
 
 def _left_out_by_diffusers(keys: Iterable[str]) -> list[str]:
-    """UNet layers that diffusers leaves unchanged, without a message, of a file that mixes names.
+    """Return the UNet layers that Diffusers silently ignores in a file with mixed names.
 
-    It renames a UNet's keys only if the first one, in alphabetical order, is not PEFT's.
+    Diffusers renames UNet keys only if the first key in alphabetical order is not PEFT's.
     """
     unet = sorted(key.removeprefix("unet.") for key in keys if key.startswith("unet."))
     if not unet or "lora_A" not in unet[0] or not mixes_forms(unet):
@@ -83,18 +83,18 @@ def _left_out_by_diffusers(keys: Iterable[str]) -> list[str]:
 
 
 def group_keys(keys: Iterable[str], resolve: Resolve, component: str | None = None) -> Groups:
-    """Sort a file's keys into layers: canonical module name -> part -> key.
+    """Group the keys of a file by layer: canonical module name -> part -> key.
 
-    A key is that of the first layout which understands it: a loader that skips keys silently loads
-    half an adapter.
+    Each key is parsed by the first layout that recognizes it. Unknown keys are an error, since
+    skipping them would silently load half an adapter.
 
     Args:
-        keys: Of a file, without its tokens.
-        resolve: From `name_resolver`.
-        component: What keys without a component belong to, in a PEFT folder.
+        keys: Keys of the file, without trained tokens.
+        resolve: Function of `name_resolver`.
+        component: Component of keys without a component, in a PEFT folder.
 
     Raises:
-        AdapterFormatError: If a key is left over, or two keys are the same part of one layer.
+        AdapterFormatError: If a key is unknown, or two keys are the same part of a layer.
     """
     layouts = all_layouts()
     layers: Groups = {}
@@ -128,7 +128,7 @@ def _left_over_message(keys: list[str]) -> str:
 
 
 def _other_method(keys: Collection[str]) -> str | None:
-    """A sentence on what these keys belong to instead of a LoRA or DoRA, None if it is unknown."""
+    """Return a sentence on the method that keys belong to; None if it is unknown."""
     is_bundled = any(map(_METHODS["embeddings bundled with the adapter"].fullmatch, keys))
     if any(map(_PREFIX_TWICE.fullmatch, keys)) and not is_bundled:
         return (
@@ -143,5 +143,5 @@ def _other_method(keys: Collection[str]) -> str | None:
 
 
 def layout_of(keys: Collection[str], metadata: Fields) -> AdapterLayout:
-    """The layout of a file with these keys and metadata; `OTHER` where it has none of the list."""
+    """Return the layout of a file; `OTHER` if it has no known layout."""
     return next((layout for layout in all_layouts() if layout.matches(keys, metadata)), OTHER)

@@ -1,8 +1,8 @@
-"""The compact file of a VeRA or DVoRA: its vectors, and how its projections are drawn.
+"""Compact files of VeRA and DVoRA, with vectors and the seed of the projections.
 
-No other program reads it; `read_adapter` gives the ordinary layers that it stands for, so that
-generation, export and conversion take it like any adapter. docs/reference/formats.md describes
-the file.
+No other program reads these files. `read_adapter` converts them to standard layers, so that
+generation, export and conversion handle them like other adapters. docs/reference/formats.md
+describes the format.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 VERA_FILE = "vera.safetensors"
 PROJECTIONS, SHAPES = "projections", "shapes"
-# More than any model takes; a damaged file must not take all memory.
+# Far above the size for any model. A damaged file must not exhaust the memory.
 _LARGEST = 2**27
 _DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 _PARTS = {"d": "vera_lambda_d", "b": "vera_lambda_b", "magnitude": "magnitude"}
@@ -40,13 +40,13 @@ _PARTS = {"d": "vera_lambda_d", "b": "vera_lambda_b", "magnitude": "magnitude"}
 
 @dataclass(frozen=True)
 class VeraLayer:
-    """One layer: ``delta = diag(b) B diag(d) A`` with A and B from its projections.
+    """Layer with ``delta = diag(b) B diag(d) A``, where A and B are random projections.
 
     Attributes:
-        projections: What A and B are drawn from.
-        shape: Of the weight, ``(out, in, *k)``.
-        d: ``(r,)``.
-        b: ``(out,)``.
+        projections: Projections that include A and B.
+        shape: Shape of the weight, ``(out, in, *k)``.
+        d: Vector ``(r,)``.
+        b: Vector ``(out,)``.
         magnitude: As in `LayerWeights`.
         norm_axis: As in `LayerWeights`.
     """
@@ -59,20 +59,20 @@ class VeraLayer:
     norm_axis: NormAxis = "output"
 
     def unscaled(self) -> LayerWeights:
-        """A layer of its rank, scale and magnitude, with A and B as they are drawn."""
+        """Return a standard layer with A and B as drawn, without d and b."""
         down, up = self.projections.factors(self.shape, self.d.device)
         rank = float(self.projections.rank)
         return LayerWeights(down, up, self.magnitude, rank, self.norm_axis)
 
     def weights(self) -> LayerWeights:
-        """The ordinary layer: rank r, scale 1."""
+        """Convert to a standard layer with rank r and scale 1."""
         drawn = self.unscaled()
         down, up = scaled_rows(self.d, drawn.down), scaled_rows(self.b, drawn.up)
         return dataclasses.replace(drawn, down=down, up=up)
 
 
 def digest_of(projections: Projections) -> str:
-    """SHA-256 of all A and B, in the order of their names."""
+    """Return the SHA-256 of all A and B, in the order of their names."""
     drawn = projections.matrices.items()
     return data_hash({_kernel_text(kernel): matrix for kernel, matrix in drawn})
 
@@ -82,8 +82,8 @@ def write_vera(path: Path, layers: Mapping[str, VeraLayer], metadata: AdapterMet
 
     Args:
         path: The file, or a folder for ``vera.safetensors``.
-        layers: By canonical name; those of one component share projections.
-        metadata: What is known of the adapter.
+        layers: Layers by canonical name. Layers of a component share projections.
+        metadata: Metadata of the adapter.
     """
     path = path if path.suffix == ".safetensors" else path / VERA_FILE
     tensors = {
@@ -104,7 +104,7 @@ def write_vera(path: Path, layers: Mapping[str, VeraLayer], metadata: AdapterMet
 
 
 class Vera(AdapterLayout):
-    """``<module>.vera_lambda_d``, with what A and B are drawn from in the metadata."""
+    """Layout ``<module>.vera_lambda_d``, with seed and sizes of A and B in the metadata."""
 
     name = "vera"
     file_name = VERA_FILE
@@ -114,9 +114,9 @@ class Vera(AdapterLayout):
         return metadata.get(OWN + "target") == self.name
 
     def decode(self, tensors: Tensors, metadata: Fields) -> tuple[Layers, str]:
-        """Raise an error if it is damaged, or its projections cannot be drawn to the bit."""
-        facts = json_object(metadata.get(OWN + PROJECTIONS, ""), "what it says of its projections")
-        shapes = json_object(metadata.get(OWN + SHAPES, ""), "what it says of its layers")
+        """Decode the layers. The projections must be drawn exactly as in training."""
+        facts = json_object(metadata.get(OWN + PROJECTIONS, ""), "the metadata of its projections")
+        shapes = json_object(metadata.get(OWN + SHAPES, ""), "the metadata of its layers")
         axis = metadata.get(OWN + "norm_axis", "")
         try:
             shared = {component: _projections(entry) for component, entry in facts.items()}
@@ -129,9 +129,7 @@ class Vera(AdapterLayout):
         except _DAMAGE as error:
             raise AdapterFormatError(f"its layers do not fit together: {error}") from error
         if len(tensors) != expected or not layers:
-            raise AdapterFormatError(
-                "it has tensors of layers that it does not name, or none at all"
-            )
+            raise AdapterFormatError("its metadata do not list all its layers, or list none")
         seeds = ", ".join(str(seed) for seed in sorted({p.seed for p in shared.values()}))
         return weights, (
             f"a compact file, whose A and B are drawn from the seed {seeds}: convert it for other "
@@ -157,9 +155,9 @@ def _projections(facts: Mapping[str, Any]) -> Projections:
         raise ValueError(f"projections of {total:,} numbers")
     if digest_of(projections) != facts["sha256"]:
         raise AdapterFormatError(
-            f"its projections, drawn from the seed {projections.seed}, are not those that it was "
-            "trained with (their digests differ): the file is damaged, or was written by a "
-            "version that draws others; read it with that version"
+            f"its projections, drawn from the seed {projections.seed}, differ from the ones in "
+            "training (by their digests): the file is damaged, or was written by a version that "
+            "draws others; read it with that version"
         )
     return projections
 
@@ -167,8 +165,8 @@ def _projections(facts: Mapping[str, Any]) -> Projections:
 def _layer(
     name: str, tensors: Mapping[str, Tensor], shared: Projections, shape: list[int], axis: str
 ) -> VeraLayer:
-    parts = {part: tensors.get(f"{name}.{key}") for part, key in _PARTS.items()}
-    d, b, magnitude = (None if t is None else t.float() for t in parts.values())
+    vectors = (tensors.get(f"{name}.{key}") for key in _PARTS.values())
+    d, b, magnitude = (None if t is None else t.float() for t in vectors)
     sizes = tuple(map(int, shape))
     if d is None or b is None or not shared.has(sizes) or len(sizes) not in (2, 4):
         raise ValueError(f"{name} lacks its vectors, or has no projections")

@@ -1,8 +1,8 @@
-"""Module names in kohya's key format, with ``_`` for ``.``.
+"""Module names in kohya's key format, with ``_`` instead of ``.``.
 
-That cannot be undone by splitting (``proj_out``, ``to_out_0``, ``time_emb_proj``). Two exact ways
-back are used: a table made from the module names of the model at hand, or the vocabulary of the
-Stable Diffusion UNet and of the CLIP text model, in which each name has at most one reading.
+The replacement cannot be reversed by splitting (``proj_out``, ``to_out_0``, ``time_emb_proj``).
+Names are therefore resolved by a table of the model's module names, or by the vocabulary of the
+Stable Diffusion UNet and the CLIP text model, in which each name is unambiguous.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ KOHYA_PREFIXES = {
         for encoder in family.text_encoders
     },
 }
-LYCORIS_PREFIX = "lycoris_"  # LyCORIS' own wrapper: the path in whichever model was wrapped
-# The adaptable modules; `#` stands for a number.
+LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
+# Adaptable modules; `#` stands for a number.
 _ATTENTION = NAMES["attention"]
 _RESNET = [name for name in NAMES["unet_resnet"] if not name.startswith("norm")]
 UNET_MODULES = (
@@ -60,12 +60,12 @@ Resolve = Callable[[str], "str | None"]
 
 
 def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> str | None:
-    """Kohya's name of a canonical module, None if it has none.
+    """Return kohya's name of a module, or None.
 
     Args:
         name: Canonical module name.
-        family: Of the model.
-        layout: Of its UNet, for a family whose modules are named after the original blocks.
+        family: Family of the model.
+        layout: Layout of the UNet, for families with names of the original blocks.
     """
     component, path = split_component(name)
     if component != "unet":
@@ -77,13 +77,13 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
 
 
 def is_kohya_name(key: str) -> bool:
-    """Return whether a key starts like those of kohya's scripts and LyCORIS."""
-    # With a dot after the prefix, too: `lora_unet.conv_in.lora_magnitude_vector`, half renamed.
+    """Return whether a key has a prefix of kohya's scripts or LyCORIS."""
+    # Incompletely renamed keys have a dot after it: `lora_unet.conv_in.lora_magnitude_vector`.
     return key.replace(".", "_").startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
 
 
 def component_of(path: str) -> str | None:
-    """Component that a module path without prefix belongs to, by its first word."""
+    """Return the component of a module path without prefix, by its first word; None if unknown."""
     top = path.split(".")[0]
     if top in _UNET_STARTS | _SGM_STARTS:
         return "unet"
@@ -92,22 +92,22 @@ def component_of(path: str) -> str | None:
 
 
 def is_sgm_path(path: str) -> bool:
-    """Return whether a UNet path starts like those of the original blocks."""
+    """Return whether a UNet path has a name of the original blocks."""
     return path.split(".")[0] in _SGM_STARTS
 
 
 def joined_parts(name: str) -> list[str]:
-    """Canonical names that a joined attention projection stands for; empty for any other name."""
+    """Return the canonical names of a joined attention projection; empty for other names."""
     parent, _, leaf = name.rpartition(".")
     return [f"{parent}.{part}" for part in NAMES["joined"].get(leaf, ())]
 
 
 def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
-    """Function from a module name of kohya's to the canonical name (None if unknown).
+    """Return a function from kohya's module names to canonical names (None if unknown).
 
     Args:
-        known: Canonical module names of the model. They decide where given.
-        layout: UNet layout for original block names; None takes that of the known names, or of
+        known: Canonical module names of the model. They have precedence over the vocabulary.
+        layout: UNet layout for original block names. Default: the layout of the known names or of
             the released models.
     """
     names = {name for name in known or () if name.partition(".")[0] in COMPONENTS}
@@ -119,14 +119,15 @@ def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None 
 
     def resolve(flat: str) -> str | None:
         name = table.get(flat) or _by_vocabulary(flat, layouts)
-        parts = joined_parts(name) if name else []
-        return name if name in names or (parts and names.issuperset(parts)) else None
+        projections = joined_parts(name) if name else []
+        is_joined = projections and names.issuperset(projections)
+        return name if name in names or is_joined else None
 
     return resolve
 
 
 def kohya_table(names: Iterable[str]) -> dict[str, str]:
-    """Every name in kohya's key format of known canonical modules -> the canonical name.
+    """Return a table from names in kohya's key format to canonical names of known modules.
 
     Raises:
         ValueError: If two modules share a name.

@@ -1,6 +1,6 @@
-"""Canonical module names, ``component.path``, and what the original (sgm) code calls the UNet's.
+"""Canonical module names, ``component.path``, and the names of UNet modules in the original code.
 
-The original code numbers one flat list of blocks, Diffusers nests them by level. With
+The original code (sgm) numbers one flat list of blocks, while Diffusers nests them by level. With
 ``n = layers_per_block``, level ``l`` and layer ``i``:
 
     down_blocks.l.resnets.i       <-> input_blocks.(l * (n + 1) + i + 1).0
@@ -10,7 +10,7 @@ The original code numbers one flat list of blocks, Diffusers nests them by level
     mid_block.attentions.i        <-> middle_block.(2 * i + 1)
     up_blocks.l.resnets.i         <-> output_blocks.(l * (n + 1) + i).0
     up_blocks.l.attentions.i      <-> output_blocks.(l * (n + 1) + i).1
-    up_blocks.l.upsamplers.0      <-> output_blocks.(l * (n + 1) + n).{1, or 2 behind attention}
+    up_blocks.l.upsamplers.0      <-> output_blocks.(l * (n + 1) + n).{1, or 2 after attention}
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from dora_diffusion.config.file import read_facts
 from dora_diffusion.config.wording import listing
 
 NAMES: Mapping[str, Any] = read_facts("formats/names/names")
-"""Names of modules and tensors, and what other layouts call them; each holds for all below it.
+"""Names of modules and tensors with their names in other layouts, also for everything below them.
 
-The UNet's are beside the blocks above. open_clip holds three projections in one matrix (``#q``).
-Of dotted names that share a start the longest comes first: OneTrainer's OMI files say ``clip_l``,
-its COMFY files what ComfyUI calls its modules. ``#`` stands for a number.
+The blocks of the UNet are listed above. open_clip joins three projections in one matrix (``#q``).
+The longest of several prefixes comes first: OneTrainer's OMI files use ``clip_l``, its COMFY files
+the names of ComfyUI. ``#`` stands for a number.
 """
 
 
 def below(leaves: Mapping[str, str], name: str, original: str) -> Iterator[tuple[str, str]]:
-    """The pairs of leaves below a module of either layout."""
+    """Yield pairs of names for the leaves below a module."""
     return ((f"{name}.{leaf}", f"{original}.{other}") for leaf, other in leaves.items())
 
 
 class NameTable:
-    """Pairs of ``(canonical, original)`` names, each also for everything that lies below it.
+    """Table of ``(canonical, original)`` names, which also apply to everything below them.
 
     Attributes:
         original: Canonical name -> original name.
-        canonical: The inverse.
+        canonical: Original name -> canonical name.
 
     Raises:
-        ValueError: If the pairs are not one-to-one, with all that lies below them.
+        ValueError: If the names are not one-to-one.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
@@ -60,38 +60,38 @@ class NameTable:
                 raise ValueError(f"names that are not one-to-one: {listing(repeated)}")
         for names in (self.original, self.canonical):
             if nested := [n for n in names if renamed(n.rpartition(".")[0], names)]:
-                raise ValueError(f"names that lie below another: {listing(nested)}")
+                raise ValueError(f"names that are below another: {listing(nested)}")
 
     def below(self, canonical: str, original: str) -> list[tuple[str, str]]:
-        """The pairs behind a prefix on either side."""
+        """Return the pairs with a prefix on either side."""
         return [(canonical + name, original + other) for name, other in self.original.items()]
 
     def to_original(self, name: str) -> str | None:
-        """Original name of a module or tensor, None if it has none."""
+        """Return the original name of a module or tensor, or None."""
         return renamed(name, self.original)
 
     def to_canonical(self, name: str) -> str | None:
-        """Canonical name of an original one, None if it has none."""
+        """Return the canonical name of an original name, or None."""
         return renamed(name, self.canonical)
 
     def with_underscores(self) -> NameTable:
-        """The same names as kohya's scripts write them."""
+        """Return the table with names as in kohya's scripts."""
         return NameTable((a.replace(".", "_"), b.replace(".", "_")) for a, b in self.below("", ""))
 
 
 def renamed(name: str, names: Mapping[str, str], separator: str = ".") -> str | None:
-    """The name with its longest known start replaced, None if no start of it is known."""
-    parts = name.split(separator)
-    for end in range(len(parts), 0, -1):
-        if start := names.get(separator.join(parts[:end])):
-            return separator.join([start, *parts[end:]])
+    """Replace the longest known prefix of a name. Returns None if no prefix is known."""
+    words = name.split(separator)
+    for end in range(len(words), 0, -1):
+        if start := names.get(separator.join(words[:end])):
+            return separator.join([start, *words[end:]])
     return None
 
 
 COMPONENT_PREFIXES = {**NAMES["prefixes"], **{component: component for component in COMPONENTS}}
-# Ends of tensors that some layouts have and others do not.
+# Suffixes of tensors that only some layouts have.
 BUFFERS = ("position_ids", "logit_scale", "attn_mask")
-# Names that the first Diffusers releases gave an autoencoder.
+# Names in autoencoders of the first Diffusers releases.
 _EARLY = NameTable(
     (f"{side}.mid_block.attentions.0.{name}", f"{side}.mid_block.attentions.0.{early}")
     for side in ("encoder", "decoder")
@@ -100,7 +100,7 @@ _EARLY = NameTable(
 
 
 def with_text_model(path: str) -> str:
-    """Text-encoder path with the ``text_model.`` that transformers >= 5.6 dropped, and one only."""
+    """Return a text-encoder path with one ``text_model.``, which Transformers >= 5.6 omits."""
     while path.startswith("text_model.text_model."):
         path = path.removeprefix("text_model.")
     if path.startswith(("text_model.", "text_projection")):
@@ -109,25 +109,25 @@ def with_text_model(path: str) -> str:
 
 
 def canonical(component: str, path: str) -> str:
-    """Canonical name of a module or tensor of a component, e.g. ``unet.conv_in.weight``."""
+    """Return the canonical name of a module or tensor, such as ``unet.conv_in.weight``."""
     if component.startswith("text_encoder"):
         path = with_text_model(path)
     return f"{component}.{modern_vae_path(path) if component == 'vae' else path}"
 
 
 def is_flat(text_encoder: object) -> bool:
-    """Return whether a text encoder lacks ``text_model``, like those of transformers >= 5.6."""
+    """Return whether a text encoder lacks ``text_model``, as in Transformers >= 5.6."""
     return not hasattr(text_encoder, "text_model")
 
 
 def installed_path(name: str, *, flat: bool) -> str:
-    """Path of a canonical module name in a live model, which may lack ``text_model`` (``flat``)."""
+    """Return the path of a module in a live model, which may lack ``text_model`` (``flat``)."""
     path = name.partition(".")[2]
     return path.removeprefix("text_model.") if flat else path
 
 
 def split_component(name: str) -> tuple[str, str]:
-    """``"unet.conv_in"`` -> ``("unet", "conv_in")``.
+    """Split a canonical name: ``"unet.conv_in"`` -> ``("unet", "conv_in")``.
 
     Raises:
         ValueError: If the name does not start with a known component.
@@ -139,7 +139,7 @@ def split_component(name: str) -> tuple[str, str]:
 
 
 def split_prefix(path: str) -> tuple[str | None, str]:
-    """Component that a dotted name says, None if it says none, and the path behind it."""
+    """Split a dotted name into component (None without a known prefix) and path."""
     for prefix, component in COMPONENT_PREFIXES.items():
         if path.startswith(f"{prefix}."):
             return component, path.removeprefix(f"{prefix}.")
@@ -147,12 +147,12 @@ def split_prefix(path: str) -> tuple[str | None, str]:
 
 
 def modern_vae_path(path: str) -> str:
-    """Today's name of a tensor that an early Diffusers named."""
+    """Return the present name of a tensor from an early Diffusers release."""
     return _EARLY.to_canonical(path) or path
 
 
 TOP_MODULES: Mapping[str, str] = NAMES["unet_top"]
-# As many as a record of a layout may name; the released models have three and four.
+# Largest number of levels in a layout; the released models have three or four.
 _MOST_LEVELS = 9
 _RELEASED_LAYERS = 2
 _LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
@@ -160,11 +160,11 @@ _LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class UNetLayout:
-    """Layout of a UNet, which its original block numbers depend on.
+    """Layout of a UNet, which determines the original block numbers.
 
     Attributes:
-        layers_per_block: Resnets of one down level (an up level has one more).
-        up_attention: For each up level, whether it has attention. It moves the upsampler's slot.
+        layers_per_block: Number of resnets in a down level (an up level has one more).
+        up_attention: Whether each up level has attention, which changes the upsampler's index.
     """
 
     layers_per_block: int
@@ -206,7 +206,7 @@ class UNetLayout:
         """Read the layout from the UNet's module names (complete, without a ``unet.`` prefix).
 
         Raises:
-            ValueError: If they are not complete.
+            ValueError: If names are missing.
         """
         blocks = [match.groups() for match in map(_LEVEL.match, names) if match]
         resnets = [int(i) for side, _, kind, i in blocks if (side, kind) == ("down", "resnets")]
@@ -219,7 +219,7 @@ class UNetLayout:
 
     @classmethod
     def from_original_names(cls, names: Iterable[str]) -> UNetLayout:
-        """Read the layout from original names: the first downsampler closes the first level."""
+        """Read the layout from original names. The first downsampler ends the first level."""
         names = list(names)
         ops = [int(m[1]) for n in names if (m := re.match(r"input_blocks\.(\d+)\.0\.op\b", n))]
         step = min(ops, default=_RELEASED_LAYERS + 1)
@@ -229,11 +229,11 @@ class UNetLayout:
 
 
 def released_layout(family: Family) -> UNetLayout:
-    """Layout of the released UNets of a family."""
+    """Return the layout of the released UNets of a family."""
     return UNetLayout(_RELEASED_LAYERS, family.up_attention)
 
 
-# Of the UNets that adapter files name by original blocks.
+# Layout of UNets whose adapter files have names of the original blocks.
 USUAL_LAYOUT = next(
     released_layout(family) for family in FAMILIES.values() if family.kohya_names_original_blocks
 )
@@ -241,7 +241,7 @@ USUAL_LAYOUT = next(
 
 @lru_cache
 def unet_names(layout: UNetLayout) -> NameTable:
-    """The modules of a UNet; attention goes by the same names inside of its block."""
+    """Return the name table of a UNet. Names inside attention blocks are the same in both."""
     return NameTable(_pairs(layout))
 
 
@@ -267,7 +267,7 @@ def _pairs(layout: UNetLayout) -> Iterator[tuple[str, str]]:
 
 
 def known_layout(names: Iterable[str]) -> UNetLayout | None:
-    """Layout of the UNet among canonical module names, None if they do not tell it."""
+    """Return the layout of the UNet from canonical module names, None if they are incomplete."""
     paths = (name.removeprefix("unet.") for name in names if name.startswith("unet."))
     try:
         return UNetLayout.from_names(paths)

@@ -29,9 +29,9 @@ def model_folder(name: str) -> Path:
 
 
 def samples_folder() -> Path:
-    """The folder of the sample subjects: photos, captions and settings.
+    """Return the folder of the sample subjects, with photos, captions and settings.
 
-    A wheel holds it inside the package; a clone has it beside the package.
+    In a wheel the folder is inside the package, in a clone next to it.
     """
     package = Path(__file__).parents[2]
     return next(

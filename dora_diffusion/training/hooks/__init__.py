@@ -1,1 +1,1 @@
-"""Features of a run beside its main path. A feature that is off is not in the list of hooks."""
+"""Optional features of a training step. A feature that is off is not in the list of hooks."""

@@ -1,4 +1,4 @@
-"""AdaLoRA in a step (arXiv:2303.10512): the orthogonality term, and the choice of triplets."""
+"""AdaLoRA (arXiv:2303.10512) in a training step: orthogonality term and rank allocation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Allocation(Hook):
-    """Moves ranks between layers.
+    """Reallocates ranks between layers.
 
     Args:
-        step: The step of a run with AdaLoRA.
+        step: Step of a run with AdaLoRA.
     """
 
     name = "allocation"
@@ -23,7 +23,7 @@ class Allocation(Hook):
     def __init__(self, step: Step) -> None:
         self.ranks = build_allocation(step.weights.modules, step.config)
         self._parameters, self._scaler = step.parameters, step.accelerator.scaler
-        # Prodigy estimates its step size from gradients, so that the term stays out of them.
+        # Prodigy estimates its step size from gradients. The term would distort the estimate.
         self._is_decoupled = "d" in step.optimizer.param_groups[0]
         self._rate, self._scale = 0.0, 1.0
 
@@ -37,7 +37,7 @@ class Allocation(Hook):
         self._scale = self._loss_scale()
 
     def moved(self, number: int) -> None:
-        # The scale falls where fp16 overflowed, and no step was taken.
+        # The scaler lowers its scale after an fp16 overflow, for which it skips the step.
         if self._loss_scale() < self._scale:
             return
         if self._is_decoupled:

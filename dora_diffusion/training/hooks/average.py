@@ -1,4 +1,4 @@
-"""Averages of the weights that train, which a run samples, validates and saves in their place."""
+"""Averages of the trained weights. A run samples, validates and saves them as its result."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Average(Hook):
-    """Weights of the result that are not those that train, which are restored to the last bit.
+    """Base class of weight averages. Trained weights are restored exactly after each use.
 
     Args:
-        step: The step of a run.
+        step: Step of the run.
     """
 
     name = "average"
@@ -35,7 +35,7 @@ class Average(Hook):
         raise NotImplementedError
 
     def leave(self) -> None:
-        """Continue from parameters that are the average; the trained values are written next."""
+        """Prepare training to continue. The caller then restores the trained values."""
         raise NotImplementedError
 
     @contextmanager
@@ -52,7 +52,7 @@ class Average(Hook):
             self._parameters.finish()
 
     def state_dict(self) -> Any:
-        """Return copies of the weights that train: a checkpoint has the average in their place."""
+        """Return copies of the trained weights. The adapter of a checkpoint has the average."""
         return {name: gather(p).clone() for name, p in self._weights.parameters().items()}
 
     def load_state_dict(self, state: Any) -> None:
@@ -63,10 +63,11 @@ class Average(Hook):
 class MovingAverage(Average):
     """Exponential moving average (EMA).
 
-    The decay after n steps is ``min(decay, (1 + n) / (10 + n))``, so that the start is forgotten.
+    The decay after n steps is ``min(decay, (1 + n) / (10 + n))``. The smaller decay of the first
+    steps removes the initial weights from the average.
 
     Args:
-        step: The step of a run with ``ema_decay``, the largest decay.
+        step: Step of a run with ``ema_decay``, the largest decay.
     """
 
     def __init__(self, step: Step) -> None:
@@ -81,7 +82,7 @@ class MovingAverage(Average):
         get_ema_multi_avg_fn(decay)(self._average, list(self._parameters), number)
         roles = (role_of(group) for group in self._parameters.groups for _ in group["params"])
         for role, average, trained in zip(roles, self._average, self._parameters, strict=True):
-            if role == "diagonal":  # A triplet of AdaLoRA that is off is off in the average.
+            if role == "diagonal":  # AdaLoRA: a pruned triplet is pruned in the average too.
                 average.masked_fill_(trained == 0, 0)
 
     def enter(self) -> None:
@@ -92,10 +93,10 @@ class MovingAverage(Average):
 
 
 class ScheduleFreeAverage(Average):
-    """Average in the state of a schedule-free optimizer (arXiv:2405.15682).
+    """Average that a schedule-free optimizer keeps (arXiv:2405.15682).
 
     Args:
-        step: The step of a run with such an optimizer.
+        step: Step of a run with such an optimizer.
     """
 
     def __init__(self, step: Step) -> None:

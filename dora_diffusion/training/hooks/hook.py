@@ -1,4 +1,4 @@
-"""Interface of a hook: the moments of a step, and of a run, at which features act."""
+"""Base class of hooks, which add optional features to a training step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from dora_diffusion.adapters.stack import Masks
 from dora_diffusion.training.prediction import Drawn
 
 Record = dict[str, Any]
-"""Numbers of a step by name, still on the device."""
+"""Metrics of a step by name, still on the device."""
 
 
 class RankRoute(NamedTuple):
-    """Masks of adapters' ranks for the rows of a batch, as `AdapterStack.of` takes them.
+    """Rank masks for the rows of a batch: arguments of `AdapterStack.of`.
 
     Attributes:
-        masks: Factor of each rank by layer: ``(N, r)`` in the UNet, ``(1, r)`` in text encoders,
-            None if all are 1; N rows of all predictions that train. Empty: no layer has masks.
-        active: Ranks that are in the norm, by layer, in the same shapes.
+        masks: Factor of each rank by layer: ``(N, r)`` in the UNet and ``(1, r)`` in text encoders,
+            where N is the number of rows of all trained predictions. None: all factors of the layer
+            are 1. Empty: no layer has masks.
+        active: Ranks that the norm includes, by layer, in the same shapes.
     """
 
     masks: Masks = ()
@@ -26,42 +27,41 @@ class RankRoute(NamedTuple):
 
 
 class Hook:
-    """A feature of a run.
+    """Optional feature of a run.
 
-    Every moment does nothing unless a feature overrides it. Features act in the order of the list
-    of hooks.
+    The methods do nothing by default. A step calls them in the order of its list of hooks.
 
     Attributes:
-        name: Name of its state in a checkpoint; empty if it has none.
+        name: Name of the hook's state in a checkpoint; empty if the hook has no state.
     """
 
     name = ""
 
     def begin(self, number: int) -> None:
-        """Before the batches of a step, counted from 1."""
+        """Act before the batches of a step are drawn. Steps are counted from 1."""
 
     def route(self, drawn: Drawn, route: RankRoute) -> RankRoute:
-        """Change the masks of adapters' ranks for a batch."""
+        """Change the rank masks for a batch."""
         return route
 
     def gradients(self, number: int) -> None:
-        """After the backward passes, before the gradients are gathered and clipped."""
+        """Act after the backward passes, before gradients are averaged and clipped."""
 
     def clipped(self, record: Record) -> None:
-        """After clipping, with the record of the step."""
+        """Act after clipping, with the metrics of the step."""
 
     def moved(self, number: int) -> None:
-        """After the optimizer's step, while the gradients are still there."""
+        """Act after the optimizer's step, before gradients are reset."""
 
     def done(self, number: int) -> None:
-        """After the step."""
+        """Act at the end of the step."""
 
     def in_use(self) -> AbstractContextManager[object]:
-        """Return a context in which the model is the one that the run's result has."""
+        """Return a context in which the model has the weights of the run's result."""
         return nullcontext()
 
     def state_dict(self) -> Any:
-        """Return the state for a checkpoint. All processes call it, before `in_use`."""
+        """Return the state for a checkpoint. All processes call this method, outside `in_use`."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Restore the state of a checkpoint, after parameters and optimizer."""
+        """Restore a checkpoint's state. Parameters and optimizer are restored before."""

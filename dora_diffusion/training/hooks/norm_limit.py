@@ -1,4 +1,4 @@
-"""Limit of the norm of each layer's update, after each step."""
+"""Max-norm regularization of each layer's update, after each step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class NormLimit(Hook):
-    """Scales updates down to a norm (`limit_norms`).
+    """Scales down updates whose norm exceeds a limit (`limit_norms`).
 
     Args:
-        step: The step of a run with ``scale_weight_norms``.
+        step: Step of a run with ``scale_weight_norms``.
     """
 
     def __init__(self, step: Step) -> None:
@@ -32,13 +32,13 @@ class NormLimit(Hook):
 
 @torch.no_grad()
 def limit_norms(adapters: Sequence[LayerAdapter], limit: float) -> None:
-    """Scale updates ``s B A`` down to a Frobenius norm, half in A and half in B.
+    """Scale down each update ``s B A`` whose Frobenius norm exceeds a limit.
 
-    Equal to sd-scripts' ``scale_weight_norms``. The norms are computed from ``B^T B`` and
-    ``A A^T``, so that no update is formed.
+    A and B are multiplied by the square root of the factor each, as by ``scale_weight_norms`` of
+    sd-scripts. The norms are computed from ``B^T B`` and ``A A^T``; no update is formed.
 
     Args:
-        adapters: Adapters with A ``down`` and B ``up``.
+        adapters: Adapters with A as ``down`` and B as ``up``.
         limit: The largest norm.
     """
     squares = []
@@ -48,5 +48,5 @@ def limit_norms(adapters: Sequence[LayerAdapter], limit: float) -> None:
         squares.append(product.sum() * (adapter.alpha / len(down)) ** 2)
     norms = torch.stack(squares).clamp_min(0).sqrt()
     shares = (limit / norms.clamp_min(limit)).sqrt().unbind()
-    for part in ("down", "up"):
-        torch._foreach_mul_([getattr(adapter, part) for adapter in adapters], list(shares))
+    for factor in ("down", "up"):
+        torch._foreach_mul_([getattr(adapter, factor) for adapter in adapters], list(shares))

@@ -1,4 +1,4 @@
-"""Masks of adapters' ranks: rank dropout, and T-LoRA's ranks by timestep."""
+"""Rank masks of adapters: rank dropout, and the timestep-dependent ranks of T-LoRA."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class RankMasks(Hook):
-    """Leaves out ranks of adapters, by row of a batch.
+    """Masks ranks of adapters in each row of a batch.
 
-    Text encoders have one mask for all rows, since a caption may be several of their rows, and all
-    ranks of T-LoRA, since they have no timestep.
+    Text encoders share one dropout mask for all rows, since a caption may occupy several rows.
+    T-LoRA does not mask text encoders, since they have no timestep.
 
     Args:
-        step: The step of a run with ``rank_dropout`` or T-LoRA.
+        step: Step of a run with ``rank_dropout`` or T-LoRA.
     """
 
     def __init__(self, step: Step) -> None:
@@ -45,23 +45,23 @@ class RankMasks(Hook):
         if not self._dropout:
             return RankRoute(active, active)
         pairs = zip(self._keep(drawn), active, strict=True)
-        return RankRoute([kept if ranks is None else kept * ranks for kept, ranks in pairs], active)
+        return RankRoute([mask if ranks is None else mask * ranks for mask, ranks in pairs], active)
 
     def _keep(self, drawn: Drawn) -> list[Tensor]:
-        """Draw rank dropout of each layer, ``0`` or ``1 / (1 - p)``, by seed and batch."""
+        """Draw the dropout mask of each layer, with factors 0 or ``1 / (1 - p)``."""
         (seed, process), p = self._seed, self._dropout
         by_question: list[Sequence[Tensor]] = []
         for position, question in enumerate(drawn.trained()):
             name = "held" if position else ""
             generator = generator_for("ranks", seed, drawn.batch.index + 1, process, name)
             draws = torch.rand(len(question.ask.captions), sum(self._ranks), generator=generator)
-            kept = send((draws >= p) / (1 - p), drawn.batch.latents.device)
-            by_question.append(kept.split(self._ranks, dim=1))
+            mask = send((draws >= p) / (1 - p), drawn.batch.latents.device)
+            by_question.append(mask.split(self._ranks, dim=1))
         layers = zip(self._has_rows, *by_question, strict=True)
         return [torch.cat(masks) if has_rows else masks[0][:1] for has_rows, *masks in layers]
 
     def _active(self, drawn: Drawn, least_rank: int) -> Masks:
-        """1 where the timestep of a row leaves a rank active, else 0; None for layers with all."""
+        """Return each layer's T-LoRA mask: 1 for active ranks, else 0; None if all are active."""
         by_rank: dict[int, Tensor] = {}
         active: list[Tensor | None] = []
         for rank, has_rows in zip(self._ranks, self._has_rows, strict=True):

@@ -1,4 +1,4 @@
-"""New words in a step: they train for the first steps, by every batch."""
+"""Training of new words (textual inversion) during the first steps of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NewWords(Hook):
     """Trains new words for ``train_text_encoder_ti_frac`` of the steps.
 
     Args:
-        step: The step of a run with new words.
+        step: Step of a run with new words.
     """
 
     def __init__(self, step: Step) -> None:
@@ -28,7 +28,7 @@ class NewWords(Hook):
     def gradients(self, number: int) -> None:
         for vectors in self._words.parameters().values():
             if number > self._last_step:
-                # Some optimizers, such as Prodigy, move by momentum where a gradient is 0.
+                # With a gradient of 0, momentum (of Prodigy, for example) still moves a parameter.
                 vectors.grad = None
-            elif vectors.grad is None:  # No caption of the batch had a word.
+            elif vectors.grad is None:  # No caption of the batch contained a new word.
                 vectors.grad = torch.zeros_like(vectors)

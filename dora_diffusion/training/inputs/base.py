@@ -1,4 +1,4 @@
-"""The base model of a run: loaded, placed on devices, and set to read captions as configured."""
+"""Base model of a run: loading, placement on devices, clip skip and prompt length."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.processes import shards_model
 
 LoadBase = Callable[..., Components]
-"""`load_components`, or a `BaseCache` in its place."""
+"""Function that loads a model: `load_components` or a `BaseCache`."""
 
 
 def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = None) -> Components:
-    """Load a run's base model, and place it on the run's devices.
+    """Load the base model of a run and place it on the devices.
 
     Args:
         config: Settings.
         accelerator: Devices and processes (`make_accelerator`).
-        load: Loads models for adapters, which write to no weight of the base. Default:
+        load: Loads the model for adapters, which do not write to the base weights. Default:
             `load_components`.
 
     Raises:
-        ModelNotFoundError: If there is no such model.
+        ModelNotFoundError: If the model does not exist.
     """
     precision = precision_of(config.mixed_precision, accelerator.device)
     loaded = (load_components if load is None or config.is_full else load)(
         config.base_model,
-        # Weights that train are float32; autocast computes with them in the precision.
+        # Trained weights are float32; autocast computes in the configured precision.
         dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
     )
     if not shards_model(accelerator):
         return place_model(loaded, accelerator.device, config.offload)
-    for module in (*loaded.text_encoders, loaded.vae):  # The UNet is moved in parts.
+    for module in (*loaded.text_encoders, loaded.vae):  # The UNet is moved block by block.
         module.to(accelerator.device)
     return loaded
 
 
 def configure_reading(loaded: Components, config: TrainConfig) -> Components:
-    """Return the model with the run's clip skip and prompt length.
+    """Set the run's clip skip and prompt length.
 
     Warns:
         UserWarning: If the model was trained with another clip skip.
@@ -53,15 +53,15 @@ def configure_reading(loaded: Components, config: TrainConfig) -> Components:
     components = loaded.reading(config.clip_skip, config.max_token_length)
     if loaded.clip_skip != config.clip_skip and loaded.clip_skip:
         warnings.warn(
-            f"{loaded.name} was trained with clip_skip {loaded.clip_skip}, this run has "
-            f"{config.clip_skip}",
+            f"{loaded.name} was trained with clip_skip {loaded.clip_skip}, but this run has "
+            f"clip_skip {config.clip_skip}",
             stacklevel=2,
         )
     return components
 
 
 def move_step_modules(config: TrainConfig, components: Components) -> None:
-    """Move the modules of an offloaded model that steps compute with to the device."""
+    """Move the modules of an offloaded model that training steps use to the device."""
     device = components.offload_to
     if device is None:
         return

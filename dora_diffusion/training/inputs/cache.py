@@ -1,4 +1,4 @@
-"""Latents and captions of an offloaded run, encoded before its steps."""
+"""Caches of latents and captions, filled before the steps of an offloaded run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def cache_inputs(run: Run, steps: int, on_event: OnEvent) -> None:
-    """Encode crops and captions of the coming steps by modules that are offloaded afterwards.
+    """Encode the crops and captions of all remaining steps, then offload the encoders.
 
-    Crops and captions are drawn by seed, epoch and photo, so that those of all steps are known. One
-    module at a time is on the device. Text encoders stay there if there are more captions than are
-    kept, as with shuffled tags.
+    Crops and captions are drawn by seed, epoch and photo, so that they are known before training.
+    One module at a time is on the device. If there are more captions than the cache keeps, as with
+    shuffled tags, the text encoders stay on the device.
 
     Args:
-        run: A run with an offloaded model.
-        steps: Optimizer steps that are left.
+        run: Run with an offloaded model.
+        steps: Number of remaining optimizer steps.
         on_event: Called with `CachingProgress`.
     """
     components, dataset, config = run.components, run.dataset, run.config
@@ -41,7 +41,7 @@ def cache_inputs(run: Run, steps: int, on_event: OnEvent) -> None:
 
 def _cache_captions(run: Run, captions: set[str]) -> None:
     components, device = run.components, run.components.device
-    # Steps encode inside of autocast, which computes some operations in float32.
+    # As in the steps: autocast computes some operations in float32.
     with run.accelerator.autocast(), on_device(device, *components.text_encoders):
         is_cached = run.step.encode.cache(sorted(captions))
     if is_cached:
@@ -50,7 +50,7 @@ def _cache_captions(run: Run, captions: set[str]) -> None:
         move_frozen(encoder, device)
     if run.config.offload == "model":
         warnings.warn(
-            f"offload: the text encoders stay on the device, since {len(captions)} different "
-            "captions are more than are cached",
+            f"offload: the text encoders stay on the device, since the cache does not hold "
+            f"{len(captions)} different captions",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""The photos of a run's subjects as a dataset, with class images beside them."""
+"""Dataset of a run: photos of the subjects, with class images."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ from dora_diffusion.training.inputs.subject import (
     possible_captions,
 )
 
-# Crops per photo where they are drawn: the latents of all of them fit in memory.
+# Number of different random crops per photo when latents are cached, so that all fit in memory.
 _CROP_VARIANTS = 8
 
 
 def list_subjects(subjects: Sequence[Subject]) -> list[list[Path]]:
-    """The photos of each subject, by file name; nothing is decoded. A slider has none.
+    """List the photos of each subject, sorted by file name, without decoding. A slider has none.
 
     Raises:
-        PhotoError: If a folder is missing or holds no photo, or a photo is of two subjects.
+        PhotoError: If a folder is missing or has no photo, or if two subjects share a photo.
     """
-    given = (subject.settings for subject in subjects)
-    # Folders of several subjects are in a list, which no flag replaces.
+    configs = (subject.settings for subject in subjects)
+    # The folders of several subjects are in a dataset file, where no flag sets them.
     setting = "instance_data_dir" if len(subjects) == 1 else ""
     paths = [
-        [] if own.is_slider else list_photos(own.instance_data_dir or "", setting=setting)
-        for own in given
+        [] if config.is_slider else list_photos(config.instance_data_dir or "", setting=setting)
+        for config in configs
     ]
     owners: dict[str, tuple[Subject, Path]] = {}
     for subject, photos in zip(subjects, paths, strict=True) if len(subjects) > 1 else ():
@@ -62,8 +62,8 @@ def list_subjects(subjects: Sequence[Subject]) -> list[list[Path]]:
             owner, other = owners.setdefault(digest_of(read_bytes(path)), (subject, path))
             if owner.trigger.lower() != subject.trigger.lower():
                 raise PhotoError(
-                    f"{path} is the same photo as {other}, and would be {owner.trigger!r} and "
-                    f"{subject.trigger!r}; leave it to one of them"
+                    f"{path} is the same photo as {other}, but they belong to {subject.trigger!r} "
+                    f"and {owner.trigger!r}; remove it from one of the subjects"
                 )
     return paths
 
@@ -76,15 +76,15 @@ def open_dataset(
     accelerator: Any,
     on_event: OnEvent,
 ) -> DreamBoothDataset:
-    """The photos of all subjects, with class images where the settings want them; or a slider's.
+    """Open the photos of all subjects, with class images if configured, or the images of a slider.
 
-    Class images are generated where they are missing, so no adapter may be on the model.
+    Missing class images are generated. The model must therefore have no adapters.
 
     Args:
-        config: The run's settings.
-        subjects: What is taught.
+        config: Settings of the run.
+        subjects: The subjects.
         components: The model, without adapters.
-        paths: The photos of each subject.
+        paths: Photos of each subject.
         accelerator: See `class_images`.
         on_event: See `class_images`.
 
@@ -100,7 +100,7 @@ def open_dataset(
             for subject, photos in zip(subjects, paths, strict=True)
         ]
         _check_words(config, DreamBoothDataset([photos for photos, _ in opened]).captions)
-        # Making class images may take an hour: after all that can be refused.
+        # Generating class images may take an hour, so that it comes after all checks.
         dataset = DreamBoothDataset([
             replace(photos, class_images=make(subject, components, prompts)) if prompts else photos
             for subject, (photos, prompts) in zip(subjects, opened, strict=True)
@@ -117,7 +117,7 @@ def open_dataset(
 
 
 def _class_images(*args: Any, **options: Any) -> list[Photo]:
-    """Generate class images that are missing (`class_images`)."""
+    """Call `class_images`, importing the sampling code only when it is needed."""
     from dora_diffusion.training.inputs.prior import class_images
 
     return class_images(*args, **options)
@@ -126,9 +126,10 @@ def _class_images(*args: Any, **options: Any) -> list[Photo]:
 def _open_slider(
     subject: Subject, components: Components, make: Callable[..., list[Photo]]
 ) -> SubjectPhotos:
-    """Images of a slider's prompts, each captioned with its target; beside them its anchors'.
+    """Generate the images of a slider: its prompts, captioned with their target, and its anchors.
 
-    Those of the ends are what denoising at a strength passes through.
+    Images of the positive and negative prompts are similar to the noisy inputs of sampling with the
+    slider.
     """
     config = replace(subject.settings, class_data_dir=None, class_prompt=None)
     _check_ends(components, config)
@@ -153,15 +154,14 @@ def _open_slider(
 
 @torch.no_grad()
 def _check_ends(components: Components, config: TrainConfig) -> None:
-    """Refuse prompts that the model reads alike, such as those that differ beyond its limit."""
+    """Check that the prompts of a slider have different encodings, as beyond the token limit."""
     with on_device(components.device, *components.text_encoders):
         for _, ends in config.slider_pairs:
             states = encode_prompts(components, ends).encoder_hidden_states
             if torch.allclose(*states):
                 raise ConfigError(
-                    f"{components.name} reads {quoted(ends[0])} and {quoted(ends[1])} as the same "
-                    f"words, of which it reads {token_limit(components)}; give prompts that differ "
-                    "earlier",
+                    f"{components.name} encodes {quoted(ends[0])} and {quoted(ends[1])} alike, as "
+                    f"it reads {token_limit(components)} tokens; use prompts that differ earlier",
                     "negative",
                 )
 
@@ -170,8 +170,8 @@ def _check_words(config: TrainConfig, captions: Sequence[str]) -> None:
     for word in config.words:
         if not any(contains_token(caption, word) for caption in captions):
             raise ConfigError(
-                f"the new word {word!r} is in no caption, so that nothing would train it; put it "
-                "into the instance prompt or the captions",
+                f"the new word {word!r} is in no caption and would not be trained; add it to the "
+                "instance prompt or the captions",
                 "new_words",
             )
 
@@ -182,7 +182,7 @@ def _open_subject(
     components: Components,
     paths: Sequence[Path],
 ) -> tuple[SubjectPhotos, list[str]]:
-    """One subject's photos at its resolution, and the prompts of the class images that it needs."""
+    """Open the photos of a subject. Returns them with the prompts of its class images."""
     config = subject.settings
     draws = _sample_transform(config, components)
     reads_masks = components.family.mask_channels > 0
@@ -237,11 +237,11 @@ def _sample_transform(config: TrainConfig, components: Components) -> SampleTran
 
 
 def check_wildcards(config: TrainConfig, paths: Sequence[Path]) -> None:
-    """Refuse captions and a class prompt whose wildcards cannot be drawn, before a model is loaded.
+    """Check the wildcards of captions and class prompt, before a model is loaded.
 
     Raises:
-        PhotoError: Naming the photo; captions that cannot be read are not looked at.
-        ConfigError: Of the class prompt.
+        PhotoError: If a caption has invalid wildcards. Unreadable captions are skipped.
+        ConfigError: If the class prompt has invalid wildcards.
     """
     rules = caption_rules(config)
     rules.plain(config.class_prompt or "")
@@ -256,16 +256,19 @@ def check_wildcards(config: TrainConfig, paths: Sequence[Path]) -> None:
 
 
 def check_subject(subject: Subject, photos: Sequence[Photo]) -> None:
-    """Refuse photos and captions that teach nothing, and say what will show in the result.
+    """Check the photos and captions of a subject.
 
     Raises:
-        ConfigError, ValueError: If captions are missing, or lack the token where it is needed.
+        ConfigError, ValueError: If captions are missing, or lack a token that they need.
+
+    Warns:
+        UserWarning: If photos are too few or too similar, or captions do not fit the settings.
     """
     bare = [photo.path.name for photo in photos if not photo.caption]
     if bare:
         raise ConfigError(
-            f"{counted(len(bare), 'photo')} without a caption ({listing(bare, 3)}); write one into "
-            "a .txt beside each, or one for all with instance_prompt",
+            f"{counted(len(bare), 'photo')} without a caption ({listing(bare, 3)}); write a .txt "
+            "file next to each, or set instance_prompt for all",
             "instance_prompt",
         )
     for message in filter(None, (copies(photos), too_few(photos))):
@@ -274,7 +277,7 @@ def check_subject(subject: Subject, photos: Sequence[Photo]) -> None:
 
 
 def check_captions(subject: Subject, photos: Sequence[Photo]) -> None:
-    """The same of captions alone; what counts is every caption that may be drawn of them."""
+    """Check all captions that may be drawn for a subject, as `check_subject` does."""
     config, rules = subject.settings, caption_rules(subject.settings)
     token, texts = subject.token, [photo.caption for photo in photos]
     possible = possible_captions(subject, texts)
@@ -293,14 +296,14 @@ def check_captions(subject: Subject, photos: Sequence[Photo]) -> None:
 def _check_tag_dropout(
     config: TrainConfig, rules: CaptionRules, token: str, texts: Sequence[str]
 ) -> None:
-    """Warn that tag dropout may leave out the token; the image-free prior needs it."""
+    """Warn if tag dropout may drop the token, or raise `ConfigError` with the image-free prior."""
     for text in texts:
         whole = all(contains_token(caption, token) for caption in rules.possible(text, token))
         left = rules.possible(text, token, with_dropout=True)
         if whole and not all(contains_token(caption, token) for caption in left):
             message = (
-                f"tag_dropout may leave out the token {token!r} of {quoted(text)}: raise keep_tags "
-                "so that it stays, or put the token into caption_prefix"
+                f"tag_dropout may drop the token {token!r} of {quoted(text)}: raise keep_tags to "
+                "keep it, or put the token into caption_prefix"
             )
             if config.is_image_free:
                 raise ConfigError(message, "tag_dropout")
@@ -311,30 +314,30 @@ def _check_tag_dropout(
 def _without_effect(
     config: TrainConfig, rules: CaptionRules, photos: Sequence[Photo]
 ) -> Iterator[str]:
-    """Caption settings that these captions leave without effect, and captions that lack one."""
-    kept = f"after the first {config.keep_tags} that stay in place (keep_tags)"
-    own = replace(rules, prefix="", suffix="")
-    captions = [caption for photo in photos for caption in own.variants(photo.caption)]
+    """Yield messages on caption settings without effect, and on captions that need a setting."""
+    after = f"after the first {config.keep_tags}, which keep their places (keep_tags)"
+    bare = replace(rules, prefix="", suffix="")
+    captions = [caption for photo in photos for caption in bare.variants(photo.caption)]
     separated = "commas" if config.caption_separator == "," else repr(config.caption_separator)
     if config.shuffle_tags and not rules.can_shuffle(captions):
         yield (
             "shuffle_tags has no effect because no caption has two or more tags, separated by "
-            f"{separated}, {kept}"
+            f"{separated}, {after}"
         )
     if config.tag_dropout and not rules.can_shuffle(captions, 1):
-        yield f"tag_dropout has no effect because no caption has a tag {kept}"
+        yield f"tag_dropout has no effect because no caption has a tag {after}"
     if empty := [c for c in captions if rules.has_empty_tag(c)] if rules.draws_tags else []:
         yield (
             f"{counted(len(empty), 'caption')} with empty tags, first {quoted(empty[0])}: they are "
-            "left out where tags are shuffled or dropped, and count neither there nor in keep_tags"
+            "removed when tags are shuffled or dropped, and keep_tags does not count them"
         )
     lines = [photo.caption.count("\n") for photo in photos]
     if config.caption_per_line and not any(lines):
         yield "caption_per_line has no effect because no caption file has two lines"
     elif any(lines) and not config.caption_per_line:
         yield (
-            f"{counted(sum(map(bool, lines)), 'caption')} of several lines: they are joined to one "
-            "caption; caption_per_line draws one of them in every epoch"
+            f"{counted(sum(map(bool, lines)), 'caption')} of several lines, which are joined; set "
+            "caption_per_line to draw one of them in every epoch"
         )
     texts = [config.caption_prefix, config.caption_suffix, *config.validation_prompt]
     texts += [photo.caption for photo in photos]
@@ -343,13 +346,13 @@ def _without_effect(
         yield "wildcards has no effect because no caption has {a|b} or __file__"
     elif wild and not config.wildcards:
         yield (
-            f"{quoted(wild[0])} is read as it is, with its braces or underscores; wildcards draws "
-            "what they stand for"
+            f"{quoted(wild[0])} is used literally, with its braces or underscores; set wildcards "
+            "to draw alternatives"
         )
 
 
 def _buckets(config: TrainConfig, components: Components) -> Buckets | None:
-    """Crop sizes, with sides that the UNet can halve at each of its levels."""
+    """Return the crop sizes. The UNet can halve their sides at each of its levels."""
     if not config.aspect_ratio_buckets:
         return None
     levels = len(components.unet.config.block_out_channels) - 1

@@ -1,4 +1,4 @@
-"""Photos that are held out of a run: their division from those that are trained on."""
+"""Held-out photos of a run: their division from the training photos."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dora_diffusion.training.inputs.subject import Subject, caption_rules
 def divide_all(
     subjects: Sequence[Subject], paths: Sequence[Sequence[Path]]
 ) -> tuple[list[list[Path]], list[list[Path]]]:
-    """Divide each subject's photos into those that are trained on, and those that are held out.
+    """Divide the photos of each subject into training photos and held-out photos.
 
     Raises:
-        PhotoError, ConfigError: As `divide` does; also of a photo that one subject holds out and
-            another trains on, and of a folder that two subjects hold out.
+        PhotoError, ConfigError: As in `divide`; also if a subject trains on a held-out photo of
+            another one, or if two subjects share a held-out photo.
     """
     pairs = zip(subjects, paths, strict=True)
     sides = [divide(subject.settings, photos) for subject, photos in pairs]
@@ -31,7 +31,7 @@ def divide_all(
         everything = [path for photos in held_out for path in photos]
         if len(set(everything)) < len(everything):
             raise ConfigError(
-                "validation_data_dir is that of two subjects; give each a folder of its own in the "
+                "two subjects have the same validation_data_dir; give each its own folder in the "
                 "dataset file",
                 "validation_data_dir",
             )
@@ -42,18 +42,18 @@ def divide_all(
 def divide(
     config: TrainConfig, paths: Sequence[Path] | None = None
 ) -> tuple[list[Path], list[Path]]:
-    """The photos that are trained on, and those that are held out. No photo is decoded.
+    """Divide photos into training photos and held-out photos, without decoding.
 
-    Copies of a photo stay on one side. Which are drawn for ``validation_split`` depends on their
-    content and the seed alone, not on their names or their order.
+    Copies of a photo stay on one side. ``validation_split`` draws photos by their content and the
+    seed, not by their names or their order.
 
     Args:
-        config: The settings of one subject.
-        paths: Its photos, if they were listed already.
+        config: Settings of one subject.
+        paths: Photos of the subject. Default: they are listed.
 
     Raises:
-        PhotoError: If a folder is missing or holds no photo.
-        ConfigError: If nothing would be left to train on, or a held-out photo is trained on too.
+        PhotoError: If a folder is missing or has no photo.
+        ConfigError: If no training photo would be left, or a training photo is held out too.
     """
     paths = list_photos(config.instance_data_dir or "") if paths is None else list(paths)
     if not config.holds_out:
@@ -78,15 +78,15 @@ def divide(
 
     drawn = set(sorted(distinct, key=draw)[:count])
     content = dict(zip(paths, digests, strict=True))
-    kept = [path for path in paths if content[path] not in drawn]
-    return kept, [path for path in paths if content[path] in drawn]
+    trained_on = [path for path in paths if content[path] not in drawn]
+    return trained_on, [path for path in paths if content[path] in drawn]
 
 
 def read_held_out(subject: Subject, paths: Sequence[Path]) -> list[Photo]:
-    """Photos of a subject, captioned as in training, but nothing of it drawn.
+    """Read held-out photos of a subject. Captions follow its rules, without random changes.
 
     Raises:
-        PhotoError: If none can be read.
+        PhotoError: If no photo can be read.
     """
     config, rules = subject.settings, caption_rules(subject.settings)
     photos = read_photos(
@@ -99,10 +99,10 @@ def read_held_out(subject: Subject, paths: Sequence[Path]) -> list[Photo]:
 
 
 def check_held_out(subject: Subject, paths: Sequence[Path]) -> None:
-    """Refuse held-out photos whose captions never name the subject, before a model is loaded.
+    """Check that captions of held-out photos contain the token, before a model is loaded.
 
     Raises:
-        ConfigError: Naming their folder.
+        ConfigError: If no caption contains it.
 
     Warns:
         UserWarning: If some of the captions lack the token.
@@ -115,8 +115,8 @@ def check_held_out(subject: Subject, paths: Sequence[Path]) -> None:
     if not any(contains_token(caption, subject.token) for caption in captions):
         raise ConfigError(
             f"the token {subject.token!r} is in no caption of the held-out photos in "
-            f"{paths[0].parent} (first: {quoted(captions[0])}); put it into the .txt files there, "
-            "or remove them: a photo without one has the instance prompt",
+            f"{paths[0].parent} (first: {quoted(captions[0])}); add it to the .txt files there, or "
+            "remove the files to use the instance prompt",
             "validation_data_dir",
         )
     require_token(captions, subject.token)
@@ -126,7 +126,7 @@ def _digest(path: Path) -> str:
     try:
         return digest_of(read_bytes(path))
     except PhotoError:
-        return str(path)  # Whoever reads it says what is wrong.
+        return str(path)  # Reading the photo reports the error.
 
 
 def _check_apart(trained_on: Sequence[Path], held_out: Sequence[Path]) -> None:
@@ -136,7 +136,7 @@ def _check_apart(trained_on: Sequence[Path], held_out: Sequence[Path]) -> None:
         names = [p.name if p.name == t.name else f"{p.name} (as {t.name})" for p, t in shared]
         raise ConfigError(
             f"{counted(len(shared), 'photo')} in validation_data_dir {held_out[0].parent} "
-            f"{'is' if len(shared) == 1 else 'are'} trained on too: {listing(names, 5)}; a "
-            "held-out photo must not be: take it out of one of the folders",
+            f"{'is' if len(shared) == 1 else 'are'} trained on too: {listing(names, 5)}; remove "
+            f"{'it' if len(shared) == 1 else 'them'} from one of the folders",
             "validation_data_dir",
         )

@@ -1,4 +1,4 @@
-"""Settings of a run, resolved step by step: before the model is loaded, and with model and data."""
+"""Resolution of a run's settings, before the model is loaded and with model and data."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class RunPlan(NamedTuple):
 
     Attributes:
         photos: Photos of each subject.
-        held_out: Photos of each subject that are held out.
-        start: The adapter that the run starts from, or None.
+        held_out: Held-out photos of each subject.
+        start: Adapter that the run starts from, or None.
     """
 
     photos: list[list[Path]]
@@ -52,10 +52,10 @@ class RunPlan(NamedTuple):
 
 
 def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
-    """Find the inputs of a run, and refuse what cannot work. Nothing is loaded.
+    """Find and check the inputs of a run without loading the model.
 
     Raises:
-        ConfigError, PhotoError, AdapterFormatError: Naming what is wrong.
+        ConfigError, PhotoError, AdapterFormatError: If an input is invalid.
     """
     optimizer_library(config.optimizer_name)
     photos, held_out = divide_all(subjects, list_subjects(subjects))
@@ -66,7 +66,7 @@ def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
 
 
 def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Components) -> None:
-    """Check the settings of a run without a model's weights.
+    """Check the settings of a run without the weights of the model.
 
     Args:
         config: Settings.
@@ -74,7 +74,7 @@ def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Component
         empty: The model without weights (`load_empty`).
 
     Raises:
-        ConfigError, PhotoError, TargetError, ValueError: Naming what is wrong.
+        ConfigError, PhotoError, TargetError, ValueError: If an input is invalid.
     """
     plan = plan_run(config, subjects)
     for subject, paths in zip(subjects, plan.photos, strict=True):
@@ -97,11 +97,11 @@ def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Component
 
 
 class RunData(NamedTuple):
-    """Photos and class images of a run, and their order.
+    """Data of a run.
 
     Attributes:
-        dataset: The images.
-        sampler: The order of this process's batches.
+        dataset: Photos and class images.
+        sampler: Order of this process's batches.
     """
 
     dataset: DreamBoothDataset
@@ -116,7 +116,7 @@ def open_data(
     accelerator: Any,
     on_event: OnEvent,
 ) -> RunData:
-    """Open the photos of a run, and generate class images that are missing.
+    """Open the photos of a run and generate missing class images.
 
     Args:
         config: Settings.
@@ -170,7 +170,7 @@ def resolve_settings(
 
 
 def run_resolution(config: TrainConfig, components: Components) -> int:
-    """Return the resolution of a run; the largest of its subjects if none is trained at it."""
+    """Return the resolution of a run: its setting, or the largest of subjects with their own."""
     sides = [s.resolution or components.default_resolution for s in config.subjects]
     has_own = all(subject.resolution for subject in config.subjects)
     return config.resolution or (max(sides) if has_own else components.default_resolution)
@@ -179,7 +179,7 @@ def run_resolution(config: TrainConfig, components: Components) -> int:
 def _warn_of_small_data(
     config: TrainConfig, components: Components, dataset: DreamBoothDataset
 ) -> None:
-    """Warn of limits that no caption, photo or sample reaches."""
+    """Warn of settings without effect because captions or images are small."""
     texts = {*dataset.captions, *(prompt.text for prompt in config.prompts)}
     sampled = [(p.width, p.height) for p in config.prompts if config.num_validation_images]
     sides = [s or components.default_resolution for size in sampled for s in size]

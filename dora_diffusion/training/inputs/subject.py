@@ -1,4 +1,4 @@
-"""Subjects of a run: tokens, class words, and the prompts that follow from them."""
+"""Subjects of a run: tokens, class words and prompts."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from dora_diffusion.models.locate import is_embedded
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject of a run.
+    """Subject of a run.
 
     Attributes:
-        token: The word that means it; empty where captions are used as they are.
-        class_word: What it is, such as ``"dog"``.
-        settings: The run's settings, as they are for this subject.
-        words: New words of the run that are not subject's token.
+        token: Word that denotes the subject; empty if captions are used without a token.
+        class_word: Class of the subject, such as ``"dog"``.
+        settings: Settings of the run for this subject.
+        words: New words of the run that are not the token of a subject.
     """
 
     token: str
@@ -48,7 +48,7 @@ class Subject:
         return f"{self.token} {self.class_word}".strip()
 
     def class_caption(self, caption: str) -> str:
-        """The caption of another member of the class, without words that are new."""
+        """Convert a caption to one of another member of the class, without new words."""
         for word in self.words:
             caption = class_caption(caption, word, "")
         return class_caption(caption, self.token, self.class_word) if self.token else caption
@@ -58,7 +58,7 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
     """Return the caption rules of a config.
 
     Raises:
-        ConfigError: If there is no folder of wildcards of that name.
+        ConfigError: If ``wildcard_dir`` does not exist.
     """
     wildcards = Wildcards(config.wildcard_dir) if config.wildcards else None
     if config.is_slider:
@@ -77,10 +77,10 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
 
 
 def token_messages(subjects: Sequence[Subject]) -> list[str]:
-    """Return a message on each subject some of whose captions lack its token; no photo is read.
+    """Return a message for each subject with captions that lack its token. No photo is read.
 
     Raises:
-        ConfigError: If all captions of one lack it.
+        ConfigError: If all captions of a subject lack its token.
     """
     messages = []
     for subject in subjects:
@@ -89,7 +89,7 @@ def token_messages(subjects: Sequence[Subject]) -> list[str]:
             continue
         texts, prompt = [], subject.settings.instance_prompt or ""
         for path in photos_in(Path(folder)):
-            with contextlib.suppress(OSError, ValueError):  # refused with the photos
+            with contextlib.suppress(OSError, ValueError):  # Reading the photos reports errors.
                 texts.append(read_caption(path, prompt, per_line=True))
         possible = possible_captions(subject, texts)
         try:
@@ -100,54 +100,54 @@ def token_messages(subjects: Sequence[Subject]) -> list[str]:
 
 
 def possible_captions(subject: Subject, texts: Iterable[str]) -> list[str]:
-    """All captions that may be drawn of a subject's texts; wildcards with and without its token."""
+    """Return the possible captions of texts. Wildcards: one with the token and one without it."""
     rules = caption_rules(subject.settings)
     return [caption for text in texts for caption in rules.possible(text, subject.token)]
 
 
 def prompt_rules(config: TrainConfig) -> CaptionRules:
-    """Return the rules of sample prompts: the first subject's that has wildcards, if any has."""
+    """Return the rules of sample prompts: the rules of the first subject with wildcards, if any."""
     subjects = config.subjects
-    return caption_rules(next((own for own in subjects if own.wildcards), subjects[0]))
+    return caption_rules(next((subject for subject in subjects if subject.wildcards), subjects[0]))
 
 
 def example_prompt(config: TrainConfig) -> str:
-    """A prompt for the subject: that of the first sample, its wildcards drawn as there."""
+    """Return the prompt of the first sample image, with its wildcards drawn."""
     prompt = next((prompt.text for prompt in config.prompts), "")
     return prompt_rules(config).draw_prompt(prompt, config.seed)
 
 
 def subjects_of(config: TrainConfig) -> list[Subject]:
-    """The subjects that a config describes.
+    """Return the subjects of a config.
 
     Raises:
-        ConfigError: If an instance prompt does not name its subject, or a token means two.
+        ConfigError: If an instance prompt lacks the token, or a token denotes two classes.
 
     Warns:
-        UserWarning: Of validation prompts that name none: their samples show the class.
+        UserWarning: If a validation prompt contains no token, so that its samples show the class.
     """
     subjects = []
-    for place, settings in enumerate(config.subjects):
-        with naming_entry(place) if config.dataset_config else contextlib.nullcontext():
+    for index, settings in enumerate(config.subjects):
+        with naming_entry(index) if config.dataset_config else contextlib.nullcontext():
             subjects.append(_subject_of(settings))
     by_token: dict[str, Subject] = {}
     for subject in subjects:
         first = by_token.setdefault(subject.token.lower(), subject)
         if subject.token and first.class_word.lower() != subject.class_word.lower():
             raise ConfigError(
-                f"dataset_config: the token {subject.token!r} means a {first.class_word!r} and a "
-                f"{subject.class_word!r}; give each subject a token of its own",
+                f"dataset_config: the token {subject.token!r} denotes a {first.class_word!r} and a "
+                f"{subject.class_word!r}; give each subject its own token",
                 "token",
             )
     tokens = [token for token in by_token if token]
     asks = config.validation_prompt and len(tokens) == len(by_token)
     for prompt in config.prompts if asks else ():
-        if not prompt.is_drift and not any(contains_token(prompt.text, own) for own in tokens):
-            said = "the token" if len(tokens) == 1 else "any of the tokens"
+        if not prompt.is_drift and not any(contains_token(prompt.text, token) for token in tokens):
+            noun = "the token" if len(tokens) == 1 else "any of the tokens"
             warnings.warn(
-                f"validation_prompt {quoted(prompt.text)} does not contain {said} "
+                f"validation_prompt {quoted(prompt.text)} does not contain {noun} "
                 f"{', '.join(repr(subject.token) for subject in by_token.values())}: its samples "
-                "show language drift, not the subject (--drift at its end says so)",
+                "show language drift, not the subject (append --drift if this is intended)",
                 stacklevel=3,
             )
     words = tuple(word for word in config.words if word.lower() not in by_token)
@@ -156,15 +156,15 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
 
 def _subject_of(config: TrainConfig) -> Subject:
     rules = caption_rules(config)
-    for shown in config.prompts:
-        rules.draw_prompt(shown.text, config.seed)
+    for prompt_setting in config.prompts:
+        rules.draw_prompt(prompt_setting.text, config.seed)
     if config.is_slider:
         return Subject("", "", config)
     if not config.instance_data_dir:
         is_slider = config.target or config.positive or config.negative
         raise ConfigError(
             "instance_data_dir is not set; name the folder of subject photos"
-            + (", or give --teach slider to learn from prompts alone" if is_slider else ""),
+            + (", or use --teach slider to train from prompts alone" if is_slider else ""),
             "instance_data_dir",
         )
     token, prompt = config.token.strip(), config.instance_prompt or ""
@@ -178,26 +178,26 @@ def _subject_of(config: TrainConfig) -> Subject:
     if token and not any(contains_token(caption, token) for caption in captions):
         raise ConfigError(
             f"instance_prompt {quoted(prompt)} does not contain the token "
-            f"{token!r}; put it in front of the class word, or choose another with --token",
+            f"{token!r}; add it before the class word, or set another one with --token",
             "instance_prompt",
         )
     return Subject(token, config.class_word or usual_class_word(config), config)
 
 
 def triggers_of(subjects: Iterable[Subject]) -> str:
-    """The trigger words of all subjects: ``"sks dog, zwx cat"``."""
+    """Return the trigger words of all subjects: ``"sks dog, zwx cat"``."""
     return join_triggers(subject.trigger for subject in subjects)
 
 
-def class_caption_of(subjects: Sequence[Subject], own: Subject, caption: str) -> str:
-    """A caption with a class word for each subject that it names; that of ``own`` first."""
-    for subject in (own, *(other for other in subjects if other is not own)):
+def class_caption_of(subjects: Sequence[Subject], first: Subject, caption: str) -> str:
+    """Replace the token of each subject in a caption by its class word, of ``first`` first."""
+    for subject in (first, *(other for other in subjects if other is not first)):
         caption = subject.class_caption(caption)
     return caption
 
 
 def is_toy_word(class_word: str) -> bool:
-    """Return whether the embedded models know a class: by its last word, which names the thing.
+    """Return whether the embedded models know a class, by its last word.
 
     Example:
         >>> is_toy_word("red mugs"), is_toy_word("mug"), is_toy_word("dog")
@@ -208,15 +208,15 @@ def is_toy_word(class_word: str) -> bool:
 
 
 def outside_toy_world(base: str, class_word: str) -> str:
-    """Return a message on a subject unlike any that the base model knows; empty where that is fine.
+    """Return a message if the base model is embedded and does not know a class, else an empty one.
 
     Args:
         base: The base model.
-        class_word: What the subject is.
+        class_word: Class of the subject.
     """
     if not is_embedded(base) or not class_word.strip() or is_toy_word(class_word):
         return ""
     return (
-        f"{base} is a toy model of a drawn world: it knows {', '.join(CLASSES)}, and no "
-        f"{class_word.strip()}. Trained on real photos it gives a coloured blob."
+        f"{base} is a toy model of a drawn world: it knows {', '.join(CLASSES)}, but no "
+        f"{class_word.strip()}. Trained on real photos it generates a coloured blob."
     )

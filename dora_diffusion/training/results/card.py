@@ -1,4 +1,4 @@
-"""The model card of a result: its README."""
+"""Model card of a result (README)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dora_diffusion.formats.files.runs import KOHYA_FILE
 from dora_diffusion.training.inputs.subject import Subject, example_prompt, subjects_of, triggers_of
 
 VALIDATION_LOSS = "validation_loss"
-"""Field of the metadata: the loss on held-out photos at the step that was written."""
+"""Metadata key of the validation loss at the step of the result."""
 
 
 def model_card(
@@ -36,16 +36,16 @@ def model_card(
     samples: Mapping[str, str],
     effect: object = "",
 ) -> str:
-    """The README of a result, with the trigger word first, its images, and how to use it.
+    """Return the model card of a result: trigger words, sample images, usage and training.
 
     Args:
-        config: The run's settings.
-        subjects: What was taught.
-        metadata: The adapter's metadata.
-        written: The adapter file, or the folder of the model.
-        report: What was trained.
+        config: Settings of the run.
+        subjects: Subjects of the run.
+        metadata: Metadata of the adapter.
+        written: Adapter file or model folder.
+        report: Summary of the trained parameters.
         samples: Caption -> path of an image, relative to the card.
-        effect: How far the result moves the model, in words; empty where it was not measured.
+        effect: Measured effect as text; empty if it was not measured.
     """
     base = without_path(metadata.base_model)
     trigger, first = triggers_of(subjects), subjects[0].settings
@@ -93,7 +93,7 @@ def _as_sentence(effect: object) -> str:
 
 
 def _validation(config: TrainConfig, metadata: AdapterMetadata, written: Path) -> str:
-    """The loss on held-out photos, as a sentence; empty where none was taken at this step."""
+    """Return a sentence on the validation loss; empty if the step has none."""
     if VALIDATION_LOSS not in metadata.extra:
         return ""
     is_result = written.parent.resolve() == Path(config.output_dir).resolve()
@@ -105,7 +105,7 @@ def _validation(config: TrainConfig, metadata: AdapterMetadata, written: Path) -
 
 
 def _method(config: TrainConfig) -> tuple[str, str]:
-    """The method as a tag, and in words."""
+    """Return the method as a tag and as text."""
     if config.is_full:
         return "full-finetuning", "Full fine-tuning"
     is_dora = config.method_name == "dora"
@@ -125,28 +125,28 @@ def _method(config: TrainConfig) -> tuple[str, str]:
 def _use(
     config: TrainConfig, family: Family, base: str, written: Path, prompt: str, call: str
 ) -> str:
-    """Use of a result on the command line, and in Diffusers, where it is called so."""
+    """Return the section on usage, on the command line and in Diffusers."""
     loaded = {name: str(v) for name in ("variant", "revision") if (v := getattr(config, name))}
     model = shlex.quote(base) + "".join(f" --{n} {shlex.quote(v)}" for n, v in loaded.items())
     options = [_literal(base), *(f"{name}={_literal(value)}" for name, value in loaded.items())]
     image = "".join(f" --{name} my_{name}.png" for name in family.image_arguments)
     strength = " --strength 3" if config.is_slider else ""
-    asked = f"--prompt {shlex.quote(prompt)}{image}{strength} --output image.png"
+    flags = f"--prompt {shlex.quote(prompt)}{image}{strength} --output image.png"
     imports = "\nfrom diffusers.utils import load_image" if family.image_arguments else ""
     folder = f"{written.parent.name}/{written.name}" if config.is_full else written.parent.name
     quoted, source, load, needs = shlex.quote(folder), ", ".join(options), "", ""
     if config.is_full:
-        commands = f"""dora-diffusion generate --base {quoted} {asked}
+        commands = f"""dora-diffusion generate --base {quoted} {flags}
 dora-diffusion extract --base {model} --tuned {quoted} \\
     --rank 16 --output adapter.safetensors"""
         source = _literal(folder)
     else:
         commands = f"""dora-diffusion generate --base {model} --adapter {quoted} \\
-    {asked}
+    {flags}
 dora-diffusion export --base {model} --adapter {quoted}{strength} --output merged"""
         load = f'pipeline.load_lora_weights({_literal(folder)}, weight_name="{written.name}")\n'
         if config.is_slider and config.method_name == "lora":
-            # Of a DoRA, Diffusers' scale is not the strength.
+            # For DoRA, the scale of Diffusers differs from the strength.
             load = load.replace(")\n", ', adapter_name="slider")\n')
             load += 'pipeline.set_adapters("slider", 3.0)\n'
         needs = ", which needs PEFT for an adapter (`pip install peft`)"
@@ -163,16 +163,16 @@ pipeline = {family.auto_pipeline}.from_pretrained({source})
 ```"""
     if written.name == KOHYA_FILE:
         example = (
-            "The magnitudes are on the input axis, which Diffusers cannot load: "
-            f"`{written.name}` is in the kohya form, which ComfyUI 0.3.64, Forge and A1111 compute "
-            "as it was trained. What they compute from a DoRA may change; the merged model of the "
-            "second command is exact in every program, and stays so."
+            "The magnitudes are on the input axis, which Diffusers cannot load. "
+            f"`{written.name}` has kohya's key format, which ComfyUI 0.3.64, Forge and A1111 "
+            "compute as it was trained. Their handling of DoRA may change; the merged model of the "
+            "second command is exact in every program."
         )
     return f"\n```bash\n{commands}\n```\n\n{example}\n"
 
 
 def _words(config: TrainConfig, written: Path) -> str:
-    """Return the section on loading the new words."""
+    """Return the section on loading new words; empty if there are none."""
     if not config.words:
         return ""
     from dora_diffusion.export.metadata import word_section
@@ -188,7 +188,7 @@ def _words(config: TrainConfig, written: Path) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text as a Python string in double quotes."""
+    """Return a text as a Python string literal in double quotes."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -196,8 +196,8 @@ def _trigger_sentence(config: TrainConfig, trigger: str, prompt: str) -> str:
     if config.is_slider:
         ends = [f"from `{low}` (-3) to `{high}` (3)" for _, (high, low) in config.slider_pairs]
         return (
-            f"It is a slider without a trigger word, {' and '.join(ends)}: its strength, such as "
-            "`--strength -1.5`, says where between them an image is. 0 is the base model."
+            f"It is a slider without a trigger word, {' and '.join(ends)}. Its strength, such as "
+            "`--strength -1.5`, sets the position between the two; 0 is the base model."
         )
     if triggers := split_triggers(trigger):
         which = "the subject" if len(triggers) == 1 else "that subject"
@@ -210,14 +210,14 @@ def _trigger_sentence(config: TrainConfig, trigger: str, prompt: str) -> str:
 
 
 def card_of(folder: Path, adapter: Path) -> str:
-    """The model card of a run's adapter: the trainer's, or one of another checkpoint.
+    """Return the model card of an adapter of a run: the existing one, or one for a checkpoint.
 
     Args:
-        folder: The run's.
-        adapter: An adapter file of it.
+        folder: Output folder of the run.
+        adapter: Adapter file of the run.
 
     Raises:
-        ValueError, OSError: If the run's config.yaml or the adapter cannot be read.
+        ValueError, OSError: If the config.yaml of the run or the adapter cannot be read.
     """
     written = folder / "README.md"
     if adapter.parent == folder and written.is_file():

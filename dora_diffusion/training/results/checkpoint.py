@@ -1,7 +1,7 @@
-"""Checkpoints: all that a run needs to resume exactly, beside weights to use at once.
+"""Checkpoints: the complete state of a run, for exact resuming, with weights for immediate use.
 
-A checkpoint is a folder ``checkpoint-STEP``. It is written whole or not at all, and read back
-before any of its predecessors goes.
+A checkpoint is a folder ``checkpoint-STEP``. It is written atomically, and verified before an
+earlier checkpoint is removed.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ if TYPE_CHECKING:
 
 STATE_FILE = "training_state.pt"
 FORMAT = 1
-"""Version of a checkpoint's state and of ``run.json``; raised when an older one cannot be read."""
+"""Format version of checkpoints and ``run.json``; increased when old files cannot be read."""
 _REQUIRED = {
     "step", "config", "contents", "segments", "parameters", "optimizer", "lr_schedule", "sampler",
     "batches", "scaler", "projections", "start", "hooks", "validation", "interim",
 }  # fmt: skip
-# What else a run writes meanwhile: samples, metrics.
+# Space for samples and metrics.
 _MARGIN = 2**20
 
 WriteWeights = Callable[[Path], object]
 
 
 def checkpoints_in(output_dir: Path, after: int = -1) -> list[Path]:
-    """The complete checkpoints of a run, those after a step, oldest first."""
+    """Return the complete checkpoints of a run after a step, oldest first."""
     return [path for path in folders_after(output_dir, after) if (path / STATE_FILE).is_file()]
 
 
 def folders_after(output_dir: Path, step: int) -> list[Path]:
-    """Checkpoint folders after a step, oldest first, with those that hold an adapter alone."""
+    """Return the checkpoint folders after a step, oldest first. They may be adapters only."""
     folders = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
     return sorted((path for path in folders if step_of(path) > step), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of ``checkpoint-STEP``; 0 for a folder of another name."""
+    """Return the step of a folder ``checkpoint-STEP``; 0 for another name."""
     match = CHECKPOINT.fullmatch(checkpoint.name)
     return int(match[1]) if match else 0
 
 
 def find_checkpoint(name: str, output_dir: Path) -> Path:
-    """The checkpoint that ``resume_from_checkpoint`` names.
+    """Find the checkpoint that ``resume_from_checkpoint`` names.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If it does not exist.
     """
     if name == "latest":
         checkpoints = checkpoints_in(output_dir)
@@ -72,17 +72,17 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
             raise ConfigError(
                 f"{output_dir} contains no checkpoint to resume from (a run with "
                 "--checkpointing_steps 0 keeps none); start over with --overwrite_output_dir, or "
-                "leave out --resume_from_checkpoint",
+                "remove --resume_from_checkpoint",
                 "resume_from_checkpoint",
             )
         return checkpoints[-1]
-    places = (Path(name).expanduser(), output_dir / name)
-    for path in places:
+    candidates = (Path(name).expanduser(), output_dir / name)
+    for path in candidates:
         if (path / STATE_FILE).is_file():
             return path
-    if not any(path.exists() for path in places):
-        others = checkpoints_in(output_dir)
-        newest = f"; the newest in {output_dir} is {others[-1].name}" if others else ""
+    if not any(path.exists() for path in candidates):
+        existing = checkpoints_in(output_dir)
+        newest = f"; the newest in {output_dir} is {existing[-1].name}" if existing else ""
         raise ConfigError(f"the checkpoint {name} does not exist{newest}", "resume_from_checkpoint")
     raise ConfigError(
         f"{name} is not a checkpoint of a training run (it has no {STATE_FILE})",
@@ -91,19 +91,19 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
 
 
 def hook_states(run: Run) -> dict[str, Any]:
-    """Return the states of a run's hooks by name. All processes call it, outside of `in_use`."""
+    """Return the states of the hooks by name. All processes must call it, outside `in_use`."""
     return {hook.name: hook.state_dict() for hook in run.step.hooks if hook.name}
 
 
 def state_of(run: Run, segments: object, step: int) -> dict[str, Any]:
-    """Return the state that a run resumes from, on the CPU, but for the states of its hooks.
+    """Return the state of a run for resuming, on the CPU, without the states of its hooks.
 
-    All processes of a sharded model call it. The state of the first process is whole.
+    All processes of a sharded model must call this function. The first one gets the whole state.
 
     Args:
         run: The run.
-        segments: The settings that were used, by the step from which on they were.
-        step: Number of steps that are done.
+        segments: Settings of the steps so far (`results.resume.segment`).
+        step: Number of completed steps.
     """
     scaler, optimizer = run.accelerator.scaler, run.step.optimizer.state_dict()
     config = run.config.to_dict()
@@ -129,13 +129,13 @@ def state_of(run: Run, segments: object, step: int) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read the state that `state_of` returned when a checkpoint was saved.
+    """Read the state of a checkpoint (`state_of`).
 
     Raises:
-        ConfigError: If it cannot be read, or has the format of another version.
+        ConfigError: If it cannot be read, or another version has written it.
     """
     try:
-        # weights_only: the file holds tensors and plain values, and cannot run code.
+        # weights_only: the file contains tensors and plain values and cannot execute code.
         state: dict[str, Any] = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ConfigError(
@@ -147,32 +147,32 @@ def read_state(path: Path) -> dict[str, Any]:
         if not (path / "model").is_dir():
             use = f"--init_adapter {path}"
         raise ConfigError(
-            f"the checkpoint {path} is of {'a' if other == 'newer' else 'an'} {other} version of "
-            f"dora-diffusion, which this one cannot resume; begin a new run with {use}",
+            f"the checkpoint {path} is from {'a' if other == 'newer' else 'an'} {other} version of "
+            f"dora-diffusion and cannot be resumed; start a new run with {use}",
             "resume_from_checkpoint",
         )
     return state | {"config": state["config"] | _moved_paths(state, path.parent)}
 
 
 def _moved_paths(state: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Files and folders of the settings that moved together with the run's folder."""
+    """Return the paths in the settings that were moved together with the run's folder."""
     paths = resolve_paths({PATHS: RELATIVE, **state.get("paths", {})}, folder)
     return {n: path for n, path in paths.items() if isinstance(path, str) and Path(path).exists()}
 
 
 def restore(run: Run, state: Mapping[str, Any]) -> None:
-    """Restore a run from a state; learning rates and decays stay this run's.
+    """Restore a run from a state, except for learning rates and weight decays.
 
     Raises:
-        ConfigError: If it is of other layers.
+        ConfigError: If the state belongs to other layers.
 
     Warns:
-        UserWarning: If its validation losses are of other photos, and are dropped.
+        UserWarning: If the validation losses belong to other photos and are dropped.
     """
     restore_weights(run, state)
     step, saved = run.step, state["optimizer"]
-    own = {**state, "optimizer": step.parameters.own_state(saved)}
-    restore_optimizer(step.optimizer, step.lr_schedule, own)
+    sharded = {**state, "optimizer": step.parameters.own_state(saved)}
+    restore_optimizer(step.optimizer, step.lr_schedule, sharded)
     for hook in step.hooks:
         if hook.name:
             hook.load_state_dict(state["hooks"][hook.name])
@@ -184,29 +184,30 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     validation = run.validation
     if validation and not validation.load_state_dict(state["validation"], state["config"]):
         warnings.warn(
-            "other photos or captions are held out than before: the lowest validation loss, and "
-            "patience, are counted from here on",
+            "the held-out photos or captions have changed: the lowest validation loss and the "
+            "patience are counted from this step",
             stacklevel=3,
         )
 
 
 def restore_weights(run: Run, state: Mapping[str, Any]) -> None:
-    """Restore what a state has learned into a run, and nothing else of it.
+    """Restore only the trained weights of a state.
 
     Raises:
-        ConfigError: If it is of other layers.
+        ConfigError: If the state belongs to other layers.
     """
     if state["projections"] != run.weights.projections():
         raise ConfigError(
-            "the checkpoint's random projections are not those that this version draws; "
-            "resume it with the version that wrote it",
+            "the checkpoint has other random projections than this version draws; resume it with "
+            "the version that wrote it",
             "resume_from_checkpoint",
         )
     saved, tensors = state["parameters"], run.weights.tensors()
-    shapes, own = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
-    if shapes != own:
+    old, new = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
+    if old != new:
         raise ConfigError(
-            "the checkpoint was trained in other layers or shapes than this run's",
+            "the checkpoint has other layers or shapes than this run; restore the settings of its "
+            "run",
             "resume_from_checkpoint",
         )
     load(saved, tensors)
@@ -214,17 +215,17 @@ def restore_weights(run: Run, state: Mapping[str, Any]) -> None:
 
 
 class CheckpointSaver:
-    """Checkpoints every so many steps, and in between every so many minutes.
+    """Saver of regular checkpoints by steps, and of temporary ones by minutes.
 
-    Those in between are for a crash only: each is dropped when the next checkpoint is complete.
+    Temporary checkpoints are for crashes. Each is removed when the next checkpoint is complete.
 
     Args:
-        output_dir: The run's folder.
-        every_steps: Steps between checkpoints that stay; 0 saves none, nor any in between.
-        every_minutes: Minutes after which one in between is due; 0 saves none.
-        limit: Checkpoints to keep; None keeps all.
-        noun: What is saved beside the state: ``"adapter"`` or ``"model"``.
-        clock: Seconds, from anywhere.
+        output_dir: Output folder of the run.
+        every_steps: Steps between regular checkpoints; 0: no checkpoints, also no temporary ones.
+        every_minutes: Minutes after which a temporary checkpoint is due; 0: none.
+        limit: Number of checkpoints to keep; None: all.
+        noun: Kind of the saved weights: ``"adapter"`` or ``"model"``.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class CheckpointSaver:
         self.limit = limit
         self.noun = noun
         self.interim: Path | None = None
-        self._is_known = False  # The interim checkpoint was announced: it was resumed from.
+        self._is_known = False  # The run was resumed from the interim checkpoint.
         self.newest: Path | None = None
         self.best: Path | None = None
         self.last_step: int | None = None
@@ -253,15 +254,15 @@ class CheckpointSaver:
         self._begun = clock()
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step has a checkpoint that stays."""
+        """Return whether a regular checkpoint is due at a step."""
         return bool(self.every_steps) and step % self.every_steps == 0
 
     def is_overdue(self) -> bool:
-        """Return whether the last checkpoint, or the run's start, is too many minutes ago."""
+        """Return whether a temporary checkpoint is due."""
         return bool(self.every_seconds) and self._clock() - self._begun >= self.every_seconds
 
     def resume_from(self, path: Path, *, interim: bool, best: int | None = None) -> None:
-        """Count from a checkpoint of an earlier process, whose best one is of a step."""
+        """Continue from a checkpoint of an earlier process, with its best step."""
         self.newest = path
         self.best = None if best is None else self.output_dir / f"checkpoint-{best}"
         if interim and path.parent.resolve() == self.output_dir.resolve():
@@ -269,7 +270,7 @@ class CheckpointSaver:
             self._is_known = True
 
     def take_removed(self) -> tuple[str, ...]:
-        """Names of the folders that were removed since the last call, and were announced before."""
+        """Return the names of announced checkpoints that were removed since the last call."""
         removed = tuple(self._removed)
         self._removed.clear()
         return removed
@@ -284,18 +285,19 @@ class CheckpointSaver:
         is_best: bool = False,
         is_stable: Callable[[int], bool] = lambda step: True,
     ) -> Path | None:
-        """Save a checkpoint; where it cannot be written, its result alone, with a warning.
+        """Save a checkpoint, or only its weights, with a warning, if it cannot be written.
 
-        Earlier ones go only when the new one was read back, and its numbers are finite. Beside the
-        limit stay the newest of those at whose step the loss ``is_stable``, and the best one: the
-        last that was saved as such. One that was saved for that alone goes when another is best.
+        Earlier checkpoints are removed only after the new one has been verified. In addition to the
+        limit, two checkpoints are kept: the newest one at whose step the loss ``is_stable``, and
+        the last one that was saved with ``is_best``. A checkpoint that was saved only as the best
+        one is removed when another step is better.
 
         Returns:
-            The checkpoint, or None: training continues without it.
+            The checkpoint; None if only its weights were saved.
 
         Raises:
-            OSError: If its result cannot be written either.
-            ValueError: If its numbers are not finite, or ``write_weights`` says so of its own.
+            OSError: If the weights cannot be written either.
+            ValueError: If state or weights are not finite.
         """
         self._begun, self.last_step = self._clock(), step
         try:
@@ -312,9 +314,9 @@ class CheckpointSaver:
                 self._remove(self.best)
             self.best = path
         if self.limit and not interim:
-            kept = (self.newest_stable(is_stable), self.best)
+            protected = (self.newest_stable(is_stable), self.best)
             for old in checkpoints_in(self.output_dir)[: -self.limit]:
-                if old not in kept:
+                if old not in protected:
                     self._remove(old)
         return path
 
@@ -324,12 +326,12 @@ class CheckpointSaver:
             self._removed.append(folder.name)
 
     def newest_stable(self, is_stable: Callable[[int], bool]) -> Path | None:
-        """The newest checkpoint of a step at which nothing spoke of a rising loss."""
-        found = reversed(checkpoints_in(self.output_dir))
-        return next((path for path in found if is_stable(step_of(path))), None)
+        """Return the newest checkpoint at whose step the loss was stable."""
+        newest_first = reversed(checkpoints_in(self.output_dir))
+        return next((path for path in newest_first if is_stable(step_of(path))), None)
 
     def _save_alone(self, step: int, write_weights: WriteWeights, cause: OSError) -> None:
-        before = f"the newest is {self.newest.name}" if self.newest else "there is none before it"
+        before = f"the newest is {self.newest.name}" if self.newest else "none was saved before"
         reason = cause.strerror or cause
         try:
             with _new_folder(self.output_dir, step) as folder:
@@ -337,30 +339,30 @@ class CheckpointSaver:
         except OSError as error:
             kind = DiskFullError if isinstance(cause, DiskFullError) else OSError
             text = (
-                f"nothing can be saved at step {step}: {reason}; the run stops, since what it "
-                f"would learn from here on would be lost: free some space, and resume ({before})"
+                f"nothing can be saved at step {step}: {reason}; the run stops, since further "
+                f"steps would be lost: free some space, and resume ({before})"
             )
             raise kind(cause.errno, text) from error
         folder = self.output_dir / f"checkpoint-{step}"
         removed = ""
-        if self._result_alone is not None:  # The newest is enough, where room is scarce.
+        if self._result_alone is not None:  # Keep only the newest one on a full disk.
             shutil.rmtree(self._result_alone, ignore_errors=True)
-            removed = f"; {self._result_alone.name} was removed for it"
+            removed = f"; {self._result_alone.name} was removed to make room"
         self._result_alone = folder
         warnings.warn(
             f"no checkpoint at step {step}: {reason}; only the {self.noun} was saved, "
-            f"{folder.name}, which generates and cannot resume{removed}. Training continues; free "
+            f"{folder.name}, which can generate but not resume{removed}. Training continues; free "
             f"some space ({before})",
             stacklevel=2,
         )
 
 
 def _write(output_dir: Path, step: int, state: dict[str, Any], write_weights: WriteWeights) -> Path:
-    """Write ``checkpoint-STEP`` and read it back; earlier ones are untouched if that fails.
+    """Write and verify ``checkpoint-STEP``. A failure leaves existing folders unchanged.
 
     Raises:
-        OSError: If there is no room, or it cannot be read.
-        ValueError: If a number is not finite.
+        OSError: If the disk has no space, or the checkpoint cannot be read back.
+        ValueError: If a value is not finite.
     """
     parameters = sum(value.nbytes for value in state["parameters"].values())
     size = sum(tensor.nbytes for tensor in _tensors_in(state)) + 2 * parameters + _MARGIN
@@ -368,16 +370,16 @@ def _write(output_dir: Path, step: int, state: dict[str, Any], write_weights: Wr
     if free < size:
         raise DiskFullError(
             errno.ENOSPC,
-            f"it takes {size / 2**20:.1f} MB, and the disk has {free / 2**20:.1f} MB free",
+            f"it needs {size / 2**20:.1f} MB, but the disk has {free / 2**20:.1f} MB free",
         )
     with _new_folder(output_dir, step) as folder:
         write_weights(folder)
-        # Into a file that is open: torch, given a name, hides why a write failed.
+        # Written to an open file: with a file name, torch hides the cause of a failed write.
         with atomic_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(state, file)
             except RuntimeError as error:
-                # Of the writer's own state, when the disk refuses.
+                # On a full disk, torch's writer raises an error about its internal state.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
@@ -387,13 +389,13 @@ def _write(output_dir: Path, step: int, state: dict[str, Any], write_weights: Wr
         except Exception as error:
             raise OSError(errno.EIO, f"it cannot be read back: {error}") from error
         if not all(is_finite(t) for t in _tensors_in(written) if t.is_floating_point()):
-            raise ValueError("its state holds numbers that are not finite")
-        del written  # Its file is mapped, and could not be moved everywhere.
+            raise ValueError("its state contains values that are not finite")
+        del written  # Some systems cannot move a file that is memory-mapped.
     return output_dir / f"checkpoint-{step}"
 
 
 def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
-    """The tensors in plain containers."""
+    """Yield the tensors in nested containers."""
     if isinstance(state, torch.Tensor):
         yield state
     elif isinstance(state, Mapping | list | tuple):

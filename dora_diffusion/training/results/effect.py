@@ -1,10 +1,11 @@
-"""Distance that a run has moved its model: predictions at fixed inputs, before and after.
+"""Effect of training: change of the model's predictions at fixed inputs.
 
-The inputs are noise at three timesteps, 128 pixels wide or less, and three captions of the run.
-Whatever the run's precision, they are computed in float32: in half precision, rounding alone moves
-a prediction by more than a short run does. Of SDXL, a measurement has 3% of the operations of a
-training step of one image of 1024 pixels. It takes less memory than a step: one layer's weight is
-float32 at a time, and offloaded text encoders are on the device while the UNet is not.
+The inputs are noise at three timesteps, at most 128 pixels wide, and three captions of the run. The
+predictions are computed in float32 regardless of the run's precision: in half precision, rounding
+alone changes a prediction by more than a short run does. For SDXL, a measurement takes 3% of the
+operations of a training step on one image of 1024 pixels. It needs less memory than a step: the
+weights are converted to float32 one layer at a time, and with offloading, text encoders and UNet
+are on the device at different times.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from dora_diffusion.training.trainable.full import TrainedWeights
 
 NOTHING = 1e-6
-"""Relative change that rounding of float32 may make."""
+"""Largest relative change that float32 rounding explains."""
 
 _TIMESTEPS = (1 / 6, 1 / 2, 5 / 6)
 _MOST_LATENTS = 16
@@ -41,13 +42,13 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Effect:
-    """Change of a model's predictions at fixed inputs, as ``|after - before| / |before|``.
+    """Relative changes at fixed inputs, as ``|after - before| / |before|``.
 
     Attributes:
-        prediction: The UNet's predictions, by all that was trained.
-        unet: The same by the UNet's layers alone: prompts are encoded as before training.
-        text_encoders: The text encoders' outputs, by their layers; None where these do not train.
-        words: The same outputs, by new words; None without any.
+        prediction: Change of the UNet's predictions by all trained weights.
+        unet: Change of the UNet's predictions by its own weights, with the initial encodings.
+        text_encoders: Change of the text encoders' outputs by their weights; None if not trained.
+        words: Change of the text encoders' outputs by new words; None if there are none.
     """
 
     prediction: float
@@ -57,33 +58,33 @@ class Effect:
 
     @property
     def is_nothing(self) -> bool:
-        """True if no prediction moved by more than rounding."""
+        """True if no prediction changed by more than rounding."""
         return not self.prediction > NOTHING
 
     @property
     def figures(self) -> dict[str, float]:
-        """The parts that there are, by name."""
+        """Changes that were measured, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
         names = {"unet": "UNet alone", "text_encoders": "text encoders' outputs", "words": "words'"}
-        parts = [f"{names[n]} {100 * v:.2g}%" for n, v in self.figures.items() if n in names]
+        changes = [f"{names[n]} {100 * v:.2g}%" for n, v in self.figures.items() if n in names]
         moved = "training moved the UNet's predictions at fixed inputs by"
-        apart = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-        return f"{moved} {100 * self.prediction:.2g}%{apart}"
+        details = f" ({', '.join(changes)})" if len(changes) > 1 else ""
+        return f"{moved} {100 * self.prediction:.2g}%{details}"
 
 
 class Probe:
-    """Fixed inputs of a run's model, and what it made of them before the first step.
+    """Fixed inputs of a run's model, with its predictions before the first step.
 
     Args:
-        components: The model, with what trains on it.
-        weights: What trains.
-        captions: Those of the run.
-        is_sharded: The model is in parts, and computed as it is by all processes.
+        components: The model, with the trained adapters.
+        weights: Trained weights.
+        captions: Captions of the run.
+        is_sharded: Whether the model is sharded. It then computes in its own precision.
 
     Attributes:
-        effect: What `measure` found; None before.
+        effect: Result of `measure`; None before.
     """
 
     def __init__(
@@ -100,13 +101,14 @@ class Probe:
         self._before: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run compares with."""
+        """Return inputs and initial predictions."""
         return {"captions": self._captions, "before": self._before, "dtype": str(self._dtype)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Compare with what the run began with.
+        """Restore the initial predictions of a checkpoint.
 
-        Compare with the base model in another precision, and where a checkpoint does not know it.
+        If they are missing or have another precision, the predictions of the base model replace
+        them.
         """
         self._captions = state.get("captions", self._captions)
         if state.get("dtype") == str(self._dtype):
@@ -117,15 +119,15 @@ class Probe:
             self.begin()
 
     def begin(self) -> None:
-        """Compute what there is before the first step, where it is not known yet."""
+        """Compute the initial predictions, unless they are known."""
         if not self._before:
             hidden = self._encoded()
-            made = {"prediction": self._predicted(hidden)}
-            kept = hidden.tensors() if self._trains_text else {}
-            self._before = {name: tensor.cpu() for name, tensor in (made | kept).items()}
+            outputs = {"prediction": self._predicted(hidden)}
+            encodings = hidden.tensors() if self._trains_text else {}
+            self._before = {name: tensor.cpu() for name, tensor in (outputs | encodings).items()}
 
     def measure(self) -> Effect:
-        """Compute the effect of all steps, whose weights are on the model."""
+        """Compute the effect of the model's present weights."""
         before, text, words = self._before, None, None
         hidden = self._encoded()
         moved = unet = _relative(self._predicted(hidden), before["prediction"])
@@ -153,7 +155,7 @@ class Probe:
 
     @contextmanager
     def _computing(self, *modules: nn.Module) -> Iterator[None]:
-        """Compute in float32; what moves weights stays outside, or they would stay so."""
+        """Compute in float32. Weights must not be moved inside, or they would remain float32."""
         evaluating, scope = self._components.eval_mode(), norm_scope(*modules)
         tensors = (t for one in modules for t in (*one.parameters(), *one.buffers()))
         is_half = any(tensor.dtype in _HALF for tensor in tensors)
@@ -178,7 +180,7 @@ class Probe:
         steps = components.scheduler.config.num_train_timesteps
         crop = plan_crop((side, side), side, multiple=components.vae_factor)
         ids = time_ids(components.family, [crop] * len(_TIMESTEPS))
-        timesteps = torch.tensor([int(place * steps) for place in _TIMESTEPS])
+        timesteps = torch.tensor([int(fraction * steps) for fraction in _TIMESTEPS])
         with self._computing(components.unet):
             return predict(
                 components.unet,
@@ -190,7 +192,7 @@ class Probe:
 
 
 def _distance(a: Conditioning, b: Conditioning) -> float:
-    """Return the relative distance of a text encoders' output from another one."""
+    """Return the relative distance between two outputs of the text encoders."""
     pairs = zip(a.tensors().values(), b.tensors().values(), strict=True)
     return max(_relative(one, other) for one, other in pairs)
 
@@ -201,12 +203,12 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 class _Float32(TorchFunctionMode):
-    """Tensors of half precision are read as float32 by whatever is computed inside."""
+    """Mode in which all operations read half-precision tensors as float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__":
-            found = func(*args)
-            return torch.float32 if isinstance(found, torch.dtype) and found in _HALF else found
+            value = func(*args)
+            return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
 
         def wide(tensor: Tensor) -> Tensor:
             return tensor.float() if tensor.dtype in _HALF else tensor

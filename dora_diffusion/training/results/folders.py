@@ -1,4 +1,4 @@
-"""The run's folder: that it is not one of the user's own, and that one run at a time has it."""
+"""Checks of a run's output folder, and a lock for exclusive use by one run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dora_diffusion.training.results.checkpoint import (
 
 LOCK_NAME = ".run.lock"
 METRICS_NAME, RECORD_NAME = "metrics.jsonl", "run.json"
-# How the names of folders begin in which a result is written, and read back.
+# Prefix of temporary folders in which a result is written and verified.
 UNFINISHED = ".result-"
-# What a run writes at the top of its folder, and which somebody may have a file of their own as.
+# Files of a run with common names, which a user may have in the folder for another purpose.
 _COMMON_NAMES = ("README.md", "config.yaml", RECORD_NAME)
 # Sub-folders that a run writes to and deletes from.
 _OWN_FOLDERS = ("samples", "class_images", EMBEDDINGS, PIPELINE_NAME)
@@ -36,14 +36,14 @@ _SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 @contextlib.contextmanager
 def output_folder(config: TrainConfig) -> Iterator[Path]:
-    """Check and make ``output_dir``, and hold its lock inside the block.
+    """Check and create ``output_dir``, and lock it inside the block.
 
-    The lock is the operating system's: it ends with this process, however that happens. Its file
-    stays, since deleting it would let two others each hold one of that name.
+    The lock is held by the operating system, which releases it whenever the process ends. The lock
+    file is not deleted, since two other processes could then lock different files of that name.
 
     Raises:
-        ConfigError: If the folder cannot be written to, is one of the user's own, is in use by
-            another run, or holds a result that was not asked to be replaced.
+        ConfigError: If the folder cannot be written to, contains files of the user, is in use by
+            another run, or holds a result that the settings do not overwrite.
     """
     folder = Path(config.output_dir)
     check_folders(config)
@@ -51,18 +51,21 @@ def output_folder(config: TrainConfig) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror
-        raise ConfigError(f"cannot make output_dir {folder}: {reason}", "output_dir") from error
+        raise ConfigError(f"cannot create output_dir {folder}: {reason}", "output_dir") from error
     with locked(folder, f"output_dir {folder}"):
         _check_contents(config, folder)
         yield folder
 
 
 @contextlib.contextmanager
-def locked(folder: Path, shown: str) -> Iterator[None]:
-    """Hold a folder's lock inside the block, as far as its disk has locks.
+def locked(folder: Path, label: str) -> Iterator[None]:
+    """Lock a folder inside the block, if its file system supports locks.
 
     Raises:
-        ConfigError: If another run holds it, or the lock's file cannot be written.
+        ConfigError: If another run holds the lock, or the lock file cannot be written.
+
+    Warns:
+        UserWarning: If the file system does not support locks.
     """
     from filelock import FileLock, Timeout
 
@@ -71,14 +74,15 @@ def locked(folder: Path, shown: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"another run is writing to {shown}; wait until it has ended, or choose another",
-            shown.split()[0],
+            f"another run is writing to {label}; wait until it has ended, or choose another",
+            label.split()[0],
         ) from error
     except PermissionError as error:
-        raise ConfigError(f"cannot write to {shown}: {error.strerror}", shown.split()[0]) from error
+        raise ConfigError(f"cannot write to {label}: {error.strerror}", label.split()[0]) from error
     except (OSError, NotImplementedError):
         warnings.warn(
-            f"the disk of {shown} has no locks: make sure that no other run writes there",
+            f"the file system of {label} does not support locks: make sure that no other run "
+            "writes there",
             stacklevel=3,
         )
     try:
@@ -88,12 +92,12 @@ def locked(folder: Path, shown: str) -> Iterator[None]:
 
 
 def check_folders(config: TrainConfig) -> None:
-    """Refuse to write among photos, class images or a model's files.
+    """Check that the run does not write among photos, class images or files of a model.
 
-    Photos may lie in a folder of their own inside ``output_dir``, where no run writes.
+    Photos may be in a sub-folder of ``output_dir`` to which no run writes.
 
     Raises:
-        ConfigError: With the two settings that point to one place.
+        ConfigError: If two settings name the same folder, or one inside the other.
     """
     output = Path(config.output_dir).resolve()
     for subject in config.subjects:
@@ -120,41 +124,41 @@ def _check_subject_folders(config: TrainConfig, output: Path) -> None:
     folder = _folder(config.class_data_dir) if config.uses_class_images else None
     if folder is not None and folder == photos:
         raise ConfigError(
-            f"class_data_dir is the folder of the subject's photos, {folder}; class images show "
-            "other members of the class: choose another folder, or leave it out",
+            f"class_data_dir is the folder of the subject's photos, {folder}, but class images "
+            "show other members of the class; choose another folder, or remove it",
             "class_data_dir",
         )
     if folder in (output, output / "samples", output / config.logging_dir):
         raise ConfigError(
-            f"class_data_dir {folder} is where the run writes its own images and files; choose "
-            "another folder, or leave it out",
+            f"the run writes its own files to class_data_dir {folder}; choose another folder, or "
+            "remove it",
             "class_data_dir",
         )
 
 
 def _folder(name: str | None) -> Path | None:
-    """An existing local folder; None for anything else, such as a hub id or a single file."""
+    """Return an existing local folder; None for anything else, such as a hub id or a file."""
     path = Path(name or "").expanduser()
     return path.resolve() if name and path.is_dir() else None
 
 
 def _apart(inner_name: str, inner: Path, outer_name: str, outer: Path) -> None:
-    """Refuse a folder that is another, or lies inside it."""
+    """Check that one folder is not the other and not inside it."""
     if inner == outer:
         raise ConfigError(
-            f"{inner_name} and {outer_name} are one folder, {inner}; choose another for one of "
-            "them",
+            f"{inner_name} and {outer_name} are the same folder, {inner}; choose another for one "
+            "of them",
             inner_name,
         )
     if outer in inner.parents:
         raise ConfigError(
-            f"{inner_name} {inner} lies inside {outer_name} {outer}; choose another folder",
+            f"{inner_name} {inner} is inside {outer_name} {outer}; choose another folder",
             inner_name,
         )
 
 
 def _check_contents(config: TrainConfig, folder: Path) -> None:
-    """Refuse to write over another run's result, or files that no run made, by accident."""
+    """Check that a run does not overwrite another result or files of the user by accident."""
     if config.resume_from_checkpoint:
         find_checkpoint(config.resume_from_checkpoint, folder)  # before the model is loaded
     if config.resume_from_checkpoint or config.overwrite_output_dir:
@@ -169,7 +173,7 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
         )
     if holds_result(folder) or folders_after(folder, -1):
         raise ConfigError(
-            f"output_dir {folder} already contains a trained adapter or model, and no checkpoint "
+            f"output_dir {folder} already contains a trained adapter or model, but no checkpoint "
             "to resume from (a run with --checkpointing_steps 0 keeps none); choose another, or "
             "start over with --overwrite_output_dir",
             "output_dir",
@@ -177,19 +181,20 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
     foreign = [name for name in _COMMON_NAMES if (folder / name).exists()]
     if foreign and not (folder / METRICS_NAME).exists():
         raise ConfigError(
-            f"output_dir {folder} holds {' and '.join(foreign)}, which no run has written and this "
-            "one would replace; choose another output_dir, or replace with --overwrite_output_dir",
+            f"output_dir {folder} contains {' and '.join(foreign)}, which no run has written and "
+            "this run would replace; choose another output_dir, or replace with "
+            "--overwrite_output_dir",
             "output_dir",
         )
 
 
 def holds_result(folder: Path) -> bool:
-    """Return whether a run that has ended left an adapter or a model here."""
+    """Return whether a folder contains the adapter or model of a completed run."""
     return any(folder.glob("*.safetensors")) or (folder / PIPELINE_NAME).exists()
 
 
 def clear_folder(folder: Path, step: int) -> None:
-    """Remove what an earlier run left after a step, so that nothing takes it for this one's."""
+    """Remove files of an earlier run after a step, so that they do not mix with the new run's."""
     for name in REQUESTS:
         (folder / name).unlink(missing_ok=True)
     unfinished = [*folder.glob(".checkpoint-*.tmp"), *folder.glob(f"{UNFINISHED}*")]

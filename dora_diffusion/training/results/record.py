@@ -1,4 +1,4 @@
-"""``run.json``: what the bits of a run depend on beside settings and photos, and its effect."""
+"""``run.json``: versions and hardware, on which exact results depend, and the measured effect."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dora_diffusion.training.results.folders import RECORD_NAME
 
 Conditions = dict[str, str]
 
-# Of torch, torch says more.
+# torch is not listed, since `torch.__version__` is more precise.
 _PACKAGES = ("diffusers", "transformers", "tokenizers", "accelerate", "numpy", "pillow")
-# A setting of its own says the same.
+# Compared as a setting (mixed_precision) already.
 _OF_SETTINGS = ("weights",)
 
 
 def conditions_of(components: Components, accelerator: Any) -> Conditions:
-    """Conditions of a step's bits here, by name: versions, device, threads and flags."""
+    """Return the conditions of bitwise reproducibility: versions, device, threads and flags."""
     kind, weight = components.device.type, next(components.unet.parameters())
     name = device_name(kind)
     if kind == "cpu":
@@ -46,11 +46,11 @@ def conditions_of(components: Components, accelerator: Any) -> Conditions:
 
 
 def changed_conditions(name: str, before: Mapping[str, str], now: Conditions) -> str:
-    """A line on what a checkpoint of a name was written with, and is resumed with; empty if alike.
+    """Return a message if a checkpoint was written under other conditions, else an empty one.
 
     Example:
         >>> changed_conditions("checkpoint-4", {"torch": "2.4.0"}, {"torch": "2.5.1"})
-        'checkpoint-4 was written with torch 2.4.0, and this run has torch 2.5.1: the resumed run is not the same to the last bit'
+        'checkpoint-4 was written with torch 2.4.0, but this run has torch 2.5.1: the resumed run will not be bitwise identical'
     """  # noqa: E501
     known = {key: before.get(key, "unknown") for key in now if key not in _OF_SETTINGS}
     names = [key for key, value in known.items() if value != now[key]]
@@ -58,22 +58,22 @@ def changed_conditions(name: str, before: Mapping[str, str], now: Conditions) ->
         return ""
     old, new = (", ".join(f"{key} {of[key]}" for key in names) for of in (known, now))
     return (
-        f"{name} was written with {old}, and this run has {new}: the resumed run is not the same "
-        "to the last bit"
+        f"{name} was written with {old}, but this run has {new}: the resumed run will not be "
+        "bitwise identical"
     )
 
 
 def save_record(
     folder: Path, conditions: Sequence[Mapping[str, Any]], effect: Effect | None = None
 ) -> Path:
-    """Write the record: the conditions by the step from which on they were, and the effect."""
+    """Write ``run.json``: the conditions, each with its first step, and the effect."""
     figures = None if effect is None else effect.figures
     record = {"format": FORMAT, "conditions": conditions, "effect": figures}
     return save_text(folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
 
 
 def has_learned_nothing(folder: Path) -> bool:
-    """Return whether a run has ended here, and its record says that it moved nothing."""
+    """Return whether a completed run in the folder had no effect according to its record."""
     try:
         figures = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))["effect"]
         return figures is not None and Effect(**figures).is_nothing

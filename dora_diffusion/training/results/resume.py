@@ -1,4 +1,4 @@
-"""Start of a run, afresh or at a checkpoint, and what is checked before it resumes."""
+"""Start of a run from the beginning or from a checkpoint, with checks before resuming."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dora_diffusion.training.results.record import changed_conditions, condition
 if TYPE_CHECKING:
     from dora_diffusion.training.run import Run
 
-# Image, caption and mask of each file, as `DreamBoothDataset.contents` gives them.
+# Image, caption and mask of each file (`DreamBoothDataset.contents`).
 Contents = Mapping[str, Sequence[Mapping[str, str]]]
 # Settings from a step on: {"from_step": 301, "settings": {"learning_rate": 4e-5}}.
 Segment = dict[str, Any]
@@ -44,13 +44,13 @@ class RunStart:
     """Start of a run.
 
     Attributes:
-        segments: The settings that are used, by the step from which on they are.
-        conditions: What its bits depend on beside them, in the same way (`conditions_of`).
-        step: Optimizer steps done.
-        checkpoint: What it resumes from; None for a fresh run.
-        is_interim: Whether that is one of those between the regular checkpoints.
-        changed: Setting -> (before, now).
-        unused: The same, of settings without effect since no step is left.
+        segments: Settings of the run, with the step from which each applies.
+        conditions: Versions and hardware (`conditions_of`), in the same form.
+        step: Number of completed optimizer steps.
+        checkpoint: Checkpoint that is resumed; None for a new run.
+        is_interim: Whether the checkpoint is a temporary one.
+        changed: Setting -> (value before, value now).
+        unused: Changed settings without effect because no step is left, in the same form.
     """
 
     segments: Sequence[Segment]
@@ -63,10 +63,10 @@ class RunStart:
 
 
 def start_run(run: Run, output_dir: Path) -> RunStart:
-    """Restore a run from the checkpoint that is resumed, if one is, with its settings.
+    """Start a run, restoring the checkpoint that its settings resume, if any.
 
     Raises:
-        ConfigError: If there is no such checkpoint, or it does not belong to this run.
+        ConfigError: If the checkpoint does not exist or does not belong to this run.
     """
     config = run.config
     now = conditions_of(run.components, run.accelerator)
@@ -84,7 +84,7 @@ def start_run(run: Run, output_dir: Path) -> RunStart:
     _, changed = differences(state["config"], config)
     unused: Changes = {}
     if step == run.total_steps:
-        # Samples are generated again; all else is what the steps were trained with.
+        # Samples are generated again. Other changed settings would not describe the trained steps.
         used = {source.name for source in fields(SampleSettings)}
         used |= {"max_train_steps", "keep_best"}
         unused = {name: change for name, change in changed.items() if name not in used}
@@ -103,30 +103,30 @@ def start_run(run: Run, output_dir: Path) -> RunStart:
 
 
 def save_config(config: TrainConfig, path: Path, segments: Sequence[Segment]) -> Path:
-    """Write the resolved settings, which ``--config`` reads back.
+    """Write the resolved settings to a file that ``--config`` can read.
 
-    The settings are those of the last segment. Where a resumed run changed some, ``segments``
-    says from which step on each value was used. Resuming and overwriting were asked for once: kept
-    in the file, they would act on every run that is made from it. Paths in the run's folder and
-    beside it are relative to the file.
+    The file has the settings of the last segment. If a resumed run changed settings, ``segments``
+    lists the values with the step from which each was used. The settings for resuming and
+    overwriting are not written, since they would affect every run that uses the file. Paths inside
+    the run's folder and its parent are relative to the file.
     """
     config = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
     text, apart = as_yaml(config, path.parent), changed_segments(segments)
     if apart:
-        apart = [{**own, "settings": relative_paths(own["settings"], path.parent)} for own in apart]
+        apart = [{**s, "settings": relative_paths(s["settings"], path.parent)} for s in apart]
         record = yaml.safe_dump({SEGMENTS: apart}, sort_keys=False, allow_unicode=True)
-        text = f"# Of a resumed run: see segments for what changed.\n{text}{record}"
+        text = f"# Resumed run: segments lists the settings that changed.\n{text}{record}"
     return save_text(path, text)
 
 
 def segment(step: int, values: Mapping[str, Any]) -> Segment:
-    """Return the settings from a step on, of those that may change when a run is resumed."""
+    """Return a segment with the settings that a resumed run may change."""
     names = [setting.name for setting in settings() if setting.resume == "free"]
     return {"from_step": step, "settings": {n: values[n] for n in names if n in values}}
 
 
 def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments with only the settings in which they differ; none for a run of one piece."""
+    """Reduce segments to the settings that differ; empty if there is one segment."""
     if len(segments) < 2:
         return []
     first = segments[0]["settings"]
@@ -143,32 +143,32 @@ def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _warn_of_other_start(name: str, state: Mapping[str, Any], config: TrainConfig) -> None:
-    """Warn that an adapter is no longer what the run started from; it is not needed any more."""
+    """Warn if the file of the starting adapter has changed. The resumed run does not need it."""
     origin, file = state["start"].get("origin", {}), Path(config.init_adapter or "")
     if not origin or not file.expanduser().exists():
         return
     if adapter_hash(file) != origin["init_adapter_sha256"]:
         warnings.warn(
-            f"init_adapter {file} has changed since the run started from it; {name} continues from "
-            "what it was then",
+            f"init_adapter {file} has changed since the run started from it; {name} continues with "
+            "the original weights",
             stacklevel=3,
         )
 
 
 def _check_steps(path: Path, step: int, total_steps: int, config: TrainConfig) -> None:
-    """Refuse what a checkpoint has passed, and to mix with later ones of the run it leaves."""
+    """Check that a checkpoint is not after the last step, and that no later checkpoint exists."""
     if step > total_steps:
         raise ConfigError(
-            f"{path.name} has {step} steps, more than the {total_steps} that are asked for; set "
+            f"{path.name} has {step} steps, but max_train_steps is {total_steps}; set "
             f"--max_train_steps to more than {step}, or resume from an earlier checkpoint",
             "max_train_steps",
         )
     later = checkpoints_in(Path(config.output_dir), after=step)
     if later and not config.overwrite_output_dir:
         raise ConfigError(
-            f"{config.output_dir} holds checkpoints after step {step} ({later[-1].name}); "
+            f"{config.output_dir} contains checkpoints after step {step} ({later[-1].name}); "
             "resume from there with --resume_from_checkpoint latest, choose another "
-            "output_dir, or drop them with --overwrite_output_dir",
+            "output_dir, or remove them with --overwrite_output_dir",
             "resume_from_checkpoint",
         )
 
@@ -176,9 +176,9 @@ def _check_steps(path: Path, step: int, total_steps: int, config: TrainConfig) -
 def _check_result(
     path: Path, before: Mapping[str, Any], config: TrainConfig, has_ended: bool
 ) -> None:
-    """Refuse to write over a finished result with one of other settings, or of another run.
+    """Check that a result of other settings or of another run is not overwritten.
 
-    More steps of the same are what a finished run is resumed for, on any machine.
+    Resuming a completed run for more steps is allowed, on any machine.
     """
     folder = Path(config.output_dir)
     if config.overwrite_output_dir or not holds_result(folder):
@@ -186,7 +186,7 @@ def _check_result(
     instead = "choose another --output_dir, or replace it with --overwrite_output_dir"
     if path.parent.resolve() != folder.resolve():
         raise ConfigError(
-            f"output_dir {folder} holds a finished result, and {path} is of another run; {instead}",
+            f"output_dir {folder} contains a result, but {path} belongs to another run; {instead}",
             "output_dir",
         )
     learning = {source.name for source in fields(OptimizerSettings)}
@@ -195,8 +195,8 @@ def _check_result(
     other = {name: change for name, change in changed.items() if name in learning}
     if other and not has_ended:
         raise ConfigError(
-            f"output_dir {folder} holds a finished result, which was trained with other settings: "
-            f"{listed(other)}; take them back, {instead} (--resume_from_checkpoint {path} works "
+            f"output_dir {folder} contains a result that was trained with other settings: "
+            f"{listed(other)}; restore them, {instead} (--resume_from_checkpoint {path} works "
             "from there too)",
             "output_dir",
         )
@@ -205,24 +205,24 @@ def _check_result(
 def check_same_run(
     name: str, state: Mapping[str, Any], config: TrainConfig, contents: Contents
 ) -> None:
-    """Refuse to resume a checkpoint with other settings or other images than it was trained with.
+    """Check that a checkpoint was trained with the settings and images of this run.
 
     Args:
-        name: The checkpoint's name.
-        state: What it holds.
-        config: The settings of this run.
-        contents: What this run trains on.
+        name: Name of the checkpoint.
+        state: State of the checkpoint.
+        config: Settings of this run.
+        contents: Images and captions of this run.
 
     Raises:
-        ConfigError: With everything that differs, in one line.
+        ConfigError: If they differ. The message lists all differences.
 
     Warns:
-        UserWarning: If the same images come in another order, since they are drawn by it.
+        UserWarning: If the order of the images differs, which changes the order of the batches.
     """
     refused, _ = differences(state["config"], config)
     if refused:
         raise ConfigError(
-            f"cannot resume {name}: these settings differ: {listed(refused)}; take them back, or "
+            f"cannot resume {name}: these settings differ: {listed(refused)}; restore them, or "
             "start over in another --output_dir",
             "resume_from_checkpoint",
         )
@@ -230,15 +230,15 @@ def check_same_run(
     problems = [problem for kind in _KINDS for problem in _content_problems(kind, before, contents)]
     if problems:
         raise ConfigError(
-            f"cannot resume {name}: it was trained on other images: {'; '.join(problems)}; put "
-            "them back, or start over in another --output_dir",
+            f"cannot resume {name}: it was trained on other images: {'; '.join(problems)}; restore "
+            "them, or start over in another --output_dir",
             "resume_from_checkpoint",
         )
     for kind, noun in _KINDS.items():
         if [row["image"] for row in before[kind]] != [row["image"] for row in contents[kind]]:
             warnings.warn(
-                f"the {noun}s of {name} come in another order (renamed?), so the resumed run is "
-                "not the same to the last bit",
+                f"the {noun}s of {name} have another order (renamed?): the resumed run will not be "
+                "bitwise identical",
                 stacklevel=2,
             )
 
@@ -256,12 +256,12 @@ def _content_problems(kind: str, before: Contents, now: Contents) -> list[str]:
         if names
     ]
     if problems and kind == "class_images":
-        problems.append("they follow validation_inference_steps and validation_guidance_scale too")
+        problems.append("they depend on validation_inference_steps and validation_guidance_scale")
     shared = [(old[digest], row) for digest, row in new.items() if digest in old]
     for a, b in shared:
         if a["caption"] != b["caption"]:
             problems.append(
-                f"another caption of {b['name']} ({quoted(a['caption'])} -> {quoted(b['caption'])})"
+                f"new caption of {b['name']} ({quoted(a['caption'])} -> {quoted(b['caption'])})"
             )
             break
     for what in ("mask", "weight"):

@@ -1,4 +1,4 @@
-"""Photos held out of a run: the validation loss on them, which step is best, and when to stop."""
+"""Validation on held-out photos: validation loss, best step and early stopping."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from dora_diffusion.training.processes import shards_model
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Predictions at once: a forward pass of so many takes less memory than a training step of one.
+# Batch size. A forward pass at this size needs less memory than a training step with one image.
 _BATCH = 5
 
 
 class Validation:
-    """Validation loss of a run, measured and remembered, and the step that is best.
+    """Validation losses of a run, with the best step.
 
-    It is what `dora-diffusion evaluate` measures as the denoising loss of these photos, at seeds 0
-    to 3: of whole photos, at the model's own resolution, by their captions as they are, without the
-    prior and without a weight. No random number is drawn from where training draws.
+    The validation loss equals the denoising loss that `dora-diffusion evaluate` measures on the
+    same photos at seeds 0 to 3: on whole photos, at the default resolution of the model, with
+    unchanged captions, without prior and loss weights. It uses none of training's random
+    generators.
 
     Attributes:
-        config: The settings.
-        photos: What is held out.
-        losses: Step -> validation loss, 0 being the base; infinite where it was not finite.
+        config: Settings.
+        photos: Held-out photos.
+        losses: Step -> validation loss, infinite if it was not finite. Step 0 is the base model.
     """
 
     def __init__(
@@ -50,13 +51,13 @@ class Validation:
         components: Components,
         accelerator: Any,
     ) -> None:
-        """Read the photos, and encode this process's share of them.
+        """Read the photos and encode this process's share of them.
 
         Args:
-            config: The settings as they are used.
-            held_out: The held-out photos of each subject.
-            components: The model; adapters may come onto it later.
-            accelerator: What `make_accelerator` made. Each process measures a share.
+            config: Resolved settings.
+            held_out: Held-out photos of each subject.
+            components: The model. Adapters may be attached later.
+            accelerator: Devices and processes (`make_accelerator`). Each process measures a share.
 
         Raises:
             PhotoError: If no photo can be used.
@@ -69,7 +70,7 @@ class Validation:
         self.photos = [photo for photos in by_token.values() for photo in photos]
         self.losses: dict[int, float] = {}
         self.config, self._accelerator = config, accelerator
-        # Of a sharded model every process takes the whole loss, since all call it equally often.
+        # All processes must call a sharded model equally often: each measures the whole loss.
         self._is_shared = accelerator.num_processes > 1 and not shards_model(accelerator)
         first, every = accelerator.process_index, accelerator.num_processes
         self._mine = slice(first, None, every) if self._is_shared else slice(None)
@@ -81,7 +82,7 @@ class Validation:
         every, last = config.validation_steps or 0, config.max_train_steps or 0
         is_sampled = config.num_validation_images and 0 < every < last
         if name and is_sampled and accelerator.is_main_process:
-            # Networks are initialized at random before their weights are read.
+            # Networks are initialized at random before their weights are loaded.
             with torch.random.fork_rng(devices=[]):
                 self._metric = open_metric_model(name)
             self._references = {
@@ -91,19 +92,19 @@ class Validation:
             }
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step's loss is still to be taken; at the last step it always is."""
+        """Return whether the loss of a step is due. It always is at the last step."""
         is_last, every = step == self.config.max_train_steps, self.config.validation_loss_steps
         assert every is not None
         return step not in self.losses and (is_last or step % every == 0)
 
     def measure(self, step: int) -> float:
-        """Measure the loss of the model as it is after a step. All processes call it."""
+        """Measure the validation loss after a step. All processes must call this method."""
         values = torch.zeros(NUM_SEEDS, len(self.photos), dtype=torch.float64)
-        # At another batch size and without gradients, each block would be compiled again.
+        # Another batch size without gradients would recompile each block.
         with uncompiled() if self.config.compile else nullcontext():
             if self._images.captions:
-                taken = self._images.losses_by_seed(range(NUM_SEEDS), batch_size=_BATCH)
-                values[:, self._mine] = torch.tensor(taken, dtype=values.dtype)
+                losses = self._images.losses_by_seed(range(NUM_SEEDS), batch_size=_BATCH)
+                values[:, self._mine] = torch.tensor(losses, dtype=values.dtype)
         if self._is_shared:
             sent = values.to(self._accelerator.device)
             values = self._accelerator.reduce(sent, reduction="sum").cpu()
@@ -112,57 +113,57 @@ class Validation:
         return self.losses[step]
 
     def similarity(self, samples: Sequence[tuple[str, Image]]) -> float | None:
-        """Mean cosine of sample images to the held-out photos of their subject, None if unmeasured.
+        """Return the mean cosine similarity of sample images to held-out photos, None if disabled.
 
         Args:
-            samples: Prompts and their images; those of prompts without the token do not count.
+            samples: Prompts with their images. Prompts without a subject's token are ignored.
         """
         if self._metric is None:
             return None
         alike: list[float] = []
         for token, references in self._references.items():
-            own = [image for p, image in samples if not token or contains_token(p, token)]
-            if own:
-                alike += similarities(self._metric.image_features(own), references)
+            images = [image for p, image in samples if not token or contains_token(p, token)]
+            if images:
+                alike += similarities(self._metric.image_features(images), references)
         return sum(alike) / len(alike) if alike else None
 
     def best(self, among: Collection[int] | None = None) -> int | None:
-        """The step of the lowest loss, the earliest of equal ones; None if none was taken.
+        """Return the earliest step with the lowest loss; None if no loss was measured.
 
         Args:
-            among: Steps that can be returned to; None means all. The base never counts.
+            among: Candidate steps. Default: all steps. The base model is never a candidate.
         """
         steps = [s for s in self.losses if s and (among is None or s in among)]
         return min(steps, key=lambda step: (self.losses[step], step), default=None)
 
     @property
     def is_exhausted(self) -> bool:
-        """True if ``early_stopping_patience`` is at its end."""
+        """True if ``early_stopping_patience`` is exceeded."""
         patience, best = self.config.early_stopping_patience, self.best()
         if patience is None or best is None:
             return False
         return sum(step > best for step in self.losses) >= patience
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses, and what they were taken on."""
+        """Return the losses, with digests and captions of their photos."""
         return {"photos": self._contents(), "losses": dict(self.losses)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, before: Mapping[str, Any]) -> bool:
-        """Continue from the losses of a checkpoint.
+        """Restore the losses of a checkpoint.
 
         Args:
-            state: What `state_dict` returned; None if that run held out nothing.
-            before: That run's settings.
+            state: Result of `state_dict`; None if the earlier run had no held-out photos.
+            before: Settings of the earlier run.
 
         Returns:
-            Whether they are of these photos; else they are dropped.
+            Whether the losses belong to these photos. Otherwise they are dropped.
         """
         if state is None:
             return True
         if state["photos"] != self._contents():
             return False
-        # Without that run's last loss, where this one takes none: it stops where one of its own
-        # length would.
+        # Drop the loss of the earlier run's last step, unless this run measures one there. Early
+        # stopping then acts as in an uninterrupted run.
         every, last = before["validation_loss_steps"], self.config.max_train_steps
         losses = state["losses"].items()
         self.losses = {step: loss for step, loss in losses if step % every == 0 or step == last}

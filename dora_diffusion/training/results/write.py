@@ -1,7 +1,7 @@
-"""Files that a run leaves in its folder: the adapter or model, samples, and the card.
+"""Results of a run: adapter or model, sample images and model card.
 
-Samples are made at fixed seeds, and saved as labelled sheets: a row per prompt, a column per seed;
-of a slider a row per prompt and seed, a column per strength.
+Samples are generated at fixed seeds and saved as labelled sheets with a row per prompt and a column
+per seed. Sliders have a row per prompt and seed and a column per strength.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ if TYPE_CHECKING:
 
 
 def take_best(run: Run, steps: int, checkpoints: Mapping[int, Path]) -> int:
-    """Load the weights of the lowest validation loss into the model. Returns their step.
+    """Load the weights with the lowest validation loss into the model. Returns their step.
 
     Args:
-        run: Of a run that holds out photos, after its last step.
-        steps: Optimizer steps done, whose weights are in the model.
-        checkpoints: What can be returned to, by step.
+        run: Run with validation, after its last step.
+        steps: Number of completed optimizer steps, whose weights the model has.
+        checkpoints: Available checkpoints, by step.
 
     Warns:
-        UserWarning: If the lowest is of a step without a checkpoint, or no lower than the base's.
+        UserWarning: If the best step has no checkpoint, or its loss is not below the base model's.
     """
     validation = run.validation
     assert validation is not None
@@ -75,15 +75,15 @@ def take_best(run: Run, steps: int, checkpoints: Mapping[int, Path]) -> int:
         return steps
     if best != lowest:
         warnings.warn(
-            f"the validation loss was lowest at step {lowest}, of which there is no checkpoint: "
-            f"the result is that of step {best}",
+            f"the validation loss was lowest at step {lowest}, which has no checkpoint: the result "
+            f"has the weights of step {best}",
             stacklevel=4,
         )
     before = validation.losses.get(0, math.inf)
     if validation.losses[best] >= before:
         warnings.warn(
-            f"at no step is the validation loss lower than the base model's ({before:.4g}): a "
-            "lower learning rate or more photos may help",
+            f"the validation loss was never below the base model's ({before:.4g}): a lower "
+            "learning rate or more photos may help",
             stacklevel=4,
         )
     if best != steps:
@@ -94,16 +94,17 @@ def take_best(run: Run, steps: int, checkpoints: Mapping[int, Path]) -> int:
 def write_result(
     run: Run, folder: Path, steps: int, samples: SampleWriter
 ) -> tuple[Path, float | None]:
-    """Write what was learned, then its card and samples, which show the written file.
+    """Write the result of a run, then its samples and model card, made from the written file.
 
-    Returns the file, and of full fine-tuning the share of what was learned that it keeps.
+    An earlier result is replaced after the new one has been verified. All processes must call this
+    function if the model is sharded; the first one writes.
 
-    A result of before is replaced when the new one was read back, and its numbers are finite. Where
-    the model is sharded all processes call it, and the first one writes.
+    Returns:
+        The file, and for full fine-tuning the share of the changes that it preserves.
 
     Raises:
-        TrainingError: If they are not.
-        DiskFullError: If it cannot be written; samples and card are a warning.
+        TrainingError: If the weights are not finite.
+        DiskFullError: If the result cannot be written. Samples and card only cause a warning.
     """
     weights, accelerator = run.weights, run.accelerator
     metadata = result_metadata(run, steps)
@@ -113,36 +114,36 @@ def write_result(
         written = _write_weights(run, folder, steps, write, metadata)
     if shards_model(accelerator):
         accelerator.wait_for_everyone()
-    kept = weights.reload(written)
+    preserved_share = weights.reload(written)
     run.probe.measure()
 
-    def show(grid: Image.Image) -> None:
-        """Write it again with what adapter managers show: a sample, never a photo of somebody's."""
+    def add_thumbnail(grid: Image.Image) -> None:
+        """Write the adapter again with a sample as thumbnail for adapter managers."""
         if not run.config.is_full and accelerator.is_main_process:
-            with tempfile.TemporaryDirectory() as place:
-                shown = thumbnail(save_image(grid, Path(place) / "thumbnail.png"))
-            write(folder, dataclasses.replace(metadata, thumbnail=shown))
+            with tempfile.TemporaryDirectory() as temporary:
+                image = thumbnail(save_image(grid, Path(temporary) / "thumbnail.png"))
+            write(folder, dataclasses.replace(metadata, thumbnail=image))
 
-    lost = f"the {weights.noun} is written, but not all of its samples and card"
+    lost = f"the {weights.noun} was written, but not all of its samples and card"
     with warning_of_full_disk(lost):
         if run.config.num_validation_images:
-            samples.of_result(steps, show)
+            samples.of_result(steps, add_thumbnail)
         if accelerator.is_main_process:
             _write_card(run, folder, written, steps, samples.files)
-    return written, kept
+    return written, preserved_share
 
 
 def _write_weights(
     run: Run, folder: Path, steps: int, write: Writer, metadata: AdapterMetadata
 ) -> Path:
     weights = run.weights
-    # On the same disk, and beside what a crash may leave of it: see `clear_folder`.
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as place:
-        new = write(weights.result(Path(place)), metadata)
+    # On the same disk as the result. `clear_folder` removes leftovers of a crash.
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as temporary:
+        new = write(weights.result(Path(temporary)), metadata)
         with naming_step(weights.noun, steps):
             weights.check(new)
-        written = folder / new.relative_to(place)
-        for file in Path(place).glob(f"{EMBEDDINGS}/*"):
+        written = folder / new.relative_to(temporary)
+        for file in Path(temporary).glob(f"{EMBEDDINGS}/*"):
             (folder / EMBEDDINGS).mkdir(exist_ok=True)
             system.replace(file, folder / EMBEDDINGS / file.name)
         if written.is_dir():
@@ -153,7 +154,7 @@ def _write_weights(
 
 
 def result_metadata(run: Run, steps: int) -> AdapterMetadata:
-    """The metadata that go into the result after so many optimizer steps."""
+    """Return the metadata of a result after a number of optimizer steps."""
     components = run.components
     class_words = dict.fromkeys(subject.class_word for subject in run.subjects)
     losses = run.validation.losses if run.validation else {}
@@ -179,7 +180,7 @@ def result_metadata(run: Run, steps: int) -> AdapterMetadata:
 
 
 def _stated_settings(run: Run) -> dict[str, str]:
-    """Return the settings of the adapter's start and of captions that are not the defaults."""
+    """Return non-default settings of initialization, parametrization and prompts, as metadata."""
     config, usual = run.config, TrainConfig()
     names = (*(() if config.is_full else ("init", "parametrization")), *READING)
     stated = {n: str(v) for n in names if (v := getattr(config, n)) != getattr(usual, n)}
@@ -207,12 +208,12 @@ def _write_card(
 
 
 class _SamplingStopped(Exception):
-    """A signal came while sample images were made."""
+    """Signal during the generation of sample images."""
 
 
 @contextmanager
 def warning_of_full_disk(what: str) -> Iterator[None]:
-    """Convert a disk's refusal to a warning: what it refuses is not worth the run."""
+    """Convert an `OSError` to a warning, for files that are not worth ending the run."""
     try:
         yield
     except OSError as error:
@@ -220,7 +221,7 @@ def warning_of_full_disk(what: str) -> Iterator[None]:
 
 
 class SampleRequest(NamedTuple):
-    """A sample prompt with the settings of its run: its text, seeds, and how it is sampled."""
+    """Sample prompt with its seeds and sampling settings."""
 
     text: str
     seeds: range
@@ -228,10 +229,10 @@ class SampleRequest(NamedTuple):
 
     @classmethod
     def of(cls, prompt: SamplePrompt, config: TrainConfig) -> SampleRequest:
-        """Return the sampling of a prompt; what it leaves open is as the settings have it.
+        """Return the request of a prompt. Options that it lacks come from the settings.
 
         Raises:
-            ConfigError: If there is no such scheduler.
+            ConfigError: If its scheduler does not exist.
         """
         if prompt.scheduler:
             require_choice("--ss of a sample prompt", prompt.scheduler, tuple(SCHEDULERS))
@@ -249,10 +250,10 @@ class SampleRequest(NamedTuple):
 
 
 def check_prompts(config: TrainConfig) -> None:
-    """Refuse sample prompts that could not be sampled, before a model is loaded.
+    """Check the sample prompts before a model is loaded.
 
     Raises:
-        ConfigError: With what is wrong.
+        ConfigError: If a prompt has invalid options.
     """
     for prompt in config.prompts:
         SampleRequest.of(prompt, config)
@@ -264,12 +265,12 @@ def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 class SampleWriter:
-    """Samples a run's model, with the adapters that are on it, into ``samples/NAME.png``.
+    """Generates sample images with a run's model and writes them to ``samples/NAME.png``.
 
-    A signal ends sampling; what is left of it is left out.
+    A signal stops sampling. Incomplete sheets are not written.
 
     Attributes:
-        files: Sheets of the result by name, ``base`` for example.
+        files: Sheets of the result by name, such as ``base``.
     """
 
     def __init__(
@@ -291,7 +292,7 @@ class SampleWriter:
         self._rules = prompt_rules(config)
 
     def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
-        """Write ``step-STEP.png``; a full disk is a warning. Returns prompts and their images."""
+        """Write ``step-STEP.png``; a full disk is a warning. Returns prompts with their images."""
         title, images = f"Step {step} of {self._run.total_steps}, {self._with}", []
         with warning_of_full_disk(f"no samples at step {step}"), suppress(_SamplingStopped):
             images = self._images()
@@ -300,17 +301,20 @@ class SampleWriter:
         return list(zip(prompts, images, strict=False))
 
     def of_result(self, step: int, on_adapted: Callable[[Image.Image], object]) -> None:
-        """Write ``adapted.png``, ``base.png`` (without the adapter), and one above the other.
+        """Write ``adapted.png``, ``base.png`` (without the adapter) and both as one image.
 
-        A slider's first has all. ``on_adapted`` gets the images of the adapter as a grid without
-        labels, once they are there.
+        For a slider, ``adapted.png`` includes the base model as strength 0 and is the only image.
+
+        Args:
+            step: Step of the result.
+            on_adapted: Called with the images of the adapter as a grid without labels.
         """
         with suppress(_SamplingStopped):
             images = self._images()
             title = f"After {step} steps, {self._with}"
             adapted = self._save_sheet("adapted", images, title, step)
-            shown = _of_one_size(images)
-            on_adapted(image_grid(shown, len(self._strengths) or len(self._prompts[0].seeds)))
+            tiles = _of_one_size(images)
+            on_adapted(image_grid(tiles, len(self._strengths) or len(self._prompts[0].seeds)))
             if self._strengths:
                 return
             with self._run.weights.base_weights():
@@ -323,22 +327,22 @@ class SampleWriter:
         """Sample all images, prompt by prompt and seed by seed, each at all strengths."""
         if not self._strengths:
             return self._images_at_strength()
-        models, made = self._run.weights.modules.values(), []
+        models, by_strength = self._run.weights.modules.values(), []
         try:
             for strength in self._strengths:
                 for model in models:
                     set_strength(model, strength)
-                made.append(self._images_at_strength())
+                by_strength.append(self._images_at_strength())
         finally:
             for model in models:
                 set_strength(model, 1.0)
-        return [image for row in zip(*made, strict=True) for image in row]
+        return [image for row in zip(*by_strength, strict=True) for image in row]
 
     def _images_at_strength(self) -> list[Image.Image]:
-        """Sample all images with the model as it is, prompt by prompt."""
+        """Sample all images at the current strength, prompt by prompt."""
         images: list[Image.Image] = []
         config = self._run.config
-        before = last = 0  # denoising steps of the prompts before, and of the last one
+        before = last = 0  # Denoising steps of all previous prompts and of the last one.
         for row, prompt in enumerate(self._prompts):
             before, last = before + last, 0
 
@@ -349,7 +353,7 @@ class SampleWriter:
                 last, left = total, len(self._prompts) - row
                 self._on_event(SamplingProgress(before + done, before + left * total))
 
-            # Without gradients and at another batch size, each block would be compiled again.
+            # Another batch size without gradients would recompile each block.
             with uncompiled() if config.compile else nullcontext():
                 images += generate_images(
                     self._run.components,
@@ -364,10 +368,9 @@ class SampleWriter:
         return images
 
     def _is_stopped(self) -> bool:
-        """Return whether a signal has come; to any process, where all of them sample one model."""
-        accelerator = self._run.accelerator
-        asked = self._stop.requested
-        return set_by_any(accelerator, asked) if shards_model(accelerator) else asked
+        """Return whether a signal was received, by any process if the model is sharded."""
+        accelerator, requested = self._run.accelerator, self._stop.requested
+        return set_by_any(accelerator, requested) if shards_model(accelerator) else requested
 
     def _save_sheet(
         self,
@@ -382,23 +385,23 @@ class SampleWriter:
         seeds = [prompt.seeds for prompt in self._prompts]
         if self._strengths:
             rows = zip(lines, seeds, strict=True)
-            lines = [f"{line} (seed {seed})" for line, own in rows for seed in own]
+            lines = [f"{line} (seed {seed})" for line, of_line in rows for seed in of_line]
             columns = [f"strength {strength:g}" for strength in self._strengths]
         elif len(set(seeds)) > 1 or len(_of_one_size(images)) < len(images):
-            columns = [""] * len(columns)  # None is of one seed, or none is straight.
+            columns = [""] * len(columns)  # Columns have several seeds, or sizes differ.
             rows = zip(lines, seeds, strict=True)
-            lines = [f"{line} (from seed {own[0]})" for line, own in rows]
+            lines = [f"{line} (from seed {of_line[0]})" for line, of_line in rows]
         sheet = labelled_sheet(images, title, lines, columns)
         self._save(name, sheet, self._parameters(images, step, adapter=adapter))
         tag = "samples/adapter" if adapter else "samples/base"
         self._trackers.log_images(tag, [sheet], step)
         for row in range(len(lines) if len(lines) > 1 else 0):
-            shown = images[row * len(columns) : (row + 1) * len(columns)]
-            self._trackers.log_images(f"{tag}/{row + 1}", shown, step)
+            row_images = images[row * len(columns) : (row + 1) * len(columns)]
+            self._trackers.log_images(f"{tag}/{row + 1}", row_images, step)
         return sheet
 
     def _parameters(self, images: Sequence[Image.Image], step: int, *, adapter: bool) -> str:
-        """Return the parameters of a sheet: `parameters_text` of the first image, and the rest."""
+        """Return the `parameters_text` of a sheet's first image, with entries for the others."""
         first, size, last = self._prompts[0], images[0].size, images[-1].size
         extra = {
             **self._run.components.clip_skip_parameter,

@@ -1,4 +1,4 @@
-"""The adapters that a run trains, and what all components that train are put into."""
+"""Trained adapters of a run, and training mode of components."""
 
 from __future__ import annotations
 
@@ -61,15 +61,16 @@ Writer = Callable[[Path, AdapterMetadata], Path]
 
 @dataclass(frozen=True)
 class TrainedAdapters:
-    """Adapters on a model, fresh or started from another's weights.
+    """Trained adapters on a model, new or started from another adapter.
 
     Attributes:
         components: The model.
-        modules: The components that carry them, by name.
-        report: Which of their layers.
-        key_format: Of their file: Diffusers', or kohya's for magnitudes on the input axis.
-        words: New words that train with them.
-        origin: What they started from, as metadata: ``init_adapter`` and its SHA-256; {} if fresh.
+        modules: Components with adapters, by name.
+        report: Summary of the adapted layers.
+        key_format: Key format of the adapter file: Diffusers' format, or kohya's for magnitudes on
+            the input axis.
+        words: New words that train with the adapters.
+        origin: Metadata of the starting adapter: ``init_adapter`` and its SHA-256; empty if new.
     """
 
     components: Components
@@ -82,58 +83,58 @@ class TrainedAdapters:
     noun = "adapter"
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by component and path."""
+        """Return all trained parameters by component and path."""
         return self.words.parameters() | {
-            f"{place}.{name}": parameter
-            for place, adapters in self._adapters()
+            f"{path}.{name}": parameter
+            for path, adapters in self._adapters()
             for name, parameter in adapters.named_parameters()
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint: parameters, and where they started and the like."""
+        """Return the tensors of a checkpoint: parameters and buffers, such as initial factors."""
         return self.parameters() | {
-            f"{place}.{name}": buffer
-            for place, adapters in self._adapters()
+            f"{path}.{name}": buffer
+            for path, adapters in self._adapters()
             for name, buffer in adapters.named_buffers()
         }
 
     def projections(self) -> dict[str, str]:
-        """Return the digests of a VeRA's random projections, by component."""
+        """Return digests of the random projections of VeRA, by component."""
         layers = vera_state(self.modules)
         drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
         return {component: digest_of(projections) for component, projections in drawn.items()}
 
     def start(self) -> dict[str, Any]:
-        """Return what a resumed run needs of the adapter that this one started from: no file."""
-        alpha = {place: next(iter(own.values())).alpha for place, own in self._adapters()}
+        """Return the state that replaces the file of the starting adapter in a resumed run."""
+        alpha = {path: next(iter(adapters.values())).alpha for path, adapters in self._adapters()}
         return {"origin": dict(self.origin), "alpha": alpha}
 
     def restore_start(self, start: Mapping[str, Any]) -> None:
-        """Put back what `start` gave."""
+        """Restore the state of `start`."""
         self.origin.update(start["origin"])
-        for place, own in self._adapters():
-            next(iter(own.values())).alpha = start["alpha"][place]
+        for path, adapters in self._adapters():
+            next(iter(adapters.values())).alpha = start["alpha"][path]
 
     def _adapters(self) -> Iterator[tuple[str, Any]]:
-        """The adapters of each layer, by component and path."""
+        """Yield the adapters of each layer, by component and path."""
         for component, model in self.modules.items():
             for path, layer in adapted_layers(model):
                 yield f"{component}.{path}", layer.adapters
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """Parameters by component and role."""
+        """Return parameter groups by component and role."""
         return parameter_groups(self.modules, config) + self.words.groups(config)
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
-        """The adapters are off inside of the block, and new words as they were at first."""
+        """Disable adapters and restore the initial vectors of new words inside the block."""
         with disabled(*self.components.adaptable().values()), self.words.at_start():
             yield
 
     def writer(self) -> Writer:
-        """Return a function that writes the present values into a folder, and returns the file.
+        """Return a function that writes the present weights to a folder and returns the file.
 
-        It raises `DiskFullError` if there is no room; nothing is changed then.
+        On a full disk the function raises `DiskFullError` and leaves existing files unchanged.
         """
         layers, tokens = adapter_state(self.modules), self.words.tokens()
 
@@ -148,36 +149,37 @@ class TrainedAdapters:
     def write_checkpoint(
         self, folder: Path, metadata: AdapterMetadata, values: Mapping[str, Tensor]
     ) -> Path:
-        """Write the adapter; of a VeRA the compact file alone."""
+        """Write the adapter of a checkpoint; for VeRA only its compact file."""
         if vera_state(self.modules):
             return self.write_copies(folder, metadata)
         return self.writer()(folder, metadata)
 
     def check(self, written: Path) -> None:
-        """Read back what was written, which looks at each of its numbers.
+        """Read a written file back, which checks all values.
 
         Raises:
-            ValueError: If it holds numbers that are not finite.
+            ValueError: If the file contains values that are not finite.
         """
         read_adapter(written)
 
     def result(self, folder: Path) -> Path:
-        """The folder that the result is written into, from that of the run: the same."""
+        """Return the folder of the result: the output folder of the run."""
         return folder
 
     def write_copies(
         self, folder: Path, metadata: AdapterMetadata, write: Writer | None = None
     ) -> Path:
-        """The compact file of a VeRA; ``dora-diffusion convert`` writes other forms."""
+        """Write the compact file of VeRA. Command ``convert`` writes other formats."""
         if vectors := vera_state(self.modules):
             extra = {**metadata.extra, **self.words.write(folder)}
             return write_vera(folder, vectors, replace(metadata, extra=extra))
         return folder
 
     def reload(self, written: Path) -> float | None:
-        """Replace the live adapter by what the file holds: what is sampled then shows the file.
+        """Replace the adapter on the model by the written file, so that samples show the file.
 
-        Returns None: unlike a model's, its numbers are float32 in the file, too.
+        Returns:
+            None: the file is in float32 and preserves all changes.
         """
         components = self.components.adaptable()
         for model in self.modules.values():
@@ -190,13 +192,13 @@ class TrainedAdapters:
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """An adapter that a run starts from.
+    """Adapter that a run starts from.
 
     Attributes:
-        path: Its file or folder.
-        name: What the settings call it.
-        layers: Its layers by component and path, once they were read for a model.
-        tokens: Its trained tokens, which new words of the run start from.
+        path: File or folder of the adapter.
+        name: Value of ``init_adapter``.
+        layers: Weights by component and path, after `read`.
+        tokens: Trained tokens, from which new words of the run start.
     """
 
     path: Path
@@ -206,10 +208,10 @@ class StartingAdapter:
 
     @classmethod
     def of(cls, config: TrainConfig) -> StartingAdapter | None:
-        """Find ``init_adapter``; None where there is none, or a checkpoint has it in it.
+        """Find ``init_adapter``. Returns None if it is not set or a checkpoint is resumed.
 
         Raises:
-            ConfigError, AdapterFormatError: If it is not there, or is not an adapter.
+            ConfigError, AdapterFormatError: If it does not exist or is not an adapter.
         """
         name = config.init_adapter
         if not name or config.is_full or config.resume_from_checkpoint:
@@ -220,13 +222,13 @@ class StartingAdapter:
             raise ConfigError(f"init_adapter: {error}", "init_adapter") from error
 
     def read(self, components: Components, config: TrainConfig) -> StartingAdapter:
-        """Read its layers for a model, and check that those of the run can start from them.
+        """Read the weights for a model, and check that the run's adapters can start from them.
 
         Raises:
-            ConfigError, AdapterFormatError: If they cannot, with what to change.
+            ConfigError, AdapterFormatError: If they cannot.
         """
         live, trained = components.adaptable(), components_that_train(components, config)
-        remedy = "write it with the right one first (dora-diffusion convert --alpha)"
+        remedy = "set the right one first (dora-diffusion convert --alpha)"
         adapter = read_for(live, self.path, remedy, family=components.family.name)
         if lost := [token for token in adapter.tokens if token not in config.words]:
             raise ConfigError(
@@ -239,7 +241,7 @@ class StartingAdapter:
         if left := layers.keys() - trained.keys():
             raise ConfigError(
                 f"init_adapter {self.name} has layers of {listing(left)}, which the run does not "
-                "train; add --train_text_encoder (--text_encoder_lr 0 leaves them as they are)",
+                "train; add --train_text_encoder (--text_encoder_lr 0 leaves them unchanged)",
                 "init_adapter",
             )
         adapters = adapter_configs(trained, config)
@@ -253,19 +255,19 @@ class StartingAdapter:
         return StartingAdapter(self.path, self.name, layers, adapter.tokens)
 
     def origin(self) -> dict[str, str]:
-        """Name and digest, as metadata."""
-        place = Path(self.name).expanduser()
-        name = place.resolve().name if place.exists() else self.name  # of a hub id all of it
+        """Return name and digest as metadata."""
+        path = Path(self.name).expanduser()
+        name = path.resolve().name if path.exists() else self.name  # Keep a hub id as it is.
         return {"init_adapter": name, "init_adapter_sha256": adapter_hash(self.path)}
 
 
 def adapter_configs(
     modules: Mapping[str, nn.Module], config: TrainConfig
 ) -> dict[str, AdapterConfig]:
-    """The settings of each component's adapter, with the patterns that name layers of it.
+    """Return the adapter settings of each component, with the patterns that match its layers.
 
     Raises:
-        TargetError: If a target names no layer of a component, or a pattern none of any.
+        TargetError: If a target matches no layer of a component, or a pattern no layer at all.
     """
     adapters = {
         name: config.unet_adapter if name == "unet" else config.text_encoder_adapter
@@ -278,20 +280,20 @@ def adapter_configs(
         check_pattern(setting, getattr(config, setting), layers.values())
 
     for name, adapter in adapters.items():
-        own: dict[str, Any] = {}
+        patterns: dict[str, Any] = {}
         for setting in PATTERNS:
             pattern = getattr(adapter, setting)
             used = {first_naming(pattern, *layer) for layer in layers[name].items()}
-            own[setting] = {target: pattern[target] for target in pattern if target in used}
-        adapters[name] = replace(adapter, **own)
+            patterns[setting] = {target: pattern[target] for target in pattern if target in used}
+        adapters[name] = replace(adapter, **patterns)
     return adapters
 
 
 def matched(component: str, model: nn.Module, config: TrainConfig) -> list[str]:
-    """Paths of the layers of a component that its targets name.
+    """Return the paths of a component's layers that the targets match.
 
     Raises:
-        TargetError: If one names none, with the setting.
+        TargetError: If a target matches no layer.
     """
     setting = "targets" if component == "unet" else "text_encoder_targets"
     try:
@@ -303,17 +305,17 @@ def matched(component: str, model: nn.Module, config: TrainConfig) -> list[str]:
 def inject_trained(
     components: Components, config: TrainConfig, start: StartingAdapter | None = None
 ) -> TrainedAdapters:
-    """Inject adapters into the components that train, and set those to training mode.
+    """Inject adapters into the trained components, and set these to training mode.
 
     Args:
         components: The model.
         config: All settings.
-        start: What the adapters start from; None: from their usual start.
+        start: Adapter to start from. Default: adapters are initialized.
 
     Raises:
         TargetError: If a target matches no layer.
         ValueError: If a rank is larger than a layer.
-        AdapterFormatError: If the file that the run writes could not hold the adapter.
+        AdapterFormatError: If the key format of the result cannot represent the adapter.
     """
     modules, layers = components_that_train(components, config), []
     adapters = adapter_configs(modules, config)
@@ -328,60 +330,60 @@ def inject_trained(
     on_input = config.method_name == "dora" and config.norm_axis == "input"
     key_format = "kohya" if on_input else "diffusers"
     trained = TrainedAdapters(components, modules, report, key_format, origin=origin)
-    # Not after hours of training.
+    # Check the key format now, not after hours of training.
     layout_named(trained.key_format).check(adapter_state(modules))
     return trained
 
 
 def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) -> None:
-    """Warn of settings of Conv2d layers without effect, since none is adapted."""
+    """Warn of settings for convolutions if no convolution is adapted."""
     if any(layer.kind in ("Conv1d", "Conv2d") for layer in report.layers):
         return
-    given = {
+    is_set = {
         "conv_rank": config.conv_rank != TrainConfig().conv_rank,
         "conv_alpha": config.conv_alpha not in (None, config.conv_rank),
     }
-    for name in (name for name in given if given[name]):
+    for name in (name for name in is_set if is_set[name]):
         warnings.warn(f"{name} has no effect because targets name no Conv2d layer", stacklevel=4)
 
 
 def components_that_train(components: Components, config: TrainConfig) -> dict[str, nn.Module]:
-    """The UNet, and text encoders where they train, by name."""
+    """Return the UNet and, if they train, the text encoders by name."""
     models = components.adaptable().items()
     return {name: m for name, m in models if name == "unet" or config.train_text_encoder}
 
 
 def enter_training(model: nn.Module, components: Components, config: TrainConfig) -> None:
-    """Set a component to training mode, with gradient checkpointing and compiling as asked for.
+    """Set a component to training mode, with gradient checkpointing and compilation if configured.
 
     Blocks that are recomputed in the backward pass repeat their dropout.
     """
     model.train()
     if config.gradient_checkpointing:
-        # The reentrant form needs an input that requires a gradient, and a prompt has none.
+        # Reentrant checkpointing needs an input that requires a gradient.
         settings: dict[str, Any] = {"use_reentrant": False}
         if not keeps_random_state(components.device.type):
             settings["context_fn"] = partial(_repeating_draws, components.device.type)
-        own: Any = model
+        module: Any = model
         if hasattr(model, "gradient_checkpointing_enable"):
-            own.gradient_checkpointing_enable(settings)
+            module.gradient_checkpointing_enable(settings)
         else:
-            own.enable_gradient_checkpointing(partial(checkpoint, **settings))
+            module.enable_gradient_checkpointing(partial(checkpoint, **settings))
     if config.compile and model is components.unet:
         compile_blocks(model)
 
 
 def _repeating_draws(device_type: str) -> tuple[_Draws, _Draws]:
-    """Contexts of a forward pass and its recomputation, which draws the same."""
+    """Return contexts of a forward pass and its recomputation with the same random numbers."""
     forward = _Draws(device_type)
     return forward, _Draws(device_type, forward)
 
 
 class _Draws:
-    """Record of a device's random state when entered; one that repeats another starts from its.
+    """Context that records the random state of a device, or restores that of another context.
 
     Attributes:
-        state: The random state that it started from.
+        state: Random state when the context was entered.
     """
 
     def __init__(self, device_type: str, repeated: _Draws | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: weights of the model itself that a run trains."""
+"""Full fine-tuning: training of the model's own weights."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ from dora_diffusion.training.trainable.adapters import (
 )
 from dora_diffusion.training.trainable.words import TrainedTokens
 
-# Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments, and
-# the last one keeps rows and columns of one.
+# Bytes of optimizer state per parameter. adamw8bit quantises both moments, and
+# prodigy-schedule-free reduces one of them to rows and columns.
 _MOMENTS = {
     "adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0, "adamw-schedule-free": 8,
     "prodigy-schedule-free": 4,
 }  # fmt: skip
 
 MUCH = 0.9
-"""Share of what was learned that a file should keep."""
+"""Share of the changes that a file should preserve."""
 
 
 @dataclass(frozen=True)
 class FullReport:
-    """Trained weights of full fine-tuning, and the disk space that they take.
+    """Summary of full fine-tuning: trained weights and disk space.
 
     Attributes:
         tensors: Number of trained tensors.
-        parameters: Numbers in them.
+        parameters: Number of trained parameters.
         model_bytes: Size of the model on disk.
-        checkpoint_bytes: Of a checkpoint: the model, what trains and its average in float32, and
-            moments.
+        checkpoint_bytes: Size of a checkpoint: model, trained weights and their average in float32,
+            and optimizer state.
     """
 
     tensors: int
@@ -83,16 +83,16 @@ class FullReport:
 
 @dataclass(frozen=True)
 class FullWeights:
-    """Weights of a model that train, with the methods of `TrainedAdapters`. They are float32.
+    """Trained float32 weights of a model, with the methods of `TrainedAdapters`.
 
     Attributes:
         components: The model.
-        modules: The components that train, by name.
-        trained: The parameters that train, by canonical name.
-        config: Where the base is, and how the result is written.
-        report: How much that is.
-        base: Their values before training, where every step needs them.
-        words: New words that train with them.
+        modules: Trained components, by name.
+        trained: Trained parameters, by canonical name.
+        config: Settings, including the base model and the format of the result.
+        report: Summary of the weights.
+        base: Values before training, if every step needs them; else empty.
+        words: New words that train with the weights.
     """
 
     components: Components
@@ -106,7 +106,7 @@ class FullWeights:
     noun = "model"
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by canonical name."""
+        """Return all trained parameters by canonical name."""
         return {**self.trained, **self.words.parameters()}
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -123,19 +123,19 @@ class FullWeights:
         return {}
 
     def restore_start(self, start: Mapping[str, Any]) -> None:
-        """Do nothing: the base model is what it starts from."""
+        """Do nothing, since full fine-tuning starts from the base model."""
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """Parameters by component."""
+        """Return parameter groups by component."""
         return weight_groups(self.trained, config) + self.words.groups(config)
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
-        """The base's values are in the weights inside of the block; it may not train them."""
+        """Restore the base weights inside the block. No training step may be taken inside."""
         base = self.base or self._read(self._source)
         trained: dict[str, Tensor] = {}
         caches = torch.is_autocast_cache_enabled()
-        # Autocast caches casts by parameter, not by value: neither side may see the other's.
+        # Autocast caches casts by parameter, not by value, so that its cache must be off.
         torch.set_autocast_cache_enabled(False)
         try:
             for name, parameter in self.trained.items():
@@ -148,9 +148,9 @@ class FullWeights:
             torch.set_autocast_cache_enabled(caches)
 
     def writer(self) -> Writer:
-        """Return a function that writes the whole model as a Diffusers folder, in a given dtype.
+        """Return a function that writes the whole model as a Diffusers folder.
 
-        All processes call it where the model is sharded; the first one's writes.
+        All processes must call this method if the model is sharded. The first process writes.
         """
         values = {n: gather(p) if is_sharded(p) else p.detach() for n, p in self.trained.items()}
         return partial(self._export, values=values)
@@ -158,59 +158,59 @@ class FullWeights:
     def write_checkpoint(
         self, folder: Path, metadata: AdapterMetadata, values: Mapping[str, Tensor]
     ) -> Path:
-        """The same as the result, with these values of what trains."""
+        """Write the whole model with the given values of the trained weights."""
         return self._export(folder, metadata, values)
 
     def check(self, written: Path) -> None:
-        """Check what trains, one tensor at a time."""
+        """Check that the trained weights are finite, one tensor at a time."""
         with open_model(str(written)) as model:
             wrong = [name for name in self.trained if not is_finite(model[name])]
         words = self.words.parameters()
         wrong += [name for name, rows in words.items() if not is_finite(rows.detach())]
         if wrong:
-            raise ValueError(f"its {listing(wrong, 2)} holds numbers that are not finite")
+            raise ValueError(f"{listing(wrong, 2)} contains values that are not finite")
 
     def result(self, folder: Path) -> Path:
-        """The model's own folder in that of the run."""
+        """Return the folder of the model inside the output folder of the run."""
         return folder / PIPELINE_NAME
 
     def write_copies(self, folder: Path, metadata: AdapterMetadata, write: Writer) -> None:
-        """Write the whole model as one file in the original layout, where that was asked for."""
+        """Write the whole model as one file in the original layout, if ``single_file`` is set."""
         if self.config.single_file:
             write(folder / f"{PIPELINE_NAME}.safetensors", metadata)
 
     def reload(self, written: Path) -> float:
-        """Load the written values, which may be rounded.
+        """Load the written weights, which may be rounded.
 
         Returns:
-            The share of what was learned that they keep, over all trained weights:
-            ``1 - |written - trained| / |trained - base|``, and at least 0.
+            Share of the changes that the file preserves, over all trained weights:
+            ``1 - |written - trained| / |trained - base|``, at least 0.
 
         Warns:
-            UserWarning: If that is less than `MUCH`.
+            UserWarning: If the share is less than `MUCH`.
         """
-        lost, moved = [0.0, 0.0], [0.0, 0.0]  # of weights that are sharded, and others
+        lost, moved = [0.0, 0.0], [0.0, 0.0]  # Sums over sharded weights and over the others.
         with open_model(str(written)) as file, open_model(self._source) as base, torch.no_grad():
             for name, parameter in self.trained.items():
-                own, other = local(parameter), not is_sharded(parameter)
-                new, old = (own_part(parameter, model[name]).to(own) for model in (file, base))
-                lost[other] += (new - own).square().sum().item()
-                moved[other] += (own - old).square().sum().item()
-                own.copy_(new)
+                shard, is_whole = local(parameter), not is_sharded(parameter)
+                new, old = (own_part(parameter, model[name]).to(shard) for model in (file, base))
+                lost[is_whole] += (new - shard).square().sum().item()
+                moved[is_whole] += (shard - old).square().sum().item()
+                shard.copy_(new)
             dtypes = {file.specs[name].dtype for name in self.trained}
         self.words.load(read_tokens(written))
         if any(map(is_sharded, self.trained.values())):
             sums = torch.tensor([lost[0], moved[0]], device=self.components.device)
             lost[0], moved[0] = add_up(sums).tolist()
-        kept = max(0.0, 1 - (sum(lost) / sum(moved)) ** 0.5) if sum(moved) else 1.0
-        if kept < MUCH:
+        preserved = max(0.0, 1 - (sum(lost) / sum(moved)) ** 0.5) if sum(moved) else 1.0
+        if preserved < MUCH:
             names = listing(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             warnings.warn(
-                f"the model is saved in {names}, which keeps {kept:.0%} of what training changed: "
-                "--save_precision float32 keeps all of it (a resumed run writes it again)",
+                f"the model is saved in {names}, which preserves {preserved:.0%} of the changes: "
+                "resume with --save_precision float32 to preserve all of them",
                 stacklevel=4,
             )
-        return kept
+        return preserved
 
     def _export(
         self, output: Path, metadata: AdapterMetadata, values: Mapping[str, Tensor]
@@ -230,11 +230,11 @@ class FullWeights:
 
     @property
     def _source(self) -> BaseModel:
-        """The model that it was loaded from, where the hub's cache has it."""
+        """The stored base model; for a hub id, its folder in the cache."""
         return replace(self.config.base_model, path=self.components.source)
 
     def _read(self, source: BaseModel) -> dict[str, Tensor]:
-        """The values that a stored model has for what trains here, in float32 on its device."""
+        """Read the trained weights' values from a stored model, in float32 on the device."""
         device = self.components.device
         with open_model(source) as model:
             return {
@@ -248,7 +248,7 @@ TrainedWeights: TypeAlias = TrainedAdapters | FullWeights
 
 
 def select_weights(components: Components, config: TrainConfig) -> FullWeights:
-    """Choose the weights that train, and put their components into training mode.
+    """Select the trained weights, and set their components to training mode.
 
     Args:
         components: A model in float32.
@@ -258,12 +258,12 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
         TargetError: If a target matches no layer.
 
     Warns:
-        UserWarning: If the disk has no room for the result, or for a checkpoint.
+        UserWarning: If the disk has no space for result and checkpoints.
     """
     modules, trained = components_that_train(components, config), {}
     for name, model in modules.items():
-        wanted = _wanted(name, model, config)
-        trained |= {canonical(name, path): parameter for path, parameter in wanted.items()}
+        parameters = _parameters_to_train(name, model, config)
+        trained |= {canonical(name, path): parameter for path, parameter in parameters.items()}
         if components.device.type == "cpu" and config.mixed_precision == "bf16":
             widen_small_convolutions(model)
         enter_training(model, components, config)
@@ -283,9 +283,9 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
 
 
 def widen_small_convolutions(model: nn.Module) -> None:
-    """Make a model's convolutions compute as `convolve` does."""
+    """Replace the forward pass of a model's convolutions by `convolve`."""
     for module in model.modules():
-        # Other modes pad before they convolve: every tap meets the map.
+        # Other padding modes pad before the convolution, so that every tap meets the input.
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
             module.forward = partial(_convolve, module)  # type: ignore[method-assign]
 
@@ -299,20 +299,22 @@ def check_weights(modules: Mapping[str, nn.Module], config: TrainConfig) -> None
     """Check that targets name weights of each component.
 
     Raises:
-        TargetError: If one matches no layer.
+        TargetError: If a target matches no layer.
     """
     for name, model in modules.items():
-        _wanted(name, model, config)
+        _parameters_to_train(name, model, config)
 
 
-def _wanted(name: str, model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """The parameters of a component that train: all, or those of the layers in its targets."""
+def _parameters_to_train(
+    name: str, model: nn.Module, config: TrainConfig
+) -> dict[str, nn.Parameter]:
+    """Return all parameters of a component, or the parameters of its targets."""
     if config.full_weights != "targets":
         return dict(model.named_parameters())
     return {
-        f"{path}.{own}": parameter
+        f"{path}.{suffix}": parameter
         for path in matched(name, model, config)
-        for own, parameter in model.get_submodule(path).named_parameters()
+        for suffix, parameter in model.get_submodule(path).named_parameters()
     }
 
 
@@ -321,18 +323,18 @@ def _dtype(config: TrainConfig) -> torch.dtype | None:
 
 
 def _check_disk(config: TrainConfig, report: FullReport) -> None:
-    """Warn before training of what will not fit on the disk after it."""
+    """Warn if result and checkpoints will not fit on the disk."""
     output = Path(config.output_dir).resolve()
-    place = next(folder for folder in (output, *output.parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     needed = report.model_bytes * (2 if config.single_file else 1)
     if config.checkpointing_steps != 0:
-        # A checkpoint is complete before the one that it replaces goes.
-        kept = (config.checkpoints_total_limit or 1) + 1 + config.keep_best
-        needed += kept * report.checkpoint_bytes
+        # A new checkpoint is complete before an old one is removed.
+        checkpoints = (config.checkpoints_total_limit or 1) + 1 + config.keep_best
+        needed += checkpoints * report.checkpoint_bytes
     if free < needed:
         warnings.warn(
-            f"the disk has {_size(free)} free, and this run writes {_size(needed)} or more: free "
+            f"the disk has {_size(free)} free, but this run writes {_size(needed)} or more: free "
             "some space, set --checkpoints_total_limit 1, or --checkpointing_steps 0",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Selection of the weights that a run trains: adapters or the model's own, and new words."""
+"""Selection of trained weights: adapters or the model's weights, and new words."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def select_trainable(
     """Select the weights that a run trains, and set their components to training mode.
 
     Args:
-        components: The model. Adapters and words are added to it.
+        components: The model. Adapters and new words are added to it.
         config: Settings.
-        start: The adapter that the run starts from, or None.
+        start: Adapter that the run starts from, or None.
 
     Raises:
-        TargetError, ValueError, AdapterFormatError: If they cannot be trained.
+        TargetError, ValueError, AdapterFormatError: If the weights cannot be trained.
     """
     weights: TrainedWeights
     if config.is_full:
@@ -46,7 +46,7 @@ def select_trainable(
 
 
 def shard_trainable(components: Components, weights: TrainedWeights, accelerator: Any) -> None:
-    """Shard the components that train over all processes (`shard`)."""
+    """Shard the trained components over all processes (`shard`)."""
     from dora_diffusion.training.trainable.full import FullWeights
 
     if isinstance(weights, FullWeights):

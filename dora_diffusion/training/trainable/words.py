@@ -1,4 +1,4 @@
-"""New words that a run trains: vectors in every text encoder, beside its adapters or weights."""
+"""New words of a run (textual inversion): trained vectors in every text encoder."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from dora_diffusion.training.optimizer import WORDS
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """Vectors of new words that train, by themselves: their tables do not.
+    """Trained vectors of new words. The other vectors of the embedding tables are frozen.
 
     Attributes:
-        tables: The table of each text encoder, by component.
-        places: Each word's rows in every table.
-        start: The tables' rows before training.
+        tables: Embedding table of each text encoder, by component.
+        places: Rows of each word in every table.
+        start: Rows of the tables before training.
     """
 
     tables: Mapping[str, WordEmbedding] = field(default_factory=dict)
@@ -42,19 +42,18 @@ class TrainedTokens:
     start: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        counts = {place.stop - place.start for place in self.places.values()}
-        each = " each" if len(self.places) > 1 else ""
-        vectors = counted(max(counts), "vector")
+        vectors = counted(max(rows.stop - rows.start for rows in self.places.values()), "vector")
+        suffix = " each" if len(self.places) > 1 else ""
         return (
-            f"{counted(len(self.places), 'new word')} ({listing(self.places)}) of {vectors}{each}"
+            f"{counted(len(self.places), 'new word')} ({listing(self.places)}) of {vectors}{suffix}"
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The rows that train by component."""
+        """Return the trained rows by component."""
         return {f"{component}.{WORDS}": table.rows for component, table in self.tables.items()}
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """A parameter group for each text encoder: vectors never decay."""
+        """Return a parameter group for each text encoder, without weight decay."""
         rate = config.unet_lr if config.is_prodigy else config.embedding_lr
         return [
             {"name": f"{c}/{WORDS}", "params": [table.rows], "lr": rate, "weight_decay": 0.0}
@@ -62,30 +61,30 @@ class TrainedTokens:
         ]
 
     def train(self, trains: bool) -> None:
-        """Set whether the next step moves the words."""
+        """Set whether the words train in the next step."""
         for table in self.tables.values():
             table.trains = trains
 
     def tokens(self) -> dict[str, Vectors]:
-        """Return the words' present values, on the CPU."""
+        """Return copies of the words' vectors, on the CPU."""
         return {
             word: {
-                component: table.rows.detach()[place].to("cpu", copy=True)
+                component: table.rows.detach()[rows].to("cpu", copy=True)
                 for component, table in self.tables.items()
             }
-            for word, place in self.places.items()
+            for word, rows in self.places.items()
         }
 
     def load(self, tokens: Mapping[str, Vectors]) -> None:
-        """Load values that were written."""
+        """Load vectors into the tables."""
         with torch.no_grad():
-            for word, place in self.places.items():
+            for word, rows in self.places.items():
                 for component, table in self.tables.items():
-                    table.rows[place] = tokens[word][component].to(table.rows)
+                    table.rows[rows] = tokens[word][component].to(table.rows)
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        """Use the vectors from before training inside the block."""
+        """Restore the initial vectors inside the block."""
         trained = {component: table.rows.data for component, table in self.tables.items()}
         try:
             for component, table in self.tables.items():
@@ -100,7 +99,7 @@ class TrainedTokens:
         return embedding_files(folder, "", self.places)
 
     def write(self, folder: Path) -> dict[str, str]:
-        """Write their files into a folder's own for such; returns the metadata that name them."""
+        """Write the embedding files of a result. Returns the metadata that name them."""
         files = self.files(folder)
         write_embeddings(files, self.tokens())
         return field_of(files.values())
@@ -109,20 +108,20 @@ class TrainedTokens:
 def add_words(
     components: Components, config: TrainConfig, known: Mapping[str, Vectors] | None = None
 ) -> TrainedTokens:
-    """Add a run's new words to its model, and let their vectors train.
+    """Add the new words of a run to the model, with trainable vectors.
 
     Args:
         components: The model.
-        config: The settings.
-        known: Vectors that words start from, of an adapter that the run starts from.
+        config: Settings.
+        known: Vectors of words in the adapter that the run starts from.
 
     Raises:
         ConfigError: If a known word has another number of vectors.
-        ValueError: If the model has such a word already, or an adapter is on a table of token
-            vectors.
+        ValueError: If the model already has one of the words, or an adapter is on an embedding
+            table.
 
     Warns:
-        UserWarning: Of a word to start from that the model spells in several tokens.
+        UserWarning: If an initializer concept has several tokens in the model.
     """
     words, count = config.words, config.num_new_tokens_per_abstraction
     if not words:
@@ -148,11 +147,11 @@ def add_words(
 
 
 def _known_start(word: str, vectors: Vectors, count: int) -> dict[str, Tensor]:
-    rows = {name: part.float().view(-1, part.shape[-1]) for name, part in vectors.items()}
-    if wrong := {len(part) for part in rows.values()} - {count}:
+    rows = {name: tensor.float().view(-1, tensor.shape[-1]) for name, tensor in vectors.items()}
+    if wrong := {len(tensor) for tensor in rows.values()} - {count}:
         number = wrong.pop()
         raise ConfigError(
-            f"the word {word!r} of init_adapter has {counted(number, 'vector')}; give "
+            f"the word {word!r} of init_adapter has {counted(number, 'vector')}; set "
             f"--num_new_tokens_per_abstraction {number}",
             "num_new_tokens_per_abstraction",
         )
@@ -160,23 +159,22 @@ def _known_start(word: str, vectors: Vectors, count: int) -> dict[str, Tensor]:
 
 
 def require_new(components: Components, words: Sequence[str]) -> None:
-    """Check that a model has none of the words as a token of its own.
+    """Check that no word is a token of the model.
 
     Raises:
-        ConfigError: If it has.
+        ConfigError: If a word is.
     """
     for word, tokenizer in product(words, components.tokenizers):
         if len(_ids(tokenizer, word)) == 1:
             raise ConfigError(
-                f"the new word {word!r} is one token of {components.name} already, which means "
-                f"something: choose another, such as {f'<{word}>'!r}, with --token and in the "
-                "prompts",
+                f"the new word {word!r} is already a token of {components.name} with a meaning; "
+                f"choose another, such as {f'<{word}>'!r}, with --token and in the prompts",
                 "token",
             )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    """A text's token ids without those of its start and end."""
+    """Return the token ids of a text without start and end token."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
 
@@ -184,10 +182,10 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _start(
     components: Components, word: str, concept: str, count: int, seed: int
 ) -> dict[str, Tensor]:
-    """A word's first vectors ``(count, C)`` by text encoder, float32 on the CPU.
+    """Return the initial vectors of a word ``(count, C)`` by text encoder, float32 on the CPU.
 
-    The concept's own where it has as many, else their mean for each; without a concept normal
-    ones of the table's standard deviation.
+    They are the vectors of the concept if it has ``count`` tokens, else their mean. Without a
+    concept they are normally distributed with the standard deviation of the table.
     """
     vectors = {}
     names = components.family.text_encoder_names
@@ -200,15 +198,15 @@ def _start(
             noise = torch.randn(count, table.shape[1], generator=generator)
             vectors[name] = noise * table.std()
             continue
-        found = table[_ids(tokenizer, concept)]
-        if len(found) not in (1, count):
+        initial = table[_ids(tokenizer, concept)]
+        if len(initial) not in (1, count):
             if " " not in concept.strip():
                 warnings.warn(
                     f"initializer_concept {quoted(concept)} is not a word of the model: it is "
-                    f"split into {len(found)} tokens, whose mean the new word {word} starts from; "
-                    "a common word for the same says more",
+                    f"split into {len(initial)} tokens, and the new word {word} starts from their "
+                    "mean; use a common word instead",
                     stacklevel=3,
                 )
-            found = found.mean(dim=0, keepdim=True)
-        vectors[name] = found.expand(count, -1).clone()
+            initial = initial.mean(dim=0, keepdim=True)
+        vectors[name] = initial.expand(count, -1).clone()
     return vectors

@@ -105,7 +105,7 @@ def test_what_was_cut_is_counted_by_each_adapter_s_own_words(
         cut[request.adapter] = [len(end.split()) for end in ends.values()]
     assert cut["long"] == [19, 20]
     assert cut[None] == cut["short"] == [0, 0]
-    warned = [str(w.message) for w in recwarn if "it will not see the end" in str(w.message)]
+    warned = [str(w.message) for w in recwarn if "the model will not see the end" in str(w.message)]
     assert len(warned) == 2  # of the prompt and the negative prompt, with the long word
     recwarn.clear()
     words = " <toy>" * 30  # 60 tokens with the word, and more of its letters without

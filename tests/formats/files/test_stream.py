@@ -80,7 +80,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path.write_bytes(WHOLE)
     with TensorReader(path) as reader:
         path.write_bytes(WHOLE[:-8])
-        with pytest.raises(TensorFileError, match="cut short while it was read"):
+        with pytest.raises(TensorFileError, match="truncated while it was read"):
             _ = [reader[name] for name in reader.specs]
 
 

@@ -120,10 +120,10 @@ def test_a_folder_with_the_ordinary_file_too_means_that(file, tmp_path):
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"seed": 6}, "are not those that it was trained with"),
-        ({"sha256": "0" * 64}, "are not those that it was trained with"),
+        ({"seed": 6}, "differ from the ones in training"),
+        ({"sha256": "0" * 64}, "differ from the ones in training"),
         ({"rank": 2**40}, "projections of"),
-        ({"rank": 0}, "not the sizes"),
+        ({"rank": 0}, "sizes must be positive"),
         ({"inputs": {"1x1": 8}}, "do"),
         ({"inputs": None}, "do not fit together"),
     ],

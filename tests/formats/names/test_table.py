@@ -12,9 +12,9 @@ def test_a_pair_that_is_not_one_to_one_is_refused() -> None:
         NameTable([("a", "x"), ("b", "x")])
     with pytest.raises(ValueError, match=r"not one-to-one: a$"):
         NameTable([("a", "x"), ("a", "y")])
-    with pytest.raises(ValueError, match=r"lie below another: a\.b$"):
+    with pytest.raises(ValueError, match=r"are below another: a\.b$"):
         NameTable([("a", "x"), ("a.b", "y")])
-    with pytest.raises(ValueError, match=r"lie below another: x\.y$"):
+    with pytest.raises(ValueError, match=r"are below another: x\.y$"):
         NameTable([("a", "x"), ("b", "x.y")])
 
 

@@ -289,7 +289,7 @@ def test_all_methods_that_cannot_be_trained_are_named_before_any_trial(
     bad = {
         "layers": ({"targets": ["nothing*"]}, "targets: the pattern 'nothing*' matches no layer"),
         "large": ({"rank": 512}, "rank 512 is larger than the layer"),
-        "skip": ({"clip_skip": 9}, "clip_skip is 9; the model's text encoders have 2 layers"),
+        "skip": ({"clip_skip": 9}, "clip_skip is 9, but the text encoders of the model have 2"),
         "start": ({"init_adapter": "no/where"}, "init_adapter: no/where is not"),
         "full": ({"method": "full", "full_weights": "targets", "targets": ["x*"]}, "targets: the "),
         "text": ({"train_text_encoder": True, "text_encoder_targets": ["x*"]}, "text_encoder_targ"),

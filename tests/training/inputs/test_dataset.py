@@ -200,15 +200,15 @@ def check(tmp_path, captions, **settings):
     ("captions", "settings", "message"),
     [
         (["a sks dog", "sks, on grass"], {}, ""),
-        (["a sks dog\na dog"], {}, "1 caption of several lines: they are joined to one caption"),
+        (["a sks dog\na dog"], {}, "1 caption of several lines, which are joined; set"),
         (["a sks dog\na dog"], {"caption_per_line": True}, "missing from 1 of 2 captions: 'a dog'"),
         (["a sks dog"], {"caption_per_line": True}, "no effect because no caption file has two li"),
         (["a {sks|red} dog"], {"wildcards": True}, "missing from 1 of 2 captions: 'a red dog'"),
         (["a {sks|my sks} dog"], {"wildcards": True}, ""),
-        (["a {big|} sks dog"], {}, "'a {big|} sks dog' is read as it is, with its braces"),
+        (["a {big|} sks dog"], {}, "'a {big|} sks dog' is used literally, with its braces"),
         (["a sks dog"], {"wildcards": True}, "wildcards has no effect because no caption has"),
         (["a sks dog"], {"tag_dropout": 0.1}, "tag_dropout has no effect because no caption has"),
-        (["sun, a sks dog"], {"tag_dropout": 0.1}, "may leave out the token 'sks' of 'sun, a"),
+        (["sun, a sks dog"], {"tag_dropout": 0.1}, "may drop the token 'sks' of 'sun, a"),
         (["sun, a sks dog, sea"], {"tag_dropout": 0.1, "keep_tags": 2}, ""),
         (["sun, sea"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, ""),
         (["sun"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, "tag_dropout has no effect"),
@@ -235,7 +235,7 @@ def test_what_of_captions_has_no_effect_or_may_lack_the_token_is_said(
         ("a {red|blue} dog", {"wildcards": True}, "is not in the caption 'a red dog'"),
         ("a sks dog\na dog", {"caption_per_line": True, **PRIOR}, "1 caption of 2 without the tok"),
         ("a {sks|red} dog", {"wildcards": True, **PRIOR}, "first: 'a red dog'"),
-        ("sun, sks dog", {"tag_dropout": 0.1, **PRIOR}, "may leave out the token 'sks'"),
+        ("sun, sks dog", {"tag_dropout": 0.1, **PRIOR}, "may drop the token 'sks'"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")

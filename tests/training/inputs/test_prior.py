@@ -190,15 +190,15 @@ def test_class_images_that_are_left_out_are_said(reg):
     for place in (reg / "generated-0", reg / "old", reg / "4_jug"):
         place.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(place / "x.png")
-    with pytest.warns(UserWarning, match="left out") as told:
+    with pytest.warns(UserWarning, match="ignored") as told:
         assert len(own_class_images(reg)) == 4
     said = [str(w.message) for w in told if w.category is UserWarning]
     assert [line.removeprefix(str(reg)) for line in said] == [
-        "/4_jug: its 4 repeats have no effect; class images take turns",
-        ": left out 1 photo in old; put class images into the folder itself, or into folders "
-        "named like '1_dog'",
+        "/4_jug: its 4 repeats have no effect, since all class images are used equally often",
+        ": ignored 1 photo in old; put class images into the folder itself, or into folders "
+        "with names such as '1_dog'",
     ]
-    with pytest.warns(UserWarning, match="has 4 class images, of which num_class_images 2 are"):
+    with pytest.warns(UserWarning, match="has 4 class images, but num_class_images 2 are"):
         make(reg, 2, [])
 
 

@@ -52,7 +52,7 @@ def test_a_class_is_known_by_its_last_word(word: str, is_known: bool) -> None:
 def test_only_an_embedded_model_is_a_toy() -> None:
     warning = outside_toy_world("embedded:tiny-sd", " dog ")
     assert warning.startswith("embedded:tiny-sd is a toy model of a drawn world: it knows ")
-    assert "and no dog." in warning
+    assert "but no dog." in warning
     assert outside_toy_world("embedded:tiny-sd", "mug") == ""
     assert outside_toy_world("embedded:tiny-sd", " ") == ""
     assert outside_toy_world("org/model", "dog") == ""
@@ -171,7 +171,7 @@ def entry_of(token: str, word: str, folder: str = "photos") -> dict[str, str]:
 @pytest.mark.parametrize(
     ("setting", "entries", "words"),
     [
-        ("token", [entry_of("sks", "dog"), entry_of("SKS", "cat")], "'SKS' means a 'dog' and a"),
+        ("token", [entry_of("sks", "dog"), entry_of("SKS", "cat")], "'SKS' denotes a 'dog' and"),
         ("dataset_config", [entry_of("sks", "dog"), {"token": "zwx"}],
          "entry 2: instance_data_dir is not set"),
         ("dataset_config", [entry_of("sks", "dog") | {"token": "zwx"}],
@@ -196,7 +196,9 @@ def test_a_photo_of_two_subjects_and_a_missing_folder_are_refused_at_once(photos
     other.mkdir()
     shutil.copy(photos / "02.jpg", other / "copy.jpg")
     entries = [entry_of("sks", "mug", str(photos)), entry_of("zwx", "cup", str(other))]
-    with pytest.raises(PhotoError, match=r"copy\.jpg is the same photo as .*02\.jpg, and would be"):
+    with pytest.raises(
+        PhotoError, match=r"copy\.jpg is the same photo as .*02\.jpg, but they belong"
+    ):
         list_subjects(subjects_of(TrainConfig(dataset_config=entries)))
     same_subject = [entries[0], entry_of("sks", "mug", str(other))]
     assert len(list_subjects(subjects_of(TrainConfig(dataset_config=same_subject)))) == 2

@@ -27,7 +27,7 @@ def test_the_card_of_an_input_axis_promises_what_docs_formats_says(tmp_path: Pat
     card = model_card(config, subjects_of(config), metadata, tmp_path / KOHYA_FILE, "2 layers", {})
     text = " ".join(card.split())
     assert "which ComfyUI 0.3.64, Forge and A1111 compute as it was trained." in text
-    assert "What they compute from a DoRA may change" in text
+    assert "Their handling of DoRA may change" in text
     assert "compute exactly" not in text
 
 

@@ -202,7 +202,7 @@ def test_an_error_while_the_weights_move_saves_nothing(tiny_run, tmp_path, monke
     monkeypatch.setattr(AcceleratedOptimizer, "step", step)
     config = tiny_run(max_train_steps=6, checkpointing_steps=2)
     with (
-        pytest.warns(UserWarning, match=r"of step 3 was saved .* while the weights were changed"),
+        pytest.warns(UserWarning, match=r"of step 3 was saved .* interrupted an update"),
         pytest.raises(MemoryError),
     ):
         train(config)
@@ -244,11 +244,11 @@ def test_a_disk_without_room_costs_the_checkpoint_and_not_the_run(tiny_run, tmp_
     config = tiny_run(checkpointing_steps=2, max_train_steps=4)
     no_room(monkeypatch, 100_000)
     with pytest.warns(
-        UserWarning, match=r"no checkpoint at step 2: it takes 1\.\d MB, and the disk"
+        UserWarning, match=r"no checkpoint at step 2: it needs 1\.\d MB, but the disk"
     ) as said:
         result = train(config)
     lines = [str(one.message) for one in said if "no checkpoint at step" in str(one.message)]
-    assert ["checkpoint-2 was removed for it" in line for line in lines] == [False, True]
+    assert ["checkpoint-2 was removed to make room" in line for line in lines] == [False, True]
     assert (result.steps, result.checkpoint) == (4, None)
     assert same(result.adapter, expected)
     assert checkpoints_in(tmp_path / "out") == []

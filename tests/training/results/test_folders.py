@@ -122,10 +122,10 @@ def test_a_run_does_not_write_among_photos_or_a_models_files(
 def test_photos_are_not_read_from_a_folder_that_the_run_writes_to(place, tiny_run, tmp_path):
     (tmp_path / "out" / place).mkdir(parents=True)
     config = tiny_run(instance_data_dir=str(tmp_path / "out" / place))
-    with refused("instance_data_dir", "the run's", "are one folder"):
+    with refused("instance_data_dir", "the run's", "are the same folder"):
         check_folders(config)
     held_out = tiny_run(validation_data_dir=str(tmp_path / "out" / place))
-    with refused("validation_data_dir", "the run's", "are one folder"):
+    with refused("validation_data_dir", "the run's", "are the same folder"):
         check_folders(held_out)
 
 
@@ -141,8 +141,8 @@ def test_photos_in_a_folder_of_their_own_inside_are_fine(tiny_run, photos, tmp_p
     ("place", "message"),
     [
         ("photos", "the folder of the subject's photos"),
-        ("out", "where the run writes"),
-        ("out/samples", "where the run writes"),
+        ("out", "the run writes its own files"),
+        ("out/samples", "the run writes its own files"),
     ],
 )
 def test_class_images_have_a_folder_of_their_own(place, message, tiny_run, tmp_path):

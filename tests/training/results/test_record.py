@@ -79,8 +79,8 @@ def test_resuming_with_other_versions_is_said_in_one_line_with_both(half, tmp_pa
     (line,) = said(half)
     torch_now, diffusers_now = str(torch.__version__), metadata.version("diffusers")
     assert line == (
-        "checkpoint-1 was written with torch 2.4.0, diffusers 0.30.0, and this run has torch "
-        f"{torch_now}, diffusers {diffusers_now}: the resumed run is not the same to the last bit"
+        "checkpoint-1 was written with torch 2.4.0, diffusers 0.30.0, but this run has torch "
+        f"{torch_now}, diffusers {diffusers_now}: the resumed run will not be bitwise identical"
     )
     before, after = recorded(tmp_path / "out")
     assert (before["from_step"], before["torch"]) == (1, "2.4.0")

@@ -193,14 +193,14 @@ def test_a_finished_result_is_not_replaced_by_one_of_other_settings(tiny_run, tm
         ({"learning_rate": 0.1}, "learning_rate (8e-05 -> 0.1)"),
         ({"train_batch_size": 2}, "train_batch_size (1 -> 2)"),
     ):
-        with refused("output_dir", "a finished result", text):
+        with refused("output_dir", "contains a result", text):
             train(replace(longer, **changes))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     # Neither by another run's checkpoint; elsewhere it trains, with what it likes.
     branch = replace(longer, output_dir=str(tmp_path / "b"), learning_rate=2e-4)
     branch = replace(branch, resume_from_checkpoint=str(out / "checkpoint-1"))
     assert train(branch).steps == 2
-    with refused("output_dir", "is of another run"):
+    with refused("output_dir", "belongs to another run"):
         train(replace(longer, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")))
     # Samples and the machine's precision are not what was learned from.
     longer = replace(longer, mixed_precision="bf16", validation_inference_steps=3)
@@ -313,7 +313,7 @@ def test_photos_that_were_moved_and_renamed_resume_with_a_warning(again):
     photos = Path(again.instance_data_dir)
     (photos / "01.jpg").rename(photos / "zz.jpg")
     (photos / "01.mask.png").rename(photos / "zz.mask.png")
-    with pytest.warns(UserWarning, match="come in another order"):
+    with pytest.warns(UserWarning, match="have another order"):
         assert not train(again).interrupted
 
 
@@ -387,10 +387,10 @@ def test_class_images_are_compared_by_content():
     state = {"config": TrainConfig().to_dict(), "contents": before}
     check_same_run("checkpoint-2", state, TrainConfig(), before)
     missing = "1 class image missing (class-00000.png); 1 class image new"
-    with refused("resume_from_checkpoint", missing, "they follow validation_inference_steps"):
+    with refused("resume_from_checkpoint", missing, "they depend on validation_inference_steps"):
         check_same_run("checkpoint-2", state, TrainConfig(), now)
     captioned = {"images": [], "class_images": [row | {"caption": "a cup"}]}
-    with refused("resume_from_checkpoint", "another caption of class-00000.png ('a mug' -> "):
+    with refused("resume_from_checkpoint", "new caption of class-00000.png ('a mug' -> "):
         check_same_run("checkpoint-2", state, TrainConfig(), captioned)
 
 
@@ -443,7 +443,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(change, words, a
     with refused("resume_from_checkpoint", words) as error:
         train(again)
     text = str(error.value)
-    assert text.endswith(f"begin a new run with --init_adapter {folder}")
+    assert text.endswith(f"start a new run with --init_adapter {folder}")
     output = str(folder.parent.with_name("new"))
     fresh = replace(again, resume_from_checkpoint=None, output_dir=output, init_adapter=str(folder))
     assert train(fresh).steps == 3

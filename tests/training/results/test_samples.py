@@ -131,6 +131,6 @@ def test_samples_that_a_full_disk_refuses_are_a_warning(tiny_run, tmp_path, monk
         result = train(config)
     told = [str(one.message) for one in caught if "No space left" in str(one.message)]
     assert told[0].startswith("no samples at step 1: ")
-    assert told[1].startswith("the adapter is written, but not all of its samples and card: ")
+    assert told[1].startswith("the adapter was written, but not all of its samples and card: ")
     assert read_adapter(result.adapter).layers
     assert os.listdir(tmp_path / "out")

@@ -348,7 +348,7 @@ def test_the_best_is_kept_without_other_checkpoints_and_its_loss_is_said(
     assert names(tmp_path / "out") == ["checkpoint-2"]
     scripted[0] = 0.01
     shutil.rmtree(tmp_path / "out")
-    with pytest.warns(UserWarning, match=r"lower than the base model's \(0.01\)"):
+    with pytest.warns(UserWarning, match=r"never below the base model's \(0.01\)"):
         train(replace(config, max_train_steps=1))
 
 
@@ -375,7 +375,7 @@ def test_losses_of_other_photos_are_dropped(scripted, short, folders, tmp_path) 
     longer = replace(
         config, validation_data_dir=str(other), max_train_steps=4, resume_from_checkpoint="latest"
     )
-    with pytest.warns(UserWarning, match="other photos or captions are held out than before"):
+    with pytest.warns(UserWarning, match="the held-out photos or captions have changed"):
         assert train(longer).result_step == 3, "the loss is taken again where it resumes"
 
 

@@ -226,7 +226,7 @@ def test_an_adapter_in_the_folder_that_is_written_is_refused(tiny_run, other, tm
     (tmp_path / "out").mkdir()
     shutil.copy(other, tmp_path / "out")
     config = tiny_run(init_adapter=str(tmp_path / "out"), overwrite_output_dir=True)
-    with refused("init_adapter", "are one folder"):
+    with refused("init_adapter", "are the same folder"):
         train(config)
     assert read_adapter(tmp_path / "out").layers
 

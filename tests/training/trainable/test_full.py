@@ -366,7 +366,7 @@ def test_the_share_of_what_was_learned_that_a_file_keeps(full_config, half_base,
         full_config, pretrained_model_name_or_path=str(half_base), learning_rate=1e-5,
         checkpointing_steps=STEPS, train_text_encoder=True, text_encoder_lr=3e-5,
     )  # fmt: skip
-    with pytest.warns(UserWarning, match=r"saved in float16, which keeps \d+% of what training"):
+    with pytest.warns(UserWarning, match=r"saved in float16, which preserves \d+% of the changes"):
         rounded = train(config)
     whole = train(replace(config, save_precision="float32", output_dir=str(tmp_path / "whole")))
     before, after, learned = (stored(m) for m in (half_base, rounded.model, whole.model))
@@ -431,7 +431,7 @@ def test_the_last_line_says_what_the_file_keeps(full_config, half_base, tmp_path
         r"the file keeps (.*)% of what training changed", printed.out.splitlines()[-1]
     )[1])  # fmt: skip
     assert 0 <= share < 90
-    assert printed.err.count("--save_precision float32 keeps all of it") == 1
+    assert printed.err.count("--save_precision float32 to preserve all of them") == 1
     assert cli.main([*flags, str(tmp_path / "b"), "--save_precision", "fp32"]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == "the file keeps 100.0% of what training changed"

@@ -457,7 +457,7 @@ def test_several_subjects_are_one_run_each_with_its_own_words(
     add_photos(context.workspace, other, [photo(tmp_path / "b.png")])
     asked = [*fields(subject, "a photo of a {subject} at night"), [other]]
     said = html.unescape(handler(context, "plan")(*asked)[0])
-    assert "the token 'sks' means a 'mug' and a 'cat'; give each subject a token of its own" in said
+    assert "the token 'sks' denotes a 'mug' and a 'cat'; give each subject its own token" in said
     keep_words(context.workspace, other, "cat", "zwx")
     _, command = handler(context, "plan")(*asked)
     assert "--dataset_config subjects.yaml" in html.unescape(command)
@@ -485,7 +485,7 @@ def test_a_photo_of_two_subjects_is_said_before_the_start(
     asked = [*fields(subject, "a photo of a {subject}"), [other]]
     with pytest.raises(gradio.Error, match=r"Rex/002.jpg is the same photo as Mug/001") as wrong:
         handler(context, "start")("", *asked)
-    assert "'sks mug' and 'zwx dog'; leave it to one" in html.unescape(str(wrong.value))
+    assert "'zwx dog' and 'sks mug'; remove it" in html.unescape(str(wrong.value))
     assert not ids_in(tmp_path / "runs")
 
 
@@ -565,7 +565,7 @@ def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
 def test_a_model_that_is_not_there_is_said_before_the_start(context: Context, subject: str) -> None:
     for name, message in (
         ("/no/such/model.safetensors", "does not exist; choose a Diffusers folder"),
-        (str(context.workspace.root), "is a folder but not a diffusers pipeline"),
+        (str(context.workspace.root), "is not a diffusers pipeline"),
     ):
         assert message in html.unescape(handler(context, "plan")(*asked(context, subject, name))[0])
     # The hub is asked only at the start.
