@@ -286,6 +286,19 @@ def test_compiled_layers_compute_from_what_the_scope_made(axis: str, monkeypatch
     assert worst(results(model, square()), reference) < 1e-5
 
 
+def test_compiled_layers_compute_from_what_a_stack_made(monkeypatch) -> None:
+    """Under autocast none of it is there before a block is called."""
+    plain, x = stack(("blocks.?.conv", "blocks.?.linear")), square()
+    model = compiled(plain, "eager")
+    layers = [layer for _, layer in adapted_layers(model)]
+    adapters = AdapterStack(layers, [[layer.adapters["default"]] for layer in layers])
+    with norm_scope(plain), torch.autocast("cpu", torch.bfloat16):
+        expected = plain(x)
+    monkeypatch.setattr("dora_diffusion.adapters.layers.factors_of", None)
+    with adapters.scope(), adapters.of(0), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_a_scope_that_opens_as_the_model_is_called_serves_its_blocks(monkeypatch) -> None:
     """As that of an offloaded model does."""
     plain = stack(("blocks.?.conv", "blocks.?.linear"))
