@@ -327,7 +327,7 @@ def require_adapters(models: Iterable[nn.Module], names: Iterable[str | None]) -
     missing = [name for name in names if name is not None and name not in known]
     if missing:
         there = listing(known) or "none"
-        raise ValueError(f"no layer has an adapter named {missing[0]!r}; there are {there}")
+        raise ValueError(f"the models have no adapter named {missing[0]!r}; there are {there}")
 
 
 @contextmanager
