@@ -1,8 +1,8 @@
-"""Regional compilation: the repeated blocks of a UNet by `torch.compile`, adapters included.
+"""Regional compilation of a UNet: its repeated blocks by `torch.compile`, adapters included.
 
-Most of a UNet is a few kinds of blocks, repeated. Compiled one kind at a time, they take seconds to
-a minute where the whole UNet takes many, and what runs between them stays as it is: names of
-parameters, gradient checkpointing around a block, hooks on the model.
+Most of a UNet consists of a few kinds of blocks, repeated. Compiling one kind at a time takes
+seconds to a minute; compiling the whole UNet takes many minutes. The code between the blocks is
+unchanged: names of parameters, gradient checkpointing around a block, hooks on the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.arguments import check_arguments
 
-# By name, as Diffusers' own `_repeated_blocks` has it: importing their classes imports Diffusers.
+# By name, as in Diffusers' `_repeated_blocks`: importing the classes would import Diffusers.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 _REMEDIES = {
@@ -36,13 +36,13 @@ _REMEDIES = {
 
 
 def require_compiler(device: torch.device | str) -> None:
-    """Compile one small function, which needs all that a large one does.
+    """Check that ``torch.compile`` works for a device, by compiling one small function.
 
     Raises:
-        ConfigError: If this machine cannot compile for the device, with what to install.
+        ConfigError: If this machine cannot compile for the device; names the packages to install.
     """
     device = torch.device(device)
-    # Where torch keeps it by itself, another user may have made the folder first.
+    # Another user of this machine may own torch's default cache folder.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(system.private_folder("compiled")))
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
@@ -60,16 +60,17 @@ def require_compiler(device: torch.device | str) -> None:
 def compile_blocks(model: nn.Module, **options: Any) -> int:
     """Compile a UNet's transformer and residual blocks, in place, when they are first called.
 
-    Blocks of one kind share what is compiled; sizes of images, prompts and batches that turn out to
-    vary become dynamic. The state dict keeps its keys. Adapters may be attached before or after;
-    open a `norm_scope`, as without compiling: otherwise each call computes dense norms.
+    Blocks of one kind share compiled code. Sizes of images, prompts and batches become dynamic when
+    they vary between calls. The keys of the state dict do not change. Adapters may be attached
+    before or after. Open a `norm_scope`, as without compiling: otherwise each call computes dense
+    norms.
 
     Args:
         model: A ``UNet2DConditionModel`` of Diffusers, or any model with such blocks.
-        options: What else ``torch.compile`` takes.
+        options: Further arguments of ``torch.compile``.
 
     Returns:
-        How many kinds of blocks there are, each of which is compiled for itself.
+        The number of kinds of blocks. Each kind is compiled separately.
 
     Raises:
         ValueError: If the model has no such block.
@@ -83,7 +84,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no block to compile: {' or '.join(BLOCKS)}")
-    # It splits graphs by the buckets of gradients that are reduced together; blocks are small.
+    # DDPOptimizer would split graphs by gradient buckets, but blocks are small already.
     torch._dynamo.config.optimize_ddp = False
     kinds: dict[Any, Callable[..., Any]] = {}
     for block in blocks:
@@ -91,7 +92,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
         if kind not in kinds:
             kinds[kind] = torch.compile(_caller(block, len(kinds)), **options)
         layers = [m for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        # What `nn.Module.compile` sets too, but for each block apart. Copies go without.
+        # `nn.Module.compile` sets this too, but compiles each block. Copies of a block lose it.
         block._compiled_call_impl = partial(_run, kinds[kind], block, layers)
     return len(kinds)
 
@@ -103,11 +104,11 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 
 
 def _caller(block: nn.Module, number: int) -> Callable[..., Any]:
-    """A function that calls a block, with a code of its own.
+    """Return a function that calls a block, with a separate code object for each kind of block.
 
-    Torch keeps compiled graphs by code, at most 8 for one, and learns by code which sizes vary.
-    SDXL has 12 kinds of residual blocks: with one code for all, the channels would vary too, and
-    blocks beyond the limit would run uncompiled.
+    Torch caches compiled graphs per code object, at most 8 each, and also marks dynamic sizes per
+    code object. SDXL has 12 kinds of residual blocks: with one code object for all, the channels
+    would become dynamic, and blocks beyond the limit would run uncompiled.
     """
     code = _call.__code__.replace(co_name=f"{type(block).__name__}_{number}")
     return FunctionType(code, _call.__globals__)
@@ -121,14 +122,15 @@ def _run(
     compiled: Callable[..., Any], block: nn.Module, layers: Sequence[nn.Module], /,
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """Call a block, after the factors of the scope's plan were made, which it cannot do itself.
+    """Compute the factors of the open scope, which a compiled block cannot do, and call the block.
 
-    Not before the whole model runs: the scope of an offloaded model opens as that is called.
+    The scope of an offloaded model opens only when the model is called, so this cannot be done
+    before.
     """
     adapted = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
     routes = [layer.route for layer in adapted if layer.route is not None]
     if any(route.is_mixed for route in routes):
-        # Each mixture of adapters would be compiled for itself, and the base for each step.
+        # Each mixture of adapters would be compiled separately, and the base at each step.
         return block._call_impl(*args, **kwargs)
     for route in routes:
         route.prepare()
@@ -137,6 +139,6 @@ def _run(
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run compiled blocks as they are: where few calls would not pay for compiling them again."""
+    """Run compiled blocks eagerly inside the block, for calls too few to be worth recompiling."""
     with torch.compiler.set_stance("force_eager"):
         yield

@@ -1,4 +1,4 @@
-"""A new adapter's weights for a layer, random or another adapter's, and what was adapted."""
+"""Initial weights of a new adapter, random or from another adapter, and the report on it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
 if TYPE_CHECKING:
     from dora_diffusion.numerics.projections import Projections
 
-# Up to the innermost of numbered blocks: what is behind it names a layer in all of them.
+# Path up to the innermost numbered block; the rest names the same layer in every block.
 _BLOCKS = re.compile(r".*\b\w+s\.\d+\.")
 
 
 @dataclass(frozen=True)
 class AdaptedLayerReport:
-    """One line of an `InjectionReport`; the shape is ``(out, in, *k)``, however it is stored."""
+    """One layer of an `InjectionReport`. The shape is ``(out, in, *k)`` for every kind of layer."""
 
     path: str
     kind: str
@@ -42,14 +42,14 @@ class AdaptedLayerReport:
 class InjectionReport:
     """Adapted layers and their trained parameters: ``r * (fan_in + out)`` and magnitudes.
 
-    Of an adapter with another parametrization than A and B, ``rank`` is what it trains.
+    With a parametrization, ``rank`` is the rank of the trained parameters, not of A and B.
     """
 
     layers: tuple[AdaptedLayerReport, ...]
 
     @classmethod
     def of(cls, adapters: Mapping[str, LayerAdapter]) -> InjectionReport:
-        """The report on adapters by the path of their layer."""
+        """Return the report on adapters, given by the path of their layer."""
         lines = []
         for path, adapter in adapters.items():
             weights, rank = adapter.weights(), adapter.down.shape[0]
@@ -60,7 +60,7 @@ class InjectionReport:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of the adapter."""
+        """Number of trainable parameters of the adapter."""
         return sum(layer.parameters for layer in self.layers)
 
     def __str__(self) -> str:
@@ -71,10 +71,10 @@ class InjectionReport:
 
 
 def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
-    """Refuse a rank that is larger than a layer; VeRA's random projections may have any.
+    """Check that the rank is no larger than the layer; VeRA's projections may have any rank.
 
     Raises:
-        ValueError: With the setting and the largest rank.
+        ValueError: If it is larger; names the setting and the largest rank.
     """
     _check_variant(path, module, config)
     if config.parametrization == "vera":
@@ -96,19 +96,19 @@ def _rank_and_alpha(path: str, module: nn.Module, config: AdapterConfig) -> tupl
 
 
 def _own_alpha(path: str, module: nn.Module, config: AdapterConfig) -> float | None:
-    """The alpha of a layer in ``alpha_pattern``; None where no pattern names it."""
+    """Return the alpha of a layer in ``alpha_pattern``; None if no pattern names it."""
     return config.alpha_pattern.get(first_naming(config.alpha_pattern, path, module))
 
 
 def _rank_setting(path: str, module: nn.Module, config: AdapterConfig) -> str:
-    """The setting that a layer has its rank from."""
+    """Return the name of the setting that gives a layer its rank."""
     if pattern := first_naming(config.rank_pattern, path, module):
         return f"rank_pattern {pattern}"
     return "conv_rank" if is_conv(module) else "rank"
 
 
 def _check_variant(path: str, module: nn.Module, config: AdapterConfig) -> None:
-    """Refuse what only layers with A and B of their own can have."""
+    """Check that the layer supports the initialization and parametrization of the config."""
     if config.init == "random" and config.parametrization == "low-rank":
         return
     if layer_kind(module) == "embedding" or layer_groups(module) != 1:
@@ -127,15 +127,15 @@ def _check_variant(path: str, module: nn.Module, config: AdapterConfig) -> None:
 def check_start(
     modules: Mapping[str, nn.Module], config: AdapterConfig, start: Mapping[str, LayerWeights]
 ) -> None:
-    """Refuse another adapter that the layers of a config cannot start from.
+    """Check that an adapter of this config can start from another adapter.
 
     Args:
         modules: The layers that the config adapts, by path.
-        config: What the adapter is made of.
+        config: Settings of the new adapter.
         start: The other adapter's layers, by path.
 
     Raises:
-        ConfigError, ValueError: With what to change.
+        ConfigError, ValueError: If it cannot; names the setting to change.
     """
     config.check_start()
     if left := [path for path in start if path not in modules]:
@@ -166,9 +166,9 @@ def _check_start_ranks(
         have[name], _ = _rank_and_alpha(path, modules[path], config)
     names = sorted(needed, reverse=True)
     if larger := [f"{name} {needed[name]}" for name in names if needed[name] > have[name]]:
-        asked = listing([f"{name} {rank}" for name, rank in have.items()])
+        configured = listing([f"{name} {rank}" for name, rank in have.items()])
         raise ValueError(
-            f"it has {' and '.join(larger)}, more than {asked}; set {' and '.join(larger)} or "
+            f"it has {' and '.join(larger)}, more than {configured}; set {' and '.join(larger)} or "
             "more, or make it smaller with dora-diffusion convert --to smaller-rank"
         )
 
@@ -179,14 +179,14 @@ def fresh_adapters(
     generator: torch.Generator | None,
     start: Mapping[str, LayerWeights] | None = None,
 ) -> dict[str, LayerAdapter]:
-    """A new adapter for each layer by its path: float32, m = norm(W + delta).
+    """Return a new adapter for each layer, by path: float32, m = norm(W + delta).
 
     Args:
-        modules: The layers.
-        config: What the adapter is made of.
-        generator: Draws what is random. None uses the global one.
-        start: Another adapter's layers, by path. They change the model as they did there, up to
-            the rounding of a rank or scale that differs; all other layers change nothing.
+        modules: The layers, by path.
+        config: Settings of the adapter.
+        generator: Generator of the random weights. None uses the global one.
+        start: Another adapter's layers, by path. The new adapter changes the model as the other
+            does, up to rounding where rank or scale differ. Its other layers change nothing.
     """
     projections = None
     if config.parametrization == "vera":
@@ -232,7 +232,7 @@ def _fresh_adapter(
 def _started(
     fresh: LayerWeights, other: LayerWeights, weight: torch.Tensor, keep_scale: bool
 ) -> LayerWeights:
-    """A fresh layer with another adapter's weights in its first ranks; the rest adds nothing."""
+    """Return fresh weights with another adapter's in the first ranks; other ranks add nothing."""
     other, rank = other.to(fresh.down.device), other.rank
     up, alpha = other.up, fresh.alpha
     if keep_scale:
@@ -251,12 +251,12 @@ def _started(
 def _random_factors(
     weight: torch.Tensor, rank: int, kind: LayerKind, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0.
+    """Return A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as in PEFT, and B = 0.
 
-    Of an Embedding, as in PEFT, A = 0 and B from N(0, 1): A has a column for each row of the table,
-    so that rows that are never looked up keep their direction.
+    Embedding (as in PEFT): A = 0 and B from N(0, 1). A has a column for each row of the table, so
+    rows that are never looked up keep their direction.
     """
-    # Drawn on the generator's device, so that a seed gives the same adapter on every device.
+    # Draw on the generator's device, so that a seed gives the same adapter on every device.
     source = torch.device("cpu") if generator is None else generator.device
     down = torch.zeros(rank, *weight.shape[1:], device=source)
     up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=source)

@@ -61,14 +61,14 @@ def inject_adapters(
         model: Any module tree with layers that can carry adapters (`adapters.kinds`). It is frozen
             and changed in place.
         config: Targets, ranks and norm axis.
-        name: Name of the adapter; several can be on one model.
+        name: Name of the adapter. A model can have several.
         generator: Draws A. None uses the global one.
         start: Another adapter's weights to start from, by path: `adapters.state.by_component`.
 
     Raises:
         TargetError: If a target matches no layer.
-        ValueError: If a rank is larger than a layer, an adapter of this name is there already, or
-            none of this config can start from the other's weights.
+        ValueError: If a rank is larger than a layer, the model already has an adapter of this name,
+            or an adapter of this config cannot start from the other's weights.
 
     Example:
         >>> import torch
@@ -84,10 +84,10 @@ def inject_adapters(
 def layers_to_adapt(
     model: nn.Module, config: AdapterConfig, start: Mapping[str, LayerWeights] | None = None
 ) -> dict[str, nn.Module]:
-    """The layers that `inject_adapters` puts adapters on, by path, checked as it checks them.
+    """Return the layers that `inject_adapters` would adapt, by path, after the same checks.
 
     Raises:
-        TargetError, ValueError: As there.
+        TargetError, ValueError: As in `inject_adapters`.
     """
     modules = {path: model.get_submodule(path) for path in match_targets(model, config.targets)}
     for setting in PATTERNS:
@@ -100,18 +100,20 @@ def layers_to_adapt(
 
 
 def attach_adapters(model: nn.Module, weights: Mapping[str, LayerWeights], *, name: str) -> None:
-    """Freeze the model and put given weights on its layers, by path, each on its layer's device.
+    """Freeze the model and attach adapters with these weights to its layers, by path.
+
+    Each adapter is moved to the device of its layer.
 
     Raises:
-        ValueError: If the model lacks a layer, shapes differ, or the name is taken: all of them
-            are listed, and nothing was changed.
+        ValueError: If the model lacks a layer, shapes differ, or the name is taken. The message
+            lists all problems, and the model is unchanged.
     """
     _attach(model, {path: LayerAdapter(layer) for path, layer in weights.items()}, name)
 
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """All adapters of some models. One set at a time is attached to a model.
+    """All adapters of some models. A model can have one set attached at a time.
 
     Attributes:
         layers: Each layer with its adapters, and with its ``keep_output``.
@@ -121,12 +123,12 @@ class AdapterSet:
 
     @classmethod
     def of(cls, *models: nn.Module) -> AdapterSet:
-        """Return the adapters that are attached to models."""
+        """Return the set of adapters that are attached to models."""
         layers = [layer for model in models for _, layer in adapted_layers(model)]
         return cls([(layer, layer.adapters, layer.keep_output) for layer in layers])
 
     def trained(self) -> list[LayerAdapter]:
-        """Return the adapter that trains, on each layer."""
+        """Return the trained adapter of each layer."""
         return [cast(LayerAdapter, adapters[DEFAULT_NAME]) for _, adapters, _ in self.layers]
 
     def attach(self) -> None:
@@ -150,11 +152,11 @@ def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -
     reasons = [_mismatch_reason(model, path, part, name) for path, part in adapters.items()]
     if problems := [reason for reason in reasons if reason]:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems))
-    own = [module for _, module in own_modules(model)]
-    for parameter in (p for module in own for p in module.parameters(recurse=False)):
+    modules = [module for _, module in own_modules(model)]
+    for parameter in (p for module in modules for p in module.parameters(recurse=False)):
         parameter.requires_grad_(False)
     # An activation such as ``ReLU(inplace=True)`` may overwrite a layer's output.
-    keep_output = not any(getattr(module, "inplace", False) is True for module in own)
+    keep_output = not any(getattr(module, "inplace", False) is True for module in modules)
     for path, adapter in adapters.items():
         layer = adapt_layer(model.get_submodule(path), keep_output)
         # The module knows how it stores its weight; a file may not.
@@ -170,14 +172,14 @@ def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: s
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        return f"there is no layer {path}"
+        return f"the model has no layer {path}"
     if reason := obstacle(module):
         return f"{path} is a {reason}"
     if adapter.kind == "embedding" != layer_kind(module):
         return f"{path} is a {type(module).__name__}, the adapter is for an Embedding"
     shape = tuple(layer_matrix(module).shape)
-    if (wanted := adapter.weights().weight_shape) != shape:
-        return f"{path} has shape {shape}, the adapter's is {wanted}"
+    if (adapter_shape := adapter.weights().weight_shape) != shape:
+        return f"{path} has shape {shape}, the adapter's is {adapter_shape}"
     if isinstance(module, AdaptedLayer) and name in module.adapters:
         return f"{path} already has an adapter named {name!r}; remove it first"
     return None
@@ -217,7 +219,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
             restores them bit for bit. False drops both.
 
     Raises:
-        ValueError: If a weight is quantised, before anything is written.
+        ValueError: If a weight is quantised. No weight is written then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -237,11 +239,13 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     def merged(layer: AdaptedLayer) -> torch.Tensor | None:
         return None if layer.is_merged else layer.merged()
 
-    # Of a GPU's streams, a new thread knows the default one only; and one weight of two layers
-    # takes one merge after the other.
+    # Merging ahead in a thread is for distinct weights on the CPU: a new thread uses the default
+    # CUDA stream, and a weight that two layers share is merged twice, in order.
     weights = {layer.weight.data_ptr() for layer in layers if layer.weight.device.type == "cpu"}
     is_ahead = len(weights) == len(layers)
-    results = map_ahead(merged, layers) if is_ahead else ((each, merged(each)) for each in layers)
+    results = (
+        map_ahead(merged, layers) if is_ahead else ((layer, merged(layer)) for layer in layers)
+    )
     for layer, weight in results:
         if weight is not None:
             layer.merge(weight)
@@ -279,19 +283,19 @@ def set_strength(
 
     Args:
         model: A model with adapters.
-        strength: 0 is exactly the base; 1 is exactly the adapter, if ``direction`` and
-            ``magnitude`` are 1; or all three. None leaves a strength unchanged.
-        direction: Scales the low-rank update before the norm is taken.
-        magnitude: Moves the magnitude by this share of its change.
+        strength: 0 is exactly the base. 1 is exactly the adapter, if ``direction`` and
+            ``magnitude`` are 1. `Strengths` sets all three. None leaves a strength unchanged.
+        direction: Factor of the low-rank update, applied before the norm is computed.
+        magnitude: Share of the magnitude's change that is applied.
         name: The adapter. None means all.
 
     Raises:
-        ValueError: If no layer has such an adapter.
+        ValueError: If no layer has an adapter of this name.
     """
-    given = vars(strength) if isinstance(strength, Strengths) else {"strength": strength}
-    parts = {"direction_strength": direction, "magnitude_strength": magnitude}
-    asked = given | {key: value for key, value in parts.items() if value is not None}
-    changed = {key: float(value) for key, value in asked.items() if value is not None}
+    strengths = vars(strength) if isinstance(strength, Strengths) else {"strength": strength}
+    components = {"direction_strength": direction, "magnitude_strength": magnitude}
+    requested = strengths | {key: value for key, value in components.items() if value is not None}
+    changed = {key: float(value) for key, value in requested.items() if value is not None}
     adapters = list(layer_adapters(model, name))
     if not adapters:
         raise ValueError("the model has no adapter" + (f" named {name!r}" if name else ""))
@@ -303,7 +307,7 @@ def set_strength(
 
 
 def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:
-    """One adapter's parts, layer by layer; those of all adapters without a name."""
+    """Yield the `LayerAdapter` of each layer for one adapter; without a name, for all adapters."""
     for _, layer in adapted_layers(model):
         if name is None:
             yield from cast(Iterable[LayerAdapter], layer.adapters.values())
@@ -312,10 +316,10 @@ def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerA
 
 
 def require_adapters(models: Iterable[nn.Module], names: Iterable[str | None]) -> None:
-    """Check that each name is that of an adapter; None is the base.
+    """Check that the models have an adapter of each name; None is the base.
 
     Raises:
-        ValueError: If no layer of any of the models has one of them.
+        ValueError: If no layer of any model has an adapter of one of the names.
     """
     known = {
         name for model in models for _, layer in adapted_layers(model) for name in layer.adapters
@@ -323,12 +327,12 @@ def require_adapters(models: Iterable[nn.Module], names: Iterable[str | None]) -
     missing = [name for name in names if name is not None and name not in known]
     if missing:
         there = listing(known) or "none"
-        raise ValueError(f"there is no adapter named {missing[0]!r}; there are {there}")
+        raise ValueError(f"the models have no adapter named {missing[0]!r}; there are {there}")
 
 
 @contextmanager
 def disabled(*models: nn.Module, name: str | None = None) -> Iterator[None]:
-    """Switch adapters off inside the block: the models are exactly their base.
+    """Switch adapters off inside the block, so that the models compute exactly their base.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -347,6 +351,6 @@ def disabled(*models: nn.Module, name: str | None = None) -> Iterator[None]:
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
-    """The trainable parameters of one adapter, or of all."""
+    """Yield the trainable parameters of one adapter, or of all."""
     for adapter in layer_adapters(model, name):
         yield from adapter.parameters()

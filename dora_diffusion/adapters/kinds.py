@@ -1,7 +1,7 @@
-"""The kinds of layers that can carry adapters, and a module made one of them and back again.
+"""Classes of layers that can carry adapters, and conversion of a module to its class and back.
 
-They differ in what their weight does to an input (`numerics.operation`) and in how it is stored
-(`LayerKind`); all else is `layers.AdaptedLayer`.
+The classes differ in the operation of the weight on an input (`numerics.operation`) and in how the
+weight is stored (`LayerKind`). Everything else is in `layers.AdaptedLayer`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class _AdaptedConv(AdaptedLayer):
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     def operation(self, *, leaves_garbage: bool = True) -> Operation:
-        """A convolution with this layer's stride, padding, dilation and groups."""
+        """Return the convolution with this layer's stride, padding, dilation and groups."""
         padding = self.padding if self.is_prepared else (0,) * len(self.kernel_size)
         zeros = cast("tuple[int, ...]", padding)
         settings = self.stride, zeros, self.dilation, self.groups
         return ConvOperation(*settings, leaves_garbage=leaves_garbage)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Pad for ``padding_mode`` other than zeros, and for ``padding="same"``."""
+        """Pad the input for a ``padding_mode`` other than zeros, and for ``padding="same"``."""
         if self.is_prepared:
             return x
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -70,16 +70,16 @@ class DoRAConv2d(_AdaptedConv, nn.Conv2d):
 class DoRAEmbedding(AdaptedLayer, nn.Embedding):
     """``nn.Embedding`` with adapters: its table ``(num, dim)`` is the transposed weight.
 
-    Only rows that are looked up are computed. On the input axis each row has its own magnitude; on
+    Only the rows that are looked up are computed. On the input axis each row has a magnitude; on
     the output axis, as in PEFT, each dimension has one for all rows. Dropout drops whole tokens of
-    the low-rank path, since its inputs are one-hot (PEFT has none there).
+    the low-rank path, since its inputs are one-hot (PEFT applies none to embeddings).
     """
 
     kind: LayerKind = "embedding"
     bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `AdaptedLayer.forward`; as in PyTorch, padding has no gradient."""
+        """See `AdaptedLayer.forward`. As in ``nn.Embedding``, padding has no gradient."""
         y = super().forward(x)
         if self.padding_idx is None or not y.requires_grad:
             return y
@@ -90,7 +90,7 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
         return _EMBEDDING
 
     def prepare(self, x: Tensor) -> OneHot:
-        """Ids ``(...)`` as what they look up with."""
+        """Return ids ``(...)`` as one-hot vectors."""
         return OneHot.of(x, self.weight.dtype)
 
 
@@ -110,7 +110,7 @@ _KINDS = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding and transformers' Conv1D
 
 
 def _is_conv1d_of_transformers(kind: type[nn.Module]) -> bool:
-    # By name: where there is such a module, the library is imported, and elsewhere it need not be.
+    # By name, so that Transformers is not imported for models that do not use it.
     return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
 
 
@@ -122,10 +122,10 @@ def _adapted_class(kind: type[nn.Module]) -> type[AdaptedLayer] | None:
 
 
 def can_adapt(module: nn.Module) -> bool:
-    """Return whether the module is of exactly one of the classes that can carry adapters.
+    """Return whether the module's class is exactly one of the classes that can carry adapters.
 
     A subclass may read its weight without calling ``forward`` (as the output projection of
-    ``nn.MultiheadAttention`` does), which would leave an adapter silently unused.
+    ``nn.MultiheadAttention`` does), and would silently ignore an adapter.
     """
     return not obstacle(module)
 
@@ -136,7 +136,7 @@ def obstacle(module: nn.Module) -> str:
         return ""
     name = type(module).__name__
     if _adapted_class(type(module)) is None:
-        return f"{name}, and adapters are for {_KINDS}"
+        return f"{name}, but adapters are for {_KINDS}"
     if is_wrapped(module):
         return f"{name} whose forward another tool has wrapped"
     if isinstance(module, nn.Embedding):
@@ -148,9 +148,9 @@ def obstacle(module: nn.Module) -> str:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Return whether such a layer has a forward of its own, as Accelerate's offloading gives it.
+    """Return whether a layer's ``forward`` was replaced, as by Accelerate's offloading.
 
-    That calls the forward of the class that the module had then, past any adapter.
+    The replacement calls the forward of the module's class at that time and so skips any adapter.
     """
     return _adapted_class(type(module)) is not None and "forward" in vars(module)
 
@@ -162,20 +162,20 @@ def layer_kind(module: nn.Module) -> LayerKind:
 
 
 def layer_groups(module: nn.Module) -> int:
-    """The groups of a convolution; 1 of anything else."""
+    """Return the groups of a convolution; 1 for other layers."""
     return cast(int, getattr(module, "groups", 1))
 
 
 def layer_matrix(module: nn.Module) -> Tensor:
-    """The weight of a module that can carry adapters, as ``(out, in, *k)``."""
+    """Return the weight of a module that can carry adapters, as ``(out, in, *k)``."""
     return out_in(cast(Tensor, module.weight), layer_kind(module))
 
 
 def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
-    """Make the module a layer that can carry adapters.
+    """Convert the module, in place, to a layer with adapters.
 
     Raises:
-        TypeError: If the module cannot be one, with the reason.
+        TypeError: If the module cannot carry adapters, with the reason.
     """
     if isinstance(module, AdaptedLayer):
         return module
@@ -191,7 +191,7 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
 
 
 def restore_base_class(layer: AdaptedLayer) -> None:
-    """Make an adapted layer the module that it was, with its present weight."""
+    """Convert an adapted layer back to its base class, in place, with its current weight."""
     del layer.adapters, layer.route, layer._statistics, layer._unmerged, layer.keep_output
     AdaptedLayer.changes += 1
     plain = next(old for old, new in _ADAPTED.items() if new is type(layer))

@@ -1,8 +1,8 @@
 """Layers that carry adapters, and the parameters of one adapter on one layer.
 
-An adapted layer *is* the layer that it was, of another class: its parameters, buffers, hooks and
-places in the model, so that the base model's state dict, dtype and device handling stay as they
-were. Adapters live in the child module ``adapters``.
+An adapted layer is the original module with its class replaced. It keeps its parameters, buffers,
+hooks and place in the model, so the base model's state dict, dtype and device handling do not
+change. Adapters are in the child module ``adapters``.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ _LINEAR, _VERSION = Operation(), attrgetter("_version")
 
 
 class LayerAdapter(nn.Module):
-    """The parameters of one adapter on one layer, float32, and how strongly it acts.
+    """The parameters of one adapter on one layer, float32, and its strengths.
 
     Attributes:
-        down, up: As in `LayerWeights`, or what ``parametrization`` makes these from.
+        down, up: As in `LayerWeights`, or the inputs of ``parametrization``.
         magnitude, alpha, norm_axis, kind, groups: As in `LayerWeights`.
-        parametrization: What makes A and B; None: they are ``down`` and ``up``.
-        strengths: Its strengths; those of a new adapter are 1.
+        parametrization: Module that computes A and B. None: A and B are ``down`` and ``up``.
+        strengths: Strengths of the adapter, initially 1.
         enabled: False switches the adapter off.
 
     Args:
-        weights: What it starts as.
+        weights: Initial weights.
         dropout: As in `AdapterConfig`.
         parametrization: See above.
-        trained: ``down`` and ``up`` that the parametrization makes ``weights`` from.
+        trained: Initial ``down`` and ``up``, from which the parametrization computes ``weights``.
     """
 
     magnitude: nn.Parameter | None
@@ -96,14 +96,14 @@ class LayerAdapter(nn.Module):
         self.enabled = True
 
     def weights(self, strength: float = 1.0) -> LayerWeights:
-        """Return the live tensors, not copies; with a parametrization, its A and B.
+        """Return the weights: the parameters themselves, or the parametrization's output.
 
         Args:
-            strength: Factor of the scale, by alpha.
+            strength: Factor of alpha, and so of the scale.
         """
         down, up = self.down, self.up
         if self.parametrization is not None:
-            # The first call may be one without gradients, and a norm scope keeps its result.
+            # The first caller may run without gradients, and a norm scope caches the result.
             with torch.enable_grad():
                 down, up = self.parametrization(down, up)
         alpha = strength * self.alpha
@@ -111,35 +111,36 @@ class LayerAdapter(nn.Module):
 
     def versions(self) -> tuple[int, ...]:
         """Return the identity and in-place version of each parameter of a DoRA."""
-        own = [*self._parameters.values()]
+        parameters = [*self._parameters.values()]
         if self.parametrization is not None:
-            own += self.parametrization._parameters.values()
+            parameters += self.parametrization._parameters.values()
         try:
-            return *map(id, own), *map(_VERSION, own)
-        except RuntimeError:  # Tensors that were made in inference mode count nothing.
-            return tuple(map(id, own))
+            return *map(id, parameters), *map(_VERSION, parameters)
+        except RuntimeError:  # Inference tensors have no version counter.
+            return tuple(map(id, parameters))
 
     @property
     def is_plain(self) -> bool:
-        """True if a layer's site has the parameters themselves, and nothing computed from them."""
-        own = self.strengths
+        """True if the layer's `Site` has the parameters themselves, not derived tensors."""
+        strengths = self.strengths
         return (
-            self.parametrization is None and own.direction_strength == own.magnitude_strength == 1
+            self.parametrization is None
+            and strengths.direction_strength == strengths.magnitude_strength == 1
         )
 
     def scaled_weights(self) -> LayerWeights:
-        """`weights`, with the direction's strength in their scale."""
+        """Return `weights` with the direction's strength in the scale."""
         return self.weights(self.strengths.direction_strength)
 
     @torch.no_grad()
     def used_weights(self) -> LayerWeights:
-        """Return the weights for a file: `weights` without rows that are switched off."""
+        """Return the weights for a file: `weights` without ranks that are switched off."""
         weights = self.weights()
         used = None if self.parametrization is None else self.parametrization.used()
         if used is None or bool(used.all()):
             return weights
         down, up = weights.down[used], weights.up[:, used]
-        alpha = weights.alpha * down.shape[0] / weights.rank  # The scale stays.
+        alpha = weights.alpha * down.shape[0] / weights.rank  # Keep the scale.
         return dataclasses.replace(weights, down=down, up=up, alpha=alpha)
 
     def extra_repr(self) -> str:
@@ -153,12 +154,12 @@ Active = Sequence[tuple[str, LayerAdapter]]
 
 
 class AdaptedLayer(nn.Module):
-    """Mixin of layers with adapters. Made by `kinds.adapt_layer` only.
+    """Mixin of layers with adapters. Created by `kinds.adapt_layer` only.
 
     Attributes:
         kind: How the weight is stored.
-        shard: Which rows of the weight this process has between calls, where it is sharded.
-        route: The route of an input in the open scope; None outside of scopes.
+        shard: Rows of a sharded weight that this process holds between calls; None if unsharded.
+        route: The layer's route in the open scope; None outside of scopes.
     """
 
     kind: LayerKind = "plain"
@@ -167,9 +168,9 @@ class AdaptedLayer(nn.Module):
     bias: nn.Parameter | None
     adapters: nn.ModuleDict
     keep_output: bool
-    # How often a layer has got its first adapter or lost its last one, of whatever model.
+    # Counts first adapters attached and last adapters removed, on layers of all models.
     changes: ClassVar[int] = 0
-    # Plain attributes, no part of the state dict: the scope's route, a cache, and the weight that a
+    # Plain attributes, not in the state dict: the scope's route, a cache, and the weight that a
     # merge replaced.
     route: Route | None
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
@@ -180,16 +181,16 @@ class AdaptedLayer(nn.Module):
         """True if the adapters are merged into the weight."""
         return self._unmerged is not None
 
-    def dense(self, dtype: torch.dtype | None = None, *, own: bool = False) -> Tensor:
-        """Read the base weight ``(out, in, *k)``, which nothing else here does.
+    def dense(self, dtype: torch.dtype | None = None, *, local: bool = False) -> Tensor:
+        """Return the base weight ``(out, in, *k)``.
 
         Args:
-            dtype: To cast it to.
-            own: Read only the rows of this process, if the weight is sharded.
+            dtype: Dtype of the result; None keeps the stored one.
+            local: Return only this process's rows of a sharded weight.
         """
         weight: Tensor = self.weight
-        if own and self.shard is not None:
-            # Whole inside of its module's forward, and a DTensor outside.
+        if local and self.shard is not None:
+            # The weight is whole inside of its module's forward, and a DTensor outside.
             to_local = getattr(weight, "to_local", None)
             weight = to_local() if to_local else self.shard.own(weight)
         weight = out_in(weight, self.kind)
@@ -201,15 +202,15 @@ class AdaptedLayer(nn.Module):
 
     @property
     def is_prepared(self) -> bool:
-        """True if the operation takes an input as it is, without `prepare`."""
+        """True if the operation needs no `prepare` of its input."""
         return self.kind != "embedding"
 
     def prepare(self, x: Tensor) -> Tensor | OneHot:
-        """Return the operation's input: padded, where it does not pad itself, or one-hot."""
+        """Return the operation's input: ids as one-hot vectors, and padding that it cannot do."""
         return x
 
     def active(self) -> Active:
-        """The adapters that change the output."""
+        """Return the adapters that change the output."""
         adapters = cast("dict[str, LayerAdapter]", self.adapters._modules)
         return [
             (name, adapter)
@@ -218,10 +219,10 @@ class AdaptedLayer(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The adapted layer; the base layer where no adapter is on, or where they are merged.
+        """Return the output of the adapted layer, or of the base if adapters are off or merged.
 
-        Outside of a norm scope, each call computes the norm from the whole weight and waits for the
-        device to see whether a channel is ill-conditioned.
+        Outside of a norm scope, each call computes the norm from the whole weight, and synchronizes
+        with the device to check for ill-conditioned channels.
 
         Raises:
             RuntimeError: If the base weight or bias requires a gradient.
@@ -235,7 +236,7 @@ class AdaptedLayer(nn.Module):
         return ready(x)
 
     def adapted(self, x: Tensor, active: Active) -> Tensor:
-        """`forward` with these of the adapters."""
+        """Return the layer's output with the given adapters."""
         if self._unmerged is not None or not active:
             base: Tensor = super().forward(x)
             return base
@@ -262,20 +263,20 @@ class AdaptedLayer(nn.Module):
         if self.weight.requires_grad or (bias is not None and bias.requires_grad):
             raise RuntimeError(
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
-                "(requires_grad_(False)): the adapter is what trains"
+                "(requires_grad_(False)): only the adapter is trained"
             )
-        # As autocast would for this operation; ids are none of its.
+        # Cast as autocast would for this operation; autocast does not cast ids.
         inputs = self.prepare(x.to(product_dtype(x)) if x.is_floating_point() else x)
         added = None if bias is None else bias.to(inputs.dtype)
         return inputs, self.dense(inputs.dtype), added
 
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
-        """Return an adapter's factors in a dtype, from a plan or, without one, computed alone."""
+        """Return an adapter's factors in a dtype, from a plan or else computed here."""
         if not torch.compiler.is_compiling():
             scales = (self.route or self).scales(name, adapter)
             if scales is not None:
                 return self.with_direction(scales.factors(dtype), adapter)
-        # No plan can be made while torch compiles: the scope has the factors, or the graph.
+        # Torch cannot trace a plan: use the scope's factors, or compute them in the graph.
         elif self.route is not None and name in self.route.norms:
             factors_by_dtype = self.route.norms[name].factors_by_dtype
             if dtype in factors_by_dtype:
@@ -284,16 +285,16 @@ class AdaptedLayer(nn.Module):
         return factors_of(self.dense(), self.bias, adapter.scaled_weights(), dtype, strength)
 
     def with_direction(self, factors: Factors, adapter: LayerAdapter) -> Factors:
-        """Factors with what no plan of a sharded weight has made: the weight is whole now."""
+        """Return factors with the direction, which a plan cannot compute for a sharded weight."""
         if self.shard is None or not factors.gain_in_graph or factors.axis == "input":
             return factors
-        made = direction_of(self.dense(), adapter.scaled_weights(), factors.down.dtype)
-        return factors._replace(direction=made)
+        direction = direction_of(self.dense(), adapter.scaled_weights(), factors.down.dtype)
+        return factors._replace(direction=direction)
 
     def scales(self, name: str, adapter: LayerAdapter) -> Scales | None:
-        """Return norm and gain of one adapter, from the open scope or computed now.
+        """Return norm and gain of one adapter, from the open scope or computed here.
 
-        None for a LoRA that changed in its scope, or is in none.
+        None for a LoRA that changed in its scope, or outside of scopes.
         """
         if self.route is not None:
             return self.route.scales(name, adapter)
@@ -301,27 +302,29 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def site(self, adapters: Sequence[LayerAdapter]) -> Site:
-        """Return the layer's `Site` for a plan, with adapters that need not be attached."""
-        matrix, made = self.dense(own=True), []
+        """Return the layer's `Site` for a plan. The adapters need not be attached."""
+        matrix, weights_of_adapters = self.dense(local=True), []
         for adapter in adapters:
             weights = adapter.scaled_weights()
             if weights.magnitude is not None:
                 strength = adapter.strengths.magnitude_strength
                 magnitude = interpolated_magnitude(matrix, weights, strength)
                 weights = dataclasses.replace(weights, magnitude=magnitude)
-            made.append(weights)
+            weights_of_adapters.append(weights)
         statistics = self.statistics(adapters[0])
-        return Site(matrix, self.bias, made, statistics, self.keep_output, self.shard)
+        return Site(
+            matrix, self.bias, weights_of_adapters, statistics, self.keep_output, self.shard
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy, which is in no scope."""
+        """Return the state for a copy, which belongs to no scope."""
         return {**self.__dict__, "route": None}
 
     def statistics(self, adapter: LayerAdapter) -> WeightStatistics | None:
-        """Statistics of the base weight for an adapter, as long as it is what it was."""
+        """Return the base weight's statistics for an adapter, cached until the weight changes."""
         if adapter.magnitude is None:
             return None
-        axis, weight = adapter.norm_axis, self.dense(own=True)
+        axis, weight = adapter.norm_axis, self.dense(local=True)
         key = axis, *identities([weight])[0]
         if self._statistics is None or self._statistics[0] != key:
             self._statistics = key, WeightStatistics(weight.detach(), axis, self.shard)
@@ -329,7 +332,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """The weight with every active adapter in it, float32, as the layer stores it."""
+        """Return the weight with all active adapters merged, float32, in the stored layout."""
         weight = self.dense()
         layers = [
             (dataclasses.replace(adapter.weights(), kind="plain"), adapter.strengths)
@@ -339,7 +342,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, merged: Tensor) -> None:
-        """Write what `merged` returned into the weight; the base weight is kept for `unmerge`."""
+        """Write the result of `merged` into the weight. `unmerge` restores the base weight."""
         if self._unmerged is None:
             before = self.weight.detach().clone()
             self.weight.copy_(merged)
@@ -354,31 +357,37 @@ class AdaptedLayer(nn.Module):
 
 
 def identities(weights: Iterable[Tensor]) -> list[tuple[Any, ...]]:
-    """Return a key of each weight that changes when the weight is written."""
+    """Return a key for each weight. The key changes when the weight is written."""
     return [
         (w.data_ptr(), None if w.is_inference() else w._version, w.dtype, w.device) for w in weights
     ]
 
 
 def state_of(layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]) -> object:
-    """Return all that layouts depend on but the values of parameters."""
+    """Return a key of everything that layouts depend on, except the values of parameters."""
     weights = [
-        weight if layer.shard is None else layer.dense(own=True)
+        weight if layer.shard is None else layer.dense(local=True)
         for layer in layers
         if (weight := layer._parameters["weight"]) is not None
     ]
     return (
         identities(weights),
         [(layer.keep_output, id(layer._parameters.get("bias"))) for layer in layers],
-        [(*map(id, a._parameters.values()), a.alpha, a.strengths) for own in adapters for a in own],
+        [
+            (*map(id, a._parameters.values()), a.alpha, a.strengths)
+            for group in adapters
+            for a in group
+        ],
     )
 
 
 class LayoutCache:
-    """Layouts of layers with K adapters each, kept until more than values of parameters changes.
+    """Cache of the layouts of layers with K adapters each.
+
+    A change of parameter values keeps the cache. Any other change (`state_of`) drops it.
 
     Attributes:
-        flags: Flags of each layout, read back a step late.
+        flags: Flags of each layout, read one step late.
     """
 
     def __init__(self) -> None:
@@ -389,22 +398,22 @@ class LayoutCache:
     def of(
         self, layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]
     ) -> tuple[dict[Any, Layout], bool]:
-        """The layouts, by what tells them apart, and whether they are new."""
+        """Return the layouts by `_division`, and whether they are new."""
         state = state_of(layers, adapters)
         if state == self._state:
             return self._layouts, False
         pairs = zip(layers, adapters, strict=True)
-        layouts = layouts_of([layer.site(own) for layer, own in pairs])
-        # Tensors from a parametrization or a strength are valid in this step only.
-        is_kept = all(a.is_plain for own in adapters for a in own)
+        layouts = layouts_of([layer.site(group) for layer, group in pairs])
+        # Tensors derived by a parametrization or strength are valid for this step only.
+        is_kept = all(a.is_plain for group in adapters for a in group)
         self._state, self._layouts = (state, layouts) if is_kept else (None, {})
         return layouts, True
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model itself with their paths, in the order of ``named_modules``.
+    """Yield a model's modules with their paths, in the order of ``named_modules``.
 
-    The adapters that are attached to it are skipped.
+    Modules of adapters are skipped.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(mismatch("model", model, nn.Module), "model")
@@ -423,7 +432,7 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Every adapted layer of a model with its path, in the order of ``named_modules``."""
+    """Yield each adapted layer of a model with its path, in the order of ``named_modules``."""
     for path, module in own_modules(model):
         if isinstance(module, AdaptedLayer):
             yield path, module

@@ -1,9 +1,9 @@
-"""Memory layout of many layers' parameters, so that one operation serves all of them, and flags.
+"""Memory layout of many layers' parameters, for operations on all of them at once, and flags.
 
-Everything of one kind lies in one buffer: all A one after the other, all B of one rank as rows, and
-all vectors. Layers of one shape are neighbours there, and so are the K adapters of a layer in it:
-an operation that is not a product with W does not depend on K. The order follows from shapes and
-settings alone, so that a loop makes it once.
+One buffer holds all A, one after the other; one buffer per rank holds all B as rows; further
+buffers hold vectors. Layers of one shape are neighbours, and so are the K adapters of a layer. The
+number of operations, except products with W, does not depend on K. The order depends on shapes and
+settings only, so a loop computes it once.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # Devices whose flags are read a step late.
 _DEFERRED = {"cuda"}
-# Indices are kept for so many layouts of the rows of a batch.
+# Maximum number of cached row indices.
 _KEPT = 8
-# The most vectors besides A and B: gains, numerators of shifts, shifts.
+# Maximum number of buffers after A and B: gains, numerators of shifts, shifts.
 _VECTORS = 3
 
 
 Rows = int | tuple[int, ...]
-"""The adapter of each row of a batch, of K: a number where all rows have one."""
+"""The index among K adapters for each row of a batch; a number if all rows have the same."""
 
 
 class RowShard(NamedTuple):
-    """Rows (outputs) of a sharded weight that this process has.
+    """Rows (outputs) of a sharded weight that this process holds.
 
-    Squared norms are complete without any process having the whole weight: on the output axis each
-    knows those of its rows, on the input axis each has a part of every sum.
+    Squared norms need no process to hold the whole weight: on the output axis each process computes
+    the norms of its rows, on the input axis its summand of every norm.
 
     Attributes:
-        start: The first of them.
-        length: How many.
-        out: Rows of the whole weight.
-        add_up: A tensor's sum over all processes, the same bits in each.
+        start: Index of the first row.
+        length: Number of rows.
+        out: Number of rows of the whole weight.
+        add_up: Sums a tensor over all processes; the result is bitwise equal in each.
     """
 
     start: int
@@ -55,11 +55,11 @@ class RowShard(NamedTuple):
     add_up: Callable[[Tensor], Tensor]
 
     def own(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """The part of a tensor over all rows that belongs to those of this process."""
+        """Narrow a tensor over all rows to the rows of this process."""
         return tensor.narrow(dim, self.start, self.length)
 
     def partial_sum(self, values: Tensor, axis: NormAxis) -> Tensor:
-        """Return this process's term of `add_up`, from ``(..., length)`` or ``(..., in)``."""
+        """Return this process's summand for `add_up`, from ``(..., length)`` or ``(..., in)``."""
         if axis == "input":
             return values
         whole = values.new_zeros(*values.shape[:-1], self.out)
@@ -72,12 +72,12 @@ class WeightStatistics:
 
     Attributes:
         squared_norm: ``|W|^2``.
-        checksum: Tells whether it is still the same weight.
+        checksum: Checksum that detects a change of the weight.
 
     Args:
-        weight: The base weight; if it is sharded, the rows of this process.
-        axis: The norm's.
-        shard: Which rows these are. All processes make, and update, the same ones.
+        weight: The weight, or this process's rows of a sharded weight.
+        axis: Axis of the norm.
+        shard: The rows of a sharded weight. All processes must create and update these together.
     """
 
     def __init__(self, weight: Tensor, axis: NormAxis, shard: RowShard | None = None) -> None:
@@ -86,7 +86,7 @@ class WeightStatistics:
         self.update(weight)
 
     def update(self, weight: Tensor) -> None:
-        """Compute the statistics of a weight, which are a pass over it each."""
+        """Compute the statistics, with one pass over the weight for each."""
         with full_precision(weight.device):
             both = squared_norm(weight, self.axis), checksum(weight, self.axis)
             if self.shard is not None:
@@ -99,13 +99,12 @@ class Site(NamedTuple):
     """A layer and its K adapters: all DoRA on one norm axis, or all LoRA.
 
     Attributes:
-        weight: Base weight ``(out, in, *k)``; of a sharded one, the rows of this process.
+        weight: Base weight ``(out, in, *k)``, or this process's rows of a sharded weight.
         bias: ``(out,)``, or None.
-        adapters: Their parameters, with what acts as direction and magnitude where strengths move
-            these.
+        adapters: Weights of the adapters, with strengths of direction and magnitude applied.
         statistics: Statistics of the weight; None for LoRA.
         keep_output: Whether nothing overwrites the layer's output in place.
-        shard: Which rows of the weight there are; None: all.
+        shard: Rows of a sharded weight; None if it is not sharded.
     """
 
     weight: Tensor
@@ -117,12 +116,12 @@ class Site(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The greatest of its adapters, which others are filled up to with zeros."""
+        """Largest rank of the adapters; smaller ones are padded to it with zeros."""
         return max(adapter.rank for adapter in self.adapters)
 
     @property
     def out(self) -> int:
-        """Rows of the whole weight."""
+        """Number of rows of the whole weight."""
         return len(self.weight) if self.shard is None else self.shard.out
 
     @property
@@ -133,54 +132,54 @@ class Site(NamedTuple):
 
     @property
     def gain_in_graph(self) -> bool:
-        """True if the gradient of m cannot come from what the layer keeps; see `Factors`."""
+        """True if the layer's saved tensors do not give the gradient of m; see `Factors`."""
         first = self.adapters[0]
         if first.magnitude is None:
             return False
         if first.norm_axis == "output":
             return not self.keep_output
-        # Ids have no activation, and a magnitude of a grouped convolution scales several channels.
+        # Ids have no gradient, and a magnitude of a grouped convolution scales several channels.
         return first.kind == "embedding" or first.groups > 1
 
 
 @torch.no_grad()
 def join(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of any shapes, at least one, one after the other in a new vector."""
+    """Flatten and concatenate tensors, at least one, into a new vector."""
     joined: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return joined.clone() if len(tensors) == 1 else joined
 
 
 @torch.no_grad()
 def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Split what `join` made of tensors of these shapes into views in these shapes."""
-    parts: Sequence[Tensor] = _unflatten_dense_tensors(joined.detach(), tensors)  # type: ignore[no-untyped-call]
-    # An empty one has the shape (0,) with torch 2.6.
-    return [p if p.numel() else p.view(t.shape) for p, t in zip(parts, tensors, strict=True)]
+    """Split the result of `join` into views with the shapes of the tensors."""
+    views: Sequence[Tensor] = _unflatten_dense_tensors(joined.detach(), tensors)  # type: ignore[no-untyped-call]
+    # In torch 2.6 empty tensors lose their shape and become (0,).
+    return [p if p.numel() else p.view(t.shape) for p, t in zip(views, tensors, strict=True)]
 
 
 class Layout:
-    """The order of K adapters of layers that are of one `_division`.
+    """Layout of layers of one `_division`, each with K adapters.
 
-    Buffers are all A, one after the other, of each rank all B as rows ``(rows, r)``, and vectors
-    over channels. Each has those of all K adapters of a layer before those of the next.
+    The buffers are: all A, one after the other; all B of each rank, as rows ``(rows, r)``; and
+    vectors over channels. In each buffer, the K adapters of a layer precede those of the next.
 
     Attributes:
-        sites: Layers with their adapters, in the order in which those of one shape are neighbours.
-        numbers: Index of each among the given layers.
+        sites: Layers with their adapters, sorted so that layers of one shape are neighbours.
+        numbers: Index of each site in the argument ``sites``.
         count: K.
-        whole: Rows that are the K adapters in their order.
-        axis: The norm's.
-        has_gain: Whether they are DoRA, and not LoRA.
-        shapes: Neighbours of one rank, shape, scales and dtype.
-        shape_scales: ``s`` of each; None where the K adapters of a layer differ in it.
-        widens: Whether products with their weights can be float32 (`norms.widens`).
-        scales: ``s`` of each rank's rows of B: a number, or, where adapters differ, ``(rows, 1)``.
-        widths: How many magnitudes an adapter of each layer has; 0 of a LoRA.
+        whole: Rows that use the K adapters in order, one each.
+        axis: Axis of the norm.
+        has_gain: Whether the adapters are DoRA, not LoRA.
+        shapes: Groups of neighbours with equal rank, shape, scales and dtype.
+        shape_scales: ``s`` of each group; None if the K adapters of a layer differ in it.
+        widens: Whether products with the weights of a group can be float32 (`norms.widens`).
+        scales: ``s`` for each rank's rows of B: a number, or ``(rows, 1)`` if adapters differ.
+        widths: Number of magnitudes per adapter of each layer; 0 for LoRA.
         sizes: The same for each adapter of each layer.
-        has_bias: Whether the gain of a layer must spare a bias.
-        direct: Places of layers that multiply by their gain in the graph (`Factors.gain_in_graph`).
+        has_bias: Whether a layer has a bias that its gain must not scale.
+        direct: Indices of layers that multiply by the gain in the graph (`Factors.gain_in_graph`).
         parameters: All A, all B and all m, each layer by layer and adapter by adapter.
-        downs: All A, with the zeros that fill them up to a layer's rank.
+        downs: All A, followed by the zeros that pad them to a layer's rank.
         magnitudes: All m.
     """
 
@@ -194,22 +193,24 @@ class Layout:
         self.dtype, self.device = upcast_dtype(sites[0].weight), sites[0].weight.device
         self.shapes = [list(group) for _, group in groupby(sites, key=_kind)]
         scales = [{adapter.scale for adapter in group[0].adapters} for group in self.shapes]
-        self.shape_scales = [own.pop() if len(own) == 1 else None for own in scales]
+        self.shape_scales = [distinct.pop() if len(distinct) == 1 else None for distinct in scales]
         self.widens = [widens(group[0].weight) for group in self.shapes]
-        # Neighbours of one rank, whose B are rows of one matrix.
-        self._ranks = [(rank, list(own)) for rank, own in groupby(sites, lambda site: site.rank)]
-        self._rows = [self.count * sum(site.out for site in own) for _, own in self._ranks]
+        # Neighbours of equal rank; their B are the rows of one matrix.
+        self._ranks = [
+            (rank, list(group)) for rank, group in groupby(sites, lambda site: site.rank)
+        ]
+        self._rows = [self.count * sum(site.out for site in group) for _, group in self._ranks]
         self.widths = [site.width for site in sites]
         self.sizes = [width for width in self.widths for _ in range(self.count)]
         on_output = self.has_gain and self.axis == "output"
         self.has_bias = [on_output and site.bias is not None for site in sites]
-        self.direct = {place for place, site in enumerate(sites) if site.gain_in_graph}
+        self.direct = {index for index, site in enumerate(sites) if site.gain_in_graph}
         adapters = [adapter for site in sites for adapter in site.adapters]
         self.parameters = [a.down for a in adapters] + [a.up for a in adapters]
         self.magnitudes = [a.magnitude for a in adapters if a.magnitude is not None]
         self.parameters += self.magnitudes
-        self.downs = [part for rank, own in self._ranks for part in _filled_downs(rank, own)]
-        self.scales = [self._scales_of(own) for _, own in self._ranks]
+        self.downs = [part for rank, group in self._ranks for part in _filled_downs(rank, group)]
+        self.scales = [self._scales_of(group) for _, group in self._ranks]
         self._written: list[int | None] | None = None
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._templates: dict[int | None, list[list[Tensor]]] = {}
@@ -217,21 +218,21 @@ class Layout:
 
     @torch.no_grad()
     def update_statistics(self) -> None:
-        """Read the present statistics of the weights."""
+        """Read the current statistics of the weights."""
         if self.has_gain:
-            each = [site.statistics for site in self.sites if site.statistics is not None]
-            self.base = torch.cat([own.squared_norm.repeat(self.count) for own in each])
-            self.recorded = torch.cat([own.checksum for own in each])
-            self.recorded_base = torch.cat([own.squared_norm for own in each])
+            statistics = [site.statistics for site in self.sites if site.statistics is not None]
+            self.base = torch.cat([s.squared_norm.repeat(self.count) for s in statistics])
+            self.recorded = torch.cat([s.checksum for s in statistics])
+            self.recorded_base = torch.cat([s.squared_norm for s in statistics])
 
     def update_bias(self) -> None:
-        """Read the present biases, with zeros for layers that have none."""
-        each = list(zip(self.sites, self.has_bias, strict=True))
-        own = [site.bias for site, has in each if has and site.bias is not None]
-        written = [None if bias.is_inference() else bias._version for bias in own]
-        if own and written != self._written:
+        """Read the current biases, with zeros for layers without one."""
+        pairs = list(zip(self.sites, self.has_bias, strict=True))
+        biases = [site.bias for site, has in pairs if has and site.bias is not None]
+        written = [None if bias.is_inference() else bias._version for bias in biases]
+        if biases and written != self._written:
             zeros = torch.zeros(max(self.widths), dtype=self.dtype, device=self.device)
-            vectors = [s.bias.detach().to(zeros) if has else zeros[: s.width] for s, has in each]  # type: ignore[union-attr]
+            vectors = [s.bias.detach().to(zeros) if has else zeros[: s.width] for s, has in pairs]  # type: ignore[union-attr]
             self.bias = torch.cat([vector.repeat(self.count) for vector in vectors])
             self._written = written
 
@@ -241,8 +242,8 @@ class Layout:
         if len(set(scales)) == 1:
             return scales[0]
         rows = torch.tensor([len(adapter.up) for adapter in adapters])
-        each = torch.tensor(scales, dtype=torch.float64).repeat_interleave(rows)[:, None]
-        return each.to(self.dtype).to(self.device)
+        row_scales = torch.tensor(scales, dtype=torch.float64).repeat_interleave(rows)[:, None]
+        return row_scales.to(self.dtype).to(self.device)
 
     @cached_property
     def anchor(self) -> Tensor:
@@ -253,20 +254,20 @@ class Layout:
 
     @torch.no_grad()
     def up(self) -> list[Tensor]:
-        """All B, ``(rows, r)`` of each rank; smaller ones are filled up with zeros."""
-        made = []
+        """Return all B of each rank as ``(rows, r)``; smaller ones are padded with zeros."""
+        buffers = []
         for rank, sites in self._ranks:
             ups = [adapter.up for site in sites for adapter in site.adapters]
             if all(up.shape[1] == rank for up in ups):
-                made.append(join(ups).to(self.dtype).view(-1, rank))
+                buffers.append(join(ups).to(self.dtype).view(-1, rank))
                 continue
             sizes = [len(up) for up in ups]
             rows = torch.zeros(sum(sizes), rank, dtype=self.dtype, device=self.device)
             pairs = zip(torch.split(rows, sizes), ups, strict=True)
-            parts = [part[:, : up.shape[1]] for part, up in pairs]
-            torch._foreach_copy_(parts, [up.flatten(1) for up in ups])
-            made.append(rows)
-        return made
+            targets = [part[:, : up.shape[1]] for part, up in pairs]
+            torch._foreach_copy_(targets, [up.flatten(1) for up in ups])
+            buffers.append(rows)
+        return buffers
 
     def row_scales(self, gain: Tensor | None) -> list[Any]:
         """Return the factors of each rank's rows of B: ``g s`` on the output axis, else ``s``."""
@@ -278,7 +279,7 @@ class Layout:
 
     @cached_property
     def _blocks(self) -> list[list[Any]]:
-        """Shapes of each kind of buffer: for each of `shapes`, its layers and a layer's shape."""
+        """For each buffer and each group of `shapes`: number of layers, dimensions of each."""
         first = [(len(group), group[0]) for group in self.shapes]
         downs = [(n, site.rank, site.weight.shape[1:].numel()) for n, site in first]
         ups = [[(n, s.out, rank) for n, s in first if s.rank == rank] for rank, _ in self._ranks]
@@ -296,12 +297,12 @@ class Layout:
             buffers: Buffers of A, of B for each rank, and any vectors.
             count: Adapters of each layer in the buffers; None: K.
         """
-        made = []
-        for buffer, parts in zip(buffers, self._blocks, strict=False):
-            shapes = [(n, count or self.count, *each) for n, *each in parts]
+        views = []
+        for buffer, blocks in zip(buffers, self._blocks, strict=False):
+            shapes = [(n, count or self.count, *dims) for n, *dims in blocks]
             cut = torch.split(buffer.view(-1), [prod(shape) for shape in shapes])
-            made.append([part.view(shape) for part, shape in zip(cut, shapes, strict=True)])
-        return made
+            views.append([part.view(shape) for part, shape in zip(cut, shapes, strict=True)])
+        return views
 
     def factors_by_shape(self, down: Tensor, up: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         """`views_by_shape` of A and of B; for a sharded weight, the rows of B of this process."""
@@ -310,7 +311,7 @@ class Layout:
         return downs, [u if (s := group[0].shard) is None else s.own(u, 2) for u, group in pairs]
 
     def index(self, rows: Rows) -> Tensor:
-        """Rows of adapters, on the device."""
+        """Return the adapter index of each row, as a tensor on the device."""
         key = (rows,) if isinstance(rows, int) else rows
         if key not in self._indices:
             if len(self._indices) == _KEPT:
@@ -319,28 +320,28 @@ class Layout:
         return self._indices[key]
 
     def views(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """View buffers that are laid out for such rows as a tensor for each layer.
+        """View buffers with this layout of rows as one tensor for each layer.
 
-        For a number these have the layer's own shapes, ``(r, in, *k)`` and ``(out, r, *1)``; for
-        rows a dimension ``N`` in front, and B is ``(N, out, r)``.
+        If ``rows`` is a number, A is ``(r, in, *k)`` and B ``(out, r, *1)``. Otherwise A is
+        ``(N, r, in, *k)`` and B ``(N, out, r)``.
         """
         pairs = zip(buffers, self._shaped(rows), strict=False)
-        return [part for own, like in pairs for part in split_like(own.view(-1), like)]
+        return [part for buffer, like in pairs for part in split_like(buffer.view(-1), like)]
 
     def gather(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Return each layer's tensors for a batch of such rows, from buffers of the K adapters."""
+        """Return each layer's tensors for a batch with these rows, from buffers of the adapters."""
         if rows == self.whole:
             return self.views(rows, buffers)
         gathered: list[Tensor] = []
         for view in (view for views in self.views_by_shape(buffers) for view in views):
             is_one = isinstance(rows, int)
-            own = view[:, rows] if is_one else view.index_select(1, self.index(rows))
-            gathered += own.unbind()
-        shapes = [like for own in self._shaped(rows)[: len(buffers)] for like in own]
+            selected = view[:, rows] if is_one else view.index_select(1, self.index(rows))
+            gathered += selected.unbind()
+        shapes = [like for group in self._shaped(rows)[: len(buffers)] for like in group]
         return [part.view(like.shape) for part, like in zip(gathered, shapes, strict=True)]
 
     def scatter_add(self, rows: Rows, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Return buffers of the K adapters: for each the sum over its rows."""
+        """Return buffers of the K adapters, each the sum over the rows that use it."""
         if rows == self.whole:
             return list(buffers)
         index, sums = self.index(rows), self.new_buffers(self.whole, zero=True)
@@ -354,37 +355,37 @@ class Layout:
         return sums
 
     def cat(self, rows: Rows, vectors: Sequence[Tensor | None]) -> Tensor:
-        """Concatenate the layers' vectors for such rows, with zeros for None."""
+        """Concatenate the layers' vectors for these rows, with zeros for None."""
         count = 1 if isinstance(rows, int) else len(rows)
         zeros = self.base.new_zeros(count * max(self.widths))
-        each = zip(vectors, self.widths, strict=True)
-        return join([zeros[: count * width] if v is None else v for v, width in each])
+        pairs = zip(vectors, self.widths, strict=True)
+        return join([zeros[: count * width] if v is None else v for v, width in pairs])
 
     def new_buffers(self, rows: Rows, *, zero: bool) -> list[Tensor]:
-        """Return new buffers of A and B for such rows, of zeros or uninitialized."""
+        """Return new buffers of A and B for these rows, of zeros or uninitialized."""
         count, new = 1 if isinstance(rows, int) else len(rows), torch.zeros if zero else torch.empty
-        downs, *ups = [sum(map(prod, each)) for each in self._blocks[: 1 + len(self._ranks)]]
+        downs, *ups = [sum(map(prod, blocks)) for blocks in self._blocks[: 1 + len(self._ranks)]]
         shapes: list[tuple[int, ...]] = [(count * downs,)]
         shapes += [(count * up // r, r) for up, (r, _) in zip(ups, self._ranks, strict=True)]
         return [new(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
     def _shaped(self, rows: Rows) -> list[list[Tensor]]:
-        """Shapes of the `views` of buffers for such rows, as tensors without memory."""
+        """Return meta tensors with the shapes of `views` for these rows."""
         key, front = (None, []) if isinstance(rows, int) else (len(rows), [len(rows)])
         if key not in self._templates:
             sites, ones = self.sites, [1] * (4 if key is None else 0)
             shapes: list[list[Any]] = [[(*front, s.rank, *s.weight.shape[1:]) for s in sites]]
-            for rank, own in self._ranks:
-                shapes.append([(*front, s.out, rank, *ones[: s.weight.ndim - 2]) for s in own])
+            for rank, group in self._ranks:
+                shapes.append([(*front, s.out, rank, *ones[: s.weight.ndim - 2]) for s in group])
             shapes += [[(*front, s.width) for s in sites]] * _VECTORS
             self._templates[key] = [
-                [torch.empty(s, device="meta") for s in each] for each in shapes
+                [torch.empty(s, device="meta") for s in layer_shapes] for layer_shapes in shapes
             ]
         return self._templates[key]
 
 
 def _filled_downs(rank: int, sites: Sequence[Site]) -> Iterator[Tensor]:
-    """All A of layers, with the zeros that fill them up to the layers' rank."""
+    """Yield all A of layers, followed by the zeros that pad them to the layers' rank."""
     for down in (adapter.down for site in sites for adapter in site.adapters):
         yield down
         if missing := rank - len(down):
@@ -392,13 +393,13 @@ def _filled_downs(rank: int, sites: Sequence[Site]) -> Iterator[Tensor]:
 
 
 def scaled(tensors: Iterable[Tensor], scales: Iterable[Any]) -> list[Tensor]:
-    """Multiply tensors by their scales; a tensor whose scale is the number 1 is not copied."""
+    """Multiply tensors by their scales; a scale that is the number 1 returns the tensor itself."""
     pairs = zip(tensors, scales, strict=True)
-    return [own if isinstance(s, float) and s == 1 else own * s for own, s in pairs]
+    return [tensor if isinstance(s, float) and s == 1 else tensor * s for tensor, s in pairs]
 
 
 def layouts_of(sites: Sequence[Site]) -> dict[tuple[Any, ...], Layout]:
-    """One for each device, precision, norm axis and the like, by what tells them apart."""
+    """Return a layout for each `_division` (device, precision, norm axis) of the sites."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for number, site in enumerate(sites):
         kinds.setdefault(_division(site), []).append(number)
@@ -414,33 +415,32 @@ def _division(site: Site) -> tuple[Any, ...]:
 
 def _kind(site: Site) -> tuple[Any, ...]:
     """Return the sort key of layers; those with equal keys have their norms computed together."""
-    # The shape of the whole weight: processes that share it must agree on the order.
+    # The whole weight's shape, since processes that share it must agree on the order.
     shape = site.out, *site.weight.shape[1:]
     scales = tuple(adapter.scale for adapter in site.adapters)
     return site.rank, shape, scales, str(site.weight.dtype)
 
 
 class DeferredFlags:
-    """Flags of one step's channels, read in the next step, when they have long arrived.
+    """Flags of one step's channels, read in the next step to avoid a synchronization.
 
-    On a CPU, where nothing waits, and in the first step they are read at once. For a loop of steps
-    in which nothing but its optimizer changes parameters: then a channel comes near to what is
-    flagged before it is there. What was written to a base weight through ``.data`` is noticed a
-    step late.
+    Flags are read at once on a CPU and in the first step. Only the optimizer may change parameters
+    between steps: it moves a channel slowly enough that the margin flags the channel in time. A
+    write to a base weight through ``.data`` is detected one step late.
     """
 
     def __init__(self) -> None:
         self._sent: tuple[Tensor, Any, list[int]] | None = None
 
     def layers(self, flagged: Tensor, sizes: Sequence[int]) -> set[int]:
-        """The layers to which flagged channels belong.
+        """Return the indices of the layers with flagged channels.
 
         Args:
-            flagged: Flags of all channels, ``(sum of sizes,)`` bool.
-            sizes: Channels of each layer.
+            flagged: Flag of each channel, ``(sum of sizes,)`` bool.
+            sizes: Number of channels of each layer.
         """
         before, self._sent = self._sent, None
-        # Elsewhere nothing waits, or a copy cannot be waited for without waiting for all else.
+        # Other devices need no synchronization, or have no events to wait for a single copy.
         if flagged.device.type not in _DEFERRED:
             return _owners(flagged.cpu(), sizes)
         self._sent = flagged.to("cpu", non_blocking=True), record_event(flagged), list(sizes)
@@ -452,7 +452,7 @@ class DeferredFlags:
 
 
 def record_event(tensor: Tensor) -> Any:
-    """An event on the device of a tensor, after what was started there so far."""
+    """Record an event on the current stream of a tensor's device."""
     return torch.cuda.current_stream(tensor.device).record_event()
 
 

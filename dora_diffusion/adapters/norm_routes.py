@@ -1,7 +1,8 @@
 """Routes of a layer in a norm scope: all of its adapters, or an adapter for each row of a batch.
 
-With the norm detached (paper, section 4.3), an adapted layer is ``g_k (W x + b) + B'_k (A_k x)``
-and a shift: only the low-rank products differ between rows, and they are batched.
+With the norm detached (paper, section 4.3), an adapted layer computes ``g_k (W x + b) + B'_k (A_k
+x)`` and a shift. All rows share the dense product; only the small products differ between adapters,
+and these are batched.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class NormRoute(Route):
         self.layer = layer
         self.norms: dict[str, Scales] = {}
         self.ready: Mapping[torch.dtype, Ready] = {}
-        # Apart from the norms, which compiled layers read and guard.
+        # Separate from the norms, which compiled layers read and guard.
         self._versions: dict[str, tuple[int, ...]] = {}
 
     def active(self) -> Active:
-        """Return the adapters that change the output of any row."""
+        """Return the adapters that change the output of at least one row."""
         return self.layer.active()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,18 +64,17 @@ class NormRoute(Route):
         self.norms[name], self._versions[name] = scales, adapter.versions()
 
     def require_unchanged(self, name: str, adapter: LayerAdapter) -> bool:
-        """Return whether an adapter still matches its kept scales; a DoRA must.
+        """Return whether an adapter is unchanged since its scales were computed.
 
         Raises:
-            RuntimeError: If a parameter of a DoRA was written or replaced since.
+            RuntimeError: If a parameter of a DoRA was written or replaced.
         """
         is_unchanged = adapter.versions() == self._versions[name]
         if not is_unchanged and adapter.magnitude is not None:
             raise RuntimeError(
-                "an adapter's parameters changed inside norm_scope, which keeps the norms of what "
-                "they were: open one norm_scope for each optimizer step, around its forward and "
-                "backward passes; whatever changes parameters, such as optimizer.step(), call it "
-                "after it"
+                "an adapter's parameters changed inside norm_scope, which caches their norms; open "
+                "one norm_scope for each optimizer step, around its forward and backward passes, "
+                "and change parameters after it, as optimizer.step() does"
             )
         return is_unchanged
 
@@ -84,8 +84,8 @@ class RowRoute(NormRoute):
 
     Args:
         layer: The layer.
-        names: Adapter of each row; None is the base. A batch of a multiple of so many rows repeats
-            them, as guidance does.
+        names: Adapter of each row; None is the base. They are repeated for a batch of a multiple of
+            this size, as in guidance.
     """
 
     is_mixed = True
@@ -98,7 +98,7 @@ class RowRoute(NormRoute):
         self._factors: dict[tuple[Any, ...], Factors | None] = {}
 
     def active(self) -> Active:
-        return [each for each in self.layer.active() if each[0] in self.names]
+        return [pair for pair in self.layer.active() if pair[0] in self.names]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, each row with its own adapter.
@@ -126,7 +126,7 @@ class RowRoute(NormRoute):
         repeats, rest = divmod(batch, len(self.names))
         if rest or not repeats:
             raise ValueError(
-                f"a layer is called with a batch of {batch}, and adapters are given for "
+                f"a layer is called with a batch of {batch}, but adapters are given for "
                 f"{len(self.names)} rows; give one per row of the batch"
             )
         return self.names * repeats
@@ -134,31 +134,31 @@ class RowRoute(NormRoute):
     def _factors_of_rows(
         self, active: Active, names: Sequence[str | None], dtype: torch.dtype
     ) -> Factors | None:
-        """Each row's factors, stacked; None where the gradient of m needs a path of its own."""
-        layer, used = self.layer, [(name, own.strengths.strength) for name, own in active]
+        """Return each row's factors, stacked; None if m needs its gain in the graph."""
+        layer, used = self.layer, [(name, adapter.strengths.strength) for name, adapter in active]
         key = (dtype, len(names), torch.is_grad_enabled(), *used)
         for name, adapter in active:
             if name in self.norms and not self.require_unchanged(name, adapter):
                 self._factors.clear()
         if key not in self._factors:
-            own = {
+            factors = {
                 name: _folded(layer.factors(name, adapter, dtype), adapter.strengths.strength)
                 for name, adapter in active
             }
-            trains = torch.is_grad_enabled() and any(f.gain is not None for f in own.values())
-            gain_in_graph = trains and any(f.gain_in_graph for f in own.values())
-            self._factors[key] = None if gain_in_graph else _stacked(own, names)
+            trains = torch.is_grad_enabled() and any(f.gain is not None for f in factors.values())
+            gain_in_graph = trains and any(f.gain_in_graph for f in factors.values())
+            self._factors[key] = None if gain_in_graph else _stacked(factors, names)
         return self._factors[key]
 
 
 def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
-    """Return whether one product serves these adapters; others run one adapter at a time."""
+    """Return whether one product can serve rows of all these adapters."""
     op = layer.operation()
     is_plain = type(op) is Operation
     is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
     adapters = [adapter for _, adapter in active]
     axes = {adapter.norm_axis for adapter in adapters if adapter.magnitude is not None}
-    # A strength is folded into the factor of the output, and the gradient of m would be lost.
+    # A strength is folded into the gain of the output, which then gives no gradient of m.
     folds = not torch.is_grad_enabled() and "input" not in axes
     return (
         (is_plain or is_image)
@@ -169,7 +169,7 @@ def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
 
 
 def _folded(factors: Factors, strength: float) -> Factors:
-    """Factors of ``W x + strength * (W' x - W x)``, on the output axis or without a magnitude."""
+    """Return factors of ``W x + strength * (W' x - W x)``; output axis or no magnitude only."""
     if strength == 1:
         return factors
     gain, shift = factors.gain, factors.shift
@@ -180,26 +180,26 @@ def _folded(factors: Factors, strength: float) -> Factors:
     )
 
 
-def _stacked(own: dict[str, Factors], names: Sequence[str | None]) -> Factors:
-    """Each row's factors: ``down (N, r, in, *k)``, ``up (N, out, r)``, the others ``(N, n)``.
+def _stacked(factors: dict[str, Factors], names: Sequence[str | None]) -> Factors:
+    """Stack factors by row: ``down (N, r, in, *k)``, ``up (N, out, r)``, the others ``(N, n)``.
 
-    Ranks are filled up with zeros. A row without an adapter has zeros, and a gain of 1.
+    Ranks are padded with zeros. A row without an adapter has zeros, and a gain of 1.
     """
-    first = next(iter(own.values()))
-    rank = max(f.down.shape[0] for f in own.values())
+    first = next(iter(factors.values()))
+    rank = max(f.down.shape[0] for f in factors.values())
     downs = {
         name: F.pad(f.down, (0, 0) * (f.down.ndim - 1) + (0, rank - f.down.shape[0]))
-        for name, f in own.items()
+        for name, f in factors.items()
     }
-    ups = {name: F.pad(f.up.flatten(1), (0, rank - f.down.shape[0])) for name, f in own.items()}
-    axis = next((f.axis for f in own.values() if f.gain is not None), first.axis)
+    ups = {name: F.pad(f.up.flatten(1), (0, rank - f.down.shape[0])) for name, f in factors.items()}
+    axis = next((f.axis for f in factors.values() if f.gain is not None), first.axis)
 
-    def stack(parts: dict[str, Tensor], empty: float = 0.0) -> Tensor | None:
-        if not parts:
+    def stack(tensors: dict[str, Tensor], empty: float = 0.0) -> Tensor | None:
+        if not tensors:
             return None
-        one = next(iter(parts.values()))
+        one = next(iter(tensors.values()))
         other = torch.full_like(one, empty, requires_grad=False)
-        return torch.stack([parts.get(name or "", other) for name in names])
+        return torch.stack([tensors.get(name or "", other) for name in names])
 
     down, up = stack(downs), stack(ups)
     assert down is not None
@@ -207,9 +207,9 @@ def _stacked(own: dict[str, Factors], names: Sequence[str | None]) -> Factors:
     return Factors(
         down,
         up,
-        stack({name: f.gain for name, f in own.items() if f.gain is not None}, 1.0),
-        stack({name: f.shift for name, f in own.items() if f.shift is not None}),
-        stack({n: f.shift_numerator for n, f in own.items() if f.shift_numerator is not None}),
+        stack({name: f.gain for name, f in factors.items() if f.gain is not None}, 1.0),
+        stack({name: f.shift for name, f in factors.items() if f.shift is not None}),
+        stack({n: f.shift_numerator for n, f in factors.items() if f.shift_numerator is not None}),
         axis,
     )
 
@@ -217,11 +217,11 @@ def _stacked(own: dict[str, Factors], names: Sequence[str | None]) -> Factors:
 def _each_by_itself(
     layer: AdaptedLayer, x: Tensor, names: Sequence[str | None], active: Active
 ) -> Tensor:
-    """Return the output of all rows of one adapter after the other, in the order of the rows."""
-    made, places = [], []
+    """Return the layer's output, computed for one adapter's rows at a time."""
+    outputs, rows_in_order = [], []
     for name in dict.fromkeys(names):
-        at = [place for place, other in enumerate(names) if other == name]
-        made.append(layer.adapted(x[at], [each for each in active if each[0] == name]))
-        places += at
-    order = torch.tensor(places, device=x.device).argsort()
-    return torch.cat(made).index_select(0, order)
+        rows = [row for row, other in enumerate(names) if other == name]
+        outputs.append(layer.adapted(x[rows], [pair for pair in active if pair[0] == name]))
+        rows_in_order += rows
+    order = torch.tensor(rows_in_order, device=x.device).argsort()
+    return torch.cat(outputs).index_select(0, order)

@@ -1,16 +1,16 @@
-"""Norms, gains and factors from parameters alone, made once per step for many layers.
+"""Norms, gains and factors, computed from the parameters once per step for many layers.
 
 The norm is detached (paper, section 4.3), so norms and gains are computed outside of the graph, and
-reused over gradient accumulation, checkpoint recomputation, guidance and all of sampling. The same
-holds for the factors in the compute dtype, with the gain in B. For all layers and all of their K
-adapters together: on small tensors an operation's fixed price is the whole price. A single adapter
-is K = 1. What differs is only what the rows of a batch choose: with a number all have that adapter,
-and the layer computes as it does alone; with a tuple each has its own (`RowOperation`).
+reused over gradient accumulation, checkpoint recomputation, guidance and all of sampling. So are
+the factors in the compute dtype, with the gain in B. One operation serves all layers and all of
+their K adapters, since launch overhead dominates on small tensors. A single adapter is K = 1. The
+rows of a batch select the adapters: a number selects one adapter for all rows, as in a layer with
+one adapter; a tuple selects an adapter for each row (`RowOperation`).
 
-Gradients take the same way back. `_Prepare` is one node of the graph, from the parameters to what
-the layers compute with: each layer gives it the products and sums that only it can make, and what
-follows from these is done once: after each backward pass, where the graph has edges to the
-parameters, or after the last one of a step, where `give_gradients` is called.
+Gradients are batched in the same way. `_Prepare` is the node of the graph between the parameters
+and the factors. Each layer passes the gradients of its factors to the node, which computes the
+gradients of all parameters at once: after each backward pass, if the graph has edges to the
+parameters; otherwise when `give_gradients` is called, after the last backward pass of a step.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from dora_diffusion.numerics.norms import (
 )
 from dora_diffusion.numerics.precision import full_precision
 
-# A layer with a channel whose |g| is below this is direct: dividing g out of what it keeps would
-# magnify the rounding of that, or be 0 / 0.
+# A layer with |g| below this in a channel is direct: dividing its saved tensors by g would amplify
+# their rounding, or be 0 / 0.
 SMALL_GAIN = 1e-3
-# Checksums of one weight differ by their rounding, of about 1e-6 |W_i|; this is squared.
+# Squared tolerance of checksums: rounding changes those of one weight by about 1e-6 |W_i|.
 SAME_WEIGHT = 1e-10
-# Where flags are read a step late, they are raised this much earlier.
+# Factor of the thresholds if flags are read a step late.
 MARGIN = 2.0
 
 
 def make_scales(sites: Sequence[Site]) -> list[LayerScales]:
-    """The norms and gains of many layers, each with one adapter.
+    """Compute the norms and gains of many layers, each with one adapter.
 
-    A layer with an ill-conditioned channel (whose terms cancel, or whose gain is small) takes a
-    path of its own; whether there is any is all that is read back from the device. So does a layer
-    whose weight has changed: no version counter sees a base weight that is written through
-    ``.data``, but its checksum does.
+    Norms of layers with an ill-conditioned channel (its terms cancel, or its gain is small) are
+    recomputed one by one; only the flags of these channels are read from the device. Norms of
+    layers with a changed weight are recomputed as well: a checksum detects writes to a base weight
+    through ``.data``, which no version counter shows.
     """
     return scales_of(layouts_of(sites))
 
@@ -67,19 +67,20 @@ def make_scales(sites: Sequence[Site]) -> list[LayerScales]:
 def scales_of(
     layouts: Mapping[Any, Layout], flags: Mapping[Any, DeferredFlags] | None = None
 ) -> list[LayerScales]:
-    """`make_scales` of layers with layouts, from their present parameters.
+    """Compute the scales for existing layouts, from the current values of the parameters.
 
     Args:
-        layouts: What `layouts_of` made.
-        flags: Flags of each layout from the step before, so that nothing waits.
+        layouts: Result of `layouts_of`.
+        flags: Flags of each layout, read one step late to avoid a synchronization. None reads them
+            at once.
     """
     scales: dict[int, LayerScales] = {}
     for kind, layout in layouts.items():
         plan = Plan(layout, None if flags is None else flags[kind])
-        # Not in the plan: the graph leads from the factors to it, and cycles are freed late.
-        made: list[dict[torch.dtype, Factors]] = [{} for _ in layout.sites]
-        for place, number in enumerate(layout.numbers):
-            scales[number] = LayerScales(plan, place, made[place], made)
+        # Not stored in the plan: the factors' graph refers to the plan, and cycles are freed late.
+        factors: list[dict[torch.dtype, Factors]] = [{} for _ in layout.sites]
+        for index, number in enumerate(layout.numbers):
+            scales[number] = LayerScales(plan, index, factors[index], factors)
     return [scales[number] for number in range(len(scales))]
 
 
@@ -87,10 +88,10 @@ class LayerScales(NamedTuple):
     """One adapter's part of a plan.
 
     Attributes:
-        plan: The plan, which makes the factors of all layers at once.
-        place: The layer's place there.
-        factors_by_dtype: The layer's factors, as far as they were made.
-        factors_of_all: The same for each layer of the plan.
+        plan: Plan that computes the factors of all layers at once.
+        place: Index of the layer in the plan.
+        factors_by_dtype: The layer's factors in the dtypes computed so far.
+        factors_of_all: ``factors_by_dtype`` of each layer of the plan.
     """
 
     plan: Plan
@@ -100,22 +101,22 @@ class LayerScales(NamedTuple):
 
     @property
     def norm(self) -> Tensor | None:
-        """``norm(W + sBA)``, ``(n,)``, float32; None of a LoRA."""
+        """``norm(W + sBA)``, ``(n,)``, float32; None for LoRA."""
         norm = self.plan.norm
         return None if norm is None else torch.split(norm, self.plan.layout.sizes)[self.place]
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        """Return the layer's factors; made for all layers of the plan at the first call."""
+        """Return the layer's factors. The first call computes them for all layers of the plan."""
         if dtype not in self.factors_by_dtype:
-            made = self.plan.factors(dtype)
-            for factors_by_dtype, factors in zip(self.factors_of_all, made, strict=True):
+            plan_factors = self.plan.factors(dtype)
+            for factors_by_dtype, factors in zip(self.factors_of_all, plan_factors, strict=True):
                 factors_by_dtype[dtype] = factors
         if not torch.is_grad_enabled():
             self.plan.ran_without_gradients.add(self.place)
         elif self.place in self.plan.ran_without_gradients and _in_backward():
-            # Reentrant checkpointing, which goes back from each block on its own. Through the plan
-            # it would reach the parameters of all blocks each time, and so tell
-            # DistributedDataParallel that gradients are complete which are not.
+            # Reentrant checkpointing runs a backward pass per block. Through the plan each pass
+            # would reach the parameters of all blocks, and DistributedDataParallel would reduce
+            # incomplete gradients.
             site = self.plan.layout.sites[self.place]
             return factors_of(site.weight, site.bias, site.adapters[0], dtype, norm=self.norm)
         return self.factors_by_dtype[dtype]
@@ -127,11 +128,11 @@ def _in_backward() -> bool:
 
 
 class FixedScales:
-    """Factors of an adapter that does not train, by dtype.
+    """Factors of an adapter that is not trained, by dtype.
 
     Args:
         site: The layer with the adapter.
-        scales: The layer's part of a plan, which is freed once the factors are made.
+        scales: The layer's part of a plan. It is freed when the factors are computed.
     """
 
     def __init__(self, site: Site, scales: LayerScales) -> None:
@@ -140,23 +141,23 @@ class FixedScales:
         self.factors_by_dtype: dict[torch.dtype, Factors] = {}
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        """The factors, without what only gradients need."""
+        """Return the factors, without tensors that only gradients need."""
         if dtype not in self.factors_by_dtype:
             scales = self._scales or make_scales([self._site])[0]
-            made, self._scales = scales.factors(dtype), None
-            down, up, gain = made.down.detach(), made.up.detach(), made.gain
+            factors, self._scales = scales.factors(dtype), None
+            down, up, gain = factors.down.detach(), factors.up.detach(), factors.gain
             gain = None if gain is None else gain.detach()
-            # On the output axis only its gradient makes a layer direct.
-            gain_in_graph = made.gain_in_graph and made.axis == "input"
-            kept = Factors(down, up, gain, made.shift, None, made.axis, gain_in_graph)
-            self.factors_by_dtype[dtype] = kept
+            # On the output axis only the gradient of m needs a direct layer.
+            gain_in_graph = factors.gain_in_graph and factors.axis == "input"
+            detached = Factors(down, up, gain, factors.shift, None, factors.axis, gain_in_graph)
+            self.factors_by_dtype[dtype] = detached
         return self.factors_by_dtype[dtype]
 
 
 class LayerTensors(NamedTuple):
-    """Fields of `Factors` of each layer, as `_Prepare` returns them, or their gradients.
+    """Fields of `Factors` for each layer, in the order of `_Prepare`'s outputs, or their gradients.
 
-    LoRA has no gains, and layers without any bias no numerators and shifts.
+    LoRA has no gains. Without any bias there are no numerators and shifts.
     """
 
     down: Sequence[Tensor | None]
@@ -167,19 +168,18 @@ class LayerTensors(NamedTuple):
 
 
 class Plan:
-    """Norms, gains and factors from the present parameters of a layout.
+    """Norms, gains and factors, computed from the current parameters of a layout.
 
     Args:
-        layout: Where these are.
-        flags: Of a loop, which reads them a step late; None: at once.
-        has_edges: Whether the graph leads to the parameters, so that each backward pass adds to
-            their ``grad``. Else what all passes left is theirs with `give_gradients`, and a further
-            pass costs a few additions.
+        layout: Layout of the parameters.
+        flags: Flags of a loop, read one step late. None reads them at once.
+        has_edges: If True, each backward pass adds to the parameters' ``grad``. If False, backward
+            passes only accumulate buffers, and `give_gradients` sets ``grad`` from their sum.
 
     Attributes:
-        norm: ``norm(W + sBA)`` of all channels, float32; None of LoRA.
-        gain: ``g = m / norm``; None of LoRA.
-        direct: Places of layers that multiply by their gain in the graph (`Factors.gain_in_graph`).
+        norm: ``norm(W + sBA)`` of all channels, float32; None for LoRA.
+        gain: ``g = m / norm``; None for LoRA.
+        direct: Indices of layers that multiply by the gain in the graph (`Factors.gain_in_graph`).
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Plan:
         self._scales = layout.row_scales(self.gain)
 
     def _make_norms(self, flags: DeferredFlags | None) -> None:
-        """Compute norms and gains, and again for flagged layers."""
+        """Compute norms and gains, and recompute the norms of flagged layers."""
         layout, margin = self.layout, 1.0 if flags is None else MARGIN
         terms = Terms(*(torch.cat(term) for term in zip(*self._terms(), strict=True)))
         if (shard := layout.sites[0].shard) is not None:
@@ -209,42 +209,42 @@ class Plan:
         total = terms.change + layout.base
         self.norm = total.clamp_min(0).sqrt_()
         self.gain = gain_of(join(layout.magnitudes).to(layout.dtype), self.norm)
-        # Not less: what is not a number must be found too.
+        # Not ``<``, so that NaN is flagged too.
         flagged = is_ill_conditioned(total, layout.base, terms.bound, margin).logical_or_(
             ~(self.gain.abs() >= margin * SMALL_GAIN)
         )
         is_other = (terms.checksum - layout.recorded).square() > SAME_WEIGHT * layout.recorded_base
-        found = (flags or DeferredFlags()).layers(
+        raised = (flags or DeferredFlags()).layers(
             torch.cat([flagged, is_other]), layout.sizes + layout.widths
         )
         count, adapters = layout.count, len(layout.sizes)
-        changed = sorted(number - adapters for number in found if number >= adapters)
-        for place in changed:
-            site = layout.sites[place]
+        changed = sorted(number - adapters for number in raised if number >= adapters)
+        for index in changed:
+            site = layout.sites[index]
             site.statistics.update(site.weight)  # type: ignore[union-attr]
         if changed:
             layout.update_statistics()
-        again = {place * count + k for place in changed for k in range(count)}
-        # In order, since processes that share the weights recompute together.
-        for number in sorted(again.union(number for number in found if number < adapters)):
+        stale = {index * count + k for index in changed for k in range(count)}
+        # Sorted, since processes that share the weights recompute together.
+        for number in sorted(stale.union(number for number in raised if number < adapters)):
             self._recompute(number)
 
     def _terms(self) -> list[list[Tensor]]:
-        """The terms of each shape's norms, flat; of sharded weights this process's summands."""
+        """Return the terms of each shape's norms, flat; this process's summands if sharded."""
         layout, on_output = self.layout, self.layout.axis == "output"
         up, scales = self.up, layout.shape_scales
-        if None in scales:  # Then it is in B.
+        if None in scales:  # Multiply B by the scales.
             up, scales = scaled(up, layout.scales), [1.0] * len(scales)
         downs, ups = layout.factors_by_shape(self.down, up)
-        wide, parts = [downs if on_output else ups], []
+        wide, splits = [downs if on_output else ups], []
         if any(layout.widens) and on_output:
-            parts = [layout.factors_by_shape(part, up)[0] for part in parts_of(self.down)]
+            splits = [layout.factors_by_shape(part, up)[0] for part in parts_of(self.down)]
         elif any(layout.widens):
             split = zip(*map(parts_of, up), strict=True)
-            parts = [layout.factors_by_shape(self.down, part)[1] for part in split]
-        made = []
+            splits = [layout.factors_by_shape(self.down, part)[1] for part in split]
+        terms_by_shape = []
         for number, sites in enumerate(layout.shapes):
-            seen = parts if layout.widens[number] else wide
+            seen = splits if layout.widens[number] else wide
             terms: Sequence[Tensor] = norm_terms(
                 [site.weight for site in sites],
                 downs[number].flatten(0, 1),
@@ -255,38 +255,40 @@ class Plan:
             )
             if (shard := sites[0].shard) is not None:
                 terms = [shard.partial_sum(term, layout.axis) for term in terms]
-            made.append([term.flatten() for term in terms])
-        return made
+            terms_by_shape.append([term.flatten() for term in terms])
+        return terms_by_shape
 
     def _recompute(self, number: int) -> None:
-        """Norm and gain of an adapter that was flagged, from its dense weight where need be."""
-        layout, (place, k) = self.layout, divmod(number, self.layout.count)
+        """Recompute norm and gain of a flagged adapter, from its dense weight if necessary."""
+        layout, (index, k) = self.layout, divmod(number, self.layout.count)
         assert self.norm is not None
         assert self.gain is not None
         norm, gain = (torch.split(all_, layout.sizes)[number] for all_ in (self.norm, self.gain))
-        site = layout.sites[place]
-        own, shard = site.adapters[k], site.shard
-        given = site.weight, own.down, own.up, own.scale, own.norm_axis
+        site = layout.sites[index]
+        weights, shard = site.adapters[k], site.shard
+        arguments = site.weight, weights.down, weights.up, weights.scale, weights.norm_axis
         if shard is None:
             assert site.statistics is not None
-            norm.copy_(factored_norm(*given, site.statistics.squared_norm))
+            norm.copy_(factored_norm(*arguments, site.statistics.squared_norm))
         else:
-            part = exact_squared_norm(site.weight, own.down, shard.own(own.up), *given[3:])
-            norm.copy_(shard.add_up(shard.partial_sum(part, own.norm_axis)).sqrt())
-        assert own.magnitude is not None
-        gain.copy_(gain_of(own.magnitude.to(norm.dtype), norm))
+            part = exact_squared_norm(
+                site.weight, weights.down, shard.own(weights.up), *arguments[3:]
+            )
+            norm.copy_(shard.add_up(shard.partial_sum(part, weights.norm_axis)).sqrt())
+        assert weights.magnitude is not None
+        gain.copy_(gain_of(weights.magnitude.to(norm.dtype), norm))
         if bool((gain.abs() < SMALL_GAIN).any()):
-            self.direct.add(place)
+            self.direct.add(index)
 
     def factors(self, dtype: torch.dtype, rows: Rows = 0) -> list[Factors]:
         """Return the layers' factors in a dtype, for a batch whose rows use these adapters."""
         layout, count = self.layout, len(self.layout.sites)
-        # The first call of a layer may be one without gradients, as with checkpointing.
+        # The first call of a layer may run without gradients, as in checkpointing.
         with torch.inference_mode(False), torch.enable_grad():
             start = layout.parameters if self.has_edges else [layout.anchor]
-            made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, *start)  # type: ignore[no-untyped-call]
-        tensors = LayerTensors(*(made[i : i + count] for i in range(0, len(made), count)))
-        each: Iterable[Any] = zip_longest(*tensors, layout.has_bias)
+            flat: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, *start)  # type: ignore[no-untyped-call]
+        tensors = LayerTensors(*(flat[i : i + count] for i in range(0, len(flat), count)))
+        fields: Iterable[Any] = zip_longest(*tensors, layout.has_bias)
         return [
             Factors(
                 down,
@@ -295,21 +297,21 @@ class Plan:
                 shift if has_bias else None,
                 numerator if has_bias else None,
                 layout.axis,
-                place in self.direct,
-                self.direction(place, rows, dtype)
-                if place in self.direct and isinstance(rows, int)
+                index in self.direct,
+                self.direction(index, rows, dtype)
+                if index in self.direct and isinstance(rows, int)
                 else None,
             )
-            for place, (down, up, gain, numerator, shift, has_bias) in enumerate(each)
+            for index, (down, up, gain, numerator, shift, has_bias) in enumerate(fields)
         ]
 
-    def direction(self, place: int, k: int, dtype: torch.dtype) -> Tensor | None:
-        """`direction_of` one adapter of a layer; None of a sharded one."""
-        site = self.layout.sites[place]
+    def direction(self, index: int, k: int, dtype: torch.dtype) -> Tensor | None:
+        """Return `direction_of` one adapter of a layer; None for a sharded layer."""
+        site = self.layout.sites[index]
         return None if site.shard else direction_of(site.weight, site.adapters[k], dtype)
 
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
-        """Return `LayerTensors` one after the other; the values of numerators are never read."""
+        """Return the fields of `LayerTensors`, concatenated; numerators are never read."""
         layout = self.layout
         buffers = [part.to(dtype) for part in (self.down, *scaled(self.up, self._scales))]
         if self.gain is not None:
@@ -324,45 +326,54 @@ class Plan:
     def flat_gradients(self, rows: Rows, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Return buffers of gradients: A, B of each rank, sums for m, and sums of shifts."""
         layout, count = self.layout, len(self.layout.sites)
-        each = LayerTensors(*(grads[i : i + count] for i in range(0, len(grads), count)))
-        used = [place for place, grad in enumerate(each.down) if grad is not None]
+        layer_grads = LayerTensors(*(grads[i : i + count] for i in range(0, len(grads), count)))
+        used = [index for index, grad in enumerate(layer_grads.down) if grad is not None]
         self._used.update(used)
         buffers = layout.new_buffers(rows, zero=len(used) < count)
-        targets = zip(layout.views(rows, buffers), (*each.down, *each.up), strict=True)
+        targets = zip(
+            layout.views(rows, buffers), (*layer_grads.down, *layer_grads.up), strict=True
+        )
         if pairs := [(target, grad) for target, grad in targets if grad is not None]:
             torch._foreach_copy_([target for target, _ in pairs], [grad for _, grad in pairs])
-        # Zeros where no bias was reached, so that all passes leave the same buffers.
-        sums = [layout.cat(rows, grad) for grad in (each.gain, each.shift_numerator) if grad]
+        # Zeros for layers without a gradient, so that all passes return the same buffers.
+        sums = [
+            layout.cat(rows, grad)
+            for grad in (layer_grads.gain, layer_grads.shift_numerator)
+            if grad
+        ]
         return layout.scatter_add(rows, buffers + sums)
 
-    def gradients(self, made: list[Tensor]) -> list[Tensor | None]:
-        """The gradients of the layout's parameters, of buffers that this changes."""
+    def gradients(self, buffers: list[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of the layout's parameters. The buffers are changed in place."""
         layout, ranks = self.layout, len(self.up)
-        ups = made[1 : 1 + ranks]
+        ups = buffers[1 : 1 + ranks]
         for up, scale in zip(ups, self._scales, strict=True):
             if not (isinstance(scale, float) and scale == 1):
                 up.mul_(scale)
-        views = layout.views(layout.whole, made[: 1 + ranks])
-        parts = views if layout.count == 1 else [own for view in views for own in view.unbind()]
+        views = layout.views(layout.whole, buffers[: 1 + ranks])
+        pieces = (
+            views if layout.count == 1 else [piece for view in views for piece in view.unbind()]
+        )
         if layout.has_gain:
-            parts += torch.split(self._magnitude_gradient(made[1 + ranks :]), layout.sizes)
-        each = len(layout.sizes)
-        found: list[Tensor | None] = []
-        for number, (part, parameter) in enumerate(zip(parts, layout.parameters, strict=True)):
-            if number % each // layout.count not in self._used:
-                found.append(None)
+            pieces += torch.split(self._magnitude_gradient(buffers[1 + ranks :]), layout.sizes)
+        adapter_count = len(layout.sizes)
+        gradients: list[Tensor | None] = []
+        for number, (part, parameter) in enumerate(zip(pieces, layout.parameters, strict=True)):
+            if number % adapter_count // layout.count not in self._used:
+                gradients.append(None)
                 continue
-            if part.shape != parameter.shape:  # A smaller rank, and a convolution's ones.
+            if part.shape != parameter.shape:  # A smaller rank, or the 1s of a convolution's shape.
                 rows, columns = parameter.shape[:2]
                 part = part[:rows, :columns].view(parameter.shape)
-            found.append(part if part.dtype == parameter.dtype else part.to(parameter.dtype))
-        return found
+            gradients.append(part if part.dtype == parameter.dtype else part.to(parameter.dtype))
+        return gradients
 
     def _magnitude_gradient(self, sums: Sequence[Tensor]) -> Tensor:
-        """``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``: ``(W + sBA) x`` is the rest.
+        """Return ``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``.
 
-        On the input axis the sum is that of ``g x`` times its gradient; direct layers have dm
-        times the norm.
+        On the output axis ``y_i - b_i`` is ``g_i`` times row i of ``(W + sBA) x``. On the input
+        axis the sum is over ``g x`` times its gradient. For direct layers the sum is dm times the
+        norm.
         """
         assert self.gain is not None
         assert self.norm is not None
@@ -371,35 +382,38 @@ class Plan:
             total.addcmul_(shifts, layout.bias, value=-1)
         gain = self.gain.masked_fill(self.gain == 0, 1)
         if self.direct:
-            parts = torch.split(gain, [layout.count * width for width in layout.widths])
-            for place in self.direct:
-                parts[place].fill_(1)
+            gains = torch.split(gain, [layout.count * width for width in layout.widths])
+            for index in self.direct:
+                gains[index].fill_(1)
         return total.div_(gain.mul_(self.norm.clamp_min(NORM_FLOOR)))
 
     @torch.no_grad()
     def give_gradients(self) -> None:
-        """Give the parameters their ``grad`` after the backward passes of a plan without edges.
+        """Set the parameters' ``grad`` after the backward passes of a plan without edges.
 
-        Those that no pass has reached have none. A and B that other parameters make lead on there.
+        Parameters that no pass has reached get no gradient. Gradients of A and B from a
+        parametrization are propagated to its parameters.
         """
         if self._left is None:
             return
-        made = []
-        found = self.gradients(self._left)
-        for parameter, gradient in zip(self.layout.parameters, found, strict=True):
+        indirect = []
+        gradients = self.gradients(self._left)
+        for parameter, gradient in zip(self.layout.parameters, gradients, strict=True):
             if gradient is not None and parameter.grad_fn is None:
                 parameter.grad = gradient
             elif gradient is not None:
-                made.append((parameter, gradient))
-        if made:
-            torch.autograd.backward([p for p, _ in made], [gradient for _, gradient in made])
+                indirect.append((parameter, gradient))
+        if indirect:
+            torch.autograd.backward(
+                [p for p, _ in indirect], [gradient for _, gradient in indirect]
+            )
 
 
 class _Prepare(torch.autograd.Function):
-    """All A, B and m of a plan to the factors of its layers.
+    """Autograd function from all A, B and m of a plan to the factors of its layers.
 
-    Nothing is saved that a backward pass frees: with gradient accumulation there are several.
-    Layers that were not called have no gradients.
+    It saves no tensors for backward, so several backward passes can run (gradient accumulation).
+    Layers that were not called get no gradients.
     """
 
     @staticmethod
@@ -408,21 +422,21 @@ class _Prepare(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         ctx.plan, ctx.rows = plan, rows
         ctx.set_materialize_grads(False)
-        made = plan.prepared(dtype, rows)
-        ctx.mark_non_differentiable(*made[4 * len(plan.layout.sites) :])  # The shifts.
-        return tuple(made)
+        tensors = plan.prepared(dtype, rows)
+        ctx.mark_non_differentiable(*tensors[4 * len(plan.layout.sites) :])  # The shifts.
+        return tuple(tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         if plan.has_edges:
-            # Of these alone, whatever earlier passes have reached.
+            # Only the layers of this pass, not those of earlier passes.
             plan._used.clear()
             return None, None, None, *plan.gradients(plan.flat_gradients(ctx.rows, grads))
-        made = plan.flat_gradients(ctx.rows, grads)
+        buffers = plan.flat_gradients(ctx.rows, grads)
         if plan._left is None:
-            plan._left = made
+            plan._left = buffers
         else:
-            torch._foreach_add_(plan._left, made)
+            torch._foreach_add_(plan._left, buffers)
         return None, None, None, None

@@ -1,4 +1,4 @@
-"""Norms computed once for as long as no parameter changes, for all rows of a batch or for each."""
+"""Norm scopes: norms computed once for several calls, with one adapter for all rows or per row."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Entry = tuple[NormRoute, str, LayerAdapter]
 class NormCache:
     """Cache that a loop of training steps keeps from one `norm_scope` to the next.
 
-    Make one before the loop and give it to each step's scope. A step then neither waits for the
-    device nor searches the models again. Between the steps, adapters may be added and
-    removed, switched on and off, merged and moved; but no base weight may be written through
-    ``.data``, which on CUDA is noticed a step late.
+    Create one before the loop and pass it to the scope of each step. A step then needs no
+    synchronization with the device, and reuses the layouts of earlier steps. Between steps,
+    adapters may be added, removed, switched on or off, merged and moved. Do not write a base weight
+    through ``.data``: CUDA detects the change one step late.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ class NormCache:
         self._layouts = LayoutCache()
 
     def layers(self, models: tuple[nn.Module, ...]) -> list[AdaptedLayer]:
-        """Return the adapted layers of models, searched again only after a change of layers."""
+        """Return the adapted layers of the models, cached until a layer is adapted or restored."""
         # Modules are compared by identity.
         if self._models != models or self._changes != AdaptedLayer.changes:
             self._models, self._changes = models, AdaptedLayer.changes
@@ -65,17 +65,17 @@ class NormCache:
         return self._layers
 
     def scales(self, entries: Sequence[Entry]) -> Sequence[LayerScales | FixedScales | None]:
-        """Return the scales of each adapter; None where none are kept."""
+        """Return the scales of each adapter; None if the cache holds none for it."""
         layers, adapters = [route.layer for route, _, _ in entries], [[a] for _, _, a in entries]
         return scales_of(self._layouts.of(layers, adapters)[0], self._layouts.flags)
 
 
 class FixedNorms(NormCache):
-    """Norms that stay from one `norm_scope` to the next, of adapters that do not train.
+    """Cache of the norms of adapters that are not trained, from one `norm_scope` to the next.
 
-    An adapter's norms are computed when it is first used, and again after a change of its
-    parameters, its strengths or the base weight. For sampling only: the factors have no gradients.
-    They are freed with the adapter.
+    Norms are computed when an adapter is first used, and again after a change of its parameters,
+    its strengths or the base weight. Use it for sampling only: the factors have no gradients. They
+    are freed with the adapter.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class FixedNorms(NormCache):
         self._fixed = WeakKeyDictionary()
 
     def scales(self, entries: Sequence[Entry]) -> Sequence[LayerScales | FixedScales | None]:
-        """The scales of each adapter with a magnitude."""
+        """Return the scales of each adapter; None for LoRA."""
         nothing: tuple[object, None] = None, None
         missing: dict[str, list[tuple[AdaptedLayer, LayerAdapter, object]]] = {}
         for route, name, adapter in entries:
@@ -92,13 +92,13 @@ class FixedNorms(NormCache):
             state: object = (adapter.versions(), state_of([layer], [[adapter]]))
             if adapter.magnitude is not None and self._fixed.get(adapter, nothing)[0] != state:
                 missing.setdefault(name, []).append((layer, adapter, state))
-        # Each adapter has a plan of its own, which is freed with it.
-        for parts in missing.values():
-            sites = [layer.site([adapter]) for layer, adapter, _ in parts]
-            for (_, adapter, state), site, own in zip(
-                parts, sites, make_scales(sites), strict=True
+        # A plan for each adapter, so that its tensors are freed with the adapter.
+        for group in missing.values():
+            sites = [layer.site([adapter]) for layer, adapter, _ in group]
+            for (_, adapter, state), site, layer_scales in zip(
+                group, sites, make_scales(sites), strict=True
             ):
-                self._fixed[adapter] = state, FixedScales(site, own)
+                self._fixed[adapter] = state, FixedScales(site, layer_scales)
         return [self._fixed.get(adapter, nothing)[1] for _, _, adapter in entries]
 
 
@@ -107,21 +107,22 @@ def norm_scope(*models: nn.Module, cache: NormCache | None = None) -> Iterator[N
     """Compute each adapter's norm once inside the block, in which no parameter may change.
 
     Open one around the forward and backward passes of one optimizer step, as the training loop
-    does, and one around all steps of a sampling run. No norm survives the block, and a layer that
-    is called inside after a parameter of it was written or replaced raises an error. Optimizers
-    of torch and those that derive from them are noticed whatever they write with; other code that
-    writes through ``.data`` is not.
+    does, and one around all steps of a sampling run. Norms are dropped at the end of the block. A
+    layer raises an error if one of its parameters was written or replaced inside the block. Writes
+    of torch's optimizers and their subclasses are always detected; writes of other code through
+    ``.data`` are not.
 
-    Without one the results are the same, but every call of every adapted layer computes its norm
-    from the whole weight, again when gradient checkpointing recomputes it, and on a GPU waits for
-    the device: 609 times for a forward pass of SDXL, where a block waits once.
+    Without a scope the results are the same, but every call of an adapted layer computes its norm
+    from the whole weight, and again when gradient checkpointing recomputes the layer. On a GPU
+    every call also synchronizes with the device: 609 times for a forward pass of SDXL. A scope
+    synchronizes once.
 
     Args:
         models: The models with adapters.
-        cache: One for a whole loop of training steps: then a block does not wait either.
+        cache: Cache for a whole loop of training steps. With it no scope synchronizes.
 
     Raises:
-        RuntimeError: In a layer's forward, if its adapter changed inside of the block.
+        RuntimeError: In a layer's forward, if its adapter changed inside the block.
 
     Example:
         >>> import torch
@@ -143,19 +144,19 @@ def row_scope(
     cache: NormCache | None = None,
     partly: bool = False,
 ) -> Iterator[None]:
-    """A `norm_scope` in which each row of a batch has an adapter of its own, by name.
+    """Open a `norm_scope` in which each row of a batch uses the adapter named for it.
 
-    One product with the base weight serves all rows of a Linear or Conv2d layer, and the thin ones
-    of the adapters are batched. Other layers, adapters of different norm axes in one layer, and
-    dropout compute the rows of one adapter after those of another. Results and gradients are those
-    of each adapter by itself, up to rounding. Compiled blocks run as they are.
+    One product with the base weight serves all rows of a Linear or Conv2d layer, and the low-rank
+    products of the adapters are batched. Other layers, layers with adapters on different norm axes,
+    and layers with dropout compute the rows of one adapter at a time. Results and gradients equal
+    the ones of each adapter alone, up to rounding. Compiled blocks run uncompiled.
 
     Args:
         models: The models with adapters.
-        rows: The adapter of each row; None is the base. A batch of a multiple of so many rows, as
-            guidance makes, repeats them.
+        rows: The adapter of each row; None is the base. They are repeated for a batch of a multiple
+            of this size, as in guidance.
         cache: As in `norm_scope`.
-        partly: The models are some of the adapted ones: an adapter may be on none of them.
+        partly: The models are a part of the adapted ones: an adapter may be on none of them.
 
     Raises:
         ValueError: If no layer has an adapter of one of the names; in a layer's forward, if the
@@ -182,18 +183,18 @@ def row_scope(
 
 @contextmanager
 def _norms_of(routes: Sequence[NormRoute], cache: NormCache | None) -> Iterator[None]:
-    """Route layers with the norms of their adapters, unless an open scope has these already."""
+    """Route layers with the norms of their adapters; layers in an open scope keep its norms."""
     entries = [
-        (route, *each) for route in routes if route.layer.route is None for each in route.active()
+        (route, *pair) for route in routes if route.layer.route is None for pair in route.active()
     ]
     scales = (
         make_scales([route.layer.site([adapter]) for route, _, adapter in entries])
         if cache is None
         else cache.scales(entries)
     )
-    for (route, name, adapter), kept in zip(entries, scales, strict=True):
-        if kept is not None:
-            route.keep(name, adapter, kept)
+    for (route, name, adapter), layer_scales in zip(entries, scales, strict=True):
+        if layer_scales is not None:
+            route.keep(name, adapter, layer_scales)
     hook = register_optimizer_step_post_hook(_count_written)
     try:
         with routed([route.layer for route in routes], routes):
@@ -203,7 +204,7 @@ def _norms_of(routes: Sequence[NormRoute], cache: NormCache | None) -> Iterator[
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-    """Count an optimizer's writes: fused optimizers, and writes to ``.data``, do not."""
+    """Increment the versions of stepped parameters, as fused optimizers and ``.data`` do not."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:

@@ -1,7 +1,8 @@
-"""K adapters of the same layers, made ready together for each step of a loop that trains them.
+"""K adapters of the same layers, prepared together for each step of a training loop.
 
-A run has one, a pack several, which need not be on the layers: the rows of a batch choose among
-them by number. Gradients are left in buffers, and become the parameters' at the end of the step.
+A run has one adapter, a pack several. They need not be attached to the layers: the rows of a batch
+select them by number. Gradients accumulate in buffers, and the parameters get them at the end of
+the step.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from dora_diffusion.numerics.precision import product_dtype
 from dora_diffusion.numerics.weights import LayerWeights
 
 BASE: Rows = ()
-"""Rows of a batch that have no adapter, however many they are."""
+"""Rows of a batch of any size without adapters."""
 Masks = Sequence[Tensor | None]
-"""For each layer a factor of each rank of each row, ``(N, r)`` or ``(1, r)``; None: all are 1."""
+"""For each layer, factors ``(N, r)`` or ``(1, r)`` of the ranks of each row; None: all are 1."""
 
 
 class AdapterStack:
@@ -45,21 +46,21 @@ class AdapterStack:
         adapters: The K adapters of each layer, in the same order.
 
     Raises:
-        ValueError: If K is more than 1, and a layer is an Embedding or a grouped convolution, or
-            adapters have other magnitudes than each other, another parametrization than A and B, or
+        ValueError: If K is more than 1, and a layer is an Embedding or a grouped convolution, the
+            adapters are not all LoRA or all DoRA on one norm axis, or one has a parametrization or
             dropout.
     """
 
     def __init__(
         self, layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]
     ) -> None:
-        for layer, own in zip(layers, adapters, strict=True):
+        for layer, group in zip(layers, adapters, strict=True):
             is_plain = layer.kind != "embedding" and layer_groups(layer) == 1
-            alike = {(a.magnitude is None, a.norm_axis) for a in own}
-            if len(own) > 1 and not (
+            alike = {(a.magnitude is None, a.norm_axis) for a in group}
+            if len(group) > 1 and not (
                 is_plain
                 and len(alike) == 1
-                and not any(a.parametrization or a.dropout for a in own)
+                and not any(a.parametrization or a.dropout for a in group)
             ):
                 raise ValueError(
                     "adapters can be trained together on Linear layers and convolutions without "
@@ -69,8 +70,8 @@ class AdapterStack:
         self.rows: Rows = BASE
         self.masks: Masks = ()
         self.norm_changes: Masks = ()
-        each = zip(layers, adapters, strict=True)
-        self._routes = [StackRoute(self, *parts) for parts in each]
+        pairs = zip(layers, adapters, strict=True)
+        self._routes = [StackRoute(self, *pair) for pair in pairs]
         self._layouts = LayoutCache()
         self._dtype: torch.dtype | None = None
         self._plans: list[Plan] = []
@@ -79,21 +80,23 @@ class AdapterStack:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """Use the adapters as they are now inside the block; rows have none until they are set.
+        """Compute with the adapters' current values inside the block; rows are initially the base.
 
-        In the end the parameters get their gradients.
+        The parameters get their gradients at the end of the block.
 
         Raises:
-            RuntimeError: In the end, if one has changed inside.
+            RuntimeError: At the end, if a parameter changed inside the block.
         """
         layouts, are_new = self._layouts.of(self.layers, self.adapters)
         if are_new:
             for route in self._routes:
                 route.settle()
             self._dtype = next((r.plain_dtype for r in self._routes if r.plain_dtype), None)
-            self._parameters = [p for own in self.adapters for a in own for p in a.parameters()]
+            self._parameters = [p for group in self.adapters for a in group for p in a.parameters()]
         flags = self._layouts.flags
-        self._plans = [Plan(own, flags[kind], has_edges=False) for kind, own in layouts.items()]
+        self._plans = [
+            Plan(layout, flags[kind], has_edges=False) for kind, layout in layouts.items()
+        ]
         self._made, before = {}, [parameter._version for parameter in self._parameters]
         try:
             with routed(self.layers, self._routes):
@@ -112,17 +115,17 @@ class AdapterStack:
     ) -> Iterator[None]:
         """Use these adapters for the rows of a batch inside the block, backward passes included.
 
-        A masked row of a DoRA computes ``g (W + s B M A)``, with the norm of the whole update
-        ``W + s B A`` in its gain, as it is without a mask: what dropout takes away is made up for
-        in the mean. Where ranks are left out for good, as T-LoRA does by timestep, its norm is
-        that of the applied weight, ``W + s B M' A`` with ``active`` as M', so that each row is the
-        DoRA of its own ranks. All norms are constants for the gradient.
+        A masked row of a DoRA computes ``g (W + s B M A)``. Its gain has the norm of the unmasked
+        weight ``W + s B A``, since dropout preserves the update in the mean. T-LoRA excludes ranks
+        by timestep: there the norm is that of ``W + s B M' A`` with ``active`` as M', so that each
+        row is the DoRA of its remaining ranks. All norms are constants for the gradient.
 
         Args:
-            rows: The adapter of each row; a number where all have it, however many they are; `BASE`
-                for none.
-            masks: Factor of each rank of the rows (`MaskedOperation`).
-            active: Factors of the ranks in the norm, with a row for each row of the batch.
+            rows: The adapter of each row; a number if all rows of any batch use it; `BASE` for
+                none.
+            masks: Factors of the ranks of each row (`MaskedOperation`).
+            active: Masks M' of the norm, with a row for each row of the batch; None for layers with
+                the unmasked norm.
         """
         before = self.rows, self.masks, self.norm_changes
         changes = self._norm_changes(rows, active) if active else ()
@@ -130,7 +133,7 @@ class AdapterStack:
             rows = rows[0] if len(set(rows)) == 1 else tuple(rows)
         try:
             self._choose(rows, masks, changes)
-            # Before a layer asks, which could then not have all of it ready.
+            # Before the first layer is called, so that every layer has its ``ready`` forward.
             if isinstance(rows, int) and self._dtype is not None and not any(self._made[rows][0]):
                 self.make(self._dtype)
             yield
@@ -143,8 +146,8 @@ class AdapterStack:
         self.rows, self.masks, self.norm_changes = rows, masks, norm_changes
         if rows not in self._made:
             self._made[rows] = [({}, {}) for _ in self.layers]
-        for route, made in zip(self._routes, self._made[rows], strict=True):
-            route.factors_by_dtype, route.ready = made
+        for route, entry in zip(self._routes, self._made[rows], strict=True):
+            route.factors_by_dtype, route.ready = entry
         for route, mask in zip(self._routes, masks, strict=False):
             if mask is not None:
                 route.mask, route.ready = mask, {}
@@ -153,50 +156,54 @@ class AdapterStack:
 
     @torch.no_grad()
     def _norm_changes(self, rows: int | Sequence[int], active: Masks) -> Masks:
-        """`Factors.norm_change` of each layer, from norms as of an adapter for each row."""
+        """Return `Factors.norm_change` of each layer, from a norm for each row."""
         if all(masks is None for masks in active):
             return ()
         whole: dict[int, Sequence[Tensor]] = {}
         for plan in self._plans:
             if plan.norm is not None:
                 norms, count = torch.split(plan.norm, plan.layout.sizes), plan.layout.count
-                for place, number in enumerate(plan.layout.numbers):
-                    whole[number] = norms[place * count : (place + 1) * count]
+                for index, number in enumerate(plan.layout.numbers):
+                    whole[number] = norms[index * count : (index + 1) * count]
         numbers, sites, owners = [], [], list[int]()
         for number, masks in enumerate(active):
             if masks is not None and number in whole:
                 site = self.layers[number].site(self.adapters[number])
                 owners = [rows] * len(masks) if isinstance(rows, int) else list(rows)
-                each = zip(owners, masks, strict=True)
-                adapters = [_masked(site.adapters[k], mask) for k, mask in each]
+                pairs = zip(owners, masks, strict=True)
+                adapters = [_masked(site.adapters[k], mask) for k, mask in pairs]
                 numbers.append(number)
                 sites.append(site._replace(adapters=adapters))
-        made: list[Tensor | None] = [None] * len(self.layers)
+        changes: list[Tensor | None] = [None] * len(self.layers)
         for layout in layouts_of(sites).values():
-            own = [numbers[place] for place in layout.numbers]
+            layer_numbers = [numbers[index] for index in layout.numbers]
             norm = Plan(layout).norm
             assert norm is not None
-            change = gain(torch.cat([whole[n][k] for n in own for k in owners]), norm).sub_(1)
-            parts = torch.split(change, [len(owners) * width for width in layout.widths])
-            for number, part in zip(own, parts, strict=True):
-                made[number] = part.view(len(owners), -1)
-        return made
+            change = gain(
+                torch.cat([whole[n][k] for n in layer_numbers for k in owners]), norm
+            ).sub_(1)
+            split = torch.split(change, [len(owners) * width for width in layout.widths])
+            for number, part in zip(layer_numbers, split, strict=True):
+                changes[number] = part.view(len(owners), -1)
+        return changes
 
     def make(self, dtype: torch.dtype) -> None:
-        """Make the factors of all layers in a dtype, for the rows of now."""
-        made, has_one = self._made[self.rows], isinstance(self.rows, int)
+        """Compute the factors of all layers in a dtype, for the current rows."""
+        entries, has_one = self._made[self.rows], isinstance(self.rows, int)
         for plan in self._plans:
             factors = plan.factors(dtype, self.rows)
-            for number, own in zip(plan.layout.numbers, factors, strict=True):
-                route, (factors_by_dtype, ready) = self._routes[number], made[number]
-                factors_by_dtype[dtype] = own
+            for number, layer_factors in zip(plan.layout.numbers, factors, strict=True):
+                route, (factors_by_dtype, ready) = self._routes[number], entries[number]
+                factors_by_dtype[dtype] = layer_factors
                 if has_one and route.plain_dtype == dtype:
                     op, matrix, bias = route.op, route.matrix, route.layer.bias
-                    ready[dtype] = partial(dora_forward, op, weight=matrix, bias=bias, factors=own)
+                    ready[dtype] = partial(
+                        dora_forward, op, weight=matrix, bias=bias, factors=layer_factors
+                    )
 
 
 def _masked(weights: LayerWeights, mask: Tensor) -> LayerWeights:
-    """Weights with a row's mask ``(r,)`` in A; PiSSA's, of twice the rank, repeat it."""
+    """Return weights with A times a row's mask ``(r,)``, repeated for PiSSA's rank 2r."""
     mask = mask.repeat(max(1, weights.rank // len(mask)))[: weights.rank]
     return dataclasses.replace(weights, down=weights.down * _along_rank(mask, weights.down))
 
@@ -214,12 +221,12 @@ class StackRoute(Route):
         adapters: The K adapters of the layer.
 
     Attributes:
-        factors_by_dtype: Factors for the current rows, as far as they were made.
+        factors_by_dtype: Factors for the current rows in the dtypes computed so far.
         mask: Factor of each rank of the current rows; None: all are 1.
         norm_change: `Factors.norm_change` of the current rows.
         op: Operation of the weight.
         matrix: The weight ``(out, in, *k)``.
-        plain_dtype: The dtype in which input and weight are used as they are; None: in no dtype.
+        plain_dtype: Dtype of inputs that need no preparation; None: all inputs need it.
     """
 
     def __init__(
@@ -231,7 +238,7 @@ class StackRoute(Route):
         self.norm_change: Tensor | None = None
 
     def settle(self) -> None:
-        """Read the properties of the layer that no step changes."""
+        """Read the properties of the layer that are the same in all steps."""
         layer, bias = self.layer, self.layer.bias
         is_low = layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
         self.op, self.matrix = layer.operation(leaves_garbage=is_low), layer.dense()
@@ -239,12 +246,12 @@ class StackRoute(Route):
             layer.shard is None
             and layer.is_prepared
             and (bias is None or bias.dtype == layer.weight.dtype)
-            and not any(own.dropout for own in self.adapters)
+            and not any(adapter.dropout for adapter in self.adapters)
         )
         self.plain_dtype = layer.weight.dtype if is_plain else None
-        # By the name of a single adapter that is on the layer, as compiled blocks look for it.
+        # A single attached adapter is listed by name, for compiled blocks.
         known = layer.adapters.items() if len(self.adapters) == 1 else ()
-        self.norms = {name: self for name, own in known if own is self.adapters[0]}
+        self.norms = {name: self for name, adapter in known if adapter is self.adapters[0]}
 
     @property
     def is_mixed(self) -> bool:
@@ -258,7 +265,7 @@ class StackRoute(Route):
             self.factors(product_dtype(self.layer.weight))
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        """Return the factors in a dtype; made for all layers at the first call."""
+        """Return the factors in a dtype. The first call computes them for all layers."""
         if dtype not in self.factors_by_dtype:
             self.stack.make(dtype)
         return self.factors_by_dtype[dtype]
@@ -267,16 +274,19 @@ class StackRoute(Route):
         """Return the layer's output, each row with its own adapter.
 
         Raises:
-            ValueError: If the batch has another number of rows.
+            ValueError: If the batch's size differs from the number of rows.
         """
         rows, layer, mask = self.stack.rows, self.layer, self.mask
         if rows == BASE:
             return layer.adapted(x, ())
         if mask is None and isinstance(rows, int):
             return layer.adapted(x, [("", self.adapters[rows])])
-        each = (rows,) * len(cast(Tensor, mask)) if isinstance(rows, int) else rows
-        if len(each) not in (len(x), 1):
-            raise ValueError(f"a layer is called with a batch of {len(x)} and not {len(each)} rows")
+        row_adapters = (rows,) * len(cast(Tensor, mask)) if isinstance(rows, int) else rows
+        if len(row_adapters) not in (len(x), 1):
+            raise ValueError(
+                f"a layer is called with a batch of {len(x)}, but adapters are given for "
+                f"{len(row_adapters)} rows"
+            )
         op, (inputs, matrix, bias) = layer.operation(), layer.operands(x)
         factors = self.factors(inputs.dtype)._replace(norm_change=self.norm_change)
         if isinstance(rows, int):
@@ -286,17 +296,17 @@ class StackRoute(Route):
                 return self._forward_one(rows, op, inputs, matrix, bias, factors)
         elif not factors.gain_in_graph:
             return forward_rows(op, cast(Tensor, inputs), matrix, bias, factors, mask)
-        made = []
-        for row, k in enumerate(each):
-            one: Any = inputs if len(each) == 1 else inputs[row, None]  # type: ignore[index]
-            own = self._factors_of_row(factors, k, row)
-            made.append(self._forward_one(k, op, one, matrix, bias, own))
-        return torch.cat(made)
+        outputs = []
+        for row, k in enumerate(row_adapters):
+            one: Any = inputs if len(row_adapters) == 1 else inputs[row, None]  # type: ignore[index]
+            row_factors = self._factors_of_row(factors, k, row)
+            outputs.append(self._forward_one(k, op, one, matrix, bias, row_factors))
+        return torch.cat(outputs)
 
     def _forward_one(
         self, k: int, op: Operation, x: Any, matrix: Tensor, bias: Tensor | None, factors: Factors
     ) -> Tensor:
-        """Return the output of rows with one adapter, which may drop inputs."""
+        """Return the output of rows with one adapter, with its dropout."""
         p = self.adapters[k].dropout
         if not (self.layer.training and p):
             return dora_forward(op, x, matrix, bias, factors)

@@ -1,8 +1,8 @@
-"""Live modules <-> the canonical tensors that files hold, and the files.
+"""Conversion between adapters on live modules and canonical tensors, and saving and loading.
 
 Canonical names are ``unet.<path>``, ``text_encoder.text_model.<path>`` and
 ``text_encoder_2.text_model.<path>``. Transformers 5.6 dropped the ``text_model`` level from
-CLIPTextModel and kept it in CLIPTextModelWithProjection; canonical names always have it.
+CLIPTextModel but kept it in CLIPTextModelWithProjection; canonical names always have it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ LiveModules = Mapping[str, nn.Module]
 
 
 class LiveWeights:
-    """The base weights of live modules that can be adapted, on the CPU: a `ModelWeights`.
+    """Base weights of live modules that can be adapted, on the CPU. Implements `ModelWeights`.
 
     Attributes:
         components: ``{"unet": ..., "text_encoder": ...}``.
-        family: What kind of model they are of, None if that is not known.
-        specs: Dtype and shape of each weight by canonical name, as it is stored.
+        family: Family of the model; None if unknown.
+        specs: Stored dtype and shape of each weight, by canonical name.
         kinds: How each module stores its weight, by canonical name.
     """
 
@@ -63,7 +63,7 @@ class LiveWeights:
 
 
 def adapter_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str, LayerWeights]:
-    """One adapter of a pipeline's components as detached copies on the CPU, by canonical name.
+    """Return detached copies of one adapter's weights on the CPU, by canonical name.
 
     Args:
         components: ``{"unet": ..., "text_encoder": ...}``.
@@ -83,25 +83,27 @@ def adapter_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str
 
 
 def vera_state(components: LiveModules) -> dict[str, VeraLayer]:
-    """The vectors of a VeRA or DVoRA, as `adapter_state` gives the factors; {} of another."""
+    """Return copies of the vectors of a VeRA or DVoRA, by canonical name; {} for other adapters."""
     state = {}
     for key, adapter in _adapters(components, DEFAULT_NAME):
         if adapter.parametrization is None:
             continue
         from dora_diffusion.adapters.parametrizations import ProjectedParametrization
 
-        if isinstance(own := adapter.parametrization, ProjectedParametrization):
+        if isinstance(parametrization := adapter.parametrization, ProjectedParametrization):
             tensors = (adapter.down, adapter.up, adapter.magnitude)
             d, b, m = (None if t is None else t.detach().to("cpu", copy=True) for t in tensors)
             assert d is not None
             assert b is not None
             axis = adapter.norm_axis
-            state[key] = VeraLayer(own.projections, own.weight_shape, d, b, m, axis)
+            state[key] = VeraLayer(
+                parametrization.projections, parametrization.weight_shape, d, b, m, axis
+            )
     return state
 
 
 def _adapters(components: LiveModules, name: str) -> Iterator[tuple[str, LayerAdapter]]:
-    """The parts of one adapter by canonical name."""
+    """Yield the `LayerAdapter` of each layer for one adapter, with its canonical name."""
     for component, model in components.items():
         for path, layer in adapted_layers(model):
             if name in layer.adapters:
@@ -117,8 +119,7 @@ def load_adapter_state(
     """Load canonical tensors into the components' layers as a new adapter.
 
     Raises:
-        ValueError: If the state has layers of a component that is not given, or that a component
-            lacks, or of another shape.
+        ValueError: If a component or a layer of the state is missing, or its shape differs.
     """
     for component, layers in by_component(components, state).items():
         attach_adapters(components[component], layers, name=name)
@@ -127,10 +128,10 @@ def load_adapter_state(
 def by_component(
     components: LiveModules, state: Mapping[str, LayerWeights]
 ) -> dict[str, dict[str, LayerWeights]]:
-    """Canonical layers by component, and in each by the path of its module.
+    """Split canonical layers by component; in each component they are keyed by module path.
 
     Raises:
-        ValueError: If there are layers of a component that is not given.
+        ValueError: If the state has layers of a component that is not given.
     """
     split: dict[str, dict[str, LayerWeights]] = {component: {} for component in components}
     unexpected = []
@@ -162,17 +163,18 @@ def save_adapter(
 
     Args:
         components: ``{"unet": ..., "text_encoder": ...}``, or a UNet (or any module) alone.
-        path: A ``.safetensors`` file, or a folder that gets the target's own file name.
+        path: A ``.safetensors`` file, or a folder. In a folder the file gets the target's default
+            name.
         target: ``"diffusers"``, ``"kohya"``, ``"peft"``; see `write_adapter`.
-        metadata: What to keep in the file, such as the trigger word.
+        metadata: Metadata to store in the file, such as the trigger word.
         name: The adapter.
 
     Returns:
-        The file that was written.
+        Path of the written file.
 
     Raises:
-        ValueError: If there is no such adapter.
-        AdapterFormatError: If the target cannot hold it, with what to use instead.
+        ValueError: If no component has an adapter of this name.
+        AdapterFormatError: If the target cannot store the adapter; names an alternative.
 
     Example:
         >>> import tempfile, torch
@@ -195,24 +197,24 @@ def load_adapter(
     family: str = "",
     alpha: float | None = None,
 ) -> AdapterMetadata:
-    """Read an adapter file and put it on the components as a new adapter.
+    """Read an adapter file and attach it to the components as a new adapter.
 
     Args:
         components: As in `save_adapter`.
-        path: A file in any known key format, or a folder that holds one.
+        path: A file in any known key format, or a folder that contains one.
         name: Name of the new adapter.
         family: Name of the model's `Family`, for the message if the adapter is for another.
-        alpha: What it was trained with, for a file that does not say it.
+        alpha: Alpha of the training run, for a file that does not store it.
 
     Returns:
         The file's metadata.
 
     Warns:
-        UserWarning: Of an alpha that the file does not say, and of trained tokens in it.
+        UserWarning: If the file does not store its alpha, or contains trained tokens.
 
     Raises:
-        AdapterFormatError: If it cannot be read without guessing.
-        ValueError: If it does not fit the components.
+        AdapterFormatError: If the file cannot be read without guessing.
+        ValueError: If the adapter does not fit the components.
 
     Example:
         >>> import tempfile, torch
@@ -228,7 +230,7 @@ def load_adapter(
     if adapter.tokens:
         warnings.warn(
             f"{find_adapter(path).name}: tokens were trained with it, {listing(adapter.tokens)}, "
-            "which live modules alone cannot take up; load_adapted adds them to the tokenizer, and "
+            "which live modules alone cannot load; load_adapted adds them to the tokenizer, and "
             "convert writes them to files",
             stacklevel=2,
         )
@@ -243,7 +245,7 @@ def attach_file(
     family: str = "",
     alpha: float | None = None,
 ) -> AdapterFile:
-    """Load an adapter like `load_adapter`, except for its trained tokens, which it returns."""
+    """Load an adapter like `load_adapter`, and return its file with the trained tokens."""
     adapter = read_for(components, path, "give --alpha", family=family, alpha=alpha)
     load_adapter_state(components, adapter.layers, name=name)
     return adapter
@@ -257,14 +259,14 @@ def read_for(
     family: str = "",
     alpha: float | None = None,
 ) -> AdapterFile:
-    """Read an adapter file for live modules; all but ``remedy`` as in `load_adapter`.
+    """Read an adapter file for live modules.
 
     Args:
         components: As in `save_adapter`.
         path: The file or folder.
-        remedy: What to do where the alpha that is assumed is wrong.
+        remedy: Advice for the warning about an assumed alpha.
         family: Name of the model's `Family`.
-        alpha: What it was trained with.
+        alpha: As in `load_adapter`.
     """
     adapter = read_adapter(path, LiveWeights(components, FAMILIES.get(family)), alpha=alpha)
     for assumption in adapter.assumptions:

@@ -1,4 +1,4 @@
-"""Layers that get an adapter: named presets and glob patterns of module paths."""
+"""Selection of the layers to adapt, by named presets and glob patterns of module paths."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 from dora_diffusion.adapters.kinds import can_adapt, is_wrapped
 
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0"
-# conv_in and conv_out are left to "full": four channels on one side leave no room for a rank.
+# conv_in and conv_out are in "full" only: their four channels on one side limit the rank to few.
 _CONV = r"(^|.*\.)(resnets\.\d+\.conv(1|2|_shortcut)|(down|up)samplers\.\d+\.conv|proj_in|proj_out)"
 
-# Preset -> (pattern of the path, the class of layer it takes or None for all but tables).
+# Preset -> (pattern of the path, class of layer; None: any class except nn.Embedding).
 _PATTERNS: dict[str, list[tuple[str, type[nn.Module] | None]]] = {
     "cross-attention": [(rf".*\battn2\.({_ATTENTION})", nn.Linear)],
     "attention": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear)],
     "attention+conv": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear), (_CONV, nn.Conv2d)],
     "full": [(r".*", None)],
-    # Of SDXL (B-LoRA, arXiv:2403.14572): 80 layers each. Other families have no attention there.
+    # SDXL only (B-LoRA, arXiv:2403.14572), 80 layers each: other families lack this attention.
     "b-lora-content": [(rf"up_blocks\.0\.attentions\.0\..*\battn[12]\.({_ATTENTION})", nn.Linear)],
     "b-lora-style": [(rf"up_blocks\.0\.attentions\.1\..*\battn[12]\.({_ATTENTION})", nn.Linear)],
     "text-encoder-attention": [(r".*\bself_attn\.(q|k|v|out)_proj", nn.Linear)],
@@ -45,22 +45,21 @@ def _matches(target: str, path: str, module: nn.Module) -> bool:
 
 
 def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Paths of the layers that any of the targets names, in model order.
+    """Return the paths of the layers that match any of the targets, in model order.
 
     Args:
         model: Any module tree.
-        targets: Preset names, or glob patterns such as ``"*.attn2.to_k"`` where ``*`` also spans
-            dots. Tables of vectors (``nn.Embedding``) are taken by a pattern or preset that names
-            them, not by ``"full"``.
+        targets: Preset names, or glob patterns such as ``"*.attn2.to_k"`` in which ``*`` also
+            matches dots. ``"full"`` excludes ``nn.Embedding``; name it by a pattern or preset.
 
     Raises:
-        TargetError: If one of the targets matches nothing, or a layer that cannot be adapted since
-            another tool has wrapped its forward.
+        TargetError: If a target matches no layer, or a layer whose forward another tool has
+            wrapped.
     """
     for path, module in model.named_modules():
         if is_wrapped(module) and any(_matches(target, path, module) for target in targets):
             raise TargetError(
-                f"{path} cannot be adapted: another tool has wrapped its forward; put adapters on "
+                f"{path} cannot be adapted: another tool has wrapped its forward; attach adapters "
                 "before that tool hooks the model"
             )
     candidates = {
@@ -77,44 +76,50 @@ def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def first_naming(targets: Iterable[str], path: str, module: nn.Module) -> str:
-    """The first of some targets that names a layer, or that its path ends with; empty: none does.
+    """Return the first target that matches a layer or the end of its path; empty if none does.
 
-    So a pattern of `AdapterConfig.rank_pattern` is read: ``"to_k"`` means ``"*.to_k"`` too.
+    Patterns of `AdapterConfig.rank_pattern` are matched this way: ``"to_k"`` also means
+    ``"*.to_k"``.
     """
-    found = (t for t in targets if _matches(t, path, module) or fnmatchcase(path, f"*.{t}"))
-    return next(found, "")
+    matches = (t for t in targets if _matches(t, path, module) or fnmatchcase(path, f"*.{t}"))
+    return next(matches, "")
 
 
 def check_pattern(
     setting: str, targets: Collection[str], layers: Iterable[Mapping[str, nn.Module]]
 ) -> None:
-    """Refuse targets that are no layer's first of the adapted layers of some models, by path.
+    """Check that each target is the first match of at least one adapted layer.
+
+    Args:
+        setting: Name of the setting, for the message.
+        targets: Targets, of which the first match of a layer counts.
+        layers: Adapted layers of each model, by path.
 
     Raises:
-        TargetError: With the nearest names, where one names no layer at all.
+        TargetError: If a target is not; names the nearest paths if it matches no layer.
     """
-    modules = [pair for own in layers for pair in own.items()]
+    modules = [pair for group in layers for pair in group.items()]
     used = {first_naming(targets, *pair) for pair in modules}
     for target in (target for target in targets if target not in used):
         if any(first_naming([target], *pair) for pair in modules):
             raise TargetError(
-                f"{setting}: all layers that {target!r} names are named by what is before it; "
-                "the first counts: put it in front, or leave it out"
+                f"{setting}: {target!r} has no effect, since patterns before it match all of its "
+                "layers and the first match counts; move it to the front, or leave it out"
             )
         near = ", ".join(_nearest(target, [path for path, _ in modules]))
         raise TargetError(f"{setting}: {target!r} names no adapted layer; the nearest are {near}")
 
 
 def _nearest(target: str, paths: Iterable[str]) -> list[str]:
-    """Patterns like a target that name some of the paths: how they begin, and how they end."""
+    """Return the patterns most similar to a target among the starts and ends of the paths."""
     names: dict[str, str] = {}
-    for parts in (path.split(".") for path in paths):
-        for place in range(1, len(parts)):
-            start, end = ".".join(parts[:place]), ".".join(parts[place:])
+    for segments in (path.split(".") for path in paths):
+        for split in range(1, len(segments)):
+            start, end = ".".join(segments[:split]), ".".join(segments[split:])
             names |= {start: f"{start}.*", end: end}
-        names[".".join(parts)] = ".".join(parts)
-    wanted = target.replace("*", "").strip(".")
-    return [names[name] for name in get_close_matches(wanted, sorted(names), n=3, cutoff=0)]
+        names[".".join(segments)] = ".".join(segments)
+    query = target.replace("*", "").strip(".")
+    return [names[name] for name in get_close_matches(query, sorted(names), n=3, cutoff=0)]
 
 
 def _nothing_matches(target: str, model: nn.Module, paths: list[str]) -> str:

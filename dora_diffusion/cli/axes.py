@@ -1,4 +1,4 @@
-"""Axes of a grid: lists of values for settings of `generate`, and the product of them."""
+"""Axes of a grid: lists of values for settings of `generate`, and their product."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dora_diffusion.formats.files.runs import ADAPTER_FILES
 SIZE, REPLACE = "size", "replace"
 _PARTS = {"unet_strength": 2, "text_encoder_strength": 1}
 SPECIAL = (SIZE, REPLACE, *_PARTS)
-"""Axes that are no settings of their own."""
+"""Axes that are not settings."""
 
 NO_AXES = (
     "output", "overwrite", "repeat", "num_images", "batch_size", "adapters_file", "adapter_dir",
     "offload", "grid", "grid_limit",
 )  # fmt: skip
-"""Settings that do not change an image, or make several."""
+"""Settings that cannot be axes: they do not change an image, or make several."""
 
 _NAMES = {**OTHER_NAMES, "prompt_s/r": REPLACE, "prompt_sr": REPLACE, "prompt_replace": REPLACE}
 _PATHS = (
@@ -42,23 +42,23 @@ _PATHS = (
     "styles",
     "detail",
 )
-# Each image needs one.
+# Settings that each image requires.
 _NEVER_NONE = ("prompt", "seed")
 _SKIP, _RANGE, _MOST = "SKIP:", "..", 10_000
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change that a value of an axis makes to the settings.
+    """Change of the settings by a value of an axis.
 
     Attributes:
-        label: The value, as it is shown.
-        key: Equal for values that are the same.
-        targets: What is set.
+        label: Text of the value.
+        key: Key of the value; equal values have equal keys.
+        targets: Names of the changed settings.
         apply: Returns settings with the value.
         acts: Returns whether the value can have an effect on settings.
-        idle: What to say where none of them has any.
-        order: Changes of a lower order come first.
+        idle: Error message if no value of the axis has an effect.
+        order: Changes of a lower order are applied first.
     """
 
     label: str
@@ -70,39 +70,39 @@ class Change:
     order: int = 0
 
 
-# The adapters that a cell's prompt names, when its words are replaced.
+# Reads the adapters that a cell's prompt names, after words of the prompt were replaced.
 _NAMED = Change("", None, (), lambda settings: settings.named_adapters(), order=2)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its name, and the changes of each value, one for each setting that moves."""
+    """An axis: its name, and for each value the changes of its settings."""
 
     name: str
     points: tuple[tuple[Change, ...], ...]
 
     @property
     def labels(self) -> list[str]:
-        """A text for each value."""
+        """Text of each value."""
         return [" · ".join(change.label or "(empty)" for change in point) for point in self.points]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Axes, and the `GenerateSettings` of each cell by the index of its value on each axis."""
+    """Axes, and the `GenerateSettings` of each cell by its indices on the axes."""
 
     axes: tuple[Axis, ...]
     cells: Mapping[tuple[int, ...], Any]
 
 
 def plan_grid(settings: Any) -> Grid:
-    """Read the axes of ``grid``, and make the settings of all cells.
+    """Read the axes of ``grid`` and compute the settings of all cells.
 
     Args:
         settings: `GenerateSettings`.
 
     Raises:
-        ConfigError: If an axis or value cannot be, or there are more cells than ``grid_limit``.
+        ConfigError: If an axis or value is not valid, or there are more cells than ``grid_limit``.
     """
     known = {setting.name: setting for setting in settings.settings()}
     axes = tuple(read_axis(word, known) for word in settings.axes.grid)
@@ -132,26 +132,26 @@ def plan_grid(settings: Any) -> Grid:
 
 
 def read_axis(word: str, known: Mapping[str, Setting]) -> Axis:
-    """Read ``AXIS=VALUES``, or several with ``&`` between, which move together.
+    """Read ``AXIS=VALUES``, or several of these joined by ``&``, which change together.
 
     Args:
-        word: The text. Values have commas between, or ``||`` where they hold commas themselves,
-            which may end the last one too.
+        word: The text. Values are separated by commas, or by ``||`` if they contain commas. A
+            trailing ``||`` is allowed.
         known: The command's settings by name.
 
     Raises:
-        ConfigError: If it is not that, or nothing is left of it.
+        ConfigError: If the text has another form, or all values are skipped.
     """
-    parts = [_read_part(part, known) for part in re.split(r"\s&\s+(?=\w+\s*=)", word)]
-    name = " & ".join(name for name, _ in parts)
-    lengths = [len(values) for _, values in parts]
+    named_values = [_read_part(part, known) for part in re.split(r"\s&\s+(?=\w+\s*=)", word)]
+    name = " & ".join(name for name, _ in named_values)
+    lengths = [len(values) for _, values in named_values]
     require(
         len(set(lengths)) == 1,
-        f"{name} move together, and have {' and '.join(map(str, lengths))} values; give as many "
-        "of each",
+        f"{name} change together, but have {' and '.join(map(str, lengths))} values; give the "
+        "same number of each",
         "grid",
     )
-    rows = zip(*(values for _, values in parts), strict=True)
+    rows = zip(*(values for _, values in named_values), strict=True)
     points = [
         tuple(c for c, _ in row) for row in rows if not any(is_skipped for _, is_skipped in row)
     ]
@@ -164,15 +164,15 @@ def read_axis(word: str, known: Mapping[str, Setting]) -> Axis:
 
 
 def _read_part(text: str, known: Mapping[str, Setting]) -> tuple[str, list[tuple[Change, bool]]]:
-    """An axis's name, and its changes, each with whether it is to be skipped."""
-    given, sign, values = text.partition("=")
+    """Return an axis's name and its changes, each with whether it is skipped."""
+    key, sign, values = text.partition("=")
     require(
-        bool(sign and given.strip()),
+        bool(sign and key.strip()),
         f"grid is {quoted(text)}; it must be AXIS=VALUES, such as 'strength=0.5, 0.75, .., 1.25'",
         "grid",
     )
-    name = _known_name(given, known)
-    # The last value may be followed by it too, as the only one that holds a comma must be.
+    name = _known_name(key, known)
+    # A trailing separator is allowed: a single value with a comma needs it.
     separator = "||" if "||" in values else ","
     words = [word.strip() for word in values.rstrip().removesuffix("||").split(separator)]
     is_skipped = [word.startswith(_SKIP) for word in words]
@@ -188,24 +188,24 @@ def _read_part(text: str, known: Mapping[str, Setting]) -> tuple[str, list[tuple
         changes = _changes(name, [word for word, _ in pairs], known)
     except ConfigError as error:
         raise ConfigError(f"the axis {name}: {error}", "grid") from error
-    shown = f"{REPLACE} {quoted(words[0])}" if name == REPLACE else name
-    return shown, list(zip(changes, (skip for _, skip in pairs), strict=True))
+    title = f"{REPLACE} {quoted(words[0])}" if name == REPLACE else name
+    return title, list(zip(changes, (skip for _, skip in pairs), strict=True))
 
 
-def _known_name(given: str, known: Mapping[str, Setting]) -> str:
-    """The axis that is meant.
+def _known_name(text: str, known: Mapping[str, Setting]) -> str:
+    """Return the name of the axis, for its name or an alias of other programs.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such axis.
     """
-    word = given.strip().lstrip("-").lower().replace("-", "_").replace(" ", "_")
+    word = text.strip().lstrip("-").lower().replace("-", "_").replace(" ", "_")
     name = word if word in known else _NAMES.get(word, word)
     reason = "give its seeds with seed=1, 2, .., 4" if name == "num_images" else "leave it out"
-    require(name not in NO_AXES, f"{name} is no axis of a grid; {reason}", "grid")
+    require(name not in NO_AXES, f"{name} is not an axis of a grid; {reason}", "grid")
     names = [*SPECIAL, *(name for name in known if name not in NO_AXES)]
     require(
         name in names,
-        f"the grid has no axis {given.strip()!r}{did_you_mean(word, names)}; an axis is a setting "
+        f"the grid has no axis {text.strip()!r}{did_you_mean(word, names)}; an axis is a setting "
         f"of generate, or {', '.join(SPECIAL)}",
         "grid",
     )
@@ -215,10 +215,10 @@ def _known_name(given: str, known: Mapping[str, Setting]) -> str:
 def _expanded(
     name: str, words: Sequence[tuple[str, bool]], known: Mapping[str, Setting]
 ) -> Iterator[tuple[str, bool]]:
-    """The values with those of ranges and of file patterns.
+    """Yield the values, with ranges and file patterns expanded.
 
     Raises:
-        ConfigError: If a range has no step or misses its end, or a pattern matches nothing.
+        ConfigError: If a range has no step or misses its end, or a pattern matches no file.
     """
     is_number = name in _PARTS or (name in known and known[name].kind in (int, float))
     for at, (word, is_skipped) in enumerate(words):
@@ -235,7 +235,7 @@ def _expanded(
 
 
 def _between(around: Sequence[str]) -> Iterator[str]:
-    """The numbers of a range behind its second, and before its last."""
+    """Return the numbers of a range between its second and its last."""
     example = "write two numbers, '..' and the last one, such as 0.5, 0.75, .., 1.25"
     try:
         first, second, last = map(Decimal, around)
@@ -246,27 +246,27 @@ def _between(around: Sequence[str]) -> Iterator[str]:
     require(not count > _MOST, f"the range to {last} has more than {_MOST:,} values", "grid")
     require(
         is_ahead and count == int(count),
-        f"the range {first}, {second}, .. does not come to {last}; {example}",
+        f"the range {first}, {second}, .. does not reach {last}; {example}",
         "grid",
     )
     return (f"{(second + n * (second - first)).normalize():f}" for n in range(1, int(count)))
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """A key by which checkpoint-2 comes before checkpoint-10."""
+    """Return a sort key that puts checkpoint-2 before checkpoint-10."""
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", path)]
 
 
 def _changes(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> list[Change]:
-    """The change of each value.
+    """Return the change of each value.
 
     Raises:
-        ConfigError: If one is of another type than the setting, or out of its range.
+        ConfigError: If a value has the wrong type for the setting, or is out of its range.
     """
     if name == REPLACE:
         return [_replacement(words[0], word) for word in words]
     if name in _PARTS:
-        need = f"the axis {name} needs an adapter, and none is given"
+        need = f"the axis {name} needs an adapter, but none is given"
         numbers = [_value(replace(known["strength"], name=name), word) for word in words]
         return [
             Change(word, value, (name,), partial(_with_share, _PARTS[name], value),
@@ -294,29 +294,29 @@ def _changes(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> l
 
 
 def _value(setting: Setting, word: str) -> Any:
-    """A value of a setting as a command line has it; a list's has `` + `` between its entries."""
+    """Parse a value as on a command line; entries of a list are separated by `` + ``."""
     if word.lower() == "none" and setting.default is None and setting.name not in _NEVER_NONE:
         return None
-    given: Any = word
+    raw: Any = word
     if setting.kind is bool:
-        given = SWITCH_WORDS.get(word.lower(), word)
+        raw = SWITCH_WORDS.get(word.lower(), word)
     elif setting.is_list:
-        given = [] if word.lower() == "none" else [part.strip() for part in word.split(" + ")]
-    value = setting.cast(given)
+        raw = [] if word.lower() == "none" else [part.strip() for part in word.split(" + ")]
+    value = setting.cast(raw)
     setting.check(value)
     return value
 
 
 def _replacement(search: str, word: str) -> Change:
-    """Put a word in the place of another one in prompt and negative prompt, as A1111 does."""
+    """Return a change that replaces a word in prompt and negative prompt, as A1111 does."""
 
     def texts(settings: Any) -> dict[str, str]:
         pairs = {"prompt": settings.prompts.prompt, "negative_prompt": settings.negative_prompt}
         return {name: text for name, text in pairs.items() if search in (text or "")}
 
     def apply(settings: Any) -> Any:
-        found = texts(settings)
-        return settings.changed(**{n: text.replace(search, word) for n, text in found.items()})
+        matches = texts(settings)
+        return settings.changed(**{n: text.replace(search, word) for n, text in matches.items()})
 
     idle = f"the axis {REPLACE} does not find {search!r}, its first value, in the prompt"
     acts = lambda settings: bool(texts(settings))  # noqa: E731
@@ -324,7 +324,7 @@ def _replacement(search: str, word: str) -> Change:
 
 
 def _with_share(part: int, value: float, settings: Any) -> Any:
-    """Settings whose adapters act with a strength on a part, a place in FILE:0.5:0.8."""
+    """Return settings with a strength of all adapters in field ``part`` of FILE:0.5:0.8."""
     words = []
     for word in settings.adapters.adapter or ():
         fields: list[Any] = [*adapter_and_strengths(word)]
@@ -334,20 +334,22 @@ def _with_share(part: int, value: float, settings: Any) -> Any:
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:
-    """Paths by as many of their last names as tell them apart: no folder of this machine.
+    """Shorten paths to the last names that distinguish them, without folders of this machine.
 
-    An adapter of a run or checkpoint, whose file's name they share, is called by its folder.
+    Adapters of runs and checkpoints have equal file names and are named by their folder.
     """
     entries = [word.split(" + ") for word in words]
-    paths = list(dict.fromkeys(adapter_and_strengths(e)[0] for each in entries for e in each))
-    parts = [re.split(r"[/\\]", path.rstrip("/\\")) for path in paths]
-    parts = [part[:-1] if part[-1] in ADAPTER_FILES and part[:-1] else part for part in parts]
-    cuts = (["/".join(part[-n:]) for part in parts] for n in range(1, 1 + max(map(len, parts))))
+    paths = list(dict.fromkeys(adapter_and_strengths(e)[0] for group in entries for e in group))
+    segments = [re.split(r"[/\\]", path.rstrip("/\\")) for path in paths]
+    segments = [part[:-1] if part[-1] in ADAPTER_FILES and part[:-1] else part for part in segments]
+    cuts = (
+        ["/".join(part[-n:]) for part in segments] for n in range(1, 1 + max(map(len, segments)))
+    )
     names = dict(
         zip(paths, next((cut for cut in cuts if len({*cut}) == len(cut)), paths), strict=True)
     )
     labels = []
-    for each in entries:
-        found = [adapter_and_strengths(entry)[0] for entry in each]
-        labels.append(" + ".join(names[p] + e[len(p) :] for p, e in zip(found, each, strict=True)))
+    for group in entries:
+        files = [adapter_and_strengths(entry)[0] for entry in group]
+        labels.append(" + ".join(names[p] + e[len(p) :] for p, e in zip(files, group, strict=True)))
     return labels

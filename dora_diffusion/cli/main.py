@@ -1,8 +1,8 @@
-"""The ``dora-diffusion`` command: its list of commands.
+"""The ``dora-diffusion`` command and the list of its subcommands.
 
-Each is a class of what it takes, a `CommandSettings`, in one of the modules of `HOMES`: ``export``
-is ``ExportSettings``. None imports anything heavy before it is performed, so that every ``--help``
-answers at once.
+Each subcommand is a class of its settings, a `CommandSettings`, in a module of `HOMES`: ``export``
+is ``ExportSettings``. Heavy modules are imported when a command is performed, so that ``--help``
+is fast.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ COMMANDS = {
     "analyze": "analyze how training changed the weights: magnitude, direction, rank",
     "fleet": "train an adapter for each of many subjects, on this machine or on a Ray cluster",
     "compare": "train several methods on several subjects and seeds, and report what differs",
-    "simulate": "plan a fleet: how long subjects wait for workers, and what it costs",
+    "simulate": "plan a fleet: waiting times for workers, and costs",
     "rank-checkpoints": "measure the checkpoints of a run, and suggest one",
     "export": "merge an adapter into a model",
     "verify": "verify a merged model: recompute it and compare",
     "convert": "write an adapter in another tool's format, or with a smaller rank",
-    "extract": "make an adapter of the difference between two models",
-    "combine": "make one adapter of several",
-    "inspect": "show what a file is, and which programs compute it exactly",
+    "extract": "make an adapter from the difference between two models",
+    "combine": "combine several adapters into one",
+    "inspect": "describe a file, and list the programs that compute it exactly",
     "push": "publish a run on the Hugging Face hub, privately by default",
     "app": "train, compare and export in the browser",
     "demo": "train, evaluate and merge a sample subject",
@@ -59,15 +59,15 @@ HOMES = {
     "lab.simulation.command": ("simulate",),
     "studio.app.command": ("app",),
 }
-"""Module -> the commands in it; the rooms beside the core are found here, and imported nowhere."""
+"""Module -> its commands. Packages outside of the core are named here and not imported."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0 done, 1 failed (the last line says why), 2 wrong usage, 3 out of memory,
-        128 + N saved and stopped by signal N.
+        The exit code: 0 success, 1 failure (the last line gives the reason), 2 wrong usage, 3 out
+        of memory, 128 + N saved and stopped by signal N.
     """
     words = sys.argv[1:] if argv is None else argv
     _complete()
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
-    """The parser of all commands; only those in ``filled`` have their flags."""
+    """Return the parser of all commands, with flags for the commands in ``filled`` only."""
     parser = Parser(
         prog="dora-diffusion",
         description="Teach Stable Diffusion or SDXL your subject with DoRA.",
@@ -97,12 +97,12 @@ def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def read_settings(args: argparse.Namespace) -> Any:
-    """Return the settings of the command that was parsed; see `CommandSettings.of_arguments`."""
+    """Return the settings of the parsed command; see `CommandSettings.of_arguments`."""
     return settings_of(args.command).of_arguments(args)
 
 
 def settings_of(command: str) -> type[CommandSettings]:
-    """The class of a command."""
+    """Return the settings class of a command."""
     (home,) = (home for home, commands in HOMES.items() if command in commands)
     name = f"{command.title().replace('-', '')}Settings"
     kind: type[CommandSettings] = getattr(import_module(f"dora_diffusion.{home}"), name)
@@ -110,24 +110,24 @@ def settings_of(command: str) -> type[CommandSettings]:
 
 
 def tune_process() -> None:
-    """Set what torch reads once, when it starts; what the user has set stays.
+    """Set environment variables that torch reads at its start, unless the user has set them.
 
-    On Linux: large pages for large tensors, since the kernel takes longer to hand out a buffer in
-    small ones than many an operation to fill it; and threads that sleep while they wait, since on
-    a machine that does something else too they would keep the others from their cores.
+    Both have an effect on Linux. Large pages are used for large tensors, since allocating a buffer
+    in small pages takes longer than many operations on it. Waiting threads sleep, since busy
+    waiting would take cores from other processes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _print_anything() -> None:
-    """Replace characters that the console cannot encode."""
+    """Let standard output escape characters that the console cannot encode."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _complete() -> None:
-    """Answer a shell that asks, through argcomplete, how the line could continue; then exit."""
+    """Complete a command line for the shell, through argcomplete, and exit."""
     if "_ARGCOMPLETE" in os.environ:
         try:
             import argcomplete

@@ -40,26 +40,26 @@ if TYPE_CHECKING:
 
 
 def adapter_and_strength(text: str) -> tuple[str, float]:
-    """Split ``FILE:0.5`` into the file and its strength; 1 where none is given."""
+    """Split ``FILE:0.5`` into the file and its strength, by default 1."""
     match = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
     return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def adapter_and_strengths(text: str) -> tuple[str, float, float]:
-    """Split ``FILE:0.5:0.8`` into the file, and its strengths in text encoders and UNet."""
+    """Split ``FILE:0.5:0.8`` into the file and its strengths in text encoders and UNet."""
     path, last = adapter_and_strength(text)
     file, first = adapter_and_strength(path)
     return (file, first, last) if file != path else (path, last, last)
 
 
 def needs_adapter(config: Any) -> str | None:
-    """An adapter must be there; of a list, what merges it says so."""
+    """Condition that an adapter is given. A command with a list of adapters checks it itself."""
     return "no adapter is given" if getattr(config, "adapter", "") is None else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnyBase(CommandSettings):
-    """The base model of what does without one."""
+    """Base model of a command that does not require one."""
 
     without_base: ClassVar[str | None] = "no base is given"
 
@@ -75,13 +75,13 @@ class AnyBase(CommandSettings):
 
     @property
     def base_model(self) -> Any:
-        """The base as a `BaseModel`, with all that is asked of it; None where there is none."""
+        """The base with its variant and revision, as a `BaseModel`; None if it is not given."""
         return None if self.base is None else BaseModel.of_settings(vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequiredBase(AnyBase):
-    """The base model."""
+    """Base model of a command that requires one."""
 
     base: str = flag(REQUIRED, BASE_HELP)
 
@@ -92,51 +92,51 @@ class ScheduleFlags(CommandSettings):
 
     prediction_type: str | None = flag(
         None,
-        "What the base predicts: the noise (epsilon) or v. Default: what it says, else what the "
-        "adapter says, else epsilon.",
+        "Prediction type of the base: noise (epsilon) or v. Default: from the base's files, else "
+        "from the adapter's, else epsilon.",
         choices=PREDICTION_TYPES,
     )
     zero_terminal_snr: bool | None = flag(
         None,
         "Zero terminal SNR: the base's noise schedule ends in pure noise (arXiv:2305.08891). "
-        "Default: what it says, else what the adapter says, else not.",
+        "Default: from the base's files, else from the adapter's, else off.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alpha(CommandSettings):
-    """Alpha of an adapter whose file may not state it."""
+    """Alpha of an adapter, for files that do not store it."""
 
     alpha: float | None = flag(
         None,
-        "Alpha that the adapter was trained with, if its file does not say it. Default: its rank, "
-        "with a warning.",
+        "Alpha of the adapter's training, if its file does not store it. Default: its rank, with a "
+        "warning.",
         needs=(needs_adapter,),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overwrite(CommandSettings):
-    """Handling of an output that exists."""
+    """Setting for an output that already exists."""
 
     overwrite: bool = flag(False, "Replace an output that exists.")
 
 
 def check_results(output: str | Path, what: str, files: Iterable[str], *, overwrite: bool) -> None:
-    """Refuse a folder of results that cannot be written, or that holds one of the files already.
+    """Check that a folder of results can be written and contains none of the files.
 
     Raises:
-        ConfigError: With what to do.
+        ConfigError: If it cannot or does; names the setting to change.
     """
     if not overwrite and any((Path(output) / name).exists() for name in files):
         raise ConfigError(
-            f"{output} contains {what} already; choose another --output, or --overwrite", "output"
+            f"{output} already contains {what}; choose another --output, or --overwrite", "output"
         )
     require_writable(Path(output), is_folder=True)
 
 
 def scheduler_flag() -> Any:
-    """The setting of a scheduler."""
+    """Return the setting of a scheduler."""
     return flag(
         None,
         "Scheduler, by these names or by A1111's, such as 'DPM++ 2M Karras'. Default: the model's "
@@ -170,22 +170,22 @@ class StrengthFlags(CommandSettings):
 
     @property
     def strengths(self) -> Strengths:
-        """All of them.
+        """The strengths as `Strengths`.
 
         Raises:
-            ValueError: If one is out of its limits.
+            ValueError: If one is out of range.
         """
         from dora_diffusion.numerics.weights import Strengths
 
         return Strengths(self.strength, self.direction_strength, self.magnitude_strength)
 
 
-_STATED = "Default: what the adapter's file says, else that of the base."
+_STATED = "Default: from the adapter's file, else the base's."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(ScheduleFlags, RequiredBase):
-    """A base model that is loaded to sample from."""
+    """Base model that is loaded for sampling."""
 
     dtype: str = flag(
         AUTO,
@@ -200,12 +200,12 @@ class Model(ScheduleFlags, RequiredBase):
     )
     clip_skip: int | None = flag(
         None,
-        "Last layers of the text encoders to leave out, as Diffusers counts: 1 is Clip skip 2 of "
-        f"web UIs; of SDXL their Clip skip 2 is 0 here. {_STATED}",
+        "Last layers of the text encoders to skip, as Diffusers counts: 1 is Clip skip 2 of web "
+        f"UIs; for SDXL their Clip skip 2 is 0 here. {_STATED}",
         least=0,
     )
     max_token_length: int | None = flag(
-        None, f"Tokens of a prompt that are read, in chunks of 75; 0 reads all. {_STATED}"
+        None, f"Maximum tokens of a prompt, in chunks of 75; 0 reads all. {_STATED}"
     )
     compile: bool = flag(
         False,
@@ -224,7 +224,7 @@ class Model(ScheduleFlags, RequiredBase):
 
     @property
     def reading(self) -> dict[str, int | None]:
-        """Clip skip and token length by which prompts are read, where they are given."""
+        """Clip skip and token length of prompts; None if not given."""
         return {"clip_skip": self.clip_skip, "max_token_length": self.max_token_length}
 
     @property
@@ -237,15 +237,15 @@ class Model(ScheduleFlags, RequiredBase):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModel(StrengthFlags, Alpha, Model):
-    """A base model with an adapter on it."""
+    """Base model with an adapter."""
 
     def load(
         self, adapter: str | Sequence[AdapterUse] | None, *, offload: str = "none"
     ) -> tuple[Components, AdapterMetadata]:
-        """The base with an adapter on it, or several, ready to sample from.
+        """Load the base with one or several adapters, ready for sampling.
 
         Raises:
-            ValueError: If a strength is out of its limits, before anything is loaded.
+            ValueError: If a strength is out of range. Nothing is loaded then.
         """
         strengths, options = self.strengths, self.model_options
         from dora_diffusion.sampling.load import load_adapted

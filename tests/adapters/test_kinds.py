@@ -340,8 +340,8 @@ def test_full_takes_every_layer_but_tables_which_are_named():
     [
         (nn.Embedding(4, 4, max_norm=1.0), "Embedding with max_norm, which changes its weight"),
         (nn.Embedding(4, 4, scale_grad_by_freq=True), "Embedding with scale_grad_by_freq"),
-        (nn.Conv3d(2, 2, 1), "Conv3d, and adapters are for nn.Linear, nn.Conv1d"),
-        (nn.EmbeddingBag(4, 4), "EmbeddingBag, and adapters are for"),
+        (nn.Conv3d(2, 2, 1), "Conv3d, but adapters are for nn.Linear, nn.Conv1d"),
+        (nn.EmbeddingBag(4, 4), "EmbeddingBag, but adapters are for"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_with_the_reason(module, reason):

@@ -199,7 +199,11 @@ def test_masks_have_a_row_for_each_of_a_batch() -> None:
     model, adapters = make([2])
     stack = stacked(model, adapters)
     masks = [torch.ones(2, own.down.shape[0]) for own in adapters[0]]
-    with stack.scope(), stack.of(0, masks), pytest.raises(ValueError, match="of 3 and not 2 rows"):
+    with (
+        stack.scope(),
+        stack.of(0, masks),
+        pytest.raises(ValueError, match="of 3, but adapters are given for 2 rows"),
+    ):
         model(torch.zeros(3, 3, 8, 8, dtype=torch.float64))
 
 

@@ -113,7 +113,7 @@ def test_the_end_of_a_name_is_enough_and_the_first_pattern_counts(sd1_folder):
         ({"*wid": 2}, "the nearest are wide"),
         (
             {"*": 2, "square": 3},
-            "all layers that 'square' names are named by what is before it; the first counts: put",
+            "'square' has no effect, since patterns before it match all of its layers",
         ),
         ({"square": 64}, r"rank_pattern square 64 is larger than the layer square .*<= 10"),
     ],

@@ -160,7 +160,7 @@ def test_every_setting_is_an_axis_or_says_why_not():
         if setting.name in ("vae_tile_size", "max_token_length"):
             text = "0, 2400"
         if setting.name in NO_AXES:
-            with refused("grid", f"{setting.name} is no axis"):
+            with refused("grid", f"{setting.name} is not an axis"):
                 plan_grid(asked(f"{setting.name}={text}"))
             continue
         found = values(setting.name, f"{setting.name}={text}")
@@ -197,17 +197,17 @@ WRONG: list[tuple[list[str], str]] = [
     (["replace=red, a", "replace=red, b"], "the grid has replace of 'red' twice"),
     (["replace=purple, a"], "does not find 'purple', its first value, in the prompt"),
     (["replace=, a"], "replace has an empty value"),
-    (["unet_strength=1"], "unet_strength needs an adapter, and none is given"),
-    (["steps=1, 2 & cfg=1, 2, 3"], "steps & guidance_scale move together, and have 2 and 3"),
-    (["num_images=1, 2"], r"num_images is no axis of a grid; give its seeds with seed=1, 2"),
+    (["unet_strength=1"], "unet_strength needs an adapter, but none is given"),
+    (["steps=1, 2 & cfg=1, 2, 3"], "steps & guidance_scale change together, but have 2 and 3"),
+    (["num_images=1, 2"], r"num_images is not an axis of a grid; give its seeds with seed=1, 2"),
     (["adapter=/nowhere/x-*"], "'/nowhere/x-.' matches no file or folder"),
     *(
         ([f"cfg={text}"], message)
         for text, message in (
-            ("1, 2, .., 1", "the range 1, 2, .. does not come to 1; write two numbers"),
-            ("1, 2, .., 0", "the range 1, 2, .. does not come to 0"),
-            ("1, 2, .., 2", "the range 1, 2, .. does not come to 2"),
-            ("0, 0.3, .., 1", "the range 0, 0.3, .. does not come to 1"),
+            ("1, 2, .., 1", "the range 1, 2, .. does not reach 1; write two numbers"),
+            ("1, 2, .., 0", "the range 1, 2, .. does not reach 0"),
+            ("1, 2, .., 2", "the range 1, 2, .. does not reach 2"),
+            ("0, 0.3, .., 1", "the range 0, 0.3, .. does not reach 1"),
             ("1, 1, .., 2", "the range has no step"),
             ("1, .., 2", "the range has no step"),
             ("1, 2, ..", "the range has no step"),

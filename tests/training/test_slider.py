@@ -267,7 +267,7 @@ def test_a_dry_run_lists_the_prompts(sd1_folder: Path, tmp_path: Path) -> None:
     assert said.splitlines() == [
         f"{TARGET}: from {LOW} to {HIGH}",
         "the cat in a backpack: does not move",
-        "6 images of them are made by the base model first",
+        "the base model first generates 6 images of them",
     ]
 
 

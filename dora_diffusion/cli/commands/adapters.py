@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Written(Overwrite):
-    """Format of a written adapter."""
+    """Settings of a written adapter."""
 
     json: bool = flag(False, "Print JSON, with the error of every layer.")
     dtype: str | None = flag(
@@ -67,7 +67,7 @@ class Limits(CommandSettings):
 
 
 def fit_of(settings: ConvertSettings | Fit) -> FitSettings:
-    """Return how a command fits layers; ``convert`` keeps the adapter's method and axis."""
+    """Return a command's settings for fitting; ``convert`` keeps the adapter's method and axis."""
     import torch
 
     from dora_diffusion.export.fit import FitSettings
@@ -94,7 +94,7 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
 
     input: str = flag(REQUIRED, "An adapter file or folder.", positional=True)
     output: str = flag(
-        REQUIRED, "The file or folder to write; of peft, a .zip too.", positional=True
+        REQUIRED, "The file or folder to write; for peft also a .zip.", positional=True
     )
     to: str = flag(
         REQUIRED,
@@ -106,16 +106,16 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
         refused=NOT_TARGETS,
     )
     family: str | None = flag(
-        None, "Model family, for files that do not say it.", choices=tuple(FAMILIES)
+        None, "Model family, for files that do not store it.", choices=tuple(FAMILIES)
     )
     rank: int | None = flag(
-        None, f"Largest rank, of smaller-rank and the lora targets. Default: {LORA_RANK} for lora."
+        None, f"Largest rank, for smaller-rank and the lora targets. Default: {LORA_RANK} for lora."
     )
     tags: list[str] = flag([], "Tags that adapter managers show.")
     thumbnail: str | None = flag(None, "An image that adapter managers show.")
 
     def perform(self) -> int:
-        """Write an adapter for another tool, and say how exact it is."""
+        """Write an adapter for another tool, and print its error."""
         from dora_diffusion.export.convert import convert_adapter
 
         output = Path(self.output)
@@ -143,7 +143,7 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
 
 
 def magnitudes(config: Any) -> str | None:
-    """A LoRA has none."""
+    """Condition that the method has magnitudes."""
     return "a LoRA has no magnitudes" if config.method == "lora" else None
 
 
@@ -155,13 +155,13 @@ class Fit(Written, Limits, RequiredBase):
     method: str = flag("dora", "lora: without magnitudes.", choices=("dora", "lora"))
     norm_axis: str | None = flag(
         None,
-        "Axis of the magnitudes. Default: the adapters' own, output where they differ.",
+        "Axis of the magnitudes. Default: that of the adapters, or output if they differ.",
         choices=NORM_AXES,
         needs=(magnitudes,),
     )
     format: str | None = flag(
         None,
-        "Key format. Default: diffusers; kohya on the input axis, which it alone can hold.",
+        "Key format. Default: diffusers; on the input axis kohya, the only one that supports it.",
         choices=KEY_FORMATS,
     )
 
@@ -196,7 +196,7 @@ class ExtractSettings(Fit):
     )
 
     def perform(self) -> int:
-        """Write the adapter that is nearest to a tuned model, and say how near."""
+        """Write the adapter nearest to a tuned model, and print its error."""
         from dora_diffusion.export.derive import extract_adapter
 
         tuned = BaseModel(self.tuned, self.tuned_variant, self.tuned_revision)
@@ -215,20 +215,20 @@ class CombineSettings(Alpha, Fit):
 
     job = AsJob(
         "combine", "combining", "Combine", heading="Combine with another adapter",
-        about="One adapter that does what two of one base model do together, and how near it is.",
+        about="One adapter with the effect of two for the same base model, and its error.",
         output="combined.safetensors", asked=("rank", "conv_rank", "energy", "method"),
         with_other=True,
     )  # fmt: skip
 
     adapters: list[str] = flag(
         REQUIRED,
-        "Adapter files or output folders; FILE:0.5 gives one its own strength.",
+        "Adapter files or output folders; FILE:0.5 sets the strength of one.",
         positional=True,
         metavar="ADAPTER",
     )
 
     def perform(self) -> int:
-        """Write one adapter that does what several do together, and say how near it is."""
+        """Write one adapter with the effect of several, and print its error."""
         from dora_diffusion.export.derive import combine_adapters
 
         with progress("combining", "B") as show:
@@ -251,7 +251,7 @@ def print_written(
 ) -> None:
     """Print the file, its error, and the programs that read it exactly.
 
-    For a file that was made for one program: its verdict there, and its size.
+    For a file that was written for one program, print the verdict there and the file's growth.
     """
     from dora_diffusion.export.files import inspect_adapter
 
@@ -279,11 +279,11 @@ def print_written(
     for line in exact:
         print(line)
     if wrong:
-        print(f"wrong: {wrong}; convert it for these, or export a merged model")
+        print(f"wrong: {wrong}; convert the adapter for these, or export a merged model")
 
 
 def clip_skip_line(program: str, metadata: AdapterMetadata) -> str:
-    """Return the clip skip to set in a program, by its counting; empty without one."""
+    """Return a line with the clip skip to set in a program, as it counts; empty without one."""
     from dora_diffusion.formats.adapter.metadata import stated_reading
 
     name, skip = PROGRAMS[program].clip_skip, stated_reading(metadata.extra).get("clip_skip", 0)
@@ -292,7 +292,7 @@ def clip_skip_line(program: str, metadata: AdapterMetadata) -> str:
 
 
 def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
-    """One line: whether a program computes the file that was made for it exactly, and its size."""
+    """Return a line with a program's verdict on the file written for it, and the file's growth."""
     program = PROGRAMS[report.program]
     line = f"for {program.title} ({program.place}): {tools.get(program.columns[0], 'not known')}"
     if report.growth >= 2:
@@ -303,16 +303,16 @@ def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
 
 
 def where_it_works(verdicts: Mapping[str, str]) -> tuple[list[str], str]:
-    """Group programs by their verdict of `inspect`, with the detail that only one of them has.
+    """Group programs by their verdict of `inspect`; a detail is kept if only one program has it.
 
     Returns:
-        A line for each way of being exact, and the programs that read it wrong.
+        A line for each exact verdict, and the programs that read the file wrong.
     """
     programs: dict[str, list[str]] = {}
     for program, verdict in verdicts.items():
         short, _, detail = verdict.partition(": ")
         is_special = sum(other.endswith(detail) for other in verdicts.values()) == 1
-        # Why a program is wrong, `inspect` says; that it is so for some layers only, matters here.
+        # `inspect` gives the reasons; here it matters only that some layers are affected.
         is_special &= short.startswith("exact") or detail.startswith("it leaves")
         programs.setdefault(short, []).append(f"{program} ({detail})" if is_special else program)
     exact = [

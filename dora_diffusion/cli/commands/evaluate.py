@@ -50,16 +50,16 @@ class EvaluateSettings(Sampling, AdaptedModel):
     metric_model: list[str] = flag(
         [],
         "Image-similarity models: folders or hub ids of CLIP, DINO or DINOv2, or "
-        "efficientnet-lite0. Default: efficientnet-lite0 where it is installed.",
+        "efficientnet-lite0. Default: efficientnet-lite0 if it is installed.",
     )
-    trigger: str | None = flag(None, "Trigger words. Default: what the file says.")
+    trigger: str | None = flag(None, "Trigger words. Default: from the adapter's file.")
     class_word: str | None = flag(
         None, "Class of the subject. Default: the trigger words without their token."
     )
     prompts: str | None = flag(
         None,
-        "Text file, one prompt per line, with {} where the subject is named. Default: a list of "
-        "its own.",
+        "Text file, one prompt per line, with {} where the subject is named. Default: a built-in "
+        "list.",
     )
     wildcard_dir: str | None = flag(
         None, "Folder of the wildcard files that captions name, as in training."
@@ -72,7 +72,7 @@ class EvaluateSettings(Sampling, AdaptedModel):
     )
 
     def perform(self) -> int:
-        """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
+        """Measure an adapter, print the table or JSON, and write both with a sheet of images."""
         outputs, sources = _outputs(self), [source_of(subject) for subject in self.subject]
         for source, output in zip(sources, outputs, strict=True):
             _check(self, source, output)
@@ -97,7 +97,7 @@ class EvaluateSettings(Sampling, AdaptedModel):
             reports.append(evaluation.to_dict())
             if not self.json:
                 print(f"{trigger}:\n" if len(sources) > 1 else "", end="")
-                # Its cautions were warned of before it began.
+                # The cautions were already printed as warnings.
                 print(dataclasses.replace(evaluation, cautions=()).table())
                 print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
         if self.json:
@@ -108,7 +108,7 @@ class EvaluateSettings(Sampling, AdaptedModel):
         """Return the sampling settings of a subject's images.
 
         Raises:
-            ConfigError: If they cannot be.
+            ConfigError: If they are not valid.
         """
         from dora_diffusion.sampling.settings import SamplingSettings
 
@@ -120,7 +120,7 @@ def _outputs(args: EvaluateSettings) -> list[Path]:
     """Return the output folder of each subject.
 
     Raises:
-        ConfigError: If two subjects have one name.
+        ConfigError: If two subjects have the same name.
     """
     output = Path(args.output)
     if len(args.subject) == 1:
@@ -128,36 +128,36 @@ def _outputs(args: EvaluateSettings) -> list[Path]:
     names = [Path(subject).resolve().name for subject in args.subject]
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"two of the subjects {', '.join(args.subject)} have one name, which is that of their "
-            "results; rename a folder",
+            f"two of the subjects {', '.join(args.subject)} have the same name, and so the same "
+            "results folder; rename a folder",
             "subject",
         )
     return [output / name for name in names]
 
 
 def _one_for_each(triggers: str, args: EvaluateSettings) -> list[str]:
-    """The trigger words of each subject.
+    """Return the trigger words of each subject.
 
     Raises:
-        ConfigError: If there are as many subjects of neither kind.
+        ConfigError: If the numbers of subjects and trigger words differ.
     """
     from dora_diffusion.formats.adapter.metadata import split_triggers
 
-    found, count = split_triggers(triggers) or [""], len(args.subject)
-    if len(found) != count:
+    names, count = split_triggers(triggers) or [""], len(args.subject)
+    if len(names) != count:
         raise ConfigError(
-            f"the adapter has {counted(len(found), 'subject')}, {triggers or 'without a trigger'}, "
-            f"and --subject names {count}; name one for each, in this order, or choose with "
+            f"the adapter has {counted(len(names), 'subject')}, {triggers or 'without a trigger'}, "
+            f"but --subject names {count}; name one for each, in this order, or choose with "
             "--trigger",
             "subject",
         )
     if count > 1 and args.class_word:
         raise ConfigError("--class_word is for one subject; choose it with --trigger", "class_word")
-    return found
+    return names
 
 
 def _check(args: EvaluateSettings, source: SubjectSource, output: Path) -> None:
-    """Refuse what could not be evaluated or written before a model is loaded."""
+    """Check settings and output before a model is loaded."""
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1", "seed")
     from dora_diffusion.evaluation.report import FILES
@@ -171,9 +171,9 @@ def _check(args: EvaluateSettings, source: SubjectSource, output: Path) -> None:
 
 
 def _load(args: EvaluateSettings) -> tuple[Components, str, str, Components | None]:
-    """The model that is measured, its trigger words, how its captions were read, and its base.
+    """Load the model to measure. Returns it, its trigger words, its caption rules and its base.
 
-    The base is None where it is the same model without the adapter.
+    The base is None for an adapter: it is then the same model without the adapter.
     """
     from dora_diffusion.formats.checkpoint.models import is_model
 
@@ -187,7 +187,7 @@ def _load(args: EvaluateSettings) -> tuple[Components, str, str, Components | No
     with open_model(args.adapter) as stored:
         trigger = args.trigger or trained_trigger(stored.metadata)
         captions = stored.metadata.get(OWN + CAPTIONS, "")
-    # Strengths are of an adapter.
+    # A whole model has no adapter: warn about settings such as strengths.
     without: dict[str, Any] = {"adapter": None}
     dataclasses.replace(args, **without).warn()
     tuned = dataclasses.replace(args, base=args.adapter, variant=None, revision=None)
@@ -211,38 +211,38 @@ def _details(args: EvaluateSettings, trigger: str, settings: SamplingSettings) -
 
 
 class SubjectSource(Protocol):
-    """Source of a subject's references, and how images of it are judged.
+    """Source of a subject's reference images and of its measurements.
 
     Attributes:
-        guidance_scale: Of images that are judged, where none is given.
+        guidance_scale: Default guidance scale of the measured images.
     """
 
     guidance_scale: ClassVar[float]
 
     def check(self, args: EvaluateSettings) -> None:
-        """Refuse settings that it cannot have, with a `ConfigError`."""
+        """Check the settings, and raise a `ConfigError` if they do not fit the source."""
 
     def measure(
         self, args: EvaluateSettings, trigger: str, captions: str
     ) -> Callable[..., Evaluation]:
-        """Read what is known; return a function of a model, seeds and sampling settings.
+        """Read the references. Returns a function of a model, seeds and sampling settings.
 
         Args:
             args: The command's settings.
-            trigger: Trigger words, empty where none are known.
-            captions: How training read captions.
+            trigger: Trigger words, empty if unknown.
+            captions: Caption rules of the training, from the metadata.
         """
 
     def questions(
         self, subjects: Sequence[Subject], settings: SamplingSettings, base: str
     ) -> EvaluationPrompts:
-        """Return the prompts that rank checkpoints of a run of these subjects."""
+        """Return the prompts for ranking checkpoints of a run with these subjects."""
 
 
 def source_of(subject: str | None) -> SubjectSource:
-    """A subject of the toy world, which the lab knows; else photos in a folder, or a run's own.
+    """Return the source of a subject: of the toy world by name, else a folder or a run's photos.
 
-    A folder that is named as one of the toy world is written as a path.
+    A folder with the name of a toy subject must be given as a path, such as ``./NAME``.
     """
     known = resolve_name("dora_diffusion.lab.judges:KNOWN")
     source: SubjectSource = known.get(subject) or PhotoFolder(subject, tuple(known))
@@ -251,11 +251,11 @@ def source_of(subject: str | None) -> SubjectSource:
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """A subject that is known from photos.
+    """Subject with photos as references.
 
     Attributes:
-        folder: Of the photos; None: those of the run.
-        others: Names of subjects that are none.
+        folder: Folder of the photos; None: the run's photos.
+        others: Names of the toy subjects, for the error message.
     """
 
     guidance_scale: ClassVar = SampleSettings.validation_guidance_scale
@@ -280,7 +280,7 @@ class PhotoFolder:
 
         if not trigger:
             raise ConfigError(
-                "the adapter does not say its trigger; give it with --trigger 'sks dog'", "trigger"
+                "the adapter's file has no trigger; give it with --trigger 'sks dog'", "trigger"
             )
         names = args.metric_model or ([LITE] if lite_is_installed() else [])
         models = [open_metric_model(name) for name in names]
@@ -299,35 +299,35 @@ class PhotoFolder:
     ) -> EvaluationPrompts:
         from dora_diffusion.evaluation.ranking import ask_photos
 
-        asked, known = known_photos(subjects, self.folder)
-        return ask_photos(asked, settings, known)
+        photo_subjects, known = known_photos(subjects, self.folder)
+        return ask_photos(photo_subjects, settings, known)
 
 
 def known_photos(
     subjects: Sequence[Subject], folder: str | None
 ) -> tuple[list[PhotoSubject], list[str]]:
-    """Return each subject's photos for comparison: held-out ones, else those it was trained on.
+    """Return each subject's photos for comparison: held-out photos, else the training photos.
 
     Args:
-        subjects: Of the run. Those with the same trigger words are one.
-        folder: Photos to take instead.
+        subjects: Subjects of the run. Subjects with equal trigger words count as one.
+        folder: Folder of photos to use instead.
 
     Returns:
-        The subjects, and trigger words of those whose photos were trained on.
+        The subjects, and the trigger words of subjects compared with training photos.
     """
     from dora_diffusion.data.photos import list_photos
     from dora_diffusion.evaluation.photos import PhotoSubject
     from dora_diffusion.training.inputs.held_out import divide_all, read_held_out
 
     none: list[list[Path]] = [[] for _ in subjects]
-    own = [Path(one.settings.instance_data_dir or "") for one in subjects]
-    if folder and Path(folder).resolve() not in [path.resolve() for path in own]:
+    folders = [Path(one.settings.instance_data_dir or "") for one in subjects]
+    if folder and Path(folder).resolve() not in [path.resolve() for path in folders]:
         trained_on, held_out = none, [list_photos(folder), *none[1:]]
     else:
-        trained_on, held_out = divide_all(subjects, [list_photos(path) for path in own])
+        trained_on, held_out = divide_all(subjects, [list_photos(path) for path in folders])
         held_out = none if folder else held_out
-    known, found = list[str](), dict[str, PhotoSubject]()
-    # A style beside subjects has none, and is in all of their images.
+    known, photo_subjects = list[str](), dict[str, PhotoSubject]()
+    # A style without trigger words, trained with subjects, is in all of their images.
     triggers = dict.fromkeys(subject.trigger for subject in subjects)
     for trigger in [trigger for trigger in triggers if trigger] or triggers:
         places = [at for at, subject in enumerate(subjects) if subject.trigger == trigger]
@@ -338,5 +338,7 @@ def known_photos(
             one for at in places if paths[at] for one in read_held_out(subjects[at], paths[at])
         ]
         name = photos[0].path.parent.name
-        found[trigger] = PhotoSubject(name, trigger, subjects[places[0]].class_word, photos)
-    return list(found.values()), known
+        photo_subjects[trigger] = PhotoSubject(
+            name, trigger, subjects[places[0]].class_word, photos
+        )
+    return list(photo_subjects.values()), known

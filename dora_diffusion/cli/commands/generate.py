@@ -29,7 +29,7 @@ class GenerateSettings(RequestedImages):
 
     @classmethod
     def read(cls, given: Mapping[str, Any], file: str | None = None) -> Self:
-        """Make them of what a command line gives, over a YAML file, over an image to repeat.
+        """Read settings from a command line, else a YAML file, else an image to repeat.
 
         Raises:
             ConfigError, PhotoError: If one of these cannot be read, a value is not valid, or the
@@ -39,9 +39,9 @@ class GenerateSettings(RequestedImages):
         image = values.get("repeat")
         if not image:
             return super().read(given, file).named_adapters()
-        found, adapters = repeated_settings(str(image))
-        found = {name: value for name, value in found.items() if name not in values}
-        model = str(found.get("detail", ""))
+        repeated, adapters = repeated_settings(str(image))
+        repeated = {name: value for name, value in repeated.items() if name not in values}
+        model = str(repeated.get("detail", ""))
         require(
             not model or model.startswith("rembg") or "/" in model or Path(model).is_dir(),
             f"{Path(str(image)).name} was made with the detail model {model}; give its folder with "
@@ -50,11 +50,11 @@ class GenerateSettings(RequestedImages):
         )
         from dora_diffusion.cli.lookup import base_and_adapters
 
-        found |= base_and_adapters(str(image), values, adapters)
-        return super().read({**given, **found}, file).named_adapters()
+        repeated |= base_and_adapters(str(image), values, adapters)
+        return super().read({**given, **repeated}, file).named_adapters()
 
     def perform(self) -> int:
-        """Generate images, and write them with what made them."""
+        """Generate images, and write them with their parameters."""
         if self.axes.grid:
             from dora_diffusion.cli.commands.grid import make_grid
 
@@ -69,13 +69,15 @@ class GenerateSettings(RequestedImages):
         if line:
             say(line, sys.stderr)
         loaded = LoadedRequest(self, components, settings, repeated.batch)
-        requests, told = [loaded] * len(rows), [metadata] * len(rows)
+        requests, row_metadata = [loaded] * len(rows), [metadata] * len(rows)
         pool = AdapterPool(components, **self.model.reading)
         if self.adapters.adapters_file:
             adapters = [row.adapter for row in rows.values()]
-            told = [pool.metadata(adapter) for adapter in adapters]
+            row_metadata = [pool.metadata(adapter) for adapter in adapters]
             requests = [loaded._replace(components=pool.components_for(a)) for a in adapters]
-        warn_of_triggers((row.prompt, m) for row, m in zip(rows.values(), told, strict=True))
+        warn_of_triggers(
+            (row.prompt, m) for row, m in zip(rows.values(), row_metadata, strict=True)
+        )
         images = self._sample(list(rows.values()), loaded, pool)
         for number, ((path, row), image) in enumerate(zip(rows.items(), images, strict=True)):
             requests[number].write(image, path, row, number, len(rows))

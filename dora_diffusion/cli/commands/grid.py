@@ -1,11 +1,11 @@
-"""``dora-diffusion generate --grid``: the cells that are not there yet, a page and a sheet of all.
+"""``dora-diffusion generate --grid``: makes the missing cells of a grid, a page and a sheet.
 
 The folder of a grid::
 
     index.html       the page
     sheet.png        the same as one image
-    grid.json        axes, cells and how each was made
-    images/ID.png    a cell, by a digest of what makes its image
+    grid.json        axes, cells and the parameters of each
+    images/ID.png    a cell, named by a digest of its settings and files
 """
 
 from __future__ import annotations
@@ -56,22 +56,23 @@ if TYPE_CHECKING:
 Show = Callable[[int, int], None]
 Load = Callable[[RequestedImages, Sequence[AdapterUse]], "Components"]
 _MODEL = (*(setting.name for setting in Model.settings()), "alpha")
-# Settings that the rows of a batch have of their own.
+# Settings that may differ between the rows of a batch.
 _OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
         "layer_strength", "wildcards", "wildcard_dir"}  # fmt: skip
 _ALIKE = {setting.name for setting in RequestedImages.settings()} - _OWN - {*NO_AXES}
-# Fields of an image's text whose settings may not be given, but chosen by a model.
+# Settings that the model determines if they are not given, and their fields in an image's text.
 _CHOSEN = {"steps": "Steps", "guidance_scale": "CFG scale", "scheduler": "Sampler"}
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """A cell.
+    """Cell of a grid.
 
     Attributes:
-        settings: Its settings, without those that have no effect; its file is their output.
-        row: Its prompt, with drawn wildcards, its seed and its only adapter.
-        uses: Its adapters.
+        settings: Settings of the cell; ones without effect have their default. The output is its
+            file.
+        row: Prompt with drawn wildcards, seed, and the adapter if there is exactly one.
+        uses: Adapters of the cell.
     """
 
     settings: RequestedImages
@@ -80,10 +81,10 @@ class _Cell:
 
     @classmethod
     def of(cls, settings: RequestedImages, folder: Path, clip_skip: str) -> _Cell:
-        """Make a cell of its settings.
+        """Create a cell from its settings.
 
         Raises:
-            ConfigError, ValueError, OSError: If an image cannot be made of them.
+            ConfigError, ValueError, OSError: If the settings are not valid.
         """
         defaults = {setting.name: setting.default for setting in settings.settings()}
         idle = {name: defaults[name] for name in settings.without_effect()}
@@ -101,27 +102,27 @@ class _Cell:
 
     @property
     def is_pooled(self) -> bool:
-        """True if it may share a batch with cells of other adapters."""
+        """True if the cell may share a batch with cells of other adapters."""
         model, schedule = self.settings.model, self.settings.adapters.strength_schedule
         return len(self.uses) < 2 and not (schedule or model.compile or model.alpha is not None)
 
     @property
     def model_key(self) -> tuple[object, ...]:
-        """Equal for cells that one loaded model makes, strengths aside."""
+        """Key that is equal for cells of one loaded model, whatever their strengths."""
         paths = None if self.is_pooled else [str(use.path) for use in self.uses]
         values = self.settings.values()
         return (*(repr(values[name]) for name in _MODEL), repr(paths))
 
     @property
     def batch_key(self) -> tuple[object, ...]:
-        """Equal for cells that one batch may hold."""
-        own = () if self.is_pooled else self.uses
+        """Key that is equal for cells that may share a batch."""
+        uses = () if self.is_pooled else self.uses
         values = self.settings.values()
-        return (*(repr(values[name]) for name in sorted(_ALIKE)), repr(own))
+        return (*(repr(values[name]) for name in sorted(_ALIKE)), repr(uses))
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Place among the cells: models, then samplings, then adapters change the least."""
+        """Sort key by which models change least often, then samplings, then adapters."""
         return self.model_key, self.batch_key, repr(self.uses), self.row.prompt, self.row.seed
 
 
@@ -132,26 +133,26 @@ class _Ready(NamedTuple):
     loaded: LoadedRequest
 
     def key(self) -> tuple[object, ...]:
-        """Equal for cells of one batch."""
+        """Return a key that is equal for cells of one batch."""
         sampling = self.loaded.sampling
-        chosen = repr((sampling.steps, sampling.guidance_scale, sampling.scheduler))
-        return (*self.cell.batch_key, chosen, repr(reading_of(self.loaded.components)))
+        sampling_key = repr((sampling.steps, sampling.guidance_scale, sampling.scheduler))
+        return (*self.cell.batch_key, sampling_key, repr(reading_of(self.loaded.components)))
 
 
 class GridRun:
-    """The cells of a grid.
+    """Generation of a grid's cells.
 
     Args:
-        args: With the axes, and the folder as ``output``.
-        load: Loads the model of some settings with adapters on it; None: as `generate` does.
+        args: Settings with the axes, and the folder as ``output``.
+        load: Loads the model of settings with adapters; None: as in `generate`.
 
     Attributes:
-        record: The page's data.
-        missing: Cells that are to be made.
-        samplings: What cells are sampled with, by their `_Cell.batch_key`.
+        record: Data of the page.
+        missing: Cells without an image.
+        samplings: Sampling settings of cells, by their `_Cell.batch_key`.
 
     Raises:
-        ConfigError, ValueError, OSError: If a cell cannot be; nothing is loaded or written then.
+        ConfigError, ValueError, OSError: If a cell is not valid. Nothing is loaded or written then.
     """
 
     def __init__(self, args: RequestedImages, load: Load | None = None) -> None:
@@ -172,13 +173,15 @@ class GridRun:
             int(args.seed or 0),
         )
         unique = {cell.path: cell for cell in cells}
-        own = {cell.batch_key: cell.settings for cell in cells}
-        self.samplings = {key: settings.sampling for key, settings in own.items()}
+        settings_by_key = {cell.batch_key: cell.settings for cell in cells}
+        self.samplings = {key: settings.sampling for key, settings in settings_by_key.items()}
         warn_of_triggers(_triggers(unique.values()))
-        made = {path for path, cell in unique.items() if not args.overwrite and self._is_made(cell)}
-        for path in made:
+        finished = {
+            path for path, cell in unique.items() if not args.overwrite and self._is_made(cell)
+        }
+        for path in finished:
             self.record.texts[f"images/{path.name}"] = read_parameters(path) or ""
-        missing = [cell for path, cell in unique.items() if path not in made]
+        missing = [cell for path, cell in unique.items() if path not in finished]
         self.missing = sorted(missing, key=lambda cell: cell.order)
         self._batch_size, self._steps = args.batch_size, 0
         self._holding, self._is_held = ExitStack(), False
@@ -187,12 +190,12 @@ class GridRun:
         return self.repeated.load(settings, uses)[0]
 
     def _is_made(self, cell: _Cell) -> bool:
-        """Return whether its file is whole, and says what it is to say."""
+        """Return whether the cell's image is intact and records the expected parameters."""
         sampling, used = self.samplings[cell.batch_key], recorded(cell.uses)
         try:
-            found = read_fields(cell.path)
+            fields = read_fields(cell.path)
             open_photo(cell.path, limited=False)
-            width, height = map(int, found.get("Size", "").split("x"))
+            width, height = map(int, fields.get("Size", "").split("x"))
         except (*DECODE_ERRORS, PhotoError, ValueError):
             return False
         size = (sampling.width or width, sampling.height or height)
@@ -202,19 +205,19 @@ class GridRun:
         for name, field in _CHOSEN.items():
             if values[name] is None:
                 expected.pop(field, None)
-        return expected.items() <= found.items()
+        return expected.items() <= fields.items()
 
     def make(self, show: Show) -> None:
-        """Make the missing cells, and write page and sheet; what was made before a stop stays.
+        """Generate the missing cells, and write page and sheet. Images are kept if it is stopped.
 
         Args:
-            show: Called with (steps done, steps in all).
+            show: Called with (steps done, total steps).
 
         Raises:
-            ConfigError: If another process makes the images of this folder.
+            ConfigError: If another process generates images in this folder.
         """
         with self._holding:
-            # A new folder is made with its first image: model and adapters can be used then.
+            # A new folder is created with its first image, once model and adapters have worked.
             if self.folder.is_dir():
                 self._hold()
             if self.record.texts:
@@ -225,7 +228,7 @@ class GridRun:
             self.record.write_sheet(self.folder)
 
     def _hold(self) -> None:
-        """Hold the folder's lock: what is unfinished there is of a process that was killed."""
+        """Lock the folder, and remove unfinished files of killed processes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._holding.enter_context(locked(self.folder, f"output {self.folder}"))
         self._is_held = True
@@ -234,7 +237,7 @@ class GridRun:
                 path.unlink(missing_ok=True)
 
     def _make_alike(self, cells: Sequence[_Cell], show: Show) -> None:
-        """Make cells of one model, and write each when its batch is done."""
+        """Generate cells of one model, and write each when its batch is done."""
         first, total = cells[0], sum(self.samplings[c.batch_key].steps for c in self.missing)
         uses = () if first.is_pooled else first.uses
         components = self._load(first.settings, uses)
@@ -252,14 +255,14 @@ class GridRun:
                 images = sample(cells_of_batch, batch[0].loaded.sampling, pool, on_step)
                 for ready, image in zip(batch, images, strict=True):
                     self._write(ready, image)
-                # A killed process writes nothing more: the page has the images so far.
+                # Write the page after each batch, in case the process is killed.
                 self.record.write(self.folder)
                 self._steps += steps
         finally:
             pool.clear()
 
     def _batches(self, cells: Sequence[_Cell], pool: AdapterPool) -> Iterator[list[_Ready]]:
-        """Cells that are sampled alike, whose adapters have prompts and noise read alike too."""
+        """Yield batches of cells with equal sampling, reading of prompts and noise schedule."""
         ready, lines = [], dict[str, None]()
         for cell in cells:
             adapter = cell.row.adapter if cell.is_pooled else None
@@ -307,7 +310,7 @@ class GridRun:
 
 
 def make_grid(args: RequestedImages) -> int:
-    """Make the missing cells of a grid. Returns the exit code."""
+    """Generate the missing cells of a grid. Returns the exit code."""
     run = GridRun(args)
     with progress("generating images", "step") as show:
         run.make(show)
@@ -318,10 +321,10 @@ def make_grid(args: RequestedImages) -> int:
 
 
 def _require_folder(args: RequestedImages, folder: Path) -> None:
-    """Refuse settings that a grid cannot have, and a folder of other files.
+    """Check the settings of a grid, and that its folder contains no other files.
 
     Raises:
-        ConfigError, OSError: If so.
+        ConfigError, OSError: If a setting or the folder is not valid.
     """
     require(
         args.adapters.adapters_file is None,
@@ -330,26 +333,26 @@ def _require_folder(args: RequestedImages, folder: Path) -> None:
     )
     require(
         args.num_images == 1,
-        f"num_images is {args.num_images}; of a grid give seeds: --grid seed=1,2",
+        f"num_images is {args.num_images}; for a grid give seeds: --grid seed=1,2",
         "num_images",
     )
     require(
         folder.suffix.lower() not in SUFFIXES or folder.is_dir(),
-        f"output {folder} must be a folder with grid: of its page, sheet and images",
+        f"output {folder} must be a folder with grid, for its page, sheet and images",
         "output",
     )
-    own = {*leftovers(folder), folder / LOCK_NAME}
-    there = {*folder.iterdir()} - own if folder.is_dir() else set()
+    ignored = {*leftovers(folder), folder / LOCK_NAME}
+    there = {*folder.iterdir()} - ignored if folder.is_dir() else set()
     require(
         not there or (folder / RECORD).is_file(),
-        f"{folder} holds other files; choose another --output",
+        f"{folder} contains other files; choose another --output",
         "output",
     )
     require_writable(folder, is_folder=True)
 
 
 def _triggers(cells: Iterable[_Cell]) -> Iterator[tuple[str, AdapterMetadata]]:
-    """Each prompt with the trigger words of its adapters."""
+    """Yield each prompt with the trigger words of its adapters."""
     known: dict[str, str] = {}
     for cell in cells:
         for path in {str(use.path) for use in cell.uses} - known.keys():
@@ -361,7 +364,7 @@ def _triggers(cells: Iterable[_Cell]) -> Iterator[tuple[str, AdapterMetadata]]:
 def _digest(
     settings: RequestedImages, row: ImageRow, uses: Sequence[AdapterUse], clip_skip: str
 ) -> str:
-    """A digest of what makes an image: settings, and the contents of files that they name."""
+    """Return a digest of the settings of an image and the files that they name."""
     defaults = {setting.name: setting.default for setting in settings.settings()}
     values = settings.values()
     names = [name for name in defaults if name not in NO_AXES]
@@ -383,9 +386,9 @@ def _digest(
 
 
 def _files_of(name: str) -> list[Any]:
-    """A model by its name on the hub, or by its files, as they are now."""
+    """Return a model's name on the hub, or its path with size and time of each file."""
     path = Path(name).expanduser()
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     states = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
-    found = [(name, status.st_size, status.st_mtime_ns) for name, status in states]
-    return [str(path.resolve()) if found else name, found]
+    stats = [(name, status.st_size, status.st_mtime_ns) for name, status in states]
+    return [str(path.resolve()) if stats else name, stats]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dora_diffusion.export.programs import ModelReport
     from dora_diffusion.formats.adapter.inspect import AdapterReport
 
-# Facts of the metadata that have rows of their own, or are about the file's layers.
+# Metadata that has separate rows, or describes the file's layers.
 _SHOWN = (
     "trained_alpha", "prediction_type", "approximates", "approximation_error",
     "unet_layers_per_block", "embeddings", *READING,
@@ -111,7 +111,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
 
 
 def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
-    """Return rows on programs that compute it as trained, on its fit to the base, and notes."""
+    """Return rows with the verdict of each program, the fit to the base, and notes."""
     heading = ("PROGRAM", "EXACT IN THIS PROGRAM?")
     programs = [
         (name, "not known" if verdict == "-" else verdict) for name, verdict in report.tools.items()
@@ -135,7 +135,7 @@ def _listed_tokens(tokens: Mapping[str, int]) -> str:
 
 
 def _one_or_range(text: str) -> str:
-    """The value of all layers, or the smallest and the largest; ``--json`` has each."""
+    """Return the value of all layers, or their range. ``--json`` has the value of each layer."""
     if not text.startswith("{"):
         return text
     values = list(json.loads(text).values())

@@ -1,4 +1,4 @@
-"""The parser of the command line: defaults in every help, and one plain line per mistake."""
+"""Parser of the command line, with defaults in every help text and one-line errors."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from dora_diffusion.config.wording import closest, counted
 
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "1": True}
 SWITCH_WORDS |= {"false": False, "no": False, "off": False, "0": False}
-# What people type for the flags of the other commands.
+# Names of flags in other programs.
 OTHER_NAMES = {
     "model": "base", "checkpoint": "base", "lora": "adapter", "out": "output", "n": "num_images",
     "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "num_inference_steps": "steps",
     "sampler": "scheduler", "format": "to", "negative": "negative_prompt", "weight": "strength",
 }  # fmt: skip
-# And for the programs of convert --to, which `closest` does not find or takes for another.
+# Other names of convert --to's programs that `closest` misses or confuses.
 _OTHER_VALUES = {
     "automatic1111": "a1111", "webui": "a1111", "stable-diffusion-webui": "a1111",
     "kohya-ss": "sd-scripts", "kohya-sd-scripts": "sd-scripts", "sd-webui-forge": "forge",
 }  # fmt: skip
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-# Flags of files that may hold required settings.
+# Flags for files that may contain required settings.
 _SOURCES = ("--config", "--repeat")
 CONFIG_HELP = "YAML file of settings; flags given here take precedence over it."
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help in which every optional flag says its default."""
+    """Help formatter that states the default of every optional flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        # A required flag has no default, also where a file may hold it.
+        # A required flag has no default, even if a file may contain it.
         has_default = not action.required and action.default is not argparse.SUPPRESS
         takes_part = action.option_strings and has_default and text
         if not takes_part or "Default:" in text or action.dest in ("help", "help_all", "version"):
@@ -61,7 +61,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class SwitchAction(argparse.Action):
-    """``--x``, ``--no-x``, and ``--x true`` as scripts with ``type=bool`` take it."""
+    """Switch ``--x`` or ``--no-x``; also ``--x true``, as in scripts with ``type=bool``."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
         names = [*option_strings, *(f"--no-{name[2:]}" for name in option_strings)]
@@ -86,7 +86,7 @@ class SwitchAction(argparse.Action):
 
 
 class _HelpAllAction(argparse.Action):
-    """Show the help with all flags."""
+    """Print the help with all flags and exit."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         parser.first = None
@@ -98,19 +98,18 @@ _SHOWN = (argparse._HelpAction, _HelpAllAction)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a mistake in one line and shows a short usage above it.
+    """Parser with one-line errors below a short usage.
 
     Attributes:
-        refusal: What to say of a flag that other programs have, by its name without dashes; None
-            for any other.
-        meant_by: The flag that an unknown one stands for, or None; both without dashes.
-        first: The flags that ``--help`` shows, by destination, where ``--help-all`` has them all;
-            None: it shows all.
-        has_file: Whether a file may hold the required settings.
+        refusal: Returns the error for a flag of other programs, given without dashes; None for
+            other flags.
+        meant_by: Returns the flag that an unknown one stands for, or None; both without dashes.
+        first: Destinations of the flags in ``--help``, if ``--help-all`` shows the rest; None: all.
+        has_file: Whether a file may contain the required settings.
     """
 
     def __init__(self, **options: Any) -> None:
-        # No abbreviations: a flag that is added later would break them.
+        # No abbreviations, since a new flag could make them ambiguous.
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
         self.refusal: Callable[[str], str | None] = lambda name: None
         self.meant_by: Callable[[str], str | None] = self._near_flag
@@ -130,25 +129,25 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--help-all", action=_HelpAllAction, nargs=0, help=text)
 
     def format_help(self) -> str:
-        """The help, without flags that are for ``--help-all``."""
-        others = [
+        """Return the help, without flags that only ``--help-all`` shows."""
+        hidden = [
             (action, action.help) for action in self._actions
             if self.first is not None and action.option_strings
             and action.dest not in self.first and not isinstance(action, _SHOWN)
         ]  # fmt: skip
-        for action, _ in others:
+        for action, _ in hidden:
             action.help = argparse.SUPPRESS
         try:
             return super().format_help()
         finally:
-            for action, text in others:
+            for action, text in hidden:
                 action.help = text
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, after a check for unknown flags, and refuse words that are left over."""
+        """Check for unknown flags, parse, and report words that are left over."""
         words = sys.argv[1:] if args is None else list(args)
         commands = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
-        # Behind its command, a flag is the command's.
+        # Flags after a command are flags of the command.
         self._refuse_unknown_flags(words if self._subparsers is None else words[:commands])
         has_source = self.has_file and any(word.partition("=")[0] in _SOURCES for word in words)
         with self._with_nothing_required() if has_source else nullcontext():
@@ -161,7 +160,7 @@ class Parser(argparse.ArgumentParser):
     @contextmanager
     def _with_nothing_required(self) -> Iterator[None]:
         """Require no flag and no positional argument inside the block."""
-        kept = [(action, action.required, action.nargs) for action in self._actions]
+        saved = [(action, action.required, action.nargs) for action in self._actions]
         for action in self._actions:
             action.required = False
             if not action.option_strings:
@@ -169,11 +168,11 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         finally:
-            for action, required, nargs in kept:
+            for action, required, nargs in saved:
                 action.required, action.nargs = required, nargs
 
     def _closed(self, words: Sequence[str]) -> list[str]:
-        """The words so that no switch takes one that belongs to the command for its value."""
+        """Return the words, with switches written so that they do not take the next as a value."""
         if all(action.option_strings for action in self._actions):
             return list(words)
         closed = []
@@ -210,7 +209,7 @@ class Parser(argparse.ArgumentParser):
         return meant if meant in known else closest(name, known)
 
     def error(self, message: str) -> NoReturn:
-        """Print the error in one line, and exit with code 2."""
+        """Print the error in one line and exit with code 2."""
         if missing := message.partition("the following arguments are required: ")[2]:
             message = f"{missing} must be given"
             if missing == "COMMAND":
@@ -232,7 +231,7 @@ class Parser(argparse.ArgumentParser):
         actions = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
         return [name for action in actions for name in action.choices]
 
-    # argparse's own steps, with the words of the other errors.
+    # Steps of argparse, with error messages in this package's wording.
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
         try:
@@ -257,7 +256,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _other_choice(action: argparse.Action, value: str) -> str:
-    """Return why a value is refused, or the choices."""
+    """Return the reason why a value is refused, or the valid choices."""
     if reason := getattr(action, "refused", {}).get(value.lower()):
         return f": {reason}"
     choices = [choice for choice in action.choices or () if choice is not None]
@@ -277,9 +276,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> N
 
 
 def _add_flag(group: Any, setting: Setting) -> None:
-    """Add a setting to a parser or a group of it.
+    """Add a setting to a parser or one of its groups.
 
-    One that is not given leaves no trace, so that it does not override a file.
+    A flag that is not given is absent from the namespace, so that it does not override a file.
     """
     text = setting.help
     if not (setting.positional or setting.is_required or "Default:" in text):
@@ -295,18 +294,18 @@ def _add_flag(group: Any, setting: Setting) -> None:
     if setting.kind is bool:
         group.add_argument(*names, action=SwitchAction, **common)
         return
-    if setting.is_list and setting.kind is not dict:  # of which there is a file
+    if setting.is_list and setting.kind is not dict:  # Lists of mappings are given as a file.
         common["nargs"] = "+"
     if setting.repeated:
         common["action"] = "extend"
     if setting.choices:
         # Diffusers' scripts write AdamW, and report_to may be none.
         either = (*setting.choices, None) if setting.default is None else setting.choices
-        shown = "{" + ",".join(setting.choices) + "}"
-        common |= {"type": setting.cast, "choices": either, "metavar": shown}
+        metavar = "{" + ",".join(setting.choices) + "}"
+        common |= {"type": setting.cast, "choices": either, "metavar": metavar}
     elif setting.is_map:
         common |= {"metavar": "PATTERN=VALUE"}
     else:
-        shown = setting.metavar or ("PATH" if setting.is_path else _METAVARS[setting.kind])
-        common |= {"type": str if setting.kind is dict else setting.kind, "metavar": shown}
+        metavar = setting.metavar or ("PATH" if setting.is_path else _METAVARS[setting.kind])
+        common |= {"type": str if setting.kind is dict else setting.kind, "metavar": metavar}
     group.add_argument(*names, **common).refused = setting.refused

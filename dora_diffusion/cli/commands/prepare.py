@@ -1,4 +1,4 @@
-"""``dora-diffusion prepare``: photos to a training set."""
+"""``dora-diffusion prepare``: makes a training set from photos."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _given(name: str) -> Condition:
-    """Condition that another setting is given."""
+    """Return the condition that another setting is given."""
     return when(attrgetter(name), f"no --{name} is given")
 
 
@@ -37,7 +37,7 @@ class PrepareSettings(CommandSettings):
     )
     output: str | None = flag(
         None,
-        "Folder of the photos with captions and masks, to train on; of several subjects a "
+        "Folder of the photos with captions and masks, to train on; several subjects get a "
         "sub-folder each. Default: none, photos are only checked.",
     )
     similarity_model: str | None = flag(
@@ -47,13 +47,13 @@ class PrepareSettings(CommandSettings):
     caption_model: str | None = flag(
         None, "Write missing captions: image-to-text model or WD tagger, folder or hub id."
     )
-    caption: str | None = flag(None, "Caption of every photo, instead of its own.")
-    find: str | None = flag(None, "Text to replace in every caption, letter by letter.")
+    caption: str | None = flag(None, "Caption of every photo, in place of its existing one.")
+    find: str | None = flag(None, "Text to replace in every caption, matched exactly.")
     replace: str | None = flag(
         None, "Replacement of the text found. Default: nothing.", needs=(_given("find"),)
     )
-    remove_tag: str | None = flag(None, "Tag to take out of every caption.")
-    first_tag: str | None = flag(None, "Tag to put first in every caption that there is.")
+    remove_tag: str | None = flag(None, "Tag to remove from every caption.")
+    first_tag: str | None = flag(None, "Tag to put first in every existing caption.")
     add_tag: str | None = flag(None, "Tag to append to every caption that lacks it.")
     caption_prefix: str | None = flag(
         None, "Text in front of every caption that does not begin with it."
@@ -86,8 +86,8 @@ class PrepareSettings(CommandSettings):
     )
     in_place: bool = flag(
         False,
-        "Write missing captions and masks next to the photos, change captions there, and no "
-        "output folder.",
+        "Write missing captions and masks next to the photos and change captions there, without "
+        "an output folder.",
     )
     only_copies: bool = flag(
         False, "Leave the photos themselves out of the output.", needs=(_given("background"),)
@@ -95,7 +95,7 @@ class PrepareSettings(CommandSettings):
     json: bool = flag(False, "Print JSON instead of a table.")
 
     def perform(self) -> int:
-        """Inspect the photos, write what is asked for, and print a table or JSON."""
+        """Inspect the photos, write captions, masks and copies, and print a table or JSON."""
         _check(self)
         from dora_diffusion.data.photos import list_photos
         from dora_diffusion.data.prepare import INSTRUCTION, open_captioner, open_masker
@@ -104,7 +104,7 @@ class PrepareSettings(CommandSettings):
         subjects = {Path(f).expanduser().resolve().name: list_photos(f) for f in self.photos}
         if len(subjects) < len(self.photos):
             raise ConfigError(
-                "two folders of photos have one name; each subject needs its own", "photos"
+                "two folders of photos have the same name; give each subject another name", "photos"
             )
         plans = {name: _plan(self, name, paths) for name, paths in subjects.items()}
         prompt, label = self.caption_prompt or INSTRUCTION, self.mask_label or self.class_word
@@ -130,7 +130,7 @@ class PrepareSettings(CommandSettings):
 
 
 def _check(args: PrepareSettings) -> None:
-    """Refuse what does not go together."""
+    """Check that the settings do not conflict."""
     makes = args.caption_model or args.masks or args.background or _edit(args)
     if args.caption is not None and args.caption_model:
         raise ConfigError(
@@ -143,17 +143,17 @@ def _check(args: PrepareSettings) -> None:
 
 
 def _edit(args: PrepareSettings) -> CaptionEdit:
-    """Return the edit of captions; a replacement of nothing is warned of."""
+    """Return the edit of captions; a replacement has no effect without a text to find."""
     from dora_diffusion.data.captions import CaptionEdit
 
     tags = (args.remove_tag, args.first_tag, args.add_tag)
     replace = args.replace if args.find else ""
-    parts = (args.find, replace, *tags, args.caption_prefix)
-    return CaptionEdit(args.caption, *(part or "" for part in parts))
+    texts = (args.find, replace, *tags, args.caption_prefix)
+    return CaptionEdit(args.caption, *(part or "" for part in texts))
 
 
 def _plan(args: PrepareSettings, name: str, paths: Sequence[Path]) -> Preparation:
-    """Plan the preparation of a subject after all checks, without loading models."""
+    """Check and plan the preparation of a subject, without loading models."""
     from dora_diffusion.data.prepare import Preparation
 
     target = paths[0].parent if args.in_place else None
@@ -174,7 +174,7 @@ def _plan(args: PrepareSettings, name: str, paths: Sequence[Path]) -> Preparatio
 
 
 def _warn_of_imbalance(counts: Counter[str]) -> None:
-    # Of one subject too there must be two ends.
+    # Twice, so that a single subject has a first and a last too.
     (largest, most), *_, (fewest, least) = 2 * counts.most_common()
     if most > 2 * least:
         message = f"{most} photos of {largest} and {least} of {fewest}: trained together, {largest}"

@@ -21,7 +21,7 @@ class SamplesSettings(CommandSettings):
     folder: Path = flag(Path("samples"), "Folder to copy to. Default: samples.", positional=True)
 
     def perform(self) -> int:
-        """Copy the sample subjects, and say how to train on them."""
+        """Copy the sample subjects, and print the commands that train on them."""
         folder = copy_samples(self.folder)
         for config in sorted(folder.glob("*/config.yaml")):
             print(f"dora-diffusion train --config {config}")
@@ -29,7 +29,7 @@ class SamplesSettings(CommandSettings):
 
 
 def copy_samples(folder: Path) -> Path:
-    """Copy the sample subjects into a new folder, whose photos their settings name.
+    """Copy the sample subjects into a new folder, with its paths in their settings.
 
     Raises:
         FileExistsError: If the folder exists.
@@ -58,7 +58,7 @@ class DoctorSettings(AnyBase):
     json: bool = flag(False, "Print JSON.")
 
     def perform(self) -> int:
-        """Print what was found, without secrets. Returns 1 where something would fail."""
+        """Print the findings, without secrets. Returns 1 if one is a problem."""
         from dora_diffusion.cli.console.environment import describe_environment
 
         environment = describe_environment(self.runs_dir, self.base_model)

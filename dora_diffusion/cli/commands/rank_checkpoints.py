@@ -1,4 +1,4 @@
-"""``dora-diffusion rank-checkpoints``: fixed-seed images, judged as ``evaluate`` judges them."""
+"""``dora-diffusion rank-checkpoints``: measures fixed-seed images of a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
 
     job = AsJob("rank-checkpoints", "ranking", "Rank", is_listed=False)
 
-    without_base = None  # It is the run's then, which may be of the hub.
+    without_base = None  # The default is the run's base, which may be on the hub.
 
     run: Path = flag(REQUIRED, "The output folder of a run.", positional=True)
     checkpoints: list[str] = flag(
@@ -50,7 +50,7 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
     output: Path = flag(Path("ranking"), "Folder of the results.")
 
     def perform(self) -> int:
-        """Sample the same images from the base and all checkpoints, measure them, suggest one."""
+        """Sample the same images from base and checkpoints, measure them, and suggest one."""
         check_results(self.output, "a ranking", [COMPARISON], overwrite=self.overwrite)
         config = TrainConfig.from_dict(read_config_file(self.run / "config.yaml"))
         adapters = _adapters(self.run, self.checkpoints)
@@ -81,26 +81,27 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
 
 
 def _adapters(run: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Adapter files by the names of their checkpoints.
+    """Return adapter files by the names of their checkpoints.
 
     Raises:
-        ConfigError: If one of the names is none, or there are none.
+        ConfigError: If the run has no checkpoint of a name, or none at all.
     """
-    kept, result = adapter_checkpoints(run), result_adapter(run)
+    checkpoints, result = adapter_checkpoints(run), result_adapter(run)
     if not names:
-        names = candidates(kept, None if result is None else _steps(RESULT_NAME, result))
-    places = {name: result_adapter(run / name) for name in kept} | {RESULT_NAME: result}
+        names = candidates(checkpoints, None if result is None else _steps(RESULT_NAME, result))
+    places = {name: result_adapter(run / name) for name in checkpoints} | {RESULT_NAME: result}
     lacking = [name for name in names if places.get(name) is None]
     if lacking or not names:
         what = ", ".join(lacking) or "any adapter"
         raise ConfigError(
-            f"{run} has not {what}; it has {', '.join(kept) or 'no checkpoint'}", "checkpoints"
+            f"{run} does not contain {what}; it has {', '.join(checkpoints) or 'no checkpoint'}",
+            "checkpoints",
         )
     return {name: path for name in names if (path := places[name])}
 
 
 def _steps(name: str, adapter: Path) -> int:
-    """Steps that an adapter was trained for, as its name or its file says."""
+    """Return the training steps of an adapter, from its name or its file."""
     from dora_diffusion.formats.adapter.inspect import report_on
 
     if name != RESULT_NAME:
@@ -109,7 +110,7 @@ def _steps(name: str, adapter: Path) -> int:
 
 
 def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) -> EvaluationPrompts:
-    """Return the evaluation prompts of a run's subjects, sampled as the run's own samples are."""
+    """Return the evaluation prompts of a run's subjects, with the run's sampling settings."""
     from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.training.inputs.subject import subjects_of, triggers_of
 
@@ -128,7 +129,7 @@ def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) ->
     subjects = subjects_of(config)
     if args.subject and len({one.trigger for one in subjects} - {""}) > 1:
         raise ConfigError(
-            f"the run has several subjects, {triggers_of(subjects)}, and --subject is of one; "
+            f"the run has several subjects, {triggers_of(subjects)}, but --subject names one; "
             "leave it out to rank by the photos of each",
             "subject",
         )
@@ -136,7 +137,7 @@ def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) ->
 
 
 def _print(ranking: Ranking) -> None:
-    """The figures as a table, what they are, and what is suggested."""
+    """Print the table of measurements, the notes and the suggestion."""
 
     def shown(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:.{digits}f}"

@@ -29,8 +29,8 @@ class Merge(StrengthFlags, ScheduleFlags, Alpha, RequiredBase):
 
     adapter: list[str] = flag(
         [],
-        "Adapter files or output folders; FILE:0.5 gives one its own strength. May be repeated. "
-        "Default: none, the base as it is.",
+        "Adapter files or output folders; FILE:0.5 sets the strength of one. May be repeated. "
+        "Default: none, the unchanged base.",
         repeated=True,
     )
     vae: str | None = flag(None, "Another VAE: folder, hub id or .safetensors file.")
@@ -39,7 +39,7 @@ class Merge(StrengthFlags, ScheduleFlags, Alpha, RequiredBase):
 
     @property
     def adapters(self) -> list[tuple[str, float]]:
-        """The adapters with their own strengths."""
+        """The adapters with their strengths."""
         return [adapter_and_strength(text) for text in self.adapter]
 
     @property
@@ -47,8 +47,8 @@ class Merge(StrengthFlags, ScheduleFlags, Alpha, RequiredBase):
         """Keyword arguments of the merge, for `export_checkpoint` and `verify_checkpoint`."""
         from dora_diffusion.numerics.weights import MergeStrengths
 
-        own: dict[str, float] = {name: getattr(self, name) for name in vars(MergeStrengths())}
-        return {"strength": MergeStrengths(**own), "alpha": self.alpha}
+        strengths: dict[str, float] = {name: getattr(self, name) for name in vars(MergeStrengths())}
+        return {"strength": MergeStrengths(**strengths), "alpha": self.alpha}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class ExportSettings(Overwrite, Merge):
     )
     dtype: str = flag(
         AUTO,
-        "Precision of the result. auto: the base's own, whatever machine merges it.",
+        "Precision of the result. auto: that of the base, on any machine.",
         choices=(AUTO, *DTYPES),
     )
     model_config: str | None = flag(
@@ -77,13 +77,13 @@ class ExportSettings(Overwrite, Merge):
             OfModel("base", "base", "file"),
             when(
                 lambda config: not config.output.endswith(".safetensors"),
-                "the output is a single file, which holds none",
+                "the output is a single file, which contains no configuration",
             ),
         ),
     )
 
     def perform(self) -> int:
-        """Write a base with adapters merged in, check it, say which programs read it rightly."""
+        """Merge adapters into a base, check the result, and list the programs that read it."""
         from dora_diffusion.export import export_checkpoint, inspect_model
         from dora_diffusion.models.precision import dtype_of
 
@@ -112,18 +112,18 @@ class ExportSettings(Overwrite, Merge):
 class VerifySettings(Merge):
     """Settings of ``verify``."""
 
-    # Behind --adapter it would be taken for one more adapter: `run` tells them apart.
+    # After --adapter it would be parsed as another adapter; see `_merged_and_adapters`.
     merged: str | None = flag(
         None, "The merged model: a folder or a .safetensors file.", positional=True
     )
     adapter: list[str] = flag(
         REQUIRED,
-        "Adapter files or output folders; FILE:0.5 gives one its own strength. May be repeated.",
+        "Adapter files or output folders; FILE:0.5 sets the strength of one. May be repeated.",
         repeated=True,
     )
 
     def perform(self) -> int:
-        """Recompute a merged model; 1 if it is not what base and adapters give."""
+        """Recompute a merged model from base and adapters. Returns 1 if it differs."""
         from dora_diffusion.export import verify_checkpoint
 
         merged, adapters = _merged_and_adapters(self.merged, self.adapter)
@@ -149,10 +149,10 @@ class VerifySettings(Merge):
 
 
 def _merged_and_adapters(merged: str | None, adapters: list[str]) -> tuple[str, list[str]]:
-    """The model to prove, which is the last word of ``--adapter A B merged``, and the adapters.
+    """Return the model to verify and the adapters; ``--adapter A B MERGED`` ends in the model.
 
     Raises:
-        ConfigError: If there is only one word for both.
+        ConfigError: If only one of them is given.
     """
     if merged is not None:
         return merged, adapters
@@ -164,7 +164,7 @@ def _merged_and_adapters(merged: str | None, adapters: list[str]) -> tuple[str, 
 
 
 def _shortened(problems: list[str]) -> list[str]:
-    """The first problems, the last (which may explain them), and how many are left out."""
+    """Return the first problems, the number of omitted ones, and the last, which may explain."""
     if len(problems) <= _SHOWN:
         return problems
     left_out = f"{len(problems) - _SHOWN} more like these"
@@ -184,13 +184,13 @@ class PushSettings(CommandSettings):
 
     folder: Path = flag(REQUIRED, "The output folder of a run.", positional=True)
     repository: str = flag(
-        REQUIRED, "NAME/MODEL on the hub; made where there is none.", positional=True
+        REQUIRED, "NAME/MODEL on the hub; created if it does not exist.", positional=True
     )
     adapter: Path | None = flag(
         None,
-        "An adapter file of another checkpoint, with a card of its own. Default: the run's.",
+        "Adapter file of another checkpoint, which gets a new card. Default: the run's.",
     )
-    public: bool = flag(False, "Let everybody see it.")
+    public: bool = flag(False, "Make the repository public.")
 
     def perform(self) -> int:
         """Publish a run's output folder on the hub."""

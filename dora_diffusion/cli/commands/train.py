@@ -1,4 +1,4 @@
-"""``dora-diffusion train``: its flags are the fields of `TrainConfig`."""
+"""``dora-diffusion train``, with the fields of `TrainConfig` as its flags."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from dora_diffusion.models.locate import is_embedded
 if TYPE_CHECKING:
     from dora_diffusion.training.recipe import TrainResult
 
-# The flags that matter first: what --help shows.
+# The flags that --help shows.
 FIRST = (
     "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "token",
     "dataset_config", "resolution", "masked_loss", "with_prior_preservation",
@@ -54,7 +54,7 @@ FIRST = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(CommandSettings):
-    """Settings of ``train``: those of a run, which are read when it begins."""
+    """Settings of ``train``: the parsed arguments, read as a `TrainConfig` by `perform`."""
 
     args: argparse.Namespace
 
@@ -64,21 +64,21 @@ class TrainSettings(CommandSettings):
         parser.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
         parser.split_help(("config", "pack", "debug", *FIRST))
         parser.epilog = (
-            f"These are {len(FIRST)} of {len(settings())} settings; --help-all has them all."
+            f"These are {len(FIRST)} of {len(settings())} settings; --help-all shows all."
         )
         parser.add_argument(
             "--pack",
             metavar="PATH",
-            help="Several subjects at once, each an adapter of its own in OUTPUT_DIR/NAME: a "
-            "dataset file (see dataset_config) whose entries may have most settings of a run and a "
-            "name, or a folder whose sub-folders hold the photos of a subject each. Other flags "
-            "apply to all of them.",
+            help="Train several subjects at once, each as a separate adapter in OUTPUT_DIR/NAME. "
+            "PATH is a dataset file (see dataset_config) whose entries may have a name and most "
+            "settings of a run, or a folder with a sub-folder of photos per subject. Other flags "
+            "apply to all subjects.",
         )
         add_settings(parser)
 
     @classmethod
     def of_arguments(cls, args: argparse.Namespace) -> TrainSettings:
-        """Take them as they are: `train_config` reads them."""
+        """Keep the arguments unread; `train_config` reads them."""
         return cls(args=args)
 
     def perform(self) -> int:
@@ -114,7 +114,7 @@ class TrainSettings(CommandSettings):
 
 
 def add_settings(parser: Parser) -> None:
-    """Add ``--config``, one flag per setting, and what else Diffusers' scripts accept."""
+    """Add ``--config``, one flag per setting, and further flags of Diffusers' scripts."""
     parser.refusal, parser.meant_by = refusal, meant_by
     parser.add_argument("--config", help=CONFIG_HELP)
     parser.add_argument(
@@ -130,15 +130,14 @@ def add_settings(parser: Parser) -> None:
     parser.add_argument(
         "--memory",
         metavar="GIB",
-        help="Precision, gradient checkpointing, optimizer, quantised base and resolution that "
-        "fit this memory, where they are not given: GiB of a GPU, or auto for what is free on "
+        help="Choose precision, gradient checkpointing, optimizer, quantised base and resolution "
+        "to fit this memory, unless they are given: GiB of a GPU, or auto for the free memory of "
         "this machine. By counted memory, not yet measured on GPUs.",
     )
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="List what would be trained on, image by image with its caption, and end before the "
-        "model is loaded.",
+        help="List the training images with their captions, and exit before the model is loaded.",
     )
     add_flags(parser, settings())
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
@@ -150,7 +149,7 @@ def add_settings(parser: Parser) -> None:
 
 
 def print_training_summary(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
-    """Print what each subject would be trained on; returns 1 if one of several cannot be."""
+    """Print the training images of each subject. Returns 1 if one of several is not valid."""
     failed = 0
     for name, config in configs.items():
         try:
@@ -166,7 +165,7 @@ def print_training_summary(configs: Mapping[str, TrainConfig | ConfigError]) -> 
 
 
 def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
-    """Train subjects at once; returns 1 if one of them has failed."""
+    """Train several subjects at once. Returns 1 if one of them failed."""
     from dora_diffusion.training.pack import train_pack
 
     progress = PackProgress()
@@ -188,7 +187,7 @@ def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
 
 
 def trigger_line(trigger: str, prompt: str, is_slider: bool = False) -> str:
-    """Return a line on prompts: with the trigger words, or a caption where there are none."""
+    """Return a line on prompts: with the trigger words, or a caption if there are none."""
     from dora_diffusion.formats.adapter.metadata import split_triggers
 
     if triggers := split_triggers(trigger):
@@ -201,7 +200,7 @@ def trigger_line(trigger: str, prompt: str, is_slider: bool = False) -> str:
 
 
 def stopped_line(result: TrainResult) -> str:
-    """Return a line on where an interrupted run stopped, and from where it can be resumed."""
+    """Return a line with the last step of an interrupted run, and how to resume it."""
     from dora_diffusion.training.results.checkpoint import step_of
 
     where = f"stopped at step {result.steps} of {result.total_steps}"
@@ -213,9 +212,9 @@ def stopped_line(result: TrainResult) -> str:
 
 
 def warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
-    """Warn loudly that no base model was named."""
-    given = {*vars(args), *(read_config_file(args.config) if args.config else ())}
-    if "pretrained_model_name_or_path" not in given:
+    """Warn if no base model is given, since the toy model is trained then."""
+    names = {*vars(args), *(read_config_file(args.config) if args.config else ())}
+    if "pretrained_model_name_or_path" not in names:
         warnings.warn(
             f"NO BASE MODEL WAS GIVEN: {config.pretrained_model_name_or_path} is trained, a toy "
             "model of 64 pixels that knows only its own drawn world and cannot learn a real "
@@ -225,31 +224,30 @@ def warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
-    """The settings of a command line: the file's, with the given flags over them.
+    """Return the settings of a command line: its flags, else its file's settings.
 
     Raises:
-        ConfigError: If the file or a value is not valid; with the file's line, if it is there.
+        ConfigError: If the file or a value is not valid; names the line of a file's setting.
 
     Warns:
-        UserWarning: Of flags that have no effect, and of settings that mean something else in
-            another trainer.
+        UserWarning: If a flag has no effect, or a setting has another meaning in other trainers.
     """
     names = {setting.name for setting in settings()}
     values, lines = read_config_lines(args.config) if args.config else ({}, {})
     named, memory = values.pop("preset", None), values.pop("memory", None)
     preset, memory = args.preset or named, args.memory or memory
     values = _settings_of(args.config, values, lines, names)
-    given = {name: value for name, value in vars(args).items() if name in names}
-    # A file of all settings is one that a run wrote.
-    typed = given.keys() if names <= values.keys() else values.keys() | given.keys()
-    values = overridden(values, given)
+    flags = {name: value for name, value in vars(args).items() if name in names}
+    # A file with all settings was written by a run, not typed.
+    typed = flags.keys() if names <= values.keys() else values.keys() | flags.keys()
+    values = overridden(values, flags)
     if preset is not None:
-        values = _preset(str(preset), values | given) | values
+        values = _preset(str(preset), values | flags) | values
     if memory is not None:
-        values = _fitting(str(memory), values | given) | values
-    with _naming_lines(args.config, {n: line for n, line in lines.items() if n not in given}):
-        config = TrainConfig.from_dict(values | given)
-    _warn_of_flags(args, config, given)
+        values = _fitting(str(memory), values | flags) | values
+    with _naming_lines(args.config, {n: line for n, line in lines.items() if n not in flags}):
+        config = TrainConfig.from_dict(values | flags)
+    _warn_of_flags(args, config, flags)
     for line in notes(config, settings(), typed):
         warnings.warn(line, stacklevel=1)
     if preset is not None:
@@ -259,7 +257,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 @contextlib.contextmanager
 def _naming_lines(file: str | None, lines: Mapping[str, int]) -> Iterator[None]:
-    """Name the line of each setting of a file that an error of the block is about."""
+    """Add the line of the file to errors about a file's settings inside the block."""
     try:
         yield
     except ConfigError as error:
@@ -271,7 +269,7 @@ def _naming_lines(file: str | None, lines: Mapping[str, int]) -> Iterator[None]:
 
 
 def _warn_of_photos(preset: str, config: TrainConfig) -> None:
-    """Warn of a preset that is made for another number of photos."""
+    """Warn if a preset is meant for another number of photos."""
     from dora_diffusion.data.photos import photos_in
 
     for folder in filter(None, (subject.instance_data_dir for subject in config.subjects)):
@@ -280,7 +278,7 @@ def _warn_of_photos(preset: str, config: TrainConfig) -> None:
 
 
 def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a run starts from.
+    """Return the settings of a preset.
 
     Warns:
         UserWarning: If the steps are a guess, since the model is not on this machine.
@@ -294,7 +292,7 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     preset = preset_settings(name, family or DEFAULT_FAMILY, is_embedded=is_embedded(model))
     if family is None and "max_train_steps" not in values:
         warnings.warn(
-            f"{model} is not on this machine, and the preset takes it for {DEFAULT_FAMILY.title}: "
+            f"{model} is not on this machine; the preset assumes {DEFAULT_FAMILY.title} and "
             f"{preset['max_train_steps']} steps; give --max_train_steps for another family",
             stacklevel=1,
         )
@@ -302,33 +300,33 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that fit a memory, in GiB or ``auto``.
+    """Return the settings that fit a memory, given in GiB or as ``auto``.
 
     Raises:
-        ConfigError: If it is neither.
+        ConfigError: If the memory is neither.
 
     Warns:
-        UserWarning: If the model is an embedded one, which fits anywhere.
+        UserWarning: If the model is embedded, and so fits anywhere.
     """
     from dora_diffusion.models.locate import model_info
     from dora_diffusion.models.memory import describe_device, fitting_settings, gpu_of
 
     device = describe_device() if memory == "auto" else gpu_of(memory)
-    given = {**TrainConfig().to_dict(), **values}
-    model = str(given["pretrained_model_name_or_path"])
+    current = {**TrainConfig().to_dict(), **values}
+    model = str(current["pretrained_model_name_or_path"])
     if is_embedded(model):
         warnings.warn(f"memory has no effect because {model} fits anywhere", stacklevel=1)
         return {}
     info = model_info(model)
-    batch = int(given["train_batch_size"]) * (2 if given["with_prior_preservation"] else 1)
-    family, size = info.family if info.has_released_shape else "", given["resolution"]
+    batch = int(current["train_batch_size"]) * (2 if current["with_prior_preservation"] else 1)
+    family, size = info.family if info.has_released_shape else "", current["resolution"]
     return fitting_settings(family, size or info.resolution, device, batch=batch)
 
 
 def _settings_of(
     file: str, values: Mapping[str, Any], lines: Mapping[str, int], names: set[str]
 ) -> dict[str, Any]:
-    """The file's settings, those under Diffusers' names renamed.
+    """Return the file's settings, with Diffusers' names replaced by this package's.
 
     Raises:
         ConfigError: If a key is not a setting.
@@ -351,13 +349,16 @@ def _settings_of(
     return known
 
 
-def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Warn of flags that do nothing; training warns of those with another value than default."""
+def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, flags: Mapping[str, Any]) -> None:
+    """Warn about ignored flags, and flags at their default that have no effect.
+
+    Training warns about settings without effect that differ from their default.
+    """
     for name in vars(args):
         if name in DIFFUSERS_FLAGS and DIFFUSERS_FLAGS[name].status == "ignored":
             _warn_ignored(name)
     defaults = {setting.name: setting.default for setting in settings()}
-    at_default = {name for name in given if getattr(config, name) == defaults[name]}
+    at_default = {name for name in flags if getattr(config, name) == defaults[name]}
     for reason in without_effect(config, at_default).values():
         warnings.warn(reason, stacklevel=1)
 

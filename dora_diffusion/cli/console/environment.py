@@ -1,4 +1,4 @@
-"""Examination of an installation: versions, problems and fixes; no secrets."""
+"""Examination of an installation: versions, problems and fixes, without secrets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ from dora_diffusion.config.base import BaseModel
 _ROOT = Path(__file__).parents[3]
 _PROJECT = "dora-diffusion"
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?\s*([^;]*)(?:.*extra == ['\"]([\w-]+))?")
-# Extras of developers, and packages that are not required: listed, not imported.
+# Extras for developers, and packages that are not required: listed, but not imported.
 _NOT_TRIED = ("test", "bare-test", "lint", "benchmarks", "none")
-# Module names of packages with another name; for packages that import lazily, a name that is used
-# here.
+# Module names that differ from the package name; a name to import, for packages with lazy imports.
 _IMPORTED_AS = {
     "pillow": "PIL", "pyyaml": "yaml", "diffusers": "diffusers:StableDiffusionXLPipeline",
     "transformers": "transformers:CLIPTextModel", "tensorboard": "torch.utils.tensorboard",
@@ -40,18 +39,18 @@ _QUESTIONS = (
     "torch:get_num_threads", "dora_diffusion.numerics.devices:describe_accelerators",
     "huggingface_hub.constants:HF_HUB_CACHE",
 )  # fmt: skip
-# No requirements, but what breaks requirements where its version does not fit theirs.
+# Packages that are not requirements, but break requirements if their versions do not fit.
 _BESIDE = (
     "torchvision", "triton", "xformers", "tokenizers", "pydantic", "starlette", "fastapi", "hf-xet",
 )  # fmt: skip
-# Variables that change what happens here, by how their names begin.
+# Prefixes of environment variables that affect this package or its libraries.
 _VARIABLES = re.compile(
     "A1111_|ACCELERATE_|AMD_|BNB_|COMFYUI_|CONDA_|CUBLAS_|CUDA_|CUDNN_|DIFFUSERS_|DORA_DIFFUSION_|"
     "GRADIO_|HF_|HIP_|HSA_|HUGGING|KMP_|LD_|MKL_|NCCL_|NVIDIA_|OMP_|PYTHON|PYTORCH_|ROCR_|"
     "SAFETENSORS_|SSL_CERT|SYCL_|THP_|TMPDIR|TOKENIZERS_|TORCH|TRANSFORMERS_|TRITON_|VIRTUAL_ENV|"
     "WANDB_|XDG_CACHE|XPU_|ZE_|REQUESTS_CA|(ALL|HTTPS?|NO)_PROXY"
 )
-# Values that are shown: switches, numbers and devices. Any other variable is only named.
+# Values that may be shown: switches, numbers and devices. Other values are hidden.
 _HARMLESS = re.compile(
     r"([a-z_]+:)?(true|false|on|off|yes|no|passive|active|fp16|bf16|[\d.,:-]*)", re.IGNORECASE
 )
@@ -61,12 +60,12 @@ _SECONDS, _IMPORT_SECONDS = 10, 180
 _PACKAGES = "packages"
 _TRIAL = "dora_diffusion.cli.console.trial"
 _TRIALS = {f"{_TRIAL}:describe_device": "device", f"{_TRIAL}:train_and_sample": "training"}
-# The newest that all tests ran with; the oldest are the bounds of pyproject.toml.
+# The newest versions that passed all tests; the oldest are the bounds in pyproject.toml.
 _TESTED = {
     "torch": "2.13", "diffusers": "0.42", "transformers": "5.24", "accelerate": "1.15",
     "gradio": "6.31", "huggingface_hub": "2.4", "numpy": "2.4", "pillow": "12.3",
 }  # fmt: skip
-# How to choose another folder.
+# Advice for using another folder.
 _ELSEWHERE = {
     "hub's cache": "set HF_HOME to a folder of yours",
     "runs": "choose another folder with --runs_dir, and --output_dir of a run",
@@ -78,7 +77,7 @@ Answers = dict[str, tuple[str, Any]]
 
 @dataclass(frozen=True)
 class Package:
-    """A requirement of the package or of an extra: name, extra, bounds (``>=2.4``) and version."""
+    """Requirement of the package or of an extra: name, extra, bounds (``>=2.4``) and version."""
 
     name: str
     extra: str
@@ -87,12 +86,12 @@ class Package:
 
     @property
     def requirement(self) -> str:
-        """The words that pip takes for it."""
+        """The requirement as an argument of pip."""
         return f"'{self.name}{self.bounds}'"
 
     @property
     def findings(self) -> list[Finding]:
-        """Findings that need no import: it is missing, of a wrong version, or newer than tested."""
+        """Findings without an import: missing, of a wrong version, or newer than tested."""
         mend = f"pip install {self.requirement}"
         if self.version is None:
             return [] if self.extra else [Finding(_PACKAGES, f"{self.name} is not installed", mend)]
@@ -101,13 +100,13 @@ class Package:
             from packaging.version import Version
 
             if not SpecifierSet(self.bounds).contains(self.version, prereleases=True):
-                found = f"{self.name} {self.version} is installed, and {self.bounds} is needed"
-                return [Finding(_PACKAGES, found, mend)]
+                reason = f"{self.name} {self.version} is installed, but {self.bounds} is needed"
+                return [Finding(_PACKAGES, reason, mend)]
             tested = _TESTED.get(self.name)
             if tested and Version(self.version).release[:2] > Version(tested).release[:2]:
-                found = f"{self.name} {self.version} is newer than {tested}, the newest tested"
+                reason = f"{self.name} {self.version} is newer than {tested}, the newest tested"
                 mend = f"if something fails, pip install '{self.name}=={tested}.*'"
-                return [Finding(_PACKAGES, found, mend, fails=False)]
+                return [Finding(_PACKAGES, reason, mend, fails=False)]
         return []
 
 
@@ -119,7 +118,7 @@ class Finding:
         check: Name of the check.
         found: Its result.
         mend: The fix; empty if nothing is wrong.
-        fails: Whether something fails until then.
+        fails: Whether something fails without the fix.
     """
 
     check: str
@@ -129,23 +128,23 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """``"ok"``, ``"PROBLEM"``, or ``"note"``: nothing fails of it."""
+        """``"ok"``, ``"PROBLEM"``, or ``"note"`` if nothing fails."""
         return ("PROBLEM" if self.fails else "note") if self.mend else "ok"
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Environment of this package; as text, a paste for a bug report.
+    """Environment of this package. Its text is meant for a bug report.
 
-    No token or password is in it, and no name of a home folder, of the user or of the machine.
+    It contains no token or password, and no name of a home folder, of the user or of the machine.
 
     Attributes:
         facts: Version, Python, system, processor, memory and torch's build, by name.
         devices: The accelerators that torch can use.
         packages: Requirements, packages of extras, and others that matter.
         findings: Results of the checks, with fixes.
-        folders: Caches and results: where, and the free space there.
-        variables: Environment variables with an effect; None for a value that is not shown.
+        folders: Folders of caches and results, with their free space.
+        variables: Environment variables with an effect; None for a hidden value.
     """
 
     facts: Mapping[str, str]
@@ -159,12 +158,12 @@ class Environment:
         """The rows of `dora-diffusion doctor`."""
         rows = list(self.facts.items())
         rows += [("device", device) for device in self.devices or ["none but the processor"]]
-        for each in self.findings:
-            mend = f"; to mend it: {each.mend}" if each.mend else ""
-            rows.append((each.state, f"{each.check}: {each.found}{mend}"))
+        for finding in self.findings:
+            mend = f"; to fix it: {finding.mend}" if finding.mend else ""
+            rows.append((finding.state, f"{finding.check}: {finding.found}{mend}"))
         for extra in dict.fromkeys(package.extra for package in self.packages):
-            found = [p for p in self.packages if p.extra == extra]
-            versions = ", ".join(f"{p.name} {p.version or 'is not installed'}" for p in found)
+            group = [p for p in self.packages if p.extra == extra]
+            versions = ", ".join(f"{p.name} {p.version or 'is not installed'}" for p in group)
             rows.append((f"extra {extra}" if extra else "packages", versions))
         rows += self.folders.items()
         for name, value in self.variables.items():
@@ -178,17 +177,17 @@ def describe_environment(
 ) -> Environment:
     """Examine the environment: versions, machine, devices, folders, a base model, and one step.
 
-    It answers also where a package is missing, or fails, ends Python or hangs when it is imported:
-    that is tried in a process of its own, without network, and takes up to a minute.
+    Packages are imported in another process, without network, which takes up to a minute. So the
+    report is also made if a package is missing, or fails, hangs or ends Python when imported.
 
     Args:
-        runs_dir: The app's folder, or another one that runs are to be written to.
-        base: A base model whose files are looked at.
+        runs_dir: The app's folder, or another output folder of runs.
+        base: A base model whose files are checked.
     """
-    found = packages()
+    installed = packages()
     tried = {
         _IMPORTED_AS.get(package.name, package.name.replace("-", "_")): package
-        for package in found
+        for package in installed
         if package.version and package.extra not in _NOT_TRIED
     }
     model = "" if base is None else f"{_TRIAL}:check_components {json.dumps(asdict(base))}"
@@ -200,7 +199,7 @@ def describe_environment(
         from psutil import virtual_memory as now
 
         memory = f"{now().total / 2**30:.1f} GiB, {now().available / 2**30:.1f} GiB free"
-    # Where this is a clone: its version is the same between releases.
+    # A clone has the same version between releases, so add the commit.
     is_clone = (_ROOT / ".git").exists()
     commit = _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty") if is_clone else ""
     facts = {
@@ -211,23 +210,25 @@ def describe_environment(
         "NVIDIA driver": "; ".join(driver.splitlines()),
     }  # fmt: skip
     folders = {"hub's cache": cache, "runs": runs_dir, "temporary files": tempfile.gettempdir()}
-    findings = _of_packages(found, tried, answers)
+    findings = _of_packages(installed, tried, answers)
     if driver and build == "the CPU":
         mend = "install the one for CUDA, as https://pytorch.org/get-started/locally shows"
         unused = "this torch is built for the CPU and cannot use the NVIDIA GPU"
         findings.append(Finding("device", unused, mend))
     findings += _of_trials(answers)
-    findings += [each for name, path in folders.items() if path for each in _of_folder(name, path)]
+    findings += [
+        finding for name, path in folders.items() if path for finding in _of_folder(name, path)
+    ]
     if base is not None:
         findings += _of_base(base, *answers[model])
     return Environment(
         {name: without_names(text) for name, text in facts.items() if text},
         ("unknown",) if devices is None else tuple(devices),
-        tuple(found),
+        tuple(installed),
         tuple(replace(f, found=without_names(f.found)) for f in findings),
         {name: _folder(path) for name, path in folders.items() if path},
         {
-            # Values only where they are harmless.
+            # Hide values that may be private.
             name: value if _HARMLESS.fullmatch(value) and not _SECRET.search(name) else None
             for name, value in sorted(os.environ.items())
             if _VARIABLES.match(name.upper())
@@ -236,42 +237,46 @@ def describe_environment(
 
 
 def _of_packages(
-    found: Sequence[Package], tried: Mapping[str, Package], answers: Answers
+    installed: Sequence[Package], tried: Mapping[str, Package], answers: Answers
 ) -> list[Finding]:
-    findings = [finding for package in found for finding in package.findings]
+    findings = [finding for package in installed for finding in package.findings]
     for module, package in tried.items():
         if problem := answers[module][0]:
             what = f"{package.name} {package.version} cannot be imported: {problem}"
             mend = f"pip install --force-reinstall {package.requirement}"
             findings.append(Finding(_PACKAGES, what, mend))
-    whole = f"{len(tried)} are of versions that fit, and can be imported"
+    whole = f"all have matching versions and can be imported ({len(tried)})"
     return findings or [Finding(_PACKAGES, whole)]
 
 
 def _of_trials(answers: Answers) -> list[Finding]:
     findings = []
     for name, check in _TRIALS.items():
-        problem, told = answers[name]
-        mend = "mend what is above; if nothing is, report it with all of this" if problem else ""
-        findings.append(Finding(check, problem or told or "not tried", mend))
+        problem, result = answers[name]
+        mend = (
+            "fix the problems above; if there are none, report this with all lines"
+            if problem
+            else ""
+        )
+        findings.append(Finding(check, problem or result or "not tried", mend))
     return findings
 
 
-def _of_base(base: BaseModel, problem: str, parts: Mapping[str, str] | None) -> list[Finding]:
-    """Findings of a base model by its components, or why it has none."""
-    if parts is None:
+def _of_base(base: BaseModel, problem: str, components: Mapping[str, str] | None) -> list[Finding]:
+    """Return findings on a base model from the checks of its components, or from an error."""
+    if components is None:
         kind, _, problem = problem.partition(": ")
         if kind == "OfflineError" and not _is_offline():  # `ask` set HF_HUB_OFFLINE.
-            found = f"{base.path} is not downloaded yet; `train` downloads it"
-            return [Finding("base model", found)]
+            reason = f"{base.path} is not downloaded yet; `train` downloads it"
+            return [Finding("base model", reason)]
         mend = "give a folder, a file, or a model that is in the hub's cache"
         return [Finding("base model", problem or "not tried", mend)]
     wrong = [
         Finding("base model", f"{part}: {text}", "download the model again, or give another one")
-        for part, text in parts.items()
+        for part, text in components.items()
         if text
     ]
-    whole = f"{base.path} is whole: {', '.join(parts)}"
+    whole = f"{base.path} is whole: {', '.join(components)}"
     return wrong or [Finding("base model", whole)]
 
 
@@ -282,7 +287,7 @@ def _is_offline() -> bool:
 
 
 def _of_folder(name: str, path: str | Path) -> Iterator[Finding]:
-    """Findings of a folder, or of the one that it will be made in: written to, and its space."""
+    """Yield findings on a folder, or its nearest existing parent: write access and free space."""
     where = Path(os.path.realpath(path))
     there, mend = next((p for p in (where, *where.parents) if p.exists()), where), _ELSEWHERE[name]
     try:
@@ -292,23 +297,23 @@ def _of_folder(name: str, path: str | Path) -> Iterator[Finding]:
         yield Finding(name, f"{there} cannot be written to: {error.strerror or error}", mend)
         return
     if free < _LITTLE:
-        found = f"{there} has {free / 2**30:.1f} GiB free"
-        yield Finding(name, found, f"free some space, or {mend}")
+        reason = f"{there} has {free / 2**30:.1f} GiB free"
+        yield Finding(name, reason, f"free some space, or {mend}")
     else:
         yield Finding(name, f"{there} can be written to")
 
 
 def packages() -> list[Package]:
-    """Requirements of the package and its extras, as pip has recorded them, and `_BESIDE`."""
-    found = []
+    """Return the requirements of the package and its extras, from pip's record, and `_BESIDE`."""
+    required = []
     with contextlib.suppress(metadata.PackageNotFoundError):  # a clone that was not installed
         for line in metadata.requires(_PROJECT) or []:
             name, bounds, extra = _REQUIREMENT.match(line).groups()  # type: ignore[union-attr]
-            # An extra may be other extras of this package; each of those is listed itself.
+            # An extra may consist of other extras of this package, which are listed themselves.
             if name != _PROJECT and not _is_of_older(line):
-                found.append(Package(name, extra or "", bounds.strip(), _version(name)))
+                required.append(Package(name, extra or "", bounds.strip(), _version(name)))
     beside = [(name, version) for name in _BESIDE if (version := _version(name))]
-    return found + [Package(name, "none", "", version) for name, version in beside]
+    return required + [Package(name, "none", "", version) for name, version in beside]
 
 
 def _is_of_older(requirement: str) -> bool:
@@ -318,18 +323,18 @@ def _is_of_older(requirement: str) -> bool:
 
 
 def _version(name: str) -> str | None:
-    """A package's version, by pip's record."""
+    """Return a package's version from pip's record; None if it is not installed."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(name)
     return None
 
 
 def ask(names: Sequence[str]) -> Answers:
-    """Import and answer names in another process, see `answer`; one that dies is replaced.
+    """Import names in another process (see `answer`), and start a new one if it dies.
 
     Returns:
-        By name: what went wrong, or an empty text, and the answer. After one that never answers
-        the others are not tried.
+        For each name the error, or an empty text, and the answer. After a timeout the remaining
+        names are not tried.
     """
     answers: Answers = {}
     code = "from dora_diffusion.cli.console import environment; environment.answer()"
@@ -351,8 +356,8 @@ def ask(names: Sequence[str]) -> Answers:
 
 
 def answer() -> None:
-    """Print ``[problem, answer]`` for each name that this process was given."""
-    # What libraries print while they are imported goes elsewhere.
+    """Print ``[problem, answer]`` for each name in this process's arguments."""
+    # Redirect output of libraries during their import to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         for name in sys.argv[1:]:
@@ -360,20 +365,20 @@ def answer() -> None:
 
 
 def _answer(name: str) -> tuple[str, Any]:
-    place, _, given = name.partition(" ")
-    module, _, attribute = place.partition(":")
-    arguments = [BaseModel(**json.loads(given))] if given else []
+    target, _, argument = name.partition(" ")
+    module, _, attribute = target.partition(":")
+    arguments = [BaseModel(**json.loads(argument))] if argument else []
     try:
-        found = import_module(module)
-        found = getattr(found, attribute) if attribute else found
-        is_asked = place in _QUESTIONS or module == _TRIAL
-        return "", (found(*arguments) if callable(found) else found) if is_asked else None
+        value = import_module(module)
+        value = getattr(value, attribute) if attribute else value
+        is_asked = target in _QUESTIONS or module == _TRIAL
+        return "", (value(*arguments) if callable(value) else value) if is_asked else None
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}", None
 
 
 def _output(*command: str) -> str:
-    """Return the output of a program of the system; empty if it is missing or fails."""
+    """Return the output of a system program; empty if it is missing or fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             command, capture_output=True, timeout=_SECONDS, check=True, text=True,
@@ -384,14 +389,14 @@ def _output(*command: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name, as the system's own program tells it."""
-    told = re.search(r"(?<=Model name:).+", _output("lscpu"))
-    name = told[0].strip() if told else _output("sysctl", "-n", "machdep.cpu.brand_string")
+    """Return the processor's name, from a system program if possible."""
+    match = re.search(r"(?<=Model name:).+", _output("lscpu"))
+    name = match[0].strip() if match else _output("sysctl", "-n", "machdep.cpu.brand_string")
     return name or platform.processor() or platform.machine()
 
 
 def _folder(path: str | Path) -> str:
-    """A folder without names, and the space that is free there."""
+    """Return a folder's path without names, and its free space."""
     where = Path(os.path.realpath(path))
     there = next((p for p in (where, *where.parents) if p.is_dir()), where)
     free = f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free"
@@ -399,14 +404,14 @@ def _folder(path: str | Path) -> str:
 
 
 def without_names(text: str) -> str:
-    """The text with ``~`` for the home folder, and other folders called as the user is hidden.
+    """Replace the home folder in a text by ``~``, and names of user and machine in paths.
 
     Example:
         >>> without_names(f"{Path.home()}/models")
         '~/models'
     """
     home = Path(os.path.expanduser("~"))
-    # A link first, then its target; not the root of the disk.
+    # The link first, then its target, but never the root of the disk.
     for path in (home, Path(os.path.realpath(home))):
         for form in {str(path), path.as_posix()} if path.parent != path else ():
             text = re.sub(rf"{re.escape(form)}(?![\w.-])", "~", text, flags=_CASE)
@@ -414,6 +419,6 @@ def without_names(text: str) -> str:
     with contextlib.suppress(ImportError, KeyError, OSError):  # this process's user has no name
         names.add(getpass.getuser())
     for name in names - {""}:
-        # As a part of a path only: some users are called as words of a sentence are.
+        # Only as a part of a path, since a user's name may also be an ordinary word.
         text = re.sub(rf"(?<=[/\\]){re.escape(name)}(?![\w.-])", "NAME", text, flags=_CASE)
     return text

@@ -1,4 +1,4 @@
-"""End of a command: its exit code, and one plain line for what went wrong."""
+"""Exit code of a command, and a one-line message for an error."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from dora_diffusion.system import is_windows
 
 FAILED, OUT_OF_MEMORY = 1, 3
 UNREAD = 128 + 13
-"""Exit code of a command that its output's reader has left, as ``head`` does: of SIGPIPE."""
+"""Exit code if the reader of the output has closed it, as ``head`` does: that of SIGPIPE."""
 _LONGEST_PATH = 260
-# What uses less memory, by command.
+# Advice for using less memory, by command.
 _MEMORY_ADVICE = {
     "train": "lower --resolution, --train_batch_size or --rank, or use --gradient_checkpointing "
     "and --mixed_precision bf16",
     "generate": "lower --batch_size, --width and --height, or use --dtype float16",
 }
-# Of a defect's message, which may be that of a library, and pages long.
+# Maximum length of a defect's message: a library's may be pages long.
 _LONG = 300
-# How torch's allocators say it that have no class of their own: a CPU's on Linux and on Windows,
-# and Apple's GPU's.
+# Messages of torch's allocators that raise a plain RuntimeError: CPU on Linux and Windows, MPS.
 _OUT_OF_MEMORY = (
     "can't allocate memory", "not enough memory", "std::bad_alloc", "backend out of memory",
 )  # fmt: skip
@@ -37,7 +36,7 @@ _OUT_OF_MEMORY = (
 
 @dataclass
 class Outcome:
-    """The exit code of the block."""
+    """Exit code of the block."""
 
     code: int = 0
 
@@ -46,12 +45,12 @@ class Outcome:
 def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
     """Convert errors to an exit code and a last line on stderr, and warnings to lines.
 
-    Errors that a user can act on (`ValueError`, `OSError` and what derives from them) are one
-    line. Others are defects: that line comes below their traceback, and asks for a report.
+    Errors that a user can fix (`ValueError`, `OSError` and their subclasses) are one line. Other
+    errors are defects: their line comes below the traceback and asks for a report.
 
     Args:
-        command: The command that runs, for advice.
-        debug: Let every error through as it is; ``DORA_DIFFUSION_DEBUG=1`` does too.
+        command: The running command, for advice.
+        debug: Raise all errors unchanged, as does ``DORA_DIFFUSION_DEBUG=1``.
     """
     outcome, is_done = Outcome(), False
     debug = debug or os.environ.get("DORA_DIFFUSION_DEBUG") == "1"
@@ -60,7 +59,7 @@ def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
         try:
             yield outcome
             is_done = True
-            if sys.stdout is not None:  # as without a console on Windows
+            if sys.stdout is not None:  # It is None without a console on Windows.
                 sys.stdout.flush()
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
@@ -80,8 +79,8 @@ def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
 
 
 def _is_unread() -> bool:
-    """Return whether nobody reads the output any more; what is left of it goes nowhere."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or no poll
+    """Return whether the output's reader has closed it; if so, discard the remaining output."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # No file, or no poll.
         output, poll = sys.stdout.fileno(), select.poll()
         poll.register(output, 0)
         if poll.poll(0):
@@ -91,14 +90,14 @@ def _is_unread() -> bool:
 
 
 def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
-    """Exit code of an error and its one line; None for a defect of the program."""
+    """Return the exit code of an error and its message; None for a defect of the program."""
     if is_out_of_memory(error):
         advice = _MEMORY_ADVICE.get(command, "close other programs, or use a larger machine")
         return OUT_OF_MEMORY, f"out of memory; {advice}"
     if isinstance(error, OSError) and is_windows() and len(str(error.filename)) >= _LONGEST_PATH:
         return FAILED, (
             f"{error.filename} has more than the {_LONGEST_PATH} characters that Windows allows a "
-            "path; choose a folder nearer to the drive, or turn LongPathsEnabled on"
+            "path; choose a folder with a shorter path, or turn LongPathsEnabled on"
         )
     if isinstance(error, FileNotFoundError) and error.filename:
         return FAILED, f"{error.filename} does not exist"
@@ -108,28 +107,28 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
         return FAILED, _one_line(error.strerror)
     if isinstance(error, ImportError) and not (error.name or "").startswith("dora_diffusion"):
         return FAILED, (
-            f"{_one_line(str(error))}; a package is missing or does not fit the others: "
-            "`dora-diffusion doctor` says which, and installing again repairs it"
+            f"{_one_line(str(error))}; a package is missing or does not fit the others: run "
+            "`dora-diffusion doctor` to find it, and install it again"
         )
     known = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingError"
     return FAILED, _one_line(str(error)) if known and str(error) else None
 
 
 def explain_to_all(error: Exception, command: str = "") -> str:
-    """One line for a page, whose users need not be who runs the app: of a defect, its kind alone.
+    """Return the message of an error for a page, which other people than the app's owner may read.
 
-    Its traceback is for the server's log.
+    For a defect it contains only the class of the error. The traceback is in the server's log.
     """
     line = explain(error, command)[1]
     return line or asking_for_report(type(error).__name__, " in the server's log")
 
 
-def asking_for_report(error: Exception | str, place: str = "") -> str:
-    """The line that a defect ends with.
+def asking_for_report(error: Exception | str, location: str = "") -> str:
+    """Return the last line of a defect's output, which asks for a report.
 
     Args:
-        error: The exception, or what is to be told of it.
-        place: Where its traceback is, where that is not above this line.
+        error: The exception, or a text about it.
+        location: Location of the traceback, if it is not above this line.
     """
     if isinstance(error, Exception):
         error = traceback.format_exception_only(error)[-1]
@@ -137,8 +136,8 @@ def asking_for_report(error: Exception | str, place: str = "") -> str:
     if len(text) > _LONG:
         text = f"{text[:_LONG].rstrip()} ..."
     return (
-        f"unexpected {text}; this is a bug: please report it, with the traceback{place} and with "
-        'what `dora-diffusion doctor` prints (in the app: "For a bug report")'
+        f"unexpected {text}; this is a bug: please report it with the traceback{location} and the "
+        'output of `dora-diffusion doctor` (in the app: "For a bug report")'
     )
 
 
@@ -154,18 +153,18 @@ def _one_line(text: str) -> str:
 
 
 def _show_plain_warnings() -> None:
-    """Show each of this package's warnings as a line, once; leave the libraries' to themselves."""
+    """Print each of this package's warnings once, as a line, and ignore warnings of libraries."""
     warnings.simplefilter("ignore")
     if os.environ.get("RANK", "0") != "0":
-        return  # Of several processes, the first one speaks.
+        return  # Only the first of several processes prints warnings.
     warnings.filterwarnings("always", category=UserWarning, module=r"dora_diffusion\.")
 
-    shown = set[str]()
+    printed = set[str]()
 
     def show(message: Any, *_: Any, **__: Any) -> None:
         line = f"warning: {_one_line(str(message))}"
-        if line not in shown:
-            shown.add(line)
+        if line not in printed:
+            printed.add(line)
             say(line, sys.stderr)
 
     warnings.showwarning = show

@@ -1,6 +1,6 @@
-"""Output of commands: lines, rows and JSON; and progress, as bars or in a job's file.
+"""Output of commands: lines, rows and JSON, and progress as bars or in a job's file.
 
-A line of `say` never lands on a bar.
+`say` prints lines above a progress bar.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def telling(sink: Sink) -> Iterator[None]:
 
 
 def tell(**figures: Any) -> None:
-    """Report figures to the sinks, see `Sink`; a terminal shows bars and lines, and needs none."""
+    """Report figures to all sinks (see `Sink`). A terminal has none: it shows bars and lines."""
     for sink in _sinks:
         sink(**figures)
 
@@ -48,22 +48,22 @@ def say(line: str, file: TextIO | None = None) -> None:
     """Print a line, above any progress bar.
 
     Args:
-        line: What to print.
+        line: The text.
         file: Default: standard output.
     """
     tqdm = sys.modules.get("tqdm")
-    if tqdm is None:  # then there is no bar
+    if tqdm is None:  # Without tqdm there cannot be a bar.
         print(line, file=file or sys.stdout, flush=True)
     else:
         tqdm.tqdm.write(line, file=file or sys.stdout)
 
 
 class ProgressBar:
-    """A progress bar that is told (done, total), and begins where it is told first.
+    """Progress bar, called with (done, total). It starts at the first call's ``done``.
 
     Args:
-        unit: What is counted.
-        options: Further keywords of ``tqdm``.
+        unit: Unit of the count.
+        options: Further keyword arguments of ``tqdm``.
     """
 
     def __init__(self, unit: str, **options: Any) -> None:
@@ -71,7 +71,7 @@ class ProgressBar:
         self._bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how far it is."""
+        """Update the bar."""
         from tqdm import tqdm
 
         if self._bar is None:
@@ -87,17 +87,17 @@ class ProgressBar:
 
 @contextmanager
 def progress(phase: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to call with (done, total); a bar of it leaves no line.
+    """Yield a function to call with (done, total). Its bar is erased at the end.
 
     Args:
-        phase: What is done, in words.
-        unit: What is counted; "B" is bytes, with the rate.
+        phase: Description of the work.
+        unit: Unit of the count; "B" is bytes, with the rate.
     """
     if _sinks:
         tell(phase=phase, unit=unit, done=0, total=0)
         yield lambda done, total: tell(done=done, total=total)
         return
-    # What takes less than a second, such as a refusal, shows no bar of bytes.
+    # Bars of bytes appear after a second, so that an early error shows none.
     options: dict[str, Any] = {"unit_scale": True, "delay": 1} if unit == "B" else {}
     with closing(ProgressBar(unit, desc=phase, leave=False, **options)) as bar:
         yield bar
@@ -115,17 +115,19 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def rows_text(rows: Sequence[tuple[str, str]]) -> str:
-    """Names in one column and texts in the other, each on one line; a name said once."""
+    """Return names in one column and texts in the other; repeated names are left blank."""
     indent = max(len(name) for name, _ in rows) + 2
     names = [name for name, _ in rows]
-    shown = [
+    labels = [
         "" if name == before else name for name, before in zip(names, ["", *names], strict=False)
     ]
-    return "\n".join(f"{name:<{indent}}{text}" for name, (_, text) in zip(shown, rows, strict=True))
+    return "\n".join(
+        f"{name:<{indent}}{text}" for name, (_, text) in zip(labels, rows, strict=True)
+    )
 
 
 def print_json(value: Any) -> None:
-    """Print a report for scripts; what JSON does not have, such as a path, as text."""
+    """Print a value as JSON for scripts; types that JSON lacks, such as paths, become text."""
     print(json.dumps(value, indent=2, default=str))
 
 
@@ -133,11 +135,11 @@ _PLAIN = re.compile(r"[\w./:\\=+-]+")
 
 
 def shown_command(lines: Sequence[Iterable[object]], environment: str = "") -> str:
-    r"""A command for a POSIX shell; on Windows for PowerShell.
+    r"""Return a command for a POSIX shell, or for PowerShell on Windows.
 
     Args:
-        lines: Its words, as they are to be broken into lines.
-        environment: A variable that it needs, as ``NAME=VALUE``.
+        lines: The words of each line.
+        environment: An environment variable to set, as ``NAME=VALUE``.
 
     Example:
         >>> print(shown_command([["python", "app.py"], ["--auth", "Ann B:pass word"]]))

@@ -1,4 +1,4 @@
-"""A training run on a terminal."""
+"""Display of a training run on a terminal."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from dora_diffusion.training.events import (
 if TYPE_CHECKING:
     from dora_diffusion.data.photos import Photo
 
-# Images of a subject that a dry run names, and captions of each besides the first.
+# Maximum number of images per subject in a dry run, and of captions after the first of each.
 _LISTED, _DRAWN = 20, 4
 
 
 class TrainProgress:
-    """A progress bar with loss and time left, from the trainer's events; `tell` has the phases."""
+    """Progress bar with loss and time left, from the trainer's events; reports phases to `tell`."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -50,7 +50,7 @@ class TrainProgress:
 
     @property
     def started(self) -> bool:
-        """True if this process reports."""
+        """True if training has started in this process."""
         return self.bar is not None
 
     def __call__(self, event: Event) -> None:
@@ -64,8 +64,8 @@ class TrainProgress:
                 self._start(event)
             case ClassImagesAnnounced(count, None):
                 say(
-                    f"{counted(count, 'class image')} to make before the first step; for a prior, "
-                    "--prior_preservation_mode image-free needs none"
+                    f"{counted(count, 'class image')} to generate before the first step; "
+                    "--prior_preservation_mode image-free is a prior without class images"
                 )
             case ClassImagesAnnounced(count, seconds):
                 say(f"{counted(count, 'class image')}: about {duration(seconds)}")
@@ -75,7 +75,7 @@ class TrainProgress:
                 self._count_images("caching latents", done, total)
             case SamplingProgress(done, total):
                 share = "" if done == total else f"sampling {100 * done // total}%"
-                # In a log, every refresh would be a line.
+                # In a log file, every refresh would be a line.
                 self.bar.set_description_str(share, refresh=sys.stderr.isatty())
             case StepDone():
                 self.losses["loss"] = f"{event.loss:.4f}"
@@ -100,7 +100,7 @@ class TrainProgress:
                 self._say_end(event)
 
     def close(self) -> None:
-        """End the bar's line, so that what is said next has one of its own."""
+        """End the bar's line, so that further output starts on a new line."""
         for bar in (self.images, self.bar):
             if bar is not None:
                 bar.close()
@@ -115,13 +115,13 @@ class TrainProgress:
         tell(result_step=event.result_step or 0)
         if event.stopped_early:
             say(
-                f"stopped early after step {event.step}: the validation loss has not fallen any "
-                "more (early_stopping_patience)"
+                f"stopped early after step {event.step}: the validation loss no longer decreased "
+                "(early_stopping_patience)"
             )
         if event.result_step not in (None, event.step):
             say(
-                f"the result is that of step {event.result_step}, where the validation loss was "
-                "lowest (keep_best)"
+                f"the result is from step {event.result_step}, which had the lowest validation "
+                "loss (keep_best)"
             )
 
     def _count_images(self, what: str, done: int, total: int) -> None:
@@ -164,10 +164,10 @@ class TrainProgress:
 
 
 class PackProgress:
-    """One bar over the steps of all subjects of a pack, and lines of each with its name.
+    """Progress bar over the steps of all subjects of a pack, and lines with the subject's name.
 
     Attributes:
-        triggers: The trigger words of each subject that has started.
+        triggers: Trigger words of each started subject.
     """
 
     def __init__(self) -> None:
@@ -207,13 +207,13 @@ class PackProgress:
 
 
 def training_summary(config: TrainConfig) -> str:
-    """Describe a run's training data before its model is loaded: its subjects and their images.
+    """Describe the subjects and images of a run, without loading its model.
 
     Raises:
-        ConfigError, PhotoError: As the run would.
+        ConfigError, PhotoError: As in the run.
 
     Warns:
-        UserWarning: As the run would.
+        UserWarning: As in the run.
     """
     from dora_diffusion.data.photos import read_photos
     from dora_diffusion.training.inputs.dataset import check_subject, list_subjects
@@ -228,24 +228,26 @@ def training_summary(config: TrainConfig) -> str:
     if config.is_slider:
         lines += [f"{prompt}: from {low} to {high}" for prompt, (high, low) in config.slider_pairs]
         lines += [f"{anchor}: does not move" for anchor in config.anchors]
-        lines.append(f"{config.num_class_images} images of them are made by the base model first")
+        lines.append(f"the base model first generates {config.num_class_images} images of them")
         return "\n".join(lines)
     trained_on, held_out = divide_all(subjects, list_subjects(subjects))
-    for subject, paths, others in zip(subjects, trained_on, held_out, strict=True):
-        own = subject.settings
-        photos = read_photos(paths, own.instance_prompt or "", skip_unreadable=True, per_line=True)
+    for subject, paths, held_out_paths in zip(subjects, trained_on, held_out, strict=True):
+        settings = subject.settings
+        photos = read_photos(
+            paths, settings.instance_prompt or "", skip_unreadable=True, per_line=True
+        )
         check_subject(subject, photos)
-        check_held_out(subject, others)
-        an_epoch += len(photos) * own.repeats
-        facts = _facts_of(own, photos)
-        facts += [f"{counted(len(others), 'image')} held out"] if others else []
+        check_held_out(subject, held_out_paths)
+        an_epoch += len(photos) * settings.repeats
+        facts = _facts_of(settings, photos)
+        facts += [f"{counted(len(held_out_paths), 'image')} held out"] if held_out_paths else []
         lines.append(
-            f"{subject.trigger or 'captions as they are'}: {', '.join(facts)}, in "
-            f"{own.instance_data_dir}"
+            f"{subject.trigger or 'unchanged captions'}: {', '.join(facts)}, in "
+            f"{settings.instance_data_dir}"
         )
         for photo in photos[:_LISTED]:
             weight = f" (weight {photo.weight:g})" if photo.weight != 1 else ""
-            first, *drawn = caption_rules(own).variants(photo.caption)
+            first, *drawn = caption_rules(settings).variants(photo.caption)
             lines.append(f"    {photo.path.name}{weight}: {first}")
             lines += [f"        or {caption}" for caption in drawn[:_DRAWN]]
             lines += [f"        or {len(drawn) - _DRAWN} more"] if len(drawn) > _DRAWN else []
@@ -258,42 +260,45 @@ def training_summary(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _facts_of(own: TrainConfig, photos: Sequence[Photo]) -> list[str]:
-    """The settings of a subject in a dry run that change what is trained of its images."""
+def _facts_of(settings: TrainConfig, photos: Sequence[Photo]) -> list[str]:
+    """Return the settings of a subject that affect the training on its images, as texts."""
     from dora_diffusion.data.photos import mask_path
     from dora_diffusion.training.inputs.prior import class_folder, own_class_images
 
-    masks = sum(mask_path(photo.path).is_file() for photo in photos) if own.masked_loss else 0
+    masks = sum(mask_path(photo.path).is_file() for photo in photos) if settings.masked_loss else 0
     facts = [counted(len(photos), "image")]
-    facts += [f"at {own.resolution} px"] if own.resolution else []
-    facts += [_in_buckets(own, photos)] if own.aspect_ratio_buckets else []
-    facts += [] if own.center_crop else ["cut at random"]
-    facts += ["mirrored at random"] if own.random_flip else []
-    facts += [f"{own.repeats} times an epoch"] if own.repeats > 1 else []
-    facts += [f"weight {own.weight:g}"] if own.weight != 1 else []
+    facts += [f"at {settings.resolution} px"] if settings.resolution else []
+    facts += [_in_buckets(settings, photos)] if settings.aspect_ratio_buckets else []
+    facts += [] if settings.center_crop else ["cut at random"]
+    facts += ["mirrored at random"] if settings.random_flip else []
+    facts += [f"{settings.repeats} times an epoch"] if settings.repeats > 1 else []
+    facts += [f"weight {settings.weight:g}"] if settings.weight != 1 else []
     facts += [counted(masks, "mask file")] if masks else []
-    if own.masked_loss and own.unmasked_prior:
-        facts += [f"held outside of masks: weight {own.unmasked_prior:g}"]
-    kept = f" after the first {own.keep_tags}" if own.keep_tags else ""
-    facts += [f"tags shuffled{kept}"] if own.shuffle_tags else []
-    facts += [f"tags left out: {own.tag_dropout:g}"] if own.tag_dropout else []
-    facts += [f"captions dropped: {own.caption_dropout:g}"] if own.caption_dropout else []
-    if own.uses_class_images:
-        folder, count = class_folder(own), own.num_class_images
+    if settings.masked_loss and settings.unmasked_prior:
+        facts += [f"held outside of masks: weight {settings.unmasked_prior:g}"]
+    fixed = f" after the first {settings.keep_tags}" if settings.keep_tags else ""
+    facts += [f"tags shuffled{fixed}"] if settings.shuffle_tags else []
+    facts += [f"tags left out: {settings.tag_dropout:g}"] if settings.tag_dropout else []
+    facts += [f"captions dropped: {settings.caption_dropout:g}"] if settings.caption_dropout else []
+    if settings.uses_class_images:
+        folder, count = class_folder(settings), settings.num_class_images
         there = min(len(own_class_images(folder)), count)
-        prompt = f" ({quoted(own.class_prompt)})" if own.class_prompt else ""
+        prompt = f" ({quoted(settings.class_prompt)})" if settings.class_prompt else ""
         return [*facts, f"prior: {there} of {counted(count, 'class image')} in {folder}{prompt}"]
-    return facts + ([f"prior: {own.prior_mode}"] if own.with_prior_preservation else [])
+    return facts + ([f"prior: {settings.prior_mode}"] if settings.with_prior_preservation else [])
 
 
-def _in_buckets(own: TrainConfig, photos: Sequence[Photo]) -> str:
-    """The buckets of images; without their sizes where the model will say what these are."""
+def _in_buckets(settings: TrainConfig, photos: Sequence[Photo]) -> str:
+    """Return the buckets of images; without sizes if these depend on the model."""
     from dora_diffusion.data.crops import Buckets
 
-    if not (own.resolution and own.bucket_reso_steps):
+    if not (settings.resolution and settings.bucket_reso_steps):
         return "in buckets"
     buckets = Buckets(
-        own.resolution, own.bucket_reso_steps, own.min_bucket_reso, own.max_bucket_reso
+        settings.resolution,
+        settings.bucket_reso_steps,
+        settings.min_bucket_reso,
+        settings.max_bucket_reso,
     )
     counts = Counter(buckets(photo.size) for photo in photos)
     sizes = [f"{count} of {size[1]} x {size[0]}" for size, count in sorted(counts.items())]
@@ -301,7 +306,7 @@ def _in_buckets(own: TrainConfig, photos: Sequence[Photo]) -> str:
 
 
 def next_steps(config: TrainConfig, written: Path) -> list[str]:
-    """Return next steps with a result: a line for images, one for ComfyUI and one for Diffusers.
+    """Return a line each on using a result for images, in ComfyUI and in Diffusers.
 
     Args:
         config: The run's settings.

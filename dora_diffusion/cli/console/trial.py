@@ -1,4 +1,4 @@
-"""Trials of ``dora-diffusion doctor``, which run in a process of their own and need torch."""
+"""Trials of ``dora-diffusion doctor``, which run in a separate process and need torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_components", "describe_device", "train_and_sample"]
 
 
 def describe_device() -> str:
-    """The device that is used where none is named, its memory, and what half precision it has."""
+    """Describe the default device, its memory, and its half precisions."""
     kind = devices.default_device()
     free = devices.free_device_memory(kind) if devices.has_own_memory(kind) else None
     memory = "" if free is None else f", {free / 2**30:.1f} GiB free"
@@ -32,15 +32,15 @@ def describe_device() -> str:
 
 
 def train_and_sample() -> str:
-    """Train one step of the embedded model, sample one image from it, and say how that went.
+    """Train one step of the embedded model, sample one image, and return a line on both.
 
     Raises:
-        Exception: Whatever fails in it.
+        Exception: If training or sampling fails.
     """
     from dora_diffusion.training.recipe import train
 
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = TrainConfig(
             instance_data_dir=str(samples_folder() / "bolt_mug"),
@@ -49,9 +49,9 @@ def train_and_sample() -> str:
             checkpointing_steps=1,
             num_validation_images=1,
             validation_inference_steps=1,
-            output_dir=str(Path(place) / "run"),
+            output_dir=str(Path(folder) / "run"),
         )
-        made = train(config)
-        size = made.samples["adapted"].stat().st_size
+        result = train(config)
+        size = result.samples["adapted"].stat().st_size
     seconds = time.perf_counter() - begun
     return f"one step, and images of {size} bytes, in {seconds:.1f} s"

@@ -34,7 +34,7 @@ def test_a_run_is_told_of_in_tables_and_files(
     # What is there is kept.
     assert main(command) == 1
     assert last_line() == (
-        f"error: {tmp_path} contains an analysis already; choose another --output, or --overwrite"
+        f"error: {tmp_path} already contains an analysis; choose another --output, or --overwrite"
     )
     assert main([*command, "--overwrite", "--norm_axis", "input", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)

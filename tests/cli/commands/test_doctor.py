@@ -65,7 +65,7 @@ def test_a_base_model_that_is_not_whole_would_fail(sdxl_folder, tmp_path, capsys
     assert main(flags) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "PROBLEM" in line]
     assert "base model: unet: " in line
-    assert line.endswith("; to mend it: download the model again, or give another one")
+    assert line.endswith("; to fix it: download the model again, or give another one")
     assert main([*flags[:2], str(tmp_path / "nowhere" / "x"), *flags[3:]]) == 1
     assert "base model: " in capsys.readouterr().out
 

@@ -110,8 +110,8 @@ def test_each_of_several_subjects_is_measured_as_if_alone(
     ("flags", "text"),
     [
         (["--subject", "bolt_mug", "--trigger", "sks mug, zwx cup"],
-         "the adapter has 2 subjects, sks mug, zwx cup, and --subject names 1; name one for each"),
-        (["--subject", "bolt_mug", "heart_teapot"], "1 subject, sks mug, and --subject names 2"),
+         "the adapter has 2 subjects, sks mug, zwx cup, but --subject names 1; name one for each"),
+        (["--subject", "bolt_mug", "heart_teapot"], "1 subject, sks mug, but --subject names 2"),
         (["--subject", "bolt_mug", "heart_teapot", "--trigger", "sks mug, zwx cup",
           "--class_word", "cup"], "--class_word is for one subject"),
         (["--subject", "bolt_mug", "./bolt_mug"], "have one name"),

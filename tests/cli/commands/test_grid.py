@@ -342,7 +342,7 @@ def test_a_grid_around_an_image_has_its_settings(generate, adapters, tmp_path, c
         (["seed=-1"], {}, "seed is -1"),
         (["prompt=<lora:x:1> a"], {}, "give its file with --adapter"),
         (["steps=1, 2"], {"prompt": None}, "generate has no prompt"),
-        (["steps=1, 2"], {"num_images": 2}, "num_images is 2; of a grid give seeds"),
+        (["steps=1, 2"], {"num_images": 2}, "num_images is 2; for a grid give seeds"),
         (["steps=1, 2"], {"adapters_file": "x.yaml"}, "grid and adapters_file are both given"),
         (["steps=1, 2", "seed=1, 2, .., 99"], {}, "the grid has 198 images, more than grid_limit"),
         (["layer_strength=nothing.*:0"], {"adapter": "{adapter}"}, "'nothing.*' matches no layer"),
@@ -363,7 +363,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 def test_a_folder_of_other_things_is_left_alone(generate, tmp_path, last_line):
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     assert generate(tmp_path, "--grid", "steps=1") == 1
-    assert "holds other files; choose another --output" in last_line()
+    assert "contains other files; choose another --output" in last_line()
     assert generate(tmp_path / "x.png", "--grid", "steps=1") == 1
     assert "x.png must be a folder with grid" in last_line()
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -116,7 +116,7 @@ def test_help_lists_settings_under_their_headings_those_that_matter_first_alone(
     assert [name for name in all_names if name in known] == known
     assert [name for name in names if name in known] == [n for n in known if n in FIRST]
     assert len(FIRST) == len(set(FIRST)) == 20
-    assert f"These are 20 of {len(known)} settings; --help-all has them all." in text
+    assert f"These are 20 of {len(known)} settings; --help-all shows all." in text
     assert "enable_xformers" not in every
     assert len(text.splitlines()) < 100 < len(every.splitlines())
 

@@ -151,7 +151,7 @@ def test_a_replacement_without_a_text_to_find_is_said(folder, capsys):
         (["--sheets", "mug"], "a contact sheet among photos would be trained on; give another"),
         (["--output", "x", "--caption_model", "./gone"], "./gone does not exist; give a model's"),
         (["--similarity_model", "./gone"], "./gone does not exist; give a folder of a CLIP"),
-        (["mug"], "two folders of photos have one name; each subject needs its own"),
+        (["mug"], "two folders of photos have the same name; give each subject another name"),
         (["gone"], "/gone: the photo folder does not exist; give a folder of photos"),
     ],
 )

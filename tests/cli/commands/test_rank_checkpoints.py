@@ -47,11 +47,11 @@ def test_a_run_is_ranked_by_its_own_settings(
     assert found["notes"][0] in printed
     assert main(words) == 1
     assert last_line().endswith(
-        "contains a ranking already; choose another --output, or --overwrite"
+        "already contains a ranking; choose another --output, or --overwrite"
     )
     for names, what in ((["checkpoint-9"], "checkpoint-9"), (["result", "x"], "x")):
         assert main([*words, "--overwrite", "--checkpoints", *names]) == 1
-        assert last_line() == f"error: {run} has not {what}; it has no checkpoint"
+        assert last_line() == f"error: {run} does not contain {what}; it has no checkpoint"
     assert main([*words, "--overwrite", "--subject", "bolt_mug"]) == 1
     assert "is of the toy world, which" in last_line()
     assert main(["rank-checkpoints", str(tmp_path / "none")]) == 1
@@ -94,7 +94,7 @@ def test_a_run_of_several_subjects_is_ranked_by_all_of_them(
         assert re.search(rf"\| {row['name']} +\| {mug:.3f} +\| {cup:.3f} +\| {(mug + cup) / 2:.3f}",
                          printed)  # fmt: skip
     assert main([*words, "--overwrite", "--subject", str(photos)]) == 1
-    assert "the run has several subjects, sks mug, zwx cup, and --subject is of one" in last_line()
+    assert "the run has several subjects, sks mug, zwx cup, but --subject names one" in last_line()
 
 
 def test_a_run_is_ranked_by_the_photos_that_it_held_out(

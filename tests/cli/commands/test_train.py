@@ -307,7 +307,7 @@ def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, 
     folder = samples_root / "bolt_mug"
     assert lines[0] == f"sks mug: 5 images, 2 times an epoch, prior: image-free, in {folder}"
     assert lines[1] == "    01.jpg: a photo of a sks mug on the grass"
-    assert lines[6] == f"captions as they are: 5 images, weight 0.5, in {teapot}"
+    assert lines[6] == f"unchanged captions: 5 images, weight 0.5, in {teapot}"
     assert lines[8] == "    02.jpg (weight 3): a photo of a sks teapot on the beach"
     assert lines[-1] == "an epoch: 15 images; 30 steps of 2 are 4 epochs"
     (teapot / "03.txt").unlink()
@@ -475,7 +475,7 @@ def test_a_memory_does_nothing_to_a_toy_model():
 
 def test_a_preset_of_a_model_elsewhere_says_what_it_takes_it_for(tmp_path):
     line = ["--preset", "fast", "--pretrained_model_name_or_path", "someone/model"]
-    with pytest.warns(UserWarning, match=r"someone/model is not on this machine, .*: 400 steps"):
+    with pytest.warns(UserWarning, match=r"someone/model is not on this machine; .* 400 steps"):
         assert parsed(*line).max_train_steps == 400
     assert parsed(*line, "--max_train_steps", "7").max_train_steps == 7
     file = tmp_path / "run.yaml"

@@ -102,7 +102,7 @@ def test_json_says_the_same(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert facts["devices"] == []
     assert facts["findings"][0] == {
-        "check": "packages", "found": "1 are of versions that fit, and can be imported", "mend": "",
+        "check": "packages", "found": "all have matching versions and can be imported (1)", "mend": "",
         "fails": True,
     }  # fmt: skip
     assert facts["folders"]["hub's cache"].startswith("/hub, ")
@@ -125,8 +125,8 @@ def test_a_broken_torch_is_told_of_and_all_else_too(
             "pip install --force-reinstall 'torch>=2'",
         ),
         *(
-            (check, "OSError: ~/lib/libtorch.so: cannot open", "mend what is above; if nothing is, "
-             "report it with all of this")
+            (check, "OSError: ~/lib/libtorch.so: cannot open", "fix the problems above; if there are none, "
+             "report this with all lines")
             for check in ("device", "training")
         ),
     ]  # fmt: skip
@@ -210,7 +210,7 @@ def test_the_whole_command_shows_every_requirement_and_nothing_private(tmp_path:
     for name, reason in (
         ("torch", "OSError: DLL load failed"), ("gradio", "it ends Python, with exit code 9")
     ):  # fmt: skip
-        found = rf"(packages: )?{name} \S+ cannot .*: {reason}; to mend it: pip install .*'{name}>="
+        found = rf"(packages: )?{name} \S+ cannot .*: {reason}; to fix it: pip install .*'{name}>="
         assert any(re.match(found, problem) for problem in problems)
 
 
@@ -314,8 +314,8 @@ def test_requirements_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch)
     [
         ("", ">=2.4", "2.4.0+cpu", "", ""),
         ("", ">=2.4", "2.10.0.dev1", "", ""),
-        ("", ">=2.4", "2.3.9", "PROBLEM", "torch 2.3.9 is installed, and >=2.4 is needed"),
-        ("heic", ">=2.4", "2.3.9", "PROBLEM", "torch 2.3.9 is installed, and >=2.4 is needed"),
+        ("", ">=2.4", "2.3.9", "PROBLEM", "torch 2.3.9 is installed, but >=2.4 is needed"),
+        ("heic", ">=2.4", "2.3.9", "PROBLEM", "torch 2.3.9 is installed, but >=2.4 is needed"),
         ("", ">=2.4", None, "PROBLEM", "torch is not installed"),
         ("heic", ">=2.4", None, "", ""),
         ("", "", "1", "", ""),

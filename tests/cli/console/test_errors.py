@@ -70,7 +70,7 @@ def test_a_defect_keeps_its_traceback_and_ends_with_asking_for_a_report(capsys):
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-3:-1] == ["TypeError: a", "defect"]
     assert lines[-1].startswith("error: unexpected TypeError: a defect; this is a bug: please ")
-    assert "what `dora-diffusion doctor` prints" in lines[-1]
+    assert "output of `dora-diffusion doctor`" in lines[-1]
 
 
 def test_an_installation_that_is_not_whole_is_no_bug(capsys):
@@ -78,7 +78,7 @@ def test_an_installation_that_is_not_whole_is_no_bug(capsys):
     assert ending(missing) == 1
     line = capsys.readouterr().err
     assert line.startswith("error: No module named 'numpy'; a package is missing or does not fit")
-    assert "`dora-diffusion doctor` says which" in line
+    assert "run `dora-diffusion doctor` to find it" in line
     assert line.count("\n") == 1
     ending(ImportError("cannot import name 'x'", name="dora_diffusion.cli.main"))
     assert "this is a bug" in last_line(capsys)
@@ -93,7 +93,7 @@ def test_a_long_message_of_a_defect_is_cut():
 
 def test_a_defect_s_kind_is_enough_where_others_read_it():
     line = errors.asking_for_report("TypeError", " in the server's log")
-    assert line.startswith("unexpected TypeError; this is a bug: please report it, with the ")
+    assert line.startswith("unexpected TypeError; this is a bug: please report it with the ")
     assert "traceback in the server's log and" in line
 
 

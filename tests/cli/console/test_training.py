@@ -210,8 +210,8 @@ def test_the_validation_loss_is_said_and_what_follows_from_it(show) -> None:
         "step 2: validation loss 0.2000, the lowest so far",
         "step 4: validation loss 0.2500 (lowest at step 2)",
         "step 4: similarity of the samples to the held-out photos 0.700",
-        "stopped early after step 5: the validation loss has not fallen any more "
+        "stopped early after step 5: the validation loss no longer decreased "
         "(early_stopping_patience)",
-        "the result is that of step 2, where the validation loss was lowest (keep_best)",
+        "the result is from step 2, which had the lowest validation loss (keep_best)",
     ]
     assert "loss=0.5000, validation=0.2500" in bar

@@ -42,7 +42,7 @@ def test_a_defect_asks_for_a_report_and_tells_its_details_on_the_server_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = shown(TypeError("in /srv/private"))
-    assert text.startswith("Unexpected TypeError; this is a bug: please report it, with the ")
+    assert text.startswith("Unexpected TypeError; this is a bug: please report it with the ")
     assert "in the app: &quot;For a bug report&quot;" in text
     assert "private" not in text
     lines = capsys.readouterr().err.splitlines()

@@ -84,7 +84,7 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
     captured = capsys.readouterr()
     assert "class images: 100%" in captured.err
     assert (
-        "6 class images to make before the first step; for a prior, --prior_preservation_mode"
+        "6 class images to generate before the first step; --prior_preservation_mode"
         in captured.out
     )
     assert "\n6 class images: about " in captured.out

@@ -71,7 +71,7 @@ def test_no_axis_names_a_file_of_the_machine(name: str) -> None:
     with pytest.raises(UserError, match="is no axis; choose one of the list"):
         axes(name, "/etc/passwd")
     with pytest.raises(
-        (UserError, ConfigError), match=r"has another axis in its values|no axis of"
+        (UserError, ConfigError), match=r"has another axis in its values|not an axis of"
     ):
         axes("steps", f"4 & {name}=/etc/passwd")
 
