@@ -10,7 +10,9 @@ import pytest
 
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
+from dora_diffusion.training import recipe
 from dora_diffusion.training.events import StepDone
+from dora_diffusion.training.hooks.hook import Hook
 from dora_diffusion.training.recipe import train
 from tests.training.helpers import make_config, warnings_of
 
@@ -105,3 +107,25 @@ def test_plain_lora_and_image_free_prior_train(sd1_folder, photos, tmp_path):
     assert lines[0]["prior_loss"] < 1e-11, "a fresh adapter answers as the base does"
     assert lines[-1]["prior_loss"] > 0
     assert not (tmp_path / "out" / "class_images").exists()
+
+
+@pytest.mark.parametrize("moment", ["moved", "done"])
+def test_an_error_within_an_update_saves_no_half_of_it(tiny_run, monkeypatch, moment) -> None:
+    """Optimizer and weights would be of two steps."""
+
+    class Fails(Hook):
+        def fail(self, number: int) -> None:
+            if number == 3:
+                raise OSError("the driver is gone")
+
+        moved = fail if moment == "moved" else Hook.moved
+        done = fail if moment == "done" else Hook.done
+
+    monkeypatch.setattr(recipe, "build_hooks", lambda step: [Fails()])
+    config = tiny_run(max_train_steps=4, checkpointing_steps=10)
+    with (
+        pytest.raises(OSError, match="driver is gone"),
+        pytest.warns(UserWarning, match="which interrupted an update of the weights"),
+    ):
+        train(config)
+    assert not list(Path(config.output_dir).glob("checkpoint-*"))
