@@ -112,7 +112,7 @@ def closest(word: object, words: Iterable[str]) -> str | None:
 
 
 def _form(word: object) -> str:
-    """Normalize spellings of a word: case, leading dashes, and dashes for underscores."""
+    """Normalize a word: case, leading dashes, and dashes for underscores."""
     return str(word).lstrip("-").replace("-", "_").lower()
 
 

@@ -33,7 +33,7 @@ def stratum_of(row: int, rows: int, step: int, steps: int, *seed: object) -> tup
 
     The strata form ``rows`` parts of ``steps`` strata each. The rows of a step draw one stratum
     from each part. A window of ``steps`` consecutive steps draws each stratum once. The order of
-    rows is permuted anew for each step.
+    rows is permuted again for each step.
 
     Args:
         row: Index of the row in its step.
