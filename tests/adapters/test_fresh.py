@@ -128,7 +128,8 @@ def test_layers_that_the_other_lacks_start_afresh(net, x):
          r"it has rank 3 and conv_rank 4, more than conv_rank 3, rank 2; set rank 3 and con"),
         ({}, {"parametrization": "vera", "alpha": None, "conv_alpha": None},
          "init_adapter sets A and B, but parametrization vera starts from other values"),
-        ({}, {"init": "pissa"}, "init_adapter sets A and B, but init pissa starts from other values"),
+        ({}, {"init": "pissa"},
+         "init_adapter sets A and B, but init pissa starts from other values"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_the_same_is_refused(net, method, config, message):
