@@ -297,14 +297,12 @@ def list_photos(
     photos, nested = [*filter(is_photo, entries)], nested_photos(entries)
     named = [path for path in entries if path.name.lower().endswith(PHOTO_SUFFIXES)]
     broken = [path.name for path in named if path.is_symlink() and not path.exists()]
-    broken_links = f"links to missing files ({listing(broken, 5)})" if broken else ""
+    links = f"links to missing files ({listing(broken, 5)})" if broken else ""
     if not photos:
-        contents = (
-            nested or broken_links or ", ".join(path.name for path in entries[:5]) or "nothing"
-        )
+        found = nested or links or ", ".join(path.name for path in entries[:5]) or "nothing"
         raise PhotoError(
             f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
-            f"found {contents}); sub-folders are not searched"
+            f"found {found}); sub-folders are not searched"
         )
     stems = {photo.stem for photo in photos}
     orphans = [
@@ -313,17 +311,16 @@ def list_photos(
         for suffix in COMPANIONS
         if path.name.endswith(suffix) and path.name.removesuffix(suffix) not in stems
     ]
-    other_captions = [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]
-    other_images = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
+    captions = [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]
+    images = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
     for applies, message in (
         (nested and warn_of_nested,
          f"left out {nested}; sub-folders are not read, move the photos up to use them"),
-        (broken_links, f"left out {broken_links}; copy the photos themselves"),
+        (links, f"left out {links}; copy the photos themselves"),
         (orphans, f"without effect, since no photo has their name: {listing(orphans, 5)}"),
-        (other_captions, f"without effect: {listing(other_captions, 5)}; rename them to .txt to "
-         "use them as captions"),
-        (other_images,
-         f"left out {', '.join(other_images)}; convert them to JPEG or PNG to use them"),
+        (captions, f"without effect: {listing(captions, 5)}; rename them to .txt to use them as "
+         "captions"),
+        (images, f"left out {', '.join(images)}; convert them to JPEG or PNG to use them"),
     ):  # fmt: skip
         if applies:
             warnings.warn(f"{folder}: {message}", stacklevel=2)

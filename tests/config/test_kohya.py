@@ -94,7 +94,7 @@ VALUES: dict[str, tuple[Any, dict[str, Any] | str]] = {
     ),
     "cache_info": (True, {}),
     "is_reg": (False, {}),
-    "metadata_file": ("md.json", "a caption is a .txt file beside its image"),
+    "metadata_file": ("md.json", "save captions as .txt files next to their images"),
     "caption_dropout_every_n_epochs": (2, "use caption_dropout_rate"),
     "caption_dropout_rate": (0.25, {"caption_dropout": 0.25}),
     "caption_tag_dropout_rate": (0.5, {"tag_dropout": 0.5, "keep_tags": 0}),
@@ -104,7 +104,7 @@ VALUES: dict[str, tuple[Any, dict[str, Any] | str]] = {
     "validation_seed": (3, {}),
     "token_warmup_min": (1, {}),
     "token_warmup_step": (0.5, "all their tags from the first step"),
-    "custom_attributes": ({"a": 1}, "nothing reads them"),
+    "custom_attributes": ({"a": 1}, "they are not used"),
     "conditioning_data_dir": ("masks", "NAME.mask.png"),
 }  # fmt: skip
 NOTHING = {"instance_prompt": "", "token": "", "class_word": ""}

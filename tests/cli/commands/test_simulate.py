@@ -92,7 +92,7 @@ def test_flags_without_effect_are_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "say what a subject costs: --records FILE of a fleet, or --seconds of its training"),
+        ([], "the cost of a subject is missing: give --records FILE of a fleet, or --seconds of"),
         (["--seconds", "9", "--rate", "1", "--arrivals", "x"], "--rate or --arrivals, not both"),
         (["--seconds", "0"], "seconds is 0.0; it must be greater than 0"),
         (["--seconds", "9", "--rate", "-1"], "rate is -1.0; it must be greater than 0"),

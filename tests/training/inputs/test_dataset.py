@@ -32,7 +32,7 @@ PRIOR = {"with_prior_preservation": True}
 
 
 def test_masked_loss_without_masks_is_refused(config):
-    with pytest.raises(PhotoError, match=r"to be used, but none .*01\.mask\.png beside it"):
+    with pytest.raises(PhotoError, match=r"to be used, but none .*01\.mask\.png next to it"):
         train(replace(config, masked_loss=True))
     assert not list(Path(config.output_dir).glob("*.safetensors"))
 
@@ -248,12 +248,12 @@ def test_wildcards_are_refused_before_a_model_is_loaded(config, photos, monkeypa
     monkeypatch.setattr(base, "load_components", lambda *a, **k: 1 / 0)
     wild = replace(config, wildcards=True)
     (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
-    with pytest.raises(PhotoError, match=r"caption of 02\.jpg: the wildcard __place__ is of"):
+    with pytest.raises(PhotoError, match=r"caption of 02\.jpg: the wildcard __place__ needs"):
         assemble(wild, subjects_of(wild), make_accelerator(wild))
     for reason, setting, value, words in (
         ("wildcard_dir", "wildcard_dir", str(photos / "gone"), "is not a folder"),
         ("wildcards", "instance_prompt", "a {sks mug", "{ without }"),
-        ("wildcard_dir", "validation_prompt", ["a __gone__"], "__gone__ is of a file"),
+        ("wildcard_dir", "validation_prompt", ["a __gone__"], "__gone__ needs a file"),
         ("instance_prompt", "instance_prompt", "a {red|blue} mug", "the token 'sks'"),
     ):
         with refused(reason, words):
