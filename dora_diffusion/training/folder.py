@@ -84,7 +84,7 @@ class TrainResult:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the run stopped before its end."""
+        """True if the run stopped before its end."""
         return self.signal_number is not None
 
 

@@ -39,7 +39,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal was received."""
+        """True if a signal was received."""
         return self.signal_number is not None
 
     def answer_with(self, text: str | None) -> None:

@@ -19,7 +19,7 @@ from dora_diffusion.training.prediction import Ask
 
 
 class Losses(NamedTuple):
-    """Unreduced losses of a term. The mean is taken over the sum of all terms.
+    """Losses of a term before the mean, which is computed for the sum of all terms.
 
     Attributes:
         rows: Losses of the batch's rows, ``(B,)``. None: the term has no such losses.

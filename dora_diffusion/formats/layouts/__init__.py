@@ -36,7 +36,7 @@ class Conversion(NamedTuple):
 
     @property
     def takes_rank(self) -> bool:
-        """Whether a rank has an effect."""
+        """True if a rank has an effect."""
         return bool(self.plain_lora_in) or self.needs_rank
 
 
@@ -63,7 +63,7 @@ class Program(NamedTuple):
 
     @property
     def takes_dense(self) -> bool:
-        """Whether the program can add full differences to the base weights."""
+        """True if the program can add full differences to the base weights."""
         return self.output_axis in ("comfyui", "dense")
 
     def conversion(self, axes: Set[str], *, is_sum: bool = False) -> str:

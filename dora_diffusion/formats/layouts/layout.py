@@ -72,12 +72,12 @@ class Key(NamedTuple):
 
     @property
     def is_embedding(self) -> bool:
-        """Whether the key is a factor of an Embedding with PEFT's name."""
+        """True if the key is a factor of an Embedding with PEFT's name."""
         return self.form.startswith(".lora_embedding_")
 
     @property
     def is_ai_toolkit(self) -> bool:
-        """Whether the key is a magnitude of a DoRA from ai-toolkit."""
+        """True if the key is a magnitude of a DoRA from ai-toolkit."""
         return self.form == ".magnitude"
 
 

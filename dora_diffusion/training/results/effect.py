@@ -58,7 +58,7 @@ class Effect:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether no prediction changed by more than rounding."""
+        """True if no prediction changed by more than rounding."""
         return not self.prediction > NOTHING
 
     @property

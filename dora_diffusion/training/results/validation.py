@@ -138,7 +138,7 @@ class Validation:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether ``early_stopping_patience`` is exceeded."""
+        """True if ``early_stopping_patience`` is exceeded."""
         patience, best = self.config.early_stopping_patience, self.best()
         if patience is None or best is None:
             return False
