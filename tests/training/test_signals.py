@@ -261,6 +261,6 @@ def test_samples_that_no_setting_has_are_said(tiny_run, tmp_path):
         if isinstance(event, StepDone) and event.step == 1:
             (tmp_path / "out" / "SAMPLE").touch()
 
-    with pytest.warns(UserWarning, match="SAMPLE asks for .* num_validation_images is 0"):
+    with pytest.warns(UserWarning, match="SAMPLE requests .* num_validation_images is 0"):
         train(tiny_run(), ask)
     assert not (tmp_path / "out" / "samples").exists()

@@ -148,8 +148,8 @@ def positional_names(
             return ordered
     which = "a released Stable Diffusion 1 or 2" if known is None else "this model"
     raise ValueError(
-        f"its {counted(len(shapes), f'{component} layer')} do not match {which}, counted in "
-        f"{listing(classes)}: their number or their shapes differ"
+        f"its {counted(len(shapes), f'{component} layer')} cannot be matched to {which}, counted "
+        f"in {listing(classes)}: their number or their shapes differ"
     )
 
 

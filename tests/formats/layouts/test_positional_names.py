@@ -95,10 +95,10 @@ def test_the_layers_of_a_text_encoder(layers: int) -> None:
 
 def test_shapes_and_classes_that_fit_no_order_are_refused() -> None:
     square = [(8, 8)] * 144
-    with pytest.raises(ValueError, match="144 unet layers do not match a released Stable"):
+    with pytest.raises(ValueError, match="144 unet layers cannot be matched to a released Stable"):
         positional_names("unet", square, ATTENTION)
     with pytest.raises(ValueError, match="has adapted Mystery, whose layers' order is not known"):
         positional_names("unet", square, ["GEGLU", "Mystery"])
     known = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (4, 4)}
-    with pytest.raises(ValueError, match="1 text_encoder layer do not match this model"):
+    with pytest.raises(ValueError, match="1 text_encoder layer cannot be matched to this model"):
         positional_names("text_encoder", [(8, 8)], [], known)

@@ -82,7 +82,7 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     with (
-        pytest.warns(UserWarning, match="has no locks") as caught,
+        pytest.warns(UserWarning, match="does not support locks") as caught,
         output_folder(TrainConfig(output_dir=str(tmp_path / "out"))),
     ):
         pass
@@ -93,12 +93,12 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("photos", "and instance_data_dir are one"),
-        ("photos/../photos/", "and instance_data_dir are one"),
-        ("photos/run", "lies inside instance_data_dir"),
-        ("link", "and instance_data_dir are one"),
-        ("model", "and pretrained_model_name_or_path are one"),
-        ("model/unet/run", "lies inside pretrained_model_name_or_path"),
+        ("photos", "and instance_data_dir are the same"),
+        ("photos/../photos/", "and instance_data_dir are the same"),
+        ("photos/run", "is inside instance_data_dir"),
+        ("link", "and instance_data_dir are the same"),
+        ("model", "and pretrained_model_name_or_path are the same"),
+        ("model/unet/run", "is inside pretrained_model_name_or_path"),
     ],
 )
 def test_a_run_does_not_write_among_photos_or_a_models_files(
@@ -157,7 +157,7 @@ def test_class_images_have_a_folder_of_their_own(place, message, tiny_run, tmp_p
 def test_files_that_no_run_wrote_are_not_replaced_unasked(name, tiny_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine", encoding="utf-8")
-    with refused("output_dir", f"holds {name}, which no run has written"):
+    with refused("output_dir", f"contains {name}, which no run has written"):
         train(tiny_run(max_train_steps=1))
     assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "mine"
     (tmp_path / "out" / "metrics.jsonl").write_text(

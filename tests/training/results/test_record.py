@@ -103,7 +103,7 @@ def test_each_condition_counts_but_the_one_that_a_setting_tells(tiny_run, tmp_pa
     told = {n: changed_conditions("checkpoint-1", {**now, n: "other"}, now) for n in NAMES}
     assert told.pop("weights") == ""
     for name, line in told.items():
-        assert line.startswith(f"checkpoint-1 was written with {name} other, and this run has ")
+        assert line.startswith(f"checkpoint-1 was written with {name} other, but this run has ")
         assert f"{name} {now[name]}: " in line
     older = {name: now[name] for name in NAMES if name != "torch"}
     assert "with torch unknown, and" in changed_conditions("checkpoint-1", older, now)

@@ -429,8 +429,8 @@ def test_the_saved_settings_of_a_resumed_run_start_another_one(again, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("start"), "is of an older version of"),
-        (lambda state: state.update(format=FORMAT + 1), "is of a newer version of"),
+        (lambda state: state.pop("start"), "is from an older version of"),
+        (lambda state: state.update(format=FORMAT + 1), "is from a newer version of"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(change, words, again):

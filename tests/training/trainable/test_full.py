@@ -317,7 +317,7 @@ def test_a_disk_without_room_is_said_before_and_costs_no_run(full_config, monkey
     with pytest.warns(UserWarning, match="this run writes .* or more"):
         session_of(config)
     monkeypatch.setattr(full, "_check_disk", lambda *args: None)
-    with pytest.raises(OSError, match="nothing can be saved at step 2: it takes"):
+    with pytest.raises(OSError, match="nothing can be saved at step 2: it needs"):
         train(config)
     folder = train_folder(config)
     assert names(folder) == []

@@ -305,7 +305,9 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
     session.weights.reload(written)
     with torch.no_grad():
         live.text_encoders[0].get_input_embeddings().rows[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"text_encoder\.words holds numbers that are not finite"):
+    with pytest.raises(
+        ValueError, match=r"text_encoder\.words contains values that are not finite"
+    ):
         session.weights.check(written)
 
 
