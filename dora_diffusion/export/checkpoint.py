@@ -1,7 +1,7 @@
-"""Write a model, merged or trained: a Diffusers folder, or one file in the original layout.
+"""Write a merged or trained model as a Diffusers folder or one file in the original layout.
 
-Everything is streamed one tensor at a time, written beside the output, reopened and checked, and
-only then renamed: an interrupted export leaves nothing behind and destroys nothing.
+Tensors are streamed one at a time into a temporary file next to the output, which is reopened,
+checked and then renamed. An interrupted export leaves no files and keeps an existing output.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models.schedulers import to_zero_snr
 from dora_diffusion.numerics.weights import MergeStrengths
 
-# One weight file: name of each tensor in it -> canonical name.
+# Tensors of one weight file: name in the file -> canonical name.
 Shard = dict[str, str]
 
 WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
-# Folders of Stable Diffusion 2 lack the last layer and the projection of its text encoder.
+# Stable Diffusion 2 folders lack the text encoder's last layer and projection.
 UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
 
 
@@ -79,27 +79,26 @@ def export_checkpoint(
 ) -> Path:
     """Merge adapters into a base model and write the result.
 
-    Tokens that were trained with an adapter are not part of a model of the base's vocabulary: they
-    go to textual-inversion files, in a folder ``embeddings`` beside a single file or inside of a
-    folder.
+    A model has the vocabulary of its base. Tokens that were trained with an adapter are written as
+    textual-inversion files, to a folder ``embeddings`` next to a single file or inside a folder.
 
     Args:
         base: A diffusers folder, a hub id, ``embedded:NAME``, or a single ``.safetensors``
-            checkpoint in the original layout; or one of these as a `BaseModel`, whose ``vae`` is
-            baked in, and whose ``model_config`` is that of a folder made from a single file.
+            checkpoint in the original layout; or one of these as a `BaseModel`. Its ``vae``
+            replaces the model's; its ``model_config`` configures a folder made from a single file.
         adapters: An adapter file or output folder, or several as ``[(adapter, strength), ...]``,
-            whose strengths are multiplied with ``strength``. Their order does not matter. Of none
+            whose strengths are multiplied by ``strength``. Their order does not matter. With none
             (``()``) the output is the base itself, in this layout and dtype.
         output: A name ending in ``.safetensors`` gives one file in the original layout, with a
-            YAML beside it where A1111 needs one (`inspect_model` says what each program takes it
-            for); any other name gives a diffusers folder.
-        strength: 0 is the base, 1 the adapter as trained; or all of its `MergeStrengths`.
-        alpha: What adapters were trained with whose files do not say it; None takes their rank,
-            with a warning.
-        dtype: Of the UNet and the text encoders; None keeps that of the base. The VAE keeps its
-            own: SDXL's overflows in half precision.
-        overwrite: Replace an output that exists.
-        on_progress: Called with (bytes written, bytes in all).
+            YAML file if A1111 needs it (`inspect_model` reports how each program reads the file);
+            any other name gives a diffusers folder.
+        strength: 0 is the base, 1 the adapter as trained; `MergeStrengths` sets all strengths.
+        alpha: Alpha of adapters whose files do not store it. None assumes their rank, with a
+            warning.
+        dtype: Dtype of the UNet and the text encoders; None keeps the base's. The VAE keeps its
+            dtype, since SDXL's overflows in half precision.
+        overwrite: Replace an existing output.
+        on_progress: Called with (bytes written, total bytes).
 
     Returns:
         The output path.
@@ -107,10 +106,10 @@ def export_checkpoint(
     Raises:
         ExportError: If the output exists, or the written file fails its check.
         MergeError, AdapterFormatError: If an adapter does not fit the base.
-        DiskFullError: If there is not enough space; nothing is changed then.
+        DiskFullError: If there is not enough space. Nothing is changed then.
 
     Warns:
-        UserWarning: Of an alpha that was assumed, and of the files that tokens went to.
+        UserWarning: If an alpha was assumed, or tokens were written to files.
     """
     output, base = Path(output).expanduser(), BaseModel.of(base)
     spec = MergeSpec(adapters, MergeStrengths.of(strength))
@@ -147,20 +146,20 @@ def export_trained(
     """Write a model that was trained from a base, streamed one tensor at a time, atomically.
 
     Args:
-        base: What it was trained from. What was not trained is its own, to the last bit.
-        tensors: Canonical name -> what gives the trained tensor.
+        base: The model that was trained. Its other tensors are kept, bit for bit.
+        tensors: Canonical name -> function that returns the trained tensor.
         output: A name ending in ``.safetensors`` gives one file in the original layout, any other
-            a Diffusers folder. What is there is replaced.
-        metadata: What is known of the training: trigger words, steps.
-        words: The files of its trained words, which its file and card name.
-        dtype: Of the UNet and the text encoders; None keeps that of the base.
+            a Diffusers folder. An existing output is replaced.
+        metadata: Metadata of the training: trigger words, steps.
+        words: Files of the trained words, for the metadata and the card.
+        dtype: Dtype of the UNet and the text encoders; None keeps the base's.
 
     Returns:
         The output path.
 
     Raises:
-        ExportError: If the output is not a model, or the base has no such tensor.
-        DiskFullError: If there is not enough space; nothing is changed then.
+        ExportError: If an existing output is not a model, or the base lacks a tensor.
+        DiskFullError: If there is not enough space. Nothing is changed then.
     """
     output = Path(output).expanduser()
     with open_base(base) as (model, weights, vae):
@@ -170,20 +169,22 @@ def export_trained(
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base.path)))
         model.override_schedule(base, [facts])
-        with contextlib.closing(trained_metadata(model, metadata, output, words or {})) as own:
-            _Writer(trained, model, own).write(output, base.model_config, vae)
+        with contextlib.closing(
+            trained_metadata(model, metadata, output, words or {})
+        ) as model_metadata:
+            _Writer(trained, model, model_metadata).write(output, base.model_config, vae)
     return output
 
 
 @dataclass
 class _Writer:
-    """Writes a model with its metadata.
+    """Writer of a model with its metadata.
 
     Attributes:
-        merged: Its weights.
-        model: The base, whose layout, or whose other files, it gets.
-        metadata: Its metadata.
-        on_progress: Called with (bytes written, bytes in all).
+        merged: Weights of the model.
+        model: The base. It provides the layout of a file or the other files of a folder.
+        metadata: Metadata of the model.
+        on_progress: Called with (bytes written, total bytes).
     """
 
     merged: MergedModel
@@ -196,13 +197,13 @@ class _Writer:
 
         Args:
             output: The file or folder.
-            config: For a folder of a single file: a Diffusers folder with the configuration and
-                tokenizers. None takes the released model's.
-            vae: An autoencoder that takes the place of the base's.
+            config: For a folder made from a single file: a Diffusers folder with the configuration
+                and tokenizers. None uses the released model's.
+            vae: An autoencoder that replaces the base's.
 
         Raises:
             ExportError: If a single file does not fit the configuration.
-            ValueError: If none is given, and the file is of one of two released models.
+            ValueError: If no configuration is given, and two released models could be the file's.
         """
         if output.suffix != ".safetensors":
             source, shards = self.model.path, self.model.shards()
@@ -211,7 +212,7 @@ class _Writer:
                 shards = _shards_of(self.model, source)
             if vae is not None:
                 shards["vae"] = [_shard("vae", vae.specs)]
-            # Of a link, the folder that it leads to is replaced.
+            # For a symbolic link, replace the folder that it points to.
             self._folder(output.resolve(), source, shards, vae.config if vae else None)
             return
         check_a1111_config(output, self.model)
@@ -223,11 +224,11 @@ class _Writer:
         write_a1111_config(output, self.model)
 
     def _specs(self, layout: SingleFile) -> dict[str, TensorSpec]:
-        own = {entry.key: entry.spec(self.merged.specs) for entry in layout.entries}
-        return own | dict(layout.other_specs)
+        specs = {entry.key: entry.spec(self.merged.specs) for entry in layout.entries}
+        return specs | dict(layout.other_specs)
 
     def _file(self, file: Path, layout: SingleFile, report: ProgressReporter) -> None:
-        """Write one file of weights, and check it."""
+        """Write one weight file and check it."""
         entries = {entry.key: entry for entry in layout.entries}
 
         def load(key: str) -> Tensor:
@@ -242,19 +243,18 @@ class _Writer:
     ) -> None:
         """Write a Diffusers folder.
 
-        Weights are written under their plain names, whatever variant they were read from; weights
-        in other formats, and single files beside the components, hold the unmerged model and are
-        left out.
+        File names have no variant, even if a variant was read. Weights in other formats and single
+        files next to the components contain the unmerged model and are not copied.
 
         Args:
             output: The folder.
-            source: The folder whose other files (configs, tokenizers) it gets.
+            source: The folder from which other files (configs, tokenizers) are copied.
             shards: The weight files of each component.
-            vae: What takes the place of the autoencoder's config.
+            vae: Config that replaces the autoencoder's.
         """
         index = read_index(source)
-        others = _other_files(source, index)
-        # What the source's scheduler config does not have right.
+        other_files = _other_files(source, index)
+        # Settings to correct in the source's scheduler config.
         settings = self.model.schedule() if self.model.is_single_file else self.model.restated
         if settings.get(ZERO_SNR):
             kind = read_json(source / "scheduler" / "scheduler_config.json")["_class_name"]
@@ -262,12 +262,12 @@ class _Writer:
             index["scheduler"] = ["diffusers", settings["_class_name"]]
         names = (name for files in shards.values() for shard in files for name in shard.values())
         total = sum(self.merged.specs[name].nbytes for name in names)
-        check_space(output, total + sum(file.stat().st_size for file in others))
+        check_space(output, total + sum(file.stat().st_size for file in other_files))
         report, card = ProgressReporter(total, self.on_progress), ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             card = (source / "README.md").read_text(encoding="utf-8")
         with temporary_sibling(output) as temporary:
-            for file in others:
+            for file in other_files:
                 target = temporary / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
@@ -285,8 +285,8 @@ class _Writer:
     ) -> None:
         """Write the weight files of one component.
 
-        Text encoders are written with ``text_model.``, which every version of transformers reads;
-        without it, versions before 5.6 leave the whole encoder random, with a warning.
+        Keys of text encoders have the prefix ``text_model.``, which every version of transformers
+        reads. Without it, versions before 5.6 load a random encoder, with a warning.
         """
         stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
         places, total = dict[str, str](), 0
@@ -302,39 +302,39 @@ class _Writer:
             save_text(folder / f"{stem}.safetensors.index.json", _dump(index))
         config, dtype = folder / "config.json", self.merged.dtype
         if component != "vae" and dtype is not None and config.is_file():
-            # A transformers config notes the dtype of its weights.
+            # A transformers config states the dtype of its weights.
             noted = [key for key in ("dtype", "torch_dtype") if key in read_json(config)]
             _update(config, dict.fromkeys(noted, str(dtype).removeprefix("torch.")))
 
 
 def _configuration(config: str | Path | None, checkpoint: StoredModel) -> Path:
-    """The folder with configuration and tokenizers: the given one, or the released model's.
+    """Return the folder with configuration and tokenizers: the given one or the released model's.
 
     Raises:
-        ValueError: If none is given, and the file is of one of two released models.
-        ModelNotFoundError: If the given one is not there.
+        ValueError: If none is given, and two released models could be the file's.
+        ModelNotFoundError: If the given one does not exist.
     """
     from dora_diffusion.models.configuration import released_folder, require_prediction
     from dora_diffusion.models.locate import resolve_folder
 
     if config is not None:
         return resolve_folder(config)
-    said = [ScheduleInfo("", checkpoint.schedule()), *usual_of(checkpoint.family)]
-    schedule = choose_schedule(checkpoint.path.name, said)
+    statements = [ScheduleInfo("", checkpoint.schedule()), *usual_of(checkpoint.family)]
+    schedule = choose_schedule(checkpoint.path.name, statements)
     require_prediction(checkpoint.path.name, checkpoint.family, schedule)
     return released_folder(checkpoint.family, schedule.prediction_type)
 
 
 def _shards_of(checkpoint: StoredModel, config: Path) -> dict[str, list[Shard]]:
-    """The weight files of a folder that is made from a single file: one for each component.
+    """Return the weight files of a folder made from a single file, one for each component.
 
     Args:
         checkpoint: The file.
         config: A Diffusers folder with the configuration.
 
     Raises:
-        ExportError: If the file lacks a tensor of models of this configuration, has one of another
-            shape, or one too many.
+        ExportError: If the file's tensors differ from the configuration: one is missing, has
+            another shape, or is not in it.
     """
     from dora_diffusion.models.configuration import empty_module, is_released
 
@@ -345,14 +345,14 @@ def _shards_of(checkpoint: StoredModel, config: Path) -> dict[str, list[Shard]]:
         for key, tensor in empty_module(config / component, value[1]).state_dict().items()
         if not key.endswith(BUFFERS)
     }
-    own = {name: spec.shape for name, spec in checkpoint.specs.items()}
-    missing = [name for name, shape in shapes.items() if own.get(name) != shape]
-    extra = [name for name in own if name not in shapes and not name.startswith(UNUSED)]
+    stored_shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
+    missing = [name for name, shape in shapes.items() if stored_shapes.get(name) != shape]
+    extra = [name for name in stored_shapes if name not in shapes and not name.startswith(UNUSED)]
     extra += weights_of_no_component(checkpoint.other_specs)
     if missing or extra:
-        whose = "what the released model has" if is_released(config) else config
+        whose = "the released model's configuration" if is_released(config) else config
         raise ExportError(
-            f"{whose} is the configuration of another model than {checkpoint.path.name}: "
+            f"{whose} is for another model than {checkpoint.path.name}: "
             f"{listing(missing or extra, 3)} {'differ' if missing else 'would be left out'}; give "
             "a Diffusers folder of its shape with --model_config"
         )
@@ -361,7 +361,7 @@ def _shards_of(checkpoint: StoredModel, config: Path) -> dict[str, list[Shard]]:
 
 
 def weights_of_no_component(keys: Iterable[str]) -> list[str]:
-    """The keys of a single file that look like weights of a component, and have no place in it."""
+    """Return the keys of a single file with a component's prefix, but no place in a component."""
     named = (key for key in keys if key.startswith(WEIGHT_PREFIXES))
     return [key for key in named if not key.endswith(BUFFERS) and ".loss." not in key]
 
@@ -372,7 +372,7 @@ def _shard(component: str, names: Iterable[str]) -> Shard:
 
 
 def _other_files(folder: Path, index: Mapping[str, Any]) -> list[Path]:
-    """The files of a pipeline that are copied as they are: all but the weights of components."""
+    """Return the files of a pipeline to copy unchanged: all except the weights of components."""
     files = [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
     files = [file for file in files if not _is_weight(file)]
     for name, value in index.items():
@@ -387,9 +387,9 @@ def _is_weight(file: Path) -> bool:
 
 
 def _index_of(folder: Path, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``model_index.json`` of a folder, without the components that it does not hold.
+    """Return the ``model_index.json`` of a folder, without components that the folder lacks.
 
-    A download that leaves out the safety checker would otherwise give a folder that does not load.
+    Otherwise a download without the safety checker would give a folder that does not load.
     """
     index = dict(source)
     for name, value in source.items():
@@ -407,5 +407,5 @@ def _update(config: Path, values: Mapping[str, Any]) -> None:
 
 
 def _dump(values: Mapping[str, Any]) -> str:
-    """JSON as diffusers formats it."""
+    """Format JSON as Diffusers does."""
     return json.dumps(values, indent=2) + "\n"

@@ -32,8 +32,8 @@ from dora_diffusion.formats.layouts.layout import stated_approximation
 from dora_diffusion.numerics.merging import WeightedAdapter
 
 _OF_THE_UPDATE = (
-    "the magnitudes stay and the error is that of the low-rank update; with --base the nearest "
-    "DoRA is found"
+    "the magnitudes are unchanged, and the error is that of the low-rank update; with --base the "
+    "nearest DoRA is fitted"
 )
 
 
@@ -43,14 +43,14 @@ class ConversionReport:
 
     Attributes:
         path: The file or folder.
-        target: The format, a key of ``CONVERSIONS``: of a program the one that it needs.
-            ``"kohya"`` for a ``comfyui`` file without output-axis magnitudes, which is one.
+        target: The format, a key of ``CONVERSIONS``; for a program the format that it needs.
+            ``"kohya"`` for ``comfyui`` without output-axis magnitudes, since the files are equal.
         layers: Number of layers.
         errors: Relative error of each fitted layer; empty if no layer is fitted.
-        total_error: The relative error of all layers together, 0 if the file is exact.
+        total_error: Relative error of all layers together; 0 if the file is exact.
         notes: Repairs of the source, one line each.
-        embeddings: The files that trained tokens went to, by token.
-        program: The key of ``PROGRAMS`` that it was made for; empty for a key of ``CONVERSIONS``.
+        embeddings: Files of the trained tokens, by token.
+        program: Target program, a key of ``PROGRAMS``; empty if the target is a format.
         growth: Size of the file relative to its source.
     """
 
@@ -66,12 +66,12 @@ class ConversionReport:
 
     @property
     def worst(self) -> tuple[str, float] | None:
-        """The layer with the largest error, None if the file is exact."""
+        """The layer with the largest error; None if the file is exact."""
         return max(self.errors.items(), key=lambda item: item[1]) if self.errors else None
 
     @property
     def median_error(self) -> float:
-        """Median of the layers' errors, 0 if the file is exact."""
+        """Median of the layers' errors; 0 if the file is exact."""
         return statistics.median(self.errors.values()) if self.errors else 0.0
 
 
@@ -94,19 +94,20 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     Args:
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
-        target: A key of ``PROGRAMS``, which gets the format that it needs, or of ``CONVERSIONS``.
-        fit: Ranks of ``smaller-rank`` and ``lora`` (without one: ``LORA_RANK``), and the data type
-            of the low-rank factors; method and axis stay the adapter's.
-        base: For ``dense``, ``lora``, ``comfyui`` (output axis); ``smaller-rank`` is nearer by it.
-        family: Name of a `Family`, for files that do not say it.
-        alpha: Alpha of training, for a file that lost it.
-        tags: Words that adapter managers and web UIs show.
-        thumbnail: An image that they show.
-        overwrite: Replace an output that exists.
+        target: A program, a key of ``PROGRAMS``, or a format, a key of ``CONVERSIONS``.
+        fit: Ranks for ``smaller-rank`` and ``lora`` (default: ``LORA_RANK``), and the dtype of the
+            low-rank factors. The adapter's method and axis are kept.
+        base: The base model. ``dense``, ``lora`` and ``comfyui`` (output axis) require it;
+            ``smaller-rank`` has a smaller error with it.
+        family: Name of a `Family`, for files that do not store it.
+        alpha: Alpha of training, for a file without it.
+        tags: Tags for adapter managers and web UIs.
+        thumbnail: An image for adapter managers and web UIs.
+        overwrite: Replace an existing output.
 
     Raises:
-        ExportError: If the output exists or is read, or the target lacks a base or a rank.
-        AdapterFormatError: If the source cannot be read, or the target cannot hold it.
+        ExportError: If the output exists or is an input, or the target lacks a base or a rank.
+        AdapterFormatError: If the source cannot be read, or the target cannot store it.
     """
     _check_target(target)
     fit = fit or FitSettings()
@@ -146,14 +147,14 @@ def _check_target(target: str) -> None:
 def _read(
     source: str | Path, target: str, model: ModelWeights | None, alpha: float | None
 ) -> AdapterFile:
-    """Read an adapter for a target, with a LoRA added to its DoRA if the target can hold both."""
+    """Read an adapter for a target; a LoRA added to a DoRA is read if the target can store both."""
     program = PROGRAMS.get(target)
     sums = target in ("dense", "smaller-rank") or (program is not None and program.takes_dense)
     return read_adapter(source, model, alpha=alpha, sums=sums and model is not None)
 
 
 def conversion_of(target: str, adapter: AdapterFile) -> str:
-    """The conversion that a program needs of an adapter; any other target stays."""
+    """Return the conversion of an adapter for a program; other targets are returned unchanged."""
     if target not in PROGRAMS:
         return target
     axes = {w.norm_axis for w in adapter.layers.values() if w.magnitude is not None}
@@ -163,7 +164,7 @@ def conversion_of(target: str, adapter: AdapterFile) -> str:
 def _check_request(
     target: str, program: str, model: StoredModel | None, settings: FitSettings, trained_on: str
 ) -> FitSettings:
-    """Refuse what cannot be done; the settings with the ranks that a target takes.
+    """Check the request. Returns the settings with the ranks that the target supports.
 
     Warns:
         UserWarning: If limits on ranks have no effect.
@@ -174,28 +175,28 @@ def _check_request(
         if program:
             files = f"{PROGRAMS[program].title} needs this adapter as a {target} file, which is"
         raise ExportError(
-            f"{files} made for one base model; give that model with --base"
+            f"{files} made for one base model; give the model with --base"
             + (f" (it was trained on {trained_on})" if trained_on else "")
         )
-    given, reason = list(settings.limits), ""
+    limits, reason = list(settings.limits), ""
     if not conversion.takes_rank:
-        reason = f"{target} files keep the adapter's; --to smaller-rank and --to lora take one"
+        reason = f"{target} files keep the adapter's; --to smaller-rank and --to lora change it"
     elif conversion.plain_lora_in:
-        given, reason = [n for n in given if n == "conv_rank"], f"{target} files have one rank"
-    for name in given if reason else ():
+        limits, reason = [n for n in limits if n == "conv_rank"], f"{target} files have one rank"
+    for name in limits if reason else ():
         warnings.warn(f"{name} has no effect because {reason}", stacklevel=3)
     if conversion.plain_lora_in:
         rank = settings.rank or LORA_RANK
         return dataclasses.replace(settings, rank=rank, conv_rank=None)
     if conversion.needs_rank and not settings.limits:
-        raise ExportError(f"{target} needs the rank: give --rank, --conv_rank or --energy")
+        raise ExportError(f"{target} needs a rank: give --rank, --conv_rank or --energy")
     return settings
 
 
 def _of_smaller_rank(
     adapter: AdapterFile, target: str, settings: FitSettings, model: StoredModel | None
 ) -> tuple[AdapterFile, Mapping[str, float], float]:
-    """The adapter with other layers, the error of each, and that of all together."""
+    """Return the adapter with fitted layers, the error of each, and the total error."""
     conversion, notes, extra = CONVERSIONS[target], adapter.notes, adapter.metadata.extra
     if not conversion.takes_rank:
         return adapter, {}, 0.0
@@ -203,8 +204,8 @@ def _of_smaller_rank(
         fitted = decomposed(adapter.layers, settings, model)
         how = f"singular values{'' if model else ' of the update'}, {settings.ranks}"
     else:
-        parts = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
-        fitted, how = fit_to_adapters(model, parts, settings), str(settings)
+        weighted = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
+        fitted, how = fit_to_adapters(model, weighted, settings), str(settings)
     is_dora = any(layer.magnitude is not None for layer in adapter.layers.values())
     if model is None and fitted.total_error and is_dora:
         notes += (_OF_THE_UPDATE,)
@@ -221,7 +222,7 @@ def _of_smaller_rank(
 def _with_additions(
     adapter: AdapterFile, family: str, tags: Sequence[str], thumbnail: str | Path | None
 ) -> AdapterFile:
-    """Return the adapter with the user's additions to its metadata; its own family stays."""
+    """Return the adapter with the user's additions to its metadata; a stored family is kept."""
     old, image = adapter.metadata, adapter.metadata.thumbnail
     if thumbnail:
         from dora_diffusion.sampling.images import thumbnail as make_thumbnail

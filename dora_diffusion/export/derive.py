@@ -1,4 +1,4 @@
-"""Adapters that are fitted to a base: to a tuned model, or to what several adapters do together."""
+"""Adapters that are fitted to a tuned model, or to the sum of several adapters."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.checkpoint.weights import module_shapes, module_weight
 from dora_diffusion.formats.names.modules import known_layout
 
-# Of text encoders: tables of vectors. Training moves those that its captions look up, each its own
-# way, which no low rank describes; and of the key formats only Diffusers' and PEFT's hold them.
+# Embedding tables of text encoders. Training changes the rows that captions look up, each in a
+# different direction, so the change is not of low rank. Only two key formats can store tables.
 _TABLES = (".token_embedding", ".position_embedding")
 
 
@@ -66,25 +66,26 @@ def extract_adapter(
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
-    """Write the adapter of a rank that is nearest to a tuned model.
+    """Write the adapter of a given rank that is nearest to a tuned model.
 
-    Every Linear and Conv2d of the UNet and the text encoders whose weight differs gets a layer;
-    tables of token vectors are left out, and a note says where they differ.
+    Every Linear and Conv2d of the UNet and the text encoders whose weight differs gets a layer.
+    Tables of token vectors get none; a note lists the ones that differ.
 
     Args:
-        base: The model that the adapter will be used with, as `open_model` takes it.
-        tuned: The model to come near, of the same architecture; a folder or a file alike.
+        base: The base of the adapter, as in `open_model`.
+        tuned: The model to approximate, of the same architecture, as a folder or a file.
         output: File (``.safetensors``) or folder to write.
-        fit: How layers are fitted, with a rank; small layers get less.
-        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
-        overwrite: Replace a file that exists.
-        on_progress: Called with (bytes of the base compared, bytes in all).
+        fit: Settings of the fit, with a rank. Layers that are smaller get a smaller rank.
+        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: one that can store it.
+        overwrite: Replace an existing file.
+        on_progress: Called with (bytes of the base compared, total bytes).
 
     Returns:
         The report on the file, with the error of each layer: ``|W'' - W'| / |W' - W|``.
 
     Raises:
-        ExportError: If the models do not fit or differ, a setting cannot work, or it exists.
+        ExportError: If the models have other architectures or equal weights, a setting is not
+            valid, or the output exists.
         MergeError: If weights are quantised.
     """
     if fit.rank is None:
@@ -94,11 +95,13 @@ def extract_adapter(
         inputs = [before.path, after.path]
         check_adapter_output(output, kind, AdapterFile({}), inputs, overwrite)
         fitted, notes = _fit_models(before, after, fit, on_progress)
-        said, own = after.metadata, _metadata_for(before)
-        reading = {name: said[OWN + name] for name in READING if OWN + name in said}
-        extra = {"extracted_from": model_name(after.path), **own.extra, **reading}
+        tuned_metadata, base_metadata = after.metadata, _metadata_for(before)
+        reading = {
+            name: tuned_metadata[OWN + name] for name in READING if OWN + name in tuned_metadata
+        }
+        extra = {"extracted_from": model_name(after.path), **base_metadata.extra, **reading}
         extra = fitted.stated(extra, "tuned model", fit)
-        metadata = dataclasses.replace(own, extra=extra)
+        metadata = dataclasses.replace(base_metadata, extra=extra)
         path = write_adapter(output, AdapterFile(fitted.layers, metadata), kind, base=before)
     return _report(path, kind, fitted, notes, {})
 
@@ -115,23 +118,24 @@ def combine_adapters(
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
-    """Write one adapter that does what several do together, ``W' = W + sum_k s_k (W'_k - W)``.
+    """Write one adapter with the effect of several, ``W' = W + sum_k s_k (W'_k - W)``.
 
-    A layer that one adapter of strength 1 has alone is kept, bit for bit, if its rank is small
-    enough. Others are the nearest of a rank: exact if the rank is the sum of theirs, on one axis.
+    A layer of only one adapter, at strength 1, is copied bit for bit if its rank is small enough.
+    Other layers are the nearest ones of a rank. They are exact if that is the sum of the ranks, and
+    all magnitudes are on one axis.
 
     Args:
-        base: The model that they are for, as `open_model` takes it.
+        base: The base of the adapters, as in `open_model`.
         adapters: ``[(adapter, strength), ...]``, or one adapter.
         output: File (``.safetensors``) or folder to write.
-        fit: How layers are fitted; without a rank, with the sum of the ranks in each layer.
-        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
-        alpha: Alpha of adapters whose files lost it.
-        overwrite: Replace a file that exists.
-        on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
+        fit: Settings of the fit. Without a rank, each layer gets the sum of the adapters' ranks.
+        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: one that can store it.
+        alpha: Alpha of adapters whose files do not store it.
+        overwrite: Replace an existing file.
+        on_progress: Called with (bytes of the base's adapted weights done, total bytes).
 
     Raises:
-        ExportError: If a setting cannot work, the output exists, or nothing is left of the sum.
+        ExportError: If a setting is not valid, the output exists, or the sum is 0 in all layers.
         AdapterFormatError, MergeError: If an adapter cannot be read or does not fit the base.
     """
     fit = fit or FitSettings()
@@ -140,19 +144,19 @@ def combine_adapters(
     with open_model(base) as model:
         read = spec.read(model, alpha)
         spec.warn_of_assumptions()
-        parts = spec.weighted()
-        axis = fit.norm_axis or axis_of(w for part in parts for w in part.layers.values())
+        weighted = spec.weighted()
+        axis = fit.norm_axis or axis_of(w for part in weighted for w in part.layers.values())
         fit = dataclasses.replace(fit, norm_axis=axis)
         kind = fit.key_format(key_format)
         inputs = [model.path, *spec.files()]
         adapter = AdapterFile({}, tokens=_tokens(read))
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
-        fitted = fit_to_adapters(model, parts, fit, on_progress)
+        fitted = fit_to_adapters(model, weighted, fit, on_progress)
         metadata = _metadata_of_sum(model, spec, fitted, fit)
         adapter = AdapterFile(fitted.layers, metadata, tokens=adapter.tokens)
         path = write_adapter(output, adapter, kind, base=model)
     notes, left = [note for adapter in read for note in adapter.notes], fitted.unchanged
-    lost = f"nothing is left of {counted(left, 'layer')} at these strengths: the result lacks them"
+    lost = f"without effect at these strengths and left out of the result: {counted(left, 'layer')}"
     notes += [lost] if left else []
     return _report(path, kind, fitted, [*notes, *embedding_notes(path, embeddings)], embeddings)
 
@@ -167,7 +171,7 @@ def _report(
 def _fit_models(
     base: StoredModel, tuned: StoredModel, settings: FitSettings, on_progress: OnProgress | None
 ) -> tuple[Fitted, list[str]]:
-    """Return the layers, and notes on the other tensors."""
+    """Return the fitted layers, and notes on the other tensors."""
     _check_pair(base, tuned)
     names = [name for name in module_shapes(base) if not name.endswith(_TABLES)]
 
@@ -189,34 +193,36 @@ def _fit_models(
 
 
 def _check_pair(base: StoredModel, tuned: StoredModel) -> None:
-    """Refuse models of two architectures.
+    """Check that two models have the same architecture.
 
     Raises:
-        ExportError: If they are.
+        ExportError: If they have not.
     """
     if base.family != tuned.family:
         raise ExportError(
             f"the base is {base.family.title} ({base.family.name}), {tuned.path.name} is "
-            f"{tuned.family.title} ({tuned.family.name}); both must be of one family"
+            f"{tuned.family.title} ({tuned.family.name}); both must be of the same family"
         )
-    shapes, others = module_shapes(base), module_shapes(tuned)
+    shapes, tuned_shapes = module_shapes(base), module_shapes(tuned)
     wrong = [
-        f"{name} {tuple(others[name])} for {tuple(shape)}" if name in others else f"no {name}"
+        f"{name} {tuple(tuned_shapes[name])} for {tuple(shape)}"
+        if name in tuned_shapes
+        else f"no {name}"
         for name, shape in shapes.items()
-        if tuple(others.get(name, ())) != tuple(shape)
+        if tuple(tuned_shapes.get(name, ())) != tuple(shape)
     ]
-    wrong += [f"{name}, which the base lacks" for name in others.keys() - shapes.keys()]
+    wrong += [f"{name}, which the base lacks" for name in tuned_shapes.keys() - shapes.keys()]
     if wrong:
         raise ExportError(f"{tuned.path.name} is not a tuned {base.path.name}: {listing(wrong, 3)}")
 
 
 def differ(base: Tensor, tuned: Tensor) -> bool:
-    """Return whether two weights differ by more than rounding to the other's data type."""
+    """Return whether two weights differ by more than rounding to each other's dtype."""
     return not (torch.equal(base.to(tuned.dtype), tuned) or torch.equal(base, tuned.to(base.dtype)))
 
 
 def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]) -> list[str]:
-    """A line on tensors that differ and that no adapter holds: biases, norms, tables, the VAE."""
+    """Return notes on differing tensors that no adapter can represent: biases, norms, the VAE."""
     held = {f"{name}.weight" for name in names}
     different = [
         name
@@ -224,32 +230,32 @@ def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]
         if base.specs[name].dtype.is_floating_point and differ(base[name], tuned[name])
     ]
     in_vae = [name for name in different if name.startswith("vae.")]
-    others = [name for name in different if not name.startswith("vae.")]
+    outside_vae = [name for name in different if not name.startswith("vae.")]
     notes = []
-    if others:
+    if outside_vae:
         notes.append(
-            f"{counted(len(others), 'other tensor')} differ, which no adapter can represent "
-            f"(biases, norms, embeddings): {listing(others, 3)}"
+            f"{counted(len(outside_vae), 'other tensor')} differ, which no adapter can represent "
+            f"(biases, norms, embeddings): {listing(outside_vae, 3)}"
         )
     if in_vae:
-        notes.append("the VAE differs, which no adapter can represent: export --vae bakes it in")
+        notes.append("the VAE differs, which no adapter can represent: export it with --vae")
     return notes
 
 
 def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Vectors]:
-    """The tokens that were trained with the adapters, as trained, whatever their strengths.
+    """Return the tokens that were trained with the adapters, unchanged by strengths.
 
     Raises:
-        ExportError: If two adapters have one, and not with the same vectors.
+        ExportError: If two adapters have different vectors for one token.
     """
     tokens: dict[str, Vectors] = {}
     for adapter in adapters:
         shared = tokens.keys() & adapter.tokens.keys()
         if twice := [t for t in shared if not are_equal(tokens[t], adapter.tokens[t])]:
             raise ExportError(
-                f"two adapters have vectors of their own for {listing(twice)}, and a token "
-                "can have one: convert one of the adapters to diffusers, delete that token's file "
-                f"in the folder {EMBEDDINGS} next to the result, and combine that"
+                f"two adapters have different vectors for {listing(twice)}, but a token can have "
+                "only one: convert one of the adapters to diffusers, delete that token's file in "
+                f"the folder {EMBEDDINGS} next to the result, and combine that"
             )
         tokens |= adapter.tokens
     return tokens
@@ -258,18 +264,18 @@ def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Vectors]:
 def _metadata_of_sum(
     model: StoredModel, spec: MergeSpec, fitted: Fitted, settings: FitSettings
 ) -> AdapterMetadata:
-    """Return the metadata of one adapter, or common to several, with a list of the adapters.
+    """Return the metadata of a single adapter, or shared by several, and a list of the adapters.
 
     Raises:
-        ExportError: If nothing was.
+        ExportError: If no layer was fitted.
     """
     if not fitted.layers:
         raise ExportError(
-            "nothing is left of these adapters at these strengths: they are 0, or cancel one "
-            "another; change a strength"
+            "these adapters have no effect at these strengths: they are 0 or cancel each other; "
+            "change a strength"
         )
-    metadata, *others = facts = [adapter.metadata for *_, adapter in spec.parts]
-    if others:
+    metadata, *rest = facts = [adapter.metadata for *_, adapter in spec.parts]
+    if rest:
         metadata = _metadata_for(model)
         metadata = dataclasses.replace(
             metadata,
@@ -278,7 +284,7 @@ def _metadata_of_sum(
             extra={**metadata.extra, **agreed_reading([fact.extra for fact in facts])},
             tags=tuple(dict.fromkeys(tag for fact in facts for tag in fact.tags)),
         )
-    names = ((without_path(str(Path(path).resolve())), own) for path, own in spec.pairs())
+    names = ((without_path(str(Path(path).resolve())), strength) for path, strength in spec.pairs())
     combined = ", ".join(f"{name}:{strength:g}" for name, strength in names)
     extra = {**metadata.extra, "combined": combined}
     if fitted.total_error:
@@ -287,7 +293,7 @@ def _metadata_of_sum(
 
 
 def _metadata_for(base: StoredModel) -> AdapterMetadata:
-    """Metadata of any adapter for a base: its family, name, schedule, and its UNet's layers."""
+    """Return metadata on the base of an adapter: family, name, schedule, and layers of the UNet."""
     layout = known_layout(module_shapes(base))
     facts = {**schedule_facts(base.schedule()), UNET_LAYERS: layout.text() if layout else ""}
     extra = {name: text for name, text in facts.items() if text}

@@ -1,4 +1,4 @@
-"""Models that are opened, and outputs that a refused or interrupted export leaves as they were."""
+"""Opening of models, and outputs that are checked first and replaced atomically."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from dora_diffusion.formats.files.atomic import DiskFullError, disk_full, requir
 from dora_diffusion.formats.files.stream import PICKLED
 from dora_diffusion.formats.layouts.other import layout_named
 
-# Called with the number of bytes written so far, and of all.
+# Called with (bytes written, total bytes).
 OnProgress = Callable[[int, int], None]
 
 _SPARE_BYTES = 32 * 2**20
 
 
 class ExportError(ValueError):
-    """An export that was refused or failed its own check, with the reason."""
+    """Error of an export that was refused or failed its check, with the reason."""
 
 
 def model_name(path: Path) -> str:
-    """Return a model's name: its hub id in the hub's cache, else its file or folder alone."""
+    """Return a model's name: its hub id if it is in the hub's cache, else its file or folder."""
     path = path.resolve()
-    parts = path.parts[-3:]
-    if len(parts) == 3 and parts[0].startswith("models--") and parts[1] == "snapshots":
-        return parts[0].removeprefix("models--").replace("--", "/", 1)
+    names = path.parts[-3:]
+    if len(names) == 3 and names[0].startswith("models--") and names[1] == "snapshots":
+        return names[0].removeprefix("models--").replace("--", "/", 1)
     return path.name
 
 
@@ -48,9 +48,9 @@ def open_model(model: AnyModel) -> Iterator[StoredModel]:
     Raises:
         ExportError: If it is a pickle.
         TensorFileError: If its weights (of the variant) are missing, damaged or pickled.
-        UnsupportedModelError, ModelNotFoundError: If it is another kind of model, or none.
+        UnsupportedModelError, ModelNotFoundError: If it is another kind of model, or not a model.
     """
-    # Imported here: the model layer may import heavy libraries.
+    # A late import, since the model layer may import heavy libraries.
     from dora_diffusion.models.locate import resolve_folder
 
     base = BaseModel.of(model)
@@ -69,14 +69,14 @@ def open_model(model: AnyModel) -> Iterator[StoredModel]:
 
 @check_arguments()
 def inspect_adapter(path: str | Path, base: AnyModel | None = None) -> AdapterReport:
-    """Report what an adapter is.
+    """Report the method, layers, metadata and compatible programs of an adapter.
 
     Args:
         path: An adapter file or folder.
-        base: A model that it may fit, as `open_model` takes it.
+        base: A model to check the adapter against, as in `open_model`.
 
     Raises:
-        AdapterFormatError: If it is not an adapter that can be read, with the reason.
+        AdapterFormatError: If it cannot be read as an adapter, with the reason.
     """
     if base is None:
         return report_on(path)
@@ -85,7 +85,7 @@ def inspect_adapter(path: str | Path, base: AnyModel | None = None) -> AdapterRe
 
 
 class ProgressReporter:
-    """Counts written bytes and passes the count on."""
+    """Counter of written bytes that reports to ``on_progress``."""
 
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
         self.done, self.total, self.on_progress = 0, total, on_progress
@@ -98,10 +98,10 @@ class ProgressReporter:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Refuse an export that will not fit.
+    """Check that an export fits on the disk.
 
     Raises:
-        DiskFullError: With the numbers, before anything is written.
+        DiskFullError: If it does not, with the needed and free space.
     """
     folder = next(parent for parent in output.resolve().parents if parent.exists())
     free = shutil.disk_usage(folder).free
@@ -112,24 +112,24 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def check_model_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bool) -> None:
-    """Refuse an output that would destroy something.
+    """Check that writing an output would not destroy other files.
 
     Args:
         output: The file or folder to write.
         base: The base model.
-        inputs: What else is read: adapters, and another autoencoder.
-        overwrite: Whether an output that exists may be replaced.
+        inputs: Other inputs: adapters, and another autoencoder.
+        overwrite: Whether an existing output may be replaced.
 
     Raises:
-        ExportError: If the output exists (and is not to be replaced, or is not a model), lies
-            inside the base or around it, is or holds an input, or asks for a pickle.
+        ExportError: If the output exists and may not be replaced or is not a model, is inside the
+            base or contains it, is or contains an input, or is named as a pickle.
         OSError: If its folder cannot be written to.
     """
     _refuse_pickle(output)
     source, target = base.resolve(), output.resolve()
     if source in target.parents or target in source.parents:
         raise ExportError(
-            f"{output} and the base {base} lie inside one another; choose another name"
+            f"one of {output} and the base {base} contains the other; choose another name"
         )
     require_writable(output.parent, is_folder=True)
     inside = [path for path in inputs if path.is_dir() and path.resolve() in target.parents]
@@ -146,20 +146,20 @@ def check_model_output(output: Path, base: Path, inputs: Sequence[Path], overwri
 def check_adapter_output(
     output: Path, kind: str, adapter: AdapterFile, inputs: Sequence[Path], overwrite: bool
 ) -> dict[str, Path]:
-    """Refuse an output that exists, would replace what it is made from, or cannot be written.
+    """Check that an output can be written, does not exist, and would not replace an input.
 
     Args:
         output: The file to write, or a folder for it.
-        kind: The layout that it is written in.
-        adapter: What has the tokens that are written beside it.
-        inputs: What is read.
-        overwrite: Whether files that exist may be replaced.
+        kind: The layout to write.
+        adapter: Adapter with the tokens to write.
+        inputs: Files that are read.
+        overwrite: Whether existing files may be replaced.
 
     Returns:
         The files of the adapter's tokens, by token.
 
     Raises:
-        ExportError: If it, or one of these, is refused.
+        ExportError: If a check of the output, or of a token's file, fails.
         OSError: If its folder cannot be written to.
     """
     _refuse_pickle(output)
@@ -178,21 +178,19 @@ def _refuse_pickle(output: Path) -> None:
 
 
 def _refuse_inputs(output: Path, inputs: Iterable[Path], around: Sequence[Path] = ()) -> None:
-    """Refuse an output that is there, and is or holds what is read, or lies in some of that."""
+    """Check that an existing output is not an input, contains none, and is not in ``around``."""
     for path in inputs if output.exists() else ():
-        # Of a folder in PEFT's layout, one component's may be read.
+        # The input may be one component's folder in a folder of PEFT's layout.
         is_same = path.exists() and output.samefile(path)
         if is_same or path in around or output.resolve() in path.resolve().parents:
-            raise ExportError(
-                f"{output} is or holds {path.name}, which is read for it; choose another name"
-            )
+            raise ExportError(f"{output} is or contains the input {path.name}; choose another name")
 
 
 def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
-    """Refuse outputs that exist, where nothing is to be overwritten.
+    """Check that no output exists, unless existing files may be overwritten.
 
     Raises:
-        ExportError: Of the first that does.
+        ExportError: If one exists; names the first.
     """
     for path in outputs:
         if path.exists() and not overwrite:
@@ -201,7 +199,7 @@ def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def temporary_sibling(output: Path) -> Iterator[Path]:
-    """A name beside ``output`` for a file or folder; what is left there in the end is removed."""
+    """Yield a temporary path next to ``output``. A file or folder left there is removed."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.parent / f".{output.name}.{secrets.token_hex(6)}.tmp"
     try:
@@ -214,7 +212,7 @@ def temporary_sibling(output: Path) -> Iterator[Path]:
 
 
 def replace_folder(temporary: Path, output: Path) -> None:
-    """Move a finished folder to its place; a folder that is there goes only once it is replaced."""
+    """Move a finished folder to its place. An existing folder is removed only after the move."""
     if not output.exists():
         system.replace(temporary, output)
         return
@@ -222,7 +220,7 @@ def replace_folder(temporary: Path, output: Path) -> None:
         try:
             system.replace(output, old)
             system.replace(temporary, output)
-        except BaseException:  # an interruption, too
+        except BaseException:  # Including an interruption.
             if old.exists() and not output.exists():
                 system.replace(old, output)
             raise

@@ -39,16 +39,16 @@ class FitSettings:
     """Settings for fitting layers.
 
     Attributes:
-        rank: Largest rank; None: as many as the layers that are fitted have.
+        rank: Largest rank; None: the rank of the fitted layers.
         conv_rank: Largest rank of Conv2d layers; None: ``rank``.
-        energy: Take each layer's smallest rank that holds this share of the squared singular
-            values, and no more than the largest.
+        energy: Use each layer's smallest rank that keeps this share of the squared singular values,
+            up to the largest rank.
         method: A key of ``METHODS``.
-        norm_axis: Axis of the magnitudes; None: that of the adapters, or the output axis.
-        dtype: Data type of the low-rank factors; None: float32.
+        norm_axis: Axis of the magnitudes; None: the adapters' axis, or output.
+        dtype: Dtype of the low-rank factors; None: float32.
 
     Raises:
-        ConfigError: If a value cannot work.
+        ConfigError: If a value is not valid.
     """
 
     rank: int | None = None
@@ -76,27 +76,29 @@ class FitSettings:
         return self.method == "dora"
 
     def rank_of(self, shape: tuple[int, ...], default: int) -> int:
-        """The largest rank of a weight ``(out, in, *k)``; ``default`` where none is set."""
+        """Return the largest rank for a weight ``(out, in, *k)``; ``default`` if none is set."""
         rank = self.conv_rank if len(shape) > 2 and self.conv_rank is not None else self.rank
         return default if rank is None else rank
 
-    def key_format(self, wanted: str | None) -> str:
-        """The key format to write: the one that is wanted, else the one that can hold it.
+    def key_format(self, requested: str | None) -> str:
+        """Return the key format to write: the requested one, else one that can store the layers.
 
         Raises:
-            ExportError: If the wanted one is unknown or cannot.
+            ExportError: If the requested one is unknown or cannot store them.
         """
         on_input = self.use_dora and self.axis == "input"
-        if wanted is None:
+        if requested is None:
             return "kohya" if on_input else "diffusers"
-        if wanted not in KEY_FORMATS:
-            raise ExportError(f"unknown key format {wanted!r}; there is {', '.join(KEY_FORMATS)}")
-        if on_input and wanted != "kohya":
+        if requested not in KEY_FORMATS:
             raise ExportError(
-                f"the {wanted} format cannot hold magnitudes on the input axis; write kohya, or "
-                "take the output axis"
+                f"unknown key format {requested!r}; there is {', '.join(KEY_FORMATS)}"
             )
-        return wanted
+        if on_input and requested != "kohya":
+            raise ExportError(
+                f"the {requested} format cannot store magnitudes on the input axis; choose kohya, "
+                "or the output axis"
+            )
+        return requested
 
     @property
     def limits(self) -> dict[str, float]:
@@ -105,7 +107,7 @@ class FitSettings:
 
     @property
     def ranks(self) -> str:
-        """The same as a text: ``"rank 8, energy 0.95"``."""
+        """The limits as a text: ``"rank 8, energy 0.95"``."""
         limits = [f"{name} {value:g}" for name, value in self.limits.items()]
         return ", ".join(limits) or "sum of the ranks"
 
@@ -117,14 +119,14 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FitTarget:
-    """Target that one layer is fitted to.
+    """Target for the fit of one layer.
 
     Attributes:
         base: The base weight, as the model stores it.
-        tuned: The weight to come near.
+        tuned: The weight to approximate.
         rank: Rank of the layer if the settings have none.
-        start: Scales that a DoRA may start from, see `best_dora`.
-        layer: The layer, where there is nothing to fit.
+        start: Initial scales for a DoRA; see `best_dora`.
+        layer: A layer to copy, if no fit is needed.
         kind: How the weight is stored.
     """
 
@@ -138,13 +140,13 @@ class FitTarget:
 
 @dataclass
 class Fitted:
-    """Layers, and how near they are.
+    """Fitted layers and their errors.
 
     Attributes:
-        layers: By canonical module name.
-        errors: ``|W'' - W'| / |W' - W|`` of each in the Frobenius norm, for a tuned W'.
-        total_error: That of all layers together.
-        unchanged: Number of modules whose weight is the base's; they get no layer.
+        layers: The layers by canonical module name.
+        errors: ``|W'' - W'| / |W' - W|`` of each layer in the Frobenius norm, for a tuned W'.
+        total_error: The error of all layers together.
+        unchanged: Number of modules with the base's weight, which get no layer.
     """
 
     layers: dict[str, LayerWeights] = field(default_factory=dict)
@@ -159,7 +161,7 @@ class Fitted:
         return self._left / self._size if self._size else 0.0
 
     def add(self, name: str, layer: LayerWeights, left: float, size: float) -> None:
-        """Add a layer, ``|W'' - W'|`` and ``|W' - W|``."""
+        """Add a layer with its ``|W'' - W'|`` and ``|W' - W|``."""
         self.layers[name] = layer
         self.errors[name] = left / size if size else 0.0
         self._left, self._size = math.hypot(self._left, left), math.hypot(self._size, size)
@@ -167,13 +169,13 @@ class Fitted:
     def stated(
         self, extra: Mapping[str, str], of: str, how: str | FitSettings, before: float = 0.0
     ) -> dict[str, str]:
-        """Metadata fields with how it was fitted, to what, and the largest error.
+        """Return metadata fields with the fit, its target, and a bound on the error.
 
         Args:
-            extra: Further fields; an alpha of training is left out: fitted layers have another one.
-            of: The original.
-            how: The fit.
-            before: The error of the target itself.
+            extra: Further fields, except the alpha of training: fitted layers have another alpha.
+            of: Name of the target.
+            how: Description of the fit.
+            before: Error of the target itself.
         """
         error = before + self.total_error + before * self.total_error
         facts = {"approximation": str(how), APPROXIMATES: of, APPROXIMATION_ERROR: f"{error:.3g}"}
@@ -187,17 +189,17 @@ def fit_layers(
     settings: FitSettings,
     on_progress: OnProgress | None = None,
 ) -> Fitted:
-    """Fit one layer after the other, a few at a time in threads of one core each.
+    """Fit layers, a few at a time in threads of one core each.
 
     Args:
         model: The base.
         names: Canonical module names.
         target_of: Loads the target of a layer; None if the weight is the base's.
-        settings: How.
-        on_progress: Called with (bytes of these weights done, bytes in all).
+        settings: Settings of the fit.
+        on_progress: Called with (bytes of these weights done, total bytes).
 
     Raises:
-        ExportError: If a weight holds numbers that are not finite.
+        ExportError: If a weight contains numbers that are not finite.
     """
     fitted, nbytes = Fitted(), {name: model.specs[f"{name}.weight"].nbytes for name in names}
     report = ProgressReporter(sum(nbytes.values()), on_progress)
@@ -217,11 +219,11 @@ def fit_layers(
 
 @torch.no_grad()
 def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeights, float, float]:
-    """A layer in the dtype that it is written in, ``|W'' - W'|`` and ``|W' - W|``."""
+    """Return the fitted layer, in the dtype to write, ``|W'' - W'|`` and ``|W' - W|``."""
     base, tuned = (out_in(w, target.kind) for w in (target.base, upcast(target.tuned)))
     size = (tuned - base).norm().item()
     if not math.isfinite(size):
-        raise ExportError(f"{name} holds numbers that are not finite, in the base or after")
+        raise ExportError(f"{name} contains numbers that are not finite, in the base or the target")
     if target.layer is not None:
         layer = dataclasses.replace(target.layer, kind="plain")
     else:
@@ -240,13 +242,13 @@ def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeig
 
 
 def axis_of(layers: Iterable[LayerWeights]) -> NormAxis:
-    """The axis of all magnitudes; the output axis where they differ, or there is none."""
+    """Return the axis of all magnitudes; the output axis if they differ, or there are none."""
     axes = {layer.norm_axis for layer in layers if layer.magnitude is not None}
     return axes.pop() if len(axes) == 1 else "output"
 
 
 def key_format_for(layers: Mapping[str, LayerWeights]) -> str:
-    """The key format that can hold these layers: Diffusers', if possible."""
+    """Return the key format that can store these layers: Diffusers', if possible."""
     kinds = {None if w.magnitude is None else w.norm_axis for w in layers.values()}
     return "diffusers" if len(kinds) == 1 and "input" not in kinds else "kohya"
 
@@ -257,16 +259,16 @@ def fit_to_adapters(
     settings: FitSettings,
     on_progress: OnProgress | None = None,
 ) -> Fitted:
-    """One layer for each that adapters have on a base: the nearest to all of them together.
+    """Fit layers to the sum of adapters on a base.
 
-    A layer that one adapter alone has, at strength 1, stays as it is where its rank, its kind and
-    its axis are as wanted.
+    A layer of only one adapter, at strength 1, is copied if its rank, method and axis fit the
+    settings.
 
     Args:
         model: The base.
-        adapters: Their layers and strengths.
-        settings: How they are fitted. Without a rank each layer gets the sum of theirs.
-        on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
+        adapters: Layers and strengths of the adapters.
+        settings: Settings of the fit. Without a rank each layer gets the sum of the ranks.
+        on_progress: Called with (bytes of the base's adapted weights done, total bytes).
     """
     names = [n for n in module_shapes(model) if any(n in adapter.layers for adapter in adapters)]
 
@@ -287,7 +289,7 @@ def fit_to_adapters(
 
 
 def _cancels(base: Tensor, tuned: Tensor, layers: Sequence[tuple[LayerWeights, Strengths]]) -> bool:
-    """Return whether nothing is left of several layers but what float32 rounds."""
+    """Return whether several layers cancel up to the rounding of float32."""
     change = (tuned - base).norm()
     total = sum(abs(strengths.strength) for _, strengths in layers) if len(layers) > 1 else 0.0
     rounding = torch.finfo(torch.float32).eps * total * base.norm(dtype=change.dtype)
@@ -309,12 +311,12 @@ def _stays(layer: LayerWeights, strengths: Strengths, settings: FitSettings) -> 
 def decomposed(
     layers: Mapping[str, LayerWeights], settings: FitSettings, model: ModelWeights | None
 ) -> Fitted:
-    """Layers of a smaller rank by their singular values, in the dtype of their own.
+    """Reduce the rank of layers by their singular values, in their dtype.
 
     Args:
-        layers: The adapter.
-        settings: Their rank; without one each keeps its own.
-        model: The base, for plain LoRA. Without it magnitudes stay, and errors are those of
+        layers: Layers of the adapter.
+        settings: The limits on the rank; without one each layer keeps its rank.
+        model: The base, for plain LoRA. Without it magnitudes are kept, and errors are relative to
             ``s B A``, which is the whole change of a plain LoRA.
     """
     fitted = Fitted()

@@ -1,4 +1,4 @@
-"""Publishing a run on the Hugging Face hub: private unless asked otherwise."""
+"""Publishing of a run on the Hugging Face hub, by default as a private repository."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dora_diffusion.models.locate import is_network_error, is_offline
 
 
 class HubError(ExportError):
-    """Error of publishing; one line with what to do."""
+    """Error of publishing, with a one-line message and the fix."""
 
 
 def push(
@@ -27,23 +27,23 @@ def push(
 ) -> str:
     """Upload a run's adapter, model card, settings, loss and samples, in one commit.
 
-    The photos stay here, and so do the names of this computer's folders. The token is the hub
-    library's own: ``HF_TOKEN``, or what ``hf auth login`` has kept. ``HF_ENDPOINT`` and
-    ``HF_HUB_OFFLINE`` are honoured.
+    Photos and names of local folders are not uploaded. The token is that of the hub library:
+    ``HF_TOKEN``, or the one stored by ``hf auth login``. ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are
+    honoured.
 
     Args:
         folder: A run's output folder.
-        repository: ``NAME/MODEL``; it is made where there is none.
-        private: Only you can see it.
-        adapter: Another adapter file than the folder's, such as a checkpoint's.
-        card: Another README than the folder's.
+        repository: ``NAME/MODEL``. It is created if it does not exist.
+        private: Make the repository private.
+        adapter: Adapter file to upload in place of the folder's, such as a checkpoint's.
+        card: README in place of the folder's.
 
     Returns:
         The address of the repository.
 
     Raises:
-        HubError: If it cannot be published, or would be seen by others against ``private``.
-        FileNotFoundError, AdapterFormatError: If the folder holds no adapter.
+        HubError: If it cannot be published, or the repository is public despite ``private``.
+        FileNotFoundError, AdapterFormatError: If the folder contains no adapter.
     """
     check(repository)
     files = _files(Path(folder), adapter, card)
@@ -58,8 +58,7 @@ def push(
         address = str(api.create_repo(repository, private=private, exist_ok=True))
         if private and not api.repo_info(repository).private:
             raise HubError(
-                f"{repository} exists, and everybody can see it; choose another name, or publish "
-                "it on purpose"
+                f"{repository} exists and is public; choose another name, or allow a public one"
             )
         api.create_commit(repository, operations, commit_message="Upload DoRA adapter")
     except errors.HfHubHTTPError as error:
@@ -72,10 +71,10 @@ def push(
 
 
 def check(repository: str) -> None:
-    """Check that a push could begin.
+    """Check the name, the connection settings and the token before a push.
 
     Raises:
-        HubError: If the name is none, the hub is switched off, or there is no token.
+        HubError: If the name is not valid, HF_HUB_OFFLINE is set, or no token is found.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
@@ -91,11 +90,11 @@ def check(repository: str) -> None:
     if is_offline():
         raise HubError("HF_HUB_OFFLINE is set, so nothing is sent to the hub; unset it to publish")
     if huggingface_hub.get_token() is None:
-        raise HubError("there is no token; set HF_TOKEN to one that may write, and start again")
+        raise HubError("no token is set; set HF_TOKEN to one with write access, and start again")
 
 
 def _files(folder: Path, adapter: Path | None, card: str | None) -> dict[str, Path | bytes]:
-    """Path in the repository -> what to upload."""
+    """Return the files to upload, by path in the repository."""
     import yaml
 
     file = adapter or find_adapter(folder)
@@ -107,13 +106,15 @@ def _files(folder: Path, adapter: Path | None, card: str | None) -> dict[str, Pa
             files[name] = folder / name
     if card is not None:
         files["README.md"] = card.encode("utf-8")
-    if "config.yaml" in files:  # without this computer's folders
+    if "config.yaml" in files:  # Leave out local folders.
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
         values = resolve_paths(values, folder)
         text: str = yaml.safe_dump(without_paths(values), sort_keys=False, allow_unicode=True)
         files["config.yaml"] = text.encode("utf-8")
-    others = [*sorted(folder.glob("samples/*.png")), *embeddings_of(file)]
-    return files | {f"{path.parent.name}/{path.name}": path for path in others if path.is_file()}
+    extra_files = [*sorted(folder.glob("samples/*.png")), *embeddings_of(file)]
+    return files | {
+        f"{path.parent.name}/{path.name}": path for path in extra_files if path.is_file()
+    }
 
 
 def _reason(error: Any) -> str:
@@ -121,5 +122,5 @@ def _reason(error: Any) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = getattr(error, "server_message", None) or str(error).strip().splitlines()[0]
     if status in (401, 403):
-        return f"{message} (does the token in HF_TOKEN belong to that name, and may it write?)"
+        return f"{message} (does the token in HF_TOKEN belong to that name, with write access?)"
     return str(message)

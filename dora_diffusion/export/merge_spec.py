@@ -30,15 +30,15 @@ _KNOBS = ("unet_strength", "text_encoder_strength", "direction_strength", "magni
 
 @dataclass
 class MergeSpec:
-    """Adapters and their strengths.
+    """Adapters and strengths of a merge.
 
     Attributes:
         adapters: One adapter, or several as ``[(adapter, strength), ...]``, or none.
-        strengths: How strongly all of them act.
-        parts: File, own strength and content of each, once they are read.
+        strengths: Strengths that apply to all adapters.
+        parts: File, strength and content of each adapter; empty before `read`.
 
     Raises:
-        ValueError: If a strength is out of its limits.
+        ValueError: If a strength is out of range.
     """
 
     adapters: Adapters
@@ -50,7 +50,7 @@ class MergeSpec:
             require_strength(f"the strength of {path}", strength)
 
     def require_adapter(self) -> None:
-        """Refuse to do without any.
+        """Check that there is an adapter.
 
         Raises:
             ExportError: If there is none.
@@ -59,42 +59,47 @@ class MergeSpec:
             raise ExportError("no adapter was given")
 
     def pairs(self) -> list[tuple[str | Path, float]]:
-        """The adapters with their own strengths."""
+        """Return the adapters with their strengths."""
         if isinstance(self.adapters, (str, Path)):
             return [(self.adapters, 1.0)]
         return list(self.adapters)
 
     def files(self) -> list[Path]:
-        """The adapters' files, in their order."""
+        """Return the adapters' files, in order."""
         return [find_adapter(path) for path, _ in self.pairs()]
 
     def knobs(self) -> dict[str, float]:
-        """The strengths that act on all adapters, but the plain one."""
+        """Return the strengths that apply to all adapters, except ``strength``."""
         return {name: getattr(self.strengths, name) for name in _KNOBS}
 
     def read(self, base: ModelWeights, alpha: float | None = None) -> list[AdapterFile]:
-        """Read the adapters for a base, in their order.
+        """Read the adapters for a base, in order.
 
         Args:
-            base: The model that they are merged into.
-            alpha: What those adapters were trained with whose files do not say it.
+            base: The model to merge into.
+            alpha: Alpha of adapters whose files do not store it.
 
         Raises:
-            AdapterFormatError: If one cannot be read, or does not fit the base.
-            ExportError: If an alpha is given, and every file says its own.
+            AdapterFormatError: If an adapter cannot be read, or does not fit the base.
+            ExportError: If an alpha is given, but every file stores one.
 
         Warns:
-            UserWarning: Of strengths that act on nothing that these adapters hold.
+            UserWarning: If a strength has no effect on these adapters.
         """
         files = self.files()
         adapters = [read_adapter(file, base, sums=True) for file in files]
         if alpha is not None and adapters:
             lacking = [number for number, adapter in enumerate(adapters) if adapter.lacks_alpha]
             if not lacking:
-                raise ExportError(f"alpha {alpha:g} has no effect: every adapter says its own")
+                raise ExportError(
+                    f"alpha {alpha:g} has no effect: every adapter's file stores its alpha; leave "
+                    "it out"
+                )
             for number in lacking:
                 adapters[number] = read_adapter(files[number], base, alpha=alpha, sums=True)
-        self.parts = list(zip(files, (own for _, own in self.pairs()), adapters, strict=True))
+        self.parts = list(
+            zip(files, (strength for _, strength in self.pairs()), adapters, strict=True)
+        )
         if not adapters and alpha is not None:
             warnings.warn("alpha has no effect because no adapter is given", stacklevel=3)
         for name, reason in self._without_effect().items():
@@ -103,56 +108,60 @@ class MergeSpec:
         return adapters
 
     def _without_effect(self) -> dict[str, str]:
-        """Strengths that act on nothing that these adapters hold, with the reason."""
+        """Return the strengths without effect on these adapters, with the reason."""
         if not self.parts:
             return dict.fromkeys(vars(self.strengths), "no adapter is given")
-        parts = [adapter for *_, adapter in self.parts]
-        layers = [one for part in parts for one in (part.layers, part.beside)]
-        names = {name.partition(".")[0] for each in layers for name in each}
-        has_magnitude = any(w.magnitude is not None for each in layers for w in each.values())
+        adapters = [adapter for *_, adapter in self.parts]
+        layers = [one for part in adapters for one in (part.layers, part.beside)]
+        names = {name.partition(".")[0] for group in layers for name in group}
+        has_magnitude = any(w.magnitude is not None for group in layers for w in group.values())
         acts_on = (
             ("unet_strength", "layer of a UNet", "unet" in names),
             ("text_encoder_strength", "layer of a text encoder", names - {"unet"}),
             ("magnitude_strength", "magnitude", has_magnitude),
         )
-        return {name: f"no adapter holds a {what}" for name, what, held in acts_on if not held}
+        return {name: f"no adapter has a {what}" for name, what, held in acts_on if not held}
 
     def assumptions(self) -> list[str]:
-        """The assumptions about the adapters, a line each, with their file."""
-        return [f"{file.name}: {text}" for file, _, own in self.parts for text in own.assumptions]
+        """Return the assumptions about the adapters, one line each, with the file's name."""
+        return [
+            f"{file.name}: {text}"
+            for file, _, adapter in self.parts
+            for text in adapter.assumptions
+        ]
 
     def warn_of_assumptions(self) -> None:
         for assumption in self.assumptions():
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=3)
 
     def embeddings(self, model: Path, output: Path) -> list[tuple[Path, str, Vectors]]:
-        """File, token and vectors of the base's own, and of each adapter.
+        """Return file, token and vectors for the tokens of the base and of each adapter.
 
         Warns:
-            UserWarning: Of a token that several have with vectors of their own.
+            UserWarning: If several of them have different vectors for a token.
         """
         folder = output.parent if output.suffix == ".safetensors" else output
         named = [(file.stem, adapter.tokens) for file, _, adapter in self.parts]
         stems: Counter[str] = Counter()
-        found: list[tuple[Path, str, Vectors]] = []
+        entries: list[tuple[Path, str, Vectors]] = []
         for stem, tokens in [(model.stem, read_tokens(model)), *named]:
             stems[stem] += 1
             number = f"_{stems[stem]}" if stems[stem] > 1 else ""
             files = embedding_files(folder, stem + number, tokens)
-            found += [(file, token, tokens[token]) for token, file in files.items()]
-        found.sort(key=lambda each: each[0].name)  # The last is what `read_tokens` ends with.
-        last = {token: (file, vectors) for file, token, vectors in found}
-        for file, token, vectors in found:
+            entries += [(file, token, tokens[token]) for token, file in files.items()]
+        entries.sort(key=lambda entry: entry[0].name)  # As in `read_tokens`, the last one counts.
+        last = {token: (file, vectors) for file, token, vectors in entries}
+        for file, token, vectors in entries:
             if not are_equal(vectors, last[token][1]):
                 warnings.warn(
-                    f"{token} has vectors of its own in {file.name} and {last[token][0].name}: "
+                    f"{token} has different vectors in {file.name} and {last[token][0].name}: "
                     "here it means the latter; other programs call each by its file's name",
                     stacklevel=3,
                 )
-        return found
+        return entries
 
     def weighted(self) -> list[WeightedAdapter]:
-        """The adapters, with the strengths of each component."""
+        """Return the adapters with the strengths of each component."""
         all_of, weighted = self.strengths, []
         shares = ((True, all_of.unet_strength), (False, all_of.text_encoder_strength))
         for _, strength, adapter in self.parts:
@@ -164,20 +173,20 @@ class MergeSpec:
         return [adapter for adapter in weighted if adapter.layers]
 
     def record(self) -> list[dict[str, object]]:
-        """Record the merge: names and hashes, no paths; strengths other than 1 that act on all."""
+        """Return a record of the merge: names, hashes and strengths, without paths."""
         knobs = {name: value for name, value in self.knobs().items() if value != 1.0}
         rows = list[dict[str, object]]()
-        for path, own in self.pairs():
+        for path, strength in self.pairs():
             row = {"adapter": without_path(str(Path(path).resolve())), "sha256": adapter_hash(path)}
-            rows.append({**row, "strength": own * self.strengths.strength, **knobs})
+            rows.append({**row, "strength": strength * self.strengths.strength, **knobs})
         return rows
 
 
 def recorded(text: str) -> list[tuple[str, str, list[float]]]:
-    """Name, hash and strengths of each adapter, from the record in a merged model's metadata.
+    """Return name, hash and strengths of each adapter in the record of a merged model.
 
-    Their order is strength, UNet, text encoders, direction, magnitude. Of a record that is damaged,
-    or another program's, there are none.
+    The order of strengths is: strength, UNet, text encoders, direction, magnitude. A record that is
+    damaged or from another program gives an empty list.
     """
     names = ("strength", *_KNOBS)
     try:

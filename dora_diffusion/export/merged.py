@@ -1,4 +1,4 @@
-"""A base model with adapters merged in, or other tensors, wherever it is written to."""
+"""Weights of a base model with adapters merged in or with replaced tensors, for any output."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _CHECKED_TENSORS = 8
 
 
 class Overlay:
-    """A model's weights with other tensors in place of some of its own.
+    """Weights of a model with some tensors replaced.
 
     Args:
         base: The weights.
-        tensors: Canonical name -> what gives the tensor, which is not rounded.
+        tensors: Canonical name -> function that returns the tensor, without rounding.
         specs: Dtypes and shapes that differ from the base's.
     """
 
@@ -63,12 +63,12 @@ class Overlay:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """The tensors of a base model with adapters merged in, computed when asked for.
+    """Tensors of a base model with adapters merged in, computed on access.
 
     Attributes:
         base: The base weights.
-        adapters: What is merged.
-        dtype: Of the UNet and the text encoders; None keeps the base's.
+        adapters: The adapters to merge.
+        dtype: Dtype of the UNet and the text encoders; None keeps the base's.
 
     Raises:
         MergeError: If an adapted weight of the base is quantised.
@@ -89,7 +89,7 @@ class MergedModel:
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Dtype and shape that each tensor is written with."""
+        """Dtype and shape of each tensor to write."""
         return {
             name: spec
             if self.dtype is None or name.startswith("vae.") or not spec.dtype.is_floating_point
@@ -98,11 +98,11 @@ class MergedModel:
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        """The merged tensor, as it is written."""
+        """Return a merged tensor in the dtype to write."""
         return self.tensor(name)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The merged tensor, computed in float32 and cast once, to its own dtype or another."""
+        """Return a merged tensor, computed in float32 and cast once (None: to `specs`' dtype)."""
         layers = layers_of(name, self.adapters)
         try:
             return merge_tensor(self.base[name], layers, dtype or self.specs[name].dtype)
@@ -110,25 +110,26 @@ class MergedModel:
             raise MergeError(f"{name}: {error}") from error
 
     def build(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of the single-file layout, from merged sources."""
+        """Return a tensor of the single-file layout, built from merged tensors."""
         return entry.build(self.tensor(name, dtype) for name in entry.sources)
 
     def explains(self, entry: Entry, written: Tensor) -> bool:
-        """Return whether a tensor is the merged one, but for the rounding that is due.
+        """Return whether a tensor is the merged one, up to rounding.
 
-        The same bits are what is found in general. But no BLAS promises them, and a merge that is
-        right must not be refused, so where they differ each number is compared by what rounding in
-        float32 and one cast may have made of it: a bound of its own for each, which a
-        tensor that is damaged, another one or merged with another strength does not keep.
+        The bits are usually equal, but no BLAS guarantees this, and a correct merge must not be
+        refused. If they differ, each number is compared with its own bound on the rounding of
+        float32 and of one cast. A damaged or different tensor, or another strength, exceeds it.
         """
         if torch.equal(written, self.build(entry)):
             return True
-        wanted = self.build(entry, torch.float32)
+        expected = self.build(entry, torch.float32)
         layers = {name: layers_of(name, self.adapters) for name in entry.sources}
-        errors = (merge_error(self.base[name], own) for name, own in layers.items())
-        allowed = cast_error(wanted, written.dtype) + 2 * entry.build(errors)
-        # In this form, so that a NaN is a difference, too.
-        return bool(((written.float() - wanted).abs() <= allowed).all())
+        errors = (
+            merge_error(self.base[name], merged_layers) for name, merged_layers in layers.items()
+        )
+        allowed = cast_error(expected, written.dtype) + 2 * entry.build(errors)
+        # In this form, a NaN counts as a difference.
+        return bool(((written.float() - expected).abs() <= allowed).all())
 
 
 def check_sample(path: Path, entries: Sequence[Entry], merged: MergedModel) -> None:
@@ -147,14 +148,14 @@ def check_sample(path: Path, entries: Sequence[Entry], merged: MergedModel) -> N
 
 
 class VaeFile:
-    """The tensors of an autoencoder by canonical name, whatever layout its file has.
+    """Tensors of an autoencoder by canonical name, read from a file of any layout.
 
     Attributes:
         specs: Dtype and shape of every tensor, ``vae....``.
-        config: Its ``config.json``, if it has one.
+        config: The ``config.json``, if there is one.
 
     Raises:
-        ExportError: If a tensor has no place in an autoencoder.
+        ExportError: If a tensor does not belong to an autoencoder.
     """
 
     def __init__(self, reader: TensorReader, config: Path | None) -> None:
@@ -175,37 +176,37 @@ class VaeFile:
             raise ExportError(f"{reader.path.name} is not an autoencoder: {listing(unknown)}")
         self.specs = {name: reader.specs[key] for name, key in self._key_of.items()}
         for name, spec in self.specs.items():
-            if ".attentions.0.to_" in name and name.endswith(".weight"):  # a Linear's
+            if ".attentions.0.to_" in name and name.endswith(".weight"):  # A Linear layer.
                 self.specs[name] = TensorSpec(spec.dtype, spec.shape[:2])
 
     def __getitem__(self, name: str) -> Tensor:
-        """Load one tensor by canonical name."""
+        """Load a tensor by canonical name."""
         return self.reader[self._key_of[name]].view(self.specs[name].shape)
 
 
 def with_vae(base: ModelWeights, vae: VaeFile) -> Overlay:
-    """Base weights with another autoencoder in place of their own.
+    """Return base weights with another autoencoder in place of the base's.
 
     Raises:
         ExportError: If the autoencoders differ in shape.
     """
     replaced = {name: spec for name, spec in base.specs.items() if name.startswith("vae.")}
-    # The same for a Linear weight and a 1x1 convolution: first dimension and number of values.
-    own, new = (
+    # First dimension and number of values are equal for a Linear weight and a 1x1 convolution.
+    old, new = (
         {name: (*spec.shape[:1], math.prod(spec.shape)) for name, spec in specs.items()}
         for specs in (replaced, vae.specs)
     )
-    if wrong := [name for name in own.keys() | new.keys() if own.get(name) != new.get(name)]:
-        raise ExportError(f"the autoencoder is of another kind than the base's: {listing(wrong)}")
+    if wrong := [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]:
+        raise ExportError(f"the autoencoder has other shapes than the base's: {listing(wrong)}")
     return Overlay(base, {name: partial(vae.__getitem__, name) for name in vae.specs}, vae.specs)
 
 
 @contextlib.contextmanager
 def open_base(base: BaseModel) -> Iterator[tuple[StoredModel, ModelWeights, VaeFile | None]]:
-    """Open a base: the stored model, its weights with the autoencoder of ``base.vae``, and that.
+    """Open a base. Yields the model, its weights with ``base.vae`` in place, and that autoencoder.
 
     Raises:
-        ExportError: If that is not an autoencoder, or of another kind than the model's own.
+        ExportError: If ``base.vae`` is not an autoencoder, or has other shapes than the model's.
     """
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base))
@@ -218,12 +219,12 @@ def _open_vae(name: str | Path) -> Iterator[VaeFile]:
     """Open an autoencoder and close its file afterwards.
 
     Args:
-        name: As of `vae_folder`, or a ``.safetensors`` file: an autoencoder alone, or a whole
+        name: As in `vae_folder`, or a ``.safetensors`` file of an autoencoder or a whole
             checkpoint.
 
     Raises:
-        ExportError: If it is not an autoencoder.
-        ModelNotFoundError: If there is none.
+        ExportError: If the file is not an autoencoder.
+        ModelNotFoundError: If it does not exist.
     """
     from dora_diffusion.models.locate import vae_folder
 

@@ -34,30 +34,30 @@ from dora_diffusion.formats.files.stream import file_hash
 MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
 TRIGGER = OWN + "trigger"
 _UNKNOWN_HASH = "0" * 64
-# What a base says of its own bytes and parts is not true of a changed file.
+# Fields about the base's own bytes and parts, which are wrong for a changed file.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _NOT_OF_THE_OUTPUT = {*_HASHES, MERGED, OWN + EMBEDDINGS}
-# What of the base's card holds for whoever uses the new model, too.
+# Fields of the base's card that also apply to the new model.
 _LICENSE_FIELDS = ("license", "license_name", "license_link", "extra_gated_prompt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Texts by what they are on.
+# Texts by topic.
 _TEXTS = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8"))
 
 
 class ModelMetadata:
-    """The metadata of an output, complete once the base's hashes are known, and its card.
+    """Metadata and card of an output. The metadata is complete once the base is hashed.
 
-    Hashing a model of several gigabytes takes about as long as reading it, so it runs beside the
-    merge; the file is written with zeros in the hashes' places, which are filled in the end.
+    Hashing a model of several gigabytes takes about as long as reading it, so it runs in parallel
+    with the merge. The file is first written with zeros for the hashes.
 
     Args:
         model: The base.
-        output: What is written.
-        fields: The metadata, but for those of the base and of a single file.
-        prediction_type: What the model predicts; empty where that is not known.
-        text: The card's text.
-        record: What was merged, as `MergeSpec.record` gives it.
-        hashed: Files of the base, by the name that their hash gets.
+        output: The file or folder to write.
+        fields: The metadata, without fields on the base or for a single file.
+        prediction_type: Prediction type of the model; empty if unknown.
+        text: Text of the card.
+        record: The merged adapters, from `MergeSpec.record`.
+        hashed: Files of the base, by the name of their hash.
         words: Trained words and their files.
     """
 
@@ -82,7 +82,7 @@ class ModelMetadata:
             self._fields |= {OWN + name: text for name, text in named.items()}
             spoken = modelspec_fields(model.family, output.stem, trigger, prediction_type)
             if not prediction_type and model.family.has_two_predictions:
-                del spoken["modelspec.architecture"]  # what the base says of itself stays
+                del spoken["modelspec.architecture"]  # Keep the base's field.
             self._fields |= spoken
         self._pool = ThreadPoolExecutor(1)
         self._hashes: dict[str, Future[str]] = {
@@ -90,14 +90,14 @@ class ModelMetadata:
         }
 
     def card(self, old: str) -> str:
-        """The model card of a folder; ``old`` is that of the base, which stays if it is all."""
+        """Return the card of a folder; ``old``, the base's card, if there is nothing to add."""
         if not (self._text or self._words) and old:
             return old
-        name, said = self._name, _front_matter(old)
+        name, base_fields = self._name, _front_matter(old)
         fields: dict[str, Any] = {"base_model": name} if _HUB_ID.fullmatch(name) else {}
         linked = f"[{name}](https://huggingface.co/{name})" if fields else f"`{name}`"
         fields |= {"library_name": "diffusers", "tags": ["text-to-image"]}
-        fields |= {name: value for name, value in said.items() if name in _LICENSE_FIELDS}
+        fields |= {name: value for name, value in base_fields.items() if name in _LICENSE_FIELDS}
         head = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
         words = " and ".join(f"**`{trigger}`**" for trigger in self._triggers)
         ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
@@ -109,15 +109,15 @@ class ModelMetadata:
         return f"---\n{head}---\n\n# {self._title}\n\n{text}"
 
     def draft(self) -> dict[str, str]:
-        """The metadata with zeros for the base's hashes."""
+        """Return the metadata with zeros for the base's hashes."""
         return self._with(dict.fromkeys(self._hashes, _UNKNOWN_HASH))
 
     def final(self) -> dict[str, str]:
-        """The metadata; waits for the hashes."""
+        """Wait for the hashes and return the metadata."""
         return self._with({name: future.result() for name, future in self._hashes.items()})
 
     def close(self) -> None:
-        """Cancel hashes that nobody waits for any more."""
+        """Cancel hashes that are no longer needed."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _with(self, hashes: Mapping[str, str]) -> dict[str, str]:
@@ -126,11 +126,11 @@ class ModelMetadata:
 
 
 def word_section(words: Sequence[tuple[str, Path]], folder: Path) -> str:
-    """Return the card's section on loading trained words; empty where there are none.
+    """Return the card's section on loading trained words; empty if there are none.
 
     Args:
         words: The words and their files.
-        folder: A folder that the files are in, whose name their paths begin with.
+        folder: A folder that contains the files. Their paths begin with its name.
     """
     if not words:
         return ""
@@ -160,23 +160,27 @@ def merged_metadata(
 
     Args:
         model: The base.
-        spec: What is merged.
-        output: What is written.
-        words: The trained words that go with it, and their files.
-        base: What the base was opened as.
+        spec: The adapters and strengths of the merge.
+        output: The file or folder to write.
+        words: Trained words and their files.
+        base: The base as the user named it.
     """
-    own, short = model.metadata, (TRAINED, TRIGGER, *(OWN + name for name in READING))
-    kept = own.keys() - _NOT_OF_THE_OUTPUT if model.is_single_file else own.keys() & short
-    fields = {name: own[name] for name in kept}
+    base_metadata, short = model.metadata, (TRAINED, TRIGGER, *(OWN + name for name in READING))
+    inherited = (
+        base_metadata.keys() - _NOT_OF_THE_OUTPUT
+        if model.is_single_file
+        else base_metadata.keys() & short
+    )
+    fields = {name: base_metadata[name] for name in inherited}
     facts = [adapter.metadata for *_, adapter in spec.parts]
-    reading = agreed_reading([each.extra for each in facts])
+    reading = agreed_reading([fact.extra for fact in facts])
     fields |= {OWN + name: text for name, text in reading.items()}
     record = spec.record()
     fields |= {MERGED: json.dumps(record)} if record else {}
-    triggers = (trained_trigger(model.metadata), *(each.trigger for each in facts))
+    triggers = (trained_trigger(model.metadata), *(fact.trigger for fact in facts))
     if trigger := join_triggers(split_triggers(join_triggers(triggers))):
         fields[TRIGGER] = trigger
-    # Where there are releases of both kinds, silence tells nothing.
+    # A family with releases of both prediction types has no default.
     usual = "" if model.family.has_two_predictions else "epsilon"
     prediction_type = model.schedule().get("prediction_type", usual)
     options = {"variant": base.variant, "revision": base.revision}
@@ -189,7 +193,7 @@ def merged_metadata(
 def trained_metadata(
     model: StoredModel, metadata: AdapterMetadata, output: Path, words: Mapping[str, Path]
 ) -> ModelMetadata:
-    """Return the metadata of a model that was trained whole, with the files of trained words."""
+    """Return the metadata of a model whose weights were trained, with files of trained words."""
     facts = metadata.extra
     fields = {TRAINED: json.dumps({"training_steps": facts.get("training_steps", "")})}
     fields |= {TRIGGER: metadata.trigger} if metadata.trigger else {}
@@ -199,26 +203,26 @@ def trained_metadata(
 
 
 def trained_steps(metadata: Mapping[str, str]) -> int | None:
-    """The optimizer steps that the metadata of a trained model's file tell of."""
+    """Return the optimizer steps in a trained model's metadata; None if there are none."""
     steps = json.loads(metadata.get(TRAINED, "{}")).get("training_steps", "")
     return int(steps) if steps.isdecimal() else None
 
 
 def trained_trigger(metadata: Mapping[str, str]) -> str:
-    """The trigger words that they tell of; empty where they tell of none."""
+    """Return the trigger words in a trained model's metadata; empty if there are none."""
     return metadata.get(TRIGGER, "")
 
 
 def _row(adapter: Mapping[str, Any]) -> str:
-    """An adapter's row in a card's table, with strengths of parts that are not 1 behind it."""
-    parts = {k: v for k, v in adapter.items() if k not in ("adapter", "sha256", "strength")}
-    knobs = "".join(f" {name.replace('_', ' ')} {value:g}" for name, value in parts.items())
+    """Return an adapter's row in a card's table, followed by strengths that are not 1."""
+    factors = {k: v for k, v in adapter.items() if k not in ("adapter", "sha256", "strength")}
+    knobs = "".join(f" {name.replace('_', ' ')} {value:g}" for name, value in factors.items())
     name, strength, sha256 = adapter["adapter"], adapter["strength"], adapter["sha256"]
     return f"| `{name}` | {strength:g} | `{sha256[:16]}` |{knobs}"
 
 
 def _front_matter(card: str) -> dict[str, Any]:
-    """The YAML between the dashes at the top of a card; empty if there is none or it is damaged."""
+    """Return the YAML header of a card; empty if it is missing or damaged."""
     match = re.match(r"---\r?\n(.*?)\r?\n---\s", card, re.DOTALL)
     try:
         fields = yaml.safe_load(match[1]) if match else None

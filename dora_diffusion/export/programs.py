@@ -1,6 +1,6 @@
-"""Whole models in other programs: a report on one, and the YAML beside a single file for A1111.
+"""Whole models in other programs: a report on a model, and the YAML file for A1111.
 
-Which program asks what was seen when it was run, or read in its source: docs/measurements.
+The behaviour of each program was observed or read from its source: docs/measurements.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.layouts import MODEL_VERDICTS
 
 WIDTH = 320
-"""Channels of the first level of the released models' UNets: web UIs load no other."""
+"""Channels of the first level of released UNets. Web UIs load no other models."""
 A1111_HEAD = "# Written by dora_diffusion: A1111 builds the model of the same name by it.\n"
 
 
@@ -40,16 +40,16 @@ class ModelReport:
 
     Attributes:
         path: The file or folder.
-        family: What kind of model it is.
+        family: Family of the model.
         is_single_file: Whether it is one file in the original layout.
-        schedule: Its noise schedule, and who says so.
-        trigger: The trigger words, as far as its metadata tell them.
-        base: Name of the model that it was made from; empty where it does not say it.
-        adapters: What was merged into that: adapter and strength of each.
+        schedule: Noise schedule and its source.
+        trigger: Trigger words from the metadata.
+        base: Name of the base model from the metadata; empty if unknown.
+        adapters: Merged adapters: name and strength of each.
         dtypes: Precisions of the UNet's tensors, the most frequent first.
-        nbytes: Size of its weights on disk.
-        tools: Programs, and whether they take it as it is meant; see docs/howto/v-prediction.md.
-        notes: What to know before using it.
+        nbytes: Size of the weights on disk.
+        tools: Verdict of each program on reading the model; see docs/howto/v-prediction.md.
+        notes: Advice on using the model.
     """
 
     path: Path
@@ -65,26 +65,26 @@ class ModelReport:
     notes: Sequence[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         return dataclasses.asdict(self) | {"path": str(self.path), "family": self.family.name}
 
 
 @check_arguments()
 def inspect_model(path: str | Path) -> ModelReport:
-    """Report what a whole model is, and which programs take it so.
+    """Report the family, schedule, metadata and compatible programs of a whole model.
 
     Raises:
         UnsupportedModelError, TensorFileError: If it cannot be read, with the reason.
     """
     with open_model(path) as model:
         fields, specs = model.metadata, model.specs
-        said = [*model.statements(), *usual_of(model.family)]
+        statements = [*model.statements(), *usual_of(model.family)]
         counts = Counter(s.dtype for name, s in specs.items() if name.startswith("unet."))
         yaml_file = model.path.with_suffix(".yaml")
         notes = [*model.naming_problems(), *schedule_notes(model)]
         if model.is_single_file and a1111_config(model) and not yaml_file.is_file():
-            notes.append(f"{yaml_file.name} is not beside it: export it again for A1111")
-        schedule = choose_schedule(model.path.name, said)
+            notes.append(f"{yaml_file.name} is not next to it: export it again for A1111")
+        schedule = choose_schedule(model.path.name, statements)
         return ModelReport(
             path=model.path,
             family=model.family,
@@ -92,7 +92,9 @@ def inspect_model(path: str | Path) -> ModelReport:
             schedule=str(schedule) if schedule.prediction_type else "",
             trigger=fields.get("modelspec.trigger_phrase", "") or trained_trigger(fields),
             base=base_name(fields),
-            adapters=[(name, own[0]) for name, _, own in recorded(fields.get(MERGED, ""))],
+            adapters=[
+                (name, strengths[0]) for name, _, strengths in recorded(fields.get(MERGED, ""))
+            ],
             dtypes=[str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common()],
             nbytes=sum(file.stat().st_size for files in model.files.values() for file in files),
             tools=MODEL_VERDICTS.get(kind_of(model), {}),
@@ -101,7 +103,7 @@ def inspect_model(path: str | Path) -> ModelReport:
 
 
 def kind_of(model: StoredModel) -> str:
-    """Return a model's key of `MODEL_VERDICTS`; empty where nobody says what it predicts."""
+    """Return a model's key of `MODEL_VERDICTS`; empty if its prediction type is unknown."""
     prediction = model.schedule().get(PREDICTION, "")
     what = "file" if model.is_single_file else "folder"
     if not has_released_shape(model):
@@ -116,7 +118,7 @@ def kind_of(model: StoredModel) -> str:
 
 
 def has_released_shape(model: StoredModel) -> bool:
-    """Return whether its UNet is as wide as the released ones."""
+    """Return whether the UNet has the width of released models."""
     return model.specs["unet.conv_in.weight"].shape[0] == WIDTH
 
 
@@ -134,10 +136,10 @@ def schedule_notes(model: StoredModel) -> list[str]:
 
 
 def a1111_config(model: StoredModel) -> str:
-    """The YAML beside a model's single file that A1111 builds it by; empty where it needs none.
+    """Return the YAML file from which A1111 builds a single-file model; empty if not needed.
 
-    Without one, A1111 takes Stable Diffusion 1 and XL for noise models, and guesses which of its
-    releases a Stable Diffusion 2 is from what its UNet answers.
+    Without it, A1111 assumes noise prediction for Stable Diffusion 1 and XL, and guesses the
+    prediction type of Stable Diffusion 2 from the UNet's output.
     """
     family, prediction = model.family, model.schedule().get(PREDICTION, "")
     is_told = prediction == V or (bool(prediction) and family.has_two_predictions)
@@ -156,27 +158,27 @@ def a1111_config(model: StoredModel) -> str:
 
 
 def check_a1111_config(output: Path, model: StoredModel) -> None:
-    """Refuse to write a model where somebody else's YAML has the place of its own.
+    """Check that the name of the model's YAML file is not taken by another file.
 
     Raises:
-        ExportError: If so.
+        ExportError: If it is.
     """
-    place = output.with_suffix(".yaml")
-    if a1111_config(model) and place.exists() and not _is_ours(place):
+    yaml_file = output.with_suffix(".yaml")
+    if a1111_config(model) and yaml_file.exists() and not _is_ours(yaml_file):
         raise ExportError(
-            f"{place} exists and is not of a model: {output.name} needs a YAML of this name beside "
-            "it, by which A1111 reads what it predicts; choose another name"
+            f"{yaml_file} exists and is not a model's: {output.name} needs a YAML file of this "
+            "name, from which A1111 reads its prediction type; choose another name"
         )
 
 
 def write_a1111_config(output: Path, model: StoredModel) -> None:
-    """Write the YAML beside a single file, or remove that of a model which the file replaced."""
-    place = output.with_suffix(".yaml")
+    """Write the YAML file of a single-file model, or remove the one of a replaced model."""
+    yaml_file = output.with_suffix(".yaml")
     if text := a1111_config(model):
-        save_text(place, text)
-    elif _is_ours(place):
-        place.unlink()
+        save_text(yaml_file, text)
+    elif _is_ours(yaml_file):
+        yaml_file.unlink()
 
 
-def _is_ours(place: Path) -> bool:
-    return place.is_file() and place.read_bytes().startswith(A1111_HEAD.encode())
+def _is_ours(yaml_file: Path) -> bool:
+    return yaml_file.is_file() and yaml_file.read_bytes().startswith(A1111_HEAD.encode())

@@ -1,4 +1,4 @@
-"""Prove a merged model: recompute every adapted tensor and compare the rest with the base."""
+"""Verify a merged model: recompute every adapted tensor and compare the rest with the base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths, Strengths
 
-# What another machine's or library's summation order may change, relative to the largest entry.
+# Bound on differences by the summation order of other machines, relative to the largest entry.
 _FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
 
 
@@ -35,10 +35,10 @@ class KindReport:
     """Errors of the adapted tensors of one kind.
 
     Attributes:
-        tensors: Their number.
-        largest: The largest relative difference, ``max|merged - expected| / max|expected|``.
-        worst: Name of the tensor with it.
-        allowed: The largest relative difference that rounding to the file's dtypes explains.
+        tensors: Number of tensors.
+        largest: Largest relative difference, ``max|merged - expected| / max|expected|``.
+        worst: Name of the tensor with the largest difference.
+        allowed: Largest relative difference that rounding to the file's dtypes explains.
     """
 
     tensors: int
@@ -52,11 +52,10 @@ class VerifyReport:
     """Result of the comparison.
 
     Attributes:
-        kinds: The adapted tensors by kind, such as ``"unet Linear"``.
+        kinds: Errors of adapted tensors by kind, such as ``"unet Linear"``.
         unchanged: Number of other tensors that equal the base's, bit for bit.
-        problems: What is wrong, one line each; empty if the model is proven.
-        assumptions: What was assumed of the adapters, one line each: the proof holds as far as
-            that is true.
+        problems: Problems, one line each; empty if the model is verified.
+        assumptions: Assumptions about the adapters, one line each. The result depends on them.
     """
 
     kinds: dict[str, KindReport] = field(default_factory=dict)
@@ -66,7 +65,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """True if nothing is wrong."""
+        """True if there are no problems."""
         return not self.problems
 
 
@@ -80,18 +79,18 @@ def verify_checkpoint(
     alpha: float | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
-    """Compare a merged model with what base and adapters give.
+    """Compare a merged model with the merge of base and adapters.
 
     Args:
-        merged: The model to prove, a folder or a single file, written by any program.
-        base: As for `export_checkpoint`, like all that follows.
-        adapters: What was merged.
-        strength: Of all adapters, or all of their `MergeStrengths`.
-        alpha: What adapters were trained with whose files do not say it.
-        on_progress: Called with (bytes compared, bytes in all).
+        merged: The model to verify, a folder or a single file, written by any program.
+        base: As in `export_checkpoint`.
+        adapters: The merged adapters, as in `export_checkpoint`.
+        strength: As in `export_checkpoint`.
+        alpha: As in `export_checkpoint`.
+        on_progress: Called with (bytes compared, total bytes).
 
     Raises:
-        ExportError: If there is no adapter.
+        ExportError: If no adapter is given.
         MergeError, AdapterFormatError: If an adapter does not fit the base.
         TensorFileError: If a file is damaged.
     """
@@ -104,7 +103,7 @@ def verify_checkpoint(
         comparison, is_file = WeightComparison(merged_model, expected), model.is_single_file
         report = comparison.run(on_progress, from_single_file=is_file)
         model.override_schedule(base, [adapter.metadata for adapter in read])
-        report.problems.extend(_beside_the_weights(merged_model, model))
+        report.problems.extend(_problems_besides_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions())
     if report.problems and (hint := _recorded_strengths(merged_model, spec)):
         report.problems.append(hint)
@@ -113,12 +112,12 @@ def verify_checkpoint(
 
 @dataclass
 class WeightComparison:
-    """The weights of a merged model against what they should be.
+    """Comparison of a merged model's weights with the expected ones.
 
     Attributes:
         merged: The merged model.
-        expected: What it should be.
-        report: What was found so far.
+        expected: The expected model.
+        report: The results so far.
     """
 
     merged: ModelWeights
@@ -126,7 +125,7 @@ class WeightComparison:
     report: VerifyReport = field(default_factory=VerifyReport)
 
     def run(self, on_progress: OnProgress | None, *, from_single_file: bool) -> VerifyReport:
-        """Compare all tensors; a folder made from a single file may lack what it has no use for."""
+        """Compare all tensors. A folder made from a single file may lack unused tensors."""
         base, merged = self.expected.base.specs, self.merged.specs
         for name in sorted(base.keys() ^ merged.keys()):
             is_unused = from_single_file and name in base and name.startswith(UNUSED)
@@ -135,11 +134,11 @@ class WeightComparison:
                 self._problem(f"{name} is not in {whose}")
         names = sorted(base.keys() & merged.keys())
         report = ProgressReporter(sum(merged[name].nbytes for name in names), on_progress)
-        for name, wanted in map_ahead(self._wanted, names):
+        for name, expected in map_ahead(self._expected, names):
             if base[name].shape != merged[name].shape:
                 self._problem(f"{name} has another shape than the base's")
-            elif wanted is not None:
-                self._compare_adapted(name, wanted)
+            elif expected is not None:
+                self._compare_adapted(name, expected)
             else:
                 self._compare_unadapted(name)
             report.step(merged[name].nbytes)
@@ -155,37 +154,37 @@ class WeightComparison:
         actual, expected = self.merged[name], self.expected.base[name]
         narrowed = actual.is_floating_point() and actual.dtype != expected.dtype
         if narrowed and bool((upcast(expected).isfinite() & ~upcast(actual).isfinite()).any()):
-            self._problem(f"{name} is not finite, and the base's is")
+            self._problem(f"{name} is not finite, but the base's is")
         elif torch.equal(_bits(actual), _bits(expected.to(actual.dtype))):
             self.report.unchanged += 1
         else:
             self._problem(f"{name} is not adapted, but differs from the base's")
 
-    def _wanted(self, name: str) -> Tensor | None:
-        """The merged tensor in float32; None for a tensor that is not adapted, or another's."""
+    def _expected(self, name: str) -> Tensor | None:
+        """Return the merged tensor in float32; None if it is not adapted or has another shape."""
         shapes = {model.specs[name].shape for model in (self.expected.base, self.merged)}
         is_compared = self._layers(name) and len(shapes) == 1
         return self.expected.tensor(name, torch.float32) if is_compared else None
 
-    def _compare_adapted(self, name: str, wanted: Tensor) -> None:
+    def _compare_adapted(self, name: str, expected: Tensor) -> None:
         actual = self.merged[name]
         if not actual.is_floating_point():
-            self._problem(f"{name} holds {actual.dtype}, not floating-point numbers")
+            self._problem(f"{name} is {actual.dtype}, not floating-point")
             return
-        size = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        difference, cast = (actual.float() - wanted).abs(), cast_error(wanted, actual.dtype)
+        size = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        difference, cast = (actual.float() - expected).abs(), cast_error(expected, actual.dtype)
         rounding = cast + _FLOAT32_NOISE * size
-        # In this form, so that a NaN is a problem, too.
+        # In this form, a NaN counts as a problem.
         if not bool((difference <= rounding).all()):
-            # Where terms nearly cancel, rounding is a larger share of what they add up to.
+            # If terms nearly cancel, rounding is large relative to their sum.
             merge = 2 * merge_error(self.expected.base[name], self._layers(name))
             rounding = torch.maximum(rounding, cast + merge)
         if not bool((difference <= rounding).all()):
             ratio = (difference / rounding).max().item()
             self._problem(
-                f"{name} differs by {ratio:.2g} times the rounding of its dtype, in one number"
+                f"{name} differs in one number by {ratio:.2g} times the rounding of its dtype"
             )
-        largest, allowed = ((each / size).max().item() for each in (difference, rounding))
+        largest, allowed = ((error / size).max().item() for error in (difference, rounding))
         kind = f"{split_component(name)[0]} {self._layers(name)[0][0].kind_and_size}"
         old = self.report.kinds.get(kind, KindReport(0, -1.0, "", 0.0))
         worst = (old.largest, old.worst) if largest <= old.largest else (largest, name)
@@ -197,7 +196,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _beside_the_weights(merged: StoredModel, base: StoredModel) -> Iterator[str]:
+def _problems_besides_weights(merged: StoredModel, base: StoredModel) -> Iterator[str]:
     """Yield problems of names, of tensors without a component, and of the noise schedule."""
     yield from merged.naming_problems()
     yield from (f"{key} is not in the base" for key in _unexpected_keys(merged, base))
@@ -212,9 +211,10 @@ def _beside_the_weights(merged: StoredModel, base: StoredModel) -> Iterator[str]
 
 
 def _unexpected_keys(merged: StoredModel, base: StoredModel) -> list[str]:
-    """Tensors of no component that the base lacks; beside a folder, only those that look like one.
+    """Return tensors without a component that the base lacks.
 
-    The noise schedule, for one, is a config in folders, and is often left in single files.
+    If the base is a folder, only keys with a component's prefix count, since single files often
+    contain tensors, such as the noise schedule, that are configs in folders.
     """
     stated = {*MARKERS, STEP}
     keys = [k for k in merged.other_specs if k not in stated and not k.endswith(BUFFERS)]
@@ -225,17 +225,19 @@ def _unexpected_keys(merged: StoredModel, base: StoredModel) -> list[str]:
 
 
 def _recorded_strengths(merged: StoredModel, spec: MergeSpec) -> str:
-    """A line on strengths, if the merged model says that it was made with others."""
-    record = {sha256: own for _, sha256, own in recorded(merged.metadata.get(MERGED, ""))}
+    """Return a line on strengths if the merged model records others; else an empty text."""
+    record = {
+        sha256: strengths for _, sha256, strengths in recorded(merged.metadata.get(MERGED, ""))
+    }
     if not record:
         return ""
     strength, knobs = spec.strengths.strength, list(spec.knobs().values())
-    given = {adapter_hash(path): [own * strength, *knobs] for path, own in spec.pairs()}
-    if record.keys() != given.keys():
-        return "the model says that it was made from other adapters than these"
-    if record == given:
+    requested = {adapter_hash(path): [factor * strength, *knobs] for path, factor in spec.pairs()}
+    if record.keys() != requested.keys():
+        return "the model's record names other adapters than these"
+    if record == requested:
         return ""
     names = ("strength", "unet", "text encoder", "direction", "magnitude")
-    said = (zip(names, strengths, strict=True) for strengths in record.values())
-    each = (", ".join(f"{name} {value:g}" for name, value in strengths) for strengths in said)
-    return f"the model says that it was merged with other strengths: {'; '.join(each)}"
+    named = (zip(names, strengths, strict=True) for strengths in record.values())
+    texts = (", ".join(f"{name} {value:g}" for name, value in strengths) for strengths in named)
+    return f"the model's record has other strengths: {'; '.join(texts)}"

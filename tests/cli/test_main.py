@@ -88,7 +88,7 @@ class TestHelp:
             for command, parser in cli.build_parser()._subparsers._group_actions[0].choices.items()
             for action in parser._actions
         }
-        assert f"Default: {LITE} where it is installed" in texts["evaluate", "metric_model"]
+        assert f"Default: {LITE} if it is installed" in texts["evaluate", "metric_model"]
         settings = SamplingSettings()
         assert f"else {settings.guidance_scale}." in texts["evaluate", "guidance_scale"]
         words = ["generate", "--base", "b", "--prompt", "x", "--output", "x.png"]

@@ -153,11 +153,11 @@ def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter)
     output = tmp_path / "b.safetensors"
     for adapters, changes, reason in (
         ([], {}, "no adapter was given"),
-        ([(file, 0.0)], {}, "nothing is left of these adapters at these strengths"),
-        ([(file, 1.0), (file, -1.0)], {}, "cancel one another; change a strength"),
-        ([(file, 1.0), (file, 0.3), (other, -1.3)], {}, "cancel one another; change a strength"),
+        ([(file, 0.0)], {}, "these adapters have no effect at these strengths"),
+        ([(file, 1.0), (file, -1.0)], {}, "cancel each other; change a strength"),
+        ([(file, 1.0), (file, 0.3), (other, -1.3)], {}, "cancel each other; change a strength"),
         ([(file, float("inf"))], {}, "the strength of .* is inf; it must be between"),
-        (file, {"output": file, "overwrite": True}, "which is read for it"),
+        (file, {"output": file, "overwrite": True}, "contains the input"),
         (file, {"fit": FitSettings(norm_axis="input"), "key_format": "diffusers"},
          "cannot hold magnitudes"),
     ):  # fmt: skip
@@ -176,7 +176,7 @@ def test_layers_that_cancel_are_said_and_not_written(
     facts = AdapterMetadata("sd1")
     one = write_adapter(tmp_path / "one.safetensors", AdapterFile({name: layers[name]}, facts))
     report = combine_adapters(sd1_folder, [(file, 1.0), (one, -1.0)], tmp_path / "b.safetensors")
-    assert "nothing is left of 1 layer at these strengths: the result lacks them" in report.notes
+    assert "without effect at these strengths and left out of the result: 1 layer" in report.notes
     assert read_adapter(report.path).layers.keys() == layers.keys() - {name}
     # A change that is small is none that cancels.
     report = combine_adapters(sd1_folder, [(file, 1.0), (one, -0.999)], tmp_path / "c.safetensors")
@@ -230,7 +230,7 @@ def test_a_token_with_two_meanings_is_refused(
         for name, vectors in (("a.safetensors", torch.zeros(32)), ("b.safetensors", torch.ones(32)))
     ]
     output = tmp_path / "out" / "both.safetensors"
-    with pytest.raises(ExportError, match=r"vectors of their own for <s1>.*convert one"):
+    with pytest.raises(ExportError, match=r"different vectors for <s1>.*convert one"):
         combine_adapters(sd1_folder, pairs, output)
     assert not output.parent.exists()
     other = convert_adapter(pairs[1][0], tmp_path / "c.safetensors", "diffusers")

@@ -106,7 +106,7 @@ def test_refusals_say_what_to_do(
         with pytest.raises(ExportError, match="pickles are not written"):
             convert_adapter(source, tmp_path / name, "kohya", family="sd1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "named"]
-    with pytest.raises(ExportError, match="which is read for it"):
+    with pytest.raises(ExportError, match="contains the input"):
         convert_adapter(source, tmp_path / "a", "diffusers")
     convert_adapter(source, tmp_path / "d", "diffusers")
     with pytest.raises(ExportError, match="exists"):
@@ -265,15 +265,15 @@ def test_what_is_read_is_not_replaced(
     for source, output in ((dora, dora), (dora.parent, dora), (dora, dora.parent), (dora, link)):
         command = ["convert", str(source), str(output), "--to", "diffusers", "--overwrite"]
         assert main(command) == 1
-        assert "which is read for it" in capsys.readouterr().err
+        assert "contains the input" in capsys.readouterr().err
     base = tmp_path / "base.safetensors"
     export_checkpoint(sd1_folder, dora, base)
     size = base.stat().st_size
-    with pytest.raises(ExportError, match="which is read for it"):
+    with pytest.raises(ExportError, match="contains the input"):
         convert_adapter(dora, base, "kohya", base=base, overwrite=True)
     assert (dora.read_bytes(), base.stat().st_size) == (before, size)
     peft = convert_adapter(dora, tmp_path / "peft", "peft").path
-    with pytest.raises(ExportError, match="which is read for it"):
+    with pytest.raises(ExportError, match="contains the input"):
         convert_adapter(peft / "unet", peft, "peft", overwrite=True)
     assert (peft / "text_encoder").is_dir()
     convert_adapter(dora, dora.parent, "kohya")  # another file of the same folder

@@ -206,7 +206,7 @@ def test_what_no_adapter_holds_is_said(tmp_path: Path, sd1_folder: Path) -> None
         "2 other tensors differ, which no adapter can represent (biases, norms, embeddings): "
         "unet.conv_in.bias, unet.conv_norm_out.weight"
     )
-    assert vae == "the VAE differs, which no adapter can represent: export --vae bakes it in"
+    assert vae == "the VAE differs, which no adapter can represent: export it with --vae"
 
 
 @pytest.mark.parametrize("narrow", ["base", "tuned"])
@@ -250,7 +250,7 @@ def test_refusals_say_what_to_do(tmp_path: Path, sd1_folder: Path, sd2_folder: P
     for fit, key_format, reason in (
         (FitSettings(), None, "rank is None; give the largest rank"),
         (FitSettings(2), "dense", "unknown key format 'dense'; there is diffusers, peft, kohya"),
-        (FitSettings(2, norm_axis="input"), "peft", "cannot hold magnitudes on the input axis"),
+        (FitSettings(2, norm_axis="input"), "peft", "cannot store magnitudes on the input axis"),
     ):
         with pytest.raises(ExportError, match=reason):
             extract_adapter(sd1_folder, tuned, output, fit, key_format=key_format)

@@ -36,7 +36,7 @@ def test_existing_outputs_are_kept_unless_asked(
     (photos / "dog.jpg").write_bytes(b"precious")
     with pytest.raises(ExportError, match="not a model"):
         export_checkpoint(sd1_folder, file, photos, overwrite=True)
-    with pytest.raises(ExportError, match="inside one another"):
+    with pytest.raises(ExportError, match="contains the other"):
         export_checkpoint(sd1_folder, file, sd1_folder / "unet" / "merged.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "merged", "photos"]
 
@@ -60,7 +60,7 @@ def test_what_is_read_is_not_overwritten(
         (sd1_folder, file, merged, merged / "vae"),
         (sd1_folder, file, single, single),
     ):
-        with pytest.raises(ExportError, match="which is read for it; choose another name"):
+        with pytest.raises(ExportError, match="contains the input"):
             export_checkpoint(BaseModel(base, vae=vae), adapter, target, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

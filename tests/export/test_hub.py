@@ -201,7 +201,7 @@ def test_a_repository_that_others_see_is_not_written_to_by_accident(
     hub.is_private = False
     refused = push(run_folder)
     assert refused.code == 1
-    assert "everybody can see it" in refused.stderr
+    assert "exists and is public" in refused.stderr
     assert hub.files == {}
 
 

@@ -92,7 +92,7 @@ def test_a_strength_of_what_no_adapter_holds_is_said(
         return [line for line in lines if "has no effect" in line]
 
     assert said("--text_encoder_strength", "0.5") == [
-        "warning: text_encoder_strength has no effect because no adapter holds a layer of a text "
+        "warning: text_encoder_strength has no effect because no adapter has a layer of a text "
         "encoder"
     ]
     assert said("--unet_strength", "0.5", "--magnitude_strength", "0.5") == []

@@ -75,7 +75,7 @@ def test_each_file_says_what_it_predicts_to_each_program(
     assert load_file(again).keys() == keys.keys()
     assert again.with_suffix(".yaml").is_file() == place.is_file()
     place.unlink(missing_ok=True)
-    missing = [f"{place.name} is not beside it: export it again for A1111"]
+    missing = [f"{place.name} is not next to it: export it again for A1111"]
     assert inspect_model(file).notes == (missing if params else [])
 
 
@@ -114,7 +114,7 @@ def test_the_yaml_of_a_model_goes_with_it_and_no_other_is_touched(
     place = file.with_suffix(".yaml")
     place.write_text("learning_rate: 1\n", encoding="utf-8")
     for overwrite in (False, True):
-        with pytest.raises(ExportError, match=r"mug\.yaml exists and is not of a model"):
+        with pytest.raises(ExportError, match=r"mug\.yaml exists and is not a model's"):
             export_checkpoint(v, (), file, overwrite=overwrite)
         assert not file.exists()
     export_checkpoint(noise, (), file)

@@ -246,7 +246,7 @@ def test_numbers_that_half_precision_does_not_hold(
     file = output / "text_encoder" / "model.safetensors"
     save_file({k: t.half() for k, t in load_file(file).items()}, file, {"format": "pt"})
     (problem,) = verify_checkpoint(output, base, path).problems
-    assert problem.endswith("layers.1.mlp.fc1.bias is not finite, and the base's is")
+    assert problem.endswith("layers.1.mlp.fc1.bias is not finite, but the base's is")
     wide = export_checkpoint(base, path, tmp_path / "wide", dtype=torch.bfloat16)
     assert verify_checkpoint(wide, base, path).ok
 

@@ -72,7 +72,7 @@ def test_it_says_where_the_file_is_exact(trained, sd1_folder, tmp_path, capsys, 
     assert main(["convert", str(trained), str(file), "--to", "kohya"]) == 1
     assert "exists" in last_line()
     assert main(["convert", str(file), str(file), "--to", "diffusers"]) == 1
-    assert "which is read for it" in last_line()
+    assert "contains the input" in last_line()
 
 
 def test_a_folder_can_be_packed(trained, tmp_path, capsys, last_line):
@@ -95,7 +95,7 @@ def test_a_folder_can_be_packed(trained, tmp_path, capsys, last_line):
 def test_an_approximation_says_its_error(trained, sd1_folder, tmp_path, capsys, last_line):
     command = ["convert", str(trained), str(tmp_path / "lora.safetensors"), "--to", "lora"]
     assert main(command) == 1
-    assert "give that model with --base" in last_line()
+    assert "give the model with --base" in last_line()
     assert main([*command, "--base", str(sd1_folder), "--rank", "8"]) == 0
     assert "relative error of the change: median " in capsys.readouterr().out
 
@@ -132,7 +132,7 @@ def test_a_base_that_is_missing_is_asked_for_by_its_flag(
     lora: Path, tmp_path: Path, last_line: Callable[[], str]
 ) -> None:
     assert main(["convert", str(lora), str(tmp_path / "x"), "--to", "dense"]) == 1
-    assert "give that model with --base" in last_line()
+    assert "give the model with --base" in last_line()
 
 
 def test_a_smaller_rank_is_asked_for(
@@ -141,12 +141,12 @@ def test_a_smaller_rank_is_asked_for(
     words = ["convert", str(trained), str(tmp_path / "a"), "--to", "smaller-rank"]
     assert main(words) == 1
     assert last_line() == (
-        "error: smaller-rank needs the rank: give --rank, --conv_rank or --energy"
+        "error: smaller-rank needs a rank: give --rank, --conv_rank or --energy"
     )
     assert main([*words, "--rank", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" layers, with a smaller rank")
-    assert any("with --base the nearest DoRA is found" in line for line in lines)
+    assert any("with --base the nearest DoRA is fitted" in line for line in lines)
 
 
 def test_limits_without_effect_are_said(

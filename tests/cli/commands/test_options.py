@@ -36,7 +36,8 @@ def said(line: str) -> list[str]:
         ("generate --base b.safetensors --model_config c --prompt x --output x.png", []),
         ("export --base b.safetensors --adapter a --output o --model_config c", []),
         ("export --base b.safetensors --adapter a --output o.safetensors --model_config c",
-         ["model_config has no effect because the output is a single file, which contains no configuration"]),
+         ["model_config has no effect because the output is a single file, which contains no "
+          "configuration"]),
     ],
 )  # fmt: skip
 def test_a_flag_without_effect_is_said(line, expected):

@@ -102,8 +102,8 @@ def test_json_says_the_same(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert facts["devices"] == []
     assert facts["findings"][0] == {
-        "check": "packages", "found": "all have matching versions and can be imported (1)", "mend": "",
-        "fails": True,
+        "check": "packages", "found": "all have matching versions and can be imported (1)",
+        "mend": "", "fails": True,
     }  # fmt: skip
     assert facts["folders"]["hub's cache"].startswith("/hub, ")
     assert facts["folders"]["hub's cache"].endswith("GiB free, not there yet")
@@ -125,8 +125,8 @@ def test_a_broken_torch_is_told_of_and_all_else_too(
             "pip install --force-reinstall 'torch>=2'",
         ),
         *(
-            (check, "OSError: ~/lib/libtorch.so: cannot open", "fix the problems above; if there are none, "
-             "report this with all lines")
+            (check, "OSError: ~/lib/libtorch.so: cannot open",
+             "fix the problems above; if there are none, report this with all lines")
             for check in ("device", "training")
         ),
     ]  # fmt: skip

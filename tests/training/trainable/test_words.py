@@ -168,7 +168,7 @@ def test_a_word_of_two_meanings_is_said(
     other = {name: rows + 1 for name, rows in adapter.tokens["<s1>"].items()}
     file = write_adapter(tmp_path / "other.safetensors", replace(adapter, tokens={"<s1>": other}))
     for name in ("merged", "merged.safetensors"):
-        with pytest.warns(UserWarning, match=r"<s1> has vectors of its own in other_s1\.safetens"):
+        with pytest.warns(UserWarning, match=r"<s1> has different vectors in other_s1\.safetens"):
             merged = export_checkpoint(base, [(run, 0.5), (file, 0.5)], tmp_path / name)
         assert are_equal(read_tokens(merged)["<s1>"], adapter.tokens["<s1>"])
 
