@@ -62,9 +62,9 @@ def test_the_module_is_the_command():
 
 
 def test_the_walks_name_what_there_is() -> None:
-    """Dotted names under "Three walks" are modules of the package, or what they hold."""
+    """Dotted names under "Four walks" are modules of the package, or what they hold."""
     text = (ROOT / "docs" / "contributing" / "changes.md").read_text(encoding="utf-8")
-    walks = text.partition("## Three walks")[2].partition("\n## ")[0]
+    walks = text.partition("## Four walks")[2].partition("\n## ")[0]
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", walks)
     assert len(names) > 20
     for name in names:

@@ -173,7 +173,7 @@ def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
     if config.loss_type == "huber":
         huber = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
     loss = RowLoss(process, config.weightings, huber)
-    if config.is_slider:
+    if config.is_slider:  # Its target replaces that of all other terms.
         return [Slider(loss, config.slider_pairs, config.slider_guidance)]
     terms: list[Term] = [Denoising(loss)]
     if any(subject.is_image_free for subject in config.subjects):

@@ -45,7 +45,11 @@ class Hook:
         return route
 
     def gradients(self, number: int) -> None:
-        """Act after the backward passes, before gradients are averaged and clipped."""
+        """Act after the backward passes, before gradients are averaged and clipped.
+
+        The gradients are those of ``step.weights.parameters()``: scaled with fp16, and each
+        process's own. ``step.parameters`` gets them afterwards.
+        """
 
     def clipped(self, record: Record) -> None:
         """Act after clipping, with the metrics of the step."""
