@@ -121,7 +121,7 @@ def tune_process() -> None:
 
 
 def _print_anything() -> None:
-    """Let standard output escape characters that the console cannot encode."""
+    """Make standard output escape characters that the console cannot encode."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

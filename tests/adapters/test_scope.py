@@ -237,7 +237,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
     "past counters": lambda parameters: PastCounters(parameters, lr=0.1),
 }
-MISTAKE = r"changed inside norm_scope.*one norm_scope for each optimizer step.*call it after"
+MISTAKE = r"changed inside norm_scope.*one norm_scope for each optimizer step.*parameters after it"
 
 
 def train_inside(

@@ -159,7 +159,7 @@ def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter)
         ([(file, float("inf"))], {}, "the strength of .* is inf; it must be between"),
         (file, {"output": file, "overwrite": True}, "contains the input"),
         (file, {"fit": FitSettings(norm_axis="input"), "key_format": "diffusers"},
-         "cannot hold magnitudes"),
+         "cannot store magnitudes"),
     ):  # fmt: skip
         arguments = {"output": output, **changes}
         with pytest.raises(ValueError, match=reason):

@@ -216,9 +216,7 @@ def describe_environment(
         unused = "this torch is built for the CPU and cannot use the NVIDIA GPU"
         findings.append(Finding("device", unused, mend))
     findings += _of_trials(answers)
-    findings += [
-        finding for name, path in folders.items() if path for finding in _of_folder(name, path)
-    ]
+    findings += [f for name, path in folders.items() if path for f in _of_folder(name, path)]
     if base is not None:
         findings += _of_base(base, *answers[model])
     return Environment(
@@ -253,11 +251,7 @@ def _of_trials(answers: Answers) -> list[Finding]:
     findings = []
     for name, check in _TRIALS.items():
         problem, result = answers[name]
-        mend = (
-            "fix the problems above; if there are none, report this with all lines"
-            if problem
-            else ""
-        )
+        mend = "fix the problems above, or report this with all lines" if problem else ""
         findings.append(Finding(check, problem or result or "not tried", mend))
     return findings
 

@@ -1,1 +1,1 @@
-"""Adapter files: read in every known key format, written in every known key format."""
+"""Reading and writing of adapter files in all known key formats."""

@@ -1,4 +1,4 @@
-"""Files of other programs beside an adapter: trained tokens that are read, and what is not."""
+"""Files of other programs next to an adapter: trained tokens, and notes on unread files."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _EMBEDDING = re.compile(r"(?:^|[_.-])(?:learned_)?(?:emb|embeds|embeddings?)(?=[
 
 
 class UnreadFile(Note):
-    """A file beside an adapter that seems to belong to it and is not read."""
+    """Note on a file next to an adapter that seems to belong to it, but is not read."""
 
 
 def tokens_beside(adapter: Path, notes: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The tokens that Diffusers' advanced scripts have written beside an adapter.
+    """Return the tokens that Diffusers' advanced scripts have written next to an adapter.
 
     Row n of ``clip_l``, and of SDXL's ``clip_g``, is the vector of the token ``<sn>``.
 
     Args:
-        adapter: A file without tokens of its own.
-        notes: Gets a line on files beside it that are not read.
+        adapter: An adapter file that contains no tokens.
+        notes: List to which a line on unread files is appended.
 
     Raises:
         AdapterFormatError: If the tokens' file is damaged.
@@ -47,7 +47,7 @@ def tokens_beside(adapter: Path, notes: list[str]) -> dict[str, dict[str, Tensor
 
 
 def _belongs(file: Path, adapter: Path) -> bool:
-    """Return whether a file has the adapter's name, or is one of embeddings for it."""
+    """Return whether a file has the adapter's name, or is an embedding for the adapter."""
     if file.suffix not in (".safetensors", *PICKLED) or file == adapter:
         return False
     rest = file.stem.removeprefix(adapter.stem)
@@ -59,12 +59,12 @@ def _belongs(file: Path, adapter: Path) -> bool:
 
 
 def _has_folder(adapter: Path) -> bool:
-    """Return whether an adapter's name is that of its format alone: its folder is all its own."""
+    """Return whether an adapter has its format's default name, and so a separate folder."""
     return adapter.name == DIFFUSERS.file_name
 
 
 def _pivotal_file(adapter: Path, files: list[Path]) -> Path | None:
-    """The tokens' file of the scripts: by the name of the adapter or of its folder, or the one."""
+    """Return the scripts' file of tokens: named after adapter or folder, or the only one."""
     known = [f for f in files if f.stem.endswith(PIVOTAL) and f.suffix == ".safetensors"]
     known = [f for f in known if StoredFile(f).specs.keys() <= {"clip_l", "clip_g"}]
     names = [adapter.stem, adapter.absolute().parent.name]

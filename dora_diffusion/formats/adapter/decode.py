@@ -1,4 +1,4 @@
-"""Tensors of an adapter file -> layers: scales, the magnitude's axis, Tucker cores, own padding."""
+"""Decoding of an adapter file's tensors: scales, magnitude axes, Tucker cores and padding."""
 
 from __future__ import annotations
 
@@ -49,14 +49,15 @@ Layers = dict[str, LayerWeights]
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads the layers of an adapter's files.
+    """Reader of the layers in an adapter's files.
 
     Attributes:
-        layout: The layout of the files.
-        base: The base model. Each layer must be among its modules, which tell 1x1 convolutions and
-            Linear layers apart; its weights tell the axis of magnitudes whose shape does not.
-        alpha: The alpha of training, for a file that lost it.
-        sums: Read an ai-toolkit DoRA with alpha other than its rank, instead of refusing it.
+        layout: Layout of the files.
+        base: The base model. Each layer must be one of its modules, which distinguish 1x1
+            convolutions from Linear layers. Its weights determine the axis of magnitudes with an
+            ambiguous shape.
+        alpha: Alpha of training, for a file that does not store it.
+        sums: Read an ai-toolkit DoRA with alpha other than its rank. Otherwise it is refused.
     """
 
     layout: AdapterLayout
@@ -76,19 +77,19 @@ class Decoder:
 
         Args:
             file: The file.
-            tensors: Its tensors without its tokens.
-            component: Component of a PEFT folder's names.
+            tensors: Tensors of the file, without tokens.
+            component: Component of the names in a PEFT folder.
 
         Returns:
             The layers; plain LoRA layers to add to the layers of an ai-toolkit DoRA; and a note
             for each repair.
 
         Raises:
-            AdapterFormatError: For keys left over, or a layer that lacks a factor, is not finite,
-                or does not fit.
+            AdapterFormatError: If a key is unknown, or a layer lacks a factor, is not finite, or
+                does not fit.
         """
-        if made := self.layout.decode(tensors, file.metadata):
-            layers, note = dict(made[0]), made[1]
+        if decoded := self.layout.decode(tensors, file.metadata):
+            layers, note = dict(decoded[0]), decoded[1]
             return layers if self.shapes is None else fit_to_model(layers, self.shapes), {}, [note]
         layers, beside, notes = self._read(file, tensors, component)
         layers, beside = split_joined(layers, notes), split_joined(beside, [])
@@ -103,7 +104,7 @@ class Decoder:
     def _read(
         self, file: StoredFile, tensors: Mapping[str, Tensor], component: str | None
     ) -> tuple[Layers, Layers, list[str]]:
-        """Return the layers as the file has them, those to add, and notes."""
+        """Return the layers of the file, LoRA layers to add, and notes."""
         metadata = file.metadata
         says_alpha = self.layout.says_alpha
         alpha_of, without_alpha = alpha_rule(metadata, file.config, self.alpha, says_alpha)
@@ -112,9 +113,9 @@ class Decoder:
             unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
             groups = group_keys(tensors, name_resolver(self.shapes, unet), component)
         notes = key_notes(tensors) if component is None else []
-        if without_alpha and any("alpha" not in parts for parts in groups.values()):
+        if without_alpha and any("alpha" not in group for group in groups.values()):
             is_ai_toolkit = any(
-                k.is_ai_toolkit for parts in groups.values() for k in parts.values()
+                k.is_ai_toolkit for group in groups.values() for k in group.values()
             )
             notes.append(AI_TOOLKIT if is_ai_toolkit else without_alpha)
         layers, magnitudes, beside = self._read_parts(tensors, groups, alpha_of)
@@ -131,16 +132,16 @@ class Decoder:
     def _read_parts(
         self, tensors: Mapping[str, Tensor], groups: Groups, alpha_of: AlphaOf
     ) -> tuple[Layers, dict[str, Magnitude], Layers]:
-        """The layers without their magnitudes, these as the file holds them, and layers to add."""
+        """Return the layers without magnitudes, the magnitudes, and LoRA layers to add."""
         layers, magnitudes, beside = Layers(), dict[str, Magnitude](), Layers()
         for name, keys in groups.items():
-            parts = {
+            layer_tensors = {
                 part: _numbers(key.text, part, tensors[key.text]) for part, key in keys.items()
             }
             kind: LayerKind = (
                 "embedding" if "down" in keys and keys["down"].is_embedding else "plain"
             )
-            layer = self._factors(name, parts, alpha_of, kind)
+            layer = self._factors(name, layer_tensors, alpha_of, kind)
             if any(key.is_ai_toolkit for key in keys.values()) and layer.scale != 1.0:
                 if not self.sums:
                     raise AdapterFormatError(f"{name}: {_ai_toolkit_problem(layer)}")
@@ -148,34 +149,34 @@ class Decoder:
                 beside[name] = dataclasses.replace(layer, alpha=layer.alpha - layer.rank)
                 layer = dataclasses.replace(layer, alpha=float(layer.rank))
             layers[name] = layer
-            if "magnitude" in parts and "dora_scale" in parts:
+            if "magnitude" in layer_tensors and "dora_scale" in layer_tensors:
                 raise AdapterFormatError(
                     f"{name} has both a lora_magnitude_vector and a dora_scale"
                 )
             for part in ("magnitude", "dora_scale"):
-                if part in parts:
+                if part in layer_tensors:
                     is_peft = part == "magnitude"
-                    magnitudes[name] = Magnitude(parts[part], layer.weight_shape, is_peft)
+                    magnitudes[name] = Magnitude(layer_tensors[part], layer.weight_shape, is_peft)
         return layers, magnitudes, beside
 
     def _factors(
-        self, name: str, parts: Mapping[Part, Tensor], alpha_of: AlphaOf, kind: LayerKind
+        self, name: str, tensors: Mapping[Part, Tensor], alpha_of: AlphaOf, kind: LayerKind
     ) -> LayerWeights:
-        """The layer without its magnitude."""
-        down, up = factor_pair(name, parts)
-        if "mid" in parts:
-            down = _without_tucker_core(name, down, parts["mid"])
+        """Return a layer without its magnitude."""
+        down, up = factor_pair(name, tensors)
+        if "mid" in tensors:
+            down = _without_tucker_core(name, down, tensors["mid"])
         # Some programs store the factors of a convolution flat on one side.
         if down.ndim in (3, 4) and up.ndim == 2:
             up = up.view(*up.shape, *[1] * (down.ndim - 2))
         rank = down.shape[0]
-        alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(name, rank)
+        alpha = float(tensors["alpha"]) if "alpha" in tensors else alpha_of(name, rank)
         # LyCORIS reads alpha 0 as "no scaling".
         alpha = alpha or float(rank)
         if self.alpha is not None:
-            if "alpha" in parts and alpha != rank:
+            if "alpha" in tensors and alpha != rank:
                 raise AdapterFormatError(
-                    f"{name} says that its alpha is {alpha:g}; it was not lost"
+                    f"{name} states its alpha, {alpha:g}; leave out the given one"
                 )
             alpha = self.alpha
         if not math.isfinite(alpha):
@@ -202,21 +203,21 @@ def _ai_toolkit_problem(layer: LayerWeights) -> str:
 
 
 def _numbers(key: str, part: Part, tensor: Tensor) -> Tensor:
-    """The tensor in float32, if it is of a kind that this part can be."""
+    """Return the tensor in float32, after a check of its dtype, shape and values."""
     is_alpha = part == "alpha"
     if not tensor.is_floating_point() and not is_alpha:
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise AdapterFormatError(f"{key} holds {kind}, not floating-point numbers")
+        raise AdapterFormatError(f"{key} is {kind}, not floating-point")
     if not tensor.numel() or (is_alpha and tensor.numel() != 1):
         raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}; the file is damaged")
     tensor = tensor.to(torch.float32)
     if not torch.isfinite(tensor).all():
-        raise AdapterFormatError(f"{key} holds numbers that are not finite; the file is damaged")
+        raise AdapterFormatError(f"{key} contains numbers that are not finite; the file is damaged")
     return tensor
 
 
 def _without_tucker_core(name: str, down: Tensor, mid: Tensor) -> Tensor:
-    """Multiply a core ``(r, r, kh, kw)`` into ``down (r, in, 1, 1)``: -> ``(r, in, kh, kw)``."""
+    """Multiply a core ``(r, r, kh, kw)`` by ``down (r, in, 1, 1)``, giving ``(r, in, kh, kw)``."""
     if mid.ndim != 4 or mid.shape[1] != down.shape[0] or down.shape[2:].numel() != 1:
         raise AdapterFormatError(
             f"{name}: its core {tuple(mid.shape)} does not fit its factor {tuple(down.shape)}"
@@ -225,7 +226,7 @@ def _without_tucker_core(name: str, down: Tensor, mid: Tensor) -> Tensor:
 
 
 def _without_padding(name: str, layer: LayerWeights, metadata: Mapping[str, str]) -> LayerWeights:
-    """Undo the zero padding to a common rank that our own files record."""
+    """Undo the zero padding to a common rank that this program's files record."""
     rank = described(metadata.get(OWN + "rank", ""), name)
     if not re.fullmatch("[0-9]{1,6}", rank) or not 0 < int(rank) < layer.rank:
         return layer
@@ -244,10 +245,10 @@ def fit_to_model(
     Args:
         layers: The layers.
         shapes: Shapes of the model's modules.
-        kinds: Kinds of modules that are not plain: keys of a Conv1D look like keys of a Linear.
+        kinds: Kinds of modules that are not plain: a Conv1D has the keys of a Linear.
 
     Raises:
-        AdapterFormatError: If layers have no module, or one of another shape; it lists them.
+        AdapterFormatError: If layers have no module, or one of another shape; lists them.
     """
     if missing := [name for name in layers if name not in shapes]:
         raise AdapterFormatError(f"the model has no module for {listing(missing)}")
@@ -265,7 +266,7 @@ def fit_to_model(
 
 
 def _as_module(layer: LayerWeights, shape: tuple[int, ...], kind: LayerKind | None) -> LayerWeights:
-    """Linear factors for a 1x1 convolution, or the reverse; anything else is returned as it is."""
+    """Convert factors between Linear and 1x1 convolution to fit a module; others are unchanged."""
     down, up = layer.down, layer.up
     if layer.kind == "plain" and down.ndim == 2 and kind == "conv1d":
         return dataclasses.replace(layer, kind=kind)
@@ -277,28 +278,28 @@ def _as_module(layer: LayerWeights, shape: tuple[int, ...], kind: LayerKind | No
 
 
 def split_joined(layers: Layers, notes: list[str]) -> Layers:
-    """Split joined projections, exactly: the rows of ``up`` and the magnitudes of the outputs.
+    """Split joined projections exactly, by the rows of ``up`` and output-axis magnitudes.
 
     Raises:
-        AdapterFormatError: If a magnitude runs along the inputs: its norms take in all parts.
+        AdapterFormatError: If a magnitude is on the input axis, where norms include all parts.
     """
     split = Layers()
     joined = 0
     for name, layer in layers.items():
-        parts = joined_parts(name)
-        if not parts:
+        projections = joined_parts(name)
+        if not projections:
             split[name] = layer
             continue
         joined += 1
         if layer.magnitude is not None and layer.norm_axis == "input":
             raise AdapterFormatError(
-                f"{name}: its magnitudes were trained for {len(parts)} projections together, and "
-                "cannot be split on the input axis"
+                f"{name}: its magnitudes were trained for {len(projections)} projections together "
+                "and cannot be split on the input axis"
             )
-        if layer.up.shape[0] % len(parts):
-            raise AdapterFormatError(f"{name} does not divide into {len(parts)} projections")
-        size = layer.up.shape[0] // len(parts)
-        for number, part in enumerate(parts):
+        if layer.up.shape[0] % len(projections):
+            raise AdapterFormatError(f"{name} does not divide into {len(projections)} projections")
+        size = layer.up.shape[0] // len(projections)
+        for number, part in enumerate(projections):
             if part in layers:
                 raise AdapterFormatError(f"both {name} and {part} are in the file")
             split[part] = layer.narrow(0, number * size, size)
@@ -308,13 +309,13 @@ def split_joined(layers: Layers, notes: list[str]) -> Layers:
 
 
 def has_component(key: str) -> bool:
-    """Return whether a key names the component that it belongs to."""
+    """Return whether a key names its component."""
     component, path = split_prefix(key.removeprefix(PEFT_PREFIX))
     return is_kohya_name(key) or component is not None or is_sgm_path(path)
 
 
 def key_notes(keys: Iterable[str]) -> list[str]:
-    """Return notes on the program that broke a file, by the format of its keys."""
+    """Return notes on damage by other programs, recognized by the keys."""
     keys = list(keys)
     notes: list[str] = []
     kohya = any(is_kohya_name(key) for key in keys)
@@ -341,7 +342,7 @@ def key_notes(keys: Iterable[str]) -> list[str]:
 
 
 def move_to_second_encoder(layers: Layers, shapes: Shapes, notes: list[str]) -> Layers:
-    """Text-encoder layers of keys without a component, put where their shapes fit."""
+    """Rename layers of the first text encoder to the second if only that one fits their shapes."""
     first, second = "text_encoder.", "text_encoder_2."
     moved = {n: second + n.removeprefix(first) for n in layers if n.startswith(first)}
     misfit = any(shapes.get(old) != layers[old].stored_shape for old in moved)

@@ -1,11 +1,12 @@
-"""Tokens that were trained with an adapter: textual-inversion files beside it, or bundled in it.
+"""Tokens that were trained with an adapter, in textual-inversion files or bundled in its file.
 
-A file holds one token. For one text encoder it is a tensor ``emb_params``, without which InvokeAI
-takes a token of several vectors for no embedding; for SDXL's two it is ``clip_l`` and ``clip_g``.
-A1111, ComfyUI and InvokeAI call the token by the name of the file. Bundled, a kohya file holds
-``bundle_emb.TOKEN.clip_l`` and ``bundle_emb.TOKEN.clip_g``, as OneTrainer writes them and A1111 and
-OneTrainer read them, and of Stable Diffusion 2 ``bundle_emb.TOKEN.clip_h``, the key that ComfyUI
-asks for where it is given such a file as an embedding.
+A textual-inversion file contains one token. For one text encoder the tensor is ``emb_params``,
+which InvokeAI requires for a token of several vectors; for SDXL's two encoders the tensors are
+``clip_l`` and ``clip_g``. A1111, ComfyUI and InvokeAI name the token after the file.
+
+A kohya file bundles ``bundle_emb.TOKEN.clip_l`` and ``bundle_emb.TOKEN.clip_g``, which OneTrainer
+writes and A1111 and OneTrainer read. For Stable Diffusion 2 the key is
+``bundle_emb.TOKEN.clip_h``, which ComfyUI looks up if such a file is used as an embedding.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from dora_diffusion.formats.files.stream import read_header, save_tensors
 from dora_diffusion.formats.layouts import FACTS
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, Note
 
-# What A1111 and ComfyUI call their folders of such files, and our field that names the files.
+# Folder of such files in A1111 and ComfyUI, and the metadata field that lists them.
 EMBEDDINGS = "embeddings"
-# The width of a token's vector is that of the text encoder.
+# The module whose input width is the width of a token's vector.
 _READS_TOKENS = "{}.text_model.encoder.layers.0.self_attn.q_proj"
 _KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _ALONE = "emb_params"
 COMPONENTS = {key: component for component, key in _KEYS.items()} | {
     "clip_h": "text_encoder", _ALONE: "text_encoder"
 }  # fmt: skip
-# Files that are named by their format alone: those of a run, which name no adapter.
+# Default file names of formats, as in a run's folder, which do not identify an adapter.
 _DEFAULT_STEMS = ("pytorch_lora_weights", "adapter_kohya", "dora_kohya")
 
 Vectors = Mapping[str, Tensor]
@@ -45,19 +46,19 @@ Vectors = Mapping[str, Tensor]
 
 
 class MissingToken(Note):
-    """The file of a trained token is not there."""
+    """Note that the file of a trained token is missing."""
 
 
 def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[str, Path]:
-    """The file of each token.
+    """Return the file of each token.
 
     Args:
-        folder: Where the adapter or model is; the files are in a folder of it.
-        stem: What their names start with; the default name of an adapter's file is left out.
+        folder: Folder of the adapter or model. The files are in its sub-folder `EMBEDDINGS`.
+        stem: Start of the files' names. The default name of an adapter's file is omitted.
         tokens: The tokens, such as ``<s1>``.
     """
     files: dict[str, Path] = {}
-    # ComfyUI reads embedding:NAME up to a space, and brackets, colons and commas as syntax.
+    # ComfyUI ends embedding:NAME at a space, and treats brackets, colons and commas as syntax.
     start = "" if stem in ("", *_DEFAULT_STEMS) else re.sub(r"[^\w.-]+", "_", stem) + "_"
     for number, token in enumerate(tokens, 1):
         word = re.sub(r"\W+", "", token) or str(number)
@@ -69,7 +70,7 @@ def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[st
 
 
 def write_embeddings(files: Mapping[str, Path], tokens: Mapping[str, Vectors]) -> None:
-    """Write each token's vectors to its file, in the file's own precision."""
+    """Write each token's vectors to its file, in their precision."""
     for token, file in files.items():
         named = {_KEYS[name]: _rows(vectors) for name, vectors in tokens[token].items()}
         if list(tokens[token]) == ["text_encoder"]:
@@ -82,25 +83,29 @@ def _rows(vectors: Tensor) -> Tensor:
 
 
 def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
-    """The vectors in such a file by token; one whose file does not say it is called by its name.
+    """Return the vectors in a textual-inversion file by token.
+
+    If the file does not name its token, the file's name is the token.
 
     Raises:
-        AdapterFormatError: If it is damaged.
+        AdapterFormatError: If the file is damaged.
     """
     stored = StoredFile(file)
-    own = stored.metadata.get(OWN + "token", file.stem)
+    file_token = stored.metadata.get(OWN + "token", file.stem)
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors().items():
-        token, component = (own, COMPONENTS[key]) if key in COMPONENTS else (key, "text_encoder")
+        token, component = (
+            (file_token, COMPONENTS[key]) if key in COMPONENTS else (key, "text_encoder")
+        )
         tokens.setdefault(token, {})[component] = tensor
     return tokens
 
 
 def read_tokens(model: Path) -> dict[str, Vectors]:
-    """The tokens in files that this program wrote into a model's folder, or beside its one file.
+    """Return the tokens in files that this program wrote into a model's folder or next to its file.
 
     Warns:
-        UserWarning: Of files that are named in the model's file, and are not there.
+        UserWarning: If a file that the model's file lists is missing.
     """
     tokens: dict[str, Vectors] = {}
     if model.is_file():
@@ -115,14 +120,14 @@ def read_tokens(model: Path) -> dict[str, Vectors]:
 
 
 def is_written(file: Path, token: str, vectors: Vectors) -> bool:
-    """Return whether a file exists that holds just this token."""
+    """Return whether the file exists and contains exactly this token."""
     with contextlib.suppress(AdapterFormatError, OSError):
         return are_equal(read_embedding(file).get(token, {}), vectors)
     return False
 
 
 def bundled(tokens: Mapping[str, Vectors], family: Family | None) -> dict[str, Tensor]:
-    """Tokens as a kohya file of a family holds them."""
+    """Return the tensors of tokens, by their keys in a kohya file of a family."""
     keys = dict(_KEYS)
     if family is not None:
         keys |= {encoder.component: encoder.embedding_key for encoder in family.text_encoders}
@@ -150,13 +155,13 @@ def are_equal(a: Vectors, b: Vectors) -> bool:
 
 
 def field_of(files: Iterable[Path]) -> dict[str, str]:
-    """The metadata field of what has its tokens in these files, by its name."""
+    """Return the metadata field that lists the files of tokens; {} without files."""
     names = [file.name for file in files]
     return {EMBEDDINGS: json.dumps(names, ensure_ascii=False)} if names else {}
 
 
 def embeddings_of(adapter: Path) -> list[Path]:
-    """The files that an adapter's tokens are in, there or not; none if it cannot be read."""
+    """Return the files of an adapter's tokens, existing or not; none if it cannot be read."""
     with contextlib.suppress(AdapterFormatError, OSError):
         return _named(adapter.parent, StoredFile(adapter).metadata)
     return []
@@ -169,7 +174,7 @@ def _named(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
     return [
         folder / EMBEDDINGS / name
         for name in names
-        # Others we have not written.
+        # Other names were not written by this program.
         if isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)
     ]
 
@@ -177,15 +182,15 @@ def _named(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
 def read_embeddings(
     folder: Path, metadata: Mapping[str, str], notes: list[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """The tokens that an adapter of ours has in files beside it.
+    """Return the tokens in the files that an adapter's metadata lists.
 
     Args:
-        folder: Where the adapter is.
-        metadata: Its metadata.
-        notes: Gets a line for each file that is missing.
+        folder: Folder of the adapter.
+        metadata: Metadata of the adapter.
+        notes: List to which a line for each missing file is appended.
 
     Raises:
-        AdapterFormatError: If one is damaged.
+        AdapterFormatError: If a file is damaged.
     """
     tokens: dict[str, dict[str, Tensor]] = {}
     for file in _named(folder, metadata):
@@ -193,24 +198,26 @@ def read_embeddings(
             tokens |= read_embedding(file)
         else:
             missing = f"its trained token's file {EMBEDDINGS}/{file.name} is not next to it"
-            notes.append(MissingToken(f"{missing}, so that prompts do not know the token"))
+            notes.append(MissingToken(f"{missing}, so the token has no effect in prompts"))
     return tokens
 
 
 def check_tokens(
     tokens: Mapping[str, Vectors], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> None:
-    """Refuse tokens that are damaged, or of another width than the model's.
+    """Check that tokens are finite vectors of the model's width.
 
     Args:
-        tokens: By token.
-        shapes: Of the model's modules, None if it is not known.
+        tokens: The vectors by token.
+        shapes: Shapes of the model's modules; None if unknown.
 
     Raises:
-        AdapterFormatError: If there is one.
+        AdapterFormatError: If a token is damaged or has another width.
     """
-    parts = ((t, name, tensor) for t, vectors in tokens.items() for name, tensor in vectors.items())
-    for token, component, tensor in parts:
+    entries = (
+        (t, name, tensor) for t, vectors in tokens.items() for name, tensor in vectors.items()
+    )
+    for token, component, tensor in entries:
         is_vector = tensor.is_floating_point() and tensor.ndim in (1, 2) and tensor.numel()
         if not is_vector or not torch.isfinite(tensor).all():
             raise AdapterFormatError(
@@ -220,17 +227,17 @@ def check_tokens(
         if tensor.shape[-1] != width:
             raise AdapterFormatError(
                 f"its token {token} was made for another model: it has {tensor.shape[-1]} numbers, "
-                f"and this text encoder reads {width}"
+                f"but this text encoder reads {width}"
             )
 
 
 def embedding_notes(written: Path, files: Mapping[str, Path], program: str = "") -> list[str]:
-    """Return notes on loading the trained tokens of what was written; none without tokens.
+    """Return notes on loading the trained tokens of an adapter or model; none without tokens.
 
     Args:
-        written: The adapter or model.
+        written: The written adapter or model.
         files: The files of its tokens, by token.
-        program: The program that it was made for, if it was for one.
+        program: The program that it was written for, or empty.
     """
     if not files:
         return []
@@ -240,23 +247,26 @@ def embedding_notes(written: Path, files: Mapping[str, Path], program: str = "")
     is_bundled = any(map(BUNDLED_TOKEN.fullmatch, keys))
     names = [f"{token} in {EMBEDDINGS}/{file.name}" for token, file in files.items()]
     notes = [
-        f"it does not have its trained words itself: {listing(names, 8)}",
+        f"its trained words are in separate files: {listing(names, 8)}",
         f"to use a word, {'; '.join(ways)}",
     ]
     if is_bundled and program in ("", "a1111", "civitai"):
-        notes[0] = f"it has its trained words itself, which A1111 reads, and: {listing(names, 8)}"
+        notes[0] = (
+            f"its trained words are in the file, for A1111, and in separate files: "
+            f"{listing(names, 8)}"
+        )
         notes += bundled_notes(files)
     elif is_bundled:
-        notes[0] = f"its trained words are also files of their own: {listing(names, 8)}"
+        notes[0] = f"its trained words are also in separate files: {listing(names, 8)}"
     return notes
 
 
 def bundled_notes(tokens: Iterable[str]) -> list[str]:
-    """Return notes on tokens in a file itself; none where every program finds them."""
-    # CLIP's tokenizer makes one token of punctuation that stands together.
+    """Return notes on tokens bundled in a file; none if every program finds them."""
+    # CLIP's tokenizer joins adjacent punctuation into one token.
     return [
-        f"A1111 finds {token} of the file itself only where no other punctuation "
-        f"touches it: write '{token} ,' for '{token},'"
+        f"A1111 finds the bundled {token} only if no other punctuation is next to it: write "
+        f"'{token} ,' for '{token},'"
         for token in tokens
         if re.search(r"^\W|\W$", token)
     ]

@@ -1,4 +1,4 @@
-"""One adapter on disk: read any known key format, write a named target atomically."""
+"""Reading of an adapter in any known key format, and atomic writing in a chosen one."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ from dora_diffusion.numerics.weights import LayerWeights
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter: its layers by canonical module name, and facts about it.
+    """An adapter: layers by canonical module name, metadata and tokens.
 
     Attributes:
         layers: The layers.
-        metadata: Facts that the tensors do not hold.
+        metadata: Facts that are not in the tensors.
         notes: Repairs of the file, one line each.
-        beside: Plain LoRA layers whose change is added to that of ``layers``. Only an ai-toolkit
-            DoRA has them, and only for who asks `read_adapter` for ``sums``.
-        tokens: Vectors of tokens that were trained with it, ``(C,)`` or ``(n, C)`` for each text
-            encoder, by token.
+        beside: Plain LoRA layers whose change is added to the change of ``layers``. Only an
+            ai-toolkit DoRA has them, if `read_adapter` is called with ``sums``.
+        tokens: Vectors of the trained tokens, ``(C,)`` or ``(n, C)`` for each text encoder, by
+            token.
     """
 
     layers: dict[str, LayerWeights]
@@ -77,7 +77,7 @@ class AdapterFile:
 
     @property
     def family(self) -> str:
-        """Family, from the file's metadata or its shapes; ``""`` if neither tells."""
+        """Family from the file's metadata or else its shapes; ``""`` if unknown."""
         shapes = {name: layer.weight_shape for name, layer in self.layers.items()}
         return self.metadata.family or guess_family(shapes)
 
@@ -88,7 +88,7 @@ class AdapterFile:
 
     @property
     def lacks_alpha(self) -> bool:
-        """True if the layers do not state their alpha, so that one may be given."""
+        """True if the layers do not state their alpha; a caller may give one."""
         return any(isinstance(note, (AssumedAlpha, AlphaOfTraining)) for note in self.notes)
 
 
@@ -101,28 +101,28 @@ def write_adapter(
     unet_layout: UNetLayout | None = None,
     base: ModelWeights | None = None,
 ) -> Path:
-    """Write an adapter, each file atomically; its tokens go to files of their own beside it.
+    """Write an adapter, each file atomically. Tokens are written to separate files next to it.
 
-    Kohya files hold the tokens themselves too.
+    Kohya files also contain the tokens.
 
     Args:
-        path: A ``.safetensors`` file, or a folder that gets the target's own file name(s). The
-            ``peft`` target always makes a folder, with one sub-folder per component.
+        path: A ``.safetensors`` file, or a folder, in which files get the target's default names.
+            The ``peft`` target always writes a folder, with one sub-folder per component.
         adapter: The layers and metadata.
-        target: The name of a layout that is written, such as ``kohya``.
-        dtype: Data type of the low-rank factors (``dense``: the differences); None keeps theirs.
+        target: Name of a layout that can be written, such as ``kohya``.
+        dtype: Dtype of the low-rank factors (``dense``: the differences); None keeps it.
             Magnitudes are float32.
-        unet_layout: For kohya names of an SDXL UNet not shaped like the released one; that of
-            the base if None.
-        base: The base model, for targets made for one (``comfyui`` with magnitudes on the output
-            axis, and ``dense``).
+        unet_layout: Layout for kohya names of an SDXL UNet that differs from the released one.
+            None uses the base's.
+        base: The base model, for targets that depend on one (``comfyui`` with magnitudes on the
+            output axis, and ``dense``).
 
     Returns:
-        The file (or the folder, for ``peft``) that was written.
+        The written file (or the folder, for ``peft``).
 
     Raises:
-        AdapterFormatError: If the target cannot hold the adapter, with what to use instead.
-        DiskFullError: If the disk fills up; a file that was there is unchanged.
+        AdapterFormatError: If the target cannot store the adapter; names an alternative.
+        DiskFullError: If the disk fills up. An existing file is unchanged then.
     """
     path = Path(path)
     embeddings = embeddings_beside(path, adapter)
@@ -159,18 +159,18 @@ def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
     if adapter.beside and target != "dense":
-        raise AdapterFormatError(f"the {target} format cannot hold a DoRA with a LoRA beside it")
+        raise AdapterFormatError(f"the {target} format cannot store the sum of a DoRA and a LoRA")
     return layout_named(target)
 
 
 def embeddings_beside(path: Path, adapter: AdapterFile) -> dict[str, Path]:
-    """Return the files of `write_adapter` for an adapter's tokens: one for each."""
+    """Return the file of each of an adapter's tokens, as `write_adapter` names them."""
     folder = path.parent if path.suffix == ".safetensors" else path
     return embedding_files(folder, path.stem, adapter.tokens)
 
 
 def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
-    """Write all files of a PEFT folder, and only then give them their names.
+    """Write all files of a PEFT folder under temporary names, and then rename them.
 
     Files of another adapter are removed: its text encoder would be read with the new UNet.
     """
@@ -197,20 +197,20 @@ def read_adapter(
     alpha: float | None = None,
     sums: bool = False,
 ) -> AdapterFile:
-    """Read an adapter file, an output folder that holds one, or a PEFT folder.
+    """Read an adapter file, an output folder that contains one, or a PEFT folder.
 
     Args:
-        path: The file or folder; or it with its headers read.
-        base: The model that it is for: resolves underscore names exactly, checks that every layer
-            fits, and tells the axis of magnitudes whose shape does not.
-        alpha: Alpha of training, for a file that lost it.
+        path: The file or folder; or a `StoredAdapter`, with headers already read.
+        base: The model that the adapter is for. It resolves underscore names exactly, checks that
+            every layer fits, and determines the axis of magnitudes with an ambiguous shape.
+        alpha: Alpha of training, for a file that does not store it.
         sums: Read an ai-toolkit DoRA with alpha other than its rank as a DoRA with a LoRA in
-            ``beside``, instead of refusing it.
+            ``beside``. Otherwise it is refused.
 
     Raises:
         AdapterFormatError: If it is not an adapter, does not fit the model, or cannot be read
             without guessing.
-        FileNotFoundError: If there is nothing at the path.
+        FileNotFoundError: If the path does not exist.
     """
     stored = path if isinstance(path, StoredAdapter) else StoredAdapter.open(path)
     try:
@@ -227,32 +227,32 @@ def read_adapter(
             raise
         raise AdapterFormatError(
             f"{stored.path.name}: this adapter was made for {made_for.title} ({made_for.name}), "
-            f"the base is {used_on.title} ({used_on.name}): use it with a base model of its own "
+            f"the base is {used_on.title} ({used_on.name}): use it with a base model of its "
             "family, or train it again on this one"
         ) from error
 
 
 def _decode(stored: StoredAdapter, decoder: Decoder) -> AdapterFile:
-    parts = []
+    adapters = []
     for file in stored.files:
         tensors = file.tensors()
         try:
-            parts.append(_decode_file(decoder, file, tensors))
+            adapters.append(_decode_file(decoder, file, tensors))
         except AdapterFormatError as error:
-            # The caller may read many files.
+            # Name the file, since the caller may read several.
             raise AdapterFormatError(f"{file.path.name}: {error}") from error
-    first, *others = parts
-    for part in others:
+    first, *rest = adapters
+    for part in rest:
         first.layers.update(part.layers)
         first.tokens.update(part.tokens)
-    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    notes = dict.fromkeys(note for part in adapters for note in part.notes)
     return dataclasses.replace(first, notes=tuple(notes))
 
 
 def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor]) -> AdapterFile:
     layout, metadata, folder, component = decoder.layout, file.metadata, file.path.parent, None
     if layout.is_compact and decoder.alpha is not None:
-        raise AdapterFormatError("its alpha was not lost: a VeRA has none; give none")
+        raise AdapterFormatError("alpha has no effect: a VeRA has none; leave it out")
     tokens: dict[str, Vectors] = {**take_bundled(tensors)}
     is_bundled = bool(tokens)
     for key in layout.tokens(tensors, metadata):
@@ -276,10 +276,10 @@ def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor])
 def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
     parsed = parse_metadata(metadata)
     trained = metadata.get(OWN + "alpha", "")
-    # An approximation has an alpha of its own.
+    # The alpha of an approximation is not the alpha of training.
     if OWN + "approximation" in metadata:
         return parsed
     if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):
         return parsed
-    # The scale is multiplied in, so the layers no longer tell the alpha they were trained with.
+    # The scale was multiplied into the factors, so the layers no longer state the trained alpha.
     return dataclasses.replace(parsed, extra={**parsed.extra, TRAINED_ALPHA: trained})

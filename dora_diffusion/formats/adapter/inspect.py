@@ -36,7 +36,7 @@ from dora_diffusion.formats.layouts.layout import (
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 
-# Data types in which numbers are rounded -> the largest relative error of one.
+# Dtypes that round numbers -> the largest relative error.
 _HALF = {torch.float16: "5e-4", torch.bfloat16: "4e-3"}
 
 
@@ -46,22 +46,22 @@ class AdapterReport:
 
     Attributes:
         path: The file, or the folder of a PEFT adapter.
-        key_format: ``"diffusers"``, ``"kohya"`` or ``"peft"``; of early 2023 ``"attn_procs"``, the
-            attention processors of diffusers, and ``"cloneofsimo"``, the first LoRA trainer's
-            numbers; ``"other"`` if a key is not as these programs write it.
-        metadata: What the file says of itself; the family is guessed from shapes if it does not.
+        key_format: ``"diffusers"``, ``"kohya"`` or ``"peft"``; from early 2023 ``"attn_procs"``,
+            the attention processors of diffusers, and ``"cloneofsimo"``, the numbered layers of the
+            first LoRA trainer; ``"other"`` if a key is not of these programs.
+        metadata: Metadata of the file. A missing family is guessed from shapes.
         layers: Number of layers per component.
         kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 3x3"``, ``"Embedding"``.
         method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
         norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a LoRA.
         rank: The rank, or JSON per layer if they differ.
-        alpha: The alpha as trained, or JSON per layer if they differ; of an approximation its own.
+        alpha: The trained alpha, or JSON per layer if they differ; for an approximation its alpha.
         parameters: Number of trained values.
         nbytes: Size on disk.
-        tools: Programs, and whether they compute it as trained; see docs/understand/programs.md.
-        fits: Whether it fits the base model that was given, ``""`` without one.
+        tools: Verdict of each program on computing it exactly; see docs/understand/programs.md.
+        fits: Whether it fits the given base model; ``""`` without one.
         tokens: Tokens that were trained with it, and the number of vectors of each.
-        notes: What to know before using it, and what to repair.
+        notes: Advice on using and repairing the file.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class AdapterReport:
     tokens: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON: what differs between layers is a dictionary."""
+        """Return the report as plain values, for JSON, with dictionaries for values per layer."""
         values = {**dataclasses.asdict(self), "path": str(self.path)}
         values |= {name: numbers(values[name]) for name in ("rank", "alpha")}
         extra = {name: numbers(text) for name, text in self.metadata.extra.items()}
@@ -90,14 +90,15 @@ class AdapterReport:
 
 
 def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterReport:
-    """Read an adapter and report what it is.
+    """Read an adapter and report its method, layers, metadata and compatible programs.
 
     Args:
         path: The file or folder.
-        base: A model that it may fit; its weights tell the axis of magnitudes whose shape does not.
+        base: A model to check the adapter against. Its weights determine the axis of magnitudes
+            with an ambiguous shape.
 
     Raises:
-        AdapterFormatError: If it is not an adapter that can be read, with the reason.
+        AdapterFormatError: If it cannot be read as an adapter, with the reason.
     """
     stored = StoredAdapter.open(path)
     if isinstance(stored.layout, BaseSpecific) and len(stored.files) == 1:
@@ -144,7 +145,7 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
 
 
 def _notes(stored: StoredAdapter, adapter: AdapterFile, is_bundled: bool) -> list[str]:
-    """Return notes on how it was read, on its tokens, and on its numbers."""
+    """Return notes on repairs, tokens and the precision of numbers."""
     notes = list(adapter.notes)
     if adapter.tokens:
         notes.append(
@@ -161,7 +162,7 @@ def _notes(stored: StoredAdapter, adapter: AdapterFile, is_bundled: bool) -> lis
 
 
 def _parameters(stored: StoredAdapter, adapter: AdapterFile) -> int:
-    """Trained values: a compact file holds fewer than its layers have."""
+    """Return the number of trained values; a compact file has fewer than its layers."""
     if stored.layout.is_compact:
         return sum(math.prod(spec.shape) for spec in stored.files[0].specs.values())
     tensors = [
@@ -174,7 +175,7 @@ def _parameters(stored: StoredAdapter, adapter: AdapterFile) -> int:
 
 
 def _decoded(stored: StoredAdapter, base: ModelWeights | None) -> tuple[AdapterFile, str]:
-    """The adapter, and whether it fits; one that does not is read all the same."""
+    """Return the adapter, and whether it fits the base. It is read even if it does not fit."""
     if base is None:
         return read_adapter(stored), ""
     try:
@@ -188,7 +189,7 @@ def _decoded(stored: StoredAdapter, base: ModelWeights | None) -> tuple[AdapterF
 def _report_for_one_base(
     stored: StoredAdapter, layout: BaseSpecific, shapes: Shapes | None
 ) -> AdapterReport:
-    """Report what names, shapes and metadata tell, without reading layers."""
+    """Report from names, shapes and metadata, without reading layers."""
     [file] = stored.files
     metadata, parsed = file.metadata, parse_metadata(file.metadata)
     resolve, by_structure = name_resolver(shapes), name_resolver()
@@ -197,8 +198,8 @@ def _report_for_one_base(
         (name or by_structure(key.partition(".")[0]) or "other").split(".")[0]
         for key, name in keys.items()
     )
-    own = {key: _weight_shape(file.specs, key) for key in keys}
-    sizes = ["x".join(map(str, shape[2:])) for shape in own.values()]
+    weight_shapes = {key: _weight_shape(file.specs, key) for key in keys}
+    sizes = ["x".join(map(str, shape[2:])) for shape in weight_shapes.values()]
     return AdapterReport(
         path=stored.path,
         key_format=layout.key_format,
@@ -211,17 +212,17 @@ def _report_for_one_base(
         alpha=metadata.get(OWN + "alpha", ""),
         parameters=sum(math.prod(spec.shape) for spec in file.specs.values()),
         nbytes=stored.nbytes,
-        notes=(layout.note, f"for one base model: {parsed.base_model or 'which is not said'}"),
+        notes=(layout.note, f"for one base model: {parsed.base_model or 'unknown'}"),
         tools=layout.judge({}, "", ()),
-        fits="" if shapes is None else _fits_one_base(own, keys, shapes),
+        fits="" if shapes is None else _fits_one_base(weight_shapes, keys, shapes),
     )
 
 
-def _fits_one_base(own: Shapes, keys: Mapping[str, str | None], shapes: Shapes) -> str:
-    """Return whether a base has all layers of a file that is made for one, in their shapes."""
+def _fits_one_base(weight_shapes: Shapes, keys: Mapping[str, str | None], shapes: Shapes) -> str:
+    """Return whether a base has all layers of a file for one base, with their shapes."""
     if unknown := [key for key, name in keys.items() if name is None]:
         return f"no: the model has no module for {listing(unknown, 3)}"
-    named = {name: own[key] for key, name in keys.items() if name is not None}
+    named = {name: weight_shapes[key] for key, name in keys.items() if name is not None}
     wrong = [f"{n} {s} on {(*shapes[n],)}" for n, s in named.items() if s != (*shapes[n],)]
     if wrong:
         return f"no: it was made for another model: {listing(wrong, 3)}"
@@ -229,14 +230,14 @@ def _fits_one_base(own: Shapes, keys: Mapping[str, str | None], shapes: Shapes) 
 
 
 def _weight_shape(specs: Mapping[str, TensorSpec], key: str) -> tuple[int, ...]:
-    """Shape of the weight that a difference, or the low-rank factors, change."""
+    """Return the shape of the weight that a difference or low-rank factors change."""
     shape = tuple(specs[key].shape)
     up = specs.get(key.replace(".lora_down.", ".lora_up."))
     return shape if up is None or key.endswith(".diff") else (up.shape[0], *shape[1:])
 
 
 def numbers(text: str) -> float | dict[str, float] | str:
-    """Parse a `describe` text: one number, or one per layer; any other text is left as it is."""
+    """Parse a `describe` text: one number, or one per layer. Other texts are returned unchanged."""
 
     def number(value: Any) -> float:
         return int(float(value)) if float(value).is_integer() else float(value)

@@ -1,9 +1,9 @@
-"""Metadata of an adapter file: our own fields, and the kohya and modelspec fields.
+"""Metadata of an adapter file: this package's fields, and the kohya and modelspec fields.
 
-Metadata values are strings. Our own keys start with ``dora_diffusion.``; readers that do not know
-them ignore them. ``ss_*`` is what kohya's scripts write and web UIs read (the family from
-``ss_base_model_version``, then ``ss_v2``); ``modelspec.*`` is Stability AI's model metadata
-standard. No local path is ever written.
+Metadata values are strings. Keys of this package start with ``dora_diffusion.``; other readers
+ignore them. Kohya's scripts write ``ss_*``, which web UIs read (the family from
+``ss_base_model_version``, then ``ss_v2``). ``modelspec.*`` is Stability AI's standard of model
+metadata. Local paths are never written.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ TRAINED_ALPHA = "trained_alpha"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 UNET_LAYERS = "unet_layers_per_block"
 ZERO_TERMINAL_SNR = "zero_terminal_snr"
-# Of a file that stands in for something: what for ("DoRA", "LoRA", "tuned model", "sum of the
-# adapters"), and its relative error.
+# Target of an approximation ("DoRA", "LoRA", "tuned model", "sum of the adapters"), and its
+# relative error.
 APPROXIMATES, APPROXIMATION_ERROR = "approximates", "approximation_error"
-# How prompts are read, where that is not the usual way (`Components.reading`).
+# Prompt settings other than the defaults (`Components.reading`).
 READING = ("clip_skip", "max_token_length")
-# How captions were made of what lies beside photos (`stated_rules`).
+# Rules by which captions were made from files next to photos (`stated_rules`).
 CAPTIONS = "captions"
 TAGS, THUMBNAIL = "modelspec.tags", "modelspec.thumbnail"
 TAG_FREQUENCY = "ss_tag_frequency"
-# Datasets have names there, often those of folders.
+# Name of the dataset in tag frequencies; kohya writes names of folders.
 _DATASET = "images"
 
 _V_ARCHITECTURES = tuple(filter(None, (family.v_architecture for family in FAMILIES.values())))
@@ -49,22 +49,21 @@ _V_ARCHITECTURES = tuple(filter(None, (family.v_architecture for family in FAMIL
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """Metadata of an adapter that its tensors do not hold.
+    """Metadata of an adapter that is not in its tensors.
 
     Attributes:
         family: Name of a `Family`, or ``""`` if unknown.
-        base_model: Name of the model it was trained on (a hub id, not a path).
-        trigger: The prompt words that call the subject up; of several, as `join_triggers` has them.
-        resolutions: Sides in pixels that it was trained at, the least first.
-        format_version: Version of our own metadata; ``""`` for a file of another program.
+        base_model: Name of the trained model (a hub id, not a path).
+        trigger: Trigger words of the subject; for several subjects joined by `join_triggers`.
+        resolutions: Training resolutions in pixels, the smallest first.
+        format_version: Version of this metadata; ``""`` for a file of another program.
         extra: Further fields, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
-            keeps the alpha as trained where the file holds the scale multiplied in;
-            ``zero_terminal_snr`` is ``"True"`` or ``"False"``;
-            ``unet_layers_per_block`` is what kohya's names of an SDXL UNet depend on, as
-            `UNetLayout.text` gives it.
-        tags: Words that describe the adapter, for adapter managers.
+            is the alpha of training, for files with the scale multiplied into the factors.
+            ``zero_terminal_snr`` is ``"True"`` or ``"False"``. ``unet_layers_per_block`` is
+            `UNetLayout.text`, on which kohya's names of an SDXL UNet depend.
+        tags: Tags for adapter managers.
         thumbnail: A small image as a data URI (``data:image/jpeg;base64,...``).
-        tag_frequency: How often each tag is in the captions that it was trained with.
+        tag_frequency: Number of training captions with each tag.
     """
 
     family: str = ""
@@ -81,11 +80,11 @@ class AdapterMetadata:
         if self.family not in ("", *FAMILIES):
             raise ValueError(f"family is {self.family!r}; it must be one of {list(FAMILIES)}")
         if self.thumbnail and not self.thumbnail.startswith("data:image/"):
-            raise ValueError(f"the thumbnail must be a data URI, got {self.thumbnail[:20]!r}")
+            raise ValueError(f"thumbnail is {self.thumbnail[:20]!r}; it must be a data URI")
 
 
 def without_path(name: str) -> str:
-    """A model's name without this computer's folders: hub ids stay, paths lose their parents."""
+    """Return a model's name without local folders: hub ids unchanged, only the end of a path."""
     looks_local = (
         name.startswith(("/", "~", "."))
         or "\\" in name
@@ -96,57 +95,61 @@ def without_path(name: str) -> str:
 
 
 def stated_reading(fields: Mapping[str, str], prefix: str = "") -> dict[str, int]:
-    """Return a file's prompt settings, as `Components` takes them; empty if it states none.
+    """Return a file's prompt settings for `Components.reading`; empty if it states none.
 
     Args:
         fields: `AdapterMetadata.extra`; or, with the prefix `OWN`, the metadata of a model's file.
-        prefix: What the names start with.
+        prefix: Prefix of the names.
     """
     texts = {name: fields.get(prefix + name, "") for name in READING}
     return {name: int(text) for name, text in texts.items() if text.isdecimal()}
 
 
 def agreed_reading(extras: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return the prompt settings of several adapters, from their `AdapterMetadata.extra`.
+    """Return the prompt settings that several adapters share, from their `AdapterMetadata.extra`.
 
-    Where they do not agree, it is left open.
+    Settings in which the adapters differ are omitted.
     """
-    found = {name: {extra.get(name, "") for extra in extras} for name in READING}
+    texts_by_name = {name: {extra.get(name, "") for extra in extras} for name in READING}
     return {
-        name: text for name, texts in found.items() if len(texts) == 1 for text in texts if text
+        name: text
+        for name, texts in texts_by_name.items()
+        if len(texts) == 1
+        for text in texts
+        if text
     }
 
 
 def reading_in_words(reading: Mapping[str, int], family: Family) -> str:
-    """Describe prompt settings for people: both countings of clip skip; empty for the defaults."""
+    """Describe prompt settings, with clip skip in both countings; empty for the defaults."""
     skip, length = reading.get("clip_skip", 0), reading.get("max_token_length", TOKENS_PER_CHUNK)
-    parts = []
+    phrases = []
     if skip:
         web = family.web_ui_clip_skip(skip)
-        parts.append(f"with clip_skip {skip} as Diffusers counts (Clip skip {web} in web UIs)")
+        phrases.append(f"with clip_skip {skip} as Diffusers counts (Clip skip {web} in web UIs)")
     if length != TOKENS_PER_CHUNK:
-        parts.append(f"{f'up to {length}' if length else 'all'} tokens in chunks of 75")
-    return ", ".join(parts)
+        phrases.append(f"{f'up to {length}' if length else 'all'} tokens in chunks of 75")
+    return ", ".join(phrases)
 
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of training without this computer's folders, those of a dataset's entries too."""
-    from dora_diffusion.config import settings  # Of training, which readers of a file do without.
+    """Return settings of training without local folders, including entries of a dataset."""
+    from dora_diffusion.config import settings  # A late import, since readers do not need it.
 
-    kept = dict(values)
+    portable = dict(values)
     for setting in settings():
-        value = kept.get(setting.name)
+        value = portable.get(setting.name)
         if setting.kind is dict:
-            kept[setting.name] = [without_paths(entry) for entry in value or []]
+            portable[setting.name] = [without_paths(entry) for entry in value or []]
         elif setting.is_path and isinstance(value, str):
-            kept[setting.name] = without_path(value)
-    return {name: value for name, value in kept.items() if name in values}
+            portable[setting.name] = without_path(value)
+    return {name: value for name, value in portable.items() if name in values}
 
 
 def own_fields(
     metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], target: str
 ) -> dict[str, str]:
-    """Our own metadata fields of a file."""
+    """Return this package's metadata fields of a file."""
     values = {name: getattr(metadata, name) for name in ("family", "trigger")}
     values["resolution"] = ", ".join(map(str, metadata.resolutions))
     values["base_model"] = without_path(metadata.base_model)
@@ -169,7 +172,7 @@ def own_fields(
 
 
 def describe(values: Mapping[str, object]) -> str:
-    """One value if all layers agree, else JSON of layer -> value."""
+    """Return the value as a text if all layers agree, else JSON of layer -> value."""
     texts = {
         name: f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in values.items()
@@ -179,7 +182,7 @@ def describe(values: Mapping[str, object]) -> str:
 
 
 def described(text: str, name: str) -> str:
-    """The value of one layer in a ``describe`` text, ``""`` if it holds none."""
+    """Return the value of one layer in a ``describe`` text; ``""`` if there is none."""
     if not text.startswith("{"):
         return text
     try:
@@ -189,19 +192,19 @@ def described(text: str, name: str) -> str:
 
 
 def join_triggers(triggers: Iterable[str]) -> str:
-    """The trigger words of several subjects as one text, each once: ``"sks dog, zwx cat"``."""
+    """Join the trigger words of several subjects, without duplicates: ``"sks dog, zwx cat"``."""
     return ", ".join(dict.fromkeys(filter(None, triggers)))
 
 
 def split_triggers(text: str) -> list[str]:
-    """The trigger words of each subject of `join_triggers`."""
+    """Split the result of `join_triggers` into the trigger words of each subject."""
     return [trigger for part in text.split(",") if (trigger := part.strip())]
 
 
 def modelspec_fields(
     family: Family, title: str, trigger: str, prediction_type: str
 ) -> dict[str, str]:
-    """The ``modelspec.*`` fields of a whole model in the original layout; no empty ones."""
+    """Return the ``modelspec.*`` fields of a model in the original layout, except empty ones."""
     is_v = prediction_type == "v_prediction"
     fields = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -217,10 +220,10 @@ def modelspec_fields(
 def kohya_fields(
     metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], family: Family, title: str
 ) -> dict[str, str]:
-    """The ``ss_*`` and ``modelspec.*`` fields of a kohya-style file."""
+    """Return the ``ss_*`` and ``modelspec.*`` fields of a kohya-style file."""
     prediction_type = metadata.extra.get("prediction_type", "")
     fields = modelspec_fields(family, title, metadata.trigger, prediction_type)
-    # Tags that web UIs list; without captions, trigger words and tags.
+    # Tags for web UIs; trigger words and tags if there are no captions.
     words = dict(metadata.tag_frequency) or _tags_once(metadata.trigger, metadata.tags)
     fields |= {
         "ss_base_model_version": family.kohya_base_version
@@ -263,19 +266,19 @@ def _network_fields(layers: Mapping[str, LayerWeights]) -> dict[str, str]:
 
 
 def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
-    """Parse a file's metadata, ours or another program's."""
-    own = {k.removeprefix(OWN): v for k, v in fields.items() if k.startswith(OWN)}
-    own = own or _foreign_facts(fields)
-    family, thumbnail = own.get("family", ""), fields.get(THUMBNAIL, "")
+    """Parse a file's metadata, of this package or another program."""
+    facts = {k.removeprefix(OWN): v for k, v in fields.items() if k.startswith(OWN)}
+    facts = facts or _foreign_facts(fields)
+    family, thumbnail = facts.get("family", ""), fields.get(THUMBNAIL, "")
     return AdapterMetadata(
         family=family if family in FAMILIES else "",
-        base_model=own.get("base_model", ""),
-        trigger=own.get("trigger", ""),
+        base_model=facts.get("base_model", ""),
+        trigger=facts.get("trigger", ""),
         resolutions=tuple(
-            sorted({int(side) for side in re.findall(r"[0-9]{1,6}", own.get("resolution", ""))})
+            sorted({int(side) for side in re.findall(r"[0-9]{1,6}", facts.get("resolution", ""))})
         ),
-        format_version=own.get("format_version", ""),
-        extra={k: v for k, v in own.items() if k not in (*_FACTS, *_COMPUTED)},
+        format_version=facts.get("format_version", ""),
+        extra={k: v for k, v in facts.items() if k not in (*_FACTS, *_COMPUTED)},
         tags=_tags(fields),
         thumbnail=thumbnail if thumbnail.startswith("data:image/") else "",
         tag_frequency=_read_tag_frequency(fields),
@@ -287,7 +290,7 @@ def _tags(fields: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _read_tag_frequency(fields: Mapping[str, str]) -> dict[str, int]:
-    """The counts of all datasets together, most frequent first; none if they are not captions'."""
+    """Return the counts of all datasets, most frequent first; {} if they are not from captions."""
     counts: Counter[str] = Counter()
     with contextlib.suppress(ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         for tags in json.loads(fields.get(TAG_FREQUENCY, "{}")).values():
@@ -298,7 +301,7 @@ def _read_tag_frequency(fields: Mapping[str, str]) -> dict[str, int]:
 
 
 def _foreign_facts(fields: Mapping[str, str]) -> dict[str, str]:
-    """Return what another program's metadata say, by the names of our own."""
+    """Return the facts in another program's metadata, by this package's names."""
     version = fields.get("ss_base_model_version", "").lower()
     architecture = fields.get("modelspec.architecture", "").lower()
     is_v2 = fields.get("ss_v2", "").lower() == "true"
@@ -324,7 +327,7 @@ def _foreign_facts(fields: Mapping[str, str]) -> dict[str, str]:
 
 
 def _foreign_reading(fields: Mapping[str, str], family: str) -> dict[str, str]:
-    """Return sd-scripts' prompt settings; for SDXL it writes a clip skip that it does not use."""
+    """Return sd-scripts' prompt settings, without SDXL's clip skip, which it does not use."""
     numbers = {name: fields.get(f"ss_{name}", "") for name in READING}
     skip, length = (
         int(text) if re.fullmatch("[0-9]{1,4}", text) else 0 for text in numbers.values()

@@ -27,7 +27,7 @@ from dora_diffusion.formats.layouts.other import layout_of
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 
 PIVOTAL = "_emb"
-"""End of the name of the tokens' file of Diffusers' advanced scripts, ``NAME_emb.safetensors``."""
+"""Suffix of the file of tokens of Diffusers' advanced scripts, ``NAME_emb.safetensors``."""
 
 
 class StoredFile:
@@ -36,8 +36,8 @@ class StoredFile:
     Attributes:
         path: The file.
         specs: Dtype and shape of every tensor.
-        metadata: Its metadata.
-        config: The ``adapter_config.json`` beside it, None for a file that is not a PEFT folder's.
+        metadata: Metadata of the file.
+        config: The ``adapter_config.json`` of a PEFT folder; None for other files.
 
     Raises:
         AdapterFormatError: If it is damaged, or a pickle.
@@ -45,7 +45,7 @@ class StoredFile:
 
     def __init__(self, path: Path, config: Mapping[str, Any] | None = None) -> None:
         pickled = path.with_suffix(".bin")
-        if not path.exists() and pickled.exists():  # what a PEFT folder may hold instead
+        if not path.exists() and pickled.exists():  # Some PEFT folders contain a pickle.
             path = pickled
         if path.suffix in PICKLED:
             raise AdapterFormatError(
@@ -75,9 +75,9 @@ class StoredAdapter:
     """An adapter on disk.
 
     Attributes:
-        path: The file, or the PEFT folder itself.
-        files: Its files: one for each component of a PEFT folder.
-        layout: Their layout.
+        path: The file or the PEFT folder.
+        files: Files of the adapter; a PEFT folder has one for each component.
+        layout: Layout of the files.
     """
 
     path: Path
@@ -89,8 +89,8 @@ class StoredAdapter:
         """Read the headers of an adapter's files.
 
         Raises:
-            AdapterFormatError: If one is damaged, or it is not an adapter.
-            FileNotFoundError: If there is nothing at the path.
+            AdapterFormatError: If a file is damaged, or the path is not an adapter.
+            FileNotFoundError: If the path does not exist.
         """
         path = find_adapter(path)
         has_config = path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file()
@@ -111,10 +111,10 @@ class StoredAdapter:
 
 
 def read_metadata(path: str | Path) -> AdapterMetadata:
-    """Read an adapter's metadata. Its header is read once, until the file is written again.
+    """Read an adapter's metadata, cached until the file is written again.
 
     Raises:
-        AdapterFormatError, FileNotFoundError: As `StoredAdapter.open` raises them.
+        AdapterFormatError, FileNotFoundError: As in `StoredAdapter.open`.
     """
     file = find_adapter(path).absolute()
     status = file.stat()
@@ -127,11 +127,11 @@ def _metadata_of(file: Path, written: int, size: int) -> AdapterMetadata:
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter behind a path: a file, or the PEFT folder itself.
+    """Return the adapter at a path: a file, or a PEFT folder.
 
     Raises:
-        FileNotFoundError: If nothing is there.
-        AdapterFormatError: If a folder holds no adapter, or several without saying which.
+        FileNotFoundError: If the path does not exist.
+        AdapterFormatError: If a folder contains no adapter, or several.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -143,15 +143,15 @@ def find_adapter(path: str | Path) -> Path:
     if peft_folders(path):
         return path
     if model := pipeline_in(path):
-        what = "is a model" if model == path else "holds a model that was trained whole"
+        what = "is a model" if model == path else "contains a model whose weights were trained"
         raise AdapterFormatError(
-            f"{path} {what}, not an adapter: give it as --base, or make an adapter of it with "
+            f"{path} {what}, not an adapter: give it as --base, or make an adapter from it with "
             "dora-diffusion extract"
         )
     files = sorted(path.glob("*.safetensors"))
-    # Beside the ordinary file it holds the same.
+    # The VeRA file is a second copy of the ordinary file's adapter.
     files = [file for file in files if file.name != VERA_FILE] or files
-    # Tokens that Diffusers' advanced scripts wrote for one of the others.
+    # Files of tokens from Diffusers' advanced scripts belong to another file.
     files = [file for file in files if not file.stem.endswith(PIVOTAL)] or files
     files = files or sorted(path.glob("pytorch_lora_weights.bin"))
     if len(files) != 1:
@@ -162,6 +162,6 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def adapter_hash(path: str | Path) -> str:
-    """SHA-256 of an adapter's file, or of the files of a PEFT folder in order."""
+    """Return the SHA-256 of an adapter's file, or of a PEFT folder's files in order."""
     adapter = find_adapter(path)
     return file_hash(sorted(adapter.rglob(PEFT_FILE)) if adapter.is_dir() else [adapter])

@@ -1,1 +1,1 @@
-"""Base models as files: Diffusers folders, and single files in the original layout."""
+"""Base models on disk: Diffusers folders, and single files in the original layout."""

@@ -1,7 +1,7 @@
-"""Whole models on disk, seen through canonical tensor names: Diffusers folders and single files.
+"""Whole models on disk with canonical tensor names: Diffusers folders and single files.
 
-Of a single file in the original layout, what open_clip joins (q, k, v) or transposes is split and
-turned back on loading, and the VAE's 1x1 convolutions become Linear weights.
+Tensors of a single file are converted on loading: open_clip's joined matrices (q, k, v) are split,
+its transposed ones transposed back, and the VAE's 1x1 convolutions become Linear weights.
 """
 
 from __future__ import annotations
@@ -69,24 +69,24 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".ckpt", ".pt",
     ".msgpack", ".h5", ".onnx", ".pb",
 )  # fmt: skip
-# Averaged copies of the unmerged weights; some loaders prefer them to the merged ones.
+# Averaged copies (EMA) of the unmerged weights, which some loaders prefer to the merged ones.
 LEFT_OUT = ("model_ema.",)
 # Playground 2.5 and CosXL.
 _OTHER_SCHEDULES = {"edm_mean", "edm_vpred.sigma_max"}
 
 
 class StoredModel(ABC):
-    """The weights of a whole model on disk: a Diffusers folder or a single file.
+    """Weights of a whole model on disk: a Diffusers folder or a single file.
 
     Attributes:
         path: The folder or file.
-        is_single_file: It is one file in the original layout.
-        family: What kind of model it is.
-        files: Weight files by component; a single file is its own ``"checkpoint"``.
-        metadata: The metadata of its (first) weight file.
+        is_single_file: Whether it is one file in the original layout.
+        family: Family of the model.
+        files: Weight files by component; the key for a single file is ``"checkpoint"``.
+        metadata: Metadata of the (first) weight file.
         specs: Dtype and shape of every tensor, by canonical name.
-        other_specs: Tensors of no component that a single file holds, by their names in it.
-        restated: Settings of its noise schedule that somebody knows better than it says.
+        other_specs: Tensors of a single file without a component, by their names in the file.
+        restated: Settings of the noise schedule that override the model's.
     """
 
     path: Path
@@ -100,7 +100,7 @@ class StoredModel(ABC):
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
-        """Load one tensor by canonical name."""
+        """Load a tensor by canonical name."""
 
     @abstractmethod
     def statements(self) -> list[ScheduleInfo]:
@@ -108,52 +108,52 @@ class StoredModel(ABC):
 
     @abstractmethod
     def markers(self) -> set[str]:
-        """Empty tensors by which it says, or would say, that it predicts v."""
+        """Return the marker tensors of the model's single file, or of one written from it."""
 
     @abstractmethod
     def single_file(self) -> SingleFile:
         """Return the source from which one file in the original layout is written.
 
         Raises:
-            CheckpointLayoutError: If the model has no place in that layout.
+            CheckpointLayoutError: If the model does not fit that layout.
         """
 
     def shards(self) -> dict[str, list[dict[str, str]]]:
-        """The weight files of each component, each as today's names in it -> canonical names.
+        """Return the weight files of each component, each as current names -> canonical names.
 
         A single file has none.
         """
         return {}
 
     def naming_problems(self) -> list[str]:
-        """Names by which programs miss tensors, or load others, one line each.
+        """Return problems with names of tensors, one line each.
 
-        A folder with other names is not opened.
+        A folder has none: it is not opened if names differ.
         """
         return []
 
     def schedule(self) -> dict[str, Any]:
-        """The settings of its noise schedule, as far as it states them."""
-        said = [*(each.settings for each in reversed(self.statements())), self.restated]
-        return {name: value for settings in said for name, value in settings.items()}
+        """Return the stated settings of the noise schedule."""
+        stated = [*(statement.settings for statement in reversed(self.statements())), self.restated]
+        return {name: value for settings in stated for name, value in settings.items()}
 
     def override_schedule(self, base: BaseModel, adapters: Sequence[AdapterMetadata]) -> None:
-        """Override its noise schedule by what was asked for, or what its adapters know.
+        """Override the noise schedule by the user's settings or the adapters' metadata.
 
         Args:
-            base: What it was opened as.
-            adapters: What is known of those that go into it.
+            base: The model with the user's settings.
+            adapters: Metadata of the adapters to merge.
 
         Raises:
-            ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
+            ValueError: If zero terminal SNR is requested for a model that predicts the noise.
         """
-        said = statements_on(base, self.statements(), usual_of(self.family), adapters)
-        schedule = choose_schedule(self.path.name, said)
+        statements = statements_on(base, self.statements(), usual_of(self.family), adapters)
+        schedule = choose_schedule(self.path.name, statements)
         if not schedule.is_own:
             self.restated = schedule.settings
 
     def _schedule_tensors(self) -> dict[str, Tensor]:
-        """The tensors of no component by which a single file says how its schedule is meant."""
+        """Return the tensors without a component by which a single file states its schedule."""
         tensors = {name: torch.empty(0) for name in self.markers()}
         if self.family.has_two_predictions and self.schedule().get(PREDICTION) == EPSILON:
             tensors[STEP] = torch.tensor(EPSILON_STEP)
@@ -163,23 +163,25 @@ class StoredModel(ABC):
 class Component:
     """Lazy access to the weights of one component's folder by canonical name.
 
-    Its ``reader`` closes its files.
+    Close the ``reader`` to close the files.
 
     Args:
-        name: The component.
-        folder: Its folder.
-        variant: As of `find_weights`.
+        name: Name of the component.
+        folder: Folder of the component.
+        variant: As in `find_weights`.
 
     Raises:
-        TensorFileError: If it lacks readable weights, or has one twice.
+        TensorFileError: If there are no readable weights, or a weight exists twice.
     """
 
     def __init__(self, name: str, folder: Path, variant: str | None) -> None:
         self.reader, self.key_of = TensorReader(find_weights(folder, variant)), dict[str, str]()
         for key in self.reader.specs:
             if (other := self.key_of.setdefault(canonical(name, key), key)) != key:
-                raise TensorFileError(f"{name} holds {other} and {key}")
-        self.specs = {each: self.reader.specs[key] for each, key in self.key_of.items()}
+                raise TensorFileError(f"{name} has one tensor twice, as {other} and {key}")
+        self.specs = {
+            tensor_name: self.reader.specs[key] for tensor_name, key in self.key_of.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         return self.reader[self.key_of[name]]
@@ -193,8 +195,8 @@ class PipelineFolder(StoredModel):
     """Lazy access to the weights of a Diffusers folder. Use ``PipelineFolder.open``.
 
     Attributes:
-        index: Its ``model_index.json``.
-        components: Those that have weights.
+        index: Content of the ``model_index.json``.
+        components: The components with weights.
 
     Raises:
         TensorFileError: If it is not a pipeline folder, or lacks readable weights.
@@ -235,8 +237,8 @@ class PipelineFolder(StoredModel):
         return {
             name: [
                 {
-                    each.removeprefix(f"{name}."): each
-                    for each, key in component.key_of.items()
+                    tensor_name.removeprefix(f"{name}."): tensor_name
+                    for tensor_name, key in component.key_of.items()
                     if component.reader.file_of[key] == file
                 }
                 for file in component.reader.files
@@ -245,7 +247,7 @@ class PipelineFolder(StoredModel):
         }
 
     def config(self, component: str) -> dict[str, Any]:
-        """A component's config, empty if it has none."""
+        """Return a component's config; empty if it has none."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         path = self.path / component / name
         return read_json(path) if path.is_file() else {}
@@ -257,12 +259,15 @@ class PipelineFolder(StoredModel):
         return markers_for(self.family, self.schedule())
 
     def single_file(self) -> SingleFile:
-        """All tensors in the original layout, and those that say what the model predicts."""
+        """Return all tensors in the original layout, and the markers of the prediction type."""
         configs = {name: self.config(name) for name in (*WEIGHT_COMPONENTS, "scheduler")}
         names = names_of_configs(self.family, {n: c for n, c in configs.items() if c})
-        entries, others = plan_checkpoint(self.family, names, self.specs), self._schedule_tensors()
-        specs = {key: TensorSpec.of(tensor) for key, tensor in others.items()}
-        return SingleFile(entries, specs, others.__getitem__)
+        entries, schedule_tensors = (
+            plan_checkpoint(self.family, names, self.specs),
+            self._schedule_tensors(),
+        )
+        specs = {key: TensorSpec.of(tensor) for key, tensor in schedule_tensors.items()}
+        return SingleFile(entries, specs, schedule_tensors.__getitem__)
 
 
 def by_scheduler(config: Mapping[str, Any]) -> ScheduleInfo:
@@ -271,16 +276,15 @@ def by_scheduler(config: Mapping[str, Any]) -> ScheduleInfo:
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
-    """The safetensors file (or index of shards) of a component folder.
+    """Return the safetensors file (or index of shards) of a component folder.
 
     Args:
         folder: The component's folder.
-        variant: ``"fp16"`` takes ``*.fp16.safetensors``; None prefers the plain file, and takes
-            the only variant if there is no plain file.
+        variant: ``"fp16"`` selects ``*.fp16.safetensors``. None prefers the plain file, or else
+            selects the only variant.
 
     Raises:
-        TensorFileError: If there is none, of the variant that is asked for above all, or the
-            choice is not clear.
+        TensorFileError: If there is no such file, or the choice is ambiguous.
     """
     end = f".{variant}" if variant else ""
     for stem in ("diffusion_pytorch_model", "model"):
@@ -299,19 +303,19 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
         return files[0]
     if not files and (pickles := [*folder.glob("*.bin"), *folder.glob("*.ckpt")]):
         raise TensorFileError(
-            f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when "
+            f"{folder} stores its weights as a pickle ({pickles[0].name}), which can run code when "
             "opened; use a model with .safetensors weights, or convert it first"
         )
     problem = f"several: {names}" if files else "none"
-    raise TensorFileError(f"{folder}: it should hold one safetensors weight file; found {problem}")
+    raise TensorFileError(f"{folder} must contain one safetensors weight file; found {problem}")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The ``model_index.json`` of a pipeline folder.
+    """Read the ``model_index.json`` of a pipeline folder.
 
     Raises:
-        TensorFileError: If it is missing or damaged, or names a component that could lie outside
-            of the folder: components are arguments of the pipeline, so names as in code.
+        TensorFileError: If it is missing or damaged, or the name of a component is not a Python
+            identifier: it could be a path outside of the folder.
     """
     index = read_json(folder / "model_index.json")
     for name, value in index.items():
@@ -327,14 +331,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a model's folder.
 
     Raises:
-        TensorFileError: If the file is missing or holds something else.
+        TensorFileError: If the file is missing or contains something else.
     """
     try:
         loaded = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TensorFileError(f"{path} is missing or damaged; download the model again") from error
     if not isinstance(loaded, dict):
-        raise TensorFileError(f"{path} holds no JSON object; download the model again")
+        raise TensorFileError(f"{path} is not a JSON object; download the model again")
     return loaded
 
 
@@ -342,12 +346,11 @@ class CheckpointFile(StoredModel):
     """Lazy access to a single-file checkpoint. Use ``CheckpointFile.open``.
 
     Attributes:
-        reader: The file.
-        entries: For each tensor of the UNet, the text encoders and the VAE, the canonical tensors
-            inside it.
+        reader: Reader of the file.
+        entries: Tensors of the UNet, the text encoders and the VAE, with their canonical sources.
 
     Raises:
-        UnsupportedModelError: If it is a checkpoint of no supported family.
+        UnsupportedModelError: If its family is not supported.
     """
 
     is_single_file = True
@@ -397,7 +400,7 @@ class CheckpointFile(StoredModel):
         return set(MARKERS.keys() & self.reader.specs.keys())
 
     def naming_problems(self) -> list[str]:
-        """Tensors that most programs do not find, and copies that some load instead."""
+        """Return lines on misnamed tensors and on averaged copies."""
         problems = [
             f"{key} should be called {standard_key(key)}: most programs do not find it"
             for key in self.reader.specs
@@ -405,15 +408,15 @@ class CheckpointFile(StoredModel):
         ]
         if any(key.startswith(LEFT_OUT) for key in self.reader.specs):
             problems.append(
-                "it holds averaged copies (model_ema), which some programs load instead"
+                "it contains averaged copies (model_ema), which some programs load instead"
             )
         return problems
 
     def single_file(self) -> SingleFile:
-        """The same layout under standard names; tensors of no component are copied.
+        """Return the same layout with standard names; tensors without a component are copied.
 
-        Tensors that say what the model predicts are written as it is known to be, and the numbers
-        of a text encoder's positions as integers.
+        Markers of the prediction type are corrected, and a text encoder's position ids become
+        integers.
         """
         entries = [replace(entry, key=standard_key(entry.key)) for entry in self.entries]
         stated = self._schedule_tensors()
@@ -434,7 +437,7 @@ class CheckpointFile(StoredModel):
 
 
 def is_model(path: str | Path) -> bool:
-    """Return whether a path is that of a whole model: a Diffusers folder or a single file."""
+    """Return whether a path is a whole model: a Diffusers folder or a single file."""
     path = Path(path).expanduser()
     if path.is_dir():
         return pipeline_in(path) is not None
@@ -445,7 +448,7 @@ def is_model(path: str | Path) -> bool:
 
 
 def base_name(metadata: Mapping[str, str]) -> str:
-    """The model that a model of ours was made from, by its metadata; empty where it has none."""
+    """Return the base of a model that this program wrote, from its metadata; empty if unknown."""
     try:
         return str(json.loads(metadata[OWN + "base"])["name"])
     except (ValueError, TypeError, KeyError):
@@ -455,15 +458,15 @@ def base_name(metadata: Mapping[str, str]) -> str:
 def detect_checkpoint_family(
     specs: Mapping[str, TensorSpec], name: str = "the checkpoint"
 ) -> Family:
-    """Detect the family of a single-file checkpoint from its tensors' names and the UNet's input.
+    """Detect the family of a single-file checkpoint from names of tensors and the UNet's input.
 
     Raises:
-        UnsupportedModelError: If no family's marker is among them.
+        UnsupportedModelError: If no name identifies a supported family.
     """
     names = {standard_key(key) for key in specs}
     if other := names & _OTHER_SCHEDULES:
         raise UnsupportedModelError(
-            f"{name} holds {min(other)}: it has another kind of noise schedule (EDM) than "
+            f"{name} contains {min(other)}: it has another kind of noise schedule (EDM) than "
             f"{TITLES}; such models are not supported"
         )
     fitting = [family for family in FAMILIES.values() if family.checkpoint_key in names]

@@ -1,8 +1,8 @@
-"""The tensors of a model by canonical name, and those of a single file that are made of them.
+"""Tensors of a model by canonical name, and their conversion to a single file and back.
 
-An `Entry` says which component tensors one tensor of the file is made from, and how. Entries are
-planned from names alone, so a checkpoint can be read and written one tensor at a time. Each source
-tensor is used exactly once and each name is written once, or there is no plan.
+An `Entry` describes how a tensor of the file is built from component tensors. Entries are planned
+from names alone, so a checkpoint can be read and written one tensor at a time. A plan uses each
+source tensor exactly once and writes each name once.
 
 model.diffusion_model.      the UNet, in sgm blocks
 first_stage_model.          the VAE; `decoder.up` is numbered from the output's side
@@ -48,11 +48,11 @@ _CLIP_PREFIXES = [
     for encoder in family.text_encoders
     if not encoder.is_open_clip
 ]
-# The rows of a matrix that holds several projections, one below the other.
+# Row blocks of a matrix that contains several projections.
 ROWS = ("#q", "#k", "#v")
-# More than the largest text encoder of CLIP has; SD2's has 23, SDXL's second one 32.
+# More layers than the largest text encoder of CLIP: SD2's has 23, SDXL's second one 32.
 _MOST_LAYERS = 64
-# More than a level of a known autoencoder has: released encoders have two, decoders three.
+# More resnets per level than known autoencoders: released encoders have two, decoders three.
 _MOST_RESNETS = 8
 _LEVEL = re.compile(r"decoder\.up(?:_blocks)?\.(\d+)\.")
 _PROJECTION = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
@@ -60,7 +60,7 @@ _PROJECTION = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
 
 @lru_cache
 def checkpoint_names(family: Family, unet: UNetLayout, vae_levels: int) -> NameTable:
-    """All tensors that a single file of a family may hold."""
+    """Return the names of all tensors that a single file of a family may contain."""
     pairs = unet_names(unet).below("unet.", UNET_PREFIX)
     pairs += vae_names(vae_levels).below("vae.", VAE_PREFIX)
     for encoder in family.text_encoders:
@@ -80,9 +80,9 @@ def _open_clip_pairs() -> Iterator[tuple[str, str]]:
 
 
 def standard_key(key: str) -> str:
-    """The name that a tensor should have: some programs drop or repeat CLIP's ``text_model.``.
+    """Return the standard name of a tensor: some programs drop or repeat CLIP's ``text_model.``.
 
-    Without it most programs leave the text encoder as it was, or do not load the file at all.
+    With another name most programs do not load the text encoder, or refuse the file.
     """
     for prefix in _CLIP_PREFIXES:
         if key.startswith(prefix):
@@ -92,7 +92,7 @@ def standard_key(key: str) -> str:
 
 @lru_cache
 def vae_names(levels: int) -> NameTable:
-    """The modules of an autoencoder with so many resolution levels."""
+    """Return the names of the modules of an autoencoder with this number of resolution levels."""
     return NameTable(_vae_pairs(levels))
 
 
@@ -105,7 +105,7 @@ def _vae_pairs(levels: int) -> Iterator[tuple[str, str]]:
         for i in range(2):
             yield from below(resnet, f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}")
         for level in range(levels):
-            # The original decoder numbers its levels from the output's side.
+            # The original decoder numbers its levels from the output.
             number = level if side == "encoder" else levels - 1 - level
             name, original = f"{side}.{blocks}_blocks.{level}", f"{side}.{blocks}.{number}"
             for i in range(_MOST_RESNETS):
@@ -114,7 +114,7 @@ def _vae_pairs(levels: int) -> Iterator[tuple[str, str]]:
 
 
 def count_levels(paths: Iterable[str]) -> int:
-    """Number of resolution levels, from names in either layout, without prefix."""
+    """Count the resolution levels from names in either layout, without prefix."""
     return 1 + max((int(m[1]) for path in paths if (m := _LEVEL.match(path))), default=0)
 
 
@@ -124,23 +124,23 @@ def is_projection_weight(original: str) -> bool:
 
 
 Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer"]
-# Of a text encoder, told by its shape: some programs store them as floating-point numbers.
+# Position ids of a text encoder, which some programs store as floating-point numbers.
 POSITIONS = ".position_ids"
 
 
 class CheckpointLayoutError(ValueError):
-    """A model that has no single-file layout, or tensors that do not fit it."""
+    """Error of a model without a single-file layout, or with tensors that do not fit it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the single file.
+    """One tensor of a single file.
 
     Attributes:
-        key: Its name there.
-        sources: Canonical tensor names it is made from, e.g. ``unet.conv_in.weight``.
-        operation: How. ``as_conv`` turns ``(C, C)`` into ``(C, C, 1, 1)``; ``concatenate`` joins
-            along dim 0.
+        key: Name in the file.
+        sources: Canonical names of the source tensors, e.g. ``unet.conv_in.weight``.
+        operation: Operation on the sources. ``as_conv`` turns ``(C, C)`` into ``(C, C, 1, 1)``;
+            ``concatenate`` joins along dim 0.
     """
 
     key: str
@@ -149,7 +149,7 @@ class Entry:
 
     @classmethod
     def of(cls, key: str, sources: Sequence[str]) -> Entry:
-        """The entry of a key, whose name and number of sources tell the operation."""
+        """Return the entry of a key, with the operation from its name and number of sources."""
         operation: Operation = "copy"
         if len(sources) > 1:
             operation = "concatenate"
@@ -162,7 +162,7 @@ class Entry:
         return cls(key, tuple(sources), operation)
 
     def spec(self, specs: Mapping[str, TensorSpec]) -> TensorSpec:
-        """Dtype and shape, from those of the sources.
+        """Return dtype and shape of the tensor, from its sources' dtypes and shapes.
 
         Raises:
             CheckpointLayoutError: If the sources of a joined matrix do not fit together.
@@ -173,7 +173,7 @@ class Entry:
         return TensorSpec.of(self.build(map(_without_data, sources)))
 
     def build(self, tensors: Iterable[Tensor]) -> Tensor:
-        """The tensor, from its sources in their order."""
+        """Build the tensor from its sources, in order."""
         sources = list(tensors)
         if self.operation == "concatenate":
             return torch.cat(sources)
@@ -184,11 +184,11 @@ class Entry:
         return sources[0].to(torch.int64) if self.operation == "as_integer" else sources[0]
 
     def source_spec(self, spec: TensorSpec) -> TensorSpec:
-        """Dtype and shape of each source, from those of the tensor."""
+        """Return dtype and shape of each source, from the tensor's dtype and shape."""
         return TensorSpec.of(self.source(self.sources[0], _without_data(spec)))
 
     def source(self, name: str, tensor: Tensor) -> Tensor:
-        """One source, from the tensor."""
+        """Extract a source from the tensor."""
         if self.operation == "concatenate":
             return tensor.chunk(len(self.sources))[self.sources.index(name)]
         if self.operation == "as_conv":
@@ -198,12 +198,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class SingleFile:
-    """The content of one file in the original layout.
+    """Content of a file in the original layout.
 
     Attributes:
-        entries: Tensors made from component tensors.
-        other_specs: Dtype and shape of the others, such as the noise schedule's.
-        load_other: Loads one of these.
+        entries: Tensors built from component tensors.
+        other_specs: Dtype and shape of other tensors, such as the noise schedule.
+        load_other: Loads one of the other tensors.
     """
 
     entries: Sequence[Entry]
@@ -216,7 +216,7 @@ def _without_data(spec: TensorSpec) -> Tensor:
 
 
 def names_of_configs(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> NameTable:
-    """The names of all tensors of a pipeline, from its configs by component name.
+    """Return the names of all tensors of a pipeline, from its configs by component name.
 
     Raises:
         CheckpointLayoutError: If a component is missing or the layout cannot number its blocks.
@@ -234,18 +234,18 @@ def plan_checkpoint(family: Family, table: NameTable, names: Iterable[str]) -> l
     """Plan the single file of a model.
 
     Args:
-        family: Of the model.
-        table: Its layout, from `names_of_configs`.
-        names: Canonical names of all its tensors.
+        family: Family of the model.
+        table: Layout of the model, from `names_of_configs`.
+        names: Canonical names of all tensors.
 
     Returns:
         Entries sorted by key.
 
     Raises:
-        CheckpointLayoutError: For tensors without a place.
+        CheckpointLayoutError: If a tensor has no place in the file.
     """
     open_clip = tuple(f"{e.component}." for e in family.text_encoders if e.is_open_clip)
-    # open_clip has no numbers of positions.
+    # open_clip has no position ids.
     paths = {n for n in names if not (n.startswith(open_clip) and n.endswith(POSITIONS))}
     originals = filter(None, map(table.to_original, paths))
     entries = [entry_of(key, table) for key in sorted({o.partition("#")[0] for o in originals})]
@@ -258,7 +258,7 @@ def plan_checkpoint(family: Family, table: NameTable, names: Iterable[str]) -> l
 
 
 def entry_of(key: str, names: NameTable) -> Entry | None:
-    """The entry of a file's tensor, None if it belongs to no component."""
+    """Return the entry of a file's tensor; None if it belongs to no component."""
     rows = [names.canonical[key + row] for row in ROWS if key + row in names.canonical]
     if rows:
         return Entry.of(key, rows)
@@ -267,7 +267,7 @@ def entry_of(key: str, names: NameTable) -> Entry | None:
 
 
 def entries_of_file(family: Family, specs: Mapping[str, TensorSpec]) -> list[Entry]:
-    """Entries for the file's UNet, text-encoder and VAE tensors; unknown names have none."""
+    """Return entries for the file's UNet, text-encoder and VAE tensors; unknown names have none."""
     unet = [key.removeprefix(UNET_PREFIX) for key in specs if key.startswith(UNET_PREFIX)]
     levels = count_levels(key.removeprefix(VAE_PREFIX) for key in specs)
     names = checkpoint_names(family, UNetLayout.from_original_names(unet), levels)
@@ -280,30 +280,30 @@ def entries_of_file(family: Family, specs: Mapping[str, TensorSpec]) -> list[Ent
 
 
 class ModelWeights(Protocol):
-    """A model's weights by canonical tensor name, in a folder, a file, live modules or a merge.
+    """Protocol of a model's weights by canonical name: a folder, a file, live modules or a merge.
 
-    Text-encoder names have ``text_model.``, however the holder names them.
+    Names of text encoders have ``text_model.``, even if the source's names have not.
     """
 
     @property
     def family(self) -> Family | None:
-        """Family of the model, None if that is not known."""
+        """Family of the model; None if unknown."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of every tensor."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """Load one tensor."""
+        """Load a tensor."""
 
 
 def module_shapes(weights: ModelWeights) -> dict[str, tuple[int, ...]]:
-    """Shapes of the UNet's and text encoders' weights by canonical module name; not of vectors.
+    """Return the shapes of UNet and text-encoder weights, except vectors, by canonical module name.
 
     Raises:
-        MergeError: If the model holds codes in place of weights, whose shapes are other ones.
+        MergeError: If the model is quantised: the shapes of codes differ from those of weights.
     """
-    # A single file's codes are tensors that have no place in its layout.
+    # In a single file, codes are among the tensors without a component.
     for name, spec in [*weights.specs.items(), *getattr(weights, "other_specs", {}).items()]:
         if ".weight" in name and not spec.dtype.is_floating_point:
             check_dtype(name.removesuffix(".weight"), spec.dtype)
@@ -317,17 +317,16 @@ def module_shapes(weights: ModelWeights) -> dict[str, tuple[int, ...]]:
 
 
 def kinds_of(weights: ModelWeights) -> Mapping[str, LayerKind]:
-    """Return how modules store their weight, by canonical name, as live modules say it.
+    """Return how live modules store their weight, by canonical name; {} for models on disk.
 
-    Models on disk do not, and need not: of their modules only Embeddings are not plain, and these
-    adapter files name as such.
+    On disk only Embeddings are not plain, and adapter files mark these by their keys.
     """
     kinds: Mapping[str, LayerKind] = getattr(weights, "kinds", {})
     return kinds
 
 
 def module_weight(weights: ModelWeights, name: str) -> Tensor:
-    """The weight of a module, by its canonical name.
+    """Load the weight of a module, by its canonical name.
 
     Raises:
         MergeError: If it is quantised.
@@ -336,15 +335,15 @@ def module_weight(weights: ModelWeights, name: str) -> Tensor:
     return weights[f"{name}.weight"]
 
 
-# What bitsandbytes, Quanto and scaled float8 files store beside a weight's codes.
+# Suffixes of scales that bitsandbytes, Quanto and scaled float8 files store with codes.
 _SCALES = (".absmax", ".SCB", "._scale", ".scale_weight", ".weight_scale")
 
 
 def require_unquantised(path: Path, specs: Mapping[str, TensorSpec]) -> None:
-    """Refuse a model's file that holds codes in place of weights.
+    """Check that a model's file is not quantised.
 
     Raises:
-        UnsupportedModelError: With what to take.
+        UnsupportedModelError: If it is; names an alternative.
     """
     for key, spec in specs.items():
         is_codes = key.endswith(".weight") and not spec.dtype.is_floating_point
@@ -356,13 +355,13 @@ def require_unquantised(path: Path, specs: Mapping[str, TensorSpec]) -> None:
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Check that a base weight is stored as numbers that a merge can take as they are.
+    """Check that a base weight has a floating-point dtype of 16 bits or more.
 
-    Quantised weights are not: they mean something only with their scales, which every program
-    stores elsewhere, and rounding to 8 bits loses most of what an adapter changes.
+    Quantised weights cannot be merged: every program stores their scales differently, and rounding
+    to 8 bits loses most of an adapter's change.
 
     Raises:
-        MergeError: If it is not.
+        MergeError: If it has another dtype.
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         kind = str(dtype).removeprefix("torch.")

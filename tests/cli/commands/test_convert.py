@@ -140,9 +140,7 @@ def test_a_smaller_rank_is_asked_for(
 ) -> None:
     words = ["convert", str(trained), str(tmp_path / "a"), "--to", "smaller-rank"]
     assert main(words) == 1
-    assert last_line() == (
-        "error: smaller-rank needs a rank: give --rank, --conv_rank or --energy"
-    )
+    assert last_line() == ("error: smaller-rank needs a rank: give --rank, --conv_rank or --energy")
     assert main([*words, "--rank", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" layers, with a smaller rank")

@@ -126,7 +126,7 @@ def test_a_broken_torch_is_told_of_and_all_else_too(
         ),
         *(
             (check, "OSError: ~/lib/libtorch.so: cannot open",
-             "fix the problems above; if there are none, report this with all lines")
+             "fix the problems above, or report this with all lines")
             for check in ("device", "training")
         ),
     ]  # fmt: skip

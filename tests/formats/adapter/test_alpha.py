@@ -71,18 +71,18 @@ def test_a_lost_alpha_is_given_back(
     tensors = {k: t for k, t in kohya(tmp_path, layers).items() if not k.endswith(".alpha")}
     path = saved(tmp_path, tensors)
     plain = convert_adapter(path, tmp_path / "a", "kohya", base=sd1_folder)
-    assert plain.notes == ("it does not say its alpha; alpha = rank is assumed",)
+    assert plain.notes == ("it does not store its alpha; alpha = rank is assumed",)
     given = convert_adapter(path, tmp_path / "b", "kohya", base=sd1_folder, alpha=3.0)
     assert_same_layers(read_adapter(given.path).layers, layers)
     for wrong in (0.0, -3.0, float("inf"), float("nan")):
-        with pytest.raises(AdapterFormatError, match=f"alpha {wrong:g} was given; give the number"):
+        with pytest.raises(AdapterFormatError, match=f"alpha is {wrong:g}; it must be"):
             convert_adapter(path, tmp_path / "wrong", "kohya", base=sd1_folder, alpha=wrong)
     path = saved(tmp_path, tensors, {"ss_network_dim": "4", "ss_network_alpha": "3.0"})
     found = convert_adapter(path, tmp_path / "c", "kohya", base=sd1_folder)
     assert_same_layers(read_adapter(found.path).layers, layers)
-    assert found.notes == ("its layers do not say their alpha; alpha 3 of its training was taken",)
+    assert found.notes == ("its layers do not store their alpha; alpha 3 of its training is used",)
     good = load_file(tmp_path / "good.safetensors")
-    with pytest.raises(AdapterFormatError, match="says that its alpha is 3; it was not lost"):
+    with pytest.raises(AdapterFormatError, match="states its alpha, 3; leave out"):
         read_adapter(saved(tmp_path, good), alpha=2.0)
 
 
@@ -93,7 +93,7 @@ def test_an_alpha_that_was_not_lost_is_not_replaced(
     """Our own files hold or record it, also where the scale is multiplied in."""
     layers = random_adapter(sd1_folder, every=9)
     path = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), target)
-    with pytest.raises(AdapterFormatError, match="its alpha was not lost"):
+    with pytest.raises(AdapterFormatError, match="the file determines its alpha"):
         convert_adapter(path, tmp_path / "b", "kohya", alpha=2.0)
     assert not (tmp_path / "b").exists()
 
@@ -106,7 +106,7 @@ def test_the_alpha_in_diffusers_metadata_is_not_replaced(tmp_path: Path) -> None
     config = json.dumps({"unet.r": 2, "unet.lora_alpha": 6})
     path = saved(tmp_path, tensors, {"lora_adapter_metadata": config})
     assert read_adapter(path).layers["unet.conv_in"].scale == 3.0
-    with pytest.raises(AdapterFormatError, match="its alpha was not lost"):
+    with pytest.raises(AdapterFormatError, match="the file determines its alpha"):
         read_adapter(path, alpha=2.0)
 
 
@@ -121,7 +121,7 @@ def test_an_alpha_that_is_assumed_is_said(
     tensors = {key.replace("base_model.model.", "unet."): tensor for key, tensor in good.items()}
     unet = {name: one for name, one in layers.items() if name.startswith("unet.")}
     path, base = saved(tmp_path, tensors), str(sd1_folder)
-    said = "it does not say its alpha; alpha = rank is assumed"
+    said = "it does not store its alpha; alpha = rank is assumed"
     assert read_adapter(path).assumptions == (said,)
     assert main(["inspect", str(path)]) == 0
     assert said in " ".join(capsys.readouterr().out.split())

@@ -256,14 +256,14 @@ def test_text_encoder_keys_without_prefixes(
                 "text-encoder keys lack their component, which was added"
             )
             *_, told = report.notes
-            assert report.notes[1] == "it does not say its alpha; alpha = rank is assumed"
+            assert report.notes[1] == "it does not store its alpha; alpha = rank is assumed"
             assert told.startswith("by their widths") == (component == "text_encoder_2")
             assert len(report.notes) == (2 if component == "text_encoder" else 3)
     path = saved(tmp_path, {f"text_encoder_2.{key}": t for key, t in shorter.items()})
     report = convert_adapter(path, tmp_path / "d", "diffusers", base=sdxl_folder)
     assert report.notes == (
         f"{len(shorter)} text-encoder keys lack `text_model.`, which was added",
-        "it does not say its alpha; alpha = rank is assumed",
+        "it does not store its alpha; alpha = rank is assumed",
     )
 
 
@@ -394,7 +394,7 @@ def test_the_dora_of_ai_toolkit_is_one_where_alpha_is_the_rank(
         return
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     adapter = read_adapter(path, alpha=alpha)
-    assert [n for n in adapter.notes if "only where alpha equals the rank" in n] == list(
+    assert [n for n in adapter.notes if "only if alpha equals the rank" in n] == list(
         adapter.assumptions
     )
     assert len(adapter.assumptions) == (alpha is None)
@@ -437,7 +437,9 @@ def test_the_dora_of_ai_toolkit_is_merged_with_its_alpha(
         assert "outside of the norm" in error
         assert "export merges it exactly, and convert --to dense" in error
     adapter = read_adapter(path, alpha=1.0, sums=True)
-    with pytest.raises(AdapterFormatError, match="kohya format cannot hold a DoRA with a LoRA"):
+    with pytest.raises(
+        AdapterFormatError, match="kohya format cannot store the sum of a DoRA and a LoRA"
+    ):
         write_adapter(tmp_path / "k", adapter, "kohya")
 
 

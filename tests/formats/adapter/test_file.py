@@ -205,7 +205,7 @@ def test_an_adapter_of_another_family_is_named(
     ]
     expected = (
         "this adapter was made for Stable Diffusion XL (sdxl), the base is Stable Diffusion 1 "
-        "(sd1): use it with a base model of its own family, or train it again on this one"
+        "(sd1): use it with a base model of its family, or train it again on this one"
     )
     for command in commands:
         assert main(command) == 1, command

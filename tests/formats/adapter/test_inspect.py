@@ -71,7 +71,7 @@ def test_a_model_is_no_adapter(
         read_adapter(sd1_folder)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").symlink_to(sd1_folder, target_is_directory=True)
-    whole = "run holds a model that was trained whole, not an adapter: give it as --base, or make"
+    whole = "run contains a model whose weights were trained, not an adapter: give it as --base"
     with pytest.raises(AdapterFormatError, match=whole):
         read_adapter(tmp_path / "run")
     file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))

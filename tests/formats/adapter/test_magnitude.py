@@ -80,7 +80,7 @@ def test_flat_magnitudes_are_placed_by_the_base(
     report = convert_adapter(path, tmp_path / "c", "kohya", base=sd1_folder)
     assert_same_layers(read_adapter(report.path).layers, layers, tolerance=1e-5)
     assert report.notes == (
-        f"{len(layers)} magnitudes were flat: put on the {axis} axis, as the base tells",
+        f"{len(layers)} magnitudes were flat: read on the {axis} axis, by the base",
     )
 
 
@@ -94,7 +94,7 @@ def test_magnitudes_of_no_axis_are_refused_even_with_a_base(
         f"{prefix}.alpha": torch.tensor(2.0),
         f"{prefix}.dora_scale": 100 * torch.rand(64),
     }
-    with pytest.raises(AdapterFormatError, match="do not tell either"):
+    with pytest.raises(AdapterFormatError, match="do not determine it"):
         convert_adapter(saved(tmp_path, tensors), tmp_path / "c", "kohya", base=sd1_folder)
 
 
@@ -120,7 +120,7 @@ def test_convolutions_in_pefts_shape(
     )
     assert_same_layers(read_adapter(report.path).layers, layers)
     assert report.notes == (
-        f"{len(convs)} magnitudes were in PEFT's shape (1, out, 1, 1): put on the output axis",
+        f"{len(convs)} magnitudes had PEFT's shape (1, out, 1, 1): read on the output axis",
     )
     # With square convolutions alone, only the base can tell.
     names = ["lora_unet_" + n.removeprefix("unet.").replace(".", "_") for n in square]

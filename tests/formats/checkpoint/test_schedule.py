@@ -38,7 +38,7 @@ def chosen(
 @pytest.mark.parametrize(
     ("given", "prediction", "zero", "words"),
     [
-        ({}, E, False, "epsilon prediction, by what is usual"),
+        ({}, E, False, "epsilon prediction, by the default"),
         ({"keys": ("v_pred",)}, V, False, "v-prediction, by the file's v_pred"),
         ({"keys": ("ztsnr", "v_pred")}, V, True, "SNR, by the file's v_pred and ztsnr"),
         ({"keys": ("ztsnr",)}, E, False, "epsilon"),  # as ComfyUI reads it

@@ -125,9 +125,9 @@ def test_tokens_are_written_beside_a_conversion(
                           "embeddings/mine_s2.safetensors")  # fmt: skip
     # The file is as it is told.
     bundle = [] if is_folder else [k for k in load_file(output) if k.startswith("bundle_emb.")]
-    said = "it has its trained words itself" if bundle else "it does not have its trained words"
+    said = "its trained words are in the file" if bundle else "its trained words are in separate"
     if target == "comfyui":  # where it is that of the file that matters
-        said = "its trained words are also files of their own"
+        said = "its trained words are also in separate files"
         assert bundle
     assert where.startswith(said)
     is_told = "in ComfyUI copy its file to models/embeddings and write embedding:NAME" in how
@@ -175,7 +175,7 @@ def test_tokens_are_written_beside_a_merged_model(
 ) -> None:
     """Its vocabulary stays the base's, which every program knows."""
     output = tmp_path / "out" / name
-    with pytest.warns(UserWarning, match="not have its trained words itself: <s1>"):
+    with pytest.warns(UserWarning, match="trained words are in separate files: <s1>"):
         export_checkpoint(sd1_folder, file, output)
     folder = (output if name == "merged" else output.parent) / "embeddings"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -221,7 +221,7 @@ def test_generate_takes_the_tokens_up(
 def test_a_lost_file_of_a_token_is_said(tmp_path: Path, file: Path, sd1_folder: Path) -> None:
     report = convert_adapter(file, tmp_path / "a", "diffusers")
     report.embeddings["<s1>"].unlink()
-    with pytest.warns(UserWarning, match=r"a_s1\.safetensors is not next to it, so that prompts"):
+    with pytest.warns(UserWarning, match=r"a_s1\.safetensors is not next to it, so the token"):
         load_adapted(sd1_folder, report.path, device="cpu")
     # A name that leads elsewhere is none that convert writes.
     tensors = load_file(report.path)
@@ -270,7 +270,7 @@ def test_tokens_of_another_width_are_refused(tmp_path: Path, file: Path, sd1_fol
     wide = tmp_path / "a.safetensors"
     tensors = {k: t for k, t in load_file(file).items() if k.startswith("unet:")}
     save_file({**tensors, "<s1>": torch.ones(768)}, wide, {"<s1>": "<embed>"})
-    reason = "768 numbers, and this text encoder reads 32"
+    reason = "768 numbers, but this text encoder reads 32"
     with PipelineFolder.open(sd1_folder) as base, pytest.raises(AdapterFormatError, match=reason):
         read_adapter(wide, base)
     assert report_on(wide).tokens == {"<s1>": 1}
@@ -281,5 +281,5 @@ def test_its_alpha_is_its_rank(file: Path) -> None:
     adapter = read_adapter(file)
     assert {layer.scale for layer in adapter.layers.values()} == {1.0}
     assert not adapter.assumptions
-    with pytest.raises(AdapterFormatError, match="its alpha was not lost"):
+    with pytest.raises(AdapterFormatError, match="the file determines its alpha"):
         read_adapter(file, alpha=2.0)
