@@ -49,5 +49,5 @@ class ServingSettings(Model):
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes that loaded adapters take at most in each replica."""
+        """Most bytes of loaded adapters in each replica."""
         return math.ceil(self.adapter_memory * 1e6)

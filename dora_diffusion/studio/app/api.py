@@ -283,7 +283,7 @@ def _training(context: Context, new: NewTraining) -> tuple[Any, list[subjects.St
     for name, value in new.settings.items():
         if name not in (*ADVANCED, *PROMPTS, _MODEL, _SAMPLES):
             reserved = "is set by the app itself, or by a subject; leave it out"
-            unknown = f"is no setting{did_you_mean(name, SETTINGS)}"
+            unknown = f"is not a setting{did_you_mean(name, SETTINGS)}"
             raise UserError(f"{name[:80]} {reserved if name in SETTINGS else unknown}")
         requested[name] = SETTINGS[name].cast(value)
     model = context.allowed_model(requested.pop(_MODEL, EMBEDDED))
@@ -341,7 +341,7 @@ def _form(new: NewImages) -> dict[str, Any]:
     form, offered = {**UNSET, "prompt": new.prompt}, UNSET.keys() - {"prompt"}
     for name, value in new.settings.items():
         if name not in offered:
-            raise UserError(f"{name[:80]} is no setting of images{did_you_mean(name, offered)}")
+            raise UserError(f"{name[:80]} is not a setting of images{did_you_mean(name, offered)}")
         # Each further adapter has its own field, chosen like the first one.
         like = name if name in known else name.partition("_")[0].replace("adapter", "prompt")
         setting = dataclasses.replace(known[like], name=name)

@@ -139,7 +139,7 @@ class Context:
             raise UserError("the base model that was chosen is no longer here; choose another one")
         if not self.launch.allows_model(model):
             raise UserError(
-                f"this app is shared, and offers only {', '.join(self.models)}; whoever runs it "
+                f"this app is shared, and offers only {', '.join(self.models)}; its operator "
                 "can add models with --models"
             )
         return model
@@ -244,8 +244,8 @@ class Context:
             self.allowed_model(config.pretrained_vae_model_name_or_path)
         if config.report_to == "wandb":
             raise UserError(
-                "a shared app does not report to wandb, since that would be in the name of whoever "
-                "runs it; choose tensorboard or none for report_to"
+                "a shared app does not report to wandb, because that would use its operator's "
+                "account; choose tensorboard or none for report_to"
             )
         named = {name: getattr(config, name) for name in ADVANCED if SETTINGS[name].is_path}
         del named["pretrained_vae_model_name_or_path"]

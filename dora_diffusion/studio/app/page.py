@@ -203,8 +203,8 @@ def add_report(context: Context) -> None:
     def describe() -> str:
         if context.launch.is_open:
             raise UserError(
-                "a shared app does not describe the machine that it runs on; whoever runs it can "
-                "call dora-diffusion doctor there"
+                "a shared app does not describe the machine that it runs on; its operator can call "
+                "dora-diffusion doctor there"
             )
         return str(describe_environment(context.workspace.root))
 

@@ -162,7 +162,7 @@ class ImageGenerator:
 
         def step(done: int, total: int) -> None:
             if turn.is_withdrawn:
-                raise Withdrawn("the images were stopped; what was not finished is not kept")
+                raise Withdrawn("the images were stopped; unfinished ones are not kept")
             if on_step is not None:
                 on_step(done, total)
 

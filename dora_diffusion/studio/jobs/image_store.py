@@ -74,7 +74,7 @@ class Search:
                     raise ValueError(date)
                 datetime.date.fromisoformat(date + "2026-01-01"[len(date) :])
             except ValueError:
-                text = f"{date!r} is no date; write it as 2026-11-29, 2026-11 or 2026"
+                text = f"{date!r} is not a date; write it as 2026-11-29, 2026-11 or 2026"
                 raise UserError(text) from None
 
     def holds_date(self, modified: int) -> bool:

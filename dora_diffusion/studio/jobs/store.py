@@ -35,7 +35,7 @@ _DAY = 24 * 3600
 GONE = "(no longer in this list: choose another)"
 """Value and label of a choice whose object was deleted; never an id or a file name."""
 _COUNT = itertools.count(secrets.randbelow(0x1000))
-REMAINS = "; what could not be deleted yet goes when the app starts next"
+REMAINS = "; files that could not be deleted yet are deleted at the next start of the app"
 
 
 class UserError(ValueError):

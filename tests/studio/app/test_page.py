@@ -392,7 +392,7 @@ def test_what_could_not_be_deleted_is_not_said_to_be(
         fn for full, fn in reversed(app[1].items()) if full.endswith(f".{name}")
     )  # of the four of a run, the last one is removal
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
-    assert "goes when the app starts next" in str(handler(*chosen))
+    assert "are deleted at the next start of the app" in str(handler(*chosen))
 
 
 def test_nothing_is_said_to_be_gone_for_good(app: Any) -> None:
