@@ -386,7 +386,7 @@ def fleet_page(names: Sequence[str], records: Mapping[str, SubjectRecord]) -> st
         seconds = sum(record.seconds for record in done)
         cpu = sum(record.cpu_seconds for record in done)
         text += (
-            f" Those that are done took {duration(seconds / len(done))} each, "
+            f" On average, a finished subject took {duration(seconds / len(done))}, with "
             f"{duration(cpu / len(done))} of processor time."
         )
     table = [["subject", "status", "steps", "time", "start", "processor time", "workers", "node"]]

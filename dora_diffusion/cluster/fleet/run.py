@@ -99,8 +99,7 @@ def run_fleet(
     Args:
         configs: Settings of each subject by name, or the error in them
             (`config.subject_list.subject_configs`). Results are in OUTPUT/NAME.
-        output: A folder that all workers can access, or an fsspec URL such as
-            ``s3://bucket/shop``.
+        output: A folder shared by all workers, or an fsspec URL such as ``s3://bucket/shop``.
         address: A Ray cluster: ``"local"``, ``"auto"``, HOST:PORT or ray://HOST:PORT. Default: one
             subject after another in this process.
         share: Share of a node for each worker.

@@ -193,7 +193,7 @@ class Engine:
 
         def show(done: int, steps: int) -> None:
             if is_given_up():
-                raise TimeoutError("nobody waits for this image any longer")
+                raise TimeoutError("the request was cancelled")
 
         try:
             show(0, 0)

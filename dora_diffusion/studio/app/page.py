@@ -214,7 +214,7 @@ def add_report(context: Context) -> None:
             "no name of yours. Add the traceback, or the end of the run's log."
         )
         ui.html_block(html.quiet(text))
-        # Without a label there is no copy button.
+        # The copy button needs a label.
         report = gr.Textbox(
             label="This installation", lines=12, max_lines=40, interactive=False,
             placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",
