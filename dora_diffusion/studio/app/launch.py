@@ -15,7 +15,7 @@ from dora_diffusion.formats.files.runs import runs_folder
 from dora_diffusion.system import is_address, is_loopback, is_number, plain_host, split_host
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
-SHARED = "Everybody who has it sees, changes and deletes the same photos and runs."
+SHARED = "All users see, change and delete the same photos and runs."
 _PORTS = {"http": "80", "https": "443"}
 
 
@@ -33,27 +33,26 @@ class Launch(CommandSettings):
     share: bool = flag(False, "Make a public link (needs --auth).")
     allowed_hosts: list[str] = flag(
         [],
-        "Names by which a reverse proxy reaches the app, besides its own address; requests by "
-        "other names are refused (needs --auth).",
+        "Host names of the app behind a reverse proxy; requests with other names are refused "
+        "(needs --auth).",
         flags=("--allowed_host",),
         metavar="NAME",
     )
     auth: str | None = flag(
         None,
-        f"Logins, with commas between several; or set {AUTH_VARIABLE}. {SHARED}",
+        f"Logins, separated by commas; or set {AUTH_VARIABLE}. {SHARED}",
         metavar="NAME:PASSWORD",
     )
     runs_dir: Path = flag(runs_folder(), "Folder of runs and photos.")
     models: list[str] = flag(
         [],
-        "Base models to offer; when others can reach the app, the only ones besides the embedded "
-        "ones.",
+        "Base models to offer. A shared app offers only these and the embedded ones.",
         metavar="MODEL",
     )
     model_folders: list[Path] = flag(
         [],
-        "Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
-        "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
+        "Folders to search for base models, in addition to those in DORA_DIFFUSION_MODELS, "
+        "COMFYUI_PATH, A1111_PATH and the lines of RUNS_DIR/model_folders.txt.",
         metavar="FOLDER",
     )
     browser: bool = flag(False, "Open the page in the browser.")
@@ -133,8 +132,8 @@ class Launch(CommandSettings):
         hosts = [split_host(value) for value in headers.get("host", ())]
         if not hosts or not all(self._answers_to(name, named) for name, _ in hosts):
             return (
-                "This is not an address of the app. Open the one that it printed when it was "
-                "started, or have it started with --allowed_host and this name."
+                "This is not an address of the app. Open the address that it printed at its start, "
+                "or restart it with --allowed_host and this name."
             )
         is_ours = all(
             _is_same(origin, hosts[0]) or _split_origin(origin)[0] in named
@@ -146,8 +145,8 @@ class Launch(CommandSettings):
         if is_ours and (is_linked or not is_foreign):
             return ""
         return (
-            "Another page has asked for this, which is refused. Open the app in a tab of its own; "
-            "behind a proxy, have it started with --allowed_host and the name of this page."
+            "The app refuses requests from other pages. Open it in a separate tab; behind a proxy, "
+            "restart it with --allowed_host and the name of this page."
         )
 
     def _answers_to(self, name: str, named: Collection[str]) -> bool:

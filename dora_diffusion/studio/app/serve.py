@@ -40,7 +40,7 @@ def serve(launch: Launch) -> None:
     try:
         print(f"open {address}", flush=True)
         if launch.logins:
-            print(f"This app asks for a name and a password. {SHARED}", flush=True)
+            print(f"This app requires a name and a password. {SHARED}", flush=True)
         if launch.browser:
             webbrowser.open(address)
         while not ended.wait(1):  # On Windows a wait without a timeout blocks signals.
