@@ -1,1 +1,1 @@
-"""Fleets of trainings, and serving over HTTP, beyond one process. The core imports none of it."""
+"""Training of fleets and serving over HTTP. The rest of the package does not import it."""

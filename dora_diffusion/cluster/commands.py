@@ -1,4 +1,4 @@
-"""Commands of the cluster: ``fleet``, an adapter for each of many subjects; and ``serve``."""
+"""The commands ``fleet`` (an adapter for each of many subjects) and ``serve``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RAY = when(
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFlags(CommandSettings):
-    """Workers for the parts of a large task, and their share of a node."""
+    """Flags for the workers of a large task, and their share of a node."""
 
     address: str | None = flag(
         None,
@@ -57,7 +57,7 @@ class WorkerFlags(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings(WorkerFlags):
-    """Settings of ``fleet``; its ``args`` hold the settings of training too."""
+    """Settings of ``fleet``; ``args`` also contains the settings of training."""
 
     args: argparse.Namespace = field(default_factory=argparse.Namespace)
     subjects: str = flag(
@@ -94,8 +94,8 @@ class FleetSettings(WorkerFlags):
         parser.usage = (
             "%(prog)s SUBJECTS [--address ADDRESS] [--output OUTPUT] [--SETTING VALUE ...]"
         )
-        own = [setting.name for setting in cls.settings()]
-        parser.split_help((*own, "config", "debug", *train.FIRST))
+        flags = [setting.name for setting in cls.settings()]
+        parser.split_help((*flags, "config", "debug", *train.FIRST))
         train.add_settings(parser)
 
     @classmethod
@@ -106,7 +106,7 @@ class FleetSettings(WorkerFlags):
         return settings
 
     def perform(self) -> int:
-        """Train all subjects that are not done yet. Returns the exit code: 1 if any failed."""
+        """Train all remaining subjects. Returns the exit code: 1 if a subject failed."""
         config = train.train_config(self.args)
         configs = subject_configs(self.subjects, config)
         if self.args.dry_run:
@@ -134,7 +134,7 @@ class FleetSettings(WorkerFlags):
         before = f", {len(fleet.known)} of them before" if fleet.known else ""
         done = len(fleet.records) - len(fleet.failed)
         print(f"{counted(done, 'subject')} done{before}, {len(fleet.failed)} failed")
-        print("\n".join(f"{name}: {place}" for name, place in fleet.files.items()))
+        print("\n".join(f"{name}: {path}" for name, path in fleet.files.items()))
         return int(bool(fleet.failed))
 
 
@@ -154,10 +154,10 @@ class ServeSettings(ServingSettings):
 
 
 def _base(args: ServeSettings) -> str:
-    """The base as replicas find it, which is fetched once from a hub.
+    """Return the base model's path or name for replicas, after downloading it if necessary.
 
     Raises:
-        ModelNotFoundError: If there is none.
+        ModelNotFoundError: If the model does not exist.
     """
     from dora_diffusion.models.locate import is_embedded, resolve_folder
 

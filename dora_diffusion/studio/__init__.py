@@ -1,1 +1,1 @@
-"""The app, the jobs that it queues, and their worker. The core imports none of it."""
+"""The app, its jobs, and their worker process. The rest of the package does not import it."""

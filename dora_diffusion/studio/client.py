@@ -1,4 +1,4 @@
-"""Client of the app's HTTP API, and what the API answers.
+"""Client of the app's HTTP API, and the API's requests and responses.
 
 from dora_diffusion.studio.client import Client
 
@@ -31,7 +31,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 
 class ApiError(ValueError):
-    """Error that the app answered with: its line, and ``status``, the HTTP status."""
+    """Error response of the app, with ``status``, the HTTP status."""
 
     def __init__(self, status: int, line: str) -> None:
         super().__init__(line)
@@ -43,8 +43,8 @@ class RemoteSubject:
     """A subject: photos with their captions. A style has neither ``class_word`` nor ``token``.
 
     Attributes:
-        photos: Names of its photos.
-        refused: A line for each file of this upload that was not taken.
+        photos: Names of the photos.
+        refused: A line for each refused file of an upload.
     """
 
     id: str
@@ -57,23 +57,23 @@ class RemoteSubject:
 
 @dataclass(frozen=True)
 class RemoteJob:
-    """A job as the app shows it: a training run, or what is made of one.
+    """A job: a training run, or a command that processes one.
 
     Attributes:
-        kind: The command that runs: ``train``, ``convert`` and others.
+        kind: The command, such as ``train`` or ``convert``.
         state: ``waiting``, ``running``, ``stopping``, ``done``, ``stopped``, ``failed``,
             ``crashed``, or ``damaged``.
-        phase: What it is doing.
-        step: Steps done, or how much is done in a unit of its own.
-        total: As ``step``, in all; 0 while that is unknown.
+        phase: Current phase.
+        step: Steps done, or a count in the job's own unit.
+        total: Number of steps, or total of that count; 0 while unknown.
         remaining_seconds: Time left at the measured pace; None if unknown.
-        cause: Why it failed, with what to do.
-        position: Place in the queue from 1; 0 when it does not wait.
-        owner: Who asked for it; empty where the app has no logins.
-        is_mine: Whether that is who asks now.
-        checkpoints: Names of its complete checkpoints, oldest first.
-        samples: Names of its sample images.
-        has_adapter: Whether an adapter can be fetched.
+        cause: Reason of a failure, with the fix.
+        position: Position in the queue from 1; 0 if the job does not wait.
+        owner: Name of the user who queued the job; empty if the app has no logins.
+        is_mine: True if the owner is the client's user.
+        checkpoints: Names of complete checkpoints, oldest first.
+        samples: Names of sample images.
+        has_adapter: True if an adapter can be fetched.
         trigger: Trigger words.
     """
 
@@ -96,13 +96,13 @@ class RemoteJob:
 
     @property
     def has_ended(self) -> bool:
-        """True if it neither waits nor runs."""
+        """True if the job neither waits nor runs."""
         return self.state not in ("waiting", "running", "stopping")
 
 
 @dataclass(frozen=True)
 class RemoteImage:
-    """A generated image: its file's name, its seed, how it was made, and what had no effect."""
+    """A generated image: file name, seed, generation parameters, and notes on problems."""
 
     name: str
     seed: int
@@ -116,8 +116,8 @@ class RemotePromptFile:
 
     Attributes:
         name: ``styles.csv``, or a name such as ``colours.txt``.
-        names: Of its styles, or of the wildcard as a prompt has it: ``__colours__``.
-        problem: Why nothing of it can be used.
+        names: Names of the styles, or the wildcard as written in prompts: ``__colours__``.
+        problem: Reason why the file cannot be used.
     """
 
     name: str
@@ -140,9 +140,9 @@ class NewTraining:
     """Request for a training run.
 
     Attributes:
-        subjects: Ids of the subjects that are learned in one run; none of a slider.
-        name: What it is called; by default its subjects and the time.
-        preset: Values of all settings that are not given.
+        subjects: Ids of the subjects to learn in one run; empty for a slider.
+        name: Name of the run. Default: its subjects and the time.
+        preset: Preset for all settings that are not in ``settings``.
         settings: Settings of ``train`` by name.
     """
 
@@ -159,9 +159,9 @@ class NewImages:
 
     Attributes:
         model: A run's id, ``RUN/CHECKPOINT``, ``merged/JOB`` or ``base/MODEL``.
-        prompt: What to show; ``{subject}`` becomes the run's trigger words.
-        settings: Settings of ``generate`` that the Generate tab has, by name; further adapters are
-            ``adapter_second``, ``strength_second`` and so on.
+        prompt: Prompt; ``{subject}`` is replaced by the run's trigger words.
+        settings: Settings of ``generate`` by name, as far as the Generate tab has them. Further
+            adapters are ``adapter_second``, ``strength_second`` and so on.
     """
 
     __pydantic_config__ = _STRICT
@@ -172,33 +172,34 @@ class NewImages:
 
 @dataclass(frozen=True)
 class NewInput:
-    """The name of an uploaded image, for the settings ``image`` and ``mask_image``."""
+    """Name of an uploaded image, for the settings ``image`` and ``mask_image``."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class NewConversion:
-    """Request for a run's adapter as a program needs it: a name that ``convert --to`` takes."""
+    """Request for the conversion of a run's adapter; ``program`` is a value of ``convert --to``."""
 
     __pydantic_config__ = _STRICT
     program: str
 
 
 class Client:
-    """Client of an app that runs, here or elsewhere.
+    """Client of a running app, local or remote.
 
     Args:
-        url: Where the app is, as its page: ``http://localhost:7860``.
-        auth: Name and password, where the app asks for them.
-        timeout: Seconds until an answer begins. Images wait for a job's end: None waits for ever.
-        http: What sends the requests, in place of a connection of its own.
+        url: URL of the app's page: ``http://localhost:7860``.
+        auth: Name and password, if the app has logins.
+        timeout: Seconds until a response begins. Default: no limit, because images may wait for a
+            job.
+        http: HTTP client to use instead of a new one.
 
     Raises:
-        ApiError: By every method, if the app refuses, with its line and status.
-        httpx.HTTPError: By every method, if the app cannot be reached.
-        UserError: By every method that is given a path, before anything is sent, if there is no
-            file that can be read, or none can be written.
+        ApiError: From all methods, if the app refuses a request, with its line and status.
+        httpx.HTTPError: From all methods, if the app cannot be reached.
+        UserError: From methods with a path, before any request, if a file cannot be read or
+            written.
     """
 
     def __init__(
@@ -228,13 +229,13 @@ class Client:
         class_word: str = "",
         token: str = "sks",
     ) -> RemoteSubject:
-        """Make a subject of photos, with the captions (``.txt``) that lie beside them.
+        """Create a subject from photos and their captions (``.txt``).
 
         Returns:
-            The subject; ``refused`` says which files were not taken.
+            The subject, with the refused files in ``refused``.
 
         Raises:
-            ApiError: If none was; then no subject is left.
+            ApiError: If all files were refused; then no subject is created.
         """
         paths = _readable(files)
         new = {"title": title, "class_word": class_word, "token": token}
@@ -251,14 +252,14 @@ class Client:
         """Add photos and captions to a subject, one request each.
 
         Raises:
-            ApiError: If none of them was taken.
+            ApiError: If all files were refused.
         """
         return self._add_photos(subject_id, _readable(files))
 
     def _add_photos(self, subject_id: str, paths: Sequence[Path]) -> RemoteSubject:
         refused = list[ApiError]()
         subject: RemoteSubject | None = None
-        # A caption is that of a photo which is there.
+        # Photos first: a caption needs its photo.
         for path in sorted(paths, key=lambda path: path.suffix == ".txt"):
             try:
                 subject = self._upload(f"subjects/{subject_id}/photos", path, RemoteSubject)
@@ -273,11 +274,11 @@ class Client:
         return replace(subject, refused=lines)
 
     def subjects(self) -> list[RemoteSubject]:
-        """All subjects, newest first."""
+        """Return all subjects, newest first."""
         return self._ask("GET", "subjects", list[RemoteSubject])
 
     def delete_subject(self, subject_id: str) -> None:
-        """Delete a subject; runs keep what they have of it."""
+        """Delete a subject; runs keep their copies."""
         self._send("DELETE", f"subjects/{subject_id}")
 
     def train(
@@ -287,25 +288,25 @@ class Client:
         preset: str = "balanced",
         name: str = "",
     ) -> RemoteJob:
-        """Append a training run to the queue; see `NewTraining`."""
+        """Queue a training run, see `NewTraining`."""
         new = {"subjects": [*subjects], "name": name, "preset": preset, "settings": settings or {}}
         return self._ask("POST", "trainings", RemoteJob, json=new)
 
     def convert(self, job_id: str, program: str) -> RemoteJob:
-        """Append to the queue: write a run's adapter as a program needs it."""
+        """Queue the conversion of a run's adapter for a program."""
         address = f"jobs/{job_id}/conversions"
         return self._ask("POST", address, RemoteJob, json={"program": program})
 
     def jobs(self) -> list[RemoteJob]:
-        """All jobs, newest first."""
+        """Return all jobs, newest first."""
         return self._ask("GET", "jobs", list[RemoteJob])
 
     def queue(self) -> list[RemoteJob]:
-        """The job that runs, then those that wait, in the order of their turns."""
+        """Return the running job, then the waiting jobs in their order."""
         return self._ask("GET", "queue", list[RemoteJob])
 
     def job(self, job_id: str) -> RemoteJob:
-        """A job as it is now."""
+        """Return the current state of a job."""
         return self._ask("GET", f"jobs/{job_id}", RemoteJob)
 
     def wait(
@@ -318,14 +319,14 @@ class Client:
 
         Args:
             job_id: The job.
-            on_change: Called with the job each time that it is another.
-            period: Seconds between two looks.
+            on_change: Called with the job whenever it has changed.
+            period: Seconds between two requests.
 
         Returns:
-            The job; it is done.
+            The finished job.
 
         Raises:
-            ApiError: If it failed, crashed or was stopped, with the cause; its status is 0.
+            ApiError: If the job failed, crashed or was stopped, with the cause and status 0.
         """
         last = None
         while True:
@@ -340,38 +341,38 @@ class Client:
             time.sleep(period)
 
     def stop(self, job_id: str) -> RemoteJob:
-        """Ask a running job to save and leave; remove a waiting one from the queue."""
+        """Make a running job save and stop, or remove a waiting job from the queue."""
         return self._ask("POST", f"jobs/{job_id}/stop", RemoteJob)
 
     def resume(self, job_id: str) -> RemoteJob:
-        """Return a job that ended to the queue."""
+        """Return an ended job to the queue."""
         return self._ask("POST", f"jobs/{job_id}/resume", RemoteJob)
 
     def delete(self, job_id: str) -> None:
-        """Delete a job with everything it made."""
+        """Delete a job with all its files."""
         self._send("DELETE", f"jobs/{job_id}")
 
     def log(self, job_id: str) -> str:
-        """The last lines that a job printed."""
+        """Return the last lines of a job's log."""
         return self._send("GET", f"jobs/{job_id}/log").text
 
     def generate(
         self, model: str, prompt: str, settings: Mapping[str, Any] | None = None
     ) -> list[RemoteImage]:
-        """Images; they wait for a job that runs. See `NewImages`."""
+        """Generate images, see `NewImages`. They wait for a running job."""
         new = {"model": model, "prompt": prompt, "settings": settings or {}}
         return self._ask("POST", "images", list[RemoteImage], json=new)
 
     def upload_input(self, file: str | Path) -> str:
-        """Upload an image to start from, or a mask; its name is for ``image``, ``mask_image``."""
+        """Upload an input image or mask. Returns its name for ``image`` or ``mask_image``."""
         return self._upload("inputs", _readable(file)[0], NewInput).name
 
     def upload_prompt_file(self, file: str | Path) -> RemotePromptFile:
-        """Upload styles (``.csv``), which replace those before, or wildcards (``.txt``)."""
+        """Upload styles (``.csv``, replacing earlier ones) or wildcards (``.txt``)."""
         return self._upload("prompt-files", _readable(file)[0], RemotePromptFile)
 
     def prompt_files(self) -> list[RemotePromptFile]:
-        """All files of styles and wildcards."""
+        """Return all files of styles and wildcards."""
         return self._ask("GET", "prompt-files", list[RemotePromptFile])
 
     def delete_prompt_file(self, name: str) -> None:
@@ -379,20 +380,20 @@ class Client:
         self._send("DELETE", f"prompt-files/{quote(name, safe='')}")
 
     def fetch_image(self, name: str, output: str | Path) -> Path:
-        """Write a generated image to a file, bit for bit."""
+        """Download a generated image, bit for bit."""
         return self._fetch(f"images/{quote(name, safe='')}", output)
 
     def fetch_sample(self, job_id: str, name: str, output: str | Path) -> Path:
-        """Write a sample image of a run to a file."""
+        """Download a sample image of a run."""
         return self._fetch(f"jobs/{job_id}/samples/{quote(name, safe='')}", output)
 
     def fetch_adapter(self, job_id: str, output: str | Path, checkpoint: str = "") -> Path:
-        """Write the adapter of a run, or of one of its checkpoints, to a file."""
+        """Download the adapter of a run, or of one of its checkpoints."""
         more = f"?checkpoint={quote(checkpoint, safe='')}" if checkpoint else ""
         return self._fetch(f"jobs/{job_id}/adapter{more}", output)
 
     def fetch_output(self, job_id: str, output: str | Path) -> Path:
-        """Write the file that a job has made, such as a conversion, to a file."""
+        """Download the output file of a job, such as a conversion."""
         return self._fetch(f"jobs/{job_id}/output", output)
 
     def _fetch(self, address: str, output: str | Path) -> Path:
@@ -425,10 +426,10 @@ class Client:
 
 
 def _readable(files: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The paths of one file or several, all of which can be read.
+    """Return the paths of one file or several, after checking that they can be read.
 
     Raises:
-        UserError: If one cannot, or there is none.
+        UserError: If a file cannot be read, or there are no files.
     """
     paths = [Path(f).expanduser() for f in ([files] if isinstance(files, (str, Path)) else files)]
     if not paths:

@@ -1,6 +1,6 @@
-"""The process that does one job: ``python -m dora_diffusion.studio.worker runs/<id>``.
+"""Worker process of one job: ``python -m dora_diffusion.studio.worker runs/<id>``.
 
-It runs the job's command as a terminal does, with the job's file in place of progress bars.
+It runs the job's command as a terminal would, but writes progress to the job's file.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from dora_diffusion.studio.jobs.store import DamagedFile, Workspace
 
 
 class _Stopped(BaseException):
-    """SIGTERM came while nothing was there to save."""
+    """SIGTERM arrived before there was anything to save."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job of a folder. Returns its exit code."""
     folder = Path((sys.argv[1:] if argv is None else argv)[0]).resolve()
-    # The worker of an earlier attempt may still be leaving; one that two apps started does it all.
+    # The worker of an earlier attempt may still be exiting; two apps may start two workers.
     lock = Lock(folder / ".lock")
     lock.take(wait=True)
     if (folder / records.RESULT).exists():
         return 0
     note_worker(folder, os.getpid())
     started, code = time.time(), records.STOPPED_CODE
-    # A stop may come before there is anything to end, and after all is done.
+    # A stop may come before there is anything to save, or after everything is done.
     with contextlib.suppress(_Stopped):
         signal.signal(signal.SIGTERM, _raise_stopped)
         threading.Thread(target=_watch_for_stop, args=(folder / records.STOP,), daemon=True).start()
         code = _run(folder)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Its result is written now.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # The result is written next.
     memory, gpu_memory = _peaks()
     records.write_result(folder, records.JobResult(code, started, time.time(), memory, gpu_memory))
     return code
@@ -55,9 +55,9 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
 
 
 def _watch_for_stop(file: Path) -> None:
-    """Convert a STOP file to a SIGTERM, which the trainer answers by saving and leaving.
+    """Convert a STOP file to a SIGTERM, on which the trainer saves and exits.
 
-    The signal is Python's own: one that is sent through Windows ends a process at once.
+    Python simulates the signal: one sent through Windows would kill the process.
     """
     while not file.exists():
         time.sleep(0.5)
@@ -90,7 +90,7 @@ def _run(folder: Path) -> int:
 
 
 def _peaks() -> tuple[float, float | None]:
-    """Return the peak memory, in GiB, and the GPU's: the next run's estimate is from them."""
+    """Return the peak memory and the GPU's, in GiB, from which later runs are estimated."""
     memory = system.peak_memory()
     gpu_memory = None
     with contextlib.suppress(Exception):
@@ -99,7 +99,7 @@ def _peaks() -> tuple[float, float | None]:
 
 
 if __name__ == "__main__":
-    # By its name: warnings that are put down to a module called __main__ are not this package's.
+    # Import by name: warnings from a module called __main__ do not count as this package's.
     from dora_diffusion.studio import worker
 
     sys.exit(worker.main())

@@ -1,12 +1,12 @@
-"""Fleets of trainings: a queue of tasks, the workers that do them, and the subjects over both.
+"""Fleets: training of many subjects as a queue of tasks for workers.
 
 ::
 
-    queue       tasks that wait, run and have ended; workers in this process
-    connection  a Ray cluster
-    cluster     workers that are its actors
-    results     records, and the folder, or fsspec URL, that everything is kept in
-    subject     one task: a subject, or a pack, is trained on whatever worker
+    queue       waiting, running and ended tasks; a worker in this process
+    connection  connection to a Ray cluster
+    cluster     workers that are Ray actors
+    results     records, and the folder or fsspec URL of the results
+    subject     one task: training of a subject or a pack on a worker
     run         a fleet, from settings to its page
-    page        that page
+    console     display of a fleet's progress
 """

@@ -1,10 +1,10 @@
-"""Workers that are actors of Ray: on this machine, or on a cluster.
+"""Workers that are Ray actors, on this machine or on a cluster.
 
-Ray Core's actors, and neither Ray Train nor Ray Data. Ray Train is for one training over several
-processes, restarted as a whole; trainings here are many, small and independent, and resume by
-themselves. Ray Data streams rows through a function; a training takes minutes, has progress, and is
-to be retried where its checkpoint is. What an actor gives is all that is wanted: a process that
-keeps the base model, with its share of a node, whose end is told.
+Ray Core's actors fit better than Ray Train or Ray Data. Ray Train runs one training in several
+processes and restarts it as a whole, but a fleet has many small, independent trainings, which
+resume by themselves. Ray Data streams rows through a function, but a training takes minutes,
+reports progress, and is retried from its checkpoint. An actor is a process that keeps the base
+model in memory, has a share of a node, and whose end is detected.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import counted
 
 _WAIT_SECONDS = 1.0
-# Workers in a row that may fail to start.
+# Most consecutive workers that may fail to start.
 _MOST_FAILED = 3
 
 
@@ -43,8 +43,8 @@ class Share:
 
     Attributes:
         num_cpus: Processors.
-        num_gpus: GPUs, or a share of one; None: one where the cluster has GPUs.
-        workers: Most workers at once; None: as many as fit.
+        num_gpus: GPUs, or a fraction of one. Default: 1 if the cluster has GPUs.
+        workers: Most workers at once. Default: as many as fit.
     """
 
     num_cpus: float = 1.0
@@ -59,27 +59,27 @@ class Share:
 
 
 class _Actor:
-    """A worker in a process of Ray's. What it does runs beside its answers."""
+    """Worker in a Ray process. It can report progress while a task runs."""
 
     def __init__(self, work: Work) -> None:
         raylet = os.getppid()
 
         def leave_with_node() -> None:
-            """End this process once the raylet is gone that started it: Ray gives its task away."""
+            """End this process if its raylet has ended, because Ray reassigns its task."""
             if os.getppid() != raylet:
                 os._exit(1)
 
         self._work, self._worker = work, Worker(leave_with_node)
 
     def ready(self) -> tuple[str, str]:
-        """Import what trainings need; returns where this is."""
+        """Import the training code. Returns the names of worker and node."""
         import dora_diffusion.training.recipe  # noqa: F401
 
         node = platform.node() or "a node"
         return f"{node}:{os.getpid()}", node
 
     def do(self, payload: Any, waited: float) -> tuple[Any, Exception | None]:
-        """Run a task; returns what the work returned or raised."""
+        """Run a task. Returns its result and its error."""
         self._worker.waited, self._worker.told = waited, {}
         try:
             return self._work(payload, self._worker), None
@@ -92,7 +92,7 @@ class _Actor:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that arrives in another process as it is, or its text."""
+    """Return an error if it can be pickled, else a `RuntimeError` with its text."""
     try:
         if str(pickle.loads(pickle.dumps(error))) == str(error):
             return error
@@ -103,7 +103,7 @@ def _portable(error: Exception) -> Exception:
 
 @dataclass
 class _ActorSlot:
-    """An actor, and what it is at: ``call`` is its start, and then its task."""
+    """An actor and its state; ``call`` is the pending start, then the pending task."""
 
     actor: Any
     created: float
@@ -111,17 +111,17 @@ class _ActorSlot:
     location: WorkerLocation | None = None
     waited: float = 0.0
     task: Task | None = None
-    asked: Any = None
-    told: dict[str, Any] = field(default_factory=dict)
+    progress_call: Any = None
+    progress: dict[str, Any] = field(default_factory=dict)
 
 
 class RayWorkers(Workers):
-    """Actors over a cluster, as many as fit or are allowed, each with its share of a node.
+    """Ray actors as workers, as many as fit or are allowed, each with its share of a node.
 
     Args:
-        work: What is done with each task's payload.
-        address: See `connect`.
-        share: What each takes.
+        work: Function of a task's payload.
+        address: Address of the cluster, see `connect`.
+        share: Share of a node for each worker.
     """
 
     def __init__(self, work: Work, address: str, share: Share) -> None:
@@ -134,7 +134,7 @@ class RayWorkers(Workers):
         self._ray = ray_library()
         self._leave = connect(self._address)
         try:
-            self._demand = self._wanted()
+            self._demand = self._required()
             if self._share.workers is None and not self._fitting():
                 demand = ", ".join(f"{amount:g} {kind}" for kind, amount in self._demand.items())
                 raise ConfigError(
@@ -152,18 +152,18 @@ class RayWorkers(Workers):
             self._stop_actor(slot)
         self._leave()
 
-    def _wanted(self) -> dict[str, float]:
+    def _required(self) -> dict[str, float]:
         gpus = self._share.num_gpus
         if gpus is None:
             gpus = float(any(node.get("GPU", 0) for node in self._nodes()))
-        wanted = {"CPU": self._share.num_cpus, "GPU": gpus}
-        return {kind: amount for kind, amount in wanted.items() if amount}
+        resources = {"CPU": self._share.num_cpus, "GPU": gpus}
+        return {kind: amount for kind, amount in resources.items() if amount}
 
     def _nodes(self) -> list[Mapping[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _fitting(self) -> int:
-        """Return the number of workers that the present nodes have room for."""
+        """Return the number of workers that fit on the current nodes."""
         return sum(
             min(
                 (int(node.get(kind, 0) / amount + 1e-6) for kind, amount in self._demand.items()),
@@ -182,14 +182,14 @@ class RayWorkers(Workers):
         return len(self._idle_slots())
 
     def _warn_of_shortage(self) -> None:
-        """Warn that the first worker has to wait for what else runs on the cluster."""
+        """Warn if the first worker has to wait for other programs on the cluster."""
         total, free = self._ray.cluster_resources(), self._ray.available_resources()
         for kind, amount in self._demand.items():
             if free.get(kind, 0) < amount:
                 warnings.warn(
                     f"waiting for room on the cluster: a worker takes {amount:g} {kind}, and "
-                    f"{free.get(kind, 0):g} of {total.get(kind, 0):g} are free; end what else runs "
-                    "there, such as serve (ray status shows how much is in use), or add a node",
+                    f"{free.get(kind, 0):g} of {total.get(kind, 0):g} are free; end other programs "
+                    "there, such as serve (ray status shows the usage), or add a node",
                     stacklevel=4,
                 )
 
@@ -202,7 +202,7 @@ class RayWorkers(Workers):
             num_cpus=self._demand.get("CPU", 0),
             num_gpus=self._demand.get("GPU", 0),
             max_restarts=0,
-            max_concurrency=2,  # Answers while it works.
+            max_concurrency=2,  # It reports progress during a task.
             scheduling_strategy="SPREAD",
         ).remote(self._work)
         return _ActorSlot(actor, time.monotonic(), actor.ready.remote())
@@ -214,7 +214,7 @@ class RayWorkers(Workers):
     def start(self, task: Task) -> WorkerLocation:
         slot = self._idle_slots()[0]
         assert slot.location is not None
-        slot.task, slot.told = task, {}
+        slot.task, slot.progress = task, {}
         slot.call = slot.actor.do.remote(task.payload, slot.waited)
         slot.waited = 0.0
         return slot.location
@@ -222,29 +222,29 @@ class RayWorkers(Workers):
     def wait(self) -> list[TaskReport]:
         calls = [slot.call for slot in self._slots if slot.call is not None]
         if not calls:
-            time.sleep(_WAIT_SECONDS)  # No node is left that one would fit on; some may come.
+            time.sleep(_WAIT_SECONDS)  # No node has room for a worker now; one may join.
             return []
         self._ray.wait(calls, num_returns=1, timeout=_WAIT_SECONDS)
         reports = [report for slot in list(self._slots) for report in self._settle(slot)]
-        self._ask_all()
+        self._fetch_progress()
         return reports
 
     def _is_there(self, reference: Any) -> bool:
         return reference is not None and bool(self._ray.wait([reference], timeout=0)[0])
 
     def _settle(self, slot: _ActorSlot) -> list[TaskReport]:
-        """Return the outcome of an actor's task; one that starts has none.
+        """Return the report of an actor's task if it has ended.
 
         Raises:
-            ConfigError: If none starts at all.
+            ConfigError: If several actors in a row failed to start.
         """
         if not self._is_there(slot.call):
             return []
         try:
             answer = self._ray.get(slot.call)
-        except Exception as error:  # The actor is gone, alone or with its node.
+        except Exception as error:  # The actor or its node has died.
             self._slots.remove(slot)
-            self._stop_actor(slot)  # It may be there, and out of reach.
+            self._stop_actor(slot)  # It may be alive but unreachable.
             if slot.task is not None and slot.location is not None:
                 return [TaskReport(slot.task, slot.location, lost=_reason(error))]
             self._failed += 1
@@ -261,22 +261,22 @@ class RayWorkers(Workers):
             return []
         return [TaskReport(task, slot.location, *answer)]
 
-    def _ask_all(self) -> None:
-        """Fetch what busy actors have told, and ask them again; nothing is waited for."""
+    def _fetch_progress(self) -> None:
+        """Collect the progress of busy actors, and request it again, without waiting."""
         for slot in self._slots:
-            if slot.asked is not None and self._is_there(slot.asked):
-                with contextlib.suppress(Exception):  # Its task says that it is gone.
-                    slot.told = self._ray.get(slot.asked)
-                slot.asked = None
-            if slot.asked is None and slot.task is not None:
-                slot.asked = slot.actor.told.remote()
+            if slot.progress_call is not None and self._is_there(slot.progress_call):
+                with contextlib.suppress(Exception):  # A dead actor is handled with its task.
+                    slot.progress = self._ray.get(slot.progress_call)
+                slot.progress_call = None
+            if slot.progress_call is None and slot.task is not None:
+                slot.progress_call = slot.actor.told.remote()
 
     def progress(self) -> dict[str, Any]:
-        return {slot.task.name: slot.told for slot in self._slots if slot.task is not None}
+        return {slot.task.name: slot.progress for slot in self._slots if slot.task is not None}
 
 
 def _reason(error: Exception) -> str:
-    """Return why an actor is gone, in a line."""
+    """Return the reason for the loss of an actor, in one line."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if "node" in text and ("died" in text or "dead" in text) and "worker process" not in text:

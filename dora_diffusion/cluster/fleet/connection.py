@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, or one of this machine's own."""
+"""Connection to a Ray cluster, or start of a local one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _CONNECT_SECONDS = 10.0
 
 
 def ray_library() -> Any:
-    """The library.
+    """Import Ray.
 
     Raises:
-        ConfigError: If it is not installed.
+        ConfigError: If Ray is not installed.
     """
-    # Nothing is sent to its makers.
+    # No usage statistics are sent.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -41,15 +41,16 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
     """Connect to a cluster, or start one on this machine.
 
     Args:
-        address: ``"local"``: a cluster of this machine's own, which ends with this process.
-            ``"auto"``: the one that runs here. Else HOST:PORT or ray://HOST:PORT.
-        object_store: Bytes that a cluster of this machine's own reserves for what is sent.
+        address: ``"local"`` for a new cluster on this machine that ends with this process,
+            ``"auto"`` for the running cluster, or HOST:PORT or ray://HOST:PORT.
+        object_store: Size in bytes of a local cluster's object store.
 
     Returns:
-        What ends the connection; a connection that was there before stays.
+        Function that closes the connection; it does nothing if Ray was already connected.
 
     Raises:
-        ConfigError: If Ray is not installed, nothing answers, or others can read Ray's token.
+        ConfigError: If Ray is not installed, the address does not answer, or other users can read
+            Ray's token.
     """
     ray = ray_library()
     if ray.is_initialized():
@@ -63,24 +64,24 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
         elif address != "auto":
             _require_answer(address)
         _require_private_token()
-        # Lost workers are reported here, in one line each.
+        # Suppress Ray's output: this package reports lost workers itself, in one line each.
         with contextlib.suppress(ImportError):
             from ray._private import worker
 
             worker.print_to_stdstream = lambda *_, **__: None
         try:
             ray.init(address=address, **options)
-        except Exception as error:  # Nothing narrower where a node does not start in time.
+        except Exception as error:  # Ray raises a plain Exception if a node starts too slowly.
             raise ConfigError(_refusal(address, error), "address") from error
         stack.callback(ray.shutdown)
         return stack.pop_all().close
 
 
 def _refusal(address: str, error: Exception) -> str:
-    """Return why there is no connection, and what to do."""
+    """Return the reason for a failed connection, and the fix."""
     reason = " ".join(str(error).split())[:200]
     hint = ""
-    # Ray shows its token to a cluster that is named by its address only if it is told to.
+    # Ray sends its token to a cluster at an address only if RAY_AUTH_MODE is set.
     if address not in ("local", "auto") and "RAY_AUTH_MODE" not in os.environ:
         hint = "; if the cluster was started where there is a token, set RAY_AUTH_MODE=token"
     return (
@@ -91,28 +92,28 @@ def _refusal(address: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[str]:
-    """A folder for a cluster's sockets and logs. Ray's own has a name that others can take."""
+    """Create a private folder for a cluster's sockets and logs; Ray's default name is guessable."""
     folder = short_folder()
     try:
-        yield os.path.join(folder, "ray")  # Ray opens this one to all.
+        yield os.path.join(folder, "ray")  # Ray makes this one accessible to all users.
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _for_this_user() -> Iterator[None]:
-    """Make a cluster that starts listen on loopback, with a token that is in no file.
+    """Make a new cluster listen on loopback, with a token that is not written to a file.
 
-    Whoever reaches its ports with its token runs code as this user. Ray would listen on all
-    addresses, and write the token into a file that all can read.
+    A client with the token can run code as this user. By default, Ray listens on all addresses and
+    writes the token to a file that all users can read.
     """
     from ray._private import ray_constants
 
-    # The same for all clusters of this process, which reads it once.
+    # One token for all clusters of this process, because Ray reads it only once.
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     usual = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # It has one machine, as on macOS and Windows.
+    ray_constants.ENABLE_RAY_CLUSTER = False  # A single machine, as on macOS and Windows.
     try:
         yield
     finally:
@@ -123,7 +124,7 @@ def _require_private_token() -> None:
     """Check that the file of Ray's token is private to this user.
 
     Raises:
-        ConfigError: If others can read or replace it.
+        ConfigError: If other users can read or replace it.
     """
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_TOKEN" not in os.environ and path.is_file() and not is_private(path):
@@ -134,7 +135,7 @@ def _require_private_token() -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Check within seconds that anything listens, which Ray itself tries for minutes."""
+    """Check within seconds that the address answers; Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A fleet on a terminal: a table that is drawn again, or in a log a line for each subject."""
+"""Display of a fleet: a table on a terminal, or a line for each subject in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dora_diffusion.cluster.fleet.results import FAILED, SubjectRecord
 from dora_diffusion.cluster.fleet.run import Fleet
 from dora_diffusion.config.wording import counted, duration
 
-# Running subjects that the table has a row of.
+# Most rows of running subjects.
 _ROWS = 20
 _REDRAW_SECONDS = 0.5
 
@@ -20,8 +20,9 @@ class FleetTable:
     """Table of a fleet's progress.
 
     Args:
-        is_terminal: Whether lines can be drawn over. Default: whether standard error is one.
-        clock: Seconds, from anywhere.
+        is_terminal: True if lines can be overwritten. Default: True if standard error is a
+            terminal.
+        clock: Returns a time in seconds.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class FleetTable:
         self._warned: set[str] = set()
 
     def __call__(self, fleet: Fleet, ended: SubjectRecord | None) -> None:
-        """Show the fleet, and a subject that has just ended."""
+        """Display the fleet, and a subject that has just ended."""
         lost = fleet.queue.lost[self._lost :]
         if ended is not None or lost:
             self.close()
@@ -59,9 +60,9 @@ class FleetTable:
             self._drawn = 0
 
     def _say_end(self, fleet: Fleet, record: SubjectRecord) -> None:
-        for text in set(record.warnings) - self._warned:  # Most are of settings that all have.
+        for text in set(record.warnings) - self._warned:  # Most are about common settings.
             self._warned.add(text)
-            name = f"{record.name}: " if record.pack == 1 else ""  # Of a pack, nobody knows whose.
+            name = f"{record.name}: " if record.pack == 1 else ""  # A pack shares its warnings.
             say(f"warning: {name}{text}", sys.stderr)
         if record.status == FAILED:
             say(f"failed: {record.name}: {record.cause}", sys.stderr)
@@ -72,7 +73,7 @@ class FleetTable:
 
 
 def table_lines(fleet: Fleet) -> list[str]:
-    """The counts, and a row for each subject that runs: its steps, loss, and where it is."""
+    """Return the counts, and a row for each running subject with step, loss and worker."""
     queue, failed = fleet.queue, len(fleet.failed)
     running, waiting = queue.sizes
     counts = [
@@ -85,9 +86,9 @@ def table_lines(fleet: Fleet) -> list[str]:
     ]  # fmt: skip
     if queue.per_hour is not None:
         counts += [f"{queue.per_hour:.0f} an hour", f"{duration(queue.seconds_left)} left"]
-    lines, told = [", ".join(counts)], fleet.workers.progress()
+    lines, progress = [", ".join(counts)], fleet.workers.progress()
     for name, task in list(queue.running.items())[:_ROWS]:
-        figures = told.get(name) or {}
+        figures = progress.get(name) or {}
         step = "starting"
         if figures:
             step = f"step {figures['step']} of {figures['total']}, loss {figures['loss']:.4f}"

@@ -1,4 +1,4 @@
-"""Tasks that wait, run and have ended: what is done next, and again; workers in this process."""
+"""Queue of tasks with retries, and the workers that run them; a worker in this process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dora_diffusion.training.metrics import TrainingError
 
 @dataclass(frozen=True)
 class Task:
-    """Work to be done by any worker.
+    """Task for any worker.
 
     Attributes:
-        name: What it is called; no two have one name.
-        payload: What the work is given; it can be pickled.
-        size: What it counts for, such as its subjects.
+        name: Unique name.
+        payload: Argument of the work; must be picklable.
+        size: Weight in counts, such as its number of subjects.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Task:
 
 @dataclass(frozen=True)
 class WorkerLocation:
-    """Location of a task: the worker, and the node that it is on."""
+    """Location of a task: the worker and its node."""
 
     worker: str = ""
     node: str = ""
@@ -38,16 +38,16 @@ class WorkerLocation:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Report of the workers on a task.
+    """Report on a task.
 
     Attributes:
         task: The task.
-        location: Where it runs, or ran last.
-        value: What the work returned.
-        error: What it raised, or that its workers were lost.
-        lost: Why its worker is gone, where it is; the task may be done by another one.
-        attempts: How many workers had it, once it will not be done again.
-        seconds: Since it was first given to one of them.
+        location: Current or last location.
+        value: Result of the work.
+        error: Error of the work, or an error about lost workers.
+        lost: Reason for the loss of its worker, if any; another worker may take the task.
+        attempts: Number of workers that had the task, set at its end.
+        seconds: Time since its first start.
     """
 
     task: Task
@@ -60,15 +60,15 @@ class TaskReport:
 
 
 class Worker:
-    """Context of the work: it stays from one task to the next.
+    """Context of the work, which persists between tasks.
 
     Args:
-        on_progress: Called when the work has told something.
+        on_progress: Called after each progress report.
 
     Attributes:
-        load: Loads base models, and keeps the last one.
-        waited: Seconds that the present task waited for this worker to start.
-        told: What the present task last told of itself.
+        load: Loads base models, and keeps the last one in memory.
+        waited: Seconds that the current task waited for this worker to start.
+        told: Last progress report of the current task.
     """
 
     def __init__(self, on_progress: Callable[[], None] = lambda: None) -> None:
@@ -78,25 +78,23 @@ class Worker:
         self._on_progress = on_progress
 
     def tell(self, **figures: Any) -> None:
-        """Report the progress of the task."""
+        """Report progress of the task."""
         self.told = figures
         self._on_progress()
 
 
 Work = Callable[[Any, Worker], Any]
-"""A function of a module, which workers import: it is given a task's payload."""
+"""Function of a task's payload and the worker; workers import it from its module."""
 
 
 class Workers:
-    """Workers for tasks: this process, which does a task while it is waited for.
-
-    Those of a cluster are a subclass.
+    """Runs tasks in this process, inside of `wait`; subclasses run them on a cluster.
 
     Args:
-        work: What is done with each task's payload.
+        work: Function of a task's payload.
 
     Attributes:
-        on_progress: Called whenever a task that runs has something to tell.
+        on_progress: Called after each progress report of a running task.
     """
 
     def __init__(self, work: Work) -> None:
@@ -112,7 +110,7 @@ class Workers:
         self._task = None
 
     def idle(self, waiting: int) -> int:
-        """Return how many of the waiting tasks could be started right now."""
+        """Return how many of the waiting tasks can be started now."""
         return int(self._task is None)
 
     def start(self, task: Task) -> WorkerLocation:
@@ -121,7 +119,7 @@ class Workers:
         return WorkerLocation("this process")
 
     def wait(self) -> list[TaskReport]:
-        """The tasks that ended, after a while of waiting for one; perhaps none did."""
+        """Wait a while for a task to end. Returns the reports of ended tasks, if any."""
         assert self._task is not None
         report = TaskReport(self._task, WorkerLocation("this process"))
         try:
@@ -138,15 +136,15 @@ class Workers:
 
 @dataclass
 class WorkQueue:
-    """Tasks in their order; those whose worker was lost come first again.
+    """Queue of tasks in order; tasks of lost workers return to the front.
 
     Attributes:
-        retries: How many more workers a task is given when its worker is lost.
-        clock: Seconds, from anywhere.
-        waiting: Tasks that no worker has.
-        running: Tasks that a worker has, by name.
-        ended: The sizes of those that ended.
-        lost: What was told of workers that are gone, in whose place another one comes.
+        retries: Number of further attempts for a task whose worker is lost.
+        clock: Returns a time in seconds.
+        waiting: Waiting tasks.
+        running: Reports of running tasks by name.
+        ended: Total size of ended tasks.
+        lost: Reports on lost workers whose task is retried.
     """
 
     retries: int = 3
@@ -179,7 +177,7 @@ class WorkQueue:
         self.running[task.name] = TaskReport(task, workers.start(task))
 
     def settle(self, report: TaskReport) -> TaskReport | None:
-        """Record the end of a task and return its report; None if it waits for another worker."""
+        """Record the end of a task and return its report; None if the task is retried."""
         task, error = report.task, report.error
         del self.running[task.name]
         attempts = self._attempts[task.name]
@@ -195,19 +193,19 @@ class WorkQueue:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The sizes of tasks that run, and of those that wait."""
+        """Total sizes of running and of waiting tasks."""
         running = sum(report.task.size for report in self.running.values())
         return running, sum(task.size for task in self.waiting)
 
     @property
     def per_hour(self) -> float | None:
-        """Size that ends in an hour, at the pace so far; None before the first has ended."""
+        """Size completed per hour at the pace so far; None before the first task has ended."""
         seconds = 0.0 if self._begun is None else self.clock() - self._begun
         return 3600 * self.ended / seconds if self.ended and seconds > 0 else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds that the rest takes, at the pace so far; None before the first has ended."""
+        """Seconds left at the pace so far; None before the first task has ended."""
         pace = self.per_hour
         return None if pace is None else 3600 * sum(self.sizes) / pace
 
@@ -222,9 +220,9 @@ def run_tasks(
 
     Args:
         queue: The tasks.
-        workers: Who does them; they are dismissed at the end, also of an error.
-        on_end: Called with each task that ended. What it raises ends everything.
-        on_change: Called every while, and when something has changed.
+        workers: The workers; they are stopped at the end, also after an error.
+        on_end: Called with the report of each ended task. Its errors end the run.
+        on_change: Called regularly, and after each change.
     """
     workers.on_progress = on_change
     with workers:

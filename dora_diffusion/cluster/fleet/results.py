@@ -1,7 +1,7 @@
-"""Records of a fleet's subjects, and the folder, or fsspec URL, of their results.
+"""Records of a fleet's subjects, and storage of their results in a folder or at an fsspec URL.
 
-Behind a URL a worker trains in a folder of its own disk, and copies. What is copied appears under
-its name when all of it is there, and a subject's record last of all.
+With a URL, a worker trains in a local folder and copies the results. A copy gets its final name
+once it is complete, and a subject's record is copied last.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from dora_diffusion.training.results.folders import locked
 RECORD_FILE = "fleet.json"
 """Record file in each subject's folder, written last."""
 RECORDS_FILE = "fleet.jsonl"
-"""All subjects, one a line."""
+"""Records of all subjects, one per line."""
 DONE, FAILED, RUNNING = "done", "failed", "running"
 _LONG = 300
 
 
 PAGE_FILE = "index.html"
-# Which sheet of a subject is shown.
+# Sheets of a subject to show on the page, the first that exists.
 _SHEETS = ("samples/base_above_adapted.png", "samples/adapted.png")
 _STATE_FILE = "state.tar"
-# In it, the names of the checkpoints that it belongs to.
+# File in the state with the names of its checkpoints.
 _CHECKPOINTS = ".checkpoints"
 
 
@@ -53,26 +53,26 @@ class SubjectRecord:
     """Outcome and cost of a subject.
 
     Attributes:
-        name: The subject.
-        status: ``"done"``, ``"failed"``, or ``"running"``: begun, and not ended yet.
-        cause: Why it failed, in a line.
-        attempts: Workers that had it.
-        worker: The last of them, and ``node`` where that is.
-        seconds: From its first worker until its end.
-        start_seconds: From its last worker, or that worker's start where it is the first task
-            there, until the first step.
-        train_seconds: From there until its end.
-        cpu_seconds: Processor time of its last worker; its share, where several train as a pack.
+        name: Name of the subject.
+        status: ``"done"``, ``"failed"`` or ``"running"``.
+        cause: Reason of a failure, in one line.
+        attempts: Number of workers that had the subject.
+        worker: The last worker; ``node`` is its node.
+        seconds: Time from the first worker to the end.
+        start_seconds: Time until the first step on the last worker, with the start of the worker if
+            this is its first task.
+        train_seconds: Time from the first step to the end.
+        cpu_seconds: Processor time on the last worker; in a pack, the subject's share.
         steps: Optimizer steps.
-        peak_bytes: Most memory that its worker has held so far: of a GPU, or of the process.
-        read_bytes: Read by its last worker; a base model that is mapped is not counted.
-        written_bytes: The same, written.
-        pack: How many subjects were trained at once.
-        samples: Its sheets of sample images, in its folder.
-        warnings: What the training warned of.
-        digest: Of settings and photos.
-        settings: Of the training.
-        run: The call of the fleet that began it.
+        peak_bytes: Peak memory of the last worker so far: of its GPU, or of its process.
+        read_bytes: Bytes read by the last worker, without a memory-mapped base model.
+        written_bytes: Bytes written by the last worker.
+        pack: Number of subjects trained at once.
+        samples: Sheets of sample images in the subject's folder.
+        warnings: Warnings of the training.
+        digest: Digest of settings and photos.
+        settings: Settings of the training.
+        run: Id of the fleet run that started the subject.
     """
 
     name: str
@@ -102,7 +102,7 @@ class SubjectRecord:
 
     @classmethod
     def parse(cls, text: str | None) -> SubjectRecord | None:
-        """Parse the text of a record's file; None where there is none, or it is damaged."""
+        """Parse the text of a record's file; None if it is missing or damaged."""
         known = {source.name for source in dataclasses.fields(cls)}
         try:
             values = {k: v for k, v in json.loads(text or "").items() if k in known}
@@ -113,7 +113,7 @@ class SubjectRecord:
 
 
 def records_text(records: Iterable[SubjectRecord]) -> str:
-    """All records, one a line, without their settings."""
+    """Return the records as JSON lines, without settings."""
     lines = []
     for record in records:
         values = dataclasses.asdict(record)
@@ -123,7 +123,7 @@ def records_text(records: Iterable[SubjectRecord]) -> str:
 
 
 def settings_digest(config: TrainConfig) -> str:
-    """Digest of what a result depends on: settings that are not their default, and the photos."""
+    """Return the digest of everything that affects a result: changed settings, and the photos."""
     names = [setting.name for setting in settings() if setting.resume != "ignored"]
     values, defaults = config.to_dict(), TrainConfig().to_dict()
     moved = {name: values[name] for name in names if values[name] != defaults[name]}
@@ -138,7 +138,7 @@ def settings_digest(config: TrainConfig) -> str:
 
 
 def _contents(folder: str, pattern: str) -> list[list[str]]:
-    """Names and digests of photos and of what lies beside them, or of lists of words."""
+    """Return names and digests of a folder's photos with captions and masks, or word lists."""
     top = Path(folder).expanduser()
     return [
         [path.relative_to(top).as_posix(), digest_of(path.read_bytes())]
@@ -149,35 +149,35 @@ def _contents(folder: str, pattern: str) -> list[list[str]]:
 
 
 def done_before(
-    kept: SubjectRecord | None, record: SubjectRecord, config: TrainConfig
+    stored: SubjectRecord | None, record: SubjectRecord, config: TrainConfig
 ) -> SubjectRecord | None:
-    """The record of a subject that is done; None where it is to be trained.
+    """Return the record of a done subject; None if the subject must be trained.
 
     Args:
-        kept: What there is of it.
-        record: As it would begin.
-        config: Its settings.
+        stored: The stored record, if any.
+        record: The initial record of a new training.
+        config: Settings of the subject.
 
     Raises:
-        ConfigError: If it is done with other settings.
+        ConfigError: If the subject was trained with other settings.
     """
-    if kept is None or kept.status != DONE:
+    if stored is None or stored.status != DONE:
         return None
-    if config.overwrite_output_dir and kept.run != record.run:
+    if config.overwrite_output_dir and stored.run != record.run:
         return None
-    if kept.digest != record.digest:
-        refused, allowed = differences(kept.settings, config)
+    if stored.digest != record.digest:
+        refused, allowed = differences(stored.settings, config)
         moved = {**refused, **allowed}
         changes = listed(moved) if moved else "other photos or captions"
         raise ConfigError(
             f"it is trained already, with other settings: {changes}; take them "
             "back, give another output, or train it again with --overwrite_output_dir"
         )
-    return kept
+    return stored
 
 
 def cause_of(error: Exception) -> str:
-    """An error in one line; what is not a user's mistake with its kind."""
+    """Return an error in one line, with its type if it is not a user's mistake."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
@@ -189,25 +189,24 @@ def cause_of(error: Exception) -> str:
 
 
 class FleetResults:
-    """A folder for each subject, and files beside them.
+    """Storage of a fleet: a folder for each subject, the records and the page.
 
     Args:
-        output: A folder, or a URL of a file system that fsspec knows, such as ``s3://bucket/shop``.
+        output: A folder, or an fsspec URL such as ``s3://bucket/shop``.
 
     Attributes:
-        copied_bytes: Written to a URL so far.
+        copied_bytes: Bytes written to the URL so far.
 
     Raises:
-        ConfigError: If no file system of such a URL is known, or it cannot be reached.
-        OSError: If nothing can be written to the folder, or the one on this disk is not this
-            user's alone.
+        ConfigError: If the URL's file system is unknown or cannot be reached.
+        OSError: If the folder is not writable, or the local folder is not private to this user.
     """
 
     def __init__(self, output: str) -> None:
         self.output, self.copied_bytes = output, 0
         self._files: Any = None
         self._top = ""
-        self._kept: set[str] = set()  # checkpoints that a URL holds
+        self._kept: set[str] = set()  # checkpoints stored at the URL
         if "://" not in output:
             self._root = Path(output).expanduser()
             require_writable(self._root, is_folder=True)
@@ -220,21 +219,21 @@ class FleetResults:
             raise ConfigError(
                 f"output {output}: {' '.join(str(error).split())}", "output"
             ) from error
-        # One place for a subject on each machine, so that nothing of a lost worker stays behind.
+        # The same local folder for all workers of a machine, so that a lost worker's is removed.
         digest = hashlib.sha256(output.encode()).hexdigest()[:12]
         self._root = system.private_folder(f"fleet-{digest}")
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock the results against other fleets of this machine, or of its folder.
+        """Lock the results against other fleets on this machine or with this folder.
 
         Raises:
-            ConfigError: If another one does.
+            ConfigError: If another fleet holds the lock.
         """
         self._root.mkdir(parents=True, exist_ok=True)
         return locked(self._root, f"output {self.output}")
 
     def read(self, name: str) -> str | None:
-        """A text file; None where there is none."""
+        """Read a text file; None if it does not exist."""
         try:
             if self._files is None:
                 return (self._root / name).read_text(encoding="utf-8")
@@ -244,17 +243,17 @@ class FleetResults:
             return None
 
     def write(self, name: str, text: str) -> str:
-        """Write a text file, which is there as a whole or not at all; returns where that is."""
+        """Write a text file atomically. Returns its path or URL."""
         if self._files is None:
             return str(save_text(self._root / name, text))
-        with tempfile.TemporaryDirectory() as place:
-            file = Path(place, "text")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "text")
             file.write_text(text, encoding="utf-8")
             self._copy(file, name)
         return f"{self.output.rstrip('/')}/{name}"
 
     def folder(self, subject: str) -> Path:
-        """Return the folder in which a subject is trained on this machine."""
+        """Return the local folder of a subject."""
         return self._root / subject
 
     def record(self, subject: str) -> SubjectRecord | None:
@@ -262,49 +261,49 @@ class FleetResults:
         return SubjectRecord.parse(self.read(f"{subject}/{RECORD_FILE}"))
 
     def save(self, record: SubjectRecord) -> None:
-        """Write the record that says that what is there is this fleet's or, at last, complete."""
+        """Write a subject's record, which marks its folder as this fleet's or as complete."""
         self.write(f"{record.name}/{RECORD_FILE}", record.text())
         state = f"{self._top}/{record.name}/{_STATE_FILE}"
         if record.status == DONE and self._files is not None and self._files.exists(state):
             self._files.rm_file(state)
 
     def fetch(self, subject: str) -> None:
-        """Fetch what an earlier worker left of a subject from a URL."""
+        """Fetch an earlier worker's state of a subject from the URL."""
         if self._files is None:
             return
         folder = self.folder(subject)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        there = f"{self._top}/{subject}"
-        if not self._files.exists(f"{there}/{_STATE_FILE}"):
+        source = f"{self._top}/{subject}"
+        if not self._files.exists(f"{source}/{_STATE_FILE}"):
             return
-        state = self._files.open(f"{there}/{_STATE_FILE}", "rb")
+        state = self._files.open(f"{source}/{_STATE_FILE}", "rb")
         with state as file, tarfile.open(fileobj=file) as tar:
             _unpack(tar, folder)
         listed = folder / _CHECKPOINTS
         self._kept = set(listed.read_text(encoding="utf-8").split())
         listed.unlink()
         for name in self._kept:
-            for path in self._files.find(f"{there}/{name}"):
-                place = folder / name / path.rpartition(f"/{name}/")[2]
-                place.parent.mkdir(parents=True, exist_ok=True)
-                self._files.get_file(path, str(place))
+            for path in self._files.find(f"{source}/{name}"):
+                target = folder / name / path.rpartition(f"/{name}/")[2]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._files.get_file(path, str(target))
 
     def clear(self, subject: str) -> None:
-        """Remove what a URL holds of a subject that is trained again."""
+        """Delete a subject's results at the URL before it is trained again."""
         if self._files is not None and self._files.exists(f"{self._top}/{subject}"):
             self._files.rm(f"{self._top}/{subject}", recursive=True)
 
     def keep(self, subject: str, folder: Path) -> None:
-        """Copy new checkpoints to a URL, and then all else that a run needs to resume from them."""
+        """Copy new checkpoints to the URL, then the other files needed to resume from them."""
         names = set() if self._files is None else {path.name for path in checkpoints_in(folder)}
         new = names - self._kept
         if not new:
             return
         for name in sorted(new):
             self._copy_all(sorted((folder / name).rglob("*")), subject, folder)
-        with tempfile.TemporaryDirectory(dir=self._root) as place:
-            listed, file = Path(place, _CHECKPOINTS), Path(place, _STATE_FILE)
+        with tempfile.TemporaryDirectory(dir=self._root) as temporary:
+            listed, file = Path(temporary, _CHECKPOINTS), Path(temporary, _STATE_FILE)
             listed.write_text(" ".join(names), encoding="utf-8")
             with tarfile.open(file, "w") as tar:
                 tar.add(listed, _CHECKPOINTS)
@@ -317,7 +316,7 @@ class FleetResults:
         self._kept = names
 
     def publish(self, subject: str, folder: Path) -> None:
-        """Copy all that was made to a URL."""
+        """Copy all results of a subject to the URL."""
         if self._files is not None:
             top = {path: path.relative_to(folder).parts[0] for path in sorted(folder.rglob("*"))}
             self._copy_all(
@@ -325,39 +324,39 @@ class FleetResults:
             )
 
     def _copy_all(self, paths: Iterable[Path], subject: str, folder: Path) -> None:
-        """Copy files, but for hidden ones, to where they are in the subject's folder."""
+        """Copy files, except hidden ones, to the subject's folder at the URL."""
         for path in paths:
             name = path.relative_to(folder)
             if path.is_file() and not any(part.startswith(".") for part in name.parts):
                 self._copy(path, f"{subject}/{name.as_posix()}")
 
     def leave(self, subject: str) -> None:
-        """Remove what of a subject lies on this disk, where it is kept elsewhere."""
+        """Delete the local folder of a subject that is stored at the URL."""
         if self._files is not None:
             shutil.rmtree(self.folder(subject), ignore_errors=True)
 
     def _copy(self, file: Path, name: str) -> None:
-        """Copy a file under another name, and move it: a half of one is never taken for it."""
+        """Copy a file to the URL under a temporary name, then rename it."""
         final = f"{self._top}/{name}"
         folder, _, last = final.rpartition("/")
         self._files.makedirs(folder, exist_ok=True)
-        part = f"{folder}/.{last}.part"
-        self._files.put_file(str(file), part)
-        self._files.mv(part, final)
+        partial = f"{folder}/.{last}.part"
+        self._files.put_file(str(file), partial)
+        self._files.mv(partial, final)
         self.copied_bytes += file.stat().st_size
 
 
 def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
-    """Write a tar's files and folders.
+    """Extract the files and folders of a tar.
 
-    `tarfile` has a filter for this from Python 3.10.12 and 3.11.4 on only.
+    `tarfile` has a filter for this only since Python 3.10.12 and 3.11.4.
 
     Raises:
-        ConfigError: If one is anything else, or would be outside of the folder.
+        ConfigError: If a member is not a file or folder, or would be outside of ``folder``.
     """
     for member in tar:
-        place, content = folder / member.name, tar.extractfile(member) if member.isfile() else None
-        is_below = Path(os.path.normpath(place)).is_relative_to(folder)
+        target, content = folder / member.name, tar.extractfile(member) if member.isfile() else None
+        is_below = Path(os.path.normpath(target)).is_relative_to(folder)
         if not is_below or (content is None and not member.isdir()):
             raise ConfigError(
                 f"{_STATE_FILE} of the fleet's output holds {member.name!r}, which no fleet "
@@ -365,19 +364,19 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
                 "train it again"
             )
         if content is None:
-            place.mkdir(parents=True, exist_ok=True)
+            target.mkdir(parents=True, exist_ok=True)
             continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with content, place.open("wb") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with content, target.open("wb") as file:
             shutil.copyfileobj(content, file)
 
 
 def fleet_page(names: Sequence[str], records: Mapping[str, SubjectRecord]) -> str:
-    """The page as HTML, with the images of the folders beside it.
+    """Return the page as HTML, with links to the images in the subjects' folders.
 
     Args:
-        names: All subjects, in their order.
-        records: Of those that have ended.
+        names: Names of all subjects, in order.
+        records: Records of the ended subjects.
     """
     ended = [records[name] for name in names if name in records]
     done = [record for record in ended if record.status == DONE]
@@ -387,7 +386,7 @@ def fleet_page(names: Sequence[str], records: Mapping[str, SubjectRecord]) -> st
         seconds = sum(record.seconds for record in done)
         cpu = sum(record.cpu_seconds for record in done)
         text += (
-            f" Those that are done took {duration(seconds / len(done))} each, "
+            f" On average, a finished subject took {duration(seconds / len(done))}, with "
             f"{duration(cpu / len(done))} of processor time."
         )
     table = [["subject", "status", "steps", "time", "start", "processor time", "workers", "node"]]

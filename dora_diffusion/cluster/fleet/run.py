@@ -1,4 +1,4 @@
-"""A fleet: many subjects, each with an adapter of its own, over workers, to a page of them all."""
+"""A fleet: training of many subjects on workers, each with its own adapter, and a page of all."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.pack import check_pack
 from dora_diffusion.training.results.write import check_prompts
 
-# Settings that a fleet sets itself, for each subject and worker.
+# Settings that the fleet sets itself for each subject.
 _ITS_OWN = ("resume_from_checkpoint", "push_to_hub")
 _READERS = 16
-# Of packs that are not full, how many of the last are looked at for room.
+# Number of recent packs that are checked for room.
 _OPEN_PACKS = 8
 
 
@@ -47,12 +47,12 @@ class Fleet:
     """Progress of a fleet.
 
     Attributes:
-        output: The folder or URL of its results.
-        records: Of subjects that have ended, by name.
-        known: Names of those that were done before.
-        queue: The others.
-        workers: Who does them.
-        files: What was written beside the subjects' folders, by name.
+        output: Folder or URL of the results.
+        records: Records of ended subjects by name.
+        known: Names of subjects that were done before.
+        queue: Queue of the remaining subjects.
+        workers: The workers.
+        files: Paths of the records and the page by name.
     """
 
     output: str
@@ -69,7 +69,7 @@ class Fleet:
 
 
 OnChange = Callable[[Fleet, SubjectRecord | None], None]
-"""Callback for regular updates; with the record of a subject that has just ended."""
+"""Callback for regular updates, with the record of a subject that has just ended, or None."""
 
 
 def workers_for(work: Work, address: str | None, share: Share | None = None) -> Workers:
@@ -90,28 +90,28 @@ def run_fleet(
     pack: int = 1,
     on_change: OnChange = lambda fleet, ended: None,
 ) -> Fleet:
-    """Train an adapter for each of many subjects; those that are done already are not repeated.
+    """Train an adapter for each of many subjects, except for subjects that are already done.
 
-    A subject whose worker or node is lost is given to another worker, which resumes from its last
-    checkpoint. One that fails is recorded with its cause, and the others are trained. The records
-    of all are in ``fleet.jsonl``, their images in ``index.html``.
+    If a worker or node is lost, another worker resumes its subject from the last checkpoint. A
+    failed subject is recorded with its cause, and the fleet continues. ``fleet.jsonl`` has all
+    records, ``index.html`` the images.
 
     Args:
-        configs: The settings of each subject, by name, or why it has none
-            (`config.subject_list.subject_configs`); the results of each are in OUTPUT/NAME.
-        output: A folder that all workers see, or an fsspec URL such as ``s3://bucket/shop``.
-        address: A Ray cluster: ``"local"``, ``"auto"``, HOST:PORT or ray://HOST:PORT. None: one
-            subject after another, in this process.
-        share: What each worker takes of a node.
-        retries: Further workers for a subject whose worker is lost.
-        pack: Subjects that a worker trains at once (`training.loop.train_pack`), where their
+        configs: Settings of each subject by name, or the error in them
+            (`config.subject_list.subject_configs`). Results are in OUTPUT/NAME.
+        output: A folder shared by all workers, or an fsspec URL such as ``s3://bucket/shop``.
+        address: A Ray cluster: ``"local"``, ``"auto"``, HOST:PORT or ray://HOST:PORT. Default: one
+            subject after another in this process.
+        share: Share of a node for each worker.
+        retries: Number of further workers for a subject whose worker is lost.
+        pack: Most subjects that a worker trains at once (`training.pack.train_pack`), if their
             settings allow it.
-        on_change: Called with the fleet every while.
+        on_change: Called regularly with the fleet.
 
     Raises:
-        ConfigError: If Ray is not installed, nothing answers at the address, a worker fits on no
-            node, or another fleet writes to ``output``.
-        OSError: If nothing can be written to ``output``.
+        ConfigError: If Ray is not installed, the address does not answer, a worker does not fit on
+            any node, or another fleet writes to ``output``.
+        OSError: If ``output`` is not writable.
 
     Example:
         >>> config = TrainConfig(
@@ -144,7 +144,7 @@ def run_fleet(
 
 @dataclass(frozen=True)
 class _Recorder:
-    """Recorder of a fleet."""
+    """Writes the records of a fleet."""
 
     fleet: Fleet
     results: FleetResults
@@ -155,27 +155,27 @@ class _Recorder:
         """Record a subject that has ended."""
         self.fleet.records[record.name] = record
         self.on_change(self.fleet, record)
-        # Of thousands, the file is not written for each.
+        # With thousands of subjects the file is not written each time.
         if len(self.fleet.records) % max(1, len(self.names) // 100) == 0:
             self.write()
 
     def end_task(self, done: TaskReport) -> None:
-        """Record the subjects of a task, with facts that the worker does not know."""
-        made: list[SubjectRecord] = done.value or [
+        """Record the subjects of a task, with facts from the queue."""
+        records: list[SubjectRecord] = done.value or [
             replace(subject.record, status=FAILED, cause=cause_of(done.error or RuntimeError()))
             for subject in done.task.payload
         ]
-        for record in made:
-            known = replace(
+        for record in records:
+            completed = replace(
                 record,
                 attempts=done.attempts,
                 seconds=round(done.seconds, 3),
                 worker=done.location.worker,
                 node=done.location.node,
             )
-            if known.status == DONE:
-                self.results.save(known)
-            self.end(known)
+            if completed.status == DONE:
+                self.results.save(completed)
+            self.end(completed)
 
     def write(self) -> None:
         """Write all records, in the order of the subjects."""
@@ -185,7 +185,7 @@ class _Recorder:
 
 
 def _packed(subjects: Sequence[FleetSubject], size: int) -> list[Task]:
-    """A task for every so many subjects that one pack can hold, in their order."""
+    """Group subjects into packs of at most ``size``, in order. Returns a task for each."""
     packs: list[list[FleetSubject]] = []
     for subject in subjects:
         room = (p for p in packs[-_OPEN_PACKS:] if len(p) < size and _fits(subject, p[0]))
@@ -210,10 +210,10 @@ def _fits(subject: FleetSubject, other: FleetSubject) -> bool:
 def _sorted_out(
     configs: Mapping[str, TrainConfig | ConfigError], results: FleetResults, output: str
 ) -> tuple[dict[str, SubjectRecord], list[FleetSubject]]:
-    """Return the records of subjects that are done or cannot be, and the subjects to train."""
+    """Return the records of done and invalid subjects, and the subjects to train."""
     run, ended, left = secrets.token_hex(8), dict[str, SubjectRecord](), list[FleetSubject]()
     with ThreadPoolExecutor(_READERS) as pool:
-        kept = {name: pool.submit(results.record, name) for name in configs}
+        stored = {name: pool.submit(results.record, name) for name in configs}
     for name, config in configs.items():
         record = SubjectRecord(name, RUNNING, run=run)
         try:
@@ -221,15 +221,15 @@ def _sorted_out(
                 raise config
             record = replace(record, settings=config.to_dict())
             for setting in _ITS_OWN:
-                own = f"{setting} is set by the fleet; leave it out"
-                require(not getattr(config, setting), own, setting)
-            # As far as it needs no model.
+                problem = f"{setting} is set by the fleet; leave it out"
+                require(not getattr(config, setting), problem, setting)
+            # Checks that do not need the model.
             list_subjects(subjects_of(config))
             check_prompts(config)
             record = replace(record, digest=settings_digest(config))
-            done = done_before(kept[name].result(), record, config)
+            done = done_before(stored[name].result(), record, config)
             if done is None:
-                # The worker has another working folder.
+                # Absolute paths, because a worker has another working directory.
                 paths = {s.name: absolute(getattr(config, s.name)) for s in settings() if s.is_path}
                 left.append(FleetSubject(replace(config, **paths), output, record))
         except (ValueError, OSError) as error:
@@ -240,8 +240,8 @@ def _sorted_out(
 
 
 def absolute(value: Any) -> Any:
-    """A file or folder here from the root, also in entries; all else as it is."""
+    """Return an existing path as an absolute path, also inside a list of entries."""
     if isinstance(value, list):
-        return [{key: absolute(part) for key, part in entry.items()} for entry in value]
+        return [{key: absolute(item) for key, item in entry.items()} for entry in value]
     path = Path(value).expanduser() if isinstance(value, str) and value else None
     return str(path.absolute()) if path is not None and path.exists() else value

@@ -1,4 +1,4 @@
-"""One task of a fleet: a subject, or a pack of them, is trained on whatever worker has it."""
+"""One task of a fleet: training of a subject, or a pack of subjects, on a worker."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import LOCK_NAME
 
-# How long a lost worker's process may still have its folder, while its node dies.
+# Time that the process of a lost worker may still hold its folder.
 _LOCK_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class FleetSubject:
-    """Subject as a worker receives it.
+    """Subject for a worker.
 
     Attributes:
-        config: Its settings; where it is trained, the worker knows.
-        output: Of the fleet: a folder, or a URL.
-        record: Its record as it begins.
+        config: Settings, except for the folder, which the worker chooses.
+        output: Folder or URL of the fleet's results.
+        record: Initial record.
     """
 
     config: TrainConfig
@@ -59,11 +59,11 @@ class FleetSubject:
 
 
 class _Meter:
-    """Cost meter of a task, from when the meter was made.
+    """Measures the cost of a task from its creation on.
 
     Args:
-        waited: Seconds before that.
-        share: Of how many subjects it is.
+        waited: Seconds to add for the time before.
+        share: Number of subjects in the task.
     """
 
     def __init__(self, waited: float, share: int) -> None:
@@ -72,11 +72,11 @@ class _Meter:
         self._share = share
 
     def figures(self, started: float | None, copied: int) -> dict[str, Any]:
-        """All of it, as a record has it.
+        """Return the cost as fields of a record.
 
         Args:
-            started: When the first step began; None: it did not.
-            copied: Bytes that were copied to a URL.
+            started: Time of the first step; None if there was none.
+            copied: Bytes copied to a URL.
         """
         now, share = time.perf_counter(), self._share
         started = now if started is None else started
@@ -93,14 +93,14 @@ class _Meter:
 
 
 def _bytes_so_far() -> tuple[int, int]:
-    """Bytes that this process has read and written; zeros where the system does not count them."""
+    """Return the bytes that this process has read and written; zeros if they are not counted."""
     import psutil
 
     try:
         counts: Any = psutil.Process().io_counters()
-    except (AttributeError, psutil.Error, OSError):  # macOS; a container that hides them
+    except (AttributeError, psutil.Error, OSError):  # macOS, or a container without counters
         return 0, 0
-    # Linux counts what was asked for too, whether the disk was needed for it or not.
+    # Linux also counts requested bytes (`*_chars`), whether or not the disk was accessed.
     read, written = (getattr(counts, f"{kind}_chars", None) for kind in ("read", "write"))
     return (
         int(counts.read_bytes if read is None else read),
@@ -109,17 +109,17 @@ def _bytes_so_far() -> tuple[int, int]:
 
 
 class _SubjectRun:
-    """A subject that is trained here.
+    """Training of a subject in this process.
 
     Attributes:
-        subject: What the worker was given of it.
-        results: Where it is kept.
-        folder: Where it is written.
-        config: Its settings there.
-        done: Its record, where another worker has ended it meanwhile.
-        started: When its first step began; None before.
-        steps: Optimizer steps that are done.
-        has_left: Whether it has left its pack.
+        subject: The subject.
+        results: Storage of the results.
+        folder: Local folder of the training.
+        config: Settings with this folder.
+        done: Record of the subject if it has been completed elsewhere.
+        started: Time of the first step; None before it.
+        steps: Optimizer steps done.
+        has_left: True once the subject has left its pack.
     """
 
     def __init__(self, subject: FleetSubject) -> None:
@@ -129,12 +129,12 @@ class _SubjectRun:
         self.folder, self.config = self.results.folder(name), subject.config
         _wait_for_lock(self.folder)
         before = self.results.record(name)
-        # A worker that was thought lost has ended it, or a fleet on another machine.
+        # A worker assumed lost, or a fleet on another machine, may have completed it.
         self.done = done_before(before, subject.record, self.config)
         if self.done is not None:
             return
         is_ours = before is not None and before.run == subject.record.run
-        # What is trained again is so once, and not by each worker that it is given to.
+        # With overwrite_output_dir, only the first worker starts from scratch.
         resumes = before is not None and before.status == RUNNING
         resumes = resumes and (is_ours or not subject.config.overwrite_output_dir)
         if subject.config.overwrite_output_dir and not resumes:
@@ -143,9 +143,9 @@ class _SubjectRun:
         self.config = _in_folder(subject.config, self.folder, resumes=resumes)
 
     def on_event(self, event: Event) -> None:
-        """Record an event, and keep what it wrote."""
+        """Record an event, and store new checkpoints."""
         if isinstance(event, ModelLoading) and not self.has_left:
-            # Its folder was looked at, and is no other run's.
+            # By now the folder was checked and does not belong to another run.
             self.results.save(self.subject.record)
         self.has_left = self.has_left or isinstance(event, SubjectLeft)
         if isinstance(event, TrainingStarted):
@@ -167,7 +167,7 @@ class _SubjectRun:
         )
 
     def finish(self, result: TrainResult, meter: _Meter, caught: Sequence[Any]) -> SubjectRecord:
-        """Move what was made to where it is kept, and the record last."""
+        """Publish the results, then the record."""
         self.results.publish(self.subject.record.name, self.folder)
         samples = [path.relative_to(self.folder).as_posix() for path in result.samples.values()]
         record = self.record(meter, caught, status=DONE, samples=tuple(samples))
@@ -176,13 +176,13 @@ class _SubjectRun:
 
 
 def train_subjects(subjects: Sequence[FleetSubject], worker: Worker) -> list[SubjectRecord]:
-    """Train a subject, or a pack of several, from the last checkpoints of an earlier worker.
+    """Train a subject or a pack of subjects, resuming from checkpoints of an earlier worker.
 
     Returns:
-        The record of each, with the cause if it failed.
+        Record of each subject, with the cause if it failed.
 
     Raises:
-        KeyboardInterrupt: If a signal stopped them; they resume later.
+        KeyboardInterrupt: If a signal stopped the training, which can be resumed.
     """
     meter = _Meter(worker.waited, len(subjects))
     runs: dict[str, _SubjectRun] = {}
@@ -205,54 +205,54 @@ def train_subjects(subjects: Sequence[FleetSubject], worker: Worker) -> list[Sub
                     fail(subject, error)
             records |= {name: t.done for name, t in runs.items() if t.done is not None}
             left = {name: t for name, t in runs.items() if t.done is None}
-            made = _train(left, worker)
-            for name, failure in made.failures.items():
+            result = _train(left, worker)
+            for name, failure in result.failures.items():
                 fail(left.pop(name).subject, failure)
             for name, run in left.items():
                 try:
-                    records[name] = run.finish(made.results[name], meter, caught)
+                    records[name] = run.finish(result.results[name], meter, caught)
                 except Exception as error:
                     fail(run.subject, error)
         finally:
             for name, run in runs.items():
                 run.results.leave(name)
-            gc.collect()  # The runs' modules hold each other.
+            gc.collect()  # The runs' modules have reference cycles.
             devices.release_memory()
     return [records[subject.record.name] for subject in subjects]
 
 
 def _train(runs: Mapping[str, _SubjectRun], worker: Worker) -> PackResult:
-    """Train one by itself, or several as a pack.
+    """Train a single subject, or several as a pack.
 
     Raises:
-        KeyboardInterrupt: If a signal stopped it.
+        KeyboardInterrupt: If a signal stopped the training.
     """
 
     def on_event(name: str, event: Event) -> None:
         if isinstance(event, StepDone):
             worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
-        for run in [runs[name]] if name else runs.values():  # "": the whole pack
+        for run in [runs[name]] if name else runs.values():  # "" is the whole pack.
             run.on_event(event)
 
     configs = {name: run.config for name, run in runs.items()}
-    made = PackResult()
+    pack_result = PackResult()
     try:
         if len(configs) > 1:
-            made = train_pack(configs, on_event, load=worker.load)
+            pack_result = train_pack(configs, on_event, load=worker.load)
         for name, config in configs.items() if len(configs) == 1 else ():
             result = train(config, partial(on_event, name), load=worker.load)
-            made = PackResult({name: result}, {}, result.signal_number)
+            pack_result = PackResult({name: result}, {}, result.signal_number)
     except Exception as error:
         return PackResult({}, dict.fromkeys(configs, error))
-    if made.signal_number is not None:
-        for name in made.results:
+    if pack_result.signal_number is not None:
+        for name in pack_result.results:
             runs[name].keep()
         raise KeyboardInterrupt
-    return made
+    return pack_result
 
 
 def _in_folder(config: TrainConfig, folder: Path, *, resumes: bool) -> TrainConfig:
-    """The settings with where this worker writes, and from what it resumes."""
+    """Return the settings with this worker's folder and the checkpoint to resume from."""
     has_checkpoint = resumes and bool(checkpoints_in(folder))
     return replace(
         config,
@@ -263,7 +263,7 @@ def _in_folder(config: TrainConfig, folder: Path, *, resumes: bool) -> TrainConf
 
 
 def _wait_for_lock(folder: Path) -> None:
-    """A lost worker may have its folder a moment longer than its node answers."""
+    """Wait until a lost worker's process has released the folder."""
     from filelock import FileLock, Timeout
 
     if (folder / LOCK_NAME).exists():

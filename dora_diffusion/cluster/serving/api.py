@@ -1,4 +1,4 @@
-"""The HTTP API: FastAPI over a `Service`, which does the work without HTTP."""
+"""The HTTP API: FastAPI on top of `Service`, which is independent of HTTP."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from dora_diffusion.formats.adapter.metadata import READING, ZERO_TERMINAL_SNR
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION
 from dora_diffusion.system import is_loopback, split_host
 
-# What anybody may see: whether it runs, and how it is asked.
+# Routes without authentication.
 _OPEN = ("/health", "/ready", "/openapi.json")
-# Asked every few seconds by programs, and not logged while all is well.
+# Routes that programs poll every few seconds; only failures are logged.
 _PROBES = ("/health", "/ready", "/metrics")
-# What a file says of noise schedule and prompts, which a batch shares, and the ordinary words.
+# Metadata on noise schedule and prompts, equal in a batch, and the values that are defaults.
 _READ = (PREDICTION, ZERO_TERMINAL_SNR, *READING)
 _USUAL = ("", EPSILON, "False", "0")
 _MOST_BYTES = 64 * 1024
-# Of a header, which clients and proxies refuse beyond 8 KB or less.
+# Limit of the header with notes: clients and proxies refuse headers of 8 KB or less.
 _MOST_NOTES = 2048
-# As nginx logs a client that has gone before it was answered.
+# nginx's status for a client that disconnected before the response.
 _GONE = 499
 _CLOSE = {"Connection": "close"}
 _LOG = logging.getLogger("dora_diffusion.cluster.serving")
@@ -50,7 +50,7 @@ Run = Callable[[Sequence[BatchItem]], Awaitable[Reply]]
 
 
 class Metrics:
-    """Metrics that Prometheus reads at ``/metrics``."""
+    """Prometheus metrics of ``/metrics``."""
 
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -72,7 +72,7 @@ class Metrics:
         self.lost = add(Counter, "workers_lost", "Batches whose replica died.")
         self.loads = add(Counter, "adapter_loads", "Adapters that were read into a replica.")
         self.waiting = add(Gauge, "queue_length", "Requests that wait for a batch.")
-        self.ready = add(Gauge, "ready", "Whether images can be had.")
+        self.ready = add(Gauge, "ready", "1 if images can be generated, else 0.")
 
     def text(self) -> bytes:
         from prometheus_client import generate_latest
@@ -81,18 +81,18 @@ class Metrics:
 
 
 class Service:
-    """Service that finds the adapter of a request, and has it answered with others.
+    """Answers requests for images in batches.
 
     Args:
         catalogue: The adapters.
-        run: Has a batch answered by a worker that is free.
-        count_workers: How many workers are healthy.
-        timeout: Seconds after which a request is given up.
+        run: Runs a batch on a free worker.
+        count_workers: Returns the number of healthy workers.
+        timeout: Seconds until a request times out.
         queue: ``batch_size``, ``window``, ``capacity`` and ``workers`` of the `Batcher`.
 
     Attributes:
-        is_ending: Whether new requests are refused.
-        capacity: Most requests that wait or are answered.
+        is_ending: True once new requests are refused.
+        capacity: Most requests that wait or run.
     """
 
     def __init__(
@@ -106,30 +106,30 @@ class Service:
         self.catalogue, self.timeout, self.metrics = catalogue, timeout, Metrics()
         self.is_ending = False
         self._run_batch, self._count_workers = run, count_workers
-        self._asked: set[asyncio.Task[ApiAnswer]] = set()
+        self._pending: set[asyncio.Task[ApiAnswer]] = set()
         queued: Batcher[BatchItem, ApiAnswer] = Batcher(self._run, **queue)
         self._batcher = queued
         self.capacity = queued.capacity + queued.workers * queued.batch_size
         self.metrics.waiting.set_function(lambda: len(self._batcher))
 
     async def image(self, request: ApiRequest) -> ApiAnswer:
-        """An image.
+        """Generate an image.
 
         Raises:
-            Refusal: If there will be none.
+            Refusal: If the image cannot be generated.
         """
         if self.is_ending:
             raise Refusal(503, "this server is ending; ask another", {"Retry-After": "5"} | _CLOSE)
         begun = time.monotonic()
         file, reading = self._find(request.adapter)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        asked = asyncio.ensure_future(
+        task = asyncio.ensure_future(
             self._batcher.submit(BatchItem(request, seed, file), (request.shared(), reading))
         )
-        self._asked.add(asked)
-        asked.add_done_callback(self._asked.discard)
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
         try:
-            answer = await asyncio.wait_for(asked, self.timeout)
+            answer = await asyncio.wait_for(task, self.timeout)
         except QueueFullError as error:
             raise Refusal(429, str(error), {"Retry-After": str(error.retry_after)}) from None
         except asyncio.TimeoutError:
@@ -142,10 +142,10 @@ class Service:
         return answer
 
     def _find(self, name: str | None) -> tuple[Path | None, tuple[str, ...]]:
-        """The file of an adapter, and what it says that a batch shares.
+        """Return the file of an adapter, and its metadata that must be equal in a batch.
 
         Raises:
-            Refusal: If there is none, or it cannot be read.
+            Refusal: If the adapter does not exist or cannot be read.
         """
         file = None if name is None else self.catalogue.find(name)
         try:
@@ -159,14 +159,14 @@ class Service:
         return file, tuple("" if extra.get(n) in _USUAL else extra.get(n, "") for n in _READ)
 
     def adapters(self) -> list[dict[str, str | None]]:
-        """The adapters that are there now; one that cannot be read says why."""
+        """List the current adapters; unreadable ones have a ``problem``."""
         listed: list[dict[str, str | None]] = []
         for name, file in self.catalogue.scan().items():
             row: dict[str, str | None] = dict.fromkeys(("name", "trigger", "family", "problem"))
             try:
                 metadata = self.catalogue.metadata(file)
             except FileNotFoundError:
-                continue  # It has gone since.
+                continue  # deleted meanwhile
             except Exception as error:
                 row["problem"] = refusal_of(error, file).line
             else:
@@ -178,17 +178,17 @@ class Service:
         return listed
 
     async def start(self) -> None:
-        """Wait until a worker answers."""
+        """Wait until a worker responds."""
         await self._run_batch([])
 
     async def end(self) -> None:
-        """Refuse new requests, and wait until those that were accepted are answered."""
+        """Refuse new requests, and wait for the accepted ones."""
         self.is_ending = True
-        while self._asked:
-            await asyncio.wait(self._asked)
+        while self._pending:
+            await asyncio.wait(self._pending)
 
     async def is_ready(self) -> bool:
-        """Return whether images can be had."""
+        """Return whether images can be generated."""
         is_ready = not self.is_ending and await self._count_workers() > 0
         self.metrics.ready.set(is_ready)
         return is_ready
@@ -210,18 +210,18 @@ class Service:
 
 
 def make_app(service: Service, token: str | None) -> FastAPI:
-    """The API of a service.
+    """Create the API of a service.
 
     Args:
         service: The service.
-        token: What requests must have as ``Authorization: Bearer``; None lets this machine's users
-            alone ask.
+        token: Token that requests must send as ``Authorization: Bearer``. None accepts only
+            requests from this machine.
     """
     app = FastAPI(
         title="dora-diffusion",
         description="Images of many adapters over one base model.",
         dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
-        # Its pages load scripts from elsewhere, beside a field for the token.
+        # FastAPI's documentation pages load scripts from other sites and ask for the token.
         docs_url=None,
         redoc_url=None,
     )
@@ -246,37 +246,37 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/images", response_class=Response, responses=png)
     async def generate(request: ApiRequest, http: Request) -> Response:
-        """Generate an image; its seed is in `X-Seed`, what had no effect in `X-Notes` (JSON)."""
+        """Generate an image. Its seed is in `X-Seed`, and warnings are in `X-Notes` (JSON)."""
         http.scope["adapter"] = request.adapter
-        asked = asyncio.ensure_future(service.image(request))
-        gone = asyncio.ensure_future(http.receive())
+        task = asyncio.ensure_future(service.image(request))
+        disconnect = asyncio.ensure_future(http.receive())
         try:
-            await asyncio.wait((asked, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not asked.done():
+            await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
                 return Response(status_code=_GONE)
-            answer = asked.result()
+            answer = task.result()
         finally:
-            asked.cancel()
-            gone.cancel()
+            task.cancel()
+            disconnect.cancel()
         notes = {"X-Notes": _notes_header(answer.notes)} if answer.notes else {}
         headers = {"X-Seed": str(answer.seed)} | notes
         return Response(answer.png, media_type="image/png", headers=headers)
 
     @app.get("/v1/adapters")
     def list_adapters() -> list[dict[str, str | None]]:
-        """List the adapters that are there now; one that cannot be read says why."""
+        """List the current adapters; unreadable ones have a `problem`."""
         return service.adapters()
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Answer as long as the server runs."""
+        """Answer 200 while the server runs."""
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        """Answer 200 if images can be had, else 503."""
+        """Answer 200 if images can be generated, else 503."""
         if not await service.is_ready():
             line = "this server is ending" if service.is_ending else "no replica is healthy"
             raise Refusal(503, line, {"Retry-After": "5"})
@@ -284,13 +284,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Metrics for Prometheus."""
+        """Return metrics for Prometheus."""
         await service.is_ready()
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def value_line(error: Mapping[str, Any]) -> str:
-    """Describe what is wrong with a value, after the field's name."""
+    """Return a validation error as one line: the field's name and the problem."""
     _, *field = error["loc"]
     if error["type"] == "json_invalid":
         return f"the body is not JSON: {error['ctx']['error']}, at character {field[0]}"
@@ -298,7 +298,7 @@ def value_line(error: Mapping[str, Any]) -> str:
 
 
 def _notes_header(notes: Sequence[str]) -> str:
-    """Notes as JSON, the longest cut until all fit into a header."""
+    """Return notes as JSON, with long ones truncated so that all fit into a header."""
     longest = max(map(len, notes))
     while len(text := json.dumps([_cut(note, longest) for note in notes])) > _MOST_NOTES:
         longest = longest * 9 // 10
@@ -310,10 +310,10 @@ def _cut(text: str, length: int) -> str:
 
 
 class _Gate:
-    """Logs and counts every request, and refuses some before their body is read.
+    """ASGI middleware that logs and counts requests, and refuses some before reading their body.
 
-    These are requests without the token, those that a web page sends under a name of its own, and
-    bodies that are too large.
+    It refuses requests without the token, requests from web pages under another host name (DNS
+    rebinding), and large bodies.
     """
 
     def __init__(self, app: Any, token: str | None, service: Service) -> None:
@@ -329,7 +329,7 @@ class _Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self.service.is_ending:  # What a client keeps open would be cut.
+                if self.service.is_ending:  # The server closes all connections soon.
                     headers = [h for h in message["headers"] if h[0] != b"connection"]
                     message["headers"] = [*headers, (b"connection", b"close")]
             await send(message)
@@ -348,9 +348,9 @@ class _Gate:
             line = "without a token this server answers to localhost alone, and not by other names"
             return JSONResponse({"detail": line}, 400, _CLOSE)
         if self.token is not None and path not in _OPEN:
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            is_given = hmac.compare_digest(given.strip(), self.token.encode())
-            if scheme.lower() != b"bearer" or not is_given:
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            is_valid = hmac.compare_digest(token.strip(), self.token.encode())
+            if scheme.lower() != b"bearer" or not is_valid:
                 line = "give the server's token: 'Authorization: Bearer TOKEN'"
                 challenge = {"WWW-Authenticate": "Bearer"} | _CLOSE
                 return JSONResponse({"detail": line}, 401, challenge)
@@ -363,7 +363,7 @@ class _Gate:
 
 
 def _log_line(scope: Any, status: int, seconds: float) -> str:
-    """A request as a line of JSON, without what it has of prompts and tokens."""
+    """Return a request as a line of JSON, without prompts and tokens."""
     facts = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "client": (scope.get("client") or ("",))[0],

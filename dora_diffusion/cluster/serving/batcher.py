@@ -1,4 +1,4 @@
-"""A bounded queue of requests, of which those that can share a batch are answered together."""
+"""A bounded queue of requests that are answered in batches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Generic, TypeVar
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-# How often a request is tried whose worker dies. One that kills its workers must end.
+# Most attempts at a request whose worker dies; the request itself may be the cause.
 MOST_ATTEMPTS = 3
 
 
 class QueueFullError(Exception):
-    """Error of a full queue, which accepts no more requests.
+    """Error of a full queue.
 
     Attributes:
-        retry_after: Whole seconds after which there is probably room.
+        retry_after: Estimated time in whole seconds until the queue has room.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -28,7 +28,7 @@ class QueueFullError(Exception):
 
 
 class WorkerLostError(Exception):
-    """A worker died before it answered; its requests can be given to another."""
+    """Error for a worker that died; its requests can be retried on another worker."""
 
 
 @dataclass(eq=False)
@@ -43,21 +43,21 @@ class _Waiting(Generic[Request, Answer]):
 
 @dataclass
 class Batcher(Generic[Request, Answer]):
-    """Requests in the order of their arrival, batches of which are given to workers.
+    """Groups requests into batches, in order of arrival, and runs them on workers.
 
-    A batch is of requests with one key. It starts when it is full, or when its first request has
-    waited for the window, and a worker is free; while all are busy, batches grow. The oldest
-    request's batch comes first. A batch that nobody waits for any longer is cancelled, and its
-    worker's place is free again. For one event loop; no lock is needed.
+    The requests of a batch have the same key. A batch starts once a worker is free and the batch is
+    full or its first request has waited for the window; while all workers are busy, batches grow.
+    The batch of the oldest request comes first. A batch is cancelled, and its worker freed, once
+    all its requests are cancelled. All methods must be called from one event loop.
 
     Attributes:
-        run: Answers a batch, an exception standing for the answer of a request that failed. It
-            raises `WorkerLostError` where its worker died: the requests are tried again, the last
-            time each by itself, since one of them may be what its worker died of.
+        run: Returns the answers to a batch; an exception is the answer to a failed request. It
+            raises `WorkerLostError` if its worker died. The requests are then retried, in the last
+            attempt one by one, because one of them may have killed the worker.
         batch_size: Most requests of a batch.
         window: Seconds that a request waits for others.
-        capacity: Most requests that wait.
-        workers: Batches at once.
+        capacity: Most waiting requests.
+        workers: Number of concurrent batches.
     """
 
     run: Callable[[Sequence[Request]], Awaitable[Sequence[Answer | Exception]]]
@@ -73,20 +73,20 @@ class Batcher(Generic[Request, Answer]):
     _seconds: float = 1.0
 
     def __len__(self) -> int:
-        """Requests that wait."""
+        """Return the number of waiting requests."""
         return len(self._queue)
 
     async def submit(self, request: Request, key: Hashable) -> Answer:
-        """The answer to a request. One that is cancelled leaves the queue.
+        """Queue a request and return its answer. Cancellation removes it from the queue.
 
         Args:
-            request: What `run` gets.
-            key: Requests of one key may share a batch.
+            request: The request, passed to `run`.
+            key: Requests with the same key may share a batch.
 
         Raises:
-            QueueFullError: At once, if too many wait.
-            WorkerLostError: If workers died of it again and again.
-            Exception: What `run` gave as its answer.
+            QueueFullError: If too many requests wait.
+            WorkerLostError: If all attempts lost their worker.
+            Exception: The answer from `run` to a failed request.
         """
         if len(self._queue) >= self.capacity:
             raise QueueFullError(self.retry_after)
@@ -106,12 +106,12 @@ class Batcher(Generic[Request, Answer]):
 
     @property
     def retry_after(self) -> int:
-        """Whole seconds until what waits now is probably answered."""
+        """Estimated time in whole seconds until all waiting requests are answered."""
         batches = 1 + len(self._queue) // self.batch_size
         return max(1, math.ceil(batches / self.workers * self._seconds))
 
     def _dispatch(self) -> None:
-        """Start the batches that are due, and wake up when the next one is."""
+        """Start all due batches, and schedule the next call for when another becomes due."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -134,7 +134,7 @@ class Batcher(Generic[Request, Answer]):
             task.add_done_callback(self._end)
 
     def _left(self, group: Sequence[_Waiting[Request, Answer]]) -> float:
-        """Seconds until a group is due."""
+        """Return the seconds until a group is due."""
         if len(group) >= self.batch_size:
             return 0.0
         return group[0].since + self.window - asyncio.get_running_loop().time()
@@ -169,7 +169,7 @@ def _settle(
 ) -> None:
     for waiting, answer in zip(batch, answers, strict=True):
         if waiting.answer.done():
-            continue  # Whoever asked has gone.
+            continue  # The client has disconnected.
         if isinstance(answer, Exception):
             waiting.answer.set_exception(answer)
         else:

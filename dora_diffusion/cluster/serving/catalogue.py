@@ -1,4 +1,4 @@
-"""The adapters that may be asked for, by name: what lies in some folders."""
+"""The available adapters by name, from some folders."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 _LOG = logging.getLogger("dora_diffusion.cluster.serving")
 
 RESCAN = 5.0
-"""Seconds for which a name that was not found is not looked for again."""
+"""Seconds before an unknown name is searched again."""
 MOST_MISSING = 16
-"""Names that are looked for in that time; others wait."""
+"""Most unknown names to search in that time."""
 
 
 class Catalogue:
-    """Adapter files and runs' folders, by name; only these are ever opened.
+    """Adapter files and run folders by name; only these are ever opened.
 
-    A folder with an adapter is called by its name, a file by its own without ``.safetensors``: with
-    it where a folder beside it has that name, as what was converted for another program may. What
-    is asked for is looked up among these names, and never made a path of. Folders may change at any
-    moment, and a folder that cannot be read has a name too: whoever opens it learns why.
+    The name of a folder with an adapter is the folder's name. The name of a file is its name
+    without ``.safetensors``, or with it if a folder next to it has the same name, such as a
+    conversion for another program. Requested names are looked up here and never joined to a path.
+    Folders may change at any time. An unreadable folder is listed too, and opening it raises the
+    error.
 
     Args:
-        folders: Adapter files, runs' folders, or folders of these.
-        clock: Seconds.
+        folders: Adapter files, run folders, or folders of these.
+        clock: Returns the time in seconds.
 
     Attributes:
-        twins: Files that are not served, each with the one that is served by its name.
+        twins: Adapters that are not served -> (name, adapter that is served under the name).
 
     Raises:
-        ConfigError: If a folder is not there.
+        ConfigError: If a folder does not exist.
         PermissionError: If a folder cannot be read.
     """
 
@@ -57,12 +58,12 @@ class Catalogue:
         self.scan()
 
     def scan(self) -> dict[str, Path]:
-        """Rescan the folders; of two adapters with one name, the one that was there first stays."""
+        """Rescan the folders. If two adapters have the same name, the earlier one is kept."""
         named: dict[str, list[Path]] = {}
-        found = dict.fromkeys(f for folder in self._folders for f in _adapters_in(folder))
-        for file in found:
+        adapters = dict.fromkeys(f for folder in self._folders for f in _adapters_in(folder))
+        for file in adapters:
             is_file = file.suffix == ".safetensors"
-            name = file.stem if is_file and file.with_suffix("") not in found else file.name
+            name = file.stem if is_file and file.with_suffix("") not in adapters else file.name
             named.setdefault(name, []).append(file)
         files: dict[str, Path] = {}
         twins: dict[Path, tuple[str, Path]] = {}
@@ -79,7 +80,7 @@ class Catalogue:
         return files
 
     def find(self, name: str) -> Path | None:
-        """The adapter of a name, which may have come just now; None if there is none."""
+        """Return the adapter of a name, even if it is new; None if it does not exist."""
         file = self._files.get(name)
         if file is not None and os.path.lexists(file):
             return file
@@ -94,26 +95,26 @@ class Catalogue:
 
     @staticmethod
     def metadata(file: Path) -> AdapterMetadata:
-        """Return the metadata of an adapter file that was found.
+        """Return the metadata of an adapter file.
 
         Raises:
-            AdapterFormatError, OSError: If it cannot be read.
-            FileNotFoundError: If it has gone since.
+            AdapterFormatError, OSError: If the file cannot be read.
+            FileNotFoundError: If the file was deleted.
         """
         _require_readable(file)
         return read_metadata(file)
 
 
 def twin_problem(name: str, folder: str | Path) -> str:
-    """Describe why an adapter is not served whose name another one has."""
+    """Return the reason for not serving an adapter with the same name as another one."""
     return f"there is another {name} in {folder}; rename one of them"
 
 
 def _require_readable(path: Path) -> None:
-    """Check that a file or folder can be opened, of which `Path.glob` says nothing.
+    """Check that a file or folder can be opened, which `Path.glob` does not report.
 
     Raises:
-        PermissionError: If it cannot.
+        PermissionError: If it cannot be opened.
     """
     mode = os.R_OK | (os.X_OK if path.is_dir() else 0)
     if os.path.lexists(path) and not os.access(path, mode):
@@ -121,9 +122,9 @@ def _require_readable(path: Path) -> None:
 
 
 def _adapters_in(folder: Path) -> Iterator[Path]:
-    """Adapter files and folders with one, of a folder, or the folder itself.
+    """Yield a folder if it is an adapter, else the adapter files and adapter folders in it.
 
-    What cannot be read is among them.
+    Unreadable entries are included.
     """
     try:
         _require_readable(folder)
@@ -141,7 +142,7 @@ def _adapters_in(folder: Path) -> Iterator[Path]:
             elif entry.suffix != ".safetensors" or not entry.is_file():
                 continue
         except (ValueError, FileNotFoundError, NotADirectoryError):
-            continue  # Photos, a model, a run that has not written its adapter; or it has gone.
+            continue  # Photos, a model, a run without an adapter so far, or a deleted folder.
         except OSError:
             pass
         yield entry

@@ -1,4 +1,4 @@
-"""Replicas of the model on Ray Serve, which starts them again where they die or hang."""
+"""Replicas of the model on Ray Serve, which restarts them when they die or hang."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dora_diffusion.system import is_address, is_loopback, is_private
 TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
 SHORTEST_TOKEN = 16
 _REPLICA = "replica"
-# A replica that has not answered three checks in a row is killed, with its batch.
+# A replica that misses three checks in a row is killed with its batch.
 _CHECKS: dict[str, Any] = {
     "health_check_period_s": 5,
     "health_check_timeout_s": 10,
@@ -42,16 +42,15 @@ _OBJECT_STORE = 256 * 1024**2
 
 @dataclass(frozen=True)
 class Deployment:
-    """A base model and how it is served.
+    """A base model and the settings for serving it.
 
     Attributes:
-        base: The base model, as replicas find it.
-        settings: The settings of ``serve``.
-        token: The token that requests must have; None on this machine alone.
+        base: The base model, with a path that is valid in replicas.
+        settings: Settings of ``serve``.
+        token: Token that requests must send; None to serve only this machine.
 
     Raises:
-        ConfigError: If others than this machine's users could ask without a token, or a value
-            cannot be.
+        ConfigError: If other machines could send requests without a token, or a value is invalid.
     """
 
     base: BaseModel
@@ -84,15 +83,15 @@ class Deployment:
 
     @property
     def name(self) -> str:
-        """Name of the application on a cluster with several: a port is one server's alone."""
+        """Name of the application, unique on a cluster because the port is exclusive."""
         return f"dora-diffusion-{platform.node()}-{self.settings.port}"
 
 
 def read_token(file: Path | None) -> str | None:
-    """The token of a file, else of the environment.
+    """Read the token from a file, else from the environment.
 
     Raises:
-        ConfigError: If it is short enough to be guessed.
+        ConfigError: If the token is too short or malformed.
     """
     text = file.read_text(encoding="utf-8") if file else os.environ.get(TOKEN_VARIABLE, "")
     token, where = text.strip(), file or TOKEN_VARIABLE
@@ -108,7 +107,7 @@ def read_token(file: Path | None) -> str | None:
 
 
 class Replica:
-    """A process with one base model."""
+    """Ray Serve replica: a process with one base model."""
 
     def __init__(self, deployment: Deployment) -> None:
         _close_door()
@@ -116,27 +115,27 @@ class Replica:
         self._engine = Engine.load(deployment.base, settings.adapter_bytes, settings.model_options)
         self._timeout = settings.timeout
 
-    async def answer(self, asked: Sequence[BatchItem]) -> Reply:
+    async def answer(self, batch: Sequence[BatchItem]) -> Reply:
         given_up = threading.Event()
         try:
-            # In a thread, so that the replica answers Ray's health checks meanwhile.
-            return await asyncio.to_thread(self._engine.answer, asked, given_up.is_set)
+            # In a thread, so that the replica can answer Ray's health checks meanwhile.
+            return await asyncio.to_thread(self._engine.answer, batch, given_up.is_set)
         except asyncio.CancelledError:
             given_up.set()
             raise
 
     def check_health(self) -> None:
-        """Raise if a batch takes longer than anybody waits for it; Ray Serve calls it."""
+        """Raise an error if a batch exceeds the timeout of requests; called by Ray Serve."""
         since = self._engine.busy_since
         if since is not None and time.monotonic() - since > self._timeout:
             raise RuntimeError("a batch does not end")
 
 
 def _close_door() -> None:
-    """Keep a replica from the port that Ray Serve would open after this.
+    """Prevent Ray Serve from opening a gRPC port in this process.
 
-    The port listens on all addresses without a token and unpickles its input: a client that
-    reaches it runs code as this user. Calls between Ray's processes do not need it.
+    The port would listen on all addresses without a token and unpickle its input, so that any
+    client could run code as this user. Calls between Ray's processes do not need it.
     """
     with contextlib.suppress(ImportError):
         from grpc.aio import _server
@@ -154,7 +153,7 @@ class Replicas:
         """Send a batch to a free replica, and return its answer.
 
         Raises:
-            WorkerLostError: If it died, or was killed since it hung.
+            WorkerLostError: If the replica died, or hung and was killed.
         """
         from ray.exceptions import RayActorError
 
@@ -182,14 +181,15 @@ class Replicas:
 
 @contextlib.contextmanager
 def deployed(deployment: Deployment) -> Iterator[Replicas]:
-    """Replicas that have loaded their model, inside the block.
+    """Start replicas, and yield them once they have loaded their model.
 
     Raises:
-        ConfigError: If Ray is not installed, there is no cluster, or the model cannot be loaded.
+        ConfigError: If Ray is not installed, the cluster cannot be reached, or the model cannot be
+            loaded.
     """
     from dora_diffusion.models.locate import looks_local
 
-    # Sooner than Ray, which starts the replicas three times.
+    # Check the path first: Ray would start the replicas three times.
     base, address = str(deployment.base.path), deployment.settings.address
     is_path = looks_local(base) and ":" not in base and address == "local"
     require(
@@ -216,14 +216,14 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
             raise ConfigError(f"the service could not be started: {reason}") from error
         yield Replicas(handle, name)
     finally:
-        if address != "local":  # Else all of it ends.
+        if address != "local":  # A local cluster ends with this process.
             with contextlib.suppress(Exception):
                 ray_serve.delete(name)
         leave()
 
 
 def _application(deployment: Deployment) -> Any:
-    """The replicas, with the share of a node that each takes."""
+    """Return the application, with the resources of each replica."""
     import ray
     from ray import serve
 
@@ -231,14 +231,14 @@ def _application(deployment: Deployment) -> Any:
     count, gpus = settings.replicas, settings.replica_gpus
     if gpus is None:
         gpus = min(1.0, resources.get("GPU", 0) / count)
-    # Threads are as many, whole ones at least.
+    # Ray starts as many threads: a whole number, unless there is less than one.
     share = resources.get("CPU", 1) / count
     cpus = 1.0 if gpus or settings.address != "local" else share // 1 or share
     replica: Any = serve.deployment(
         Replica,
         name=_REPLICA,
         num_replicas=count,
-        # The server batches: a replica has one batch at a time.
+        # The server forms batches; a replica has one at a time.
         max_ongoing_requests=1,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         **_CHECKS,
@@ -250,7 +250,7 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
     """Serve until a signal, with a line on stdout for each request.
 
     Raises:
-        ConfigError: As `deployed` does, and if another program has the port.
+        ConfigError: From `deployed`, or if the port is in use.
     """
     from dora_diffusion.cluster.serving.api import Service, make_app
     from dora_diffusion.cluster.serving.server import listen, run
@@ -286,9 +286,9 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
 
 
 def _reason(status: Any, application: str) -> str:
-    """Return why an application's replicas did not start: their error, without its class."""
-    found = getattr(status.applications.get(application), "deployments", {})
-    message = found[_REPLICA].message if _REPLICA in found else ""
+    """Return the error of replicas that did not start, without its class."""
+    deployments = getattr(status.applications.get(application), "deployments", {})
+    message = deployments[_REPLICA].message if _REPLICA in deployments else ""
     return re.sub(r"^[\w.]+: ", "", _last_line(message))
 
 

@@ -1,4 +1,4 @@
-"""Requests of clients, and one base model in memory that answers a batch of them."""
+"""Requests of clients, and one base model in memory that samples a batch of them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 
 MAX_STEPS, MAX_SIDE = 200, 2048
-# What requests of one batch have each for itself.
+# Fields that may differ within a batch.
 _OWN = {"prompt", "adapter", "strength", "seed"}
 
 
 class ApiAnswer(NamedTuple):
-    """A PNG that says how it was made, its seed, and what of the request had no effect."""
+    """A PNG with its generation parameters, its seed, and notes on the request."""
 
     png: bytes
     seed: int
@@ -36,12 +36,12 @@ class ApiAnswer(NamedTuple):
 
 
 class Refusal(Exception):
-    """A request that is not answered with an image.
+    """Error response to a request.
 
     Args:
         status: The HTTP status.
-        line: Why, in one line.
-        headers: Of the answer.
+        line: The reason, in one line.
+        headers: Headers of the response.
         defect: A traceback for the server's log.
     """
 
@@ -53,9 +53,9 @@ class Refusal(Exception):
 
 
 def refusal_of(error: Exception, file: Path | None) -> Refusal:
-    """One line for whoever asked, without the server's folders; 422 where the request is at fault.
+    """Convert an error to a refusal, in one line without the server's folders.
 
-    Defects, and memory that ran out, are 500.
+    The status is 500 for defects and for lack of memory, else 422.
     """
     line = explain(error)[1]
     if line is None or is_out_of_memory(error):
@@ -66,7 +66,7 @@ def refusal_of(error: Exception, file: Path | None) -> Refusal:
 
 
 class ApiRequest(pydantic.BaseModel):
-    """One image."""
+    """Request for one image."""
 
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, strict=True
@@ -109,7 +109,7 @@ class ApiRequest(pydantic.BaseModel):
 
 
 class BatchItem(NamedTuple):
-    """A request, with the seed that it gets and the file of its adapter."""
+    """A request with its seed and the file of its adapter."""
 
     request: ApiRequest
     seed: int
@@ -117,35 +117,35 @@ class BatchItem(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """The answers to a batch, and how many adapters were read for it."""
+    """The answers to a batch, and the number of adapters that were read for it."""
 
     answers: list[ApiAnswer | Exception]
     loads: int
 
 
 class Engine:
-    """Engine that answers batches, one at a time.
+    """Samples batches, one at a time.
 
     Args:
-        pool: The model, and the adapters that are on it.
-        name: What images say that the model is.
+        pool: The model with its adapters.
+        name: Name of the model in the images' parameters.
 
     Attributes:
-        busy_since: When the batch began that is sampled now, by the monotonic clock.
+        busy_since: Start of the current batch by the monotonic clock; None while idle.
     """
 
     def __init__(self, pool: AdapterPool, name: str) -> None:
         self.pool, self.name = pool, name
         self.busy_since: float | None = None
-        # A batch that nobody waits for any longer is still sampled to its end.
+        # A cancelled batch may still be running when the next one arrives.
         self._lock = threading.Lock()
 
     @classmethod
     def load(cls, base: AnyModel, budget: int, options: dict[str, Any]) -> Engine:
-        """Load a model, with what `load_adapted` takes besides base and adapter.
+        """Load a model with further options of `load_adapted`.
 
         Raises:
-            ModelNotFoundError, UnsupportedModelError, ValueError: As there.
+            ModelNotFoundError, UnsupportedModelError, ValueError: From `load_adapted`.
         """
         from dora_diffusion.sampling.load import load_adapted
         from dora_diffusion.sampling.pool import AdapterPool
@@ -155,16 +155,16 @@ class Engine:
         return cls(AdapterPool(components, budget, **reading), str(BaseModel.of(base).path))
 
     def answer(
-        self, asked: Sequence[BatchItem], is_given_up: Callable[[], bool] = lambda: False
+        self, batch: Sequence[BatchItem], is_given_up: Callable[[], bool] = lambda: False
     ) -> Reply:
-        """Images for requests whose settings are the same.
+        """Generate images for requests with the same settings.
 
-        What is wrong with one of them is its answer alone, and the others do not depend on it: each
-        adapter's file is read once, and what becomes of it then does not matter.
+        An error in one request is the answer to that request alone. Each adapter's file is read
+        once, so later changes of the file do not matter.
 
         Args:
-            asked: The requests.
-            is_given_up: Whether nobody waits for the answers any longer; sampling then ends.
+            batch: The requests.
+            is_given_up: Returns whether the batch was cancelled; sampling then ends.
         """
         from dora_diffusion.sampling.settings import ImageRow
 
@@ -173,55 +173,55 @@ class Engine:
         with self._lock:
             before, self.busy_since = self.pool.loads, time.monotonic()
             try:
-                for number, (request, seed, file) in enumerate(asked):
+                for number, (request, seed, file) in enumerate(batch):
                     try:
                         adapter = self.pool.pin(file and (file, request.strength))
                         rows[number] = ImageRow(request.prompt, seed, adapter)
                     except Exception as error:
                         answers[number] = refusal_of(error, file)
-                answers |= self._sample(asked, rows, is_given_up)
+                answers |= self._sample(batch, rows, is_given_up)
             finally:
                 self.busy_since = None
-            return Reply([answers[n] for n in range(len(asked))], self.pool.loads - before)
+            return Reply([answers[n] for n in range(len(batch))], self.pool.loads - before)
 
     def _sample(
-        self, asked: Sequence[BatchItem], rows: dict[int, ImageRow], is_given_up: Callable[[], bool]
+        self, batch: Sequence[BatchItem], rows: dict[int, ImageRow], is_given_up: Callable[[], bool]
     ) -> dict[int, ApiAnswer | Exception]:
-        """Sample the requests together; where that fails, each by itself."""
+        """Sample the requests together, or one by one if that fails."""
         if not rows:
             return {}
 
         def show(done: int, steps: int) -> None:
             if is_given_up():
-                raise TimeoutError("nobody waits for this image any longer")
+                raise TimeoutError("the request was cancelled")
 
         try:
             show(0, 0)
             images = self.pool.generate(
                 list(rows.values()),
-                asked[next(iter(rows))].request.settings(),
+                batch[next(iter(rows))].request.settings(),
                 batch_size=len(rows),
                 on_step=show,
                 require_finite=True,
             )
-            # One that fails here is sampled again by itself.
+            # After a failure here, the requests are sampled one by one.
             return {
-                number: self._answer(asked[number], rows[number], image)
+                number: self._answer(batch[number], rows[number], image)
                 for number, image in zip(rows, images, strict=True)
             }
         except Exception as error:
             if len(rows) == 1:
-                return {number: refusal_of(error, asked[number].file) for number in rows}
-            alone = [self._sample(asked, {n: row}, is_given_up) for n, row in rows.items()]
-            return {number: answer for part in alone for number, answer in part.items()}
+                return {number: refusal_of(error, batch[number].file) for number in rows}
+            results = [self._sample(batch, {n: row}, is_given_up) for n, row in rows.items()]
+            return {number: answer for result in results for number, answer in result.items()}
 
-    def _answer(self, asked: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
+    def _answer(self, item: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
         from dora_diffusion.models.text import token_limit, truncated_text
         from dora_diffusion.sampling.conditioning import lacks_trigger
         from dora_diffusion.sampling.images import RecordedAdapter, image_bytes, parameters_text
         from dora_diffusion.sampling.pool import PinnedAdapter
 
-        request, components = asked.request, self.pool.components_for(row.adapter)
+        request, components = item.request, self.pool.components_for(row.adapter)
         use, used = row.adapter, list[RecordedAdapter]()
         if isinstance(use, PinnedAdapter):
             used = [RecordedAdapter(request.adapter or "", use.strengths, use.hash)]
@@ -232,10 +232,10 @@ class Engine:
         notes, metadata = [], self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):
             notes.append(f"the prompt lacks the adapter's trigger word, {metadata.trigger!r}")
-        own = self.pool.own_words(row.adapter)
-        for what, prompt in (("prompt", row.prompt), ("negative prompt", request.negative_prompt)):
-            end = truncated_text(components.tokenizers[0], prompt, components.most_chunks, own)
+        words = self.pool.own_words(row.adapter)
+        for field, prompt in (("prompt", row.prompt), ("negative prompt", request.negative_prompt)):
+            end = truncated_text(components.tokenizers[0], prompt, components.most_chunks, words)
             if end:
                 limit = token_limit(components)
-                notes.append(f"the {what} is longer than {limit}; its end was not read: {end}")
+                notes.append(f"the {field} is longer than {limit}; its end was not read: {end}")
         return ApiAnswer(image_bytes(image, text), row.seed, tuple(notes))

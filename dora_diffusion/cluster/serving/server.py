@@ -1,4 +1,4 @@
-"""The HTTP server: a port of its own, limits of time and number, and an end that loses nothing."""
+"""The HTTP server: an exclusive port, limits on time and connections, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from dora_diffusion.cluster.serving.api import Service
 from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.system import STOP_SIGNALS
 
-# A client has so many seconds to send a whole request, and, where so many do not, the one that has
-# had the longest time is disconnected.
+# A client must send its whole request within this time. With more incomplete requests than the
+# limit, the oldest is disconnected.
 REQUEST_SECONDS = 20.0
 MOST_PARTIAL = 256
-# Connections of which the request is whole, besides those that wait for an image.
+# Connections with a complete request, besides the requests that wait for an image.
 _MORE_CONNECTIONS = 512
-# To write what was answered to clients that read slowly.
+# Seconds at shutdown for sending responses to slow clients.
 _LAST_SECONDS = 10
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that nobody shares; connections wait until it is served.
+    """Open an exclusive socket; connections wait until it is served.
 
     Raises:
-        ConfigError: If the address is in use, or not of this machine.
+        ConfigError: If the address is in use, or not an address of this machine.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, address = found[0][0], found[0][4]
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, address = infos[0][0], infos[0][4]
         both = host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
@@ -54,7 +54,7 @@ def _reason(error: OSError) -> str:
 
 
 class _Protocol(H11Protocol):
-    """A connection that is closed if its request does not become whole."""
+    """Connection that is closed if its request remains incomplete."""
 
     partial: ClassVar[dict[_Protocol, asyncio.TimerHandle]] = {}
 
@@ -94,21 +94,21 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # `run` has handlers of its own.
+        yield  # `run` installs its own handlers.
 
 
 async def run(
     app: FastAPI, service: Service, listening: socket.socket, on_start: Callable[[], None]
 ) -> None:
-    """Serve until a signal; then answer what was accepted, and refuse what is new.
+    """Serve until a signal; then finish the accepted requests and refuse new ones.
 
-    A second signal ends it at once.
+    A second signal ends the server at once.
 
     Args:
-        app: Of `make_app`.
-        service: What it is made over.
-        listening: Of `listen`.
-        on_start: Called when images can be had.
+        app: The app from `make_app`.
+        service: The service of the app.
+        listening: The socket from `listen`.
+        on_start: Called when images can be generated.
     """
     config = uvicorn.Config(
         app,
@@ -136,7 +136,7 @@ async def run(
         loop.call_soon_threadsafe(begin_end)
 
     await service.start()
-    # Of `nohup` and the like.
+    # Signals ignored by `nohup` and similar programs stay ignored.
     ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
     previous = {n: signal.signal(n, handle) for n in STOP_SIGNALS if n not in ignored}
     try:

@@ -24,7 +24,7 @@ class ServingSettings(Model):
     port: int = flag(8000, "Port.", least=1, most=65535)
     token_file: Path | None = flag(
         None,
-        "File with the token that requests must have; or set DORA_DIFFUSION_TOKEN. Required with a "
+        "File with the token that requests must send; or set DORA_DIFFUSION_TOKEN. Required with a "
         "--host that others reach.",
     )
     address: str = flag("local", "Ray cluster: local starts one, auto finds one.")
@@ -49,5 +49,5 @@ class ServingSettings(Model):
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes that loaded adapters take at most in each replica."""
+        """Most bytes of loaded adapters in each replica."""
         return math.ceil(self.adapter_memory * 1e6)

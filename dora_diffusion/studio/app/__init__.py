@@ -1,5 +1,5 @@
-"""The Gradio app: five tabs over what `dora_diffusion.studio.jobs` does.
+"""The Gradio app: five tabs on top of `dora_diffusion.studio.jobs`.
 
-Only `dora_diffusion.studio.app.views` and `page` import Gradio. What the page shows of runs is
-read from the runs folder by `dora_diffusion.studio.jobs.snapshot.snapshot`.
+Only `dora_diffusion.studio.app.views` and `page` import Gradio. The page gets its runs from
+`dora_diffusion.studio.jobs.snapshot.snapshot`, which reads the runs folder.
 """

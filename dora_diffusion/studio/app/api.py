@@ -1,6 +1,6 @@
-"""The app's HTTP API: what the pages do, with the same checks, logins and limits.
+"""The app's HTTP API: the page's actions, with the same checks, logins and limits.
 
-The routes are below `client.ROOT`, beside Gradio's own. What they answer are the dataclasses of
+The routes are below `client.ROOT`, next to Gradio's. Responses are the dataclasses of
 `dora_diffusion.studio.client`; an error is ``{"detail": LINE}``.
 """
 
@@ -65,23 +65,23 @@ from dora_diffusion.studio.jobs.store import (
 from dora_diffusion.studio.jobs.uploads import MAX_BYTES, shown
 
 MOST_BYTES = 2**20
-"""Of a request's body, but for a photo."""
+"""Limit of a request's body, except for photos."""
 MOST_WAITING = 8
-"""Requests for images at once."""
-# Characters of an error.
+"""Number of concurrent requests for images."""
+# Most characters of an error.
 _LONGEST = 1000
 _MODEL, _SAMPLES = "pretrained_model_name_or_path", "validation_prompt"
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "It is not there."}}
 
 
 def make_api(context: Context) -> FastAPI:
-    """The API of an app."""
+    """Create the API of an app."""
     api = FastAPI(
         title="DoRA studio",
         version="1",
         description="Photos, training runs and images of the app.",
         redirect_slashes=False,
-        # Its pages would load scripts from elsewhere.
+        # FastAPI's documentation pages would load scripts from other sites.
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
@@ -112,11 +112,11 @@ def make_api(context: Context) -> FastAPI:
 
 
 class _Access:
-    """ASGI middleware: know who asks; refuse others, and bodies that are too large, unread.
+    """ASGI middleware that authenticates users, and refuses large bodies before reading them.
 
     Args:
-        app: What answers all other requests.
-        logins: Passwords by name; without any, nobody is asked for one.
+        app: ASGI app for accepted requests.
+        logins: Passwords by name; empty for no authentication.
     """
 
     def __init__(self, app: Any, logins: Mapping[str, str]) -> None:
@@ -131,9 +131,9 @@ class _Access:
 
     def _refusal(self, scope: Any) -> JSONResponse | None:
         headers, most = dict(scope["headers"]), MOST_BYTES
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        is_right = partial(hmac.compare_digest, given.strip())
-        names = [name for wanted, name in self._basic.items() if is_right(wanted)]
+        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+        is_right = partial(hmac.compare_digest, credentials.strip())
+        names = [name for expected, name in self._basic.items() if is_right(expected)]
         if self._basic and not (names and scheme.lower() == b"basic"):
             line = "give a name and a password of the app, as HTTP Basic"
             return JSONResponse({"detail": line}, 401, {"WWW-Authenticate": "Basic"})
@@ -149,7 +149,7 @@ class _Access:
 
 @asynccontextmanager
 async def _received(workspace: Workspace, name: str, request: Request) -> AsyncIterator[Path]:
-    """The body of a request as a file of a name, which is there inside the block."""
+    """Save a request's body to a file with a name, which is deleted after the block."""
     is_name = PureWindowsPath(name).name == name != ".." and name.isprintable()
     if not is_name or len(name.encode()) > 200:
         raise UserError(f"{name[:80]!r} is not the name of a file")
@@ -157,8 +157,8 @@ async def _received(workspace: Workspace, name: str, request: Request) -> AsyncI
     folder.mkdir()
     try:
         with (folder / name).open("wb") as file:
-            async for part in request.stream():
-                file.write(part)
+            async for chunk in request.stream():
+                file.write(chunk)
         yield folder / name
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -168,18 +168,18 @@ def _add_subjects(api: FastAPI, context: Context) -> None:
     workspace = context.workspace
 
     def stored(subject_id: object) -> RemoteSubject:
-        found = subjects.read_subject(workspace, subject_id)
-        names = tuple(photo.name for photo in found.photos)
-        return RemoteSubject(found.id, found.title, found.class_word, found.token, names)
+        subject = subjects.read_subject(workspace, subject_id)
+        names = tuple(photo.name for photo in subject.photos)
+        return RemoteSubject(subject.id, subject.title, subject.class_word, subject.token, names)
 
     @api.get("/subjects")
     def list_subjects() -> list[RemoteSubject]:
         """List the subjects, newest first."""
-        return [stored(each.id) for each in subjects.subjects_in(workspace)]
+        return [stored(subject.id) for subject in subjects.subjects_in(workspace)]
 
     @api.post("/subjects", status_code=201)
     def make_subject(new: NewSubject) -> RemoteSubject:
-        """Make a subject without photos."""
+        """Create a subject without photos."""
         title = clean_text(new.title, tasks.NAME_LIMIT, "name")
         if not title:
             raise UserError("give the new subject a name first")
@@ -189,7 +189,7 @@ def _add_subjects(api: FastAPI, context: Context) -> None:
 
     @api.put("/subjects/{subject}/photos/{name}", responses=_MISSING)
     async def add_photo(subject: str, name: str, request: Request) -> RemoteSubject:
-        """Add a photo, the body, or a caption: text named like its photo, ending in `.txt`."""
+        """Add a photo, or a caption (named like its photo, ending in `.txt`), as the body."""
         await run_in_threadpool(workspace.subject, subject)
         async with _received(workspace, name, request) as file:
             added = await run_in_threadpool(subjects.add_photos, workspace, subject, [file])
@@ -199,7 +199,7 @@ def _add_subjects(api: FastAPI, context: Context) -> None:
 
     @api.delete("/subjects/{subject}", status_code=204, responses=_MISSING)
     def delete_subject(subject: str) -> None:
-        """Delete a subject; runs keep what they have of it."""
+        """Delete a subject; runs keep their copies."""
         subjects.delete_subject(workspace, subject)
 
 
@@ -208,8 +208,8 @@ def _add_jobs(api: FastAPI, context: Context) -> None:
 
     def now(job_id: str) -> RemoteJob:
         workspace.job(job_id)
-        found = (job for job in context.queued() if job.id == job_id)
-        return _shown(next(found, None) or context.job(job_id))
+        jobs = (job for job in context.queued() if job.id == job_id)
+        return _shown(next(jobs, None) or context.job(job_id))
 
     @api.post("/trainings", status_code=201)
     def train(new: NewTraining) -> RemoteJob:
@@ -224,41 +224,41 @@ def _add_jobs(api: FastAPI, context: Context) -> None:
 
     @api.get("/queue")
     def list_queue() -> list[RemoteJob]:
-        """List the job that runs, then those that wait, in the order of their turns."""
+        """List the running job, then the waiting jobs in their order."""
         jobs = [job for job in context.jobs(fresh=True) if not job.has_ended]
         return [_shown(job) for job in sorted(jobs, key=lambda job: job.position)]
 
     @api.get("/jobs/{job}", responses=_MISSING)
     def show_job(job: str) -> RemoteJob:
-        """Show a job as it is now."""
+        """Show the current state of a job."""
         return now(job)
 
     @api.get("/jobs/{job}/log", responses=_MISSING, response_class=PlainTextResponse)
     def show_log(job: str) -> str:
-        """Show the last lines that a job printed."""
+        """Show the last lines of a job's log."""
         return log_tail(workspace.job(job))
 
     @api.post("/jobs/{job}/stop", responses=_MISSING)
     def stop(job: str) -> RemoteJob:
-        """Ask a running job to save and leave; remove a waiting one from the queue."""
+        """Make a running job save and stop, or remove a waiting job from the queue."""
         stop_job(workspace.job(job))
         return now(job)
 
     @api.post("/jobs/{job}/resume", responses=_MISSING)
     def resume(job: str) -> RemoteJob:
-        """Return a job that ended to the queue: a training resumes from its last checkpoint."""
+        """Return an ended job to the queue; training resumes from the last checkpoint."""
         requeue_job(workspace.job(job))
         return now(job)
 
     @api.delete("/jobs/{job}", status_code=204, responses=_MISSING)
     def delete(job: str) -> None:
-        """Delete a job with everything it made."""
+        """Delete a job with all its files."""
         delete_job(workspace, job)
         context.jobs(fresh=True)
 
     @api.post("/jobs/{job}/conversions", status_code=201, responses=_MISSING)
     def convert(job: str, new: NewConversion) -> RemoteJob:
-        """Append to the queue: write a run's adapter as a program needs it."""
+        """Queue the conversion of a run's adapter for a program."""
         return now(tasks.start_conversion(workspace, context.job(job), new.program))
 
 
@@ -274,25 +274,25 @@ def _shown(job: Job) -> RemoteJob:
 
 
 def _training(context: Context, new: NewTraining) -> tuple[Any, list[subjects.StoredSubject]]:
-    """The settings of a run that is asked for, and its subjects.
+    """Return the settings and subjects of a requested run.
 
     Raises:
-        UserError, ConfigError: If a run could not begin with it.
+        UserError, ConfigError: If the run cannot start with these settings.
     """
-    given = dict[str, Any]()
+    requested = dict[str, Any]()
     for name, value in new.settings.items():
         if name not in (*ADVANCED, *PROMPTS, _MODEL, _SAMPLES):
-            own = "is set by the app itself, or by a subject; leave it out"
-            none = f"is no setting{did_you_mean(name, SETTINGS)}"
-            raise UserError(f"{name[:80]} {own if name in SETTINGS else none}")
-        given[name] = SETTINGS[name].cast(value)
-    model = context.allowed_model(given.pop(_MODEL, EMBEDDED))
-    prompts = "\n".join(given.pop(_SAMPLES, ()))
-    chosen = preset_values(new.preset, model, context.device()) | given
-    texts = {name: setting_text(value) for name, value in chosen.items()}
-    texts |= {name: "\n".join(given.get(name, ())) for name in PROMPTS}
+            reserved = "is set by the app itself, or by a subject; leave it out"
+            unknown = f"is not a setting{did_you_mean(name, SETTINGS)}"
+            raise UserError(f"{name[:80]} {reserved if name in SETTINGS else unknown}")
+        requested[name] = SETTINGS[name].cast(value)
+    model = context.allowed_model(requested.pop(_MODEL, EMBEDDED))
+    prompts = "\n".join(requested.pop(_SAMPLES, ()))
+    values = preset_values(new.preset, model, context.device()) | requested
+    texts = {name: setting_text(value) for name, value in values.items()}
+    texts |= {name: "\n".join(requested.get(name, ())) for name in PROMPTS}
     learned = list[subjects.StoredSubject]()
-    if chosen["teach"] != "slider":
+    if values["teach"] != "slider":
         learned = context.learned(new.subjects)
     elif new.subjects:
         raise UserError("a slider learns from prompts alone; leave subjects out")
@@ -307,7 +307,7 @@ def _add_files(api: FastAPI, context: Context) -> None:
 
     @api.get("/jobs/{job}/adapter", **options)
     def fetch_adapter(job: str, checkpoint: str = "") -> FileResponse:
-        """Fetch the adapter that is selected for a run, or that of a checkpoint."""
+        """Fetch the selected adapter of a run, or the adapter of a checkpoint."""
         from dora_diffusion.sampling.images import adapter_name
 
         path = chosen_adapter(context.job(job), checkpoint)
@@ -323,7 +323,7 @@ def _add_files(api: FastAPI, context: Context) -> None:
 
     @api.get("/jobs/{job}/output", **options)
     def fetch_output(job: str) -> FileResponse:
-        """Fetch the file that a job has made, such as a conversion."""
+        """Fetch the output file of a job, such as a conversion."""
         path = Path(context.job(job).record.output)
         if not path.is_file() or workspace.exports.resolve() not in path.resolve().parents:
             raise MissingError("this job has made no file; wait until it is done")
@@ -331,18 +331,18 @@ def _add_files(api: FastAPI, context: Context) -> None:
 
     @api.get("/images/{name}", **options)
     def fetch_image(name: str) -> FileResponse:
-        """Fetch a generated image, which says how it was made."""
+        """Fetch a generated image, with its generation parameters."""
         return FileResponse(confined(workspace.images, name))
 
 
 def _form(new: NewImages) -> dict[str, Any]:
-    """Fields of the Generate tab from settings of ``generate``."""
+    """Convert settings of ``generate`` to fields of the Generate tab."""
     known = {setting.name: setting for setting in GenerateSettings.settings()}
     form, offered = {**UNSET, "prompt": new.prompt}, UNSET.keys() - {"prompt"}
     for name, value in new.settings.items():
         if name not in offered:
-            raise UserError(f"{name[:80]} is no setting of images{did_you_mean(name, offered)}")
-        # The further adapters have a field each, and are chosen like the first one.
+            raise UserError(f"{name[:80]} is not a setting of images{did_you_mean(name, offered)}")
+        # Each further adapter has its own field, chosen like the first one.
         like = name if name in known else name.partition("_")[0].replace("adapter", "prompt")
         setting = dataclasses.replace(known[like], name=name)
         if value is not None:
@@ -357,7 +357,7 @@ def _add_images(api: FastAPI, context: Context) -> None:
 
     @api.put("/inputs/{name}", status_code=201)
     async def add_input(name: str, request: Request) -> NewInput:
-        """Add an image to start from, or a mask, the body: its name is for settings of images."""
+        """Add an input image or mask, as the body. Settings of images refer to it by its name."""
         async with _received(context.workspace, name, request) as file:
             image = await run_in_threadpool(open_photo, file)
             return NewInput(await run_in_threadpool(inputs.keep_input, context.workspace, image))
@@ -369,10 +369,10 @@ def _add_images(api: FastAPI, context: Context) -> None:
         if not waiting.acquire(blocking=False):
             raise BusyError(f"{MOST_WAITING} requests for images wait already; try again later")
         try:
-            made = context.generator.make(request)
+            images = context.generator.make(request)
         finally:
             waiting.release()
-        return [RemoteImage(i.path.name, i.seed, i.parameters, i.notes) for i in made]
+        return [RemoteImage(i.path.name, i.seed, i.parameters, i.notes) for i in images]
 
 
 def _add_prompt_files(api: FastAPI, context: Context) -> None:
@@ -380,15 +380,15 @@ def _add_prompt_files(api: FastAPI, context: Context) -> None:
 
     @api.get("/prompt-files")
     def list_prompt_files() -> list[RemotePromptFile]:
-        """List the files of styles and wildcards, with the names that each gives."""
+        """List the files of styles and wildcards, with the names in each."""
         return inputs.list_prompt_files(workspace)
 
     @api.put("/prompt-files/{name}")
     async def keep_prompt_file(name: str, request: Request) -> RemotePromptFile:
-        """Keep wildcards (`.txt`), the body, or styles (`.csv`), which replace those before."""
+        """Store wildcards (`.txt`) or styles (`.csv`, replacing earlier ones), as the body."""
         async with _received(workspace, name, request) as file:
-            (kept,) = await run_in_threadpool(inputs.keep_prompt_files, workspace, [file])
-        return kept
+            (stored,) = await run_in_threadpool(inputs.keep_prompt_files, workspace, [file])
+        return stored
 
     @api.delete("/prompt-files/{name:path}", status_code=204, responses=_MISSING)
     def delete_prompt_file(name: str) -> None:

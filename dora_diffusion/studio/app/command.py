@@ -9,11 +9,11 @@ from dora_diffusion.studio.app.launch import Launch
 
 @dataclass(frozen=True, kw_only=True)
 class AppSettings(Launch):
-    """Settings of ``app``, which are those of its server."""
+    """Settings of ``app``."""
 
     def perform(self) -> int:
         """Serve the app until it is interrupted."""
-        # Gradio is heavy: --help and refusals answer without it.
+        # Imported here because Gradio is slow to import: --help and errors do not need it.
         from dora_diffusion.studio.app.serve import serve
 
         serve(self)

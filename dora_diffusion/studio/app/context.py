@@ -1,4 +1,4 @@
-"""Context of all tabs: the folders, the queue, the model in memory, and how errors are shown."""
+"""Shared context of the tabs: folders, queue, the model in memory, and the display of errors."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ _FRESH_SECONDS = 0.8
 
 
 class Context:
-    """The app's state besides the disk: none of it needs to survive a restart."""
+    """The app's state in memory, none of which needs to survive a restart."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        # Absolute: jobs keep paths, and may resume from another working directory.
+        # Absolute, because jobs store paths and may resume from another working directory.
         self.workspace = Workspace(launch.runs_dir.resolve()).make()
         self.generator = ImageGenerator(self.workspace)
         self.images = ImageStore(self.workspace)
@@ -72,7 +72,7 @@ class Context:
         self._read_at = -1e9
 
     def jobs(self, *, fresh: bool = False) -> tuple[Job, ...]:
-        """All jobs. Many pages that ask within a second share one look at the disk."""
+        """Return all jobs. Pages that refresh within a second share one read of the disk."""
         with self._lock:
             if fresh or time.monotonic() - self._read_at > _FRESH_SECONDS:
                 self._jobs = snapshot(self.workspace.root)
@@ -80,12 +80,12 @@ class Context:
             return self._jobs
 
     def queued(self) -> tuple[Job, ...]:
-        """All jobs as they are now, after the queue has started what can begin at once."""
+        """Return all jobs after the queue has started the next one, if it can."""
         self.queue.tick()
         return self.jobs(fresh=True)
 
     def job(self, job_id: object, field: str = "") -> Job:
-        """One job, as it is now; see `read_run`. An error names the field that it is chosen in."""
+        """Read a job, see `read_run`. An error begins with the label of the job's ``field``."""
         try:
             return read_run(self.workspace, job_id)
         except MissingError as error:
@@ -93,25 +93,25 @@ class Context:
 
     @property
     def models(self) -> list[str]:
-        """Base models that may be used by name, whether or not they are on this machine."""
+        """Base models that may be used by name, downloaded or not."""
         return [*dict.fromkeys((*EMBEDDED_MODELS, *self.launch.models))]
 
     def bases(self) -> list[Base]:
-        """Base models to offer; those found on this machine only where others cannot reach it."""
+        """Return the base models to offer. A shared app does not offer models found on disk."""
         if self.launch.is_open:
             return named_bases(self.launch.models)
         return bases(self.workspace.root, self.launch.models, self.launch.model_folders)
 
     def device(self) -> Device:
-        """Return the device that a run would train on, with the memory that is free now."""
+        """Return the device for training, with its free memory."""
         return describe_device()
 
     def suggested_base(self, model: str, class_word: str) -> str:
-        """A model of this machine for a class that the chosen toy model does not know.
+        """Suggest a model on this machine for a class that the selected toy model does not know.
 
         Returns:
-            The first that fits the free memory, else the first, of the smallest family on a CPU;
-            empty where the choice is fine, or nothing else is there.
+            The first model that fits the free memory, else the first one; on a CPU, models of the
+            smallest family come first. Empty if the selection is fine, or there is no other model.
         """
         if not outside_toy_world(model, class_word):
             return ""
@@ -119,8 +119,8 @@ class Context:
         if device.kind == "cpu":
             models.sort(key=lambda base: FAMILIES[base.family].default_resolution)
         fitting = (base for base in models if self._fits(base.name, device))
-        chosen = next(fitting, next(iter(models), None))
-        return chosen.name if chosen else ""
+        best = next(fitting, next(iter(models), None))
+        return best.name if best else ""
 
     def _fits(self, name: str, device: Device) -> bool:
         info = model_info(name)
@@ -129,42 +129,42 @@ class Context:
         return needed is not None and device.free_gib is not None and needed <= device.free_gib
 
     def allowed_model(self, name: object) -> str:
-        """A base model's name, if it may be loaded.
+        """Return a base model's name if it may be loaded.
 
         Raises:
-            UserError: If others can reach the app and the model is not on its list.
+            UserError: If the app is shared and the model is not on its list.
         """
         model = str(name or "").strip() or EMBEDDED
         if model == GONE:
             raise UserError("the base model that was chosen is no longer here; choose another one")
         if not self.launch.allows_model(model):
             raise UserError(
-                f"this app is shared, and offers only {', '.join(self.models)}; whoever runs it "
+                f"this app is shared, and offers only {', '.join(self.models)}; its operator "
                 "can add models with --models"
             )
         return model
 
     def starting_adapter(self, choice: object) -> str:
-        """The adapter of a run by its id, or whatever else was typed, such as a file."""
+        """Return a run's adapter if ``choice`` is an id, else ``choice`` itself, such as a file."""
         name = str(choice or "").strip()
         is_run = name == GONE or name in ids_in(self.workspace.root)
         return str(chosen_adapter(self.job(name, LABELS["init_adapter"]))) if is_run else name
 
     def learned(self, ids: Sequence[object], words: str | None = None) -> list[StoredSubject]:
-        """The subjects that a run learns, by their ids.
+        """Return the subjects of a run by their ids.
 
         Args:
-            ids: The first is the run's own; none where there is no subject yet.
-            words: Its token and class, if not those that are kept with it; a style has none.
+            ids: Ids, the main subject first; empty if there is no subject yet.
+            words: Token and class of the main subject, empty for a style. Default: the stored ones.
 
         Raises:
-            UserError: If one is gone, or the first has no photos or lacks captions.
+            UserError: If a subject does not exist, or the first has no photos or lacks captions.
         """
         if not ids or not ids[0]:
             raise UserError(
                 "there is no subject yet: add photos in the Subject tab, or take a sample"
             )
-        learned = [read_subject(self.workspace, each) for each in ids]
+        learned = [read_subject(self.workspace, subject_id) for subject_id in ids]
         photos = learned[0].photos
         if not photos:
             raise UserError("the subject has no photos yet; add some in the Subject tab")
@@ -179,64 +179,64 @@ class Context:
 
     def run_config(
         self, model: Any, learned: Sequence[StoredSubject], token: Any, class_word: Any,
-        prompts: str, chosen: Mapping[str, Any], *, ask_hub: bool = False,
+        prompts: str, advanced: Mapping[str, Any], *, ask_hub: bool = False,
     ) -> TrainConfig:  # fmt: skip
-        """The settings of a run, checked as far as can be before it.
+        """Return the settings of a run, checked as far as possible before it starts.
 
         Args:
             model: Base model.
-            learned: Its subjects; none of a slider.
-            token: Of the first one, as ``class_word``.
-            class_word: What the first one is.
+            learned: Subjects to learn; empty for a slider.
+            token: Token of the first subject.
+            class_word: Class of the first subject.
             prompts: Prompts of the sample images, one per line.
-            chosen: Values by setting name, as `make_config` takes them.
-            ask_hub: Ask the hub for models that are not on this machine, and look for photos that
-                are of two subjects.
+            advanced: Values by setting name, see `make_config`.
+            ask_hub: Query the hub for models that are not on this machine, and check that no photo
+                belongs to two subjects.
 
         Raises:
-            UserError, ConfigError: If a run could not begin with it.
+            UserError, ConfigError: If the run cannot start with these settings.
         """
-        masked = any(mask_path(photo).exists() for each in learned for photo in each.photos)
+        masked = any(mask_path(photo).exists() for subject in learned for photo in subject.photos)
         entries = [
-            {"instance_data_dir": str(each.folder), "token": each.token,
-             "class_word": each.class_word}
-            for each in learned[1:]
+            {"instance_data_dir": str(subject.folder), "token": subject.token,
+             "class_word": subject.class_word}
+            for subject in learned[1:]
         ]  # fmt: skip
         config = make_config(
             self.allowed_model(model), learned[0].folder if learned else Path(),
             self.workspace.root / "new-run", token, class_word, prompts.splitlines()[:8],
             {
-                **chosen,
-                "init_adapter": self.starting_adapter(chosen["init_adapter"]),
-                # Whoever paints a mask wants it used.
-                "masked_loss": masked or chosen["masked_loss"],
+                **advanced,
+                "init_adapter": self.starting_adapter(advanced["init_adapter"]),
+                # A painted mask implies masked_loss.
+                "masked_loss": masked or advanced["masked_loss"],
             },
             entries,
         )  # fmt: skip
         self.check_paths(config)
         check_model(config, ask_hub=ask_hub)
         check_prompts(config.with_sample_prompts())
-        # The worker would refuse a subject without a name. The plan speaks of sample prompts.
+        # The worker would refuse a subject without a name. Sample prompts are checked in the plan.
         named = subjects_of(replace(config, validation_prompt=[]))
-        if ask_hub:  # Not at each change of a field: it reads all photos of several subjects.
-            token_messages(named)  # Captions with another token than the field's teach nothing.
+        if ask_hub:  # Not at each change of a field: this reads all photos of all subjects.
+            token_messages(named)  # Captions must contain the token of the field.
             from dora_diffusion.training.inputs.dataset import list_subjects
 
             try:
                 list_subjects(named)
             except PhotoError as error:
                 line = str(error).removesuffix(" with --instance_data_dir")
-                for each in learned:
-                    for path in (each.folder.absolute(), each.folder):
-                        line = line.replace(str(path), each.title)
+                for subject in learned:
+                    for path in (subject.folder.absolute(), subject.folder):
+                        line = line.replace(str(path), subject.title)
                 raise UserError(line) from error
         return config
 
     def check_paths(self, config: TrainConfig) -> None:
-        """Refuse other models and folders than those that whoever started the app has named.
+        """Check that a shared app only uses the models and folders from its command line.
 
         Raises:
-            UserError: If others can reach the app, and a setting names a model or a folder.
+            UserError: If the app is shared and a setting is another model or folder.
         """
         if not self.launch.is_open:
             return
@@ -244,8 +244,8 @@ class Context:
             self.allowed_model(config.pretrained_vae_model_name_or_path)
         if config.report_to == "wandb":
             raise UserError(
-                "a shared app does not report to wandb, since that would be in the name of whoever "
-                "runs it; choose tensorboard or none for report_to"
+                "a shared app does not report to wandb, because that would use its operator's "
+                "account; choose tensorboard or none for report_to"
             )
         named = {name: getattr(config, name) for name in ADVANCED if SETTINGS[name].is_path}
         del named["pretrained_vae_model_name_or_path"]
@@ -259,11 +259,10 @@ class Context:
 
 
 def plain(handler: Handler) -> Handler:
-    """Show what a handler raises as one plain line; a defect keeps its traceback on the server.
+    """Wrap a handler so that the page shows its errors as one plain line.
 
-    What its user took back is no error, and changes nothing on the page.
-
-    The handler knows by `PERSON` who is logged in.
+    Unexpected errors print their traceback on the server. Cancelled requests are not errors, and
+    leave the page unchanged. `PERSON` is the logged-in user inside the handler.
     """
 
     @functools.wraps(handler)

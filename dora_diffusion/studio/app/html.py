@@ -1,4 +1,4 @@
-"""Pieces of the page as HTML, and cards of jobs; pieces.html has their markup."""
+"""HTML of the page's elements and of job cards; pieces.html has the markup."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LAST_LINES = 6
 
 @functools.cache
 def template(name: str) -> Template:
-    """Return a template of this folder; texts that no template wrote are escaped in it."""
+    """Return a template of this folder, which escapes all text that is not from a template."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["with_labels"] = with_labels
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
@@ -51,9 +51,9 @@ pill, button, command, log_view = pieces.pill, pieces.button, pieces.command, pi
 
 
 def image_card(path: Any, action: str, value: str, text: str, otherwise: str = "damaged") -> str:
-    """An image with its name below, to press as a `button`; without one, why there is none."""
-    shown = image(path, "") if path else pieces.damaged_image(otherwise)
-    return pieces.image_button(shown, action, value, text)
+    """Return an image with its name, clickable like a `button`; a placeholder if there is none."""
+    content = image(path, "") if path else pieces.damaged_image(otherwise)
+    return pieces.image_button(content, action, value, text)
 
 
 def header(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
@@ -75,7 +75,7 @@ def state_pill(job: Job) -> str:
 
 
 def status_card(job: Job, *, stop: bool = False) -> str:
-    """State, progress, time left, and what went wrong; with a button that stops it if asked."""
+    """Return a card with state, progress, time left and errors; optionally with a stop button."""
     share = min(1.0, job.step / job.total) if job.total else float(job.state == "done")
     done = f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
     if job.progress.unit == "B":
@@ -102,44 +102,44 @@ def status_card(job: Job, *, stop: bool = False) -> str:
 def _live_facts(job: Job) -> list[str]:
     if job.state == "waiting":
         return [f"number {job.position} in the queue"]
-    parts = []
+    facts = []
     if losses := read_validation(job.folder):
         step, loss = list(losses.items())[-1]
-        parts.append(f"held-out loss {loss:.4f} at step {step}")
+        facts.append(f"held-out loss {loss:.4f} at step {step}")
     if job.kind == "train" and job.base:
-        parts.append(job.trigger)
+        facts.append(job.trigger)
         base, device = Path(job.base), job.progress.device_name
         name = base.name if base.is_absolute() else job.base
-        parts.append(f"{name} on {device}" if device else name)
+        facts.append(f"{name} on {device}" if device else name)
     if job.is_active:
-        parts.append(job.progress.phase or "starting")
+        facts.append(job.progress.phase or "starting")
         if job.remaining_seconds is not None and job.progress.phase == "training":
-            parts.append(f"about {duration(job.remaining_seconds)} left")
+            facts.append(f"about {duration(job.remaining_seconds)} left")
         if stop_asked(job.folder) is not None:
-            parts.append("asked to save and stop")
-        asked = {runs.SAVE: "asked to save", runs.SAMPLE: "asked for sample images"}
-        parts += [text for name, text in asked.items() if (job.folder / name).exists()]
+            facts.append("asked to save and stop")
+        requests = {runs.SAVE: "asked to save", runs.SAMPLE: "asked for sample images"}
+        facts += [text for name, text in requests.items() if (job.folder / name).exists()]
     elif job.result and job.result.seconds is not None:
-        parts.append(f"took {duration(job.result.seconds)}")
+        facts.append(f"took {duration(job.result.seconds)}")
     if job.step_seconds is not None:
-        parts.append(f"{job.step_seconds:.2f} s a step")
-    return parts
+        facts.append(f"{job.step_seconds:.2f} s a step")
+    return facts
 
 
 def queue_list(jobs: Sequence[Job]) -> str:
-    """All jobs in one line each, newest first."""
+    """Return a list of the newest jobs, one line each."""
     return pieces.queue_list([(state_pill(job), job.title, _turn(job)) for job in jobs[:12]])
 
 
 def _turn(job: Job) -> tuple[str, str, str]:
-    """Return a job's place in the queue, who asked for it, and when."""
+    """Return a job's position in the queue, its owner, and the time of its request."""
     owner = "you" if job.record.owner == PERSON.get() else job.record.owner
-    place = f"number {job.position}" if job.position else ""
-    return place, owner if job.record.owner else "", job.made[5:]
+    position = f"number {job.position}" if job.position else ""
+    return position, owner if job.record.owner else "", job.made[5:]
 
 
 def estimate_card(value: Estimate, steps: int | None) -> str:
-    """Return the card of a run's estimated cost, with its source, and whether it will not fit."""
+    """Return the card of an estimate, with its source, and a warning if the run will not fit."""
 
     def size(gib: float | None) -> str:
         if gib is None:
@@ -167,7 +167,6 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
 
 
 def _source(value: Estimate) -> str:
-    """Return the source of an estimate."""
     if value.runs:
         runs = f"{value.runs} earlier run{'s' if value.runs != 1 else ''}"
         return f"Measured in {runs} like this on this machine."
@@ -185,30 +184,30 @@ def _source(value: Estimate) -> str:
 
 
 def address(path: Any) -> str:
-    """Return the server's address of a file in a folder that it may give out."""
+    """Return the URL of a file in a folder that the server may serve."""
     return f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}"
 
 
 def image(path: Any, text: str) -> str:
-    """An image that the server may give out; empty if it is gone."""
+    """Return an image that the server may serve; empty if the file does not exist."""
     return pieces.shown_image(address(path), text) if path.is_file() else ""
 
 
 def download(path: Any, label: str) -> str:
-    """A link to a file in a folder that the server may give out."""
+    """Return a link to a file in a folder that the server may serve."""
     mib = path.stat().st_size / 2**20
     size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
     return pieces.file_link(address(path), path.name, label, size)
 
 
 def task_list(jobs: Sequence[Job]) -> str:
-    """Return cards of the newest jobs about runs."""
+    """Return cards of the newest jobs that process runs."""
     listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
     return "".join(map(task_card, [job for job in jobs if job.kind in listed][:6]))
 
 
 def task_card(job: Job) -> str:
-    """Return a job's card with its command and, once it is done, its result."""
+    """Return a job's card with its command and, when done, its result."""
     card = status_card(job, stop=True)
     if job.state == "done":
         card += _result(job, Path(job.record.output))
@@ -234,12 +233,12 @@ def _result(job: Job, output: Path) -> str:
 
 
 def is_adapter(job: Job) -> bool:
-    """Return whether a job makes an adapter to work with, and not one for another program."""
+    """Return whether a job's output is an adapter for this app, not for another program."""
     return job.kind in ("combine", "extract") or job.record.output.endswith("resized.safetensors")
 
 
 def _look(lines: Sequence[str], sheet: str) -> str:
-    """Return a command's report on photos: its Markdown table as HTML, and its cautions."""
+    """Return the report of ``prepare``: its Markdown table as HTML, its cautions and the sheet."""
     rows = [[text.strip() for text in line.strip("| ").split("|")] for line in lines
             if line.startswith("| ")]  # fmt: skip
     cautions = [
@@ -259,7 +258,7 @@ def _analysis(folder: Path) -> str:
 
 
 def figures(folder: Path) -> dict[str, str]:
-    """Return the findings of a run's analysis, in words; nothing where its file is gone."""
+    """Return the findings of a run's analysis as text; empty if its file does not exist."""
     from dora_diffusion.lab.analysis.report import FILES
 
     file = folder / FILES["analysis"]
@@ -268,7 +267,7 @@ def figures(folder: Path) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=64)
 def _figures(file: Path, modified: int) -> Mapping[str, str]:
-    """Read once for each time it was written: the page asks every second."""
+    """Read the findings of an analysis; cached until the file changes."""
     from dora_diffusion.evaluation.statistics import Interval
     from dora_diffusion.lab.analysis.report import shown
 

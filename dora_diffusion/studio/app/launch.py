@@ -1,4 +1,4 @@
-"""Access to the app, and what is refused."""
+"""Settings of the app's server, and access control."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dora_diffusion.formats.files.runs import runs_folder
 from dora_diffusion.system import is_address, is_loopback, is_number, plain_host, split_host
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
-SHARED = "Everybody who has it sees, changes and deletes the same photos and runs."
+SHARED = "All users see, change and delete the same photos and runs."
 _PORTS = {"http": "80", "https": "443"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch(CommandSettings):
-    """Settings of the app's server, which are those of ``app``.
+    """Settings of the app's server.
 
     Raises:
-        ConfigError: If it could be reached from elsewhere by anybody, or there is no such port,
-            address or name.
+        ConfigError: If the app would be reachable from other machines without a login, or a port,
+            address or name is invalid.
     """
 
     host: str = flag("127.0.0.1", "Address to listen on.")
@@ -33,27 +33,26 @@ class Launch(CommandSettings):
     share: bool = flag(False, "Make a public link (needs --auth).")
     allowed_hosts: list[str] = flag(
         [],
-        "Names by which a reverse proxy reaches the app, besides its own address; requests by "
-        "other names are refused (needs --auth).",
+        "Host names of the app behind a reverse proxy; requests with other names are refused "
+        "(needs --auth).",
         flags=("--allowed_host",),
         metavar="NAME",
     )
     auth: str | None = flag(
         None,
-        f"Logins, with commas between several; or set {AUTH_VARIABLE}. {SHARED}",
+        f"Logins, separated by commas; or set {AUTH_VARIABLE}. {SHARED}",
         metavar="NAME:PASSWORD",
     )
     runs_dir: Path = flag(runs_folder(), "Folder of runs and photos.")
     models: list[str] = flag(
         [],
-        "Base models to offer; when others can reach the app, the only ones besides the embedded "
-        "ones.",
+        "Base models to offer. A shared app offers only these and the embedded ones.",
         metavar="MODEL",
     )
     model_folders: list[Path] = flag(
         [],
-        "Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
-        "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
+        "Folders to search for base models, in addition to those in DORA_DIFFUSION_MODELS, "
+        "COMFYUI_PATH, A1111_PATH and the lines of RUNS_DIR/model_folders.txt.",
         metavar="FOLDER",
     )
     browser: bool = flag(False, "Open the page in the browser.")
@@ -76,21 +75,21 @@ class Launch(CommandSettings):
                     "allowed_hosts",
                 )
         if not self.logins and self.is_open:
-            what = "--share" if self.share else f"--host {self.host}"
+            option = "--share" if self.share else f"--host {self.host}"
             if not self.share and is_loopback(self.host):
-                what = f"--allowed_host {' '.join(self._proxied)}"
+                option = f"--allowed_host {' '.join(self._proxied)}"
             raise ConfigError(
-                f"{what} lets others reach this app, who could then use this machine; give "
+                f"{option} lets others reach this app, who could then use this machine; give "
                 f"--auth NAME:PASSWORD (or set {AUTH_VARIABLE})",
                 "auth",
             )
 
     @property
     def logins(self) -> dict[str, str]:
-        """Passwords that are asked for, by name; empty where none is.
+        """Passwords by user name; empty for no login.
 
         Raises:
-            ConfigError: If one is none, a password is short, or a name is there twice.
+            ConfigError: If a login is malformed, a password is too short, or a name is repeated.
         """
         text, logins = self.auth or os.environ.get(AUTH_VARIABLE), dict[str, str]()
         for login in text.split(",") if text else ():
@@ -106,67 +105,68 @@ class Launch(CommandSettings):
 
     @property
     def is_open(self) -> bool:
-        """True if others than this machine's users can reach it."""
+        """True if users of other machines can reach the app."""
         return self.share or not is_loopback(self.host) or bool(self._proxied)
 
     @property
     def _proxied(self) -> list[str]:
-        """Names under which others reach it through a proxy."""
+        """Names under which other machines reach the app through a proxy."""
         return [name for name in self.allowed_hosts if not is_loopback(name)]
 
     def allows_model(self, name: str) -> bool:
-        """Return whether a base model may be loaded: any on this machine, else the listed ones."""
+        """Return whether a base model may be loaded. A shared app only loads listed models."""
         return not self.is_open or name in self.models or name.startswith("embedded:")
 
     def refusal(self, headers: Mapping[str, Sequence[str]], shared: Collection[str] = ()) -> str:
-        """Return why a request is refused, in one line with what to do; empty where it is not.
+        """Return the reason for refusing a request, with the fix; empty if it is accepted.
 
-        A web page can make its own name mean this machine (DNS rebinding), and have the browser
-        send what it likes here: the first shows in Host, the second in Origin and Sec-Fetch-Site.
+        A malicious web page can point its own name at this machine (DNS rebinding), which Host
+        shows. It can also make the browser send requests here, which Origin and Sec-Fetch-Site
+        show.
 
         Args:
-            headers: The request's, by their names in small letters.
-            shared: Names of the share link.
+            headers: Headers of the request by lower-case name.
+            shared: Host names of the share link.
         """
         named = {*map(plain_host, self.allowed_hosts), *map(plain_host, shared)}
         hosts = [split_host(value) for value in headers.get("host", ())]
         if not hosts or not all(self._answers_to(name, named) for name, _ in hosts):
             return (
-                "This is not an address of the app. Open the one that it printed when it was "
-                "started, or have it started with --allowed_host and this name."
+                "This is not an address of the app. Open the address that it printed at its start, "
+                "or restart it with --allowed_host and this name."
             )
         is_ours = all(
             _is_same(origin, hosts[0]) or _split_origin(origin)[0] in named
             for origin in headers.get("origin", ())
         )
-        # Links lead here from anywhere; frames, images and scripts of other pages do not.
+        # Any page may link here, but not embed the app in frames, images or scripts.
         is_linked = "document" in headers.get("sec-fetch-dest", ())
         is_foreign = {"cross-site", "same-site"}.intersection(headers.get("sec-fetch-site", ()))
         if is_ours and (is_linked or not is_foreign):
             return ""
         return (
-            "Another page has asked for this, which is refused. Open the app in a tab of its own; "
-            "behind a proxy, have it started with --allowed_host and the name of this page."
+            "The app refuses requests from other pages. Open it in a separate tab; behind a proxy, "
+            "restart it with --allowed_host and the name of this page."
         )
 
     def _answers_to(self, name: str, named: Collection[str]) -> bool:
-        """Return whether a name is one of the app's; in numbers, any address of this machine is."""
+        """Return whether a host name is one of the app's. Any numeric address is accepted."""
         if is_loopback(name) or name in named or name == plain_host(self.host):
             return True
         if is_loopback(self.host):
             return False
-        own = plain_host(socket.gethostname())
-        return name in (own, f"{own}.local") or is_number(name)
+        hostname = plain_host(socket.gethostname())
+        return name in (hostname, f"{hostname}.local") or is_number(name)
 
 
 def _split_origin(origin: str) -> tuple[str, str]:
-    """Name and port of ``https://name:port``, the port always."""
+    """Split ``https://name:port`` into name and port; add the default port if it is missing."""
     scheme, _, host = origin.partition("://")
     name, port = split_host(host)
     return name, port or _PORTS.get(scheme, "")
 
 
 def _is_same(origin: str, host: tuple[str, str]) -> bool:
-    """Return whether a page's origin is the host that it asks."""
+    """Return whether a page's origin is the requested host."""
     name, port = host
     return _split_origin(origin) == (name, port or _PORTS.get(origin.partition("://")[0], "-"))

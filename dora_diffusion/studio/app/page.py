@@ -1,4 +1,4 @@
-"""The page: header, five tabs, a footer, and the one clock that keeps them true."""
+"""The page: header, five tabs, a footer, and a timer that refreshes them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ CHOOSERS = (
     "run", "adapter", "library_run", "study", "subject", *MORE, "find_run", "words_file", "style",
     "library_other", "library_rival", "study_subjects", "study_base", "others", "start", "base",
 )  # fmt: skip
-"""Fields over objects that come and go; a choice whose object is gone becomes `GONE`."""
+"""Fields for choosing objects; a choice whose object was deleted becomes `GONE`."""
 _DAY = 24 * 3600
 _READS = 3
 
 
 def build_page(context: Context) -> gr.Blocks:
-    """Build the app. Nothing in it holds state that the disk does not."""
+    """Build the page. All its state is on disk."""
     with gr.Blocks(
         title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
     ) as blocks:
         header = ui.html_block(html.header(None))
         with gr.Tabs() as tabs:
-            # Tabs that are not rendered lose what is sent to them.
+            # Tabs lose updates until they are rendered.
             with gr.Tab("Subject", id="subject", render_children=True):
                 subjects = subject.SubjectTab()
             with gr.Tab("Train", id="train", render_children=True) as train_tab:
@@ -54,19 +54,21 @@ def build_page(context: Context) -> gr.Blocks:
         generate.connect(context, generating, restored)
         library.connect(context, stored)
         compare.connect(context, comparing)
-        shown = training.shown
+        run_view = training.shown
         ui.on(subjects.to_train.click, lambda: gr.Tabs(selected="train"), None, [tabs])
-        # With the run that is shown, whatever was chosen there.
-        chosen = [tabs, generating.adapter]
-        ui.on(shown.to_generate.click, _open_with_run("generate"), [shown.run], chosen)
-        ui.on(shown.to_library.click, _open_with_run("library"), [shown.run], [tabs, stored.run])
-        # What a refresh may change, by the names that the tabs' functions use.
+        # Select the displayed run in the opened tab.
+        to_generate, to_library = [tabs, generating.adapter], [tabs, stored.run]
+        ui.on(run_view.to_generate.click, _open_with_run("generate"), [run_view.run], to_generate)
+        ui.on(run_view.to_library.click, _open_with_run("library"), [run_view.run], to_library)
+        # The fields that a refresh may change, by their names in the tabs' `refresh`.
         fields = {
-            "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
-            "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "now": shown.now,
-            "stop": shown.stop, "kill": shown.kill, "resume": shown.resume, "remove": shown.remove,
-            "next": shown.next, "extend": shown.extend, "details": shown.details,
-            "chooser": shown.chooser, "chooser_start": shown.rank, "chooser_cards": shown.cards,
+            "header": header, "run": run_view.run, "status": run_view.status,
+            "loss": run_view.loss, "log": run_view.log, "jobs": run_view.jobs,
+            "samples": run_view.samples, "now": run_view.now, "stop": run_view.stop,
+            "kill": run_view.kill, "resume": run_view.resume, "remove": run_view.remove,
+            "next": run_view.next, "extend": run_view.extend, "details": run_view.details,
+            "chooser": run_view.chooser, "chooser_start": run_view.rank,
+            "chooser_cards": run_view.cards,
             "adapter": generating.adapter, **generating.more, "turn": generating.turn,
             "history": generating.gallery.list, "find_run": generating.gallery.run,
             "template": generating.template, "style": generating.fields["style"],
@@ -91,77 +93,79 @@ def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
 
 
 def _connect_clock(context: Context, restored: Any, fields: dict[str, Any]) -> None:
-    """One timer, outside of the tabs, and the page's load refresh everything that can change.
+    """Refresh all fields when the page loads and by one timer.
 
-    Text is sent by the clock itself. For every other field that an event may fill, Gradio rebuilds
-    its configuration, changed or not, which took most of the time of a refresh: those are filled
-    by an event of their own, when one of them has changed.
+    The timer sends texts itself. For all other output fields of an event, Gradio rebuilds the
+    configuration even without a change, which took most of the time of a refresh. A separate event
+    therefore fills these fields, and only when one of them has changed.
     """
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
-    others = {name: field for name, field in fields.items() if name not in texts}
-    # What this page was last sent of each, and a mark of what the others should show.
-    seen_texts, seen_others, mark = gr.State({}), gr.State({}), gr.State("")
+    controls = {name: field for name, field in fields.items() if name not in texts}
+    # The last updates that this page received, and a mark that changes with the controls.
+    seen_texts, seen_controls, mark = gr.State({}), gr.State({}), gr.State("")
 
     inputs = [fields[name] for name in CHOOSERS]
 
-    def parts(*values: Any) -> Any:
-        jobs, chosen = context.jobs(), dict(zip(CHOOSERS, values, strict=False))
-        run_id, adapter, selected, study, picked = map(chosen.get, CHOOSERS[:5])
-        made, problems = whole_tabs(
+    def updates(*values: Any) -> Any:
+        jobs, choices = context.jobs(), dict(zip(CHOOSERS, values, strict=False))
+        run_id, adapter, selected, study, picked = map(choices.get, CHOOSERS[:5])
+        content, problems = whole_tabs(
             Subject=lambda: subject.refresh(context, jobs, picked),
-            Train=lambda: run.refresh(context, jobs, run_id) | train.refresh(context, jobs, chosen),
-            Generate=lambda: generate.refresh(context, jobs, adapter, chosen),
-            Library=lambda: library.refresh(jobs, selected, chosen),
-            Compare=lambda: compare.refresh(context, jobs, study, chosen),
+            Train=lambda: (
+                run.refresh(context, jobs, run_id) | train.refresh(context, jobs, choices)
+            ),
+            Generate=lambda: generate.refresh(context, jobs, adapter, choices),
+            Library=lambda: library.refresh(jobs, selected, choices),
+            Compare=lambda: compare.refresh(context, jobs, study, choices),
         )
         problems += [context.queue.problem] if context.queue.problem else []
-        return {"header": html.header(jobs, problems), **made}
+        return {"header": html.header(jobs, problems), **content}
 
     again = functools.partial(read_again_if_deleted, context)
 
     @again
-    def tick(known: dict[str, Any], *chosen: Any) -> list[Any]:
-        now = parts(*chosen)
-        marks = [now[name][0] for name in others if name in now]
-        return [repr(marks), *_changes(known, now, texts)]
+    def tick(seen: dict[str, Any], *choices: Any) -> list[Any]:
+        now = updates(*choices)
+        marks = [now[name][0] for name in controls if name in now]
+        return [repr(marks), *_changes(seen, now, texts)]
 
     @again
-    def fill(known: dict[str, Any], *chosen: Any) -> list[Any]:
-        return _changes(known, parts(*chosen), others)
+    def fill(seen: dict[str, Any], *choices: Any) -> list[Any]:
+        return _changes(seen, updates(*choices), controls)
 
     outputs = [mark, seen_texts, *texts.values()]
     clock = gr.Timer(TICK_SECONDS)
     ui.on(clock.tick, tick, [seen_texts, *inputs], outputs, trigger_mode="once")
     ui.on(restored.then, tick, [seen_texts, *inputs], outputs)
-    filled = [seen_others, *others.values()]
-    ui.on(mark.change, fill, [seen_others, *inputs], filled, trigger_mode="always_last")
+    filled = [seen_controls, *controls.values()]
+    ui.on(mark.change, fill, [seen_controls, *inputs], filled, trigger_mode="always_last")
 
 
 def whole_tabs(**tabs: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """Return the tabs' content, and a line for each that fails and shows what it did before."""
-    made: dict[str, Any] = {}
+    """Return the tabs' content, and an error line for each tab that fails and is not updated."""
+    content: dict[str, Any] = {}
     problems = []
     for name, refresh in tabs.items():
         try:
-            made |= refresh()
+            content |= refresh()
         except FileNotFoundError:
             raise  # see `read_again_if_deleted`
         except Exception as error:
             problems.append(f"{name} cannot be shown: {explain_to_all(error)}")
             _log_once(repr(error))
-    return made, problems
+    return content, problems
 
 
 @functools.lru_cache(maxsize=64)
 def _log_once(error: str) -> None:
-    """Log what is being handled; the clock comes upon it again and again."""
+    """Print the traceback of the current error once, although the timer repeats the error."""
     traceback.print_exc(file=sys.stderr)
 
 
 def read_again_if_deleted(context: Context, handler: Handler) -> Handler:
-    """Make a refresh read again where a file that it was about to read is deleted meanwhile.
+    """Wrap a refresh so that it is retried if a file is deleted while it runs.
 
-    The runs that it knows may be from before that, so they are listed again first.
+    The jobs are listed again before each retry.
     """
 
     @functools.wraps(handler)
@@ -176,16 +180,16 @@ def read_again_if_deleted(context: Context, handler: Handler) -> Handler:
     return run  # type: ignore[return-value]
 
 
-def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[Any]:
-    """Return what the page has seen from now on, then each part that is new to it."""
-    seen, updates = dict(known or {}), []
+def _changes(before: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[Any]:
+    """Return the new state of the page, then an update for each field that has changed."""
+    seen, updates = dict(before or {}), []
     for name in names:
         if name not in now:
             updates.append(gr.skip())
             continue
-        part = now[name]
-        mark = part[0] if isinstance(part, tuple) else part
-        updates.append(ui.filled(part) if seen.get(name, _NEVER) != mark else gr.skip())
+        update = now[name]
+        mark = update[0] if isinstance(update, tuple) else update
+        updates.append(ui.filled(update) if seen.get(name, _NEVER) != mark else gr.skip())
         seen[name] = mark
     return [seen, *updates]
 
@@ -194,13 +198,13 @@ _NEVER = object()
 
 
 def add_report(context: Context) -> None:
-    """Add the fields: the text is made when they are opened, which takes some seconds."""
+    """Add the bug report, whose text is written on opening because it takes some seconds."""
 
     def describe() -> str:
         if context.launch.is_open:
             raise UserError(
-                "a shared app does not describe the machine that it runs on; whoever runs it can "
-                "call dora-diffusion doctor there"
+                "a shared app does not describe the machine that it runs on; its operator can call "
+                "dora-diffusion doctor there"
             )
         return str(describe_environment(context.workspace.root))
 
@@ -210,7 +214,7 @@ def add_report(context: Context) -> None:
             "no name of yours. Add the traceback, or the end of the run's log."
         )
         ui.html_block(html.quiet(text))
-        # Without its label it has no button.
+        # The copy button needs a label.
         report = gr.Textbox(
             label="This installation", lines=12, max_lines=40, interactive=False,
             placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",

@@ -1,4 +1,4 @@
-"""Curves of a run's loss; pieces.html draws them."""
+"""Loss curves of a run, drawn by pieces.html."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from dora_diffusion.studio.app.html import empty, pieces
 
-# Sides of the area in the drawing of 640 x 240 in pieces.html.
+# Edges of the plot area in the drawing of 640 x 240 in pieces.html.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 628, 14, 212
 _MOST_POINTS = 400
 
 
 def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    """Exponential moving average without the bias of its start (as Adam corrects it)."""
+    """Return the exponential moving average with bias correction, as in Adam."""
     mean, result = 0.0, []
     for count, value in enumerate(values, start=1):
         mean = keep * mean + (1 - keep) * value
@@ -25,12 +25,12 @@ def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
 def loss_plot(
     records: Sequence[Mapping[str, Any]], validation: Mapping[int, float] | None = None
 ) -> str:
-    """Raw and smoothed loss over steps, and below them the validation loss on a scale of its own.
+    """Plot the raw and smoothed loss over steps, and below them the validation loss.
 
     Args:
         records: Records of the steps.
-        validation: Validation losses by step, 0 being the base; few, and of another size than
-            training's, which weighs timesteps.
+        validation: Validation losses by step; step 0 is the base model. They have a separate scale,
+            because the training loss weights timesteps.
     """
     if len(records) < 2:
         return empty("No loss yet", "The curve appears with the first steps.")
@@ -39,7 +39,7 @@ def loss_plot(
     smooth = smoothed(raw)
     every = -(-len(steps) // _MOST_POINTS)
     ordered = sorted(raw)
-    # A few high draws (large noise levels) would flatten the rest.
+    # A few outliers (large noise levels) would flatten the rest.
     most = max(ordered[int(0.98 * (len(ordered) - 1))], max(smooth))
     training = _Area(f"Loss over {len(steps)} steps", steps[0], steps[-1], ordered[0], most)
     training.add_line("dd-raw", steps[::every], raw[::every])
@@ -49,7 +49,7 @@ def loss_plot(
 
 
 def _validation_area(steps: Sequence[int], losses: Mapping[int, float]) -> _Area:
-    """The validation loss over the same steps, with a mark at its lowest."""
+    """Return the plot of the validation loss over the same steps, with a mark at its minimum."""
     values, first = list(losses.values()), min(steps[0], *losses)
     label = f"Validation loss, taken {len(values)} times"
     area = _Area(label, first, max(steps[-1], *losses), min(values), max(values))
@@ -61,16 +61,16 @@ def _validation_area(steps: Sequence[int], losses: Mapping[int, float]) -> _Area
 
 @dataclass
 class _Area:
-    """Area of a plot: its steps, and the losses from its bottom to its top.
+    """Area of a plot, with its range of steps and losses.
 
     Attributes:
-        label: Its name for a screen reader.
-        first: The step at its left.
-        last: The step at its right.
-        low: The loss at its bottom.
-        high: The loss at its top.
+        label: Label for screen readers.
+        first: Step at the left edge.
+        last: Step at the right edge.
+        low: Loss at the bottom edge.
+        high: Loss at the top edge.
         lines: CSS class -> points of a curve.
-        best: The step of the lowest validation loss.
+        best: Step of the lowest validation loss.
         losses: Validation losses by step.
     """
 
@@ -90,13 +90,13 @@ class _Area:
         return f"{_LEFT + way * (_RIGHT - _LEFT):.1f}", f"{_BOTTOM - share * (_BOTTOM - _TOP):.1f}"
 
     def add_line(self, name: str, steps: Sequence[int], losses: Sequence[float]) -> None:
-        """Add a curve, with the CSS class that draws it."""
+        """Add a curve with the CSS class ``name``."""
         points = (self.point(*at) for at in zip(steps, losses, strict=True))
         self.lines[name] = " ".join(f"{x},{y}" for x, y in points)
 
     @property
     def grid(self) -> list[tuple[int, str]]:
-        """Heights of the grid's lines, with the loss at each: one where all losses are equal."""
+        """Heights of the grid lines with their losses; a single line if all losses are equal."""
         shares = (0.0, 0.5, 1.0) if self.high > self.low else (0.0,)
         return [
             (

@@ -40,10 +40,10 @@ def serve(launch: Launch) -> None:
     try:
         print(f"open {address}", flush=True)
         if launch.logins:
-            print(f"This app asks for a name and a password. {SHARED}", flush=True)
+            print(f"This app requires a name and a password. {SHARED}", flush=True)
         if launch.browser:
             webbrowser.open(address)
-        while not ended.wait(1):  # Windows lets no signal through a wait without an end.
+        while not ended.wait(1):  # On Windows a wait without a timeout blocks signals.
             pass
     finally:
         context.queue.close()
@@ -52,7 +52,7 @@ def serve(launch: Launch) -> None:
 
 
 def _left(jobs: Sequence[Job]) -> list[str]:
-    """Return lines on the jobs that continue without the app, and on those that wait for it."""
+    """Return lines on active jobs, which continue without the app, and on waiting jobs."""
     lines = [
         f"{job.title} continues without it: start the app again to follow or stop it, or read "
         f"{job.folder / LOG}"
@@ -65,12 +65,12 @@ def _left(jobs: Sequence[Job]) -> list[str]:
 
 
 class Guard:
-    """ASGI middleware: refuse what other sites' pages ask for, see `Launch.refusal`.
+    """ASGI middleware that refuses requests from other sites' pages, see `Launch.refusal`.
 
     Args:
-        app: What answers all other requests.
-        launch: How the app is served.
-        shared: Names of the share link, which are known only when it is there.
+        app: ASGI app for accepted requests.
+        launch: Settings of the server.
+        shared: Host names of the share link, added once it is created.
     """
 
     def __init__(self, app: Any, launch: Launch, shared: Collection[str]) -> None:
@@ -79,7 +79,7 @@ class Guard:
         self._shared = shared
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer with status 403, or close a websocket before it opens, or let it pass."""
+        """Forward a request, or refuse it with status 403 or by closing its websocket."""
         reason = ""
         if scope["type"] in ("http", "websocket"):
             headers: dict[str, list[str]] = {}
@@ -97,14 +97,14 @@ class Guard:
 
 
 def start(launch: Launch) -> tuple[Context, Any, str]:
-    """Start serving in threads. Returns the context, the Gradio app and its address."""
+    """Start the server in threads. Returns the context, the Gradio app and its address."""
     context = Context(launch)
-    # Uploads stay inside the runs folder. Gradio reads this when it is imported.
+    # Keep uploads inside the runs folder. Gradio reads this on import.
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.cache.resolve())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # It would make a table of the last 10,000 events, with pandas, whenever one has ended.
+    # Otherwise Gradio builds a pandas table of the last 10,000 events after each event.
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(2**62)
-    # Not `launch(run_history=False)`: earlier releases have neither the history nor the argument.
+    # Instead of `launch(run_history=False)`, because earlier releases lack the argument.
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     from starlette.middleware import Middleware
     from starlette.routing import Mount
@@ -112,7 +112,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     from dora_diffusion.studio.app.api import make_api
     from dora_diffusion.studio.app.page import build_page
 
-    # Many runs take a second to read, which the first page would wait for.
+    # Read the runs in advance: with many of them the first page would wait a second.
     threading.Thread(target=context.jobs, name="first-look", daemon=True).start()
     _wait_for_servers()
     blocks, share_names = build_page(context), set[str]()
@@ -131,12 +131,12 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
             for path in (context.workspace.images, context.workspace.exports, samples_folder())
         ],
         max_file_size=MAX_FILE,
-        # Gradio's "Settings" would offer to record the screen.
+        # Gradio's "Settings" link would offer to record the screen.
         footer_links=[],
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        # Gradio would end the app where its page takes more than three seconds.
+        # Otherwise Gradio stops the app if its page takes more than three seconds.
         _frontend=False,
         app_kwargs={
             "middleware": [Middleware(Guard, launch=launch, shared=share_names)],
@@ -154,7 +154,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -162,9 +162,9 @@ def free_port() -> int:
 
 
 def _wait_for_servers() -> None:
-    """Have Gradio wait until a server has started or ended, instead of five seconds at most.
+    """Make Gradio wait until a server has started or ended, instead of at most five seconds.
 
-    On a machine that is busy, the app would be told that its port is taken, or have two of them.
+    On a busy machine, Gradio would report that the port is taken, or start two servers.
     """
     from gradio import http_server
 
@@ -186,14 +186,14 @@ HEAD = f"""<meta name="color-scheme" content="light dark">
 
 
 def spoken_words() -> Any:
-    """Return the text for screen readers when work ends, which Gradio 6 has no words for."""
+    """Return the screen readers' text for the end of an event, which Gradio 6 lacks."""
     import gradio as gr
 
     return gr.I18n(en={"common.complete": "Complete"})
 
 
 def make_theme() -> Any:
-    """The Gradio theme; `style.css` does the rest."""
+    """Return the Gradio theme; other styles are in `style.css`."""
     import gradio as gr
 
     persimmon = gr.themes.Color(*THEME["persimmon"], name="persimmon")

@@ -1,4 +1,4 @@
-"""Conversion of the page's choices to `TrainConfig`, and to the same run's command line."""
+"""Conversion of the page's fields to `TrainConfig`, and to the command line of the same run."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ EMBEDDED = EMBEDDED_MODELS[0]
 DATASET_FILE = "subjects.yaml"
 
 PROMPTS = ("target", "positive", "negative", "anchors")
-"""Settings of a slider with a field of their own, for a prompt in each line."""
-# Fields of their own on the page, and what the app itself decides: where a run lies, when it
-# resumes, and (in the Library) whether it is published. use_8bit_adam is an optimizer's other name.
+"""Settings of a slider with a separate field, one prompt per line."""
+# Settings with a separate field, and settings that the app decides: the folder of a run, resuming,
+# and publishing (in the Library). use_8bit_adam is another name of an optimizer.
 _NOT_ADVANCED = frozenset((
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
     "token", "class_word", *PROMPTS, "validation_prompt", "output_dir", "overwrite_output_dir",
@@ -47,13 +47,13 @@ _NOT_ADVANCED = frozenset((
 ))  # fmt: skip
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
 ADVANCED: tuple[str, ...] = tuple(name for name in SETTINGS if name not in _NOT_ADVANCED)
-# Advanced settings by heading, as --help has them. Each keeps its name on the command line.
+# Advanced settings by heading, as in --help, under their command-line names.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     group: tuple(name for name in ADVANCED if SETTINGS[name].group == group)
     for group in dict.fromkeys(SETTINGS[name].group for name in ADVANCED)
 }
 
-# Settings with a field of their own on the page, as it is labelled there.
+# Labels of the settings with a separate field.
 LABELS: Mapping[str, str] = {
     "pretrained_model_name_or_path": "Base model", "init_adapter": "Start from",
     "class_word": "Class", "validation_prompt": "Sample prompts",
@@ -63,20 +63,20 @@ _LABELLED = re.compile(rf"(?:--)?\b({'|'.join(LABELS)})\b")
 _SWITCHES = {
     "with_prior_preservation": "prior preservation", "random_flip": "mirrored photos",
 }  # fmt: skip
-# Of a setting that follows from the model where it is neither.
+# Choices of an optional switch, whose default depends on the model.
 _SWITCH = {"on": True, "off": False}
 
 
 def preset_values(preset: str, model: str, device: Device | None = None) -> dict[str, Any]:
-    """Every advanced setting of a preset for a model on a device.
+    """Return all advanced settings of a preset for a model on a device.
 
     Args:
         preset: One of `PRESETS`.
-        model: Base model; one that is not there gets what suits Stable Diffusion 1.
-        device: What it would train on, for precision, gradient checkpointing and optimizer.
+        model: Base model. An unknown model gets the settings for Stable Diffusion 1.
+        device: Device for training, for precision, gradient checkpointing and optimizer.
 
     Raises:
-        UserError: If there is no such preset.
+        UserError: If the preset does not exist.
     """
     if preset not in PRESETS:
         raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
@@ -102,27 +102,27 @@ def _preset_settings(preset: str, model: str) -> dict[str, Any]:
 
 
 def preset_sentence(preset: str, model: str) -> str:
-    """Describe what a preset sets for a model, of the settings that the page has fields for.
+    """Describe the settings of a preset for a model, as far as the page has fields for them.
 
     Example:
         >>> preset_sentence("pet", "stable-diffusion-v1-5/stable-diffusion-v1-5")
         'For this model: 800 steps, with prior preservation, with mirrored photos.'
     """
-    own, usual = _preset_settings(preset, model), TrainConfig().to_dict()
-    changed = {name: own[name] for name in ADVANCED if name in own and own[name] != usual[name]}
-    parts = [f"{changed.pop('max_train_steps', usual['max_train_steps'])} steps"]
-    if own.get("teach") != "slider":  # which has no photos
+    values, usual = _preset_settings(preset, model), TrainConfig().to_dict()
+    changed = {n: values[n] for n in ADVANCED if n in values and values[n] != usual[n]}
+    phrases = [f"{changed.pop('max_train_steps', usual['max_train_steps'])} steps"]
+    if values.get("teach") != "slider":  # A slider has no photos.
         for name, title in _SWITCHES.items():
-            parts.append(f"{'with' if changed.pop(name, usual[name]) else 'without'} {title}")
-    parts += [
+            phrases.append(f"{'with' if changed.pop(name, usual[name]) else 'without'} {title}")
+    phrases += [
         " ".join([name.replace("_", " "), *([] if value is True else words_of(value))])
         for name, value in changed.items()
     ]
-    return f"For this model: {', '.join(parts)}."
+    return f"For this model: {', '.join(phrases)}."
 
 
 def token_advice(preset: str) -> str:
-    """Describe what to type as token where a preset needs another than usual; the app sets none.
+    """Describe the token to type if a preset needs an unusual one; the app does not set it.
 
     Example:
         >>> token_advice("style"), token_advice("pet")
@@ -138,13 +138,13 @@ def token_advice(preset: str) -> str:
 
 
 def default_guidance(model: str) -> float:
-    """The guidance scale that a base model's samples are made with, unless told otherwise."""
+    """Return the default guidance scale of a base model's samples."""
     usual = TrainConfig.validation_guidance_scale
     return float(SMALL["validation_guidance_scale"] if is_embedded(model) else usual)
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
-    """Settings changed by hand that have no effect, with the reason, and unusual rates."""
+    """Return lines on manually changed settings without effect, and on unusual learning rates."""
     presets = [preset_values(preset, config.pretrained_model_name_or_path) for preset in PRESETS]
     changed = [
         name
@@ -162,32 +162,30 @@ def make_config(
     class_word: str,
     prompts: Sequence[str],
     advanced: Mapping[str, Any],
-    others: Sequence[Mapping[str, Any]] = (),
+    other_entries: Sequence[Mapping[str, Any]] = (),
 ) -> TrainConfig:
-    """The settings of a run.
+    """Return the settings of a run.
 
     Args:
         model: Base model: ``embedded:NAME``, hub id, folder or file.
         photos: Folder of photos.
         output_dir: The job's folder.
-        token: The word that will mean the subject; with neither this nor a class word, captions
-            are trained on as they are.
-        class_word: What the subject is.
-        prompts: Prompts of the sample images; ``{subject}`` stands for token and class word, of
-            each subject in its turn.
-        advanced: Values by setting name, as the page's fields give them; of a slider, which has no
-            subject, its `PROMPTS` too.
-        others: Entries of `TrainConfig.dataset_config` for subjects beside it, with their token
-            and class word.
+        token: Token of the subject. Without token and class word, captions are used unchanged.
+        class_word: Class word of the subject.
+        prompts: Prompts of the sample images. ``{subject}`` is replaced by token and class word; a
+            prompt with it is repeated for each subject.
+        advanced: Values of the page's fields by setting name; for a slider also its `PROMPTS`.
+        other_entries: Entries of `TrainConfig.dataset_config` for further subjects, with token and
+            class word.
 
     Raises:
-        UserError, ConfigError: If a value cannot work, in one line.
+        UserError, ConfigError: If a value is invalid, in one line.
     """
     taught: dict[str, Any]
     if advanced.get("teach") == "slider":
         taught = {name: _lines(advanced.get(name, ""), name) for name in PROMPTS}
-        shown = [line for line in _lines("\n".join(prompts)) if "{subject}" not in line]
-        return _config(model, output_dir, shown, advanced, taught)
+        samples = [line for line in _lines("\n".join(prompts)) if "{subject}" not in line]
+        return _config(model, output_dir, samples, advanced, taught)
     token = clean_text(token, 50, "token")
     class_word = clean_text(class_word, 100, "class")
     is_style = not token and not class_word
@@ -195,23 +193,23 @@ def make_config(
         raise UserError("the token must be one rare word, such as sks")
     if not is_style and not class_word:
         raise UserError("say what the subject is: one or two words such as mug, dog or toy robot")
-    own = {"instance_data_dir": str(photos), "token": token, "class_word": class_word or None}
-    entries = [own, *map(dict, others)]
-    for entry in entries:  # The caption of photos that have none; a style has no such.
+    first = {"instance_data_dir": str(photos), "token": token, "class_word": class_word or None}
+    entries = [first, *map(dict, other_entries)]
+    for entry in entries:  # The caption of photos without one; a style has no default caption.
         subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
         entry["instance_prompt"] = f"a photo of a {subject}" if subject else None
     subjects = [f"{entry['token']} {entry['class_word']}" for entry in entries if entry["token"]]
-    shown = [
+    samples = [
         line.replace("{subject}", subject)
         for line in _lines("\n".join(prompts))
         for subject in (subjects if "{subject}" in line else [""])
     ]
-    taught = {"dataset_config": entries} if others else entries[0]
-    return _config(model, output_dir, shown, advanced, taught)
+    taught = {"dataset_config": entries} if other_entries else entries[0]
+    return _config(model, output_dir, samples, advanced, taught)
 
 
 def _lines(text: str, what: str = "sample prompt") -> list[str]:
-    """The lines of a field with a prompt in each, but for empty ones."""
+    """Split a field into prompts, one per line; drop empty lines."""
     lines = (clean_text(line, PROMPT_LIMIT, what) for line in text.splitlines())
     return list(filter(None, lines))
 
@@ -220,7 +218,7 @@ def _config(
     model: str, output_dir: Path, prompts: Sequence[str], advanced: Mapping[str, Any],
     taught: Mapping[str, Any],
 ) -> TrainConfig:  # fmt: skip
-    """The settings of a run that is taught something."""
+    """Return the settings of a run with the ``taught`` subjects or slider."""
     usual = vars(TrainConfig())
     values = {n: _value(n, advanced[n], usual[n]) for n in ADVANCED if n in advanced}
     return TrainConfig.from_dict(
@@ -235,7 +233,7 @@ def _config(
 
 
 def _value(name: str, value: Any, default: Any) -> Any:
-    """A field's value as a config file may have it; an empty field means the default."""
+    """Convert a field's value to a value of a config file; an empty field gives the default."""
     setting = SETTINGS[name]
     if isinstance(value, bool):
         return value
@@ -248,7 +246,7 @@ def _value(name: str, value: Any, default: Any) -> Any:
 
 
 def _name(text: object, what: str) -> str:
-    """A model's name or a path, letter by letter: nothing between its ends is changed."""
+    """Return a model's name or a path, stripped but otherwise unchanged."""
     name = str(text or "").strip()
     if len(name) > NAME_LIMIT or not name.isprintable():
         raise UserError(
@@ -258,7 +256,7 @@ def _name(text: object, what: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """A message with a capital, unless it begins with the name of a model, a path or a setting.
+    """Capitalize a message unless it begins with the name of a model, a path or a setting.
 
     Example:
         >>> sentence("the model is gone"), sentence("org/model is gone"), sentence("rank is 0")
@@ -271,7 +269,7 @@ def sentence(text: str) -> str:
 
 
 def with_labels(text: str) -> str:
-    """A message in which settings are called as the page's own fields are.
+    """Replace names of settings in a message by the labels of the page's fields.
 
     Example:
         >>> with_labels("name another pretrained_model_name_or_path")
@@ -281,9 +279,9 @@ def with_labels(text: str) -> str:
 
 
 def setting_text(value: Any) -> Any:
-    """A setting's value as its field shows it: text, but for a box that is ticked.
+    """Convert a setting's value to the value of its field: text, or a bool for a checkbox.
 
-    Numbers are text too: an empty number field of Gradio's turns into 0 when it is unfolded.
+    Numbers become text too, because Gradio turns an empty number field into 0 when it is unfolded.
     """
     if isinstance(value, bool):
         return value
@@ -291,7 +289,7 @@ def setting_text(value: Any) -> Any:
 
 
 def shown_choices(setting: Setting) -> list[tuple[str, str]]:
-    """Return a setting's choices, as (label, `setting_text`); empty where it may be anything."""
+    """Return a setting's choices as (label, `setting_text`); empty if any value is allowed."""
     names = _SWITCH if setting.kind is bool and setting.default is None else setting.choices
     choices = [(choice, choice) for choice in names or ()]
     is_optional = bool(choices) and setting.default is None
@@ -299,7 +297,7 @@ def shown_choices(setting: Setting) -> list[tuple[str, str]]:
 
 
 def command_line(config: TrainConfig) -> str:
-    """The command that does the same run: the base model, and what is not the default's.
+    """Return the command of the same run: the base model, and settings that are not defaults.
 
     Example:
         >>> command_line(TrainConfig(rank=4)).splitlines()[-1].strip()
@@ -320,6 +318,6 @@ def command_line(config: TrainConfig) -> str:
         elif isinstance(value, bool):
             words = [f"--{name}" if value else f"--no-{name}"]
         lines.append(words)
-    # With the threads that a job has: another number may round the last bits otherwise.
+    # The number of threads is a job's: another number may change the rounding of the last bits.
     is_small = is_embedded(config.pretrained_model_name_or_path)
     return file + shown_command(lines, "OMP_NUM_THREADS=1" if is_small else "")

@@ -1,1 +1,1 @@
-"""Work in processes that outlive who started them: a queue on disk, its workers, what they say."""
+"""Jobs in processes that outlive the app: a queue on disk, its workers and their reports."""

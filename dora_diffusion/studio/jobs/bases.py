@@ -1,10 +1,8 @@
-"""Base models to train on: those of this package, released ones, and those found on this machine.
+"""Base models to train on (embedded, released, or on this machine), and checks before a run.
 
-And what is refused of one before a run.
-
-Looked at are the hub's cache (``HF_HOME``), the model folders of ComfyUI (``COMFYUI_PATH``) and
-A1111 (``A1111_PATH``), and the folders that ``DORA_DIFFUSION_MODELS``, ``--model_folders`` or
-``model_folders.txt`` in the runs folder name.
+Models are searched in the hub's cache (``HF_HOME``), the model folders of ComfyUI
+(``COMFYUI_PATH``) and A1111 (``A1111_PATH``), and the folders listed in ``DORA_DIFFUSION_MODELS``,
+``--model_folders`` or ``model_folders.txt`` in the runs folder.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ FOLDERS_FILE = "model_folders.txt"
 _TO_DOWNLOAD = "to be downloaded"
 _MOST_FOUND = 60
 _DEPTH = 2
-# Where the programs keep whole models, below their own folder.
+# Folders of complete models, relative to each program's folder.
 _PROGRAMS: Mapping[str, tuple[str, ...]] = {
     "COMFYUI_PATH": ("models/checkpoints", "models/diffusers"),
     "A1111_PATH": ("models/Stable-diffusion",),
@@ -38,9 +36,9 @@ class Base:
     """A base model.
 
     Attributes:
-        name: What ``pretrained_model_name_or_path`` is given.
-        family: Name of its `Family`; ``""`` while it is not known.
-        where: In a few words, where it is.
+        name: Value of ``pretrained_model_name_or_path``.
+        family: Name of its `Family`; ``""`` while unknown.
+        where: Short description of its location.
     """
 
     name: str
@@ -56,18 +54,18 @@ class Base:
 
 
 def on_this_machine(models: Sequence[Base]) -> list[Base]:
-    """Return those of `bases` that know photographs and need no download."""
+    """Return the models that are not toys and need no download."""
     here = (base for base in models if base.family and base.where != _TO_DOWNLOAD)
     return [base for base in here if not locate.is_embedded(base.name)]
 
 
 def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> list[Base]:
-    """Every base model to offer on this machine, the embedded ones first.
+    """Return all base models to offer on this machine, the embedded ones first.
 
     Args:
-        workspace: The runs folder, whose `FOLDERS_FILE` may name model folders, one a line.
-        listed: Models that whoever started the app named.
-        folders: Model folders that whoever started the app named.
+        workspace: The runs folder. Its `FOLDERS_FILE` may list model folders, one per line.
+        listed: Models of ``--models``.
+        folders: Folders of ``--model_folders``.
     """
     models = [*named_bases(listed), *in_hub_cache(), *of_runs(workspace)]
     for folder, where in model_folders(os.environ, workspace, folders):
@@ -81,7 +79,7 @@ def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> li
 
 
 def named_bases(listed: Sequence[str]) -> list[Base]:
-    """The embedded models, and those that whoever started the app named."""
+    """Return the embedded models and the models of ``--models``."""
     embedded = [_base(f"{locate.EMBEDDED_PREFIX}{name}", "toy") for name in MODELS]
     return embedded + [_base(name, "named with --models") for name in listed]
 
@@ -94,7 +92,7 @@ def _base(name: str, where: str) -> Base:
 
 
 def of_runs(workspace: Path) -> list[Base]:
-    """The models that full fine-tuning made in the runs folder."""
+    """Return the fine-tuned models in the runs folder."""
     folders = sorted(workspace.glob(f"*/{PIPELINE_NAME}/model_index.json"))
     return [
         _base(str(index.parent), f"fine-tuned in run {index.parents[1].name}") for index in folders
@@ -102,7 +100,7 @@ def of_runs(workspace: Path) -> list[Base]:
 
 
 def in_hub_cache() -> list[Base]:
-    """Downloaded pipelines of a supported family, with the UNet's weights in safetensors."""
+    """Return downloaded pipelines of a supported family with UNet weights in safetensors."""
     cached = []
     for name in locate.cached_models():
         snapshot = locate.cached_snapshot(name)
@@ -116,28 +114,28 @@ def in_hub_cache() -> list[Base]:
 def model_folders(
     environment: Mapping[str, str], workspace: Path, named: Sequence[Path]
 ) -> list[tuple[Path, str]]:
-    """Folders to look for models in, each with what to call it."""
+    """Return existing folders to search for models, each with a description for the page."""
     folders = [(folder, "named with --model_folders") for folder in named]
-    for variable, parts in _PROGRAMS.items():
+    for variable, paths in _PROGRAMS.items():
         if environment.get(variable):
-            folders += [(Path(environment[variable], part), variable) for part in parts]
+            folders += [(Path(environment[variable], path), variable) for path in paths]
     listed = environment.get("DORA_DIFFUSION_MODELS", "").split(os.pathsep)
     folders += [(Path(line), "DORA_DIFFUSION_MODELS") for line in listed if line]
     file = workspace / FOLDERS_FILE
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     folders += [(Path(line.strip()), FOLDERS_FILE) for line in lines if line.strip()]
-    there = ((folder.expanduser(), where) for folder, where in folders)
-    return [(folder, where) for folder, where in there if folder.is_dir()]
+    expanded = ((folder.expanduser(), where) for folder, where in folders)
+    return [(folder, where) for folder, where in expanded if folder.is_dir()]
 
 
 def in_folder(folder: Path, where: str) -> list[Base]:
-    """Whole models in a folder: Diffusers folders and single files; adapters and others are not."""
+    """Return the complete models in a folder: Diffusers folders and single files, no adapters."""
     models = (_base(str(path), where) for path in _candidates(folder, _DEPTH))
     return list(islice((base for base in models if base.family), _MOST_FOUND))
 
 
 def _candidates(folder: Path, depth: int) -> Iterable[Path]:
-    """Yield paths that may be models; links are followed to files, and not to folders."""
+    """Yield paths that may be models. Links to files are followed, links to folders are not."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
@@ -156,15 +154,15 @@ _CONFIGS = ["model_index.json", "unet/config.json"]
 
 
 def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:
-    """Check before a run that its base model is there.
+    """Check before a run that its base model exists and can be trained.
 
     Args:
         name: The model.
-        revision: Of a hub id.
-        ask_hub: Ask the hub for its configuration where it is not on this machine.
+        revision: Revision of a hub id.
+        ask_hub: Fetch the configuration from the hub if the model is not on this machine.
 
     Raises:
-        UserError: If there is no such model, or it is of a kind that cannot be trained.
+        UserError: If the model does not exist, or is of a kind that cannot be trained.
     """
     path = Path(name).expanduser()
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -193,7 +191,7 @@ def check_variant(name: str, variant: str | None) -> None:
     """Check before a run that a folder has weights of a variant.
 
     Raises:
-        UserError: With what there is.
+        UserError: If there are none, with the existing weights.
     """
     folder = locate.folder_of(name) if variant else None
     if folder is None:
@@ -206,14 +204,14 @@ def check_variant(name: str, variant: str | None) -> None:
 
 
 def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
-    """Check before a run that a model, and the folders that it names, are there.
+    """Check before a run that its models and folders exist.
 
     Args:
-        config: The settings.
-        ask_hub: Ask the hub for models that are not on this machine.
+        config: Settings of the run.
+        ask_hub: Query the hub for models that are not on this machine.
 
     Raises:
-        UserError: What is missing, and what to do.
+        UserError: If one is missing, with the fix.
     """
     check_base(config.pretrained_model_name_or_path, config.revision, ask_hub=ask_hub)
     vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
@@ -230,9 +228,9 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
 
 
 def path_here(base: BaseModel) -> str | None:
-    """A base model's path, or its folder in the hub's cache; None where it is not on the disk.
+    """Return a base model's path, or its folder in the hub's cache; None if it is not on disk.
 
-    The hub is not asked.
+    The hub is not queried.
     """
     from dora_diffusion.formats.checkpoint.models import PipelineFolder
     from dora_diffusion.formats.files.stream import TensorFileError
@@ -242,7 +240,7 @@ def path_here(base: BaseModel) -> str | None:
         return name
     try:
         folder = locate.resolve_folder(base, local_only=True)
-        PipelineFolder(folder, base.variant)  # The cache may hold its configuration alone.
+        PipelineFolder(folder, base.variant)  # The cache may contain only the configuration.
     except (locate.ModelNotFoundError, TensorFileError):
         return None
     return str(folder)

@@ -1,4 +1,4 @@
-"""A data set as one file: the photos of a subject with their captions and masks, in a zip."""
+"""Import and export of a subject's photos, captions and masks as a zip."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from dora_diffusion.studio.jobs.uploads import (
 
 _MOST_ENTRIES = 4 * MAX_PHOTOS
 _MOST_TEXT = 64 * 2**10
-# Damaged, of an unknown compression, encrypted, cut off.
+# Errors for zips that are damaged, encrypted, truncated, or compressed by an unknown method.
 _UNREADABLE = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error)
 
 
 def export_dataset(workspace: Workspace, subject_id: object) -> Path:
-    """Write a subject's photos, captions and masks to a zip that may be downloaded.
+    """Write a subject's photos, captions and masks to a zip for download.
 
     Raises:
-        UserError: If there is no such subject, or it has no photos.
+        UserError: If the subject does not exist, or has no photos.
     """
     subject = subjects.read_subject(workspace, subject_id)
     if not subject.photos:
         raise UserError("the subject has no photos yet; add some first")
     output = workspace.exports / subject.id / f"{file_stem(subject.title, 'dataset')}.zip"
     output.parent.mkdir(exist_ok=True)
-    # Photos are compressed already.
+    # No compression: photos are already compressed.
     with atomic_file(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for photo in subject.photos:
             for file in (photo, photo.with_suffix(".txt"), mask_path(photo)):
@@ -53,13 +53,13 @@ def export_dataset(workspace: Workspace, subject_id: object) -> Path:
 
 
 def import_dataset(workspace: Workspace, file: Path) -> tuple[str, Upload]:
-    """Make a subject of a zip of photos, captions and masks. Returns its id, and what was taken.
+    """Create a subject from a zip of photos, captions and masks. Returns its id and the upload.
 
-    Photos are checked as uploads are. Files of the same name but for the suffix belong together.
+    Photos are checked like uploads. Files whose names differ only in the suffix belong together.
 
     Raises:
-        UserError: If it is no such zip, is too large, or holds no photo that can be taken; nothing
-            is kept then.
+        UserError: If the zip cannot be read, is too large, or contains no usable photo. No subject
+            is created then.
     """
     require_file(file, MAX_FILE)
     with tempfile.TemporaryDirectory(dir=workspace.cache) as folder:
@@ -69,10 +69,10 @@ def import_dataset(workspace: Workspace, file: Path) -> tuple[str, Upload]:
         except _UNREADABLE as error:
             raise UserError(f"{shown(file.name)}: not a zip that can be read: {error}") from error
         masks = {f.name[: -len(MASK_SUFFIX)]: f for f in files if f.name.endswith(MASK_SUFFIX)}
-        others = [path for path in files if path not in masks.values()]
+        photos_and_texts = [path for path in files if path not in masks.values()]
         subject_id = subjects.new_subject(workspace, shown(file.stem, 60))
         try:
-            upload = subjects.add_photos(workspace, subject_id, others)
+            upload = subjects.add_photos(workspace, subject_id, photos_and_texts)
             if not upload.accepted:
                 reason = f": {upload.refused[0]}" if upload.refused else ""
                 raise UserError(f"{shown(file.name)} holds no photo that can be taken{reason}")
@@ -86,7 +86,7 @@ def import_dataset(workspace: Workspace, file: Path) -> tuple[str, Upload]:
 
 
 def _add_mask(photo: Path, upload: Upload, masks: dict[str, Path]) -> str:
-    """Give a photo its mask; returns what is wrong with it."""
+    """Write a photo's mask. Returns an error line; empty if the mask is valid or missing."""
     mask = masks.get(upload.names[photo.name])
     if mask is None:
         return ""
@@ -103,10 +103,10 @@ def _add_mask(photo: Path, upload: Upload, masks: dict[str, Path]) -> str:
 
 
 def _extracted(archive: zipfile.ZipFile, folder: Path) -> Iterator[Path]:
-    """Extract photos, captions and masks by their bare names; folders of a zip are one.
+    """Extract photos, captions and masks from all folders of a zip by their bare names.
 
     Raises:
-        UserError: If a name leads outside, is there twice, or the whole is too large.
+        UserError: If a path leads out of the zip, a name is repeated, or the zip is too large.
     """
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     if len(entries) > _MOST_ENTRIES:
@@ -119,13 +119,13 @@ def _extracted(archive: zipfile.ZipFile, folder: Path) -> Iterator[Path]:
             raise UserError(f"the zip names {shown(entry.filename)}, which leads out of it")
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise UserError(f"the zip holds {shown(entry.filename)}, which is a link")
-        is_own = name.startswith((".", "__")) or "__MACOSX" in path.parts
-        if is_own or suffix not in (*PHOTO_SUFFIXES, ".txt"):
+        is_hidden = name.startswith((".", "__")) or "__MACOSX" in path.parts
+        if is_hidden or suffix not in (*PHOTO_SUFFIXES, ".txt"):
             continue
         target = folder / f"{shown(path.stem, 100).replace('?', '_')}{suffix}"
         if target.exists():
             raise UserError(f"the zip holds two files of the name {shown(name)}; rename one")
-        # By what is there, not by what its header says.
+        # Read to the limit: sizes in the header may be wrong.
         most = min(left, _MOST_TEXT if suffix == ".txt" else MAX_BYTES)
         with archive.open(entry) as source:
             content = source.read(most + 1)

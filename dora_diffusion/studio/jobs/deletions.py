@@ -1,4 +1,4 @@
-"""Questions before a deletion: each names the object, its files and their size."""
+"""Questions before a deletion, with the object, its files and their size."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FINAL = "It cannot be restored."
 
 
 def run_question(workspace: Workspace, job_id: object) -> str:
-    """The question before a run or a comparison is deleted.
+    """Return the question before a run or a comparison is deleted.
 
     Raises:
-        UserError: If it is gone.
+        UserError: If the run does not exist.
     """
     job = read_run(workspace, job_id)
     exports = _files(workspace.exports / job.id)
@@ -33,17 +33,17 @@ def run_question(workspace: Workspace, job_id: object) -> str:
         _some(len(exports), "exported file"),
     ]
     output = Path(job.record.output)
-    # A comparison's report lies in the exports, by the id of its own job.
+    # A comparison's report is in the exports, under the id of its job.
     if job.kind == "compare" and output.exists():
         counts.append("its report")
     return _question(job.title, counts, [*_files(job.folder), *exports])
 
 
 def subject_question(workspace: Workspace, subject_id: object) -> str:
-    """The question before a subject is deleted.
+    """Return the question before a subject is deleted.
 
     Raises:
-        UserError: If it is gone.
+        UserError: If the subject does not exist.
     """
     subject = read_subject(workspace, subject_id)
     counts = [
@@ -57,23 +57,23 @@ def subject_question(workspace: Workspace, subject_id: object) -> str:
 
 
 def photo_question(workspace: Workspace, subject_id: object, photo: object) -> str:
-    """The question before a photo is removed from a subject.
+    """Return the question before a photo is removed from a subject.
 
     Raises:
-        UserError: If it is gone.
+        UserError: If the photo does not exist.
     """
     path = photo_path(workspace, subject_id, photo)
-    beside = {"its caption": path.with_suffix(".txt"), "its mask": mask_path(path)}
-    counts = [name for name, file in beside.items() if file.exists()]
+    companions = {"its caption": path.with_suffix(".txt"), "its mask": mask_path(path)}
+    counts = [name for name, file in companions.items() if file.exists()]
     title = f"{path.name} of {read_subject(workspace, subject_id).title}"
     return _question(title, counts, [path])
 
 
 def image_question(images: ImageStore, name: object) -> str:
-    """The question before a generated image is deleted.
+    """Return the question before a generated image is deleted.
 
     Raises:
-        UserError: If it is gone.
+        UserError: If the image does not exist.
     """
     from dora_diffusion.sampling.images import parse_parameters
 
@@ -84,10 +84,10 @@ def image_question(images: ImageStore, name: object) -> str:
 
 
 def prompt_file_question(workspace: Workspace, name: object) -> str:
-    """The question before a file of styles or wildcards is deleted.
+    """Return the question before a file of styles or wildcards is deleted.
 
     Raises:
-        UserError: If it is gone.
+        UserError: If the file does not exist.
     """
     file = next((file for file in list_prompt_files(workspace) if file.name == name), None)
     if file is None:
@@ -98,8 +98,8 @@ def prompt_file_question(workspace: Workspace, name: object) -> str:
     return _question(file.name, counts, [path])
 
 
-def _question(title: str, parts: Sequence[str], files: Iterable[Path], text: str = FINAL) -> str:
-    listed = ", ".join(filter(None, parts))
+def _question(title: str, contents: Sequence[str], files: Iterable[Path], text: str = FINAL) -> str:
+    listed = ", ".join(filter(None, contents))
     size = sum(path.stat().st_size for path in files) / 2**20
     return f"Delete {title}{f' with {listed}' if listed else ''} ({size:,.1f} MB)? {text}"
 
@@ -115,5 +115,5 @@ def _files(folder: Path) -> list[Path]:
 def _photos(folder: Path) -> list[Path]:
     try:
         return list(photos_in(folder))
-    except OSError:  # damaged: no folder, or one that cannot be read
+    except OSError:  # not a folder, or not readable
         return []

@@ -1,4 +1,4 @@
-"""Cost estimate of a run: measured in earlier runs on this machine, or from the table of sizes."""
+"""Cost estimate of a run, from earlier runs on this machine or from the table of sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dora_diffusion.models.locate import model_info
 from dora_diffusion.models.memory import Device, needed_memory, what_would_fit
 from dora_diffusion.studio.jobs.snapshot import Job
 
-# What step time and memory depend on most.
+# The settings that step time and memory depend on most.
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
     "train_text_encoder_ti", "teach", "anchors", "quantize", "quantize_convolutions",
@@ -29,16 +29,16 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in GiB, times in seconds; None is unknown.
+    """Cost estimate; sizes in GiB, times in seconds, None if unknown.
 
     Attributes:
         seconds: Time of the training steps.
         memory: Peak memory.
-        device: What it would train on, with the memory that is free now.
-        disk: Size on disk of a like run's folder.
-        free_disk: What is free now.
-        runs: How many earlier runs it was measured in; 0: memory is from the table.
-        change: What to change so that it fits; empty where it fits, or nothing helps.
+        device: Device for training, with its free memory.
+        disk: Size on disk of a similar run's folder.
+        free_disk: Free disk space.
+        runs: Number of earlier runs with measured memory; 0 if memory is from the table.
+        change: Suggested change so that the run fits; empty if it fits, or nothing helps.
     """
 
     seconds: float | None
@@ -51,32 +51,32 @@ class Estimate:
 
     @property
     def will_not_fit(self) -> bool:
-        """True if it takes more memory than is free."""
+        """True if the run needs more memory than is free."""
         free = self.device.free_gib
         return self.memory is not None and free is not None and self.memory > free
 
 
 def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: Device) -> Estimate:
-    """Compare with earlier runs of the same model and the same cost of a step, and with the table.
+    """Estimate a run from earlier runs with the same model and cost per step, or from the table.
 
     Raises:
         UserError: If the base model cannot be trained.
     """
     settings, defaults = config.to_dict(), TrainConfig().to_dict()
-    like = [
+    similar = [
         job
         for job in jobs
         if job.kind == "train"
         and job.step_seconds
-        # Its file may leave out what has its default.
+        # A settings file may omit defaults.
         and all(job.settings.get(name, defaults[name]) == settings[name] for name in _SAME)
     ]
-    pace = [job.step_seconds for job in like if job.step_seconds]
-    results = [job.result for job in like if job.result]
+    pace = [job.step_seconds for job in similar if job.step_seconds]
+    results = [job.result for job in similar if job.result]
     peaks = [peak for result in results if (peak := result.peak_gpu_memory or result.peak_memory)]
     info = model_info(config.pretrained_model_name_or_path)
     size = max(subject.resolution or info.resolution for subject in config.subjects)
-    # The table is of adapters: what fine-tuning the weights takes was not measured.
+    # The table is for adapters; full fine-tuning was not measured.
     in_table = info.has_released_shape and not config.is_full
     family = info.family if in_table else ""
     batch = config.train_batch_size * (2 if config.holds_prior else 1)
@@ -86,7 +86,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         seconds=statistics.median(pace) * steps if pace and steps else None,
         memory=memory,
         device=device,
-        disk=max((_size(job.folder) for job in like[:3]), default=None),
+        disk=max((_size(job.folder) for job in similar[:3]), default=None),
         free_disk=shutil.disk_usage(runs_dir).free / 2**30,
         runs=len(peaks),
     )
@@ -101,10 +101,10 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
 
 
 def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
-    """Describe the class images that a run makes before its first step, and the time they take.
+    """Describe the class images that a run generates before its first step, and their time.
 
-    An image is one pass through the UNet per denoising step and side of guidance; a training step
-    is about three (forward, and twice that backward) for each of its images.
+    An image takes two UNet passes (guidance) per denoising step. A training step takes about three
+    (one forward, two for backward) per image.
     """
     count = sum(s.num_class_images for s in config.subjects if s.uses_class_images or s.is_slider)
     if not count:

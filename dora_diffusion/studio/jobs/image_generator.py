@@ -1,4 +1,4 @@
-"""Image generation: one model in memory, under the device lock that training takes too."""
+"""Image generation with one model in memory, under the device lock shared with training."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ Step = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Model(AdaptedModel):
-    """A model with another autoencoder, see `BaseModel`."""
+    """Model with an optional autoencoder, see `BaseModel`."""
 
     vae: str | Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Prompts(Prompts):
-    """Prompts with a subject, which ``{subject}`` becomes in the prompt of a style."""
+    """Prompts with a subject, which replaces ``{subject}`` in the prompt of a style."""
 
     subject: str = ""
 
     @cached_property
     def chosen_styles(self) -> list[Style]:
-        """The chosen styles, with the subject in their prompts, of a line each."""
+        """The chosen styles with the subject in their prompts, one line each."""
         styles = super().chosen_styles
         texts = ((s.prompt.replace("{subject}", self.subject), s.negative_prompt) for s in styles)
         return [Style(*(clean_text(s, MOST_CHARACTERS, "style") for s in pair)) for pair in texts]
@@ -65,14 +65,13 @@ class _Prompts(Prompts):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest(RequestedImages):
-    """Request for images: settings of ``generate``, within the limits of the app.
+    """Request for images: settings of ``generate`` within the app's limits.
 
     Attributes:
-        batch: For an image that is repeated: images of its batch, which round its products, and its
-            place there.
+        batch: Batch size and index, to repeat an image exactly: rounding depends on the batch.
 
     Raises:
-        UserError, ConfigError: If a value is out of its limits.
+        UserError, ConfigError: If a value is outside its limits.
     """
 
     model: _Model = group(_Model)
@@ -102,10 +101,7 @@ class GenerationRequest(RequestedImages):
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image with the file it was written to.
-
-    ``notes`` says what may be wrong with it, a line each.
-    """
+    """A generated image: its file, seed and parameters, and ``notes`` on possible problems."""
 
     path: Path
     seed: int
@@ -115,7 +111,7 @@ class GeneratedImage:
 
 @dataclass(eq=False)
 class _Turn:
-    """A request's turn at the device: it waits for it, or its images are made."""
+    """State of a request, which waits for the device or generates images on it."""
 
     person: str
     is_making: bool = False
@@ -123,7 +119,7 @@ class _Turn:
 
 
 class ImageGenerator:
-    """Makes images and keeps the last model loaded.
+    """Generates images and keeps the last model in memory.
 
     Args:
         workspace: The runs folder.
@@ -138,12 +134,12 @@ class ImageGenerator:
 
     @property
     def turn(self) -> str:
-        """State of this person's requests: ``"making"``, ``"waiting"`` or empty."""
+        """State of the current user's requests: ``"making"``, ``"waiting"`` or empty."""
         mine = [turn.is_making for turn in [*self._turns] if turn.person == PERSON.get()]
         return "making" if any(mine) else "waiting" if mine else ""
 
     def release(self) -> None:
-        """Forget the model, so that a worker has the memory. An image in the making is let be."""
+        """Free the model's memory for a worker, unless an image is being generated."""
         if self._mine.acquire(blocking=False):
             try:
                 self._forget()
@@ -152,37 +148,37 @@ class ImageGenerator:
 
     def _forget(self) -> None:
         self._loaded = self._components = None
-        gc.collect()  # Weights on a CPU are a map of their file, which then is let go.
+        gc.collect()  # Weights on a CPU are memory-mapped; this closes their file.
         release_memory()
 
     def withdraw(self) -> None:
-        """Cancel the requests of the person who asks: those that wait, and what is being made."""
-        for turn in [*self._turns]:  # Others come and go meanwhile.
+        """Cancel all requests of the current user, waiting or active."""
+        for turn in [*self._turns]:  # A copy: other threads change the list meanwhile.
             turn.is_withdrawn |= turn.person == PERSON.get()
 
     def _until_withdrawn(self, on_step: Step | None) -> Step:
-        """Return what is called at each step, and ends the images when they are withdrawn."""
+        """Return a step callback that also stops the generation of withdrawn images."""
         (turn,) = (turn for turn in [*self._turns] if turn.is_making)
 
         def step(done: int, total: int) -> None:
             if turn.is_withdrawn:
-                raise Withdrawn("the images were stopped; what was not finished is not kept")
+                raise Withdrawn("the images were stopped; unfinished ones are not kept")
             if on_step is not None:
                 on_step(done, total)
 
         return step
 
     def make(self, request: GenerationRequest, on_step: Step | None = None) -> list[GeneratedImage]:
-        """Images at consecutive seeds, written with what made them; a job's end is waited for.
+        """Generate and save images at consecutive seeds, once no job uses the device.
 
         Raises:
-            Withdrawn: If it was withdrawn meanwhile.
+            Withdrawn: If the request was withdrawn meanwhile.
         """
-        asked = self._started(request)
-        rows = _rows(asked)
+        prepared = self._started(request)
+        rows = _rows(prepared)
         with self._device(request):
             with _untouched() as lines:
-                loaded = self._load(asked, request.sampling)
+                loaded = self._load(prepared, request.sampling)
                 images = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows], lines)
         pairs = enumerate(zip(rows, images, strict=True))
@@ -194,19 +190,19 @@ class ImageGenerator:
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
     ) -> tuple[GeneratedImage, GeneratedImage]:
-        """The base model's image and the adapted model's, at one seed."""
+        """Generate the base model's image and the adapted model's at the same seed."""
         from dora_diffusion.adapters.inject import disabled
 
-        asked = self._started(replace(request, num_images=1))
-        rows = _rows(asked)
+        prepared = self._started(replace(request, num_images=1))
+        rows = _rows(prepared)
         with self._device(request):
             with _untouched() as lines:
-                loaded = self._load(asked, request.sampling)
+                loaded = self._load(prepared, request.sampling)
                 with disabled(*loaded.components.adaptable().values()):
                     (base,) = self._sample(loaded, rows, on_step)
                 (adapted,) = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows], lines)
-        alone = asked.changed(adapter=None, layer_strength=[], strength_schedule=[])
+        alone = prepared.changed(adapter=None, layer_strength=[], strength_schedule=[])
         return (
             self._write(loaded._replace(request=alone), rows[0], base, notes),
             self._write(loaded, rows[0], adapted, notes),
@@ -215,21 +211,21 @@ class ImageGenerator:
     def grid(
         self, request: GenerationRequest, axes: Sequence[str], on_step: Step
     ) -> tuple[GeneratedImage, Path]:
-        """An image for each combination of values, as ``generate --grid`` makes them.
+        """Generate an image for each combination of values, as ``generate --grid`` does.
 
-        What was made before for the same request, of these axes or others, is taken again.
+        Images of earlier grids for the same request are reused, even with other axes.
 
         Args:
-            request: What all have in common; its seed is one for all.
-            axes: As `cli.axes` reads them.
-            on_step: Called with (steps done, steps in all).
+            request: Common settings of all images, including the seed.
+            axes: Axes as in `cli.axes`.
+            on_step: Called with (steps done, total steps).
 
         Returns:
             The sheet, and a zip of the web page with all images.
 
         Raises:
-            UserError, ConfigError, ValueError: If a cell cannot be, or there are too many.
-            Withdrawn: If it was withdrawn meanwhile; images that are done are continued from.
+            UserError, ConfigError, ValueError: If a cell is invalid, or there are too many cells.
+            Withdrawn: If the request was withdrawn; the next call continues from finished images.
         """
         from dora_diffusion.cli.commands.grid import GridRun
         from dora_diffusion.sampling.images import parse_parameters, save_image
@@ -238,9 +234,9 @@ class ImageGenerator:
         common = replace(request, seed=_first_seed(request), num_images=1)
         name = hashlib.sha256(repr(common).encode()).hexdigest()[:12]
         output = str(self.workspace.root / "grids" / f"grid-{name}")
-        asked = common.changed(output=output, grid=[*axes], grid_limit=MAX_GRID)
+        prepared = common.changed(output=output, grid=[*axes], grid_limit=MAX_GRID)
         try:
-            run = GridRun(asked, self._model)
+            run = GridRun(prepared, self._model)
         except ConfigError as error:
             if error.setting != "grid_limit":
                 raise
@@ -250,7 +246,7 @@ class ImageGenerator:
             with _untouched() as lines:
                 run.make(self._until_withdrawn(on_step))
             read = (parse_parameters(text)["Prompt"] for text in run.record.texts.values())
-            notes = _notes(self._load(asked, request.sampling), [*filter(None, read)], lines)
+            notes = _notes(self._load(prepared, request.sampling), [*filter(None, read)], lines)
         first = run.record.texts[run.record.files[0]]
         with open_image(run.folder / SHEET) as sheet:
             path = self.workspace.images / f"{new_id()}-{run.record.seed}.png"
@@ -259,9 +255,9 @@ class ImageGenerator:
         return GeneratedImage(path, run.record.seed, first, notes), archive
 
     def _started(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with its seed, and a name for its images."""
+        """Return the request with a seed and a file name."""
         output = str(self.workspace.images / f"{new_id()}.png")
-        # A batch is repeated with one prompt, so that drawn ones are sampled one by one.
+        # A batch can only be repeated with a single prompt; drawn prompts are sampled one by one.
         at_once = 1 if request.prompts.wildcards else request.batch_size
         return replace(request, seed=_first_seed(request), output=output, batch_size=at_once)
 
@@ -274,7 +270,7 @@ class ImageGenerator:
     def _sample(
         self, loaded: LoadedRequest, rows: Sequence[ImageRow], on_step: Step | None
     ) -> list[Image]:
-        """Sample the rows, within the limits of a second pass."""
+        """Sample the rows, within the limit of the second pass's size."""
         longest = max(loaded.size) * (loaded.sampling.hires or 1)
         if longest > MAX_SIDE:
             raise UserError(
@@ -290,14 +286,14 @@ class ImageGenerator:
             with holding(self.workspace.device_lock, or_wait=partial(self._waits_on, turn)) as held:
                 if not held:
                     raise Withdrawn("the images were withdrawn; none of them was made")
-                # Not before: while it waits, a run that starts has its model's memory.
+                # Taken last: while this request waits, a new run may free the model's memory.
                 with self._mine, one_thread() if is_embedded(request.model.base) else nullcontext():
                     turn.is_making = True
                     try:
                         yield
                     finally:
                         turn.is_making = False
-                        # A job that was started meanwhile waits for the device, and the memory.
+                        # A job that has started meanwhile waits for the device and the memory.
                         if any(map(is_running, self.workspace.job_folders)):
                             self._forget()
         finally:
@@ -307,14 +303,14 @@ class ImageGenerator:
         return not turn.is_withdrawn
 
     def _model(self, request: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
-        """The model with the adapters at their strengths; reloaded only if others are asked for."""
+        """Return the model with the adapters at their strengths; reload it only if they changed."""
         from dora_diffusion.sampling.load import load_model
         from dora_diffusion.sampling.stack import set_strengths
 
         base = request.model.base_model
         key = (base, [(use.path, Path(use.path).stat().st_mtime_ns) for use in uses])
         if self._loaded != key:
-            # Two large models may not fit beside each other.
+            # Two large models may not fit in memory together.
             self._loaded = self._components = None
             self._components = load_model(base, uses)
             self._loaded = key
@@ -328,30 +324,30 @@ class ImageGenerator:
         row: ImageRow,
         image: Image,
         notes: tuple[str, ...],
-        place: tuple[int, int] = (0, 1),
+        position: tuple[int, int] = (0, 1),
     ) -> GeneratedImage:
-        """Save the image of a row with its parameters; its place is that among all rows."""
+        """Save the image of a row with its parameters; ``position`` is (index, number of rows)."""
         path = self.workspace.images / f"{new_id()}-{row.seed}.png"
-        return GeneratedImage(path, row.seed, loaded.write(image, path, row, *place), notes)
+        return GeneratedImage(path, row.seed, loaded.write(image, path, row, *position), notes)
 
 
 @contextmanager
 def _untouched() -> Iterator[list[str]]:
-    """Gather, behind the block, what sampling warns of images without a detail pass."""
+    """Collect, after the block, the warnings about images that got no detail pass."""
     from dora_diffusion.sampling.detail import NO_PASS
 
     lines = list[str]()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield lines
-    found = (str(warning.message) for warning in told)
-    lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in found if s.endswith(NO_PASS))
+    messages = (str(warning.message) for warning in caught)
+    lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in messages if s.endswith(NO_PASS))
 
 
 def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
-    """A line for each prompt that is longer than the model reads, with the truncated end.
+    """Return notes on truncated prompts and on settings unsuitable for a distilled model.
 
-    With one for settings that a distilled model is not for, before ``lines``.
+    ``lines`` are appended.
     """
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import token_limit, truncated_text
@@ -366,9 +362,9 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
             end = truncated_text(components.tokenizers[0], part, components.most_chunks)
             if end:
                 notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
-    found = few_steps(components, [adapter_name(use.path) for use in request.uses()])
-    if found is not None:
-        name, few = found
+    distilled = few_steps(components, [adapter_name(use.path) for use in request.uses()])
+    if distilled is not None:
+        name, few = distilled
         if sampling.steps > 2 * few.steps or sampling.guidance_scale != few.guidance_scale:
             scheduler = f", scheduler {SCHEDULERS[few.scheduler].title}" if few.scheduler else ""
             notes.append(
@@ -379,7 +375,7 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
 
 
 def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[str]:
-    """Messages on prompts without the adapters' trigger words, as ``generate`` warns of them."""
+    """Return messages on prompts without the adapters' trigger words, as in ``generate``."""
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers
     from dora_diffusion.formats.adapter.stored import read_metadata
 
@@ -393,10 +389,10 @@ def _first_seed(request: GenerationRequest) -> int:
 
 
 def _rows(request: GenerationRequest) -> list[ImageRow]:
-    """The request's images, with drawn wildcards.
+    """Return the rows of a request, with drawn wildcards.
 
     Raises:
-        ConfigError, UserError: If wildcards cannot be drawn, or nothing is.
+        ConfigError, UserError: If wildcards cannot be drawn, or a drawn prompt is empty.
     """
     rows = list(image_rows(request).values())
     for row in rows:

@@ -1,12 +1,12 @@
-"""The images of a runs folder with what made them, and the images that they are painted over.
+"""Generated images of a runs folder, with their generation parameters and input images.
 
 ::
 
     images/
       <id>-<seed>.png    generated images, each with its generation parameters
-      favourites/        an empty file for each that was marked
-      inputs/<md5>.png   images and masks that were painted over or into, by their pixels
-      thumbnails/        a small JPEG of each that was listed, and of each run
+      favourites/        an empty file for each marked image
+      inputs/<md5>.png   input images and masks, named by the hash of their pixels
+      thumbnails/        a small JPEG of each listed image, and of each run
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Search:
     """Conditions of a search among images.
 
     Attributes:
-        words: Words that all are in the prompt, the negative prompt or an adapter's name.
+        words: Words that must all be in the prompt, the negative prompt or an adapter's name.
         run: Id of a run whose adapter was used.
-        since: The first day, ``2026-11-29``, or the first month or year.
-        until: The last one.
-        only_favourites: Leave out images without a mark.
+        since: First day, ``2026-11-29``, or first month or year.
+        until: Last day, month or year.
+        only_favourites: True to omit images that are not favourites.
 
     Raises:
-        UserError: If a date is none.
+        UserError: If a date is invalid.
     """
 
     words: str = ""
@@ -74,7 +74,7 @@ class Search:
                     raise ValueError(date)
                 datetime.date.fromisoformat(date + "2026-01-01"[len(date) :])
             except ValueError:
-                text = f"{date!r} is no date; write it as 2026-11-29, 2026-11 or 2026"
+                text = f"{date!r} is not a date; write it as 2026-11-29, 2026-11 or 2026"
                 raise UserError(text) from None
 
     def holds_date(self, modified: int) -> bool:
@@ -82,7 +82,7 @@ class Search:
         return self.since <= day and (not self.until or day[: len(self.until)] <= self.until)
 
     def holds_text(self, text: str) -> bool:
-        # Without the last line, of further settings.
+        # The last line, with further settings, is not searched.
         body = text.rpartition("\n")[0].casefold()
         return f"<lora:{self.run}" * bool(self.run) in body and all(
             word in body for word in self.words.casefold().split()
@@ -90,7 +90,7 @@ class Search:
 
 
 class ImageStore:
-    """The images of a runs folder. The list, and what a file says, are read once for each change.
+    """Images of a runs folder, with a cached list and cached parameters.
 
     Args:
         workspace: The runs folder.
@@ -104,29 +104,29 @@ class ImageStore:
 
     @property
     def stamp(self) -> str:
-        """A text that is another one when an image or a mark was added or removed."""
+        """Text that changes when an image or a mark is added or removed."""
         folders = (self.workspace.images, self.workspace.favourites)
         return "-".join(str(folder.stat().st_mtime_ns) for folder in folders)
 
     def entries(self) -> list[_Entry]:
-        """All images, newest first."""
+        """Return all images, newest first."""
         folder = self.workspace.images
         with self._lock:
             changed = folder.stat().st_mtime_ns
             if self._listed[0] != changed:
-                found = []
+                images = []
                 for entry in os.scandir(folder):
-                    with contextlib.suppress(FileNotFoundError):  # It was deleted just now.
+                    with contextlib.suppress(FileNotFoundError):  # deleted just now
                         if entry.name.endswith(".png") and entry.is_file(follow_symlinks=False):
-                            found.append((entry.stat().st_mtime_ns, entry.name))
-                self._listed = changed, [_Entry(n, t) for t, n in sorted(found, reverse=True)]
+                            images.append((entry.stat().st_mtime_ns, entry.name))
+                self._listed = changed, [_Entry(n, t) for t, n in sorted(images, reverse=True)]
                 listed = {*self._listed[1]}
-                # Others read more of them meanwhile.
+                # A copy, because other threads add texts meanwhile.
                 self._texts = {e: text for e, text in [*self._texts.items()] if e in listed}
             return self._listed[1]
 
     def text(self, entry: _Entry) -> str:
-        """An image's generation parameters; empty where it has none or is damaged."""
+        """Return an image's generation parameters; empty if they are missing or damaged."""
         from dora_diffusion.sampling.images import read_parameters
 
         text = self._texts.get(entry)
@@ -139,7 +139,7 @@ class ImageStore:
         return text
 
     def search(self, search: Search) -> list[_Entry]:
-        """The images that are searched for, newest first."""
+        """Return the images that match a search, newest first."""
         marked = self.favourites() if search.only_favourites else frozenset()
         return [
             entry
@@ -150,22 +150,22 @@ class ImageStore:
         ]
 
     def prompts(self, most: int) -> list[str]:
-        """The different prompts of the newest images, newest first."""
+        """Return the distinct prompts of recent images, newest first."""
         from dora_diffusion.sampling.images import parse_parameters
 
         read = (parse_parameters(self.text(entry)) for entry in self.entries()[:_RECENT])
         return [*dict.fromkeys(filter(None, (fields["Prompt"] for fields in read)))][:most]
 
     def thumbnail(self, entry: _Entry) -> Path | None:
-        """A small JPEG of an image; see `kept_thumbnail`."""
+        """Return a small JPEG of an image; see `kept_thumbnail`."""
         path = self.workspace.thumbnails / f"{entry.name}.jpg"
         return kept_thumbnail(self.workspace.images / entry.name, path, _pixels)
 
     def read(self, name: object) -> GeneratedImage:
-        """An image by the name of its file.
+        """Read an image by its file name.
 
         Raises:
-            UserError: If there is none.
+            UserError: If the image does not exist.
         """
         from dora_diffusion.sampling.images import parse_parameters
 
@@ -175,14 +175,14 @@ class ImageStore:
         return GeneratedImage(path, int(seed) if seed.isdecimal() else 0, text)
 
     def favourites(self) -> frozenset[str]:
-        """The names of the images that are marked."""
+        """Return the names of the marked images."""
         return frozenset(os.listdir(self.workspace.favourites))
 
     def toggle_favourite(self, name: object) -> bool:
-        """Mark an image, or no longer. Returns whether it is marked now.
+        """Mark an image, or remove its mark. Returns whether it is marked now.
 
         Raises:
-            UserError: If there is no such image.
+            UserError: If the image does not exist.
         """
         mark = self.workspace.favourites / confined(self.workspace.images, name).name
         if mark.exists():
@@ -192,10 +192,10 @@ class ImageStore:
         return True
 
     def delete(self, name: object) -> None:
-        """Delete an image with its mark and thumbnail, and with what it alone was painted over.
+        """Delete an image, its mark and thumbnail, and input images that no other image uses.
 
         Raises:
-            UserError: If there is no such image.
+            UserError: If the image does not exist.
         """
         image = self.read(name)
         inputs = {*hashes_of(image.parameters)}
@@ -217,11 +217,11 @@ def _pixels(path: Path) -> Image:
 
 
 def kept_thumbnail(source: Path, path: Path, read: Callable[[Path], Image]) -> Path | None:
-    """A small JPEG of an image, made the first time; None where the image is damaged.
+    """Return a small JPEG of an image, created on the first call; None if the image is damaged.
 
     Args:
         source: The image.
-        path: Where the small one is kept.
+        path: Path of the small JPEG.
         read: Reads the image.
     """
     try:

@@ -1,4 +1,4 @@
-"""Inputs of images, kept in the runs folder: images and masks to paint over, styles, wildcards."""
+"""Stored inputs of generation: input images and masks, styles, wildcards."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 MOST_PROMPT_FILES = 1000
 _HASH = re.compile(r"[0-9a-f]{32}")
-# Of a file of wildcards, a line that is neither empty nor a comment.
+# A line of a wildcard file that is neither empty nor a comment.
 _LINE = re.compile(r"^[ \t]*[^#\s]", re.MULTILINE)
 
 
 def hashes_of(text: str) -> Iterator[str]:
-    """The hashes of an image's inputs."""
+    """Return the hashes of the input images in an image's parameters."""
     from dora_diffusion.sampling.images import INIT_IMAGE, MASK_IMAGE, parse_parameters
 
     fields = parse_parameters(text)
@@ -36,10 +36,10 @@ def hashes_of(text: str) -> Iterator[str]:
 
 
 def keep_input(workspace: Workspace, image: Image) -> str:
-    """Keep an image, or a mask ("L"), to paint over: under the name of its pixels, once.
+    """Store an input image or a mask ("L") under the hash of its pixels, once.
 
     Returns:
-        Its name, which is the hash that images made of it state (`images.painted_fields`).
+        The hash, as in the parameters of images made from it (`images.painted_fields`).
     """
     from dora_diffusion.sampling.images import pixel_hash, save_image
 
@@ -51,16 +51,16 @@ def keep_input(workspace: Workspace, image: Image) -> str:
 
 
 def input_path(workspace: Workspace, name: object) -> Path | None:
-    """The file of an image or a mask that was kept; None where it is not here."""
+    """Return the path of a stored image or mask; None if it does not exist."""
     path = workspace.inputs / f"{name}.png"
     return path if _HASH.fullmatch(str(name)) and path.is_file() else None
 
 
 def read_input(workspace: Workspace, name: object) -> Image | None:
-    """An image or a mask that was kept; None without a name.
+    """Read a stored image or mask; None if the name is empty.
 
     Raises:
-        UserError: If it is gone.
+        UserError: If the file does not exist or cannot be read.
     """
     if not name:
         return None
@@ -74,20 +74,20 @@ def read_input(workspace: Workspace, name: object) -> Image | None:
 
 
 def keep_prompt_files(workspace: Workspace, files: Sequence[Path]) -> list[RemotePromptFile]:
-    """Keep files of styles and of wildcards, all of them or none.
+    """Store files of styles and wildcards, either all or none.
 
     Args:
         workspace: The runs folder.
-        files: Of styles if they end in ``.csv``, of wildcards, which keep their names, in ``.txt``.
+        files: Files of styles (``.csv``) or wildcards (``.txt``, stored under their names).
 
     Returns:
-        What is kept, as `list_prompt_files` gives it.
+        The stored files, as in `list_prompt_files`.
 
     Raises:
-        UserError: If one cannot be read, holds nothing, or has a name that no prompt can have; or
-            there would be too many.
+        UserError: If a file cannot be read, is empty, or has a name that cannot be in a prompt; or
+            if there would be too many files.
     """
-    kept = dict[Path, str]()
+    contents = dict[Path, str]()
     for file in files:
         suffix = file.suffix.lower()
         if suffix not in (".csv", ".txt"):
@@ -106,21 +106,21 @@ def keep_prompt_files(workspace: Workspace, files: Sequence[Path]) -> list[Remot
                 f"{shown(file.name)} cannot be named in a prompt; name it by letters, digits, - "
                 "and _, such as colours.txt"
             )
-        kept[workspace.styles if is_styles else workspace.wildcards / f"{file.stem}.txt"] = text
-    if len({*_prompt_paths(workspace), *kept}) > MOST_PROMPT_FILES:
+        contents[workspace.styles if is_styles else workspace.wildcards / f"{file.stem}.txt"] = text
+    if len({*_prompt_paths(workspace), *contents}) > MOST_PROMPT_FILES:
         raise UserError(
             f"at most {MOST_PROMPT_FILES} files of styles and wildcards are kept; delete some"
         )
-    for path, text in kept.items():
+    for path, text in contents.items():
         save_text(path, text)
-    return [_described(workspace, path) for path in kept]
+    return [_described(workspace, path) for path in contents]
 
 
 def delete_prompt_file(workspace: Workspace, name: object) -> None:
-    """Delete a file of styles or of wildcards.
+    """Delete a file of styles or wildcards.
 
     Raises:
-        MissingError: If it is not the name of one, as `list_prompt_files` gives them.
+        MissingError: If `list_prompt_files` has no file of this name.
     """
     paths = {_described(workspace, path).name: path for path in _prompt_paths(workspace)}
     if str(name) not in paths:
@@ -134,9 +134,9 @@ def list_prompt_files(workspace: Workspace) -> list[RemotePromptFile]:
 
 
 def _prompt_paths(workspace: Workspace) -> list[Path]:
-    """The file of styles, if there is one, and those of wildcards that a prompt can name."""
-    found = (path for path in workspace.wildcards.rglob("*.txt") if not path.is_dir())
-    texts = sorted(path for path in found if WILD.fullmatch(_wildcard(workspace, path)))
+    """Return the file of styles, if it exists, and the wildcard files with names for prompts."""
+    files = (path for path in workspace.wildcards.rglob("*.txt") if not path.is_dir())
+    texts = sorted(path for path in files if WILD.fullmatch(_wildcard(workspace, path)))
     return [workspace.styles, *texts] if workspace.styles.is_file() else texts
 
 

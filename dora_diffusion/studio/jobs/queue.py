@@ -1,6 +1,6 @@
-"""The queue: jobs are made, started one at a time, stopped, resumed and deleted.
+"""The queue: creates jobs, starts them one at a time, and stops, resumes and deletes them.
 
-Its workers are processes of their own, and its locks die with their holder.
+Each worker is a separate process. The system frees a lock when the process that holds it ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_JOBS_WAITING = 50
 _LEAVING_SECONDS = 30.0
 _WORKER_MODULE = "dora_diffusion.studio.worker"
 PERSON: ContextVar[str] = ContextVar("person", default="")
-"""Name of who asks, the owner of the jobs that are made; empty where the app has no logins."""
+"""Name of the requesting user, who owns the new jobs; empty if the app has no logins."""
 
 
 def create_job(
@@ -41,20 +41,20 @@ def create_job(
     """Append a job to the queue.
 
     Args:
-        folder: Its folder, see `Workspace.new_job`.
-        record: What is to be done.
-        files: What else its folder holds: texts, and files or folders to copy, so that later edits
-            do not change a run.
+        folder: Folder of the job, see `Workspace.new_job`.
+        record: The command to run.
+        files: Further contents of the folder by name: a text, or a file or folder to copy, so that
+            later edits do not change the job.
 
     Returns:
-        Its id.
+        Id of the job.
 
     Raises:
         BusyError: If too many jobs wait.
     """
     if sum(map(is_waiting, Workspace(folder.parent).job_folders)) >= _MOST_JOBS_WAITING:
         raise BusyError("the queue is full; wait for a run to end, or remove one")
-    # Under another name until it is whole: the queue must never see half a job.
+    # A temporary name until it is complete: the queue must never see half a job.
     draft = folder.with_name(f".new-{folder.name}")
     draft.mkdir(parents=True)
     for name, content in (files or {}).items():
@@ -73,45 +73,45 @@ def create_job(
 
 def is_waiting(folder: Path) -> bool:
     """Return whether a job waits in the queue: it has neither a worker nor a result."""
-    # `os.path` raises nothing where a folder may not be looked into.
+    # `os.path` does not raise if a folder is not readable.
     has_begun = any(os.path.exists(folder / name) for name in (records.RESULT, records.WORKER))
     return os.path.isfile(folder / records.JOB) and not has_begun
 
 
 def waiting_jobs(workspace: Workspace) -> list[Path]:
-    """The folders of waiting jobs, in the order in which they will start; no damaged ones."""
+    """Return the folders of waiting jobs in starting order, without damaged ones."""
     waiting = _records_of(job for job in workspace.job_folders if is_waiting(job))
     return [job for _, job in sorted((record.queued, job) for job, record in waiting.items())]
 
 
 def _records_of(folders: Iterable[Path]) -> dict[Path, records.JobRecord]:
-    """Return the records of these jobs, but for those whose folder does not tell."""
-    found = {}
+    """Return the records of jobs by folder, without damaged ones."""
+    readable = {}
     for folder in folders:
         with contextlib.suppress(DamagedFile):
-            found[folder] = records.read_record(folder)
-    return found
+            readable[folder] = records.read_record(folder)
+    return readable
 
 
 def is_running(folder: Path) -> bool:
-    """Return whether a job's process lives."""
+    """Return whether a job's process is alive."""
     return not os.path.exists(folder / records.RESULT) and worker_of(folder) is not None
 
 
 def stop_job(folder: Path) -> None:
-    """Ask a running job to save and leave; remove a waiting one from the queue."""
+    """Request that a running job save and exit, or remove a waiting job from the queue."""
     if is_waiting(folder):
         records.write_result(folder, records.JobResult(records.STOPPED_CODE, finished=time.time()))
-        (folder / records.STOP).touch()  # For a worker that was started meanwhile.
+        (folder / records.STOP).touch()  # For a worker that has started meanwhile.
     elif is_running(folder) and not (folder / records.STOP).exists():
         (folder / records.STOP).touch()
 
 
 def ask_job(folder: Path, name: str) -> None:
-    """Ask a training run for something of `formats.files.runs.REQUESTS` after its step.
+    """Send a training run one of `formats.files.runs.REQUESTS`, served after its current step.
 
     Raises:
-        UserError: If it does not run.
+        UserError: If the run is not training.
     """
     if not is_running(folder):
         raise UserError("this run is not training now; resume it first")
@@ -119,7 +119,7 @@ def ask_job(folder: Path, name: str) -> None:
 
 
 def stop_asked(folder: Path) -> float | None:
-    """Return the time when the job was asked to stop, or None."""
+    """Return the time of the request to stop a job, or None."""
     try:
         return (folder / records.STOP).stat().st_mtime
     except OSError:
@@ -127,16 +127,16 @@ def stop_asked(folder: Path) -> float | None:
 
 
 def may_kill(folder: Path) -> bool:
-    """Return whether a job was asked to stop so long ago that killing it is offered."""
-    asked = stop_asked(folder) or time.time()
-    return time.time() - asked >= KILL_AFTER_SECONDS and is_running(folder)
+    """Return whether a job still runs so long after a request to stop that it may be killed."""
+    requested = stop_asked(folder) or time.time()
+    return time.time() - requested >= KILL_AFTER_SECONDS and is_running(folder)
 
 
 def kill_job(folder: Path) -> None:
-    """End a job's process and its children at once. It shows as crashed.
+    """Kill a job's process and its children. The job is then shown as crashed.
 
     Raises:
-        UserError: If it was not asked to stop first, and given time to.
+        UserError: If the job was not stopped first, or has had too little time to exit.
     """
     worker = worker_of(folder)
     if worker is None:
@@ -150,10 +150,10 @@ def kill_job(folder: Path) -> None:
 
 
 def requeue_job(folder: Path) -> None:
-    """Return a job that ended to the queue: it resumes from its latest checkpoint.
+    """Return an ended job to the queue. A run resumes from its latest checkpoint.
 
     Raises:
-        UserError: If it waits or runs, or its folder does not tell what it is.
+        UserError: If the job waits or runs, or its record is damaged.
     """
     record = records.read_record(folder)
     if is_waiting(folder) or is_running(folder):
@@ -170,34 +170,34 @@ def requeue_job(folder: Path) -> None:
 
 
 def delete_job(workspace: Workspace, job_id: str) -> bool:
-    """Delete a job with its files, its exports, and the jobs that made them.
+    """Delete a job with its files and exports, and the jobs that process it.
 
     Returns:
-        Whether all of them are gone, see `remove_folder`.
+        Whether everything was deleted, see `remove_folder`.
 
     Raises:
-        UserError: If it or a job about it is running, or it is unknown.
+        UserError: If the job does not exist, or it or a job that processes it is running.
     """
     folder = workspace.job(job_id)
     if is_running(folder):
         raise UserError("this run is still running; stop it first")
     jobs = _records_of(workspace.job_folders)
-    about_it = {job: record for job, record in jobs.items() if record.run == job_id}
-    for job, record in about_it.items():
+    dependents = {job: record for job, record in jobs.items() if record.run == job_id}
+    for job, record in dependents.items():
         if is_running(job):
             raise UserError(f'"{record.title}" is still running and needs this run; stop it first')
-    gone = [_remove_job(job) for job in (*about_it, folder)]
+    deleted = [_remove_job(job) for job in (*dependents, folder)]
     if job_id in store.ids_in(workspace.exports):
-        gone.append(store.remove_folder(workspace.exports / job_id))
+        deleted.append(store.remove_folder(workspace.exports / job_id))
     (workspace.thumbnails / f"{job_id}.jpg").unlink(missing_ok=True)
-    return all(gone)
+    return all(deleted)
 
 
 def _remove_job(folder: Path) -> bool:
-    """Delete a job's folder, where a worker that is leaving may still have its log open."""
+    """Delete a job's folder, whose log an exiting worker may still have open."""
     try:
         return store.remove_folder(folder)
-    except UserError:  # Windows keeps it
+    except UserError:  # Windows keeps a folder with an open file.
         worker = worker_of(folder)
         if worker is not None:
             with contextlib.suppress(psutil.Error):
@@ -206,13 +206,13 @@ def _remove_job(folder: Path) -> bool:
 
 
 class JobQueue:
-    """Queue that starts waiting jobs, one at a time, oldest request first.
+    """Starts waiting jobs, one at a time, oldest request first.
 
-    Several apps may share a runs folder: the one that holds the queue's lock starts the jobs.
+    Several apps may share a runs folder. Only the app that holds the queue's lock starts jobs.
 
     Args:
         workspace: The runs folder.
-        before_start: Called before a job starts; frees what the app itself holds.
+        before_start: Called before a job starts, to free the app's own memory.
     """
 
     def __init__(self, workspace: Workspace, before_start: Callable[[], None] | None = None):
@@ -224,11 +224,11 @@ class JobQueue:
         self._stop = threading.Event()
         self._ticking = threading.Lock()
         self.problem = ""
-        """Failure of the last tick, in one line for the page; empty where all went well."""
+        """Failure of the last tick, in one line for the page; empty if it succeeded."""
         self._problems: list[str] = []
 
     def start(self, period: float = 1.0) -> JobQueue:
-        """Tick in a thread of its own until `close`."""
+        """Call `tick` in a separate thread until `close`."""
 
         def run() -> None:
             while not self._stop.wait(period):
@@ -243,11 +243,11 @@ class JobQueue:
         self._lock.free()
 
     def tick(self) -> str | None:
-        """Reap what ended, and start the next job if none runs. Returns the id it started.
+        """Mark crashed jobs, and start the next job if none runs. Returns the id of the new job.
 
-        What fails is logged and is the queue's ``problem`` until it goes well: it ends nothing.
+        Failures are logged and kept in ``problem`` until the next tick; they are not raised.
         """
-        # The page ticks too, so that a run starts at once.
+        # The page calls this too, so that a run starts at once.
         with self._ticking:
             started, self._problems = None, []
             with self._noting("the queue could not continue"):
@@ -261,7 +261,7 @@ class JobQueue:
             self._is_leader = self._lock.take()
             if not self._is_leader:
                 return None
-            with self._noting("what was left of deleted runs could not be removed"):
+            with self._noting("the remains of deleted runs could not be removed"):
                 for path in self.workspace.remove_leftovers():
                     print(f"warning: {path} could not be removed", file=sys.stderr)
         with self._noting("a run that crashed could not be marked"):
@@ -269,7 +269,7 @@ class JobQueue:
         waiting = waiting_jobs(self.workspace)
         if not waiting or any(map(is_running, self.workspace.job_folders)):
             return None
-        # A worker may have the memory all the same.
+        # The worker may have enough memory anyway.
         with self._noting("the app's memory could not be freed for a run"):
             self._before_start()
         for folder in waiting:
@@ -279,12 +279,12 @@ class JobQueue:
         return None
 
     @contextlib.contextmanager
-    def _noting(self, what: str) -> Iterator[None]:
-        """Note what fails inside of the block for the page, and log it the first time."""
+    def _noting(self, task: str) -> Iterator[None]:
+        """Record a failure of the block for the page; log it the first time."""
         try:
             yield
         except Exception as error:
-            problem = f"{what}: {explain_to_all(error)}"
+            problem = f"{task}: {explain_to_all(error)}"
             if problem not in self.problem:
                 traceback.print_exception(error, file=sys.stderr)
                 print(f"warning: {problem}", file=sys.stderr)
@@ -292,13 +292,13 @@ class JobQueue:
 
 
 def reap(workspace: Workspace) -> list[str]:
-    """Mark jobs as crashed whose process ended without a result. Returns their ids."""
+    """Mark jobs whose process ended without a result as crashed. Returns their ids."""
     crashed = []
     for folder in workspace.job_folders:
         begun, ended = folder / records.WORKER, folder / records.RESULT
         if os.path.exists(ended) or not os.path.exists(begun):
             continue
-        # The second look: it may have ended in good order after the first.
+        # Check the result again: the job may have ended normally since the first check.
         if worker_of(folder) is None and not os.path.exists(ended):
             records.write_result(folder, records.JobResult(None, finished=time.time()))
             crashed.append(folder.name)
@@ -306,7 +306,7 @@ def reap(workspace: Workspace) -> list[str]:
 
 
 def start_time(pid: int) -> float | None:
-    """Return the start time of a process, in seconds since 1970; None if it is gone or a zombie."""
+    """Return a process's start time in seconds since 1970; None if it has ended or is a zombie."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -317,16 +317,15 @@ def start_time(pid: int) -> float | None:
 def find_process(
     pid: object, start: object, is_ours: Callable[[list[str]], bool]
 ) -> psutil.Process | None:
-    """The living process of a pid, if it is the one that was noted.
+    """Return the live process with a recorded pid and start time, or None.
 
-    A pid alone is not enough: the system gives it to another process later. It is ours if it was
-    started at the noted time. Where the clock was set since, the system tells another time: then
-    its command line says whether it is ours.
+    The system reuses pids, so the start time is compared too. A change of the system's clock also
+    changes the start time; the command line then identifies the process.
 
     Args:
-        pid: What was noted as its pid.
-        start: What was noted as its start; see `start_time`.
-        is_ours: Knows it by the words of its command line.
+        pid: Recorded pid.
+        start: Recorded start time; see `start_time`.
+        is_ours: Returns whether the words of a command line are the expected process's.
     """
     if not isinstance(pid, int) or pid <= 0:
         return None
@@ -336,33 +335,33 @@ def find_process(
             return None
         is_the_one = process.create_time() == start or is_ours(process.cmdline())
         return process if is_the_one else None
-    except psutil.Error:  # it is gone, or another user's
+    except psutil.Error:  # it has ended, or is another user's
         return None
 
 
 def end_tree(process: psutil.Process) -> None:
-    """End a process and all that it has started, at once."""
+    """Kill a process and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.suspend()  # so that it starts no more of them meanwhile
+        process.suspend()  # so that it cannot start more
         for one in (*process.children(recursive=True), process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
 
 
 class Lock:
-    """A lock on a file, which the system frees when its holder ends, however that happens.
+    """File lock. The system frees it when the process that holds it ends, even in a crash.
 
     Raises:
-        OSError: When it is taken, if the disk has no locks.
+        OSError: From `take`, if the file system does not support locks.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # One thread may take what another one frees.
+        # One thread may free a lock that another thread took.
         self._lock = FileLock(path, mode=0o600, thread_local=False)
 
     def take(self, *, wait: bool = False) -> bool:
-        """Acquire the lock; without ``wait``, False if another holds it, or this object."""
+        """Acquire the lock. Without ``wait``, returns False if this or another object holds it."""
         if self._lock.is_locked:
             return False
         try:
@@ -382,18 +381,18 @@ class Lock:
 
 @contextlib.contextmanager
 def holding(path: Path, or_wait: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-    """Try to hold a lock inside the block, while ``or_wait`` says so; yields whether it is held."""
+    """Hold a lock inside the block; retry while ``or_wait`` is true. Yields whether it is held."""
     lock = Lock(path)
-    while not (taken := lock.take()) and or_wait():
+    while not (is_held := lock.take()) and or_wait():
         time.sleep(0.1)
     try:
-        yield taken
+        yield is_held
     finally:
         lock.free()
 
 
 def note_worker(folder: Path, pid: int) -> bool:
-    """Write down which process works on a job; False if it is gone already."""
+    """Record the process that works on a job. Returns False if it has already ended."""
     start = start_time(pid)
     if start is not None:
         store.write_json(folder / records.WORKER, {"pid": pid, "start": start})
@@ -401,10 +400,10 @@ def note_worker(folder: Path, pid: int) -> bool:
 
 
 def worker_of(folder: Path) -> psutil.Process | None:
-    """A job's living process; None if there is none."""
+    """Return a job's live process, or None."""
 
     def is_ours(words: list[str]) -> bool:
-        # By the job's id: the runs folder may have been renamed meanwhile.
+        # Compare the job's id only: the runs folder may have been renamed.
         return _WORKER_MODULE in words and Path(words[-1]).name == folder.name
 
     worker = store.read_json(folder / records.WORKER)
@@ -412,11 +411,11 @@ def worker_of(folder: Path) -> psutil.Process | None:
 
 
 def start_worker(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a job's process, which outlives this one, and note who it is."""
+    """Start a job's process, which outlives this one, and record its pid."""
     (folder / records.STOP).unlink(missing_ok=True)
-    # Bars are read from a file here: ten lines a second help nobody.
+    # Progress bars go to a log file, where ten lines a second are useless.
     environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is not a terminal.
+    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another default for files.
     if is_embedded(records.read_record(folder).base):
         environment.setdefault("OMP_NUM_THREADS", "1")
     with (folder / records.LOG).open("ab") as log:
@@ -428,7 +427,7 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
             env=environment,
             **system.detached(),
         )
-    # The worker writes the same, in case this process dies right here. It may have ended already.
+    # The worker records itself too, in case this process dies here. It may already have ended.
     if not note_worker(folder, child.pid) and not (folder / records.RESULT).exists():
         records.write_result(folder, records.JobResult(1, finished=time.time()))
     return child

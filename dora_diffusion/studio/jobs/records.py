@@ -1,16 +1,16 @@
-"""The files of a job's folder: what each holds, with one reader and one writer.
+"""The files of a job's folder, each with one reader and one writer.
 
 ::
 
-    job.json      the arguments of a command, and what the page says of it
-    settings.yaml the training settings, which ``train --config`` takes
-    worker.json   pid and start time of the process that works on it
-    progress.json what the work is doing
-    STOP          asks the worker to save and leave
-    result.json   exit code and times; written when the worker ends in an orderly way
-    chosen.json   the checkpoint that was selected for a training run, where one was
-    log.txt       all that the worker printed
-    metrics.jsonl the losses of a training run, which the trainer writes
+    job.json      the arguments of a command, and its description on the page
+    settings.yaml the training settings, for ``train --config``
+    worker.json   pid and start time of the worker's process
+    progress.json current phase and counts
+    STOP          requests that the worker save and exit
+    result.json   exit code and times; written when the worker exits normally
+    chosen.json   the checkpoint selected for a training run (optional)
+    log.txt       the worker's output
+    metrics.jsonl the losses of a training run, written by the trainer
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ JOBS: Mapping[str, type[CommandSettings]] = {
     )
     if kind.job is not None
 }  # fmt: skip
-"""The commands that the app has done as jobs, besides ``train``."""
+"""The commands that the app runs as jobs, besides ``train``."""
 FORMS: Mapping[str, tuple[type[CommandSettings], AsJob]] = {
     name: (kind, job)
     for command, kind in JOBS.items()
@@ -65,39 +65,39 @@ FORMS: Mapping[str, tuple[type[CommandSettings], AsJob]] = {
 }
 """Kinds of jobs that have a form in the Library, by name."""
 IMPORT = "import"
-"""Kind of an adapter that was made elsewhere: a run that has ended."""
-# The commands that a job may run, and what the page says of one that runs.
+"""Kind of an imported adapter: a run that has already ended."""
+# The commands that a job may run, each with the state that the page shows meanwhile.
 KINDS = {"train": "training", **{name: kind.job.state for name, kind in JOBS.items() if kind.job}}
 KINDS[IMPORT] = "importing"
-# Progress that changes often is written twice a second at most.
+# Frequent progress is written at most twice a second.
 _PROGRESS_SECONDS = 0.5
 _LOG_BYTES = 60_000
 _WARNINGS_BYTES = 4_000_000
-# The line that a worker begins each attempt with.
+# Start of the line that a worker prints first in each attempt.
 _NEW_ATTEMPT = "\n--- "
 _METRICS_NAME = "metrics.jsonl"
 Record = TypeVar("Record")
-# Of records: a text is not a number, and a number is finite.
+# Records: strings are not converted to numbers, and numbers are finite.
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A command to run, and what the page says of it; times in seconds since 1970.
+    """A command to run, and its description on the page; times in seconds since 1970.
 
     Attributes:
-        arguments: Of ``dora-diffusion``: the command, then its flags.
-        title: What the page calls it.
-        run: Id of the run that it is about; empty for one of its own.
+        arguments: Arguments of ``dora-diffusion``: the command, then its flags.
+        title: Name on the page.
+        run: Id of the run that the job processes; empty if the job is a run itself.
         base: The base model.
-        output: What it makes, which must be there in the end; a run's is known.
-        trigger: Trigger words of what it makes; a run tells its own.
-        sample: The project's sample that a run learns, if any.
-        owner: Name of who asked for it; empty where the app has no logins.
-        note: What somebody has written about it.
-        stars: How good they find it, 0 (not said) to 5.
-        created: When it was asked for.
-        queued: When it was last put at the end of the queue.
+        output: Path of the result, which must exist in the end; empty for a training run.
+        trigger: Trigger words of the result; empty for a training run.
+        sample: The bundled sample subject that a run learns, if any.
+        owner: Name of the user who queued the job; empty if the app has no logins.
+        note: The user's note.
+        stars: The user's rating, 1 to 5; 0 if there is none.
+        created: Time of the request.
+        queued: Time when the job was last appended to the queue.
     """
 
     __pydantic_config__ = STRICT
@@ -121,13 +121,13 @@ class JobRecord:
 
     @property
     def command(self) -> str:
-        """The line that runs, with the threads that it has: others may round otherwise."""
+        """The command line, with the number of threads: rounding may depend on it."""
         lines = [["python", "-m", "dora_diffusion", *self.arguments]]
         return shown_command(lines, "OMP_NUM_THREADS=1" if is_embedded(self.base) else "")
 
 
 def train_arguments(folder: Path, *, resume: bool = False) -> list[str]:
-    """Return the arguments that train with the settings of a job's folder."""
+    """Return the arguments of ``train`` for the settings in a job's folder."""
     words = ["train", "--config", str(folder / SETTINGS)]
     if not resume:
         return words
@@ -139,10 +139,10 @@ def train_arguments(folder: Path, *, resume: bool = False) -> list[str]:
 
 @dataclass(frozen=True)
 class JobProgress:
-    """Progress of the work: in training, from the step after ``first_step`` on.
+    """Progress of a job.
 
-    Its result is that of ``result_step``. Other work counts what is ``done`` in its ``unit``.
-    ``address`` is where it was published.
+    Training starts after ``first_step`` and keeps the result of ``result_step``. Other jobs count
+    ``done`` of ``total`` in their ``unit``. ``address`` is the URL of a published adapter.
     """
 
     __pydantic_config__ = STRICT
@@ -160,7 +160,7 @@ class JobProgress:
 
 @dataclass(frozen=True)
 class JobResult:
-    """Result of the work: exit code (None: it was killed, or crashed), times, peaks in GiB."""
+    """Result of a job: exit code (None: killed or crashed), times, peak memory in GiB."""
 
     __pydantic_config__ = STRICT
     code: int | None = None
@@ -171,7 +171,7 @@ class JobResult:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds that it took; None where it never began."""
+        """Duration in seconds; None if the job never started."""
         return None if self.started is None else self.finished - self.started
 
 
@@ -183,7 +183,7 @@ def read_record(folder: Path) -> JobRecord:
     """Read job.json.
 
     Raises:
-        DamagedFile: If it is missing, cannot be read, or is of an unknown kind.
+        DamagedFile: If the file is missing or cannot be read, or its kind is unknown.
     """
     path = folder / JOB
     values = read_object(path)
@@ -200,7 +200,7 @@ def write_result(folder: Path, result: JobResult) -> None:
 
 
 def read_result(folder: Path) -> JobResult | None:
-    """Read result.json; None where there is none.
+    """Read result.json; None if it does not exist.
 
     Raises:
         DamagedFile: If it cannot be read.
@@ -219,7 +219,7 @@ def read_progress(folder: Path) -> JobProgress:
 
 
 class ProgressFile:
-    """Writer of progress.json: what the page cannot read from the trainer's own files."""
+    """Writer of progress.json, for progress that is not in the trainer's own files."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PROGRESS
@@ -227,7 +227,7 @@ class ProgressFile:
         self._written = 0.0
 
     def __call__(self, **figures: Any) -> None:
-        """Change fields of `JobProgress`; counts, which change often, are not written each time."""
+        """Change fields of `JobProgress`. Counts change often and are not written each time."""
         self._progress = dataclasses.replace(self._progress, **figures)
         now, is_count = time.monotonic(), figures.keys() == {"done", "total"}
         is_last = self._progress.done >= self._progress.total
@@ -238,33 +238,33 @@ class ProgressFile:
 
 @cache
 def _reader(kind: type[Any]) -> TypeAdapter[Any]:
-    """Return the reader of a dataclass: made once, since every refresh reads every job's."""
+    """Return the reader of a dataclass, cached because every refresh reads every job."""
     return TypeAdapter(kind)
 
 
 def checked(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record:
-    """A dataclass from a file's values: what is missing has its default, what is more is left out.
+    """Create a dataclass from a file's values. Unknown values are ignored.
 
     Raises:
-        DamagedFile: If one is missing that has no default, or is not of its field's type.
+        DamagedFile: If a value without a default is missing, or a value has the wrong type.
     """
     try:
-        made: Record = _reader(kind).validate_json(json.dumps(values))  # type: ignore[arg-type]
-        return made
+        record: Record = _reader(kind).validate_json(json.dumps(values))  # type: ignore[arg-type]
+        return record
     except ValidationError as error:
         first = error.errors()[0]
-        place, given = ".".join(map(str, first["loc"])), str(first["input"])[:80]
-        what = "is missing" if first["type"] == "missing" else f"is {given!r}"
-        raise DamagedFile(path, f"{place} {what}") from error
+        field, value = ".".join(map(str, first["loc"])), str(first["input"])[:80]
+        problem = "is missing" if first["type"] == "missing" else f"is {value!r}"
+        raise DamagedFile(path, f"{field} {problem}") from error
 
 
 @dataclass
 class _Metrics:
-    """Lines of a metrics.jsonl that grows, read up to the last whole one.
+    """The complete lines of a growing metrics.jsonl.
 
     Attributes:
-        records: Of the steps, and of held-out photos.
-        damaged: The first line that is not a record; 0 where there is none.
+        records: Records of the steps and of held-out photos.
+        damaged: Number of the first line that is not a record; 0 if there is none.
     """
 
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -274,14 +274,14 @@ class _Metrics:
     last: bytes = b""
 
     def follow(self, file: IO[bytes]) -> None:
-        """Read what was added; all of it, if a resumed run cut the file."""
+        """Read the new lines, or all lines if a resumed run truncated the file."""
         file.seek(self.end - len(self.last))
         if file.read(len(self.last)) != self.last:
             file.seek(0)
             vars(self).update(vars(_Metrics()))
         for line in file:
             if not line.endswith(b"\n"):
-                break  # half written
+                break  # incomplete
             self.lines, self.end, self.last = self.lines + 1, self.end + len(line), line
             record = _whole_record(line)
             if record is not None:
@@ -295,7 +295,7 @@ _METRICS_LOCK = threading.Lock()
 
 
 def _follow(folder: Path) -> tuple[tuple[dict[str, Any], ...], int]:
-    """A run's records, and the line that is damaged. Of a file that has grown, the rest is read."""
+    """Read the new records; return all of a run's records, and the number of a damaged line."""
     path = folder / _METRICS_NAME
     with _METRICS_LOCK, path.open("rb") as file:
         metrics: _Metrics = _metrics_of(path)
@@ -311,21 +311,21 @@ def _records(folder: Path) -> tuple[dict[str, Any], ...]:
 
 
 def read_metrics(folder: Path) -> tuple[dict[str, Any], ...]:
-    """The steps' records that are whole."""
+    """Return the complete records of steps."""
     return tuple(record for record in _records(folder) if "loss" in record)
 
 
 def read_validation(folder: Path) -> dict[int, float]:
-    """The validation losses of a run by step; the base's is that of step 0."""
+    """Return a run's validation losses by step; step 0 is the base model."""
     name = "validation_loss"
     return {record["step"]: record[name] for record in _records(folder) if record.get(name)}
 
 
 def check_metrics(folder: Path) -> None:
-    """Check that every line of a run's metrics can be read; the last one may be half-written.
+    """Check that a run's metrics can be read; the last line may be incomplete.
 
     Raises:
-        DamagedFile: If one cannot, or the file.
+        DamagedFile: If the file, or one of its lines, cannot be read.
     """
     path = folder / _METRICS_NAME
     try:
@@ -339,9 +339,9 @@ def check_metrics(folder: Path) -> None:
 
 
 def _whole_record(line: bytes) -> dict[str, Any] | None:
-    """A step's record with the numbers that the page shows; None for anything else.
+    """Parse a record with the numbers that the page shows; None for any other line.
 
-    Those of held-out photos have others, which are missing where they were not finite.
+    Records of held-out photos have other numbers; non-finite ones are omitted.
     """
     try:
         record = json.loads(line)
@@ -356,20 +356,20 @@ def _whole_record(line: bytes) -> dict[str, Any] | None:
 
 
 def log_tail(folder: Path, lines: int = 40) -> str:
-    """The last lines of a job's log; of a progress bar, its latest state."""
+    """Return the last lines of a job's log, with each progress bar in its latest state."""
     try:
         with (folder / LOG).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _LOG_BYTES))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
-    # A bar returns to the start of its line: what was there before is overwritten.
-    shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
-    return "\n".join([line for line in shown if line.strip()][-lines:])
+    # A progress bar returns to the start of its line and overwrites it.
+    visible = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return "\n".join([line for line in visible if line.strip()][-lines:])
 
 
 def log_warnings(folder: Path) -> tuple[str, ...]:
-    """Return the warnings of a job's latest attempt, each once."""
+    """Return the distinct warnings of a job's latest attempt."""
     try:
         status = (folder / LOG).stat()
         return _warnings(folder / LOG, status.st_mtime_ns, status.st_size)
@@ -387,14 +387,14 @@ def _warnings(log: Path, modified: int, size: int) -> tuple[str, ...]:
 
 
 def printed(folder: Path) -> list[str]:
-    """Return the printed lines of a job's latest attempt, but for warnings."""
-    # The first line is its heading.
+    """Return the output lines of a job's latest attempt, without warnings."""
+    # The first line is the attempt's heading.
     lines = f"\n{log_tail(folder, 100)}".rpartition(_NEW_ATTEMPT)[2].splitlines()[1:]
     return [line for line in lines if not line.startswith("warning: ")]
 
 
 def last_error(folder: Path) -> str:
-    """The cause that the log ends with: its last ``error:`` line, or a traceback's last line."""
+    """Return the last ``error:`` line of a job's log, or the last line of a traceback."""
     text = log_tail(folder, 400).rpartition(_NEW_ATTEMPT)[2]
     lines = text.splitlines()
     for line in reversed(lines):

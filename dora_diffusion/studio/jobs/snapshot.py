@@ -1,4 +1,4 @@
-"""Jobs as the page shows them, read from the runs folder alone, and the adapter of each."""
+"""Jobs as shown on the page, read from the runs folder alone, and their adapters."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
 
 Part = TypeVar("Part")
 _REMOVE = ", or remove this run"
-# Jobs that have ended, each with what it was read from: many are listed, and few change.
+# Cache of ended jobs by folder, with the state of their files: there are many, and few change.
 _ENDED: dict[Path, tuple[object, Job]] = {}
 _KILLED = "the process ended unexpectedly (killed, or the machine ran out of memory); "
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job as its folder tells it.
+    """One job, read from its folder.
 
     Attributes:
-        folder: Where it lies.
-        record: What was asked for.
+        folder: Folder of the job.
+        record: The requested command.
         state: ``"waiting"``, ``"running"``, ``"stopping"``, ``"done"``, ``"stopped"``,
-            ``"failed"``, ``"crashed"``, or ``"damaged"`` where its folder does not tell.
+            ``"failed"``, ``"crashed"``, or ``"damaged"`` if its record cannot be read.
         settings: Training settings (settings.yaml).
-        progress: What the worker last said.
-        result: How it ended; None before that.
-        cause: Why it failed or crashed, in one line with what to do.
-        damage: A line for each of its files that is damaged.
-        step: Optimizer steps done; of other jobs, how much is done in a unit of their own.
-        total: As above, in all; 0 while that is unknown.
-        step_seconds: Median time of the latest steps; None before there are some.
-        may_kill: Stop was asked for long ago, and it still runs.
-        position: Place in the queue from 1; 0 when it does not wait.
-        checkpoints: Names of its complete checkpoints, oldest first.
-        samples: Sample images: the final ones, then from the newest.
-        chosen: What was selected for it: a checkpoint, ``"result"``, or ``""``.
+        progress: The worker's last report.
+        result: Exit code and times; None before the end.
+        cause: Reason of a failure or crash, in one line with the fix.
+        damage: A line for each damaged file.
+        step: Optimizer steps done; for other jobs, a count in their own unit.
+        total: Number of steps, or total of that count; 0 while unknown.
+        step_seconds: Median time of the latest steps; None before the first.
+        may_kill: True if the job still runs long after a request to stop.
+        position: Position in the queue from 1; 0 if the job does not wait.
+        checkpoints: Names of complete checkpoints, oldest first.
+        samples: Sample images: final ones first, then newest first.
+        chosen: The selected adapter: a checkpoint, ``"result"``, or ``""``.
     """
 
     folder: Path
@@ -83,7 +83,7 @@ class Job:
 
     @property
     def is_run(self) -> bool:
-        """True if it has trained an adapter, here or elsewhere."""
+        """True for a training run or an imported adapter."""
         return self.kind in ("train", records.IMPORT)
 
     @property
@@ -93,28 +93,28 @@ class Job:
 
     @property
     def label(self) -> str:
-        """Name in a long list: with its date, and its time where the title lacks it."""
+        """Name in a long list: the title with the date, and with the time if it lacks it."""
         is_timed = self.title.endswith(self.made[11:])
         return f"{self.title} · {self.made[5:10] if is_timed else self.made[5:]}"
 
     @property
     def is_active(self) -> bool:
-        """True if its process lives."""
+        """True if the job's process is alive."""
         return self.state in ("running", "stopping")
 
     @property
     def has_ended(self) -> bool:
-        """True if it neither waits nor runs."""
+        """True if the job neither waits nor runs."""
         return not self.is_active and self.state != "waiting"
 
     @property
     def shown_state(self) -> str:
-        """State on the page: that a file is damaged comes before how it ended."""
+        """State on the page: ``"damaged"`` if an ended job has damaged files, else the state."""
         return "damaged" if self.damage and self.has_ended else self.state
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Time that the remaining steps take at the measured pace; None if unknown."""
+        """Time for the remaining steps at the measured pace; None if unknown."""
         if self.step_seconds is None or not self.total:
             return None
         return (self.total - self.step) * self.step_seconds
@@ -132,74 +132,74 @@ class Job:
 
     @property
     def base_model(self) -> BaseModel:
-        """The base model, as it was loaded."""
+        """The base model with the settings it was loaded with."""
         return BaseModel.of_settings({**self.settings, "base": self.base})
 
     @property
     def stands(self) -> str:
-        """Selected checkpoint of a run, else its result, else its newest checkpoint."""
+        """The selected adapter, else the result, else the newest checkpoint."""
         last = self.checkpoints[-1] if self.checkpoints else ""
         return self.chosen or (runs.RESULT_NAME if self.has_result else last)
 
     @property
     def has_result(self) -> bool:
-        """True if it has ended with an adapter: fine-tuning of the model itself has none."""
+        """True if a finished run has an adapter; full fine-tuning has none."""
         return self.is_run and self.state == "done" and not runs.pipeline_in(self.folder)
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The adapters of it that can be ranked and chosen."""
+        """The run's adapters that can be ranked and selected."""
         return runs.candidates(self.checkpoints, self.result_step if self.has_result else None)
 
     @property
     def result_step(self) -> int:
-        """The steps that its result was trained for, fewer than its own where it kept the best."""
+        """Steps of the result; fewer than `step` if the run kept its best checkpoint."""
         return self.progress.result_step or self.step
 
     def step_of(self, name: str) -> int:
-        """The steps that a checkpoint or the result was trained for."""
+        """Return the number of training steps of a checkpoint or the result."""
         return (
             self.result_step if name == runs.RESULT_NAME else int(name.removeprefix("checkpoint-"))
         )
 
 
 def snapshot(runs_dir: Path) -> tuple[Job, ...]:
-    """All jobs, newest first, as the disk and the process table tell them now."""
+    """Return all jobs, newest first, from the current files and processes."""
     workspace = Workspace(runs_dir)
-    places = {folder: place for place, folder in enumerate(queue.waiting_jobs(workspace), start=1)}
+    positions = {folder: n for n, folder in enumerate(queue.waiting_jobs(workspace), start=1)}
     folders = workspace.job_folders[::-1]
     for folder in _ENDED.keys() - {*folders}:
         _ENDED.pop(folder, None)
-    jobs = (read_job(folder, places.get(folder, 0)) for folder in folders)
+    jobs = (read_job(folder, positions.get(folder, 0)) for folder in folders)
     return tuple(job for job in jobs if job is not None)
 
 
 def read_job(folder: Path, position: int = 0) -> Job | None:
-    """One job; None if the folder is gone. What it cannot read makes it a damaged one.
+    """Read a job; None if its folder was deleted. An unreadable job gets the state ``"damaged"``.
 
-    The files of one that has ended are read again when one of them was written.
+    Ended jobs are cached until one of their files changes.
     """
     stamp = _stamp(folder)
-    known, ended = _ENDED.get(folder, (None, None))
-    if ended is not None and known == (stamp, _has_output(ended.record)):
+    cached_stamp, ended = _ENDED.get(folder, (None, None))
+    if ended is not None and cached_stamp == (stamp, _has_output(ended.record)):
         return ended
     try:
         job = _read_job(folder, position)
-    except Exception as error:  # Whatever is in its folder, the other runs are shown.
+    except Exception as error:  # One bad folder must not hide the other jobs.
         line = explain(error)[1] or f"this run cannot be read ({error!r})"
         record = records.JobRecord(("train",), title="Damaged run")
         nothing = records.JobProgress()
         job = Job(folder, record, "damaged", {}, nothing, None, damage=(f"{line}{_REMOVE}",))
     if stamp is not None and job.result is not None and not job.damage:
         _ENDED[folder] = (stamp, _has_output(job.record)), job
-    # Deleted while it was read: the files that were no longer there would look like a crash.
+    # If the folder was deleted meanwhile, its missing files would look like a crash.
     return job if folder.exists() else None
 
 
 def _stamp(folder: Path) -> tuple[object, ...] | None:
-    """Another value when a file of a job was written, made or removed; None if that is unknown.
+    """Return a value that changes with the files of a job; None if the folder cannot be read.
 
-    A folder inside of it is another one when something is added to it, or removed.
+    It also changes when a file is added to a subfolder or removed from it.
     """
     try:
         with os.scandir(folder) as entries:
@@ -224,7 +224,8 @@ def _read_job(folder: Path, position: int) -> Job:
             return otherwise
 
     record = records.read_record(folder)
-    # In this order: a worker writes its result before it ends. It may start after the first look.
+    # The order matters: a worker writes its result before it ends. Two passes, because it may start
+    # after the first check.
     for _ in range(2):
         alive = queue.worker_of(folder) is not None
         result = whole(records.read_result, None)
@@ -233,7 +234,7 @@ def _read_job(folder: Path, position: int) -> Job:
             break
     state, cause = _state(folder, record, result, alive, waits)
     if damage:
-        cause = ""  # It did end in an orderly way.
+        cause = ""  # The job did end normally.
     progress = whole(records.read_progress, records.JobProgress())
     settings: Mapping[str, Any] = whole(_settings, {})
     whole(records.check_metrics, None)
@@ -265,10 +266,10 @@ def _read_job(folder: Path, position: int) -> Job:
 
 
 def read_run(workspace: Workspace, job_id: object) -> Job:
-    """A job by its id, as it is now.
+    """Read a job by its id.
 
     Raises:
-        UserError: If there is none.
+        UserError: If the job does not exist.
     """
     job = read_job(workspace.job(job_id))
     if job is None:
@@ -283,7 +284,7 @@ def _state(
     alive: bool,
     waits: bool,
 ) -> tuple[str, str]:
-    """State and cause. A result wins over a process, which wins over the queue."""
+    """Return state and cause. A result takes precedence over a process, and that over the queue."""
     if result is None:
         if alive:
             return ("stopping" if queue.stop_asked(folder) is not None else "running"), ""
@@ -303,7 +304,7 @@ def _state(
 
 
 def _unusable_result(folder: Path, record: records.JobRecord) -> str:
-    """Return why a job that says it is done is not: its result must be there, and open."""
+    """Return why a job with exit code 0 has no usable result; empty if it exists and opens."""
     if record.kind not in ("train", records.IMPORT):
         return "" if _has_output(record) else f"{Path(record.output).name} is gone"
     if runs.pipeline_in(folder):  # the model itself was trained
@@ -316,7 +317,7 @@ def _unusable_result(folder: Path, record: records.JobRecord) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _opens(file: Path, modified: int) -> str:
-    """Open an adapter once for each time it was written."""
+    """Open an adapter and return the error, if any; cached until the file changes."""
     from dora_diffusion.formats.adapter.inspect import report_on
 
     try:
@@ -327,7 +328,7 @@ def _opens(file: Path, modified: int) -> str:
 
 
 def _samples(folder: Path) -> tuple[Path, ...]:
-    """Sample images: the final ones first, then by step from the newest."""
+    """Return the sample images: final ones first, then steps from the newest."""
     samples = folder / "samples"
     final = [samples / f"{name}.png" for name in ("adapted", "base")]
     steps = sorted(samples.glob("step-*.png"), reverse=True)
@@ -335,7 +336,7 @@ def _samples(folder: Path) -> tuple[Path, ...]:
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
-    """The settings of a run, in their types; those of other versions as they are."""
+    """Return the settings of a run in their types; settings of other versions are unchanged."""
     path = folder / records.SETTINGS
     try:
         values = _yaml(path, path.stat().st_mtime_ns)
@@ -348,7 +349,7 @@ def _settings(folder: Path) -> Mapping[str, Any]:
 
 @functools.lru_cache(maxsize=512)
 def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
-    """The settings, or why there are none: that can take long to find out, too."""
+    """Return the settings, or the error as text. Both are cached, because reading is slow."""
     known = {one.name: one for one in config.settings()}
     try:
         values = {
@@ -361,16 +362,16 @@ def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
 
 
 def _chosen_in(folder: Path, names: tuple[str, ...]) -> str:
-    """Return the checkpoint that was selected for a run, if it still is one of these."""
+    """Return the selected checkpoint of a run if it is one of ``names``, else ``""``."""
     name = store.read_json(folder / records.CHOSEN).get("checkpoint")
     return str(name) if name in names else ""
 
 
 def choose(job: Job, name: object) -> int:
-    """Make a checkpoint the run's adapter: what Generate and Library take. Returns its step.
+    """Select a checkpoint as the run's adapter for Generate and Library. Returns its step.
 
     Raises:
-        UserError: If the run has no such checkpoint.
+        UserError: If the checkpoint does not exist.
     """
     if not isinstance(name, str) or name not in {*job.candidates, *job.checkpoints}:
         raise UserError("this checkpoint no longer exists; choose another one")
@@ -379,7 +380,7 @@ def choose(job: Job, name: object) -> int:
 
 
 def adapter_of(job: Job, name: str = "") -> Path | None:
-    """The adapter that is selected for a run, or another one of its by name."""
+    """Return the path of a run's selected adapter, or of another one by name."""
     name = name or job.stands
     if name == runs.RESULT_NAME:
         return runs.result_adapter(job.folder) if job.has_result else None
@@ -387,10 +388,10 @@ def adapter_of(job: Job, name: str = "") -> Path | None:
 
 
 def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
-    """The adapter of a run or of one of its checkpoints.
+    """Return the path of a run's selected adapter, or of a checkpoint.
 
     Raises:
-        UserError: If the run has none.
+        UserError: If the adapter does not exist.
     """
     path, fine_tuned = adapter_of(job, checkpoint), runs.pipeline_in(job.folder)
     if path is None and fine_tuned:
@@ -404,7 +405,7 @@ def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
 
 
 def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
-    """Read the ranking of a run's checkpoints; None before that.
+    """Read the ranking of a run's checkpoints; None if they were not ranked.
 
     Raises:
         DamagedFile: If comparison.json cannot be read.
@@ -413,13 +414,13 @@ def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
     values = store.read_object(path)
     if values is None:
         return None
-    told = records.checked(Ranking, values, path)
+    ranking = records.checked(Ranking, values, path)
     steps = {name: job.step_of(name) for name in (*job.candidates, *job.checkpoints)}
     steps[runs.BASE_NAME], rows = 0, []
-    for row in told.rows:
+    for row in ranking.rows:
         if row.name in steps:
             images = tuple(path.parent / image for image in row.images)
             rows.append(replace(row, images=images, step=steps[row.name]))
     measured = {row.name for row in rows}
     missing = tuple(name for name in job.candidates if name not in measured)
-    return replace(told, rows=tuple(rows), missing=missing)
+    return replace(ranking, rows=tuple(rows), missing=missing)

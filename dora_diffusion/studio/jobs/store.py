@@ -1,4 +1,4 @@
-"""The runs folder: what lies where, and how ids from outside become paths.
+"""The runs folder: its layout, and the conversion of untrusted ids to paths.
 
 ::
 
@@ -7,8 +7,8 @@
       subjects/<id>/ photos, captions and masks of a subject
       images/        generated images (see `dora_diffusion.studio.jobs.image_store`)
       exports/<id>/  converted adapters and merged checkpoints, for download
-      styles.csv     styles that prompts may be given, as A1111 has them
-      wildcards/     files of wildcards: a line of colours.txt is drawn for __colours__
+      styles.csv     styles for prompts, in A1111's format
+      wildcards/     wildcard files: a random line of colours.txt replaces __colours__
       cache/         Gradio's uploads
 """
 
@@ -33,32 +33,32 @@ _LEFTOVER = re.compile(rf"\.(new|deleted)-{_ID.pattern}")
 _LONGEST = 40
 _DAY = 24 * 3600
 GONE = "(no longer in this list: choose another)"
-"""Value and label of a choice whose object was deleted: no id, and no name of a file."""
+"""Value and label of a choice whose object was deleted; never an id or a file name."""
 _COUNT = itertools.count(secrets.randbelow(0x1000))
-REMAINS = "; what could not be deleted yet goes when the app starts next"
+REMAINS = "; files that could not be deleted yet are deleted at the next start of the app"
 
 
 class UserError(ValueError):
-    """Error of a request that cannot be done; one plain line with what to do."""
+    """Error for a request that cannot be served: one plain line with the fix."""
 
 
 class Withdrawn(UserError):
-    """End of a request that its user took back while it waited; nothing is wrong."""
+    """Cancellation of a request by its user; not a failure."""
 
 
 class MissingError(UserError):
-    """Error for a run, subject or file that is not there, or no longer."""
+    """Error for a run, subject or file that does not exist, or was deleted."""
 
 
 class BusyError(UserError):
-    """Too much is asked for at once; later it can be done."""
+    """Error for too many requests at once; a later retry can succeed."""
 
 
 class DamagedFile(UserError):
-    """A file of the runs folder is there and cannot be read, or does not hold what it should."""
+    """Error for a file of the runs folder that cannot be read or has invalid contents."""
 
     def __init__(self, path: Path, reason: object) -> None:
-        super().__init__(f"{path.name} is damaged ({reason}); mend or delete it")
+        super().__init__(f"{path.name} is damaged ({reason}); fix or delete it")
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Workspace:
 
     @property
     def inputs(self) -> Path:
-        """Folder of images and masks that others are painted over or into."""
+        """Folder of the input images and masks of inpainting and image-to-image."""
         return self.images / "inputs"
 
     @property
     def favourites(self) -> Path:
-        """Folder with an empty file for each generated image that is marked."""
+        """Folder with an empty file for each image marked as a favourite."""
         return self.images / "favourites"
 
     @property
@@ -98,17 +98,17 @@ class Workspace:
 
     @property
     def exports(self) -> Path:
-        """Folder of files to take away."""
+        """Folder of files for download."""
         return self.root / "exports"
 
     @property
     def styles(self) -> Path:
-        """File of styles; there is none until somebody adds one."""
+        """File of styles; missing until a user uploads one."""
         return self.root / "styles.csv"
 
     @property
     def wildcards(self) -> Path:
-        """Folder of files of wildcards."""
+        """Folder of wildcard files."""
         return self.root / "wildcards"
 
     @property
@@ -118,7 +118,7 @@ class Workspace:
 
     @property
     def device_lock(self) -> Path:
-        """Lock of whoever computes: a worker, or the Generate tab."""
+        """Lock on the compute device, held by a worker or the Generate tab."""
         return self.root / ".device.lock"
 
     @property
@@ -136,10 +136,10 @@ class Workspace:
         return self
 
     def remove_leftovers(self) -> list[Path]:
-        """Remove what an end in the middle has left: half-made and half-deleted folders, uploads.
+        """Remove partly written and partly deleted folders, and old uploads, after a crash.
 
         Returns:
-            What is there all the same.
+            The paths that could not be removed.
         """
         left = [
             Path(entry)
@@ -147,7 +147,7 @@ class Workspace:
             for entry in os.scandir(folder)
             if _LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
         ]
-        # Gradio forgets its uploads when it ends.
+        # Gradio does not delete its uploads when it exits.
         old = time.time() - _DAY
         uploads = [path for path in self.cache.iterdir() if path.is_dir() and not path.is_symlink()]
         left += [path for path in uploads if path.stat().st_mtime < old]
@@ -156,9 +156,9 @@ class Workspace:
         return [path for path in left if path.exists()]
 
     def new_job(self, words: str = "") -> Path:
-        """The folder of a job to be made; ``words`` are in the name of a run, and of its adapter.
+        """Return a folder for a new job. The names of a run and its adapter contain ``words``.
 
-        A rename changes the run's title, never the folder: images and downloads have its name.
+        Renaming a run changes its title but not its folder, whose name is in images and downloads.
         """
         name, stem = new_id(), file_stem(words, "adapter")[:_LONGEST].rstrip("-")
         return self.root / (f"{name}-{stem}" if words else name)
@@ -169,31 +169,31 @@ class Workspace:
 
     @property
     def job_folders(self) -> list[Path]:
-        """The folders of all jobs, oldest first."""
+        """Folders of all jobs, oldest first."""
         return [self.root / job for job in ids_in(self.root)]
 
     def job(self, job_id: object) -> Path:
-        """The folder of a job.
+        """Return the folder of a job.
 
         Raises:
-            UserError: If there is no such job.
+            UserError: If the job does not exist.
         """
         return look_up(self.root, job_id, "run")
 
     def subject(self, subject_id: object) -> Path:
-        """The folder of a subject.
+        """Return the folder of a subject.
 
         Raises:
-            UserError: If there is no such subject.
+            UserError: If the subject does not exist.
         """
         return look_up(self.subjects, subject_id, "subject")
 
 
 def new_id() -> str:
-    """A name made by the server: date, time, and six hex digits. Ids sort by age.
+    """Create an id from date, time and six hex digits. Ids sort by age.
 
-    Of the digits, three are the part of the second and three count from a random number, so that
-    no process makes a name twice.
+    Three of the digits are the fraction of the second. The other three count up from a random
+    number, so that ids of one process are unique.
     """
     now = time.time()
     part = int(now % 1 * 0x1000)
@@ -202,17 +202,17 @@ def new_id() -> str:
 
 
 def made_at(job_id: str) -> str:
-    """The minute of an id: ``2026-11-25 16:03``."""
+    """Return the date and time of an id: ``2026-11-25 16:03``."""
     return f"{job_id[:4]}-{job_id[4:6]}-{job_id[6:8]} {job_id[9:11]}:{job_id[11:13]}"
 
 
 def is_id(name: object) -> bool:
-    """Return whether a name has the form of an id, of an object that is there or not."""
+    """Return whether a name has the form of an id; its object need not exist."""
     return isinstance(name, str) and bool(_ID.fullmatch(name))
 
 
 def ids_in(folder: Path) -> list[str]:
-    """The ids in a folder, oldest first; links and other names are not looked at."""
+    """Return the ids in a folder, oldest first. Links and other names are ignored."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -223,10 +223,10 @@ def ids_in(folder: Path) -> list[str]:
 
 
 def look_up(folder: Path, name: object, what: str) -> Path:
-    """The sub-folder that an id names. Ids are compared with what is there, never joined unseen.
+    """Return the subfolder of an id. Ids are compared with existing names, never just joined.
 
     Raises:
-        MissingError: If there is none.
+        MissingError: If the subfolder does not exist.
     """
     if isinstance(name, str) and name in ids_in(folder):
         return folder / name
@@ -234,10 +234,10 @@ def look_up(folder: Path, name: object, what: str) -> Path:
 
 
 def confined(folder: Path, name: object) -> Path:
-    """A file of a folder by its bare name, after links are followed.
+    """Return a file of a folder by its bare name, once its links are resolved.
 
     Raises:
-        MissingError: If the name is not that of a file inside the folder.
+        MissingError: If no file inside the folder has this name.
     """
     if isinstance(name, str) and name in os.listdir(folder):
         path = (folder / name).resolve()
@@ -247,17 +247,17 @@ def confined(folder: Path, name: object) -> Path:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON so that a reader sees the old or the new file, never a part of one."""
+    """Write JSON atomically: a reader sees either the old or the new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
     temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
     system.replace(temporary, path)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None where there is no file.
+    """Read a JSON object; None if the file does not exist.
 
     Raises:
-        DamagedFile: If it cannot be read, or holds something else.
+        DamagedFile: If the file cannot be read, or does not contain an object.
     """
     try:
         value = json.loads(system.patiently(lambda: path.read_text(encoding="utf-8")))
@@ -273,7 +273,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty where the file is missing or not whole."""
+    """Read a JSON object; empty if the file is missing or damaged."""
     try:
         return read_object(path) or {}
     except DamagedFile:
@@ -281,13 +281,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Delete a folder; first rename it, so that a half-deleted one is never shown.
+    """Delete a folder. It is renamed first, so that a partly deleted folder is never shown.
 
     Returns:
-        Whether all of it is gone; what is not, `Workspace.remove_leftovers` removes.
+        Whether everything was deleted. `Workspace.remove_leftovers` deletes the rest later.
 
     Raises:
-        UserError: If Windows does not let it go, since a file in it is open.
+        UserError: If Windows refuses because a file in the folder is open.
     """
     doomed = folder.with_name(f".deleted-{folder.name}")
     try:
@@ -304,10 +304,10 @@ def remove_folder(folder: Path) -> bool:
 
 
 def clean_text(text: object, limit: int, what: str) -> str:
-    """One line of user text without control characters.
+    """Return a user's text as one line without control characters.
 
     Raises:
-        UserError: If it is longer than ``limit`` characters.
+        UserError: If the line is longer than ``limit`` characters.
     """
     line = "".join(c if c.isprintable() else " " for c in str(text or ""))
     line = " ".join(line.split())

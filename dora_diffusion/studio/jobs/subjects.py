@@ -1,11 +1,11 @@
-"""Subjects on disk: photos, captions, masks and crops, and what will be trained on.
+"""Subjects on disk: photos, captions, masks and crops, and previews of training.
 
 ::
 
     subjects/<id>/
-      subject.json    title, class word, token, which sample it is, what the photos were called,
-                      and the captions before the last change of all
-      photos/         what is trained on: 001.jpg, 001.txt, 001.mask.png
+      subject.json    title, class word, token, name of the sample, original names of the photos,
+                      and the captions before their last joint change
+      photos/         training data: 001.jpg, 001.txt, 001.mask.png
       originals/      photos before a manual crop
 """
 
@@ -41,7 +41,7 @@ _SUBJECT = "subject.json"
 
 @dataclass(frozen=True)
 class StoredSubject:
-    """A subject as its folder tells it; ``sample`` names the project's sample that it shows."""
+    """A subject, read from its folder; ``sample`` is the bundled sample that it is a copy of."""
 
     id: str
     title: str
@@ -52,20 +52,20 @@ class StoredSubject:
 
     @property
     def folder(self) -> Path:
-        """The folder that is trained on."""
+        """Folder of the training photos."""
         return self.photos[0].parent
 
 
 def subjects_in(workspace: Workspace) -> list[StoredSubject]:
-    """All subjects, newest first."""
+    """Return all subjects, newest first."""
     return [read_subject(workspace, name) for name in reversed(store.ids_in(workspace.subjects))]
 
 
 def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
-    """One subject; its title says if its folder is damaged.
+    """Read a subject. If its folder is damaged, its title is the error.
 
     Raises:
-        UserError: If there is none of this id.
+        UserError: If the subject does not exist.
     """
     folder, photos = workspace.subject(subject_id), tuple[Path, ...]()
     try:
@@ -88,7 +88,7 @@ def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
 def new_subject(
     workspace: Workspace, title: str, class_word: str = "", token: str = "sks", sample: str = ""
 ) -> str:
-    """Make an empty subject; returns its id."""
+    """Create an empty subject. Returns its id."""
     subject_id = store.new_id()
     folder = workspace.subjects / subject_id
     (folder / "photos").mkdir(parents=True)
@@ -98,10 +98,10 @@ def new_subject(
 
 
 def keep_words(workspace: Workspace, subject_id: object, class_word: object, token: object) -> None:
-    """Keep with a subject what it is called, for later runs; a style has neither word.
+    """Save a subject's class word and token for later runs; both are empty for a style.
 
     Raises:
-        UserError: If the subject is unknown, or a word too long.
+        UserError: If the subject does not exist, or a word is too long.
     """
     folder = workspace.subject(subject_id)
     words = {
@@ -112,12 +112,12 @@ def keep_words(workspace: Workspace, subject_id: object, class_word: object, tok
 
 
 def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path]) -> Upload:
-    """Check uploaded photos and add them to a subject, with the captions that lie beside them.
+    """Check uploaded photos and add them to a subject, with their captions.
 
-    A text file is the caption of the photos of its name: of this upload, or of an earlier one.
+    A text file is the caption of the photos with its name, in this upload or an earlier one.
 
     Raises:
-        UserError: If the subject is unknown, or would have too many photos.
+        UserError: If the subject does not exist, or would have too many photos.
     """
     folder, paths = workspace.subject(subject_id), [Path(file) for file in files]
     texts = [path for path in paths if path.suffix == ".txt"]
@@ -125,7 +125,7 @@ def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path
     values = store.read_json(folder / _SUBJECT)
     earlier = values.get("names") or {}
     values["names"] = earlier | dict(upload.names)
-    if upload.accepted:  # With other photos it is no longer what the sample shows.
+    if upload.accepted:  # With other photos the subject is no longer the sample.
         values["sample"] = ""
     store.write_json(folder / _SUBJECT, values)
     stored = {path.name: path.stem for path in photos_in(folder / "photos")}
@@ -139,32 +139,34 @@ def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path
 def _captions_beside(
     texts: Sequence[Path], known: Sequence[Mapping[str, str]]
 ) -> tuple[dict[str, str], list[str]]:
-    """The captions of photos by their names, and a line for each text file that is none's.
+    """Return captions by photo name, and a line for each text file without a photo.
 
     Args:
         texts: The text files.
-        known: What photos are called, by their names; the first that holds a text's name counts.
+        known: Mappings of photo names to original names; the first with a text's name counts.
     """
     captions, refused = dict[str, str](), []
     for text in texts:
-        called = text.stem.casefold()
-        matches = ([n for n, stem in names.items() if stem.casefold() == called] for names in known)
+        original = text.stem.casefold()
+        matches = (
+            [n for n, stem in names.items() if stem.casefold() == original] for names in known
+        )
         try:
-            own = next(filter(None, matches), [])
-            if not own:
+            photos = next(filter(None, matches), [])
+            if not photos:
                 raise UserError(f"{text.name}: no photo is called {text.stem}; add its photo too")
             caption = _clean_caption(read_caption(text, "", per_line=True))
-            captions |= dict.fromkeys(own, caption)
+            captions |= dict.fromkeys(photos, caption)
         except (ValueError, OSError) as error:
             refused.append(shown(str(error)))
     return captions, refused
 
 
 def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
-    """Make a subject of one of the project's samples; returns its id.
+    """Create a subject from a bundled sample. Returns its id.
 
     Raises:
-        UserError: If there is no such sample.
+        UserError: If the sample does not exist.
     """
     names = sample_names(samples)
     if name not in names:
@@ -185,12 +187,12 @@ def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
 
 
 def sample_names(samples: Path) -> list[str]:
-    """Names of the samples that lie beside the app."""
+    """Return the names of the bundled samples."""
     return sorted(path.parent.name for path in samples.glob("*/config.yaml"))
 
 
 def save_caption(workspace: Workspace, subject_id: object, photo: object, text: object) -> str:
-    """Write a photo's caption; an empty one lets the instance prompt stand in. Returns it."""
+    """Write a photo's caption and return it. Without one, the instance prompt is used."""
     path = photo_path(workspace, subject_id, photo)
     caption = _clean_caption(text)
     if caption:
@@ -208,7 +210,7 @@ def _clean_caption(text: object) -> str:
 
 
 def captions_of(subject: StoredSubject) -> dict[str, str]:
-    """Each photo's caption by its name, lines apart; empty where it has none or a damaged one."""
+    """Return each photo's caption, line by line, by photo name; empty if missing or damaged."""
     captions = {}
     for photo in subject.photos:
         captions[photo.name] = ""
@@ -218,10 +220,10 @@ def captions_of(subject: StoredSubject) -> dict[str, str]:
 
 
 def write_captions(workspace: Workspace, subject_id: object, captions: Mapping[str, str]) -> int:
-    """Write captions of many photos, and keep those of before. Returns how many are others.
+    """Write captions of many photos, and save the previous ones. Returns how many changed.
 
     Raises:
-        UserError: If one is too long; then none is written.
+        UserError: If a caption is too long; then none is written.
     """
     before = captions_of(read_subject(workspace, subject_id))
     new = {name: _clean_caption(text) for name, text in captions.items()}
@@ -237,22 +239,22 @@ def write_captions(workspace: Workspace, subject_id: object, captions: Mapping[s
 
 
 def undo_captions(workspace: Workspace, subject_id: object) -> int:
-    """Undo the last change of many captions; a second time, undo that.
+    """Undo the last joint change of captions; a second call redoes it.
 
     Raises:
-        UserError: If there was none.
+        UserError: If there was no such change.
     """
-    kept = store.read_json(workspace.subject(subject_id) / _SUBJECT).get("captions")
-    if not kept:
+    previous = store.read_json(workspace.subject(subject_id) / _SUBJECT).get("captions")
+    if not previous:
         raise UserError("the captions of this subject were not changed together; nothing to undo")
-    return write_captions(workspace, subject_id, kept)
+    return write_captions(workspace, subject_id, previous)
 
 
 def photo_path(workspace: Workspace, subject_id: object, photo: object) -> Path:
-    """A photo by its name.
+    """Return the path of a photo by its name.
 
     Raises:
-        UserError: If the subject or the photo is not there.
+        UserError: If the subject or the photo does not exist.
     """
     folder = workspace.subject(subject_id) / "photos"
     path = store.confined(folder, photo)
@@ -269,7 +271,7 @@ def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> Non
 
 
 def delete_subject(workspace: Workspace, subject_id: object) -> bool:
-    """Delete a subject; runs keep what they have of it. Whether it is gone: see `remove_folder`."""
+    """Delete a subject; runs keep their copies. Returns the result of `remove_folder`."""
     folder = workspace.subject(subject_id)
     if folder.name in store.ids_in(workspace.exports):
         store.remove_folder(workspace.exports / folder.name)
@@ -277,7 +279,7 @@ def delete_subject(workspace: Workspace, subject_id: object) -> bool:
 
 
 def training_crop(photo: Path, side: int = PREVIEW_SIDE, *, masked: bool = True) -> Image.Image:
-    """Return a photo's training crop (the middle square), at a given size; masked parts dim."""
+    """Return a photo's training crop (the middle square) at a given size, masked parts dimmed."""
     crop, mask = _crop(photo, *_stamps(photo), side)
     if mask is None or not masked:
         return crop
@@ -285,7 +287,7 @@ def training_crop(photo: Path, side: int = PREVIEW_SIDE, *, masked: bool = True)
 
 
 def mask_overlay(photo: Path, side: int) -> Image.Image | None:
-    """Return an image (RGBA) to lay over a training crop: dark where its mask leaves it out."""
+    """Return an overlay (RGBA) that darkens the masked parts of a training crop; None if none."""
     mask = _crop(photo, *_stamps(photo), side)[1]
     if mask is None:
         return None
@@ -303,7 +305,7 @@ def _stamps(photo: Path) -> tuple[int, int]:
 def _crop(
     photo: Path, modified: int, mask_modified: int, side: int
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Return the crop of a photo, and of its mask ("L"), if it has one."""
+    """Return the crops of a photo and of its mask ("L"), if it has one."""
     image, mask = open_photo(photo), None
     record = plan_crop((image.height, image.width), side)
     if mask_modified:
@@ -312,7 +314,7 @@ def _crop(
 
 
 def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[str]]:
-    """Return what will show in the result, by photo name; ``""`` holds what is about all."""
+    """Return warnings by photo name; the key ``""`` has the warnings about all photos."""
     warnings: dict[str, list[str]] = {}
     for warning in _warnings(subject, resolution):
         for name in warning.names or ("",):
@@ -321,9 +323,9 @@ def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[st
 
 
 def mask_labels(subject: StoredSubject, resolution: int) -> dict[str, str]:
-    """Return a label for what of each photo is masked in training, by photo name; else none.
+    """Return labels by photo name for photos that are masked in training or have transparency.
 
-    One painted mask turns masked_loss on, and with it transparency masks every other photo.
+    One painted mask enables masked_loss, and then transparency masks all other photos.
     """
     labels = {photo.name: "masked" for photo in subject.photos if mask_path(photo).exists()}
     transparent = "masked by its transparency" if labels else "transparent parts white"
@@ -343,6 +345,6 @@ def _check(stamps: tuple[tuple[str, int], ...], resolution: int) -> list[PhotoWa
     paths = [Path(path) for path, _ in stamps]
     try:
         photos = read_photos(paths, "", skip_unreadable=True, measure=True)
-    except (ValueError, OSError) as error:  # none is left, or a caption is damaged
+    except (ValueError, OSError) as error:  # no readable photo, or a damaged caption
         return [PhotoWarning("unreadable", (), str(error))]
     return check_photos(photos, resolution)

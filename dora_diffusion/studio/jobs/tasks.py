@@ -1,4 +1,4 @@
-"""Tasks of the page: each is the arguments of a command, put into the queue."""
+"""The page's tasks. Each converts a request to the arguments of a command and queues it."""
 
 from __future__ import annotations
 
@@ -43,18 +43,17 @@ STUDY, TOKEN = "study.yaml", "sks"
 def start_training(
     workspace: Workspace, config: TrainConfig, subjects: Sequence[StoredSubject], name: str = ""
 ) -> str:
-    """Append a run to the queue, with a copy of its photos. Returns its id.
-
-    Without a name it is called by its subjects, or what a slider moves, and the time.
+    """Queue a training run with a copy of its photos. Returns its id.
 
     Args:
         workspace: The runs folder.
-        config: Its settings.
-        subjects: Of each entry of ``dataset_config``, or of the one subject; none of a slider.
-        name: What it is called.
+        config: Settings of the run.
+        subjects: A subject for each entry of ``dataset_config``, or the only one; empty for a
+            slider.
+        name: Name of the run. Default: its subjects, or a slider's target, and the time.
 
     Raises:
-        UserError: If a run with the same photos and settings waits or runs: it would repeat it.
+        UserError: If a run with the same photos and settings already waits or runs.
     """
     for job in snapshot(workspace.root):
         if job.state in ("waiting", "running") and _is_same(job, config, subjects):
@@ -66,7 +65,7 @@ def start_training(
     titles = ", ".join([*(subject.title for subject in subjects), *config.target[:1]])[:NAME_LIMIT]
     name = clean_text(name, NAME_LIMIT, "name")
     folder = workspace.new_job(name or titles)
-    clock = made_at(folder.name)[11:]  # `Job.label` looks for it.
+    clock = made_at(folder.name)[11:]  # `Job.label` expects it.
     record = records.JobRecord(
         records.train_arguments(folder),
         name or f"{titles} {clock}",
@@ -74,17 +73,17 @@ def start_training(
         sample=subjects[0].sample if len(subjects) == 1 else "",
     )
     settings = as_yaml(_in_folder(config, folder))
-    photos = {_photos(place): subject.folder for place, subject in enumerate(subjects)}
+    photos = {_photos(index): subject.folder for index, subject in enumerate(subjects)}
     return create_job(folder, record, {records.SETTINGS: settings, **photos})
 
 
-def _photos(place: int) -> str:
-    """The folder of a subject's photos in a job's."""
-    return f"photos-{place + 1}" if place else "photos"
+def _photos(index: int) -> str:
+    """Return the name of a subject's photo folder in a job's folder."""
+    return f"photos-{index + 1}" if index else "photos"
 
 
 def _is_same(job: Job, config: TrainConfig, subjects: Sequence[StoredSubject]) -> bool:
-    """Return whether a job trains with these settings on these photos, captions and masks."""
+    """Return whether a job has the same settings, photos, captions and masks."""
     if job.settings != _in_folder(config, job.folder).to_dict():
         return False
     pairs = ((subject.folder, job.folder / _photos(n)) for n, subject in enumerate(subjects))
@@ -94,8 +93,8 @@ def _is_same(job: Job, config: TrainConfig, subjects: Sequence[StoredSubject]) -
 
 def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
     entries = [
-        {**entry, "instance_data_dir": str(folder / _photos(place))}
-        for place, entry in enumerate(config.dataset_config)
+        {**entry, "instance_data_dir": str(folder / _photos(index))}
+        for index, entry in enumerate(config.dataset_config)
     ]
     if entries:
         return dataclasses.replace(config, output_dir=str(folder), dataset_config=entries)
@@ -104,7 +103,7 @@ def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def looks_at(jobs: Sequence[Job], subject: StoredSubject) -> list[Job]:
-    """The jobs that look at a subject's photos, or have looked, newest first."""
+    """Return the jobs that check a subject's photos, active or ended, newest first."""
     return [
         job for job in jobs
         if job.kind == "prepare" and subject.photos
@@ -115,16 +114,16 @@ def looks_at(jobs: Sequence[Job], subject: StoredSubject) -> list[Job]:
 def start_look(
     workspace: Workspace, subject: StoredSubject, resolution: int, caption_model: str = ""
 ) -> str:
-    """Queue a job that looks at a subject's photos in the place of earlier ones. Returns its id.
+    """Queue a job that checks a subject's photos, and delete earlier ones. Returns its id.
 
     Args:
         workspace: The runs folder.
-        subject: Whose photos; nothing is written beside them but captions.
-        resolution: What they will be trained at; the next lower multiple of 64 is taken.
-        caption_model: Writes the missing captions: folder or hub id.
+        subject: The subject. Only captions are written to its folder.
+        resolution: Training resolution, rounded down to a multiple of 64.
+        caption_model: Model that writes the missing captions: a folder or hub id.
 
     Raises:
-        UserError: If there are no photos, or another look is not over.
+        UserError: If the subject has no photos, or an earlier check has not ended.
     """
     if not subject.photos:
         raise UserError("the subject has no photos yet; add some first")
@@ -150,58 +149,58 @@ def start_look(
 
 
 def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
-    """Call a run by another name, and what was made of it too.
+    """Rename a run, and the jobs that process it.
 
     Raises:
-        UserError: If there is no such run, or the name is empty or too long.
+        UserError: If the run does not exist, or the name is empty or too long.
     """
     folder, title = workspace.job(job_id), clean_text(name, NAME_LIMIT, "name")
     if not title:
         raise UserError("write a name for the run")
     run = records.read_record(folder)
     for job in workspace.job_folders:
-        record, called = records.read_record(job), title
+        record, new_title = records.read_record(job), title
         if folder.name not in (job.name, record.run):
             continue
         if job != folder:  # "Convert NAME to kohya": a verb, and the run's name.
             verb, _, about = record.title.partition(" ")
             if not about.startswith(run.title):
                 continue
-            called = f"{verb} {title}{about.removeprefix(run.title)}"
-        records.write_record(job, dataclasses.replace(record, title=called))
+            new_title = f"{verb} {title}{about.removeprefix(run.title)}"
+        records.write_record(job, dataclasses.replace(record, title=new_title))
 
 
 def annotate_run(workspace: Workspace, job_id: object, note: object, stars: object) -> None:
-    """Keep what somebody thinks of a run.
+    """Save a user's note and rating of a run.
 
     Raises:
-        UserError: If there is no such run, or the note is too long.
+        UserError: If the run does not exist, or the note is too long.
     """
     folder = workspace.job(job_id)
     lines = (clean_text(line, MOST_TEXT, "note") for line in str(note or "").splitlines())
     text = "\n".join(lines)
     if len(text) > MOST_TEXT:
         raise UserError(f"the note has {len(text)} characters; at most {MOST_TEXT} are taken")
-    known = stars if isinstance(stars, int) and 0 <= stars <= MOST_STARS else 0
-    record = dataclasses.replace(records.read_record(folder), note=text, stars=known)
+    rating = stars if isinstance(stars, int) and 0 <= stars <= MOST_STARS else 0
+    record = dataclasses.replace(records.read_record(folder), note=text, stars=rating)
     records.write_record(folder, record)
 
 
 def import_adapter(
     workspace: Workspace, file: Path, name: object, base: str, allowed: Callable[[str], str]
 ) -> str:
-    """Make a run of an adapter that was made elsewhere, kept byte by byte. Returns its id.
+    """Create a run from an adapter file, which is copied unchanged. Returns its id.
 
     Args:
         workspace: The runs folder.
         file: A .safetensors file in any key format.
-        name: What it is called; empty: by its file.
-        base: What it was trained on; empty: what the file says, else its family's released model.
-        allowed: Returns the name of a base that may be loaded, or raises an error.
+        name: Name of the run. Default: the file's name.
+        base: Base model. Default: the model in the file's metadata, else its family's released one.
+        allowed: Returns the name of a base model that may be loaded, or raises an error.
 
     Raises:
-        UserError: If it is no ordinary file, too large, or of another kind.
-        AdapterFormatError: If it is no adapter, with the reason.
+        UserError: If the file is not a regular file, is too large, or has another suffix.
+        AdapterFormatError: If the file is not an adapter, with the reason.
     """
     from dora_diffusion.formats.adapter.inspect import report_on
 
@@ -211,7 +210,7 @@ def import_adapter(
         )
     require_file(file, MAX_FILE)
     metadata = report_on(file).metadata
-    # Others name a file of their own machine.
+    # Other programs record a path on the machine that they ran on.
     stated = metadata.base_model if metadata.format_version else ""
     base = base or stated or FAMILIES.get(metadata.family, DEFAULT_FAMILY).released_id
     title = clean_text(name, NAME_LIMIT, "name") or shown(file.stem, NAME_LIMIT)
@@ -228,15 +227,15 @@ def import_adapter(
 
 
 def can_continue(job: Job) -> bool:
-    """Return whether a run is finished and has a checkpoint of its last step."""
+    """Return whether a run is done and has a checkpoint of its last step."""
     return job.state == "done" and f"checkpoint-{job.step}" in job.checkpoints
 
 
 def continue_run(folder: Path, more: object) -> None:
-    """Return a finished run to the queue to train ``more`` steps from its last one on.
+    """Return a finished run to the queue to train ``more`` steps after its last one.
 
     Raises:
-        UserError: If it cannot be continued, or that is not a number of steps.
+        UserError: If the run cannot be continued, or ``more`` is not a number of steps.
     """
     job = read_job(folder)
     if job is None or not can_continue(job):
@@ -247,7 +246,7 @@ def continue_run(folder: Path, more: object) -> None:
         raise UserError(f"more steps is {more}; it must be between 1 and {MOST_STEPS}")
     config = TrainConfig.from_dict(job.settings)
     config = dataclasses.replace(config, max_train_steps=job.step + int(more))
-    if job.step < job.total:  # Its patience was at an end: it would stop again at once.
+    if job.step < job.total:  # Stopped early: with its patience it would stop again at once.
         config = dataclasses.replace(config, early_stopping_patience=None)
     save_text(folder / records.SETTINGS, as_yaml(config))
     requeue_job(folder)
@@ -256,31 +255,31 @@ def continue_run(folder: Path, more: object) -> None:
 def start_task(name: str, workspace: Workspace, run: Job, *values: object) -> str:
     """Queue a job that has a form in the Library. Returns its id.
 
-    Its settings called base, variant, revision, vae, adapter, input, adapters, folder, source,
-    title, output and overwrite are filled in, as far as it has them.
+    The settings base, variant, revision, vae, adapter, input, adapters, folder, source, title,
+    output and overwrite are filled in, as far as the command has them.
 
     Args:
-        name: Of `FORMS`.
+        name: Name of the form in `FORMS`.
         workspace: The runs folder.
-        run: What it is about.
-        values: Of its fields, in their order; empty ones are the defaults. The first one is another
-            run where it is about two.
+        run: The run to process.
+        values: Values of the form's fields, in order; empty ones are the defaults. If the job
+            processes two runs, the first value is the other run.
 
     Raises:
-        UserError: If a run has no adapter, the two have not one base model, or nothing is said of
-            the size that an adapter is to have.
-        ConfigError: If a value cannot work.
-        HubError: If publishing could not begin: no token, offline, or no name.
+        UserError: If a run has no adapter, two runs have different base models, or the new size of
+            an adapter is missing.
+        ConfigError: If a value is invalid.
+        HubError: If publishing cannot start: no token, offline, or no name.
     """
     from dora_diffusion.export import hub
 
     kind, job = FORMS[name]
-    others = [] if not job.with_other else [_of_one_base(run, values[0])]
-    filled, titles = _about(kind, run, others), [one.title for one in (run, *others)]
+    other_runs = [] if not job.with_other else [_of_one_base(run, values[0])]
+    filled, titles = _about(kind, run, other_runs), [one.title for one in (run, *other_runs)]
     if name == "push" and run.kind == records.IMPORT:
         raise UserError("this adapter was imported; publish the runs that you trained")
     fields = [setting for setting in kind.settings() if setting.name in job.asked]
-    for setting, value in zip(fields, values[len(others) :], strict=True):
+    for setting, value in zip(fields, values[len(other_runs) :], strict=True):
         text = clean_text(value, MOST_TEXT, setting.name) if isinstance(value, str) else value
         if text not in ("", None):
             filled[setting.name] = setting.cast(str(text).split() if setting.is_list else text)
@@ -292,19 +291,19 @@ def start_task(name: str, workspace: Workspace, run: Job, *values: object) -> st
     if name == "push":
         hub.check(str(filled.get("repository", "")))
     require_strength("strength", float(filled.get("strength", 1.0)))
-    # What is in the file, so that no result replaces another one.
+    # The name contains the settings, so that no result replaces another one.
     folder, end = workspace.new_job(), job.output.format_map(filled)
-    if others or job.fixed:  # more than a name can say
+    if other_runs or job.fixed:  # too many settings for a name
         end = f"{folder.name[-6:]}-{end}"
     output = str(workspace.exports / run.id / file_name(run, end)) if job.output else ""
     settings = kind.read({**filled, "output": output})
-    trigger = run.trigger if name == "export" else ""  # of what can be prompted
+    trigger = run.trigger if name == "export" else ""  # Only an exported model can be prompted.
     about = {"run": run.id, "base": run.base, "output": output, "trigger": trigger}
     return _start(folder, settings, f"{job.verb} {' and '.join(titles)}", **about)
 
 
 def _of_one_base(run: Job, other: object) -> Job:
-    """Another run, whose adapter is one of the same base model."""
+    """Return another run of the same base model, or raise a `UserError`."""
     if not isinstance(other, Job):
         raise UserError("choose another adapter of the library first")
     if other.base != run.base:
@@ -315,43 +314,43 @@ def _of_one_base(run: Job, other: object) -> Job:
     return other
 
 
-def _about(kind: type[CommandSettings], run: Job, others: Sequence[Job]) -> dict[str, Any]:
-    """The settings of a command that follow from the runs that it is about."""
+def _about(kind: type[CommandSettings], run: Job, other_runs: Sequence[Job]) -> dict[str, Any]:
+    """Return the settings of a command that follow from the runs to process."""
     adapter = str(chosen_adapter(run))
     filled = {
         **_of_base(run, "vae"), "adapter": adapter, "input": adapter, "folder": str(run.folder),
         "source": [adapter if run.kind == records.IMPORT else str(run.folder)],
-        "adapters": [adapter, *(str(chosen_adapter(other)) for other in others)],
+        "adapters": [adapter, *(str(chosen_adapter(other)) for other in other_runs)],
         "title": [run.title], "overwrite": True,
     }  # fmt: skip
     if kind is ConvertSettings and path_here(run.base_model) is None:
-        filled |= dict.fromkeys(("base", "variant", "revision"))  # It is not downloaded for it.
+        filled |= dict.fromkeys(("base", "variant", "revision"))  # A conversion never downloads.
     return filled
 
 
 def start_extraction(workspace: Workspace, base: str, tuned: str, rank: object) -> str:
-    """Queue a job that makes an adapter of a fine-tuned model. Returns its id.
+    """Queue a job that extracts an adapter from a fine-tuned model. Returns its id.
 
     Raises:
-        ConfigError: If a value cannot work.
+        ConfigError: If a value is invalid.
     """
     folder = workspace.new_job()
     name = f"{file_stem(Path(tuned).stem, 'model')}-extracted.safetensors"
     output = str(workspace.exports / folder.name / name)
-    given = {"base": base, "tuned": tuned, "rank": rank, "output": output}
+    values = {"base": base, "tuned": tuned, "rank": rank, "output": output}
     title = f"Extract {Path(tuned).name}"[:NAME_LIMIT]
-    return _start(folder, ExtractSettings.read(given), title, base=base, output=output)
+    return _start(folder, ExtractSettings.read(values), title, base=base, output=output)
 
 
 def start_ranking(workspace: Workspace, run: Job) -> str:
     """Queue a job that ranks a run's checkpoints. Returns its id.
 
     Raises:
-        UserError: If there is nothing to rank.
+        UserError: If the run has no checkpoints.
     """
     if not run.candidates:
         raise UserError("this run has no checkpoint yet; wait until it has saved one")
-    # The truth of a sample subject is known; others have photos.
+    # A sample subject has a known ground truth; other subjects have photos.
     sample = run.record.sample if is_embedded(run.base) else ""
     output, title = workspace.ranking(run.id), f"Rank {run.title}"
     settings = RankCheckpointsSettings(
@@ -363,19 +362,19 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
 
 
 def targets() -> dict[str, str]:
-    """Return the targets of a conversion: a value of `--to` -> its title on the page."""
-    named = {name: f"{program.title} ({program.place})" for name, program in PROGRAMS.items()}
-    return named | {name: one.title for name, one in CONVERSIONS.items() if one.title}
+    """Return the targets of a conversion: value of `--to` -> title on the page."""
+    titles = {name: f"{program.title} ({program.place})" for name, program in PROGRAMS.items()}
+    return titles | {name: one.title for name, one in CONVERSIONS.items() if one.title}
 
 
 def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
-    """Queue a job that writes a run's adapter as a program needs it. Returns its id.
+    """Queue a job that converts a run's adapter for a program. Returns its id.
 
-    The base model is never downloaded for it.
+    The conversion never downloads the base model.
 
     Raises:
-        UserError: If there is no adapter, or no such program, or its file needs a base model that
-            is not on this machine.
+        UserError: If the run has no adapter, the program is unknown, or its format needs a base
+            model that is not on this machine.
     """
     from dora_diffusion.export.convert import conversion_of
     from dora_diffusion.formats.adapter.file import read_adapter
@@ -384,27 +383,27 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
     if target not in targets():
         raise UserError("there is no such program; choose one of the list")
     adapter = str(chosen_adapter(run))
-    # PEFT writes a folder per component; the others are one file each.
+    # PEFT has a folder per component; other formats are a single file.
     name = f"{adapter_name(adapter)}.{'zip' if target in FOLDERS else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
-    given: Any = {"input": adapter, "output": output, "to": target}
+    values: Any = {"input": adapter, "output": output, "to": target}
     base = path_here(run.base_model) if run.base else None
     if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
-        words = _words(ConvertSettings(**given, **_of_base(run)))
+        words = _words(ConvertSettings(**values, **_of_base(run)))
         raise UserError(
             f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
             "on this machine as the run loaded it. This downloads it, and converts the adapter: "
             f"{records.JobRecord(words).command}"
         )
     variant = run.base_model.variant if base else None
-    settings = ConvertSettings(**given, base=base, variant=variant, overwrite=True)
+    settings = ConvertSettings(**values, base=base, variant=variant, overwrite=True)
     title = f"Convert {run.title} for {targets()[target].partition(' (')[0]}"
     about = {"run": run.id, "base": run.base, "output": output}
     return _start(workspace.new_job(), settings, title, **about)
 
 
 def write_card(workspace: Workspace, run: Job) -> Path:
-    """The model card of what is selected for a run, where it may be downloaded.
+    """Write the model card of a run's selected adapter, for download. Returns its path.
 
     Raises:
         UserError: If the run has no adapter.
@@ -416,7 +415,7 @@ def write_card(workspace: Workspace, run: Job) -> Path:
 
 
 def _of_base(run: Job, *more: str) -> dict[str, Any]:
-    """A run's base as the settings of commands have it."""
+    """Return a run's base model as settings of commands."""
     names = ("variant", "revision", *more)
     return {"base": run.base or None, **{name: getattr(run.base_model, name) for name in names}}
 
@@ -424,36 +423,36 @@ def _of_base(run: Job, *more: str) -> dict[str, Any]:
 def _start(
     folder: Path, settings: CommandSettings, title: str, files: Any = None, **about: Any
 ) -> str:
-    """Queue a command in a new folder, with further fields of its record. Returns its id."""
+    """Queue a command with further fields of its record. Returns its id."""
     return create_job(folder, records.JobRecord(_words(settings), title, **about), files)
 
 
 def _words(settings: CommandSettings) -> list[str]:
-    """The arguments of a job."""
     assert settings.job is not None
     return [settings.job.command, *settings.to_arguments()]
 
 
 def file_name(job: Job, what: str) -> str:
-    """A file name that no other run, checkpoint or result has, ending with what the file is."""
+    """Return a file name unique to a run and its selected checkpoint, ending in ``what``."""
     return f"{job.id}-step-{job.step_of(job.stands)}-{what}"
 
 
 def start_study(
     workspace: Workspace, study: Mapping[str, Any], subjects: Sequence[StoredSubject]
 ) -> str:
-    """Queue a job that compares methods of training. Returns its id.
+    """Queue a job that compares training methods. Returns its id.
 
-    Every fourth photo of a subject, or its last one, is held out; a sample's truth is known.
+    Every fourth photo of a subject, or its last one, is held out. Sample subjects have a known
+    ground truth instead.
 
     Args:
         workspace: The runs folder.
-        study: As its YAML file has it, without subjects.
-        subjects: What is learned; the job has copies of their photos.
+        study: Contents of the study's YAML file, without subjects.
+        subjects: The subjects to learn; the job has copies of their photos.
 
     Raises:
-        UserError: If there is no subject, or one cannot be learned.
-        ConfigError: If it makes no study.
+        UserError: If there are no subjects, or one cannot be learned.
+        ConfigError: If the study is invalid.
     """
     import yaml
 
@@ -464,30 +463,30 @@ def start_study(
         raise UserError("choose at least one subject; they are made in the Subject tab")
     folder, base = workspace.new_job(), str(study["base"])
     files: dict[str, str | Path] = {}
-    given, titles = list[Any](), [subject.title for subject in subjects]
-    for place, subject in enumerate(subjects):
+    entries, titles = list[Any](), [subject.title for subject in subjects]
+    for index, subject in enumerate(subjects):
         if subject.sample and is_embedded(base):
-            given.append(subject.sample)
+            entries.append(subject.sample)
             continue
         if len(subject.photos) < 2 or not subject.class_word:
             raise UserError(f"{subject.title} needs two photos, and a class in the Train tab")
         held_out = subject.photos[3::4] or subject.photos[-1:]
         for photo in subject.photos:
-            part = f"subjects/{place}/{'held_out' if photo in held_out else 'photos'}/{photo.name}"
-            files[part] = photo
+            copy = f"subjects/{index}/{'held_out' if photo in held_out else 'photos'}/{photo.name}"
+            files[copy] = photo
             if (caption := photo.with_suffix(".txt")).is_file():
-                own = caption.read_text(encoding="utf-8")
-                text = whole_word(subject.token).sub(TOKEN, own)
-                files[str(Path(part).with_suffix(".txt"))] = text
-        title, where = subject.title, folder / "subjects" / str(place)
-        given.append({
-            "name": f"{title} {place + 1}" if titles.count(title) > 1 else title,
+                text = caption.read_text(encoding="utf-8")
+                text = whole_word(subject.token).sub(TOKEN, text)
+                files[str(Path(copy).with_suffix(".txt"))] = text
+        title, where = subject.title, folder / "subjects" / str(index)
+        entries.append({
+            "name": f"{title} {index + 1}" if titles.count(title) > 1 else title,
             "photos": str(where / "photos"), "held_out": str(where / "held_out"),
             "class_word": subject.class_word,
             "instance_prompt": f"a photo of a {TOKEN} {subject.class_word}",
         })  # fmt: skip
     models = [LITE] if files else []
-    values = {**study, "subjects": given, "asked": {**study["asked"], "metric_models": models}}
+    values = {**study, "subjects": entries, "asked": {**study["asked"], "metric_models": models}}
     Study.from_dict(values)
     output = str(workspace.exports / folder.name / "study")
     files[STUDY] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Photos: uploads, refused by what they are and re-encoded; crops and masks, and undoing them."""
+"""Photos: checking and re-encoding of uploads; crops and masks, and undoing them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dora_diffusion.studio.jobs.store import UserError
 
 MAX_BYTES = 100 * 2**20
 MAX_FILE = 2 * 2**30
-"""Of an adapter, and of a data set; one of rank 128 for SDXL has 0.9 GB."""
+"""Limit of an adapter or a data set in bytes; an SDXL adapter of rank 128 has 0.9 GB."""
 MAX_PHOTOS = 50
 JPEG_QUALITY = 95
-# Formats in which images say how they were made.
+# Formats in which images contain generation parameters.
 _STATING = ("PNG", "JPEG", "WEBP")
 
 
@@ -35,10 +35,10 @@ class Upload:
     """Result of uploading files.
 
     Attributes:
-        accepted: The photos that were made of them, in order.
-        refused: One plain line per file that was not taken.
-        names: Each photo's name -> that of its file, without its suffix.
-        captions: Names of the photos whose captions lay beside them.
+        accepted: The stored photos, in order.
+        refused: A plain line for each refused file.
+        names: Name of each photo -> name of the uploaded file without its suffix.
+        captions: Names of the photos that were uploaded with captions.
     """
 
     accepted: tuple[Path, ...]
@@ -50,16 +50,16 @@ class Upload:
 def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
     """Decode uploaded files and re-encode them as ``001.jpg``, ``002.png``, ...
 
-    Only pixels survive: orientation is applied, then EXIF with its GPS position, colour profiles,
-    comments and whatever was appended to the file are gone. The uploaded files are not changed.
-    Uploads to one subject take turns, in whatever tab or app they began.
+    Only pixels are kept. The orientation is applied; EXIF with its GPS position, colour profiles,
+    comments and appended data are dropped. The uploaded files are not changed. Uploads to one
+    subject take turns, even from different tabs or apps.
 
     Args:
         files: Paths of uploaded files.
         folder: Folder of the subject's photos.
 
     Raises:
-        UserError: If there are more files than one subject may have.
+        UserError: If the subject would have too many photos.
     """
     with holding(folder.with_name(".upload.lock"), or_wait=lambda: True):
         return _store_all([Path(file) for file in files], folder)
@@ -85,15 +85,15 @@ def _store_all(files: Sequence[Path], folder: Path) -> Upload:
 
 
 def shown(text: str, limit: int = 300) -> str:
-    """A message that holds a name from outside: printable, and not endless."""
+    """Return untrusted text, such as a file name, in printable characters and truncated."""
     return "".join(c if c.isprintable() else "?" for c in text)[:limit]
 
 
 def require_file(file: Path, limit: float = math.inf) -> None:
-    """Refuse what is no ordinary file, or has more bytes than ``limit``.
+    """Check that a path is a regular file of at most ``limit`` bytes.
 
     Raises:
-        UserError: If it is so.
+        UserError: If it is not.
     """
     if file.is_symlink() or not file.is_file():
         raise UserError(f"{shown(file.name)}: not an ordinary file")
@@ -123,21 +123,21 @@ def _store(file: Path, folder: Path) -> Path:
 
 
 def next_number(folder: Path) -> int:
-    """A number that no photo of the folder has."""
-    taken = [int(path.stem[:3]) for path in folder.iterdir() if path.stem[:3].isdigit()]
-    return max(taken, default=0) + 1
+    """Return a number that no photo of the folder has."""
+    numbers = [int(path.stem[:3]) for path in folder.iterdir() if path.stem[:3].isdigit()]
+    return max(numbers, default=0) + 1
 
 
 def read_generation_settings(file: Path) -> str:
-    """The generation parameters of an image that somebody uploads.
+    """Read the generation parameters of an uploaded image.
 
     Raises:
-        UserError: If it is not an image of ours, A1111's or ComfyUI's.
+        UserError: If the file is not an image of this app, A1111 or ComfyUI.
     """
     from dora_diffusion.sampling.images import read_parameters
 
     require_file(file, MAX_BYTES)
-    # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
+    # The checks of photos do not apply: a grid may be a strip. Only the header is read.
     if images.sniff_format(file.read_bytes()) not in _STATING:
         raise UserError(
             "this file cannot be read as a PNG, JPEG or WebP image, whatever its name says"
@@ -152,7 +152,7 @@ def read_generation_settings(file: Path) -> str:
 
 
 def original_of(photo: Path) -> Path:
-    """Return the path of a photo as it was before its first crop."""
+    """Return the path of the copy of a photo from before its first crop."""
     return photo.parent.parent / "originals" / photo.name
 
 
@@ -162,15 +162,15 @@ _PNG = "data:image/png;base64,"
 
 
 def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | None) -> None:
-    """Save what was cropped and painted; the photo before its first crop is kept.
+    """Save a crop and a painted mask; the photo before its first crop is kept.
 
     Args:
         photo: The photo.
-        crop: Left, top, right and bottom as fractions of it; None leaves it whole.
-        mask: Of the whole photo ("L", any size): bright is the subject. None leaves it as it is.
+        crop: Left, top, right and bottom as fractions of the photo; None for no crop.
+        mask: Mask of the whole photo ("L", any size), bright on the subject; None keeps the mask.
 
     Raises:
-        UserError: If the crop is none, or too small or too thin to train on.
+        UserError: If the crop is invalid, or too small or too thin for training.
     """
     whole, alpha, *_ = images.decode_photo(photo)
     box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
@@ -189,7 +189,7 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | No
 
 
 def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Fractions of a photo as pixels."""
+    """Convert fractions of a photo to pixels."""
     numbers = [value for value in crop if isinstance(value, (int, float)) and 0 <= value <= 1]
     if len(numbers) != 4 or len(crop) != 4:
         raise UserError("this is not a crop; draw a rectangle inside of the photo")
@@ -204,10 +204,10 @@ def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int
 
 
 def read_mask(address: object) -> Image.Image | None:
-    """The painted part ("L") of a PNG that a page sent as a data URI; None if it is empty.
+    """Decode the painted area ("L") of a PNG data URI; None if the URI is empty.
 
     Raises:
-        UserError: If it is not a PNG, or a large one.
+        UserError: If it is not a PNG, or too large.
     """
     if not address:
         return None
@@ -224,7 +224,7 @@ def read_mask(address: object) -> Image.Image | None:
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image in a data URI, no larger than `EDITOR_SIDE`: a JPEG, with transparency a PNG."""
+    """Encode an image of at most `EDITOR_SIDE` as a data URI: JPEG, or PNG with transparency."""
     buffer, kind = io.BytesIO(), "png" if image.mode == "RGBA" else "jpeg"
     image.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
     image.save(buffer, format=kind, quality=88)
@@ -232,7 +232,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def mask_uri(mask: Image.Image) -> str:
-    """A mask ("L") as a PNG in a data URI, as `read_mask` takes it: painted where it is bright."""
+    """Encode a mask ("L") as a PNG data URI for `read_mask`, painted in its bright areas."""
     buffer = io.BytesIO()
     mask.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
     paint = Image.new("RGBA", mask.size, "#e35d2b")
@@ -242,7 +242,7 @@ def mask_uri(mask: Image.Image) -> str:
 
 
 def restore_original(photo: Path) -> None:
-    """Undo crop and mask."""
+    """Undo the crop and the mask of a photo."""
     mask_path(photo).unlink(missing_ok=True)
     if original_of(photo).exists():
         system.replace(original_of(photo), photo)

@@ -150,7 +150,7 @@ def test_a_signal_answers_what_is_in_flight_refuses_what_is_new_and_ends(number)
             asked = [asyncio.ensure_future(one.image(seed)) for seed in range(12)]
             await asyncio.wait_for(one.workers.begun.wait(), LONG)
             await until(lambda: sum(each.done() for each in asked) == 3)
-            assert len(one.service._asked) == 9
+            assert len(one.service._pending) == 9
             signal.raise_signal(number)
             await until(lambda: one.service.is_ending)
             late = await one.image(99)

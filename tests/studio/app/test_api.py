@@ -417,7 +417,7 @@ def test_every_setting_of_the_page_can_be_given_and_no_other(served: Served, sub
                 served.ann.train([subject], {name: value})
             assert (caught.value.status, name in str(caught.value)) == (422, True), name
             assert ("set by the app itself" in str(caught.value)) != is_offered, name
-    with pytest.raises(ApiError, match=r"rnak is no setting \(did you mean rank\?\)"):
+    with pytest.raises(ApiError, match=r"rnak is not a setting \(did you mean rank\?\)"):
         served.ann.train([subject], {"rnak": 3})
     with pytest.raises(ApiError, match="there is no preset 'x'"):
         served.ann.train([subject], preset="x")
@@ -552,8 +552,8 @@ def run_guidance(served: Served, run: str) -> float:
 
 def test_settings_of_images_are_checked(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     for settings, words in (
-        ({"output": "x"}, "output is no setting of images"),
-        ({"stesp": 3}, r"stesp is no setting of images \(did you mean steps\?\)"),
+        ({"output": "x"}, "output is not a setting of images"),
+        ({"stesp": 3}, r"stesp is not a setting of images \(did you mean steps\?\)"),
         *(({name: {"a": [1]}}, name) for name in UNSET if name != "prompt"),
         ({"steps": 500}, "steps is 500; it must be between 1 and 200"),
         ({"width": 4096}, "width is 4096; it must be between 8 and 2048"),

@@ -289,7 +289,7 @@ def test_a_damaged_comparison_is_said_and_can_be_made_again(
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(text, encoding="utf-8")
     page = unescape(shown(run.id))
-    assert f"comparison.json is damaged ({wrong}); mend or delete it, or rank again" in page
+    assert f"comparison.json is damaged ({wrong}); fix or delete it, or rank again" in page
     assert "Rank the checkpoints" in page
 
 
@@ -329,7 +329,7 @@ def test_of_a_subject_with_a_broken_photo_the_others_are_shown(
     assert "004.txt: the caption is not UTF-8 text" in captions
     assert "005.mask.png" in labels[4]
     assert sorted(name for name, _ in choices["choices"]) == [
-        "Damaged subject: subject.json is damaged (it is not JSON); mend or delete it (0 photos)",
+        "Damaged subject: subject.json is damaged (it is not JSON); fix or delete it (0 photos)",
         "Dog (5 photos)",
     ]
     # A photo that cannot be shown can be chosen, and removed.
@@ -392,7 +392,7 @@ def test_what_could_not_be_deleted_is_not_said_to_be(
         fn for full, fn in reversed(app[1].items()) if full.endswith(f".{name}")
     )  # of the four of a run, the last one is removal
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
-    assert "goes when the app starts next" in str(handler(*chosen))
+    assert "are deleted at the next start of the app" in str(handler(*chosen))
 
 
 def test_nothing_is_said_to_be_gone_for_good(app: Any) -> None:

@@ -446,7 +446,7 @@ def test_who_starts_it_with_a_password_is_told_what_it_shares(
     serve.serve(Launch(auth="ann:correct horse"))
     address, told, _ = capsys.readouterr().out.splitlines()
     assert address == "open http://127.0.0.1/"
-    assert "Everybody who has it sees, changes and deletes the same photos and runs." in told
+    assert "All users see, change and delete the same photos and runs." in told
 
 
 def test_without_the_password_nothing_is_given_out(locked: Served) -> None:

@@ -67,7 +67,7 @@ def test_images_are_found_by_words_run_date_and_mark(
     assert names(store, until="2026-10") == ["a.png", "f.png"]
     assert names(store, until="2026", words="mug") == ["a.png"]
     for wrong in ("today", "2026-1", "2026-11-01 ", "../x", "2026-13-45", "2026-02-30", "2026-13"):
-        with pytest.raises(UserError, match="is no date; write it as 2026-11-29"):
+        with pytest.raises(UserError, match="is not a date; write it as 2026-11-29"):
             Search(since=wrong)
     assert len(opened) == 5  # each once, however many searches
     before = store.stamp
@@ -200,7 +200,7 @@ def test_whatever_is_asked_a_page_is_given(store: ImageStore, asked: Any) -> Non
     assert (nothing["count"], nothing["total"]) == (0, 0)
     assert "Nothing found" in nothing["cards"]
     wrong = page_of(store, {"search": {"since": "<i>"}})
-    assert "is no date" in wrong["cards"]
+    assert "is not a date" in wrong["cards"]
     assert "<i>" not in wrong["cards"]
 
 

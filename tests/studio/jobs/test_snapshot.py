@@ -168,7 +168,7 @@ def test_a_damaged_file_damages_its_run_alone(
     if content or content is None or name != "metrics.jsonl":  # of a run without a step
         assert job.shown_state == "damaged"
         assert job.damage[0].startswith(f"{name} is damaged (")
-        assert job.damage[0].endswith("; mend or delete it, or remove this run")
+        assert job.damage[0].endswith("; fix or delete it, or remove this run")
     assert jobs.waiting_jobs(workspace) == [good]
     jobs.delete_job(workspace, folder.name)
     assert not folder.exists()

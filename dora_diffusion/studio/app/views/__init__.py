@@ -1,1 +1,1 @@
-"""The tabs. Each module has a class of fields, and ``connect`` says what they do."""
+"""The tabs. Each module has a class of fields, and ``connect`` adds their event handlers."""

@@ -1,4 +1,4 @@
-"""Captions of all photos on one screen: typed, found and replaced, and tag by tag."""
+"""Editor for the captions of all photos: typing, find and replace, and tags."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _MOST_TAGS = 60
 _SCRIPT = (Path(__file__).parents[1] / "captions.js").read_text(encoding="utf-8")
 
 
-# One after the other: what was typed last is written last, and a button changes what was typed.
+# Handlers run one at a time, so that the last text is written last and buttons see typed text.
 _IN_TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "captions"}
 
 
 class CaptionsView:
-    """The fields of the captions."""
+    """Fields of the captions."""
 
     def __init__(self) -> None:
-        # Buttons that change all captions, each with its fields by the names of `CaptionEdit`.
+        # Buttons that change all captions, with their fields by the names of `CaptionEdit`.
         self.edits: list[tuple[Any, dict[str, Any]]] = []
         with gr.Column(visible=False, elem_id="captions") as self.box:
             text = (
-                "What is around the subject, with the token: a photo of a sks mug on the grass. "
-                "Kept as you type. Enter, Tab and the arrow keys move to the next photo, Shift and "
-                "Enter begins a line. Empty: the instance prompt."
+                "Describe the subject's surroundings, with the token: a photo of a sks mug on the "
+                "grass. Saved as you type. Enter, Tab and the arrow keys move to the next photo; "
+                "Shift and Enter starts a new line. Empty: the instance prompt."
             )
             ui.html_block(html.heading("", "Captions", text))
             self._add_tools()
             self.masks = gr.Checkbox(True, label="Masks over the photos", elem_id="show-masks")
             self.rows = ui.html_block(elem_id="caption-rows", js_on_load=_SCRIPT)
             self.message = ui.html_block(elem_id="captions-said")
-            # What the server has written, for the page to forget.
+            # The captions that the server has written, which the page need not send again.
             self.written = gr.JSON(visible=False)
             with gr.Accordion("Captions of all photos at once", open=False):
                 self._add_texts()
@@ -85,11 +85,11 @@ def _caption(label: str, name: str, **options: Any) -> Any:
 
 
 def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
-    """Connect the fields; ``pick`` holds the id of the subject."""
+    """Connect the fields; ``pick`` is the field with the subject's id."""
     workspace = context.workspace
 
     def change(*names: str) -> Callable[..., list[Any]]:
-        """A button that changes the captions of all photos."""
+        """Return the handler of a button that changes the captions of all photos."""
 
         def run(subject_id: str | None, *values: str) -> list[Any]:
             texts = (value or "" for value in values)
@@ -122,21 +122,21 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
 
 
 def _connect_rows(context: Context, tab: CaptionsView, pick: Any) -> None:
-    """Write what is typed; the page sends a text when it has the answer to the one before."""
+    """Save captions as they are typed; the page sends one request at a time."""
     workspace = context.workspace
 
     def save(subject_id: str | None, event: gr.EventData) -> list[Any]:
-        """Write what was typed, whatever photo is shown by now."""
+        """Save the typed captions, even if the page shows another subject by now."""
         typed, written, problems = getattr(event, "typed", None), dict[str, str](), list[str]()
-        for place, text in typed.items() if isinstance(typed, dict) else ():
-            of_subject, _, photo = str(place).partition("/")
+        for name, text in typed.items() if isinstance(typed, dict) else ():
+            of_subject, _, photo = str(name).partition("/")
             try:
                 subjects.save_caption(workspace, of_subject, photo, text)
             except UserError as error:
-                if "no longer exists" not in str(error):  # with its photo, a caption goes too
+                if "no longer exists" not in str(error):  # a deleted photo needs no caption
                     problems.append(f"{photo}: {error}")
                     continue
-            written[place] = text
+            written[name] = text
         try:
             tags = _tags(subjects.read_subject(workspace, subject_id))
         except UserError:
@@ -157,14 +157,14 @@ def _clicked_tag(event: gr.EventData) -> str:
 
 
 def shown(subject: subjects.StoredSubject | None) -> list[str]:
-    """The tags of all captions with their counts, and a row for each photo: crop and caption."""
+    """Return the tags of all captions with counts, and a row of crop and caption for each photo."""
     if subject is None:
         return ["", ""]
     return [_tags(subject), "".join(_row(subject, photo) for photo in subject.photos)]
 
 
 def _tags(subject: subjects.StoredSubject) -> str:
-    """Tags to press, most frequent first; of a caption in several lines those of each line."""
+    """Return clickable tags, most frequent first; each line of a caption counts."""
     captions = [text.replace("\n", ",") for text in subjects.captions_of(subject).values()]
     counts = CaptionRules().tag_frequency(captions)
     more = f"and {len(counts) - _MOST_TAGS} rarer ones" if len(counts) > _MOST_TAGS else ""
@@ -181,7 +181,7 @@ def _row(subject: subjects.StoredSubject, photo: Path) -> str:
         damage = f"{error}; what you write here takes its place"
     crop = ui.image_or_blank("", subjects.training_crop, photo, _ROW_SIDE, masked=False)[0]
     overlay = ui.image_or_blank("", subjects.mask_overlay, photo, _ROW_SIDE)[0]
-    if overlay is not None and overlay.mode == "RGBA":  # else it is damaged
+    if overlay is not None and overlay.mode == "RGBA":  # A damaged mask has another mode.
         mask = uploads.data_uri(overlay)
     images = {"crop": uploads.data_uri(crop), "mask": mask}
     name, limit = f"{subject.id}/{photo.name}", subjects.CAPTION_LIMIT

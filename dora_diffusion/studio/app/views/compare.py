@@ -1,4 +1,4 @@
-"""The Compare tab: methods of training side by side, as ``dora-diffusion compare`` does it."""
+"""The Compare tab: training methods side by side, as in ``dora-diffusion compare``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _GONE = html.empty("No comparison is chosen", "The one that was shown was delete
 
 
 class CompareTab:
-    """The tab's fields."""
+    """Fields of the tab."""
 
     def __init__(self, context: Context) -> None:
         with gr.Row(equal_height=False):
@@ -68,61 +68,61 @@ class CompareTab:
 def connect(context: Context, tab: CompareTab) -> None:
     """Connect the fields to their actions."""
 
-    def now(chosen: str | None) -> list[Any]:
-        parts = refresh(context, context.queued(), chosen)
-        return [ui.filled(parts["study"]), parts["study_status"]]
+    def now(study_id: str | None) -> list[Any]:
+        updates = refresh(context, context.queued(), study_id)
+        return [ui.filled(updates["study"]), updates["study_status"]]
 
     def start(subjects: Any, methods: Any, seeds: Any, steps: Any, base: str | None) -> list[Any]:
         study = _study(context, methods, int(seeds or 0), int(steps or 0), base)
         stored = [read_subject(context.workspace, one) for one in subjects or []]
-        made = start_study(context.workspace, study, stored)
-        field, status = now(made)
-        return [{**field, "value": made}, status]
+        study_id = start_study(context.workspace, study, stored)
+        field, status = now(study_id)
+        return [{**field, "value": study_id}, status]
 
-    def click(chosen: str | None, event: gr.EventData) -> list[Any]:
-        what, job_id = ui.clicked(event)
+    def click(study_id: str | None, event: gr.EventData) -> list[Any]:
+        action, job_id = ui.clicked(event)
         folder = context.workspace.job(job_id)
-        (queue.stop_job if what == "stop" else queue.requeue_job)(folder)
-        return now(chosen)
+        (queue.stop_job if action == "stop" else queue.requeue_job)(folder)
+        return now(study_id)
 
-    def delete(chosen: str) -> list[Any]:
-        if not queue.delete_job(context.workspace, context.job(chosen).id):
+    def delete(study_id: str) -> list[Any]:
+        if not queue.delete_job(context.workspace, context.job(study_id).id):
             gr.Info(REMAINS)
-        return now(chosen)
+        return now(study_id)
 
-    shown = [tab.study, tab.status]
-    asked = [tab.subjects, tab.methods, tab.seeds, tab.steps, tab.base]
-    ui.on(tab.start.click, start, asked, shown, show="minimal")
-    ui.on(tab.status.click, click, [tab.study], shown)
+    outputs = [tab.study, tab.status]
+    form = [tab.subjects, tab.methods, tab.seeds, tab.steps, tab.base]
+    ui.on(tab.start.click, start, form, outputs, show="minimal")
+    ui.on(tab.status.click, click, [tab.study], outputs)
     question = functools.partial(run_question, context.workspace)
-    ui.on(tab.delete.click, delete, [tab.study], shown, confirm=question)
+    ui.on(tab.delete.click, delete, [tab.study], outputs, confirm=question)
 
 
 def _study(
     context: Context, methods: Any, seeds: int, steps: int, base: str | None
 ) -> dict[str, Any]:
-    """Return the settings of a study that the fields ask for, without its subjects.
+    """Return the settings of a study from the fields, without its subjects.
 
     Raises:
-        UserError: If a value is out of its limits, or the base may not be loaded.
+        UserError: If a value is outside its limits, or the base model may not be loaded.
     """
     names = [name for name in _METHODS if isinstance(methods, list) and name in methods]
     if not names:
         raise UserError("choose at least one method")
-    for what, value, most in (("seeds", seeds, _MOST_SEEDS), ("steps", steps, MOST_STEPS)):
+    for field, value, most in (("seeds", seeds, _MOST_SEEDS), ("steps", steps, MOST_STEPS)):
         if not 1 <= value <= most:
-            raise UserError(f"{what} is {value}; it must be between 1 and {most}")
+            raise UserError(f"{field} is {value}; it must be between 1 and {most}")
     model = context.allowed_model(base)
     check_base(model)
-    given, usual = preset_values("balanced", model, context.device()), TrainConfig().to_dict()
-    # What a preset is about; where a run lies and what it saves is the study's own business.
+    preset, usual = preset_values("balanced", model, context.device()), TrainConfig().to_dict()
+    # Only training settings of the preset; the study sets folders and saving itself.
     common = {
         name: value
-        for name, value in given.items()
+        for name, value in preset.items()
         if value != usual[name] and SETTINGS[name].resume != "ignored" and "validation" not in name
     }
-    rate = given["learning_rate"] or TrainConfig().usual_lr
-    # Weights themselves take as much smaller a rate as by default.
+    rate = preset["learning_rate"] or TrainConfig().usual_lr
+    # Full fine-tuning keeps the ratio of the default rates.
     full_rate = rate * TrainConfig(method="full").usual_lr / TrainConfig().usual_lr
     tuned = {name: dict(_METHODS[name]) for name in names}
     if "full" in tuned:
@@ -132,17 +132,17 @@ def _study(
         "methods": tuned,
         "seeds": seeds,
         "common": common | {"learning_rate": rate, "max_train_steps": steps},
-        "asked": {"guidance_scale": given["validation_guidance_scale"]},
+        "asked": {"guidance_scale": preset["validation_guidance_scale"]},
     }
 
 
 def refresh(
-    context: Context, jobs: Sequence[Job], chosen: str | None, more: Mapping[str, Any] = {}
+    context: Context, jobs: Sequence[Job], study_id: str | None, more: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
-    """Return the timer's update of this tab; ``more`` holds further choices by their names."""
+    """Return the timer's update of this tab; ``more`` are further choices by name."""
     studies = [job for job in jobs if job.kind == "compare"]
     newest = next(iter(studies), None)
-    job = next((job for job in studies if job.id == chosen), None) if chosen else newest
+    job = next((job for job in studies if job.id == study_id), None) if study_id else newest
     choices = [(f"{job.label} · {job.shown_state}", job.id) for job in studies]
     status = _GONE if studies else _NOTHING
     if job:
@@ -152,7 +152,7 @@ def refresh(
     modified = page.stat().st_mtime_ns if page and page.is_file() else 0
     subjects = [(subject.title, subject.id) for subject in subjects_in(context.workspace)]
     return {
-        "study": ui.choosing(choices, chosen, newest and newest.id, visible=bool(choices)),
+        "study": ui.choosing(choices, study_id, newest and newest.id, visible=bool(choices)),
         "study_status": status,
         "study_report": ((str(page), modified), lambda: _report(page if modified else None)),
         "study_subjects": ui.choosing(subjects, more.get("study_subjects")),
@@ -162,7 +162,7 @@ def refresh(
 
 
 def _report(page: Path | None) -> str:
-    """A report with its tables; its images from where the server gives them out."""
+    """Return a report as Markdown, with URLs that the server serves for its images."""
     if page is None:
         return ""
     text, folder = page.read_text(encoding="utf-8"), page.parent

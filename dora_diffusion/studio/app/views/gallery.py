@@ -1,4 +1,4 @@
-"""All images that were made: searched, and listed as they are scrolled."""
+"""Search and list of all generated images, loaded page by page on scrolling."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _EMPTY = html.empty(
 
 
 class GalleryView:
-    """The fields of the search, by the names of `Search`, and the list."""
+    """Fields of the search, by the names of `Search`, and the list."""
 
     def __init__(self, context: Context) -> None:
-        def list_page(asked: Any) -> dict[str, Any]:
-            return page_of(context.images, asked)
+        def list_page(query: Any) -> dict[str, Any]:
+            return page_of(context.images, query)
 
         text = "Newest first, from earlier visits too. All are in runs/images."
         ui.html_block(html.heading("", "All images", text))
@@ -54,7 +54,7 @@ class GalleryView:
 
 
 def connect(tab: GalleryView) -> None:
-    """Connect the fields: the page itself asks for what is searched."""
+    """Connect the fields: the page's script requests the results."""
     fields = list(tab.fields.values())
     names = ", ".join(tab.fields)
     ui.on([field.change for field in fields], None, fields, None,
@@ -62,54 +62,54 @@ def connect(tab: GalleryView) -> None:
 
 
 def refresh(images: ImageStore, jobs: Sequence[Job], run: str | None = None) -> dict[str, Any]:
-    """Return the timer's update: a new page is asked for when the stamp is another."""
+    """Return the timer's update. A new stamp makes the script request the list again."""
     runs = [("any", ""), *((job.label, job.id) for job in jobs if job.stands)]
     count = len(images.entries())
     text = f"<p class='dd-quiet' data-stamp='{images.stamp}'>{counted(count, 'image')}</p>"
     return {"history": text if count else _EMPTY, "find_run": ui.choosing(runs, run)}
 
 
-def asked_for(asked: object) -> slice:
-    """The part of a list that a browser asks for, see `page_of`."""
-    asked = asked if isinstance(asked, dict) else {}
-    numbers = (asked.get("from"), asked.get("count"))
+def asked_for(query: object) -> slice:
+    """Return the slice of a list that a browser requests, see `page_of`."""
+    query = query if isinstance(query, dict) else {}
+    numbers = (query.get("from"), query.get("count"))
     start, count = (n if type(n) is int and n > 0 else 0 for n in numbers)
     return slice(start, start + min(count or PAGE, MOST_PAGES * PAGE))
 
 
-def page_of(images: ImageStore, asked: object) -> dict[str, Any]:
-    """A page of cards.
+def page_of(images: ImageStore, query: object) -> dict[str, Any]:
+    """Return a page of cards.
 
     Args:
         images: The images.
-        asked: Of the browser: ``search``, by the names of `Search`; ``from`` which image on; and
-            ``count``, 0 for a page of `PAGE`.
+        query: The browser's request: ``search``, fields by the names of `Search`; ``from``, index
+            of the first image; and ``count``, 0 for `PAGE`.
 
     Returns:
-        ``cards`` as HTML, their ``count``, and the ``total`` that is found.
+        ``cards`` as HTML, their ``count``, and the ``total`` of matching images.
     """
-    asked = asked if isinstance(asked, dict) else {}
-    given = asked.get("search")
-    given = given if isinstance(given, dict) else {}
+    query = query if isinstance(query, dict) else {}
+    fields = query.get("search")
+    fields = fields if isinstance(fields, dict) else {}
     texts = {
-        name: str(given.get(name) or "").strip() for name in ("words", "run", "since", "until")
+        name: str(fields.get(name) or "").strip() for name in ("words", "run", "since", "until")
     }
     try:
-        search = Search(**texts, only_favourites=given.get("only_favourites") is True)
+        search = Search(**texts, only_favourites=fields.get("only_favourites") is True)
     except UserError as error:
         return {"cards": html.note(sentence(str(error)), "bad"), "count": 0, "total": 0}
-    found = images.search(search)
+    matches = images.search(search)
     marked = images.favourites()
-    cards, part = [], asked_for(asked)
-    listed = found[part]
-    if found and search != Search() and not part.start:
-        text = f"{len(found):,} of {counted(len(images.entries()), 'image')}"
+    cards, page = [], asked_for(query)
+    listed = matches[page]
+    if matches and search != Search() and not page.start:
+        text = f"{len(matches):,} of {counted(len(images.entries()), 'image')}"
         cards.append(f"<p class='dd-quiet dd-found'>{text}</p>")
     for entry in listed:
         prompt = parse_parameters(images.text(entry))["Prompt"] or entry.name
         star = "★ " if entry.name in marked else ""
         small = images.thumbnail(entry)
         cards.append(html.image_card(small, "show", entry.name, star + prompt))
-    if not found and images.entries():
+    if not matches and images.entries():
         cards = [html.empty("Nothing found", "Search for other words, or empty a field.")]
-    return {"cards": "".join(cards), "count": len(listed), "total": len(found)}
+    return {"cards": "".join(cards), "count": len(listed), "total": len(matches)}

@@ -1,4 +1,4 @@
-"""The Generate tab: images, base against adapted, and grids."""
+"""The Generate tab: images, comparisons with the base model, and grids."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
 
 _TEMPLATES = [
-    f"a photo of {what}"
-    for what in (
+    f"a photo of {motif}"
+    for motif in (
         "a {subject}", "a {subject} in the snow", "a {subject} on the beach",
         "a {subject} at night", "two {subject}s",
     )
@@ -45,13 +45,13 @@ MOST_PROMPTS = 20
 
 
 class GenerateTab:
-    """The tab's fields.
+    """Fields of the tab.
 
     Attributes:
-        fields: What a request is made of, by name, besides the run and the image to start from.
-        more: Of these, the further adapters.
-        acting: What else makes the images, where its fields are folded.
-        filled: The fields that `results.fill` fills.
+        fields: Fields of a request by name, except the run and the image to start from.
+        more: The fields of further adapters.
+        acting: Notes on active settings in folded sections.
+        filled: Outputs of `results.fill`.
     """
 
     def __init__(self, context: Context) -> None:
@@ -96,7 +96,7 @@ class GenerateTab:
         self.fields[name] = gr.Slider(low, high, UNSET[name], step=step, **options)
 
     def _add_line(self, name: str, unset: str, **options: Any) -> None:
-        # Numbers too: an empty number field turns into 0 when it is unfolded.
+        # Also for numbers: Gradio turns an empty number field into 0 when it is unfolded.
         options = {"max_length": 5, "min_width": 90, "placeholder": unset, **options}
         self.fields[name] = ui.line(LABELS[name], name, **options)
 
@@ -121,12 +121,12 @@ class GenerateTab:
             self.fields |= self.more
             options = {"max_length": PROMPT_LIMIT, "info": "Factors by layers' names."}
             self._add_line("layer_strength", "unet.up_blocks.*:0.5 text_encoder*:0", **options)
-            options["info"] = "From a share of the steps on; with | between, one for each adapter."
+            options["info"] = "From a fraction of the steps on; separate several adapters by |."
             self._add_line("strength_schedule", "0:0.4, 0.5:1", **options)
 
     def _add_sampling(self) -> None:
         with gr.Accordion("Second pass, for larger images (hires)", open=False):
-            text = "The image is enlarged, and painted over at the new size. 1 is no second pass."
+            text = "The image is enlarged, and painted over at the new size. 1 disables this."
             self._add_slider("hires", 1, 4, 0.25, info=text)
             self._add_slider("hires_denoise", 0.05, 1, 0.05)
             self._add_line("hires_steps", "as the first pass")
@@ -144,7 +144,7 @@ class GenerateTab:
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
             self._add_slider("steps", 1, 100, 1)
             options: dict[str, Any] = {"value": OWN, "label": LABELS["scheduler"]}
-            titled = [(each.title, name) for name, each in SCHEDULERS.items()]
+            titled = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
             self.fields["scheduler"] = gr.Dropdown([(OWN, OWN), *titled], **options)
             for row in (
                 (("guidance_scale", "the run's"), ("width", "the model's"),
@@ -154,7 +154,7 @@ class GenerateTab:
                 with gr.Row():
                     for name, unset in row:
                         self._add_line(name, unset)
-            text = "Against overexposed images of models with zero terminal SNR; 0 is none."
+            text = "Against overexposed images of models with zero terminal SNR; 0 disables it."
             self._add_slider("guidance_rescale", 0, 1, 0.05, info=text)
             label = LABELS["prompt_weights"]
             self.fields["prompt_weights"] = gr.Checkbox(UNSET["prompt_weights"], label=label)
@@ -175,7 +175,7 @@ class GenerateTab:
 
 
 def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
-    """Connect the fields to their actions; ``restored`` is the event of the page being loaded."""
+    """Connect the fields; ``restored`` is the event after the draft was restored."""
     # The mask is last, see `studio.mask`.
     names = [*tab.fields, "image", "mask_image"]
     fields = [*tab.fields.values(), tab.start.image, tab.start.mask]
@@ -189,20 +189,20 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
         return show_images(context, images)
 
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        asked = request(choice, values)
-        if not asked.adapters.adapter:
+        pair = request(choice, values)
+        if not pair.adapters.adapter:
             raise UserError("choose a run or a checkpoint to compare with its base model")
-        images = context.generator.compare(asked, on_step(progress))
+        images = context.generator.compare(pair, on_step(progress))
         return show_images(context, images, is_pair=True)
 
     def make_grid(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         count = len(tab.grid.fields)
-        form, given = dict(zip(names, values[count:], strict=True)), _given(context, choice)
-        asked, kind = make_request(context, given, form), given.partition("/")[0]
+        model = _given(context, choice)
+        common, kind = request(model, values[count:]), model.partition("/")[0]
         job = None if kind in (BASE, MERGED) else context.job(kind)
         try:
-            axes = grid.grid_axes(values[:count], job, asked.prompts.subject)
-            sheet, page = context.generator.grid(asked, axes, on_step(progress))
+            axes = grid.grid_axes(values[:count], job, common.prompts.subject)
+            sheet, page = context.generator.grid(common, axes, on_step(progress))
         except ConfigError as error:
             raise UserError(in_words(error)) from error
         link = html.download(page, "The grid as a web page, with all images")
@@ -211,14 +211,14 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
     def withdraw() -> None:
         context.generator.withdraw()
 
-    asked, shown = [tab.adapter, *fields], tab.results.filled
-    # Beside the button too: the results are above, out of sight of who presses it.
+    inputs, outputs = [tab.adapter, *fields], tab.results.filled
+    # Show progress next to the button too: the results may be out of sight.
     signs = [tab.turn, *tab.results.signs]
-    drawn: dict[str, Any] = {"js": "studio.mask", "show_progress_on": signs, **DEVICE}
-    ui.on(tab.make.click, make, asked, shown, **drawn)
-    ui.on(tab.compare.click, compare, asked, shown, **drawn)
+    options: dict[str, Any] = {"js": "studio.mask", "show_progress_on": signs, **DEVICE}
+    ui.on(tab.make.click, make, inputs, outputs, **options)
+    ui.on(tab.compare.click, compare, inputs, outputs, **options)
     of_grid = [tab.adapter, *tab.grid.fields, *fields]
-    ui.on(tab.grid.make.click, make_grid, of_grid, [*shown, tab.grid.files], **drawn)
+    ui.on(tab.grid.make.click, make_grid, of_grid, [*outputs, tab.grid.files], **options)
     ui.on(tab.turn.click, withdraw)
     gallery.connect(tab.gallery)
     words.connect(context, tab.words)
@@ -231,23 +231,23 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
 def _connect_acting(
     context: Context, tab: GenerateTab, form: Mapping[str, Any], filled: Sequence[Any]
 ) -> None:
-    """Show what acts out of sight: when a field of ``form`` changes, and after these events."""
+    """Describe active settings in folded sections after a change of ``form`` or other events."""
 
     def describe(choice: str | None, *values: Any) -> str:
         return show_acting(context, dict(zip(form, values, strict=True)), choice)
 
-    # A folded field is not on the page, and tells of no change: whoever fills it in shows this too.
+    # A folded field is not rendered and sends no change, so events that fill it are listed too.
     changed = ui.together(
         "generate-form", [tab.fields[name] for name in tab.fields if name not in IN_SIGHT]
     )
     left = (tab.fields["prompt"].blur, tab.adapter.change)
     for event in (changed, *left, *(event.then for event in filled)):
-        asked = [tab.adapter, *form.values()]
-        ui.on(event, describe, asked, [tab.acting], trigger_mode="always_last")
+        inputs = [tab.adapter, *form.values()]
+        ui.on(event, describe, inputs, [tab.acting], trigger_mode="always_last")
 
 
 def _connect_choices(context: Context, tab: GenerateTab) -> None:
-    """Connect what is chosen to what it fills: an image, a file of settings, a prompt."""
+    """Connect the choice of an image, a file of settings, or a prompt."""
 
     def load(file: str | None) -> list[Any]:
         if not file:
@@ -262,25 +262,24 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
         return [text, None] if text else [gr.skip()] * 2
 
     ui.on(tab.load.upload, load, [tab.load], tab.filled)
-    shown = ui.on(tab.gallery.list.click, show, None, tab.results.filled)
-    ui.on(shown.success, None, js="() => studio.reveal('images', 'nearest')")
-    # A list that is left sends what is chosen again: nothing is, once it is in the prompt.
+    displayed = ui.on(tab.gallery.list.click, show, None, tab.results.filled)
+    ui.on(displayed.success, None, js="() => studio.reveal('images', 'nearest')")
+    # Gradio sends the choice again when a list loses focus, so it is emptied after use.
     filled = [tab.fields["prompt"], tab.template]
     ui.on(tab.template.input, use, [tab.template], filled)
 
 
 def refresh(
-    context: Context, jobs: Sequence[Job], chosen: str | None, more: Mapping[str, Any] = {}
+    context: Context, jobs: Sequence[Job], choice: str | None, more: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
-    """Return the timer's update of this tab; ``more`` holds further choices by their names."""
+    """Return the timer's update of this tab; ``more`` are further choices by name."""
     listed, adapters = choices(context, jobs), [("none", ""), *adapter_choices(jobs)]
-    # The newest result, until somebody chooses. A base model that nobody chose would stay chosen
-    # when the first run ends.
+    # Default: the newest result. A base model as default would stay selected after the first run.
     results = (value for _, value in listed if not value.startswith(f"{BASE}/"))
-    # A run's id is its selected adapter, which may have been chosen by its name before.
+    # A run's id stands for its selected adapter, which may also have been chosen by name.
     named = [f"{job.id}/{job.stands}" for job in jobs if job.stands]
     return {
-        "adapter": ui.choosing(listed, chosen, next(results, None), known=named),
+        "adapter": ui.choosing(listed, choice, next(results, None), known=named),
         **{name: ui.choosing(adapters, more.get(name), known=named) for name in MORE},
         "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
         **gallery.refresh(context.images, jobs, more.get("find_run")),
@@ -290,12 +289,12 @@ def refresh(
 
 
 def _given(context: Context, choice: str | None) -> str:
-    """A choice; the first where none was made before there was a result, or the list was filled."""
+    """Return the choice, or the first one if nothing is selected yet."""
     return choice or choices(context, context.jobs())[0][1]
 
 
 def _turn(busy: Job | None, context: Context) -> str:
-    """Describe what images wait for, or would wait for, with a button that ends one's own."""
+    """Describe the wait for the device, with a button that cancels the user's images."""
     turn = context.generator.turn
     if turn == "making":
         return html.note("Images are being made.") + html.button("Stop", "withdraw", "")
@@ -303,8 +302,8 @@ def _turn(busy: Job | None, context: Context) -> str:
         return ""
     left = busy.remaining_seconds if busy else None
     end = f" (about {html.duration(left)})" if left is not None else ""
-    what = f"until {busy.title} has ended{end}" if busy else "until the device is free"
+    condition = f"until {busy.title} has ended{end}" if busy else "until the device is free"
     if not turn:
-        return html.note(f"Images wait {what}.")
-    text = f"Waiting {what}. The images are made then, and are in the list of all images."
+        return html.note(f"Images wait {condition}.")
+    text = f"Waiting {condition}. The images are made then, and are in the list of all images."
     return html.note(text) + html.button("Stop waiting", "withdraw", "")

@@ -1,4 +1,4 @@
-"""The Generate tab's grid: axes that are chosen, and their values."""
+"""The Generate tab's grid: its axes and their values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import UserError, clean_text
 
 CHECKPOINT = "checkpoint"
-# Settings with a path have no axis: a value is typed by whoever reaches the page.
+# Settings with a path are not axes, because any user of the page may type a value.
 _SETTINGS = (
     "strength", "direction_strength", "magnitude_strength", "layer_strength", "strength_schedule",
     "seed", "steps", "scheduler", "guidance_scale", "guidance_rescale", "clip_skip", "prompt",
@@ -31,14 +31,14 @@ AXES: Mapping[str, str] = {
 }  # fmt: skip
 _FIRST = ((CHECKPOINT, "all"), ("strength", "0, 0.5, 1, 1.5"), ("", ""))
 _ABOUT = (
-    "An image for each combination, at one seed. Values have commas between, or || where they hold "
-    "commas; 0.5, 0.75, .., 1.25 is a range. Checkpoints are all, or some steps. Of words of the "
-    "prompt, the first is looked for, and replaced by each."
+    "An image for each combination, at one seed. Separate values by commas, or by || if they "
+    "contain commas; 0.5, 0.75, .., 1.25 is a range. Checkpoints are all, or some steps. For words "
+    "of the prompt, each value replaces the first one in the prompt."
 )
 
 
 class GridView:
-    """The fields of a grid; ``fields`` are axis and values of each, in turn."""
+    """Fields of a grid; ``fields`` alternate between an axis and its values."""
 
     def __init__(self) -> None:
         self.fields: list[Any] = []
@@ -59,16 +59,16 @@ class GridView:
 
 
 def grid_axes(values: Sequence[str | None], job: Job | None, subject: str) -> list[str]:
-    """The axes of a grid's fields, as ``generate --grid`` has them.
+    """Convert a grid's fields to axes of ``generate --grid``.
 
     Args:
-        values: The fields' values, axis and values of each in turn.
+        values: Values of `GridView.fields`.
         job: The run whose checkpoints may be an axis.
-        subject: What ``{subject}`` becomes.
+        subject: Replacement of ``{subject}``.
 
     Raises:
-        UserError: If no axis is chosen, or one is not among `AXES`.
-        ConfigError: If a value cannot be.
+        UserError: If no axis is chosen, or one is not in `AXES`.
+        ConfigError: If a value is invalid.
     """
     known = {setting.name: setting for setting in GenerateSettings.settings()}
     words = []
@@ -78,12 +78,12 @@ def grid_axes(values: Sequence[str | None], job: Job | None, subject: str) -> li
         if not name:
             continue
         if name not in AXES:
-            raise UserError(f"{name!r} is no axis; choose one of the list")
+            raise UserError(f"{name!r} is not an axis; choose one of the list")
         if name == CHECKPOINT:
             words.append(_checkpoints(text, job))
             continue
         word = f"{name}={text}"
-        # What moves together with it could be a path.
+        # A second setting that moves with the axis could be a path.
         if len(read_axis(word, known).points[0]) > 1:
             raise UserError(f"“{AXES[name]}” has another axis in its values; choose two axes")
         words.append(word)
@@ -93,12 +93,12 @@ def grid_axes(values: Sequence[str | None], job: Job | None, subject: str) -> li
 
 
 def _checkpoints(text: str, job: Job | None) -> str:
-    """The axis of a run's checkpoints: those of the steps that are typed, or all."""
+    """Return the axis of a run's checkpoints: all, or the checkpoints of the typed steps."""
     if job is None or not job.candidates:
         raise UserError("choose a run: the grid shows its checkpoints")
     steps = {str(job.step_of(name)): name for name in job.candidates}
-    wanted = [*steps] if text in ("", "all") else [part.strip() for part in text.split(",")]
-    missing = next((step for step in wanted if step not in steps), None)
+    selected = [*steps] if text in ("", "all") else [part.strip() for part in text.split(",")]
+    missing = next((step for step in selected if step not in steps), None)
     if missing is not None:
         raise UserError(f"there is no checkpoint of step {missing!r}; there are {', '.join(steps)}")
-    return "adapter=" + "".join(f"{chosen_adapter(job, steps[step])} || " for step in wanted)
+    return "adapter=" + "".join(f"{chosen_adapter(job, steps[step])} || " for step in selected)

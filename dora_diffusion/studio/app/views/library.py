@@ -1,4 +1,4 @@
-"""The Library tab: what was made, and taking it away."""
+"""The Library tab: adapters, their export, and jobs that process them."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ _NOTHING = html.empty(
 )
 _GONE = html.empty("No run is chosen", "The run that was chosen was deleted; choose another one.")
 _THUMBNAIL = 256
-# Labels of the fields that a run is chosen in.
+# Labels of the fields for choosing a run.
 _RUN, _OTHER, _RIVAL = "Run", "Another adapter", "Compare with"
 
 
 class LibraryTab:
-    """The tab's fields."""
+    """Fields of the tab."""
 
     def __init__(self, context: Context) -> None:
-        def list_page(asked: Any) -> dict[str, Any]:
-            return page_of(context, asked)
+        def list_page(query: Any) -> dict[str, Any]:
+            return page_of(context, query)
 
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=320):
@@ -83,12 +83,12 @@ class LibraryTab:
             )  # fmt: skip
             self.base = ui.line(
                 "Base model it was trained on", "import-base",
-                placeholder="default: what the file says, or the first of its family",
+                placeholder="default: the model named in the file, or the first of its family",
             )  # fmt: skip
             self.imported = ui.html_block(elem_id="import-said")
 
         with gr.Accordion("Extract an adapter from a fine-tuned model", open=False):
-            text = "The nearest adapter to what fine-tuning changed of a model, and how near it is."
+            text = "The adapter that is nearest to the changes of fine-tuning, with its distance."
             ui.html_block(html.quiet(text))
             hint = "a Diffusers folder, hub id or .safetensors file"
             self.tuned = ui.line("Fine-tuned model", "extract-tuned", placeholder=hint)
@@ -137,20 +137,20 @@ class LibraryTab:
             self.compared = ui.html_block(elem_id="rival-images")
 
     def _add_task(self, name: str, kind: type[CommandSettings], job: AsJob) -> None:
-        """A button for a kind of job, with a field for each setting that it asks for."""
+        """Add a button for a kind of job, with its fields."""
         with gr.Accordion(job.heading, open=False):
             ui.html_block(html.quiet(job.about))
-            asked = [setting for setting in kind.settings() if setting.name in job.asked]
-            labels = [setting.name.replace("_", " ").capitalize() for setting in asked]
-            taken = [field.label for _, fields in self.buttons.values() for field in fields]
-            # A label is what the browser keeps a field by.
-            own = [f"{name}, to {job.verb.lower()}" if name in taken else name for name in labels]
+            settings = [setting for setting in kind.settings() if setting.name in job.asked]
+            names = [setting.name.replace("_", " ").capitalize() for setting in settings]
+            used = [field.label for _, fields in self.buttons.values() for field in fields]
+            # Labels must be unique, because the browser's draft uses them as keys.
+            labels = [f"{name}, to {job.verb.lower()}" if name in used else name for name in names]
             fields = [self.other] if job.with_other else []
             if job.with_other:
                 self.other.render()
             fields += [
                 ui.setting_field(setting, setting.default, label)
-                for setting, label in zip(asked, own, strict=True)
+                for setting, label in zip(settings, labels, strict=True)
             ]
             button = ui.button(job.verb, name)
         self.buttons[name] = button, fields
@@ -159,8 +159,8 @@ class LibraryTab:
         with gr.Accordion("Delete", open=False):
             text = (
                 "Deletes the run with its adapter, checkpoints, samples, exports and copies of the "
-                "photos. It cannot be restored; what a program has open goes when the app starts "
-                "next."
+                "photos. It cannot be restored. Files that a program has open are deleted at the "
+                "next start of the app."
             )
             ui.html_block(html.quiet(text))
             self.delete = ui.button("Delete this run", "delete", variant="stop")
@@ -179,45 +179,45 @@ def connect(context: Context, tab: LibraryTab) -> None:
             return [_GONE if job_id else _NOTHING, "", 0, "", gr.skip(), ""]
         job = context.job(job_id)
         name, stored = gr.update(placeholder=job.title), [job.record.stars, job.record.note]
-        # Somebody may be typing them, or have typed them before the page was loaded again.
+        # The user may be typing them, or have typed them before the page was reloaded.
         is_typed = job_id == before or not (before or any(stored))
         return [_facts(job), "", *([gr.skip()] * 2 if is_typed else stored), name, job_id]
 
     def delete(job_id: str) -> list[Any]:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
         text = "Deleted" + ("" if delete_job(workspace, job_id) else REMAINS)
-        parts = refresh(context.jobs(fresh=True), job_id)
-        shown = [ui.filled(parts[name]) for name in ("library", "library_run")]
-        return [*shown, html.note(text, "info")]
+        updates = refresh(context.jobs(fresh=True), job_id)
+        lists = [ui.filled(updates[name]) for name in ("library", "library_run")]
+        return [*lists, html.note(text, "info")]
 
     def task(command: str) -> Callable[..., str]:
-        """A button that starts a job about the run that is shown."""
+        """Return the handler of a button that starts a job for the displayed run."""
 
         def run(job_id: str | None, *values: Any) -> str:
             if command == "push" and context.launch.is_open:
                 raise UserError(
-                    "a shared app does not publish, since that would be in the name of whoever "
-                    "runs it; download the adapter instead"
+                    "a shared app does not publish, because that would use its operator's account; "
+                    "download the adapter instead"
                 )
-            given = list(values)
+            arguments = list(values)
             if command == "convert":
-                tasks.start_conversion(workspace, context.job(job_id, _RUN), *given)
+                tasks.start_conversion(workspace, context.job(job_id, _RUN), *arguments)
             else:
-                if FORMS[command][1].with_other and given[0]:
-                    given[0] = context.job(given[0], _OTHER)
-                tasks.start_task(command, workspace, context.job(job_id, _RUN), *given)
+                if FORMS[command][1].with_other and arguments[0]:
+                    arguments[0] = context.job(arguments[0], _OTHER)
+                tasks.start_task(command, workspace, context.job(job_id, _RUN), *arguments)
             return html.task_list(context.queued())
 
         return run
 
     def card(job_id: str | None) -> str:
-        if context.job(job_id, _RUN).kind == IMPORT:  # There are no settings to tell of.
+        if context.job(job_id, _RUN).kind == IMPORT:  # An imported adapter has no settings.
             return ""
         return html.download(tasks.write_card(workspace, context.job(job_id)), "Model card")
 
     ui.on(tab.gallery.click, choose, None, [tab.run])
-    told = [tab.details, tab.files, tab.stars, tab.note, tab.name, tab.shown]
-    ui.on(tab.run.change, show, [tab.run, tab.shown], told)
+    outputs = [tab.details, tab.files, tab.stars, tab.note, tab.name, tab.shown]
+    ui.on(tab.run.change, show, [tab.run, tab.shown], outputs)
     question = functools.partial(run_question, workspace)
     ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
     ui.on(tab.convert.click, card, [tab.run], [tab.files])
@@ -229,7 +229,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
 
 
 def _connect_comparison(context: Context, tab: LibraryTab) -> None:
-    """Make the same image with two adapters."""
+    """Connect the comparison of two adapters on the same image."""
 
     def compare(
         run: str | None,
@@ -241,38 +241,38 @@ def _connect_comparison(context: Context, tab: LibraryTab) -> None:
         if not rival or rival == run:
             raise UserError("choose another adapter to compare with; there must be two of them")
         pair = ((run, _RUN), (rival, _RIVAL))
-        names = [context.job(each, field).title for each, field in pair]
+        names = [context.job(job_id, field).title for job_id, field in pair]
         form = {**UNSET, "prompt": prompt, "seed": seed}
-        asked = [make_request(context, each, form) for each in (run, rival)]
-        made = context.generator.make(asked[0], on_step(progress))
-        made += context.generator.make(replace(asked[1], seed=made[0].seed), on_step(progress))
+        left, right = (make_request(context, job_id, form) for job_id in (run, rival))
+        images = context.generator.make(left, on_step(progress))
+        images += context.generator.make(replace(right, seed=images[0].seed), on_step(progress))
         links = [
             html.download(image.path, f"{side}: {name}, seed {image.seed}")
-            for side, name, image in zip(("Left", "Right"), names, made, strict=True)
+            for side, name, image in zip(("Left", "Right"), names, images, strict=True)
         ]
-        notes = html.notes(dict.fromkeys(line for image in made for line in image.notes), "warn")
-        paths = tuple(str(image.path) for image in made)
+        notes = html.notes(dict.fromkeys(line for image in images for line in image.notes), "warn")
+        paths = tuple(str(image.path) for image in images)
         return [gr.update(value=paths, visible=True), notes + html.pieces.joined(links)]
 
-    asked = [tab.run, tab.rival, tab.prompt, tab.seed]
+    inputs = [tab.run, tab.rival, tab.prompt, tab.seed]
     ui.on(
-        [tab.compare.click, tab.prompt.submit], compare, asked, [tab.pair, tab.compared], **DEVICE
+        [tab.compare.click, tab.prompt.submit], compare, inputs, [tab.pair, tab.compared], **DEVICE
     )
 
 
 def _connect_thoughts(context: Context, tab: LibraryTab) -> None:
-    """Keep a run's name, stars and note."""
+    """Connect a run's name, stars and note."""
     workspace = context.workspace
 
-    def annotate(job_id: str | None, shown: str, stars: Any, note: Any) -> None:
-        if job_id and job_id == shown:  # and not those of the run before
+    def annotate(job_id: str | None, displayed: str, stars: Any, note: Any) -> None:
+        if job_id and job_id == displayed:  # else the fields belong to another run
             tasks.annotate_run(workspace, job_id, note, stars)
 
     def rename(job_id: str | None, name: str) -> list[Any]:
         tasks.rename_run(workspace, job_id, name)
-        parts = refresh(context.jobs(fresh=True), job_id)
-        shown = [ui.filled(parts[name]) for name in ("library", "library_run")]
-        return [*shown, _facts(context.job(job_id)), gr.update(value="", placeholder=name)]
+        updates = refresh(context.jobs(fresh=True), job_id)
+        lists = [ui.filled(updates[name]) for name in ("library", "library_run")]
+        return [*lists, _facts(context.job(job_id)), gr.update(value="", placeholder=name)]
 
     named = [tab.rename.click, tab.name.submit]
     renamed = [tab.gallery, tab.run, tab.details, tab.name]
@@ -284,16 +284,16 @@ def _connect_thoughts(context: Context, tab: LibraryTab) -> None:
 
 
 def _connect_intake(context: Context, tab: LibraryTab) -> None:
-    """Take in adapters: uploaded, extracted, or what another job has made."""
+    """Connect the ways to add adapters: upload, extraction, or another job's output."""
     workspace = context.workspace
 
     def take(file: str | None, base: str) -> list[Any]:
         if not file:
             return [gr.skip()] * 4
-        made = tasks.import_adapter(
+        run = tasks.import_adapter(
             workspace, Path(file), "", str(base or "").strip(), context.allowed_model
         )
-        return [None, *shown(made)]
+        return [None, *added(run)]
 
     def extract(base: str, tuned: str, rank: str) -> str:
         if not (base or "").strip() or not (tuned or "").strip():
@@ -303,9 +303,9 @@ def _connect_intake(context: Context, tab: LibraryTab) -> None:
         return html.task_list(context.queued())
 
     def press(event: gr.EventData) -> list[Any]:
-        """Stop a job, or take what it has made into the library."""
-        what, job_id = ui.clicked(event)
-        if what != "add":
+        """Stop a job, or add its output to the library."""
+        action, job_id = ui.clicked(event)
+        if action != "add":
             stop_job(workspace.job(job_id))
             return [html.task_list(context.jobs(fresh=True)), *[gr.skip()] * 3]
         job = context.job(job_id)
@@ -314,17 +314,17 @@ def _connect_intake(context: Context, tab: LibraryTab) -> None:
         verb, _, about = job.title.partition(" ")
         name = f"{about[: tasks.NAME_LIMIT - 12]}, {verb.lower().rstrip('e')}ed"
         file = Path(job.record.output)
-        taken = tasks.import_adapter(workspace, file, name, job.base, context.allowed_model)
-        return [gr.skip(), *shown(taken)]
+        run = tasks.import_adapter(workspace, file, name, job.base, context.allowed_model)
+        return [gr.skip(), *added(run)]
 
-    def shown(run: str) -> list[Any]:
-        parts = refresh(context.jobs(fresh=True), run)
-        said = html.note(f"{context.job(run).title} is in the library", "good")
-        chosen = gr.update(**parts["library_run"][0], value=run)
-        return [said, ui.filled(parts["library"]), chosen]
+    def added(run: str) -> list[Any]:
+        updates = refresh(context.jobs(fresh=True), run)
+        message = html.note(f"{context.job(run).title} is in the library", "good")
+        selection = gr.update(**updates["library_run"][0], value=run)
+        return [message, ui.filled(updates["library"]), selection]
 
-    added = [tab.file, tab.imported, tab.gallery, tab.run]
-    ui.on(tab.file.upload, take, [tab.file, tab.base], added, show="minimal")
+    outputs = [tab.file, tab.imported, tab.gallery, tab.run]
+    ui.on(tab.file.upload, take, [tab.file, tab.base], outputs, show="minimal")
     ui.on(tab.tasks.click, press, None, [tab.tasks, tab.imported, tab.gallery, tab.run])
     tuned = [tab.tuned_base, tab.tuned, tab.tuned_rank]
     ui.on(tab.extract.click, extract, tuned, [tab.tasks], show="minimal")
@@ -335,21 +335,21 @@ def _listed(jobs: Sequence[Job]) -> list[Job]:
 
 
 def refresh(
-    jobs: Sequence[Job], chosen: str | None, more: Mapping[str, Any] = {}
+    jobs: Sequence[Job], run_id: str | None, more: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
-    """Return the timer's update of this tab; ``more`` holds further choices by their names."""
+    """Return the timer's update of this tab; ``more`` are further choices by name."""
     runs = _listed(jobs)
-    # The page asks for cards again when this is another text (gallery.js).
+    # A new stamp makes the page request the cards again (gallery.js).
     stamp = zlib.crc32(repr([(job.id, _card_text(job)) for job in runs]).encode())
     count = f"<p class='dd-quiet' data-stamp='{stamp}'>{counted(len(runs), 'run')}</p>"
-    value = chosen or next((job.id for job in runs), None)
-    own = [job.id for job in runs if job.id == value]
+    value = run_id or next((job.id for job in runs), None)
+    selected = [job.id for job in runs if job.id == value]
     choices = [(f"{_starred(job, job.label)} · {job.shown_state}", job.id) for job in runs]
     return {
         "library": count if runs else "",
-        "library_run": ui.choosing(choices, chosen, value, visible=bool(runs)),
+        "library_run": ui.choosing(choices, run_id, value, visible=bool(runs)),
         **{
-            name: ui.choosing([c for c in choices if c[1] != value], more.get(name), known=own)
+            name: ui.choosing([c for c in choices if c[1] != value], more.get(name), known=selected)
             for name in ("library_other", "library_rival")
         },
         "library_side": ui.changing(visible=bool(runs or task_list(jobs))),
@@ -357,17 +357,17 @@ def refresh(
     }
 
 
-def page_of(context: Context, asked: object) -> dict[str, Any]:
-    """A page of the runs as cards; asked for and given as `gallery.page_of` has it."""
+def page_of(context: Context, query: object) -> dict[str, Any]:
+    """Return a page of runs as cards; query and result are as in `gallery.page_of`."""
     runs = _listed(context.jobs())
-    listed = runs[gallery.asked_for(asked)]
+    listed = runs[gallery.asked_for(query)]
     cards = []
     for job in listed:
         source = _image(job)
-        kept = context.workspace.thumbnails / f"{job.id}.jpg"
-        small = kept_thumbnail(source, kept, _thumbnail) if source else None
-        why = "damaged" if source else "no image"
-        cards.append(html.image_card(small, "show", job.id, _card_text(job), why))
+        path = context.workspace.thumbnails / f"{job.id}.jpg"
+        small = kept_thumbnail(source, path, _thumbnail) if source else None
+        reason = "damaged" if source else "no image"
+        cards.append(html.image_card(small, "show", job.id, _card_text(job), reason))
     return {"cards": "".join(cards), "count": len(listed), "total": len(runs)}
 
 
@@ -380,7 +380,7 @@ def _starred(job: Job, text: str = "") -> str:
 
 
 def _image(job: Job) -> Path | None:
-    """A sample, else a photo: every run has photos."""
+    """Return a sample image of a run, else one of its photos, or None."""
     if job.samples:
         return job.samples[0]
     try:
@@ -390,7 +390,7 @@ def _image(job: Job) -> Path | None:
 
 
 def _thumbnail(path: Path) -> Any:
-    """A photo's upper square, or one image of a sheet, whose text says how large they are."""
+    """Return the top square of a photo, or of one image of a sheet (sizes are in its text)."""
     from dora_diffusion.data.sheets import one_image
     from dora_diffusion.sampling.images import parse_parameters, read_parameters
 
@@ -405,7 +405,7 @@ def _thumbnail(path: Path) -> Any:
 
 
 def _range(text: str) -> str:
-    """A figure of all layers, or from the least to the most where they differ."""
+    """Return a figure that is equal in all layers, or its range over layers."""
     values = numbers(text)
     if not isinstance(values, dict) or not values:
         return text
@@ -414,7 +414,7 @@ def _range(text: str) -> str:
 
 
 def _facts(job: Job) -> str:
-    """Return the facts about a run's result, by its adapter file."""
+    """Return the facts about a run's adapter file."""
     from dora_diffusion.export import inspect_adapter
     from dora_diffusion.sampling.images import adapter_name
 

@@ -1,4 +1,4 @@
-"""A photo of the subject: crop and mask; and what is shown of all of them."""
+"""Crop and mask of a photo, and the display of a subject's photos."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EDITOR = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")
 
 
 class PhotoView:
-    """The fields of a photo."""
+    """Fields of a photo."""
 
     def __init__(self) -> None:
         self.chosen = gr.State("")
@@ -37,21 +37,21 @@ class PhotoView:
 
 
 def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any]) -> None:
-    """Connect the actions on the photo that was clicked.
+    """Connect the actions on the clicked photo.
 
     Args:
         context: The app.
         tab: The fields.
-        about: The fields of the subject's id, the base model and the resolution.
-        view: The fields that `subject_view` fills.
+        about: Fields of the subject's id, the base model and the resolution.
+        view: Outputs of `subject_view`.
     """
     workspace = context.workspace
     subject, *size = about
     gallery, _, names, *_ = view
 
-    def show(subject_id: str, chosen: Sequence[Any], message: str, kind: str) -> list[Any]:
+    def show(subject_id: str, model_and_side: Sequence[Any], message: str, kind: str) -> list[Any]:
         now = subjects.read_subject(workspace, subject_id)
-        return subject_view(now, side(context, *chosen), html.note(message, kind))
+        return subject_view(now, side(context, *model_and_side), html.note(message, kind))
 
     def choose(subject_id: str, listed: list[str], event: gr.SelectData) -> list[Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(listed):
@@ -59,22 +59,22 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
         path = subjects.photo_path(workspace, subject_id, listed[event.index])
         return [path.name, gr.update(visible=True), html.pieces.photo_title(path.name), ""]
 
-    def drop(subject_id: str, photo: str, *chosen: Any) -> list[Any]:
+    def drop(subject_id: str, photo: str, *model_and_side: Any) -> list[Any]:
         subjects.remove_photo(workspace, subject_id, photo)
-        return show(subject_id, chosen, f"{photo} removed", "info")
+        return show(subject_id, model_and_side, f"{photo} removed", "info")
 
     def edit(subject_id: str, photo: str) -> str:
         return _editor(subjects.photo_path(workspace, subject_id, photo), str(subject_id))
 
-    def change(subject_id: str, photo: str, event: gr.EventData, *chosen: Any) -> list[Any]:
+    def change(subject_id: str, photo: str, event: gr.EventData, *model_and_side: Any) -> list[Any]:
         path = subjects.photo_path(workspace, subject_id, photo)
         if ui.clicked(event)[0] == "restore":
             uploads.restore_original(path)
-            return show(subject_id, chosen, f"{photo} restored", "good")
+            return show(subject_id, model_and_side, f"{photo} restored", "good")
         crop = getattr(event, "crop", None)
         mask = uploads.read_mask(getattr(event, "mask", None))
         uploads.edit_photo(path, crop if isinstance(crop, list) else None, mask)
-        return show(subject_id, chosen, f"Crop and mask of {photo} saved", "good")
+        return show(subject_id, model_and_side, f"Crop and mask of {photo} saved", "good")
 
     about_photo, photo_fields = [subject, tab.chosen], [tab.chosen, tab.box, tab.title, tab.editor]
     ui.on(gallery.select, choose, [subject, names], photo_fields)
@@ -87,16 +87,16 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
 
 
 def _editor(photo: Path, subject_id: str) -> str:
-    """The photo to draw on, and the tools; editor.js does the drawing."""
+    """Return the editor of a photo, with its tools; the script is editor.js."""
     times = [file.stat().st_mtime_ns for file in (photo, mask_path(photo)) if file.exists()]
-    # What is drawn is kept in the browser for this photo, as it is now.
+    # The browser keeps a drawing for this version of the photo.
     version = "/".join(map(str, (subject_id, photo.name, *times)))
     tools = html.template("editor.html")
     return tools.render(photo=uploads.data_uri(open_photo(photo)), version=version)
 
 
 def side(context: Context, model: object, resolution: object) -> int:
-    """Side in pixels that a run would train at: what was typed, else the model's own."""
+    """Return the training resolution in pixels: the typed one, else the model's default."""
     text = str(resolution or "").strip()
     if text.isdecimal() and 0 < int(text) <= _LARGEST_SIDE:
         return int(text)
@@ -107,12 +107,12 @@ def side(context: Context, model: object, resolution: object) -> int:
 
 
 def subject_view(subject: subjects.StoredSubject | None, side: int, message: str = "") -> list[Any]:
-    """Gallery, empty state, names, report, the way on, no photo chosen, and the captions.
+    """Return updates of gallery, empty state, names, report, next button, photo and captions.
 
     Args:
-        subject: Whose photos.
-        side: Pixels that they would be trained at; smaller ones are warned of.
-        message: What comes before the warnings.
+        subject: The subject; None for no photos.
+        side: Training resolution in pixels, for warnings about smaller photos.
+        message: HTML before the warnings.
     """
     photos = subject.photos if subject else ()
     warnings = subjects.photo_warnings(subject, side) if subject and photos else {}

@@ -1,4 +1,4 @@
-"""The Generate tab's fields as a request, and an image's own settings as fields."""
+"""Conversion of the Generate tab's fields to a request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dora_diffusion.studio.jobs.uploads import read_mask
 OWN = "the model's own"
 SUBJECT = "mug"
 BASE, MERGED = "base", "merged"
-# Of `GenerateSettings`, the settings that have a field, as it is labelled. Each keeps its name.
+# Labels of the fields, by the names of their settings in `GenerateSettings`.
 LABELS: Mapping[str, str] = {
     "prompt": "Prompt", "negative_prompt": "Negative prompt", "seed": "Seed",
     "num_images": "Images", "strength": "Strength", "direction_strength": "Direction",
@@ -49,34 +49,34 @@ LABELS: Mapping[str, str] = {
     "detail_denoise": "Denoising strength of the detail pass",
     "detail_padding": "Pixels around what is found",
 }  # fmt: skip
-# Adapters beside the first: names of their fields and of their strengths', and labels.
+# Further adapters: names of their fields -> names of the strengths' fields, and labels.
 MORE: Mapping[str, tuple[str, str]] = {
     f"adapter_{word}": (f"strength_{word}", word.capitalize())
     for word in ("second", "third", "fourth")
 }
 _KNOWN = {setting.name: setting for setting in RequestedImages.settings()}
 _DEFAULTS = {name: setting.default for name, setting in _KNOWN.items()}
-# Settings that a field gives as its value is. Images are kept files, see `_inputs`.
+# Settings that are the value of a field. Images are stored files, see `_inputs`.
 SETTINGS = {name: _KNOWN[name] for name in LABELS if name not in ("image", "mask_image")}
-# Values of fields where an image does not state another.
+# Values of unset fields.
 UNSET: Mapping[str, Any] = {
     **{name: "" if _DEFAULTS[name] in (None, []) else _DEFAULTS[name] for name in LABELS},
     "seed": -1, "steps": SampleSettings.validation_inference_steps, "scheduler": OWN,
     "denoise": DENOISE, "hires": 1, "style": [],
     **dict.fromkeys(MORE, ""), **{strength: 1 for strength, _ in MORE.values()},
 }  # fmt: skip
-# Values of fields that leave a setting at its default, and separators of those that are lists.
+# Values of fields that leave a setting at its default, and separators of lists.
 _NONE: Mapping[str, Any] = {"seed": -1, "scheduler": OWN, "hires": 1}
 _SEPARATORS: Mapping[str, str | None] = {"layer_strength": None, "strength_schedule": "|"}
 _NAME = re.compile(rf"(?:--|\b)({'|'.join(name for name in LABELS if '_' in name)})\b")
 
 
-# Fields that are in sight as the tab opens; all others act out of sight too.
+# Fields that are visible when the tab opens; all others are in folded sections.
 IN_SIGHT = frozenset((
     "prompt", "negative_prompt", "seed", "num_images", "strength", "direction_strength",
     "magnitude_strength",
 ))  # fmt: skip
-# Fields that do nothing without another one.
+# Fields without effect unless another one is set.
 _DETAILS: Mapping[str, str] = {
     "denoise": "image", "mask_image": "image", "hires_denoise": "hires", "hires_steps": "hires",
     **{name: "detail" for name in LABELS if name.startswith("detail_")},
@@ -85,7 +85,7 @@ _DETAILS: Mapping[str, str] = {
 
 
 def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
-    """Describe each setting out of sight that changes the images, as its field is labelled."""
+    """Describe each active setting in a folded section by its label and value."""
     changed = {n for n in form.keys() - IN_SIGHT if form[n] not in (None, "", [], UNSET[n])}
     acts = [name for name in UNSET if name in changed and _DETAILS.get(name, name) in changed]
     listed = adapter_choices(context.jobs()) if changed & MORE.keys() else []
@@ -94,7 +94,7 @@ def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
 
 
 def prompt_notes(context: Context, choice: str | None, form: Mapping[str, Any]) -> list[str]:
-    """Warnings about the prompt before images are made; a form with an error has none yet."""
+    """Return warnings about the prompt; empty for a form with an error."""
     try:
         first = choice or choices(context, context.jobs())[0][1]
         request = make_request(context, first, form)
@@ -104,7 +104,7 @@ def prompt_notes(context: Context, choice: str | None, form: Mapping[str, Any]) 
 
 
 def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
-    """A setting as its field is labelled, with its value as it is shown there."""
+    """Return the label of a setting with its value."""
     if name in MORE:
         return f"{MORE[name][1]} adapter: {adapters.get(value, value)}"
     label = LABELS.get(name) or next(f"{w} strength" for s, w in MORE.values() if s == name)
@@ -112,9 +112,9 @@ def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
         return label
     if name == "scheduler":
         value = SCHEDULERS[value].title if value in SCHEDULERS else value
-    shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-    # Without what the label says of the values that can be.
-    return f"{re.split(r':| [(]', label)[0]}: {'off' if value is False else shown}"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else value
+    # Without the label's hint about values.
+    return f"{re.split(r':| [(]', label)[0]}: {'off' if value is False else text}"
 
 
 def make_request(
@@ -123,29 +123,29 @@ def make_request(
     form: Mapping[str, Any],
     batch: tuple[int, int] = (1, 0),
 ) -> GenerationRequest:
-    """Return the request that the fields ask for.
+    """Create a request from the fields.
 
     Args:
         context: The app.
         choice: The run, checkpoint or model.
         form: The fields' values by name.
-        batch: As `GenerationRequest.batch`.
+        batch: Batch of a repeated image, see `GenerationRequest.batch`.
 
     Raises:
-        UserError: If the run is gone or a value is out of its limits.
+        UserError: If the run was deleted, or a value is outside its limits.
     """
-    chosen = Chosen.of(context, str(choice or BASE))
-    base = chosen.base
+    source = Chosen.of(context, str(choice or BASE))
+    base = source.base
     if path_here(base) is None:
         raise UserError(
             f"{base.path} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {base.path}', or by training on it"
         )
-    subject, workspace = next(iter(split_triggers(chosen.trigger)), ""), context.workspace
+    subject, workspace = next(iter(split_triggers(source.trigger)), ""), context.workspace
     model = {name: value for name, value in vars(base).items() if name != "path"}
     try:
-        values = {"guidance_scale": chosen.guidance_scale, **_values(context, form, subject)}
-        values |= _adapters(context, chosen.adapter, form)
+        values = {"guidance_scale": source.guidance_scale, **_values(context, form, subject)}
+        values |= _adapters(context, source.adapter, form)
         request = GenerationRequest.of(
             base=str(base.path), **model, **values, styles=str(workspace.styles),
             wildcard_dir=str(workspace.wildcards), subject=subject, batch=batch,
@@ -157,17 +157,17 @@ def make_request(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"
             )
-        _ = request.sampling  # What cannot be opened is said before anything is waited for.
+        _ = request.sampling  # Raise errors about files now, before waiting for the device.
     except ValueError as error:
         raise UserError(in_words(error)) from error
     return request
 
 
 def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str, Any]:
-    """The fields as settings of ``generate``, without those that are empty.
+    """Return the non-empty fields as settings of ``generate``.
 
     Raises:
-        UserError, ConfigError: If one cannot be.
+        UserError, ConfigError: If a value is invalid.
     """
     values = dict[str, Any]()
     if GONE in (form["style"] or []):
@@ -175,8 +175,8 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
     for name in SETTINGS:
         value = form[name]
         if name in _SEPARATORS:
-            parts = str(value or "").split(_SEPARATORS[name])
-            value = [part.strip() for part in parts if part.strip()]
+            items = str(value or "").split(_SEPARATORS[name])
+            value = [item.strip() for item in items if item.strip()]
         elif name.endswith("prompt"):
             if line := settings_line(str(value or "")):
                 raise UserError(
@@ -198,10 +198,13 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
 
 
 def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of adapters, the run's first; the strength of an only one is not in its word.
+    """Return the settings of adapters, the run's first.
+
+    A single adapter has its strength in a separate setting.
 
     Raises:
-        UserError, ValueError: If one is gone, none is there for its strengths, or one cannot be.
+        UserError, ValueError: If an adapter was deleted, strengths are set without an adapter, or a
+            strength is invalid.
     """
     adapters = [(adapter, form["strength"])] if adapter else []
     for name, (strength, word) in MORE.items():
@@ -223,15 +226,15 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
 
 
 def in_words(error: Exception) -> str:
-    """An error with settings as their fields are labelled."""
+    """Return an error's text with the labels of fields instead of settings' names."""
     return _NAME.sub(lambda name: f"“{LABELS[name[1]]}”", str(error))
 
 
 def _detail(context: Context, name: str) -> str:
-    """The model of a detail pass.
+    """Return the model of a detail pass.
 
     Raises:
-        UserError: If it may not be loaded, or is not on this machine.
+        UserError: If the model may not be loaded, or is not on this machine.
     """
     name = context.allowed_model(name)
     is_here = name.partition(":")[0] == "rembg" or Path(name).expanduser().is_dir()
@@ -241,10 +244,10 @@ def _detail(context: Context, name: str) -> str:
 
 
 def _inputs(context: Context, form: Mapping[str, Any]) -> dict[str, str]:
-    """The files of the image to start from and its mask, which was painted or is kept already.
+    """Return the files of the image to start from and its mask; a painted mask is stored first.
 
     Raises:
-        UserError: If one is gone.
+        UserError: If a file does not exist.
     """
     workspace, names = context.workspace, {n: form[n] for n in ("image", "mask_image")}
     image = read_input(workspace, names["image"])
@@ -257,11 +260,11 @@ def _inputs(context: Context, form: Mapping[str, Any]) -> dict[str, str]:
             mask = mask.resize(image.size).point(lambda value: 255 if value > 32 else 0)
             names["mask_image"] = keep_input(workspace, mask)
     read_input(workspace, names["mask_image"])
-    return {name: str(input_path(workspace, kept)) for name, kept in names.items() if kept}
+    return {field: str(input_path(workspace, name)) for field, name in names.items() if name}
 
 
 def choices(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """Return the choices of what to make images with, and labels: the newest result first."""
+    """Return the choices of models with labels, the newest result first."""
     return [
         *adapter_choices(jobs),
         *(
@@ -277,7 +280,7 @@ def adapter_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """Return the runs and checkpoints with an adapter, the newest first."""
     listed = []
     for job in (job for job in jobs if job.stands):
-        # The selected adapter, then the others, newest first. One made elsewhere has no steps.
+        # The selected adapter, then the other ones, newest first.
         listed.append((_called(job, job.stands), job.id))
         listed += [
             (_called(job, name), f"{job.id}/{name}")
@@ -288,9 +291,9 @@ def adapter_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
 
 
 def _called(job: Job, name: str) -> str:
-    """An adapter of a run in a list: at its last step there may be a checkpoint and the result."""
+    """Return the label of a run's adapter. The last step may have a checkpoint and a result."""
     steps = job.step_of(name)
-    marks = [f"step {steps}"] if steps else []
+    marks = [f"step {steps}"] if steps else []  # An imported adapter has no steps.
     if steps and name == RESULT_NAME:
         marks.append("the result")
     if name == job.chosen:
@@ -299,18 +302,18 @@ def _called(job: Job, name: str) -> str:
 
 
 def adapter_names(job: Job) -> list[str]:
-    """The names of a run's adapters."""
+    """Return the names of a run's adapters."""
     return [*job.checkpoints, *([RESULT_NAME] if job.has_result else [])]
 
 
 class Chosen(NamedTuple):
-    """A choice of the model to make images with.
+    """Models and defaults of a choice.
 
     Attributes:
-        base: The base model, or a merged one.
+        base: The base model, or a merged model.
         adapter: The adapter's file; None for a base or merged model alone.
         trigger: The trigger words.
-        guidance_scale: Guidance scale where the form has none.
+        guidance_scale: Default guidance scale.
     """
 
     base: BaseModel
@@ -323,7 +326,7 @@ class Chosen(NamedTuple):
         """Look up a base model, a merged model, or a run with the name of its checkpoint.
 
         Raises:
-            UserError: If it is gone, or may not be used.
+            UserError: If the choice was deleted, or may not be used.
         """
         kind, _, name = choice.partition("/")
         if kind == BASE:
@@ -333,7 +336,7 @@ class Chosen(NamedTuple):
             job = context.job(name)
             if job.kind != "export" or job.state != "done":
                 raise UserError("this merged model no longer exists; choose another one")
-            # A file's configuration is its base's, or what its base was loaded with.
+            # A single file takes the configuration of its base model.
             config = context.job(job.record.run).settings.get("model_config")
             config = config or (None if job.base.endswith(".safetensors") else job.base)
             base = BaseModel(job.record.output, model_config=config)

@@ -1,4 +1,4 @@
-"""An image's generation parameters as values of the Generate tab's fields."""
+"""Conversion of an image's generation parameters to values of the Generate tab's fields."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from dora_diffusion.studio.jobs.store import GONE
 
 @dataclass(frozen=True)
 class Restored:
-    """Fields and their values that an image's text gives.
+    """Values of the fields, restored from an image's parameters.
 
     Attributes:
-        choice: The run, checkpoint or model; None where no model here is the image's, `GONE` where
-            its first adapter is not here.
-        form: The values of all fields by name; a field that is not stated has its unset value.
-        batch: Images of its batch, and its place there.
-        unread: A line for each thing that another image would be made without.
+        choice: The run, checkpoint or model; None if the image's model is missing, `GONE` if its
+            first adapter is missing.
+        form: Values of all fields by name; fields that the image does not state are unset.
+        batch: Size of the image's batch, and its index in the batch.
+        unread: A line for each parameter that could not be restored.
     """
 
     choice: str | None
@@ -51,15 +51,14 @@ class Restored:
 
 
 def restore(context: Context, text: str) -> Restored:
-    """The fields' values of an image's generation parameters."""
+    """Restore the values of the fields from an image's generation parameters."""
     from dora_diffusion.sampling import images
 
     fields = images.parse_parameters(text)
-    values, others = images.settings_of(fields)
-    others += [f"{name} {value}" for name, value in values.items() if name not in UNSET]
-    unread = [f"no field here: {other}" for other in others]
-    given = {name: shown_value(name, values[name]) for name in values if name in UNSET}
-    form = {**UNSET, **given}
+    values, unknown = images.settings_of(fields)
+    unknown += [f"{name} {value}" for name, value in values.items() if name not in UNSET]
+    unread = [f"no field here: {setting}" for setting in unknown]
+    form = {**UNSET, **{n: shown_value(n, values[n]) for n in values if n in UNSET}}
     adapters, layers = _adapters_of(context, fields, unread)
     form["layer_strength"] = f"{form['layer_strength']} {layers}".strip()
     form["strength"] = adapters[0][1] if adapters else 1
@@ -86,15 +85,15 @@ def restore(context: Context, text: str) -> Restored:
     if model and not model.startswith("rembg") and "/" not in model:
         unread.append(f"{LABELS['detail']}: {model} is a folder's name; give its path")
         form["detail"] = ""
-    place = [fields.get(key, "") for key in (images.BATCH_SIZE, images.BATCH_POSITION)]
-    size, position = (int(part) if part.isdecimal() else 0 for part in place)
+    numbers = [fields.get(key, "") for key in (images.BATCH_SIZE, images.BATCH_POSITION)]
+    size, position = (int(text) if text.isdecimal() else 0 for text in numbers)
     is_batch = position < size <= MAX_BATCH and position <= form["seed"]
     batch = (size, position) if is_batch else (1, 0)
     return Restored(first if first == GONE else choice, form, batch, tuple(unread))
 
 
 def shown_value(name: str, value: Any) -> Any:
-    """A setting's value as its field has it."""
+    """Convert a setting's value to the value of its field."""
     if name == "style":
         return value
     if isinstance(value, list):
@@ -109,10 +108,10 @@ def shown_value(name: str, value: Any) -> Any:
 def _adapters_of(
     context: Context, fields: Mapping[str, str], unread: list[str]
 ) -> tuple[list[tuple[str, float]], str]:
-    """The adapters of an image, in its order: each one's choice, or `GONE`, and its strength.
+    """Return the adapters of an image, as (choice or `GONE`, strength).
 
-    Returns:
-        These, and the share that text encoders have of them as a strength of layers; empty: all.
+    The second value is the relative strength of the text encoders, as a strength of layers; empty
+    if it is 1.
     """
     from dora_diffusion.numerics.weights import MergeStrengths
     from dora_diffusion.sampling import images
@@ -128,11 +127,11 @@ def _adapters_of(
     except ValueError as error:
         used, meaningless = [], [str(error)]
     unread += meaningless
-    chosen, shares = list[tuple[str, float]](), set[float]()
+    adapters, shares = list[tuple[str, float]](), set[float]()
     for adapter in used:
         files = known.get(adapter.name, [])
-        if len(chosen) > len(MORE):
-            unread.append(f"the adapter {adapter.name}: at most {len(chosen)} have a field here")
+        if len(adapters) > len(MORE):
+            unread.append(f"the adapter {adapter.name}: at most {len(adapters)} have a field here")
             continue
         same = [file for file in files if adapter.matches(file[1]) is not False]
         if not files:
@@ -145,7 +144,7 @@ def _adapters_of(
         strengths = MergeStrengths.of(adapter.strengths)
         encoders, unet = strengths.text_encoder_strength, strengths.unet_strength
         choice = next((choice for choice, _ in same or files), GONE)
-        chosen.append((choice, unet))
+        adapters.append((choice, unet))
         share = encoders / unet if unet else math.inf
         shares.add(1.0 if encoders == unet else round(share, 9) + 0)
     if len(shares) > 1 or math.inf in shares:
@@ -154,11 +153,11 @@ def _adapters_of(
             "both"
         )
         shares.clear()
-    return chosen, "".join(f"text_encoder*:{share:.9g}" for share in shares - {1.0})
+    return adapters, "".join(f"text_encoder*:{share:.9g}" for share in shares - {1.0})
 
 
 def _base_of(context: Context, fields: Mapping[str, str], unread: list[str]) -> str | None:
-    """The choice of the model that an image without adapters was made with."""
+    """Return the choice of the model of an image without adapters; None if it is missing."""
     from dora_diffusion.sampling.images import model_name
 
     model = fields.get("Model", "")
@@ -175,7 +174,7 @@ def _reading_of(
     context: Context, adapters: Iterable[str], choice: str | None, fields: Mapping[str, str],
     unread: list[str],
 ) -> dict[str, str]:  # fmt: skip
-    """Return how an image's prompts were read, where its adapters do not say the same."""
+    """Return settings of an image's text encoding that differ from its adapters' defaults."""
     from dora_diffusion.sampling.images import OWN_VERSION, TOKEN_LENGTH
 
     is_own = fields.get("Version", "").startswith(OWN_VERSION)

@@ -1,4 +1,4 @@
-"""The images that are shown, how they were made, and what can be done with one of them."""
+"""The displayed images, their generation parameters, and the menu of one image."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _STARS = {True: "★ Favourite", False: "☆ Favourite"}
 
 
 class ResultsView:
-    """The fields of the results.
+    """Fields of the results.
 
     Attributes:
-        shown: Holds the name of the image that the menu is of.
-        filled: The fields that `show_images` fills.
-        signs: The fields on which a wait for images is shown.
+        shown: Name of the image that the menu applies to.
+        filled: Outputs of `show_images`.
+        signs: Fields that display progress.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class ResultsView:
 
 
 def pair_slider(name: str) -> Any:
-    """Two images, one over the other; hidden while there are none."""
+    """Create a slider over two images, hidden while there are none."""
     options: dict[str, Any] = {"type": "filepath", "buttons": ["fullscreen"], "format": "png"}
     return gr.ImageSlider(
         show_label=False, interactive=False, visible=False, elem_id=name, **options
@@ -84,7 +84,7 @@ def on_step(progress: Any) -> Any:
 def show_images(
     context: Context, images: Sequence[GeneratedImage], *, is_pair: bool = False, columns: int = 2
 ) -> list[Any]:
-    """Return images, or the two of a pair on a slider, and how they were made, with the menu."""
+    """Return updates that display images (a pair on a slider), their parameters and the menu."""
     paths = [str(image.path) for image in images]
     listed = [] if is_pair else [(str(image.path), f"seed {image.seed}") for image in images]
     parameters, name, star = _one(context, images[-1 if is_pair else 0], is_pair=is_pair)
@@ -100,7 +100,7 @@ def show_images(
 
 
 def _one(context: Context, image: GeneratedImage, *, is_pair: bool = False) -> list[Any]:
-    """The settings of an image, its name, and its star."""
+    """Return the settings of an image, its name, and its star."""
     caption = "Left: the base model. Right: with the adapter, at the same seed." if is_pair else ""
     name = image.path.name
     return [
@@ -113,7 +113,7 @@ def _one(context: Context, image: GeneratedImage, *, is_pair: bool = False) -> l
 
 
 def _restored(context: Context, name: object) -> Restored:
-    """The settings of a generated image."""
+    """Return the settings of a generated image."""
     image = context.images.read(name)
     if not image.parameters:
         raise UserError("this image does not say how it was made")
@@ -121,7 +121,7 @@ def _restored(context: Context, name: object) -> Restored:
 
 
 def connect(context: Context, tab: ResultsView, form: Any) -> None:
-    """Connect the menu; ``form`` is the tab's fields, as `fill` takes them."""
+    """Connect the menu; ``form`` is the tab, see `fill`."""
     _connect_remaking(context, tab, form)
 
     def begin(name: str) -> list[Any]:
@@ -138,30 +138,33 @@ def connect(context: Context, tab: ResultsView, form: Any) -> None:
     def delete(name: str) -> list[Any]:
         context.images.delete(name)
         hidden = gr.update(value=None, visible=False)
-        said = html.note(f"{name} deleted")
-        return [hidden, hidden, said, "", [], gr.update(visible=False), gr.skip()]
+        message = html.note(f"{name} deleted")
+        return [hidden, hidden, message, "", [], gr.update(visible=False), gr.skip()]
 
     def choose(names: list[str], event: gr.SelectData) -> list[Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(names):
             raise UserError("this image no longer exists; choose another one")
         return _one(context, context.images.read(names[event.index]))
 
-    shown = [tab.shown]
-    begun = ui.on(tab.start.click, begin, shown, [*form.filled, form.start_box])
+    image = [tab.shown]
+    begun = ui.on(tab.start.click, begin, image, [*form.filled, form.start_box])
     ui.on(begun.success, None, js="() => studio.reveal('start-image')")
-    ui.on(tab.use.click, use, shown, form.filled)
+    ui.on(tab.use.click, use, image, form.filled)
     ui.on(tab.copy.click, lambda: gr.Info("Copied"), js="() => studio.copy('#parameters pre')")
-    ui.on(tab.star.click, star, shown, [tab.star])
+    ui.on(tab.star.click, star, image, [tab.star])
     question = functools.partial(image_question, context.images)
-    ui.on(tab.delete.click, delete, shown, tab.filled, confirm=question)
+    ui.on(tab.delete.click, delete, image, tab.filled, confirm=question)
     ui.on(tab.gallery.select, choose, [tab.names], [tab.parameters, tab.shown, tab.star])
 
 
 def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
-    """Connect what makes another image of the one that is shown, by its own settings."""
+    """Connect the buttons that generate a variant of the displayed image."""
 
     def remake(change: Callable[[dict[str, Any]], Any]) -> Callable[..., list[Any]]:
-        """An image like the one that is shown; only its settings where a part of it is not here."""
+        """Return a handler that generates an image with changed settings.
+
+        It only fills in the settings if some of them cannot be restored here.
+        """
 
         def run(name: str, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
             known = _restored(context, name)
@@ -170,8 +173,8 @@ def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
             filled = fill(context, form, replace(known, form=values))
             if known.unread:
                 return [*filled, *[gr.skip()] * len(tab.filled)]
-            asked = make_request(context, known.choice, values, batch)
-            images = context.generator.make(asked, on_step(progress))
+            request = make_request(context, known.choice, values, batch)
+            images = context.generator.make(request, on_step(progress))
             return [*filled, *show_images(context, images)]
 
         return run
@@ -199,22 +202,22 @@ def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
 
 
 def fill(context: Context, form: Any, known: Restored) -> list[Any]:
-    """Return an image's settings as the fields of a form, and what of them is not here.
+    """Return updates of ``form.filled`` with an image's settings, and notes on missing ones.
 
     Args:
         context: The app.
-        form: The tab, with its ``fields`` by name besides those of the image to start from.
+        form: The tab, with its ``fields`` by name, except the fields of the image to start from.
         known: The settings.
     """
     lines = [f"Not as in the image: {line}" for line in known.unread]
     if lines:
         gr.Warning("<br>".join(map(escape, lines)), title="")
-    chosen: Any = known.choice or gr.skip()
-    if chosen == GONE:
+    choice: Any = known.choice or gr.skip()
+    if choice == GONE:
         listed, _ = ui.choosing(choices(context, context.jobs()), GONE)
-        chosen = gr.update(**listed, value=GONE)
+        choice = gr.update(**listed, value=GONE)
     return [
-        chosen,
+        choice,
         *(ui.holding(field, known.form[name]) for name, field in form.fields.items()),
         *start_image(context, known.form["image"], known.form["mask_image"]),
         html.notes(lines, "warn"),
@@ -223,7 +226,7 @@ def fill(context: Context, form: Any, known: Restored) -> list[Any]:
 
 
 def show_acting(context: Context, form: Mapping[str, Any], choice: str | None = None) -> str:
-    """A line on the settings of folded fields that act, and one on a prompt without its words."""
+    """Return notes on active settings in folded sections, and on missing trigger words."""
     lines = acting(context, form)
-    said = html.note(f"Also set above: {' · '.join(lines)}") if lines else ""
-    return said + html.notes(prompt_notes(context, choice, form), "warn")
+    active = html.note(f"Also set above: {' · '.join(lines)}") if lines else ""
+    return active + html.notes(prompt_notes(context, choice, form), "warn")

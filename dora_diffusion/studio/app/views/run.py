@@ -1,4 +1,4 @@
-"""The run that is shown in the Train tab: how it goes, its samples, its checkpoints, the queue."""
+"""The displayed run of the Train tab: progress, samples, checkpoints, and the queue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CONTROLS = ("run", "status", "now", "stop", "kill", "resume", "remove", "extend
 
 
 class RunView:
-    """The fields of a run."""
+    """Fields of a run."""
 
     def __init__(self) -> None:
         self.run = ui.id_dropdown(
@@ -89,7 +89,7 @@ class RunView:
 
 
 def connect(context: Context, view: RunView) -> None:
-    """Stop, kill, resume and remove the run that is shown."""
+    """Connect the actions on the displayed run."""
     workspace = context.workspace
 
     def remove(folder: Path) -> str:
@@ -104,11 +104,11 @@ def connect(context: Context, view: RunView) -> None:
             nothing = html.empty("No run yet", "Its command line appears here.")
             return [nothing, gr.skip(), gr.skip()]
         job = context.job(job_id)
-        called = gr.update(placeholder=job.title)
-        return [_commands(job), "", called]
+        name = gr.update(placeholder=job.title)
+        return [_commands(job), "", name]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
-    # Of stopping and resuming the card tells, as long as it is true.
+    # Stopping and resuming need no message: the card shows the state.
     ui.on(view.stop.click, _act(context, stop_job), [view.run], outputs)
     ui.on(view.resume.click, _act(context, requeue_job), [view.run], outputs)
     ui.on(view.kill.click, _act(context, kill_job, "The run was killed"), [view.run], outputs)
@@ -126,9 +126,9 @@ def connect(context: Context, view: RunView) -> None:
 
 
 def _commands(job: Job) -> str:
-    """The line that runs, and for a training the same with its settings as flags."""
+    """Return a job's command line; for training, also the same command with all flags."""
     text = html.command(job.record.command, "What runs")
-    with contextlib.suppress(ValueError):  # of another version
+    with contextlib.suppress(ValueError):  # settings of another version
         if job.kind == "train" and job.settings:
             line = command_line(TrainConfig.from_dict(job.settings))
             text += html.command(line, "The same with every setting that is not a default")
@@ -138,30 +138,30 @@ def _commands(job: Job) -> str:
 def _act(
     context: Context, action: Callable[..., str | None], text: str = ""
 ) -> Callable[..., list[Any]]:
-    """Return the action of a button on the run that is shown, with its message."""
+    """Return the handler of a button on the displayed run, with its message."""
 
     def run(job_id: str | None, *values: Any) -> list[Any]:
-        told = text + (action(context.workspace.job(job_id), *values) or "")
+        message = text + (action(context.workspace.job(job_id), *values) or "")
         jobs = context.queued()
         gone = {job.id for job in jobs if _never_began(job)}
-        parts = refresh(context, jobs, None if job_id in gone else job_id)
-        return [html.note(told, "info"), *(ui.filled(parts[name]) for name in _CONTROLS)]
+        updates = refresh(context, jobs, None if job_id in gone else job_id)
+        return [html.note(message, "info"), *(ui.filled(updates[name]) for name in _CONTROLS)]
 
     return run
 
 
 def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """Runs by title, time and state."""
+    """Return the choices of runs, with title, time and state."""
     return [(f"{job.label} · {job.shown_state}", job.id) for job in _runs(jobs)]
 
 
 def _runs(jobs: Sequence[Job]) -> list[Job]:
-    """Training runs, and what else is damaged, so that it can be looked at and removed."""
+    """Return training runs and damaged jobs, which can be inspected and removed here."""
     return [job for job in jobs if job.kind == "train" or job.shown_state == "damaged"]
 
 
 def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str, Any]:
-    """Return the timer's update of this view: field name -> value, or (mark, how to make it)."""
+    """Return the timer's update of this view: field name -> value or (mark, factory)."""
     training = _runs(jobs)
     active = next((job for job in training if job.is_active), None)
     begun = next((job for job in training if not _never_began(job)), None)
@@ -198,11 +198,11 @@ def _never_began(job: Job) -> bool:
 
 
 def _flip(samples: Sequence[Path], cache: Path) -> str:
-    """Sample images to flip through by a slider, from the base model to the result.
+    """Return a slider over sample images, from the base model to the result.
 
     Args:
         samples: Sheets of the same prompts and seeds.
-        cache: Gradio's folder: a run's own folder is not given out.
+        cache: Gradio's folder; the server does not serve the runs' folders.
     """
     order = {"base": -1, "adapted": 1}
     sheets = sorted(samples, key=lambda path: (order.get(path.stem, 0), path.stem))
@@ -214,10 +214,10 @@ def _flip(samples: Sequence[Path], cache: Path) -> str:
 
 
 def _given_out(path: Path, cache: Path) -> Path:
-    """A copy of an image in a folder that the server gives out."""
+    """Return a copy of an image in a folder that the server serves."""
     stamp = path.stat().st_mtime_ns
     copy = _copied(path, stamp, cache)
-    if not copy.exists():  # Gradio deletes what is a day old.
+    if not copy.exists():  # Gradio deletes its files after a day.
         _copied.cache_clear()
         copy = _copied(path, stamp, cache)
     return copy
@@ -235,11 +235,11 @@ def _sample_title(name: str) -> str:
 
 
 def _connect_chooser(context: Context, view: RunView) -> None:
-    """Rank the checkpoints of the run that is shown, and choose one."""
+    """Connect the ranking of the displayed run's checkpoints, and the choice of one."""
 
     def now(job_id: str) -> list[Any]:
-        parts = _refresh_chooser(context, context.queued(), context.job(job_id))
-        return list(map(ui.filled, parts.values()))
+        updates = _refresh_chooser(context, context.queued(), context.job(job_id))
+        return list(map(ui.filled, updates.values()))
 
     def start(job_id: str | None) -> list[Any]:
         job = context.job(job_id)
@@ -250,8 +250,8 @@ def _connect_chooser(context: Context, view: RunView) -> None:
 
     def click(job_id: str | None, event: gr.EventData) -> list[Any]:
         job = context.job(job_id)
-        what, value = ui.clicked(event)
-        if what == "stop":
+        action, value = ui.clicked(event)
+        if action == "stop":
             stop_job(context.workspace.job(value))
         else:
             where = "is now used for this run in Generate and in the Library."
@@ -264,27 +264,27 @@ def _connect_chooser(context: Context, view: RunView) -> None:
 
 
 def _ranking_of(jobs: Sequence[Job], run: Job | None) -> Job | None:
-    """The newest job that ranks a run's checkpoints."""
-    about_it = (job for job in jobs if job.kind == "rank-checkpoints" and run)
-    return next((job for job in about_it if run and job.record.run == run.id), None)
+    """Return the newest job that ranks a run's checkpoints, or None."""
+    rankings = (job for job in jobs if job.kind == "rank-checkpoints" and run)
+    return next((job for job in rankings if run and job.record.run == run.id), None)
 
 
 def _refresh_chooser(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str, Any]:
-    """Return the timer's update: whether the chooser shows, its button, and its cards."""
-    shown = bool(job and job.has_ended and job.candidates)
+    """Return the timer's update of the checkpoint chooser: visibility, button and cards."""
+    is_visible = bool(job and job.has_ended and job.candidates)
     running = _ranking_of(jobs, job)
     busy = running is not None and not running.has_ended
     ranking, damage = None, ""
-    if job and shown:
+    if job and is_visible:
         try:
             ranking = read_ranking(context.workspace, job)
         except DamagedFile as error:
             damage = html.note(f"{error}, or rank again", "bad")
     label = "Rank again" if ranking else "Rank the checkpoints"
     return {
-        "chooser": ui.changing(visible=shown),
+        "chooser": ui.changing(visible=is_visible),
         "chooser_start": ui.changing(value=label, visible=not busy),
-        "chooser_cards": damage + _cards(job, ranking, running) if job and shown else "",
+        "chooser_cards": damage + _cards(job, ranking, running) if job and is_visible else "",
     }
 
 
@@ -304,7 +304,7 @@ def _cards(job: Job, ranking: Ranking | None, running: Job | None) -> str:
 
 
 def _card(job: Job, row: RankedCheckpoint, ranking: Ranking, most_drift: float) -> str:
-    """One checkpoint: images, two bars, and the button."""
+    """Return the card of a checkpoint: images, two bars, and the button."""
     in_use = row.name == job.stands
     marks = html.pill("suggested", "running") if row.name == ranking.suggested else ""
     if in_use:

@@ -1,4 +1,4 @@
-"""The image that others start from: painted over whole, or into where a mask is painted on it."""
+"""The input image of image-to-image, with an optional painted mask for inpainting."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NONE = html.empty(
 
 
 class StartView:
-    """The fields of the image to start from.
+    """Fields of the image to start from.
 
     Attributes:
-        image: Holds the name under which the image is kept; empty for none.
-        mask: Holds the name of a mask; `studio.mask` sends what is painted in its place.
-        filled: The fields that `start_image` fills.
+        image: Name of the stored image; empty for none.
+        mask: Name of a stored mask; `studio.mask` sends the painted mask instead.
+        filled: Outputs of `start_image`.
     """
 
     def __init__(self) -> None:
@@ -42,11 +42,11 @@ class StartView:
         self.filled = [self.image, self.mask, self.editor]
 
 
-def connect(context: Context, tab: StartView, shown: Any) -> list[Any]:
-    """Connect the fields; ``shown`` holds the name of the image that is shown.
+def connect(context: Context, tab: StartView, result: Any) -> list[Any]:
+    """Connect the fields; ``result`` is the field with the name of the displayed image.
 
     Returns:
-        The events after which there is another image to start from, or none.
+        The events that change the image to start from.
     """
 
     def upload(file: str | None) -> list[Any]:
@@ -65,19 +65,19 @@ def connect(context: Context, tab: StartView, shown: Any) -> list[Any]:
 
     return [
         ui.on(tab.upload.upload, upload, [tab.upload], tab.filled, show="minimal"),
-        ui.on(tab.take.click, take, [shown], tab.filled, show="minimal"),
+        ui.on(tab.take.click, take, [result], tab.filled, show="minimal"),
         ui.on(tab.editor.click, drop, None, tab.filled),
     ]
 
 
 def input_of(context: Context, name: object) -> str:
-    """Keep a generated image to start from; returns the name that it is kept under."""
+    """Store a generated image as an input image. Returns its name."""
     path = confined(context.workspace.images, name)
     return keep_input(context.workspace, open_photo(path))
 
 
 def start_image(context: Context, image: str, mask: str = "") -> list[Any]:
-    """Return the fields of an image to start from, and of its mask, by the names they are kept."""
+    """Return the values of ``filled`` for a stored image and mask."""
     photo = read_input(context.workspace, image)
     if photo is None:
         return ["", "", _NONE]

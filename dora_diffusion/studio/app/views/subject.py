@@ -1,4 +1,4 @@
-"""The Subject tab: photos in, exactly what will be trained on out."""
+"""The Subject tab: upload of photos, and a preview of the exact training images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EMPTY = html.empty("No photos yet", f"Add {WANTED}. Or take a sample.")
 
 
 class SubjectTab:
-    """The tab's fields."""
+    """Fields of the tab."""
 
     def __init__(self) -> None:
         with gr.Row(equal_height=False):
@@ -42,7 +42,7 @@ class SubjectTab:
 
     def _add_photos(self) -> None:
         text = (
-            "Of one subject, as JPEG, PNG or WebP, with .txt captions beside them. They stay on "
+            "Photos of one subject as JPEG, PNG or WebP, with optional .txt captions. They stay on "
             "this machine."
         )
         ui.html_block(html.heading("1", "Photos", text))
@@ -96,47 +96,48 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
     Args:
         context: The app.
         tab: The fields.
-        restored: The event of the page being loaded, after what was chosen before.
-        size: The fields of base model and resolution.
+        restored: Event after the page was loaded and its draft restored.
+        size: Fields of base model and resolution.
     """
     workspace = context.workspace
     view = [
         tab.gallery, tab.blank, tab.names, tab.report, tab.to_train, tab.editing.box,
         tab.editing.chosen, tab.captions.box, tab.captions.tags, tab.captions.rows,
     ]  # fmt: skip
-    asked, outputs = [tab.pick, *size], [tab.pick, tab.place, *view]
+    inputs, outputs = [tab.pick, *size], [tab.pick, tab.place, *view]
 
-    def load(subject_id: str | None, *chosen: Any) -> list[Any]:
-        return _show(context, subject_id, chosen)
+    def load(subject_id: str | None, *model_and_side: Any) -> list[Any]:
+        return _show(context, subject_id, model_and_side)
 
-    def select(subject_id: str | None, *chosen: Any) -> list[Any]:
+    def select(subject_id: str | None, *model_and_side: Any) -> list[Any]:
         workspace.subject(subject_id)  # It may have been deleted meanwhile.
-        return _show(context, subject_id, chosen)[1:]
+        return _show(context, subject_id, model_and_side)[1:]
 
-    def resize(subject_id: str | None, *chosen: Any) -> str:
-        return str(_show(context, subject_id, chosen)[outputs.index(tab.report)])
+    def resize(subject_id: str | None, *model_and_side: Any) -> str:
+        return str(_show(context, subject_id, model_and_side)[outputs.index(tab.report)])
 
-    def remove(subject_id: str, *chosen: Any) -> list[Any]:
+    def remove(subject_id: str, *model_and_side: Any) -> list[Any]:
         is_gone = subjects.delete_subject(workspace, subject_id)
         message = html.note("Subject deleted" + ("" if is_gone else REMAINS), "info")
-        return _show(context, subject_id, chosen, message)
+        return _show(context, subject_id, model_and_side, message)
 
-    def leave(subject_id: str | None, *chosen: Any) -> list[Any]:
-        """No photos, once the subject that was chosen is gone."""
-        is_gone = subject_id == GONE
-        return _show(context, GONE, chosen)[1:] if is_gone else [gr.skip()] * (len(outputs) - 1)
+    def leave(subject_id: str | None, *model_and_side: Any) -> list[Any]:
+        """Show no photos once the selected subject was deleted."""
+        if subject_id == GONE:
+            return _show(context, GONE, model_and_side)[1:]
+        return [gr.skip()] * (len(outputs) - 1)
 
-    # Choosing is an input, not a change: answers to other events must not run it again.
-    ui.on(tab.pick.input, select, asked, outputs[1:])
-    ui.on(tab.pick.change, leave, asked, outputs[1:])
-    ui.on([field.change for field in size], resize, asked, [tab.report])
+    # `input`, not `change`: updates from other events must not run this again.
+    ui.on(tab.pick.input, select, inputs, outputs[1:])
+    ui.on(tab.pick.change, leave, inputs, outputs[1:])
+    ui.on([field.change for field in size], resize, inputs, [tab.report])
     ui.on(
-        tab.remove.click, remove, asked, outputs,
+        tab.remove.click, remove, inputs, outputs,
         confirm=lambda subject_id, *_: subject_question(workspace, subject_id),
     )  # fmt: skip
-    ui.on(restored.then, load, asked, outputs)
+    ui.on(restored.then, load, inputs, outputs)
     _connect_new(context, tab, size, outputs)
-    _connect_look(context, tab, asked)
+    _connect_look(context, tab, inputs)
 
     def export(subject_id: str | None) -> str:
         return html.download(export_dataset(workspace, subject_id), "Download the data set")
@@ -144,26 +145,26 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
     ui.on(tab.export.click, export, [tab.pick], [tab.exported], show="minimal")
     ui.on(tab.pick.change, lambda: "", None, [tab.exported])
     captions.connect(context, tab.captions, tab.pick)
-    photo.connect(context, tab.editing, asked, view)
+    photo.connect(context, tab.editing, inputs, view)
 
 
 def _show(
-    context: Context, subject_id: str | None, chosen: Sequence[Any], message: str = ""
+    context: Context, subject_id: str | None, model_and_side: Sequence[Any], message: str = ""
 ) -> list[Any]:
-    """All outputs, with the subject that is chosen; the newest where none was."""
+    """Return all outputs for the selected subject, or for the newest if none is selected."""
     known = subjects.subjects_in(context.workspace)
     newest = None if subject_id else next(iter(known), None)
-    current = next((each for each in known if each.id == subject_id), newest)
+    current = next((subject for subject in known if subject.id == subject_id), newest)
     pick = ui.filled(_choices(context, subject_id))
     return [
         {**pick, "value": current.id} if current else pick,
         _place(current),
-        *photo.subject_view(current, photo.side(context, *chosen), message),
+        *photo.subject_view(current, photo.side(context, *model_and_side), message),
     ]
 
 
 def _choices(context: Context, subject_id: str | None) -> Any:
-    """A part of the page that updates the list of subjects; the newest until one is chosen."""
+    """Return an update of the list of subjects, with the newest selected by default."""
     known = subjects.subjects_in(context.workspace)
     choices = [(f"{s.title} ({counted(len(s.photos), 'photo')})", s.id) for s in known]
     newest = known[0].id if known else None
@@ -171,27 +172,31 @@ def _choices(context: Context, subject_id: str | None) -> Any:
 
 
 def _connect_new(context: Context, tab: SubjectTab, size: list[Any], outputs: list[Any]) -> None:
-    """New subjects: named ones, samples, and uploads without a subject."""
+    """Connect the ways to new subjects: by name, from a sample, and by an upload."""
     workspace = context.workspace
 
-    def create(title: str, *chosen: Any) -> list[Any]:
+    def create(title: str, *model_and_side: Any) -> list[Any]:
         title = clean_text(title, 60, "name")
         if not title:
             raise UserError("give the new subject a name first")
-        return ["", *_show(context, subjects.new_subject(workspace, title), chosen)]
+        return ["", *_show(context, subjects.new_subject(workspace, title), model_and_side)]
 
-    def take(event: gr.EventData, *chosen: Any) -> list[Any]:
+    def take(event: gr.EventData, *model_and_side: Any) -> list[Any]:
         subject_id = subjects.take_sample(workspace, samples_folder(), ui.clicked(event)[1])
         message = html.note("A sample subject, ready to train.", "good")
-        return _show(context, subject_id, chosen, message)
+        return _show(context, subject_id, model_and_side, message)
 
     def upload(
-        files: list[str] | None, subject_id: str | None, name: str, *chosen: Any
+        files: list[str] | None, subject_id: str | None, name: str, *model_and_side: Any
     ) -> list[Any]:
         if not files:
             return [gr.skip()] * (2 + len(outputs))
         subject_id, message, is_kept = _upload(workspace, files, subject_id, name)
-        return [None, "" if is_kept else gr.skip(), *_show(context, subject_id, chosen, message)]
+        return [
+            None,
+            "" if is_kept else gr.skip(),
+            *_show(context, subject_id, model_and_side, message),
+        ]
 
     ui.on(
         tab.upload.upload, upload, [tab.upload, tab.pick, tab.name, *size],
@@ -205,14 +210,14 @@ def _connect_new(context: Context, tab: SubjectTab, size: list[Any], outputs: li
 def _upload(
     workspace: Workspace, files: list[str], subject_id: str | None, name: str
 ) -> tuple[str | None, str, bool]:
-    """Add photos to a subject, or to a new one; its id, what to say, and whether it is there."""
+    """Add photos to a subject or a new one. Returns its id, a message, and whether it exists."""
     zips = [file for file in files if file.lower().endswith(".zip")]
     if zips:
         if len(files) > 1:
             raise UserError("add a data set (.zip) by itself")
-        made, result = import_dataset(workspace, Path(zips[0]))
-        title = subjects.read_subject(workspace, made).title
-        return made, _told(result, f"the new subject {title}"), True
+        new_id, result = import_dataset(workspace, Path(zips[0]))
+        title = subjects.read_subject(workspace, new_id).title
+        return new_id, _report(result, f"the new subject {title}"), True
     is_new = subject_id in (None, "", GONE)
     if is_new:
         titles = {subject.title for subject in subjects.subjects_in(workspace)}
@@ -225,36 +230,36 @@ def _upload(
         subjects.delete_subject(workspace, stored.id)
         return None, html.notes(result.refused, "bad"), False
     kind = "the new subject" if is_new else "the subject"
-    return stored.id, _told(result, f"{kind} {stored.title}"), True
+    return stored.id, _report(result, f"{kind} {stored.title}"), True
 
 
-def _told(result: Upload, where: str) -> str:
-    """The photos that were added to a subject, and a line for each file that was not."""
+def _report(result: Upload, where: str) -> str:
+    """Return a message on the added files, and a line for each refused file."""
     counts = {"photo": len(result.accepted), "caption": len(result.captions)}
     added = [counted(count, noun) for noun, count in counts.items() if count]
     text = f"{' and '.join(added)} added to {where}" if added else ""
     return html.note(text, "good") + html.notes(result.refused, "bad")
 
 
-def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
-    """Connect the button that inspects the photos by ``dora-diffusion prepare``."""
+def _connect_look(context: Context, tab: SubjectTab, inputs: list[Any]) -> None:
+    """Connect the button that checks the photos by ``dora-diffusion prepare``."""
 
     def looked(subject_id: str | None) -> str:
         return str(refresh(context, context.queued(), subject_id)["looked"])
 
-    def look(subject_id: str | None, *chosen: Any, model: str = "") -> str:
+    def look(subject_id: str | None, *model_and_side: Any, model: str = "") -> str:
         subject = subjects.read_subject(context.workspace, subject_id)
-        start_look(context.workspace, subject, photo.side(context, *chosen), model)
+        start_look(context.workspace, subject, photo.side(context, *model_and_side), model)
         return looked(subject_id)
 
-    def automatic(subject_id: str | None, model: str, *chosen: Any) -> str:
+    def automatic(subject_id: str | None, model: str, *model_and_side: Any) -> str:
         name = str(model or "").strip()
         if not name:
             raise UserError("name a captioning model first: a folder, or a hub id")
-        return look(subject_id, *chosen, model=context.allowed_model(name))
+        return look(subject_id, *model_and_side, model=context.allowed_model(name))
 
     def reread(subject_id: str | None) -> list[Any]:
-        """The captions that a job has written meanwhile."""
+        """Return the captions after a job has written some."""
         stored = subjects.read_subject(context.workspace, subject_id) if subject_id else None
         jobs = looks_at(context.jobs(), stored) if stored else []
         return captions.shown(stored) if jobs and jobs[0].has_ended else [gr.skip()] * 2
@@ -263,8 +268,8 @@ def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
         stop_job(context.workspace.job(ui.clicked(event)[1]))
         return looked(subject_id)
 
-    ui.on(tab.look.click, look, asked, [tab.looked], show="minimal")
-    view, (pick, *size) = tab.captions, asked
+    ui.on(tab.look.click, look, inputs, [tab.looked], show="minimal")
+    view, (pick, *size) = tab.captions, inputs
     named = [pick, view.model, *size]
     ui.on(view.automatic.click, automatic, named, [tab.looked], show="minimal")
     ui.on(tab.looked.click, stop, [tab.pick], [tab.looked])
@@ -272,7 +277,7 @@ def _connect_look(context: Context, tab: SubjectTab, asked: list[Any]) -> None:
 
 
 def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> dict[str, Any]:
-    """Return the timer's update of this tab: the list of subjects, and the last look at photos."""
+    """Return the timer's update of this tab: the list of subjects, and the last check of photos."""
     pick = _choices(context, subject_id)
     try:
         subject = subjects.read_subject(context.workspace, subject_id)
@@ -283,7 +288,7 @@ def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> di
 
 
 def _place(subject: subjects.StoredSubject | None) -> str:
-    """Describe where added photos go."""
+    """Describe which subject added photos join."""
     if subject is None:
         return html.quiet("Photos that you add become a new subject.")
     if not subject.sample:
@@ -293,7 +298,7 @@ def _place(subject: subjects.StoredSubject | None) -> str:
 
 
 def _sample_cards(samples: Path) -> str:
-    """The project's samples as images to press; nothing where the app was started elsewhere."""
+    """Return the bundled samples as clickable images; empty if the app has none."""
     cards = [
         html.image_card(
             samples / name / "01.jpg", "take", name, name.replace("_", " ").capitalize()

@@ -1,4 +1,4 @@
-"""The Train tab: what to learn, what it will cost, and how it goes."""
+"""The Train tab: settings of a run, its estimated cost, and its progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_o
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
 _NEW_ADAPTER = ("none: a new adapter", "")
-# What an adapter of the library tells of the run that starts from it.
+# Settings of an adapter in the library that a run must share to start from it.
 _OF_ADAPTER = (
     "method", "use_dora", "norm_axis", "rank", "conv_rank", "targets", "train_text_encoder",
     "text_encoder_targets",
@@ -42,13 +42,13 @@ _PROMPTS = "a photo of a {subject} in the snow\na photo of a {subject} at night"
 
 
 class TrainTab:
-    """The tab's fields.
+    """Fields of the tab.
 
     Attributes:
-        settled: The class that the base model was last chosen for: no choice is changed twice.
-        filled: What the preset has filled in last, by setting: what differs now was typed. Of
-            `init_adapter` what fields were filled in for.
-        words: The class and token that were typed last, and of which subject.
+        settled: Class for which the base model was last chosen, so that it is changed only once.
+        filled: Values that a preset last filled in, by setting; a different value was typed. The
+            value of `init_adapter` is the adapter whose settings were filled in.
+        words: The class and token last typed, and their subject.
     """
 
     def __init__(self, context: Context) -> None:
@@ -72,7 +72,7 @@ class TrainTab:
                 self.shown = run.RunView()
 
     def _add_subject(self) -> None:
-        text = "Of the subject chosen in the Subject tab."
+        text = "For the subject chosen in the Subject tab."
         ui.html_block(html.heading("3", "Class and token", text))
         label = settings.LABELS["class_word"]
         with gr.Row():
@@ -88,7 +88,7 @@ class TrainTab:
                            elem_id=f"slider-{name}")
                 for name, text in zip(settings.PROMPTS, _SLIDER, strict=True)
             ]  # fmt: skip
-        # Ids are looked up where they are used: see `id_dropdown`.
+        # Ids are checked where they are used, see `id_dropdown`.
         self.others = gr.Dropdown(
             [], label=settings.LABELS["dataset_config"], multiselect=True, visible=False,
             info="Each is learned with its own token and class.", allow_custom_value=True,
@@ -129,7 +129,7 @@ class TrainTab:
         }
 
     def add_storage(self) -> None:
-        """Add what the browser keeps: outside of the tabs, which are not there until opened."""
+        """Add the values that the browser stores, outside of tabs, which are rendered later."""
         values = settings.preset_values("balanced", settings.EMBEDDED)
         texts = {name: settings.setting_text(value) for name, value in values.items()}
         self.settled, self.words = ui.storage("settled", ""), ui.storage("words", {})
@@ -164,13 +164,13 @@ def connect(
         context: The app.
         tab: The fields.
         subjects: The Subject tab.
-        opened: The event of the tab being opened.
-        restored: The event of the page being loaded, after what was chosen before.
+        opened: Event when the tab is opened.
+        restored: Event after the page was loaded and its draft restored.
     """
     tab.add_storage()
     fields = [tab.advanced[name] for name in settings.ADVANCED]
-    asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields, tab.others]
-    asked += tab.slider
+    form = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields, tab.others]
+    form += tab.slider
 
     def plan(*values: Any) -> list[str]:
         try:
@@ -192,11 +192,11 @@ def connect(
             "",
         ]
 
-    # A preset changes a dozen fields, and requests that are sent at once overtake each other.
-    changed = ui.together("train-form", [*asked, subjects.names])
-    ui.on([changed, opened], plan, asked, [tab.cost, tab.plan], trigger_mode="always_last")
-    shown = [tab.shown.run, tab.message, tab.name]
-    ui.on(tab.start.click, start, [tab.name, *asked], shown, show="minimal")
+    # One event for all fields: a preset changes a dozen, and concurrent requests may be reordered.
+    changed = ui.together("train-form", [*form, subjects.names])
+    ui.on([changed, opened], plan, form, [tab.cost, tab.plan], trigger_mode="always_last")
+    outputs = [tab.shown.run, tab.message, tab.name]
+    ui.on(tab.start.click, start, [tab.name, *form], outputs, show="minimal")
     _connect_others(context, tab, subjects.pick, opened)
     _connect_presets(context, tab, subjects)
     _connect_words(context, tab, subjects, restored)
@@ -204,22 +204,22 @@ def connect(
 
 
 def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> None:
-    """Offer the other subjects, and fill in what an adapter of the library needs."""
+    """Offer the other subjects, and fill in the settings of an adapter to start from."""
 
-    def offer(subject_id: str | None, chosen: Any) -> Any:
-        return ui.filled(_other_subjects(context, subject_id, chosen))
+    def offer(subject_id: str | None, selected: Any) -> Any:
+        return ui.filled(_other_subjects(context, subject_id, selected))
 
     def use_start(choice: str | None, filled: Any) -> list[Any]:
-        """Settings that a run needs to start from an adapter of the library, once it is chosen.
+        """Return the settings that a run needs to start from a newly chosen adapter.
 
-        A list that is left with the choice that it had sends it as well.
+        Gradio sends an unchanged choice again when the list loses focus; that is ignored.
         """
         before = _known(filled)
         if (choice or "") == before.get("init_adapter", ""):
             return [gr.skip()] * (2 + len(_OF_ADAPTER))
         job = next((job for job in context.jobs() if choice and job.id == choice), None)
         texts: list[Any] = [gr.skip()] * len(_OF_ADAPTER)
-        if job and job.settings:  # or it was made elsewhere
+        if job and job.settings:  # An imported adapter has none.
             values = TrainConfig().to_dict() | dict(job.settings)
             texts = [gr.update(value=settings.setting_text(values[name])) for name in _OF_ADAPTER]
         return [
@@ -233,31 +233,31 @@ def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> 
 
 
 def _connect_presets(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
-    """Fill in what a preset, or another base model, stands for."""
+    """Fill in the settings of a preset, base model or memory size."""
     fields = [tab.advanced[name] for name in settings.ADVANCED]
 
-    def use_preset(preset: str, model: str, memory: str, filled: Any, *shown: Any) -> list[Any]:
-        """The preset's values, but for those that were typed: they are a person's.
+    def use_preset(preset: str, model: str, memory: str, filled: Any, *current: Any) -> list[Any]:
+        """Return the preset's values, except for settings that the user has typed.
 
-        What is there already is not sent again: it may have been typed over meanwhile, as a list
-        that is left sends its choice, changed or not.
+        Unchanged values are not sent again, because the user may be typing: Gradio also sends a
+        choice when its list merely loses focus.
         """
         device = gpu_of(memory) if memory else context.device()
         values = settings.preset_values(preset, context.allowed_model(model), device)
         before = _known(filled)
         texts = {name: settings.setting_text(value) for name, value in values.items()}
-        now_shown = ("" if value is None else value for value in shown)
+        now_texts = ("" if value is None else value for value in current)
         texts["init_adapter"] = before.get("init_adapter", "")
         updates = [
             gr.update(value=text)
             if name != "init_adapter" and text != now == before.get(name, now)
             else gr.skip()
-            for (name, text), now in zip(texts.items(), now_shown, strict=True)
+            for (name, text), now in zip(texts.items(), now_texts, strict=True)
         ]
         return [texts, *updates]
 
     def suggest(word: str | None, settled: str, preset: str, model: str, *more: Any) -> list[Any]:
-        word = word or ""  # a page sends text; anybody can send anything
+        word = word or ""  # A client may send None.
         suggested = context.suggested_base(model, word) if word != settled else ""
         if not suggested:
             return [word, *[gr.skip()] * (3 + len(fields))]
@@ -272,101 +272,102 @@ def _connect_presets(context: Context, tab: TrainTab, subjects: SubjectTab) -> N
     words = [tab.class_word, tab.settled, tab.preset, tab.model, tab.memory, *filled]
     ui.on(tab.class_word.blur, suggest, words, [tab.settled, tab.model, tab.message, *filled])
     ui.on(tab.model.input, lambda word: word, [tab.class_word], [tab.settled])
-    # The last choice counts, also while an earlier one is still being filled in.
-    chosen = [tab.preset.input, tab.model.input, tab.memory.input]
-    asked = [tab.preset, tab.model, tab.memory, *filled]
+    # The last choice counts, even while an earlier one is being filled in.
+    choices = [tab.preset.input, tab.model.input, tab.memory.input]
+    inputs = [tab.preset, tab.model, tab.memory, *filled]
     about = [tab.preset, subjects.pick, tab.others, tab.model]
     changes = [field.change for field in (*about, subjects.names)]
     describe = functools.partial(_about, context)
     ui.on(changes, describe, about, [tab.about], trigger_mode="always_last")
-    ui.on(chosen, use_preset, asked, filled, trigger_mode="always_last")
+    ui.on(choices, use_preset, inputs, filled, trigger_mode="always_last")
 
 
 def _known(filled: Any) -> dict[str, Any]:
-    """Values that were filled in last, as the browser kept them."""
+    """Return the browser's stored values as a dict, or an empty one if they are invalid."""
     return filled if isinstance(filled, dict) else {}
 
 
 def _about(
     context: Context, preset: str, subject_id: str | None = None,
-    others: Sequence[str] | None = (), model: str | None = None,
+    other_ids: Sequence[str] | None = (), model: str | None = None,
 ) -> str:  # fmt: skip
-    """Purpose of a preset, what it sets for the model, what it was measured on, and its limits."""
+    """Describe a preset: its purpose, settings for the model, measurements and limits."""
     known = PRESETS.get(preset)
     if known is None:
         return ""
-    learned = [s for s in subjects_in(context.workspace) if s.id in (subject_id, *(others or ()))]
+    ids = (subject_id, *(other_ids or ()))
+    learned = [subject for subject in subjects_in(context.workspace) if subject.id in ids]
     lines = ((s.title, known.photos_advice(len(s.photos))) for s in learned)
     unfit = html.notes((f"{title}: {line}" for title, line in lines if line), "warn")
     sets = ""
     if model != GONE:
         sets = settings.preset_sentence(preset, context.allowed_model(model))
-    parts = (known.about, settings.token_advice(preset), sets, known.measured)
-    return html.quiet(" ".join(filter(None, parts))) + unfit
+    sentences = (known.about, settings.token_advice(preset), sets, known.measured)
+    return html.quiet(" ".join(filter(None, sentences))) + unfit
 
 
 def refresh(
-    context: Context, jobs: Sequence[Job], chosen: Mapping[str, Any] = {}
+    context: Context, jobs: Sequence[Job], choices: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
     """Return the timer's update of this tab's form: base models, adapters and other subjects."""
     runs = [(job.label, job.id) for job in jobs if job.is_run and job.stands]
-    start = chosen.get("start")
+    start = choices.get("start")
     typed = [] if start is None or is_id(start) else [start]  # such as a file
     return {
         "start": ui.choosing([_NEW_ADAPTER, *runs], start, known=typed),
-        "base": base_choices(context, chosen.get("base")),
-        "others": _other_subjects(context, chosen.get("subject"), chosen.get("others")),
+        "base": base_choices(context, choices.get("base")),
+        "others": _other_subjects(context, choices.get("subject"), choices.get("others")),
     }
 
 
-def base_choices(context: Context, shown: str | None) -> Any:
-    """A part of the page that updates a list of base models, where a run's model was deleted.
+def base_choices(context: Context, selected: str | None) -> Any:
+    """Return an update of a list of base models if the selected model's run was deleted.
 
-    What was typed stays. The list is of the folders' content when the page was built.
+    Typed values are kept. Otherwise the list remains as it was when the page was built.
     """
-    path = Path(shown or "")
-    if shown != GONE and (context.workspace.root not in path.parents or path.exists()):
+    path = Path(selected or "")
+    if selected != GONE and (context.workspace.root not in path.parents or path.exists()):
         return ui.changing()
-    return ui.choosing([(base.label, base.name) for base in context.bases()], shown)
+    return ui.choosing([(base.label, base.name) for base in context.bases()], selected)
 
 
-def _other_subjects(context: Context, subject_id: str | None, chosen: Any) -> Any:
-    """A part of the page that updates the list of further subjects."""
-    titles = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
-    choices = [(title, each) for each, title in titles.items() if each != subject_id]
-    others = [each for each in chosen or () if each == GONE or each != subject_id]
-    moved = {} if others == (chosen or []) else {"value": others}
-    options, _ = ui.choosing(choices, others, visible=bool(choices))
+def _other_subjects(context: Context, subject_id: str | None, selected: Any) -> Any:
+    """Return an update of the list of further subjects."""
+    titles = {s.id: s.title for s in subjects_in(context.workspace) if s.photos}
+    choices = [(title, other) for other, title in titles.items() if other != subject_id]
+    remaining = [other for other in selected or () if other == GONE or other != subject_id]
+    moved = {} if remaining == (selected or []) else {"value": remaining}
+    options, _ = ui.choosing(choices, remaining, visible=bool(choices))
     return ui.changing(**{**moved, **options})
 
 
 def read_form(
     context: Context, subject_id: str | None, *values: Any, ask_hub: bool = False
 ) -> tuple[TrainConfig, list[StoredSubject]]:
-    """The form as settings, checked as far as can be before a run, and the subjects.
+    """Return the form as settings, checked as far as possible before a run, and the subjects.
 
     Raises:
-        UserError, ConfigError: If a run could not begin with it.
+        UserError, ConfigError: If a run cannot start with these settings.
     """
     model, token, class_word, prompts, *rest = values
-    advanced, rest = rest[: len(settings.ADVANCED)], rest[len(settings.ADVANCED) :]
+    fields, rest = rest[: len(settings.ADVANCED)], rest[len(settings.ADVANCED) :]
     other_ids, *of_slider = rest or [()]
-    chosen = dict(zip(settings.ADVANCED, advanced, strict=True))
+    advanced = dict(zip(settings.ADVANCED, fields, strict=True))
     learned: list[StoredSubject] = []
-    if chosen["teach"] != "slider":
+    if advanced["teach"] != "slider":
         learned = context.learned([subject_id, *(other_ids or ())], f"{token}{class_word}")
-    chosen |= dict(zip(settings.PROMPTS, map(str, of_slider), strict=False))
+    advanced |= dict(zip(settings.PROMPTS, map(str, of_slider), strict=False))
     config = context.run_config(
-        model, learned, token, class_word, str(prompts), chosen, ask_hub=ask_hub
+        model, learned, token, class_word, str(prompts), advanced, ask_hub=ask_hub
     )
     return config, learned
 
 
 def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restored: Any) -> None:
-    """Keep class and token with their subject, from the first letter on."""
+    """Save class and token with their subject as they are typed."""
 
     def fill(subject_id: str | None, typed: Any) -> list[Any]:
-        """A subject's class and token, or what was typed for it, or before there was one."""
+        """Return a subject's class and token, or the words typed for it or before it existed."""
         typed = typed if isinstance(typed, dict) else {}
         words = [str(typed.get(name) or "")[: ui.LIMIT] for name in ("class_word", "token")]
         try:
@@ -387,22 +388,22 @@ def _connect_words(context: Context, tab: TrainTab, subjects: SubjectTab, restor
     typed = [tab.words, subjects.pick, *words]
     typing = [word.change for word in words]
     ui.on(typing, None, typed, [tab.words], js="studio.words", trigger_mode="always_last")
-    # From the fields: what the browser keeps follows by an event of its own, which may be later.
+    # From the fields, not from the browser's storage, which a separate event updates later.
     ui.on([word.blur for word in words], keep, [subjects.pick, *words], None)
-    asked, filled = [subjects.pick, tab.words], [*words, tab.words]
-    ui.on(subjects.pick.change, fill, asked, filled)
-    ui.on(restored.then, fill, asked, filled)
+    inputs, filled = [subjects.pick, tab.words], [*words, tab.words]
+    ui.on(subjects.pick.change, fill, inputs, filled)
+    ui.on(restored.then, fill, inputs, filled)
 
 
 def _plan(context: Context, config: TrainConfig) -> list[str]:
-    """Return the estimated cost of a run, with what is wrong with it, and its command."""
+    """Return the estimated cost of a run with warnings, and its command."""
     cost = estimate(config, context.jobs(), context.workspace.root, context.device())
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in config.subjects]
     toy = next(filter(None, (outside_toy_world(base, word or "") for word in words)), "")
     notes = html.note(f"{toy} {_CHOOSE_ANOTHER}" if toy else "", "warn")
     try:
         captions = token_messages(subjects_of(replace(config, validation_prompt=[])))
-    except ConfigError as error:  # which is refused at the start
+    except ConfigError as error:  # The start of the run refuses it.
         captions = [str(error)]
     notes += html.notes(
         [*map(settings.sentence, captions), *settings.idle_settings(config)], "warn"
@@ -413,12 +414,12 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
 
 
 def _class_prompts(config: TrainConfig) -> list[str]:
-    """Sample prompts that do not name the subject."""
+    """Return warnings about sample prompts that do not name the subject."""
     tokens = [] if config.is_slider else [subject.token for subject in config.subjects]
     return [
         f"Sample prompt {prompt.text!r} does not contain the token "
         f"{' or '.join(map(repr, tokens))}: its images show language drift, not the subject "
-        "(--drift at its end says so)."
+        "(end it with --drift if that is intended)."
         for prompt in config.prompts
         if tokens
         and all(tokens)

@@ -1,8 +1,8 @@
-"""Parts of all tabs: handlers, fields, and the draft of them that the browser keeps.
+"""Helpers for all tabs: event handlers, fields, and the draft that the browser stores.
 
-The draft is a person's, not the server's. It is found from the page itself: whatever field is
-added is kept. Captions have a way of their own (captions.js), and the words of a subject too, since
-they are another photo's or subject's next.
+The draft belongs to the user, not to the server, and includes all fields of the page. Captions and
+the words of a subject are stored separately (captions.js), because they change with the photo or
+subject.
 """
 
 from __future__ import annotations
@@ -35,77 +35,76 @@ def on(
     show: str = "hidden",
     **options: Any,
 ) -> Any:
-    """Connect an event, or several, to a handler. It is not in the API's list.
+    """Connect one or several events to a handler, which is not listed in Gradio's API.
 
     Args:
-        event: A listener of a field, such as ``button.click``, or a list of them.
-        handler: What it raises is shown as one plain line, see `plain`.
-        inputs: Fields whose values it is given.
-        outputs: Fields that it fills.
-        confirm: Returns the question for these inputs, which names what is deleted. The handler
-            only runs once it is confirmed, and where its first input is not empty.
-        show: Sign of work, as Gradio's ``show_progress``.
-        options: Of Gradio's.
+        event: Listener of a field, such as ``button.click``, or a list of them.
+        handler: The handler. The page shows its errors as one plain line, see `plain`.
+        inputs: Fields whose values are the handler's arguments.
+        outputs: Fields that the handler's results update.
+        confirm: Returns a question for these inputs, with the name of the object to delete. The
+            handler only runs after confirmation, and if its first input is not empty.
+        show: Display of progress, as in Gradio's ``show_progress``.
+        options: Further options of Gradio.
     """
-    asked: Any = handler
     if confirm and handler:
         return _confirmed(event, confirm, handler, inputs, outputs, show=show, **options)
     events = event if isinstance(event, list) else [event]
-    shown: dict[str, Any] = {"api_visibility": "private", "show_progress": show}
+    common: dict[str, Any] = {"api_visibility": "private", "show_progress": show}
     if show == "hidden":
-        # The page would look in all of itself for each output, at each step of each event.
-        shown["show_progress_on"] = []
+        # Otherwise the page searches itself for each output at each step of each event.
+        common["show_progress_on"] = []
     if any(getattr(one, "event_name", "") == "change" for one in events):
         options.setdefault("trigger_mode", "always_last")
     register = functools.partial(gr.on, event) if isinstance(event, list) else event
-    if asked and options.get("trigger_mode") == "always_last":
-        # What came in between is done by repeating the whole event, for all its handlers: two that
-        # waited for the last would have each other repeated for ever. `then` repeats one alone.
-        register = register(None, js="() => {}", **shown).then
-    return register(asked and plain(asked), inputs, outputs, **shown, **options)
+    if handler and options.get("trigger_mode") == "always_last":
+        # Gradio handles skipped events by repeating the event for all its handlers, so two such
+        # handlers would repeat each other forever. With `then` only one is repeated.
+        register = register(None, js="() => {}", **common).then
+    return register(handler and plain(handler), inputs, outputs, **common, **options)
 
 
 def _confirmed(
     event: Any, confirm: Callable[..., str], handler: Callable[..., Any], inputs: Sequence[Any],
     outputs: Sequence[Any], **options: Any,
 ) -> Any:  # fmt: skip
-    """Connect an event to a handler that runs once the question before it is confirmed.
+    """Connect an event to a handler that runs after a question is confirmed.
 
-    The question is of the object that was chosen when the event came, and of no other.
+    The question and the handler are about the object selected at the time of the event.
     """
 
-    def ask(chosen: Any, *more: Any) -> dict[str, Any]:
-        return {"id": chosen, "question": confirm(chosen, *more) if chosen else ""}
+    def ask(object_id: Any, *more: Any) -> dict[str, Any]:
+        return {"id": object_id, "question": confirm(object_id, *more) if object_id else ""}
 
     @functools.wraps(handler)
-    def confirmed(chosen: Any, *more: Any) -> Any:
+    def confirmed(object_id: Any, *more: Any) -> Any:
         values = more[: len(inputs) - 1]  # The last one is the question.
-        return handler(chosen, *values) if chosen else [gr.skip()] * len(outputs)
+        return handler(object_id, *values) if object_id else [gr.skip()] * len(outputs)
 
-    del confirmed.__wrapped__  # Gradio counts the inputs by its signature.
+    del confirmed.__wrapped__  # Gradio counts the inputs by the signature.
     question = gr.JSON(visible=False)
-    asked = on(event, ask, inputs, [question])
+    answered = on(event, ask, inputs, [question])
     options["js"] = "studio.confirmed"
-    return on(asked.success, confirmed, [*inputs, question], outputs, **options)
+    return on(answered.success, confirmed, [*inputs, question], outputs, **options)
 
 
 def html_block(value: str = "", **options: Any) -> Any:
-    """HTML without the space that Gradio puts around it."""
+    """Create an HTML element without Gradio's padding."""
     return gr.HTML(value, padding=False, **options)
 
 
 def button(text: str, name: str | None = None, **options: Any) -> Any:
-    """A button of middle size; it is found on the page by its name."""
+    """Create a button of medium size; ``name`` is its id on the page."""
     return gr.Button(text, elem_id=name, **{"size": "md", **options})
 
 
 def line(label: str, name: str, value: str = "", **options: Any) -> Any:
-    """A field for one line of text; it is found on the page by its name."""
+    """Create a field for one line of text; ``name`` is its id on the page."""
     return gr.Textbox(value, label=label, max_lines=1, elem_id=name, **options)
 
 
 def gallery(**options: Any) -> Any:
-    """Images as they are: Gradio stretches a few of them to fill the width unless told not to."""
+    """Create a gallery that does not stretch its images to the full width."""
     options = {"show_label": False, "height": "auto", "buttons": [], **options}
     return gr.Gallery(fit_columns=False, object_fit="contain", **options)
 
@@ -113,7 +112,7 @@ def gallery(**options: Any) -> Any:
 def image_or_blank(
     label: str, read: Callable[..., Any], *args: Any, **options: Any
 ) -> tuple[Any, str]:
-    """An image of a gallery with its label; a blank one with the reason where it is damaged."""
+    """Return an image and its label; if reading fails, a blank image and the reason."""
     from PIL import Image
 
     try:
@@ -123,10 +122,10 @@ def image_or_blank(
 
 
 def setting_field(setting: Setting, value: Any, label: str = "") -> Any:
-    """The field of a setting: a label or its name on the command line, its help, its choices."""
+    """Create the field of a setting, with a label or its command-line name, help and choices."""
     text = "" if setting.is_required else setting_text(value)
     info = with_labels(setting.help)
-    if label:  # and its neighbours have one too
+    if label:  # Then the neighbouring fields have labels too.
         info = re.sub(r"--(\w+)", lambda name: name[1].replace("_", " "), info)
     common: dict[str, Any] = {"label": label or setting.name, "info": info}
     if setting.kind is bool and setting.default is not None:
@@ -134,63 +133,63 @@ def setting_field(setting: Setting, value: Any, label: str = "") -> Any:
     if choices := shown_choices(setting):
         return gr.Dropdown(choices, value=text, **common)
     limit = 500 if setting.is_list else 40 if setting.kind in (int, float) else 1000
-    is_told = setting.is_required or (label and "Default:" in info)
-    hint = "" if is_told else with_labels(f"default: {setting.default_text}")
+    has_default_in_help = setting.is_required or (label and "Default:" in info)
+    hint = "" if has_default_in_help else with_labels(f"default: {setting.default_text}")
     return gr.Textbox(text, placeholder=hint, max_lines=1, max_length=limit, **common)
 
 
 def changing(**options: Any) -> Any:
-    """A part of the page that updates a field when one of the options changes."""
+    """Return an update of a field, as (mark, factory); it is sent when an option changes."""
     return options, lambda: gr.update(**options)
 
 
 def choosing(
     choices: Sequence[tuple[str, str]],
-    shown: Any,
+    selected: Any,
     default: Any = None,
     *,
     known: Iterable[str] = (),
     **options: Any,
 ) -> Any:
-    """A part of the page that updates a list over objects that come and go.
+    """Return an update of a list of objects, which may be created and deleted.
 
-    A choice whose object is gone becomes `GONE`, which gives the reason and is refused wherever it
-    is used, until somebody chooses another. Any other choice is left alone.
+    A selected object that was deleted becomes `GONE`, whose label is the reason; all handlers
+    refuse it until the user makes another choice. Other selections are unchanged.
 
     Args:
         choices: The objects, with labels.
-        shown: The choice that the page shows, or all of several.
-        default: The choice where nothing was chosen yet.
-        known: Further values that may be chosen.
+        selected: Current value of the field: a choice, or a list of choices.
+        default: Value if nothing is selected yet.
+        known: Further valid values.
         options: Further properties of the field.
     """
-    there = {value for _, value in choices}.union(known)
+    valid = {value for _, value in choices}.union(known)
     items = [
-        item if not item or item in there else GONE
-        for item in (shown if isinstance(shown, list) else [shown])
+        item if not item or item in valid else GONE
+        for item in (selected if isinstance(selected, list) else [selected])
     ]
-    if GONE in items and there:
+    if GONE in items and valid:
         choices = [(GONE, GONE), *choices]
-    if isinstance(shown, list):
+    if isinstance(selected, list):
         value: Any = [*dict.fromkeys(items)]
     else:  # "" may be one of the choices
-        value = items[0] if items[0] in there else items[0] or default
-    value = None if value == GONE and not there else value
+        value = items[0] if items[0] in valid else items[0] or default
+    value = None if value == GONE and not valid else value
     return changing(
-        choices=list(choices), **({} if value == shown else {"value": value}), **options
+        choices=list(choices), **({} if value == selected else {"value": value}), **options
     )
 
 
-def filled(part: Any) -> Any:
-    """Return the value of a field: a part of the page is a value, or (its mark, how to make it)."""
-    return part[1]() if isinstance(part, tuple) else part
+def filled(update: Any) -> Any:
+    """Return the value of an update, which is a value or (mark, factory)."""
+    return update[1]() if isinstance(update, tuple) else update
 
 
-# An update rebuilds a field from its class: what was set on the field itself is lost with it.
-# Not by a class statement, for which Gradio's metaclass writes a .pyi file beside this one.
-def _of_ids(kind: Any, taken: type) -> Any:
+# A subclass, because an update rebuilds a field from its class and loses attributes of the object.
+# No class statement: Gradio's metaclass would write a .pyi file next to this module.
+def _of_ids(kind: Any, value_type: type) -> Any:
     def preprocess(self: Any, payload: Any) -> Any:
-        return payload if isinstance(payload, taken) else None
+        return payload if isinstance(payload, value_type) else None
 
     methods = {"preprocess": preprocess, "__module__": kind.__module__}
     return ABCMeta.__new__(type(kind), kind.__name__, (kind,), methods)
@@ -200,16 +199,16 @@ _IdDropdown, _IdCheckboxGroup = _of_ids(gr.Dropdown, str), _of_ids(gr.CheckboxGr
 
 
 def id_dropdown(**options: Any) -> Any:
-    """A dropdown over ids that come and go.
+    """Create a dropdown of ids, which are checked where they are used.
 
-    Gradio compares a choice with the list of this visit, which lacks what was just deleted, and is
-    empty after a restart of the app; ids are looked up where they are used.
+    Gradio would compare a choice with the list of this session, which may be outdated, and is empty
+    after a restart of the app.
     """
     return _IdDropdown([], **options)
 
 
 def id_checkbox_group(**options: Any) -> Any:
-    """Boxes over ids that come and go, as `id_dropdown`."""
+    """Create a checkbox group of ids, see `id_dropdown`."""
     return _IdCheckboxGroup([], **options)
 
 
@@ -217,12 +216,12 @@ CLICKS = "studio.clicks(element, trigger)"
 
 
 def clicked(event: gr.EventData) -> tuple[str, str]:
-    """Return what a button inside of HTML was pressed for; anybody can send anything."""
+    """Return action and value of a clicked button in HTML, which are untrusted text."""
     return str(getattr(event, "what", "")), str(getattr(event, "value", ""))
 
 
 LIMIT = 4000
-# For the browser's storage; it is not a secret, but without one each start would have another.
+# Key of the browser's storage. It is not secret; without it, each start would use a new one.
 _SECRET = "kept in this browser"
 _KINDS = (
     gr.Textbox, gr.Number, gr.Slider, gr.Checkbox, gr.CheckboxGroup, gr.Radio, gr.Dropdown,
@@ -230,17 +229,19 @@ _KINDS = (
 
 
 def kept_fields(blocks: gr.Blocks, besides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Every field that a person fills, by its tab and label.
+    """Return all input fields of the page by tab and label.
 
     Args:
         blocks: The page.
-        besides: Fields that are kept in another way.
+        besides: Fields to exclude, which are stored separately.
     """
-    others = {id(field) for field in (besides or {}).values()}
+    excluded = {id(field) for field in (besides or {}).values()}
     return {
         _name(field): field
         for field in blocks.blocks.values()
-        if isinstance(field, _KINDS) and field.interactive is not False and id(field) not in others
+        if isinstance(field, _KINDS)
+        and field.interactive is not False
+        and id(field) not in excluded
     }
 
 
@@ -252,24 +253,24 @@ def _name(field: Any) -> str:
 
 
 def storage(name: str, value: Any) -> Any:
-    """A value that the browser keeps."""
+    """Create a value that the browser stores."""
     return gr.BrowserState(value, storage_key=f"dora-studio-{name}", secret=_SECRET)
 
 
 def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
-    """Keep a draft of the page's fields, and fill it in when it is loaded; returns that event.
+    """Store a draft of the page's fields, and restore it on load. Returns the event after that.
 
     Args:
         blocks: The page.
-        besides: Fields that are kept in another way.
+        besides: Fields to exclude, which are stored separately.
     """
     named = kept_fields(blocks, besides)
     fields, draft = list(named.values()), storage("page", {})
-    for name, field in named.items():  # found by it on the page, too
+    for name, field in named.items():  # The script finds fields by id.
         field.elem_id = field.elem_id or re.sub(r"\W+", "-", name).strip("-")
 
-    def restore(kept: Any) -> list[Any]:
-        values = kept if isinstance(kept, dict) else {}
+    def restore(stored: Any) -> list[Any]:
+        values = stored if isinstance(stored, dict) else {}
         updates = []
         for name, field in named.items():
             value = values.get(name)
@@ -286,24 +287,24 @@ def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
         together("draft", fields), None, [draft, *fields], [draft],
         js=f"(kept, ...values) => studio.keep(kept, {json.dumps(list(named))}, values)",
     )  # fmt: skip
-    own = {
+    typed_fields = {
         field.elem_id: name
         for name, field in named.items()
         if isinstance(field, gr.Dropdown) and field.allow_custom_value and not field.multiselect
     }
     typed = "(kept) => ({...kept, ...studio.typed()})"
     restored = on(blocks.load, restore, [draft], fields, js=typed)
-    restore_typed = f"(kept) => studio.restored(kept, {json.dumps(own)})"
+    restore_typed = f"(kept) => studio.restored(kept, {json.dumps(typed_fields)})"
     return on(restored.then, None, [draft], [draft], js=restore_typed)
 
 
 def together(name: str, fields: Sequence[Any]) -> Any:
-    """Return the event that any of these fields has changed: one for all that change together.
+    """Return an event for changes of any of these fields, sent once for simultaneous changes.
 
-    At each event Gradio reads all fields that can set it off: so they are asked few at a time.
+    Gradio reads all trigger fields of an event each time, so they are connected in small groups.
 
     Args:
-        name: Id of an element that is added to the page for it.
+        name: Id of the element that is added to the page for the event.
         fields: The fields.
     """
     element = html_block(elem_id=name, js_on_load=f"studio.tell['{name}'] = () => trigger('input')")
@@ -314,7 +315,7 @@ def together(name: str, fields: Sequence[Any]) -> Any:
 
 
 def can_hold(field: Any, value: object) -> bool:
-    """Return whether a field can have a value that a browser kept, maybe of another version."""
+    """Return whether a value from a browser's draft, maybe of another version, fits a field."""
     if isinstance(field, gr.Checkbox):
         return isinstance(value, bool)
     if isinstance(field, (gr.Number, gr.Slider)):
@@ -330,15 +331,15 @@ def can_hold(field: Any, value: object) -> bool:
 
 
 def _lacks_choice(field: Any, value: str) -> bool:
-    """Return whether a list that never changes lacks a value, kept by a browser, of one choice."""
+    """Return whether a browser's stored value is missing from a list of fixed choices."""
     is_one = isinstance(field, (gr.Radio, gr.Dropdown)) and not getattr(field, "multiselect", False)
     return is_one and not _is_choice(field, value)
 
 
 def holding(field: Any, value: Any) -> Any:
-    """An update that gives a field a value; a slider is widened to it.
+    """Return an update that sets a field's value, and extends a slider's range if needed.
 
-    How far one drags is not a limit: an image may have been made by the command line.
+    A slider's range is not a limit: an image from the command line may have other values.
     """
     if not isinstance(field, gr.Slider):
         return gr.update(value=value)
@@ -347,7 +348,7 @@ def holding(field: Any, value: Any) -> Any:
 
 
 def _is_choice(field: Any, value: object) -> bool:
-    """Return whether a text is short, and one of the choices; ids come and go (`id_dropdown`)."""
+    """Return whether a value is a short text, and one of the choices if they are fixed."""
     if not isinstance(value, str) or len(value) > (getattr(field, "max_length", None) or LIMIT):
         return False
     choices = [choice for _, choice in getattr(field, "choices", None) or ()]

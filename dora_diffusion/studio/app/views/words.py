@@ -1,4 +1,4 @@
-"""Styles and wildcards of prompts: files that are uploaded once, and kept in the runs folder."""
+"""Styles and wildcards for prompts, uploaded once and stored in the runs folder."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from dora_diffusion.studio.jobs.store import Workspace
 
 _NONE = html.empty(
     "No styles or wildcards yet",
-    "Upload a styles.csv as A1111 has it, or .txt files with an alternative on each line: that of "
-    "colours.txt is __colours__ in a prompt.",
+    "Upload a styles.csv in A1111's format, or .txt files with an alternative on each line: write "
+    "__colours__ in a prompt to draw from colours.txt.",
 )
 
 
 class WordsView:
-    """The fields; ``fields`` are those of a request, by name."""
+    """Fields of styles and wildcards; ``fields`` are the fields of a request, by name."""
 
     def __init__(self) -> None:
         with gr.Accordion("Styles and wildcards", open=False):
             text = "In their order: a style's text takes the prompt at its {prompt}, or follows it."
-            # A name that a browser kept stays until the clock brings the list.
+            # Accept a name from the browser's draft until the timer sends the list.
             options: dict[str, Any] = {"multiselect": True, "allow_custom_value": True}
             style = gr.Dropdown([], label=LABELS["style"], elem_id="style", info=text, **options)
             wildcards = gr.Checkbox(label=LABELS["wildcards"], elem_id="wildcards")
@@ -51,12 +51,13 @@ class WordsView:
 
 
 def connect(context: Context, tab: WordsView) -> None:
-    """Connect the upload, and the deletion of what was uploaded."""
+    """Connect the upload and the deletion of files."""
 
     def now() -> list[Any]:
-        parts = refresh(context.workspace)
-        file = gr.update(**parts["words_file"][0], value=None)
-        return [ui.filled(parts["style"]), parts["words"], ui.filled(parts["words_row"]), file]
+        updates = refresh(context.workspace)
+        file = gr.update(**updates["words_file"][0], value=None)
+        row = ui.filled(updates["words_row"])
+        return [ui.filled(updates["style"]), updates["words"], row, file]
 
     def upload(files: list[str] | None) -> list[Any]:
         if not files:
@@ -75,20 +76,20 @@ def connect(context: Context, tab: WordsView) -> None:
 
 
 def refresh(
-    workspace: Workspace, file_shown: str | None = None, chosen: list[str] | None = None
+    workspace: Workspace, selected_file: str | None = None, styles_now: list[str] | None = None
 ) -> dict[str, Any]:
-    """Return the timer's update: the styles to choose from, and the files that are kept."""
+    """Return the timer's update: the choice of styles, and the stored files."""
     files = list_prompt_files(workspace)
-    wrong = html.notes((file.problem for file in files), "bad")
-    own = workspace.styles.name
-    styles = [name for file in files if file.name == own for name in file.names]
-    wild = [name for file in files if file.name != own for name in file.names]
+    problems = html.notes((file.problem for file in files), "bad")
+    styles_file = workspace.styles.name
+    styles = [name for file in files if file.name == styles_file for name in file.names]
+    wild = [name for file in files if file.name != styles_file for name in file.names]
     lines = [counted(len(styles), "style")] if styles else []
     lines += [f"wildcards {listing(wild, 8)}"] if wild else []
-    said = html.quiet(f"{'; '.join(lines)}. They are in {workspace.root.name}.") if lines else _NONE
+    text = html.quiet(f"{'; '.join(lines)}. They are in {workspace.root.name}.") if lines else _NONE
     return {
-        "style": ui.choosing([(name, name) for name in styles], chosen),
-        "words": wrong + said,
+        "style": ui.choosing([(name, name) for name in styles], styles_now),
+        "words": problems + text,
         "words_row": ui.changing(visible=bool(files)),
-        "words_file": ui.choosing([(file.name, file.name) for file in files], file_shown),
+        "words_file": ui.choosing([(file.name, file.name) for file in files], selected_file),
     }

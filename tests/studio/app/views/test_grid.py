@@ -68,7 +68,7 @@ def test_fields_are_the_axes_of_the_command() -> None:
 @pytest.mark.parametrize("name", PATHS)
 def test_no_axis_names_a_file_of_the_machine(name: str) -> None:
     assert name not in AXES
-    with pytest.raises(UserError, match="is no axis; choose one of the list"):
+    with pytest.raises(UserError, match="is not an axis; choose one of the list"):
         axes(name, "/etc/passwd")
     with pytest.raises(
         (UserError, ConfigError), match=r"has another axis in its values|not an axis of"
