@@ -79,7 +79,7 @@ class Components:
             require(
                 0 <= self.clip_skip < layers,
                 f"clip_skip is {self.clip_skip}, but the text encoders of the model have {layers} "
-                f"usable layers; set it to 0 to {layers - 1}",
+                f"usable layers; choose 0 to {layers - 1}",
                 "clip_skip",
             )
         require_token_length(self.max_token_length)

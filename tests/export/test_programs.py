@@ -183,7 +183,7 @@ def test_a_merged_embedded_model_is_not_called_damaged(name: str, tmp_path: Path
     with pytest.raises(ValueError, match="the shapes of a released Stable Diffusion") as raised:
         load_components(file)
     assert "damaged" not in str(raised.value)
-    assert str(raised.value).endswith(f" --model_config, such as its base model's: {base}")
+    assert str(raised.value).endswith(f" folder with its shapes, such as its base model's: {base}")
     assert (
         load_components(BaseModel(file, model_config=base)).family == load_components(base).family
     )

@@ -275,7 +275,7 @@ def test_clip_skip_is_that_of_diffusers(
 
 def test_what_cannot_be_read_so_is_refused(components: Components) -> None:
     layers = components.text_encoders[0].config.num_hidden_layers - components.family.skipped_layers
-    with pytest.raises(ValueError, match=f"clip_skip is {layers}; .* 0 to {layers - 1}"):
+    with pytest.raises(ValueError, match=f"clip_skip is {layers}, .* 0 to {layers - 1}"):
         replace(components, clip_skip=layers)
     with pytest.raises(ValueError, match="max_token_length is 100; it must be a multiple of 75"):
         components.reading(None, 100)

@@ -106,7 +106,7 @@ def test_each_condition_counts_but_the_one_that_a_setting_tells(tiny_run, tmp_pa
         assert line.startswith(f"checkpoint-1 was written with {name} other, but this run has ")
         assert f"{name} {now[name]}: " in line
     older = {name: now[name] for name in NAMES if name != "torch"}
-    assert "with torch unknown, and" in changed_conditions("checkpoint-1", older, now)
+    assert "with torch unknown, but" in changed_conditions("checkpoint-1", older, now)
 
 
 def test_the_present_conditions_are_asked_for_when_a_run_starts(half, tmp_path, monkeypatch):
