@@ -32,7 +32,7 @@ def test_a_torch_that_cannot_shard_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "launched", "reason"),
     [
-        ({"sharding": "none"}, {"ACCELERATE_USE_FSDP": "true"}, "leave one of them out"),
+        ({"sharding": "none"}, {"ACCELERATE_USE_FSDP": "true"}, "remove one of them"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not supported; add --fsdp_version 2"),
         (
             {},
