@@ -282,7 +282,7 @@ def test_no_class_image_is_made_before_all_captions_were_looked_at(tiny_run, pho
     """They may take an hour."""
     asked = []
     monkeypatch.setattr(
-        "dora_diffusion.training.inputs.dataset.class_images", lambda *a: asked.append(a)
+        "dora_diffusion.training.inputs.prior.class_images", lambda *a: asked.append(a)
     )
     common = {"instance_data_dir": str(photos), "class_word": "mug", **PRIOR}
     entries = [
