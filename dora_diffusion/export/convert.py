@@ -175,7 +175,7 @@ def _check_request(
         if program:
             files = f"{PROGRAMS[program].title} needs this adapter as a {target} file, which is"
         raise ExportError(
-            f"{files} made for one base model; give the model with --base"
+            f"{files} made for one base model; give that model with --base"
             + (f" (it was trained on {trained_on})" if trained_on else "")
         )
     limits, reason = list(settings.limits), ""

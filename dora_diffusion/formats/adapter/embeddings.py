@@ -265,7 +265,7 @@ def bundled_notes(tokens: Iterable[str]) -> list[str]:
     """Return notes on tokens bundled in a file; none if every program finds them."""
     # CLIP's tokenizer joins adjacent punctuation into one token.
     return [
-        f"A1111 finds the bundled {token} only if no other punctuation is next to it: write "
+        f"A1111 finds {token} in the file only if no other punctuation is next to it: write "
         f"'{token} ,' for '{token},'"
         for token in tokens
         if re.search(r"^\W|\W$", token)

@@ -95,7 +95,7 @@ def test_a_folder_can_be_packed(trained, tmp_path, capsys, last_line):
 def test_an_approximation_says_its_error(trained, sd1_folder, tmp_path, capsys, last_line):
     command = ["convert", str(trained), str(tmp_path / "lora.safetensors"), "--to", "lora"]
     assert main(command) == 1
-    assert "give the model with --base" in last_line()
+    assert "give that model with --base" in last_line()
     assert main([*command, "--base", str(sd1_folder), "--rank", "8"]) == 0
     assert "relative error of the change: median " in capsys.readouterr().out
 
@@ -132,7 +132,7 @@ def test_a_base_that_is_missing_is_asked_for_by_its_flag(
     lora: Path, tmp_path: Path, last_line: Callable[[], str]
 ) -> None:
     assert main(["convert", str(lora), str(tmp_path / "x"), "--to", "dense"]) == 1
-    assert "give the model with --base" in last_line()
+    assert "give that model with --base" in last_line()
 
 
 def test_a_smaller_rank_is_asked_for(

@@ -162,7 +162,7 @@ def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, start: str) -> N
     """PEFT subtracts them from the base's weights before it trains: they fit no released model."""
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}), encoding="utf-8")
-    with pytest.raises(AdapterFormatError, match=f"started by {start}, which changes the base's"):
+    with pytest.raises(AdapterFormatError, match=f"initialized by {start}, which changes"):
         read_adapter(tmp_path)
     # diffusers keeps PEFT's config in the metadata of its file.
     config = {"unet.r": 2, "unet.lora_alpha": 2, "unet.init_lora_weights": start}
@@ -172,7 +172,7 @@ def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, start: str) -> N
     }
     file = tmp_path / "a.safetensors"
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
-    with pytest.raises(AdapterFormatError, match=f"started by {start}, which changes the base's"):
+    with pytest.raises(AdapterFormatError, match=f"initialized by {start}, which changes"):
         read_adapter(file)
 
 

@@ -203,8 +203,8 @@ def test_no_strange_tensors_get_past_the_readers(
 @pytest.mark.parametrize(
     ("changes", "fields", "reason"),
     [
-        ({"lora_down.weight": torch.ones(2, 8, dtype=torch.int64)}, {}, "holds int64, not float"),
-        ({"dora_scale": torch.ones(6, 1, dtype=torch.bool)}, {}, "holds bool, not float"),
+        ({"lora_down.weight": torch.ones(2, 8, dtype=torch.int64)}, {}, "is int64, not float"),
+        ({"dora_scale": torch.ones(6, 1, dtype=torch.bool)}, {}, "is bool, not float"),
         ({"alpha": torch.ones(3)}, {}, r"alpha has shape \(3,\)"),
         ({"lora_down.weight": torch.ones(0, 8), "lora_up.weight": torch.ones(6, 0)}, {}, "shape"),
         ({"lora_down.weight": torch.tensor(1.0)}, {}, r"factors of shapes \(\) and"),

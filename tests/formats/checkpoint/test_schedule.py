@@ -56,7 +56,7 @@ def chosen(
         ({"keys": ("v_pred", "ztsnr"), "zero_terminal_snr": False}, V, False, ""),
         # An adapter's metadata tells it of a silent file, and of the base that it was trained from.
         ({"adapter": AdapterMetadata(extra=ADAPTER)}, V, True, "the adapter's metadata"),
-        ({"adapter": AdapterMetadata(extra=ADAPTER), "prediction_type": E}, E, False, "usual"),
+        ({"adapter": AdapterMetadata(extra=ADAPTER), "prediction_type": E}, E, False, "default"),
         ({"adapter": AdapterMetadata(extra=ADAPTER), "config": {}}, E, False, "scheduler's"),
         (
             {"adapter": AdapterMetadata(base_model="x.safetensors", extra=ADAPTER), "config": {}},
