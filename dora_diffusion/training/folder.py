@@ -362,7 +362,7 @@ class RunFolder:
         hooks = hook_states(run)
         with naming_step(weights.noun, step), run.in_use():
             now = state_of(run, self.start.segments, step)
-            now |= {"hooks": hooks, "conditions": self.start.conditions, **state}
+            now |= {**hooks, "conditions": self.start.conditions, **state}
             if not self.is_main:
                 return None
             stable = self.log.watch.is_stable

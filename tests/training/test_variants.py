@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_all_that_its_adapter_is_made_of(
     settings = {"targets": ["cross-attention"], **VARIANTS[variant]}
     session = open_run(sd1_folder, photos, tmp_path / "a", **settings)
     session.step(1)
-    state = state_of(session, 0, 0) | {"hooks": hook_states(session)}
+    state = state_of(session, 0, 0) | hook_states(session)
     expected = adapter_state(session.weights.modules)
     other = open_run(sd1_folder, photos, tmp_path / "b", **settings)
     with torch.no_grad():

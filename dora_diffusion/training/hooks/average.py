@@ -25,7 +25,7 @@ class Average(Hook):
         step: Step of the run.
     """
 
-    name = "average"
+    name = "live"
 
     def __init__(self, step: Step) -> None:
         self._parameters, self._weights = step.parameters, step.weights

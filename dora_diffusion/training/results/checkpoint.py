@@ -35,7 +35,7 @@ FORMAT = 1
 """Format version of checkpoints and ``run.json``; increased when old files cannot be read."""
 _REQUIRED = {
     "step", "config", "contents", "segments", "parameters", "optimizer", "lr_schedule", "sampler",
-    "batches", "scaler", "projections", "start", "hooks", "validation", "interim",
+    "batches", "scaler", "projections", "start", "validation", "interim",
 }  # fmt: skip
 # Space for samples and metrics.
 _MARGIN = 2**20
@@ -175,7 +175,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     restore_optimizer(step.optimizer, step.lr_schedule, sharded)
     for hook in step.hooks:
         if hook.name:
-            hook.load_state_dict(state["hooks"][hook.name])
+            hook.load_state_dict(state[hook.name])
     run.sampler.load_state_dict(state["sampler"])
     run.probe.load_state_dict(state.get("probe", {}))
     step.batches.index = int(state["batches"])

@@ -262,7 +262,7 @@ def test_what_is_used_is_what_is_saved(
     by_step = [at["validated 2"], at["validated 4"]]
     for state, validated in zip(states.values(), by_step, strict=True):
         assert are_equal(validated, state["parameters"])
-    assert not are_equal(by_step[1], states[4]["hooks"]["average"])
+    assert not are_equal(by_step[1], states[4]["live"])
     sampled = [value for what, value in uses if what == "sampled"]
     assert len(sampled) == 3  # At step 2, of the result, and of the base.
     assert are_equal(sampled[0], at["validated 2"])
@@ -279,7 +279,7 @@ def test_what_is_used_is_what_is_saved(
     assert losses(tmp_path / "quiet") == losses(tmp_path / "out")
     state = read_state(tmp_path / "quiet" / "checkpoint-4")
     assert are_equal(state["parameters"], states[4]["parameters"])
-    assert are_equal(state["hooks"]["average"], states[4]["hooks"]["average"])
+    assert are_equal(state["live"], states[4]["live"])
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_resumed_run_is_the_whole_one(
     train(replace(parted, resume_from_checkpoint="latest"))
     whole, other = (read_state(tmp_path / name / "checkpoint-4") for name in ("whole", "parted"))
     assert are_equal(whole["parameters"], other["parameters"])
-    assert are_equal(whole["hooks"]["average"], other["hooks"]["average"])
+    assert are_equal(whole["live"], other["live"])
 
 
 def test_the_best_average_is_the_result(
@@ -332,6 +332,6 @@ def test_the_best_average_is_the_result(
     config = run(ema_decay=0.9, keep_best=True, validation_split=1, validation_loss_steps=1)
     assert train(config).result_step == 2
     state = read_state(tmp_path / "out" / "checkpoint-2")
-    for values, is_written in ((state["parameters"], True), (state["hooks"]["average"], False)):
+    for values, is_written in ((state["parameters"], True), (state["live"], False)):
         of_part = {value.numpy().tobytes() for value in values.values()}
         assert (written(tmp_path / "out") >= of_part) == is_written

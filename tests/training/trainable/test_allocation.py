@@ -84,7 +84,7 @@ def test_a_run_ends_with_its_budget_as_ranks_of_an_ordinary_dora(tiny_run, tmp_p
     train(config)
     layers = read_adapter(tmp_path / "out").layers
     state = torch.load(tmp_path / "out" / "checkpoint-8" / "training_state.pt", weights_only=True)
-    kept = state["hooks"]["allocation"]["kept"]
+    kept = state["allocation"]["kept"]
     start = sum(len(mask) for mask in kept)
     assert sum(int(mask.sum()) for mask in kept) == start // 2
     assert {4 if layer.down.ndim == 2 else 2 for layer in layers.values()} == {2, 4}
