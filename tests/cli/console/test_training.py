@@ -156,7 +156,7 @@ def test_the_next_steps_are_commands_that_the_parser_takes(
         return read_settings(build_parser().parse_args(words))
 
     assert list(steps) == ["images", "ComfyUI", "Diffusers"]
-    image = read(steps["images"][1:])
+    image = read(steps["images"][1:]).flat
     assert (image.prompt, image.output) == ("a photo of Ann's sks dog", "my dogs.png")
     trained = (image.base, image.adapter)
     whole = ("my dogs", None)
