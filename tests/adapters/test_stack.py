@@ -306,7 +306,11 @@ def test_what_makes_a_and_b_gets_the_gradients(parametrization: str) -> None:
 def test_a_batch_has_a_row_for_each_of_its_adapters() -> None:
     model, adapters = make([2, 2])
     stack = stacked(model, adapters)
-    with stack.scope(), stack.of([0, 1]), pytest.raises(ValueError, match="batch of 3 and not 2"):
+    with (
+        stack.scope(),
+        stack.of([0, 1]),
+        pytest.raises(ValueError, match="batch of 3, but adapters are given for 2"),
+    ):
         model(torch.zeros(3, 3, 8, 8, dtype=torch.float64))
 
 

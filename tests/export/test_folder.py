@@ -26,9 +26,12 @@ def test_a_folder_needs_the_right_configuration(
         tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
     )
     single = export_checkpoint(sd1_folder, path, tmp_path / "base.safetensors")
-    with pytest.raises(ExportError, match=r"of another model than base\.safetensors"):
+    with pytest.raises(ExportError, match=r"for another model than base\.safetensors"):
         export_checkpoint(BaseModel(single, model_config=sd2_folder), path, tmp_path / "m")
-    with pytest.raises(ExportError, match=r"what the released model has is .* with --model_config"):
+    with pytest.raises(
+        ExportError,
+        match=r"the released model's configuration is for another .* with --model_config",
+    ):
         export_checkpoint(single, path, tmp_path / "m")
     tensors = {**load_file(single), "model.diffusion_model.extra.weight": torch.ones(2, 2)}
     save_file(tensors, single)

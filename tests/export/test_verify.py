@@ -238,7 +238,9 @@ def test_numbers_that_half_precision_does_not_hold(
     tensors[key][3] = 1e5
     save_file(tensors, file, {"format": "pt"})
     path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
-    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.fc1\.bias: .* beyond float16; take"):
+    with pytest.raises(
+        MergeError, match=r"layers\.1\.mlp\.fc1\.bias: .* beyond the range of float16"
+    ):
         export_checkpoint(base, path, tmp_path / "half", dtype=torch.float16)
     assert not (tmp_path / "half").exists()
     output = export_checkpoint(base, path, tmp_path / "full")

@@ -23,6 +23,7 @@ from dora_diffusion.config.subject import OF_IMAGES, SLIDER_STRENGTHS
 from dora_diffusion.config.train import settings
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.export.convert import convert_adapter
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.layouts import FOLDERS, TARGETS
@@ -381,8 +382,8 @@ def test_a_file_of_every_program_merges_to_the_attached_slider(
     written = set[str]()
     for target in TARGETS:
         output = tmp_path / (target if target in FOLDERS else f"{target}.safetensors")
-        more = {"rank": 64} if target == "smaller-rank" else {}
-        report = convert_adapter(adapter, output, target, base=sd1_folder, **more)
+        fit = FitSettings(rank=64) if target == "smaller-rank" else None
+        report = convert_adapter(adapter, output, target, fit, base=sd1_folder)
         if report.target in written:  # several programs read one format
             continue
         written.add(report.target)

@@ -103,7 +103,7 @@ def test_each_of_several_subjects_is_measured_as_if_alone(
         assert json.loads((folder / "scores.json").read_text(encoding="utf-8")) == alone
         assert alone["trigger"] == trigger
     assert main(command) == 1
-    assert "contains an evaluation already" in capsys.readouterr().err
+    assert "already contains an evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_each_of_several_subjects_is_measured_as_if_alone(
         (["--subject", "bolt_mug", "heart_teapot"], "1 subject, sks mug, but --subject names 2"),
         (["--subject", "bolt_mug", "heart_teapot", "--trigger", "sks mug, zwx cup",
           "--class_word", "cup"], "--class_word is for one subject"),
-        (["--subject", "bolt_mug", "./bolt_mug"], "have one name"),
+        (["--subject", "bolt_mug", "./bolt_mug"], "have the same name"),
         (["--subject", "bolt_mug", "nowhere"], "subject nowhere is neither a folder"),
     ],
 )  # fmt: skip
@@ -190,7 +190,7 @@ def test_results_that_exist_are_kept(base, adapter, tmp_path, capsys) -> None:
         (tmp_path / name).write_text("kept", encoding="utf-8")
         flags = ["--base", base, "--subject", "bolt_mug", "--output", str(tmp_path), *FAST]
         assert main(["evaluate", str(adapter), *flags]) == 1
-        assert f"{tmp_path} contains an evaluation already" in capsys.readouterr().err
+        assert f"{tmp_path} already contains an evaluation" in capsys.readouterr().err
         assert (tmp_path / name).read_text(encoding="utf-8") == "kept"
         (tmp_path / name).unlink()
 

@@ -645,7 +645,9 @@ def test_weights_are_read_and_repeated_and_can_be_text(sd1_folder, tmp_path, cap
     assert run(sd1_folder, first, *plain) == run(sd1_folder, text, *plain, "--no-prompt_weights")
     assert first.read_bytes() == text.read_bytes()
     assert run(sd1_folder, first, "--prompt", "a (dog:1.2.3)", "--overwrite") == 1
-    assert "the weight 1.2.3 in the prompt 'a (dog:1.2.3)' is no number" in capsys.readouterr().err
+    assert (
+        "the weight 1.2.3 in the prompt 'a (dog:1.2.3)' is not a number" in capsys.readouterr().err
+    )
     assert run(sd1_folder, first, "--prompt", "a [cat:dog:0.5]", "--overwrite") == 0
     assert "[a:b:0.5] and [a|b], which change a prompt over" in capsys.readouterr().err
 
@@ -656,7 +658,7 @@ def test_tokens_of_weights_are_not_counted_as_the_prompts(sd1_folder, tmp_path, 
     assert "longer than" not in capsys.readouterr().err
     assert run(sd1_folder, tmp_path / "b.png", "--prompt", prompt * 2) == 0
     error = capsys.readouterr().err
-    assert "it will not see the end: 'dog dog dog dog dog'" in error
+    assert "the model will not see the end: 'dog dog dog dog dog'" in error
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,10 @@ def test_all_methods_that_cannot_be_trained_are_named_before_any_trial(
         "full": ({"method": "full", "full_weights": "targets", "targets": ["x*"]}, "targets: the "),
         "text": ({"train_text_encoder": True, "text_encoder_targets": ["x*"]}, "text_encoder_targ"),
         "pattern": ({"rank_pattern": {"zzz": 4}}, "rank_pattern: 'zzz' names no adapted layer"),
-        "word": ({"train_text_encoder_ti": True, "token": "dog"}, "the new word 'dog' is one"),
+        "word": (
+            {"train_text_encoder_ti": True, "token": "dog"},
+            "the new word 'dog' is already a token",
+        ),
     }  # fmt: skip
     methods = {name: {"learning_rate": 1e-3, **own} for name, (own, _) in bad.items()}
     common = {"max_train_steps": 2}
