@@ -205,18 +205,19 @@ def main_path(train: Entered) -> str:
     """Table of the modules of a default training, in the order in which they are entered."""
     lines, rows = train.lines_by_module(), list[tuple[str, list[str]]]()
     for module in train.modules:
-        room, _, rest = module.partition("/")
+        room = module.partition("/")[0]
         if not rows or rows[-1][0] != room:
             rows.append((room, []))
-        rows[-1][1].append(f"`{rest or room}` {lines[module]}")
+        rows[-1][1].append(f"`{module}` {lines[module]}")
     return markdown(["room", "modules, with their lines"], [[r, ", ".join(m)] for r, m in rows])
 
 
 def write_page(train: Entered) -> None:
     """Write the main path into the page on architecture."""
     source = PAGE.read_text(encoding="utf-8")
-    part = re.compile(r"(?<=<!-- main path -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
-    PAGE.write_text(part.sub(lambda _: main_path(train), source, count=1), encoding="utf-8")
+    part = re.compile(r"(<!-- main path -->\n).*?(<!-- end -->)", re.DOTALL)
+    page = part.sub(lambda m: f"{m[1]}\n{main_path(train)}\n\n{m[2]}", source, count=1)
+    PAGE.write_text(page, encoding="utf-8")
 
 
 def main() -> None:
