@@ -164,7 +164,7 @@ class Slider:
     def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
         predicted, base, positive, negative = predictions
         target = slider_target(base, positive, negative, self.guidance)
-        return Losses(self.loss(batch, predicted, target, mask=batch.mask))
+        return Losses(self.loss(batch, predicted, target))
 
 
 def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:

@@ -104,6 +104,20 @@ def test_a_fresh_slider_has_the_whole_move_to_learn(sd1_folder: Path, tmp_path: 
     assert losses(tmp_path, "prior_loss")[1] == pytest.approx(0, abs=1e-12)
 
 
+def test_pairs_are_drawn_by_the_position_of_a_row(sd1_folder: Path, tmp_path: Path) -> None:
+    """As its noise is: the state of the global generator has no effect."""
+    config = slider(
+        sd1_folder, tmp_path, target=[TARGET] * 2, positive=[HIGH, "a toy"],
+        negative=[LOW, "the dog"],
+    )  # fmt: skip
+    drawn = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        drawn.append([ends for _, ends in drawn_by(config, 8)])
+    assert drawn[0] == drawn[1]
+    assert len({pair for ends in drawn[0] for pair in ends}) == 2
+
+
 def test_each_pair_is_drawn_for_its_own_target(sd1_folder: Path, tmp_path: Path) -> None:
     config = slider(
         sd1_folder, tmp_path, target=[TARGET, TARGET, "a cat"], positive=[HIGH, "a toy", "red cat"],

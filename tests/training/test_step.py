@@ -66,6 +66,7 @@ def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
     loss, prior_loss = torch.stack(losses).mean(dim=0)
     assert float(record["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert (float(prior_loss) > 0) == (prior is not None)
+    assert ("prior_loss" in record) == (prior is not None)
     if prior is not None:
         assert float(record["prior_loss"]) == pytest.approx(float(prior_loss), rel=1e-5)
     gradients = {

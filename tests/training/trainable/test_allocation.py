@@ -214,3 +214,15 @@ def test_prodigy_does_not_see_the_term(tiny_run):
     assert [g["d"] for g in other["param_groups"]] == [g["d"] for g in plain["param_groups"]]
     for index, moments in plain["state"].items():
         assert torch.equal(other["state"][index]["exp_avg"], moments["exp_avg"])
+
+
+def test_in_fp16_the_term_is_scaled_as_the_losses_gradients_are(tiny_run) -> None:
+    config = tiny_run(parametrization="adalora", rank=4, mixed_precision="fp16")
+    gradients = []
+    for scale in (1.0, 2.0**10):
+        step = assemble(config, subjects_of(config), accelerator_of_fp16(config, scale=scale)).step
+        hook_of(step, Allocation).gradients(1)
+        gradients.append([adapter.down.grad for adapter in step.adapters.trained()])
+    assert any(bool(gradient.any()) for gradient in gradients[0])
+    for plain, scaled in zip(*gradients, strict=True):
+        torch.testing.assert_close(scaled, plain * 2.0**10, rtol=1e-5, atol=0)
