@@ -150,6 +150,20 @@ def test_a_timestep_leaves_the_first_ranks_of_the_unet_active(
     assert found == {(3, True, True), (5, True, False), (7, True, False), (5, False, True)}
 
 
+def test_dropout_keeps_no_rank_that_the_timestep_leaves_out(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = {**LAYERS, "rank_dropout": 0.4, "tlora_min_rank": 1, "train_batch_size": 3}
+    step = open_run(sd1_folder, photos, tmp_path, **settings).step
+    masks, active = step.route(step.draw())
+    pairs = [(mask, ranks) for mask, ranks in zip(masks, active, strict=True) if ranks is not None]
+    inside = torch.cat([mask[ranks == 1] for mask, ranks in pairs])
+    outside = torch.cat([mask[ranks == 0] for mask, ranks in pairs])
+    assert len(outside) > 0
+    assert not outside.any()
+    assert {round(float(value), 4) for value in inside.unique()} == {0.0, 1.6667}
+
+
 def sd_scripts_limit(down: torch.Tensor, up: torch.Tensor, scale: float, limit: float) -> float:
     """The share that sd-scripts multiplies A and B by, from the whole update."""
     if down.ndim == 4 and down.shape[2:] != (1, 1):
