@@ -27,6 +27,7 @@ from dora_diffusion.models.latents import (
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
 from dora_diffusion.numerics.loss import denoising_loss, sample_noise
+from dora_diffusion.numerics.process import NoiseProcess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,14 +126,14 @@ def _encode(components: Components, image: Image) -> _Encoded:
 def _loss(
     components: Components, image: _Encoded, conditioning: Conditioning, seed: int, batch_size: int
 ) -> float:
-    steps = components.process.num_timesteps
-    timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * steps).long()
+    process = components.process  # Once: it copies its schedule to the device.
+    timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * process.num_timesteps).long()
     shape = (image.latents.shape[1], image.latents.shape[2], image.latents.shape[3])
     noise = torch.stack(
         [sample_noise(shape, generator_for("held out", seed, int(t))) for t in timesteps]
     ).to(image.latents)
     losses = [
-        _batch_loss(components, image, noise[batch], timesteps[batch], conditioning)
+        _batch_loss(components, process, image, noise[batch], timesteps[batch], conditioning)
         for batch in (slice(i, i + batch_size) for i in range(0, TIMESTEPS, batch_size))
     ]
     return float(torch.cat(losses).mean())
@@ -140,6 +141,7 @@ def _loss(
 
 def _batch_loss(
     components: Components,
+    process: NoiseProcess,
     image: _Encoded,
     noise: Tensor,
     timesteps: Tensor,
@@ -149,7 +151,6 @@ def _batch_loss(
     count, ids, condition = len(timesteps), image.time_ids, image.condition
     latents = image.latents.expand(count, -1, -1, -1)
     timesteps = timesteps.to(latents.device)
-    process = components.process
     model_pred = predict(
         components.unet,
         process.add_noise(latents, noise, timesteps),

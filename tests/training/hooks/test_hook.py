@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.learning import HOOKS
 from dora_diffusion.training import hooks
 from dora_diffusion.training.hooks.hook import Hook
+from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.processes import make_accelerator
+from dora_diffusion.training.recipe import assemble
+from dora_diffusion.training.results.checkpoint import state_of
 
 PACKAGE = hooks.__name__
 
@@ -28,3 +33,13 @@ def test_the_list_names_every_hook_and_nothing_else() -> None:
 
 def test_a_default_run_has_none() -> None:
     assert [name for name, is_on in HOOKS.items() if is_on(TrainConfig())] == []
+
+
+def test_no_hook_replaces_another_part_of_a_checkpoint(
+    tiny_run: Callable[..., TrainConfig],
+) -> None:
+    """A checkpoint contains their states by name, next to the other parts of the run's state."""
+    config = tiny_run()
+    run = assemble(config, subjects_of(config), make_accelerator(config))
+    names = {pkgutil.resolve_name(f"{PACKAGE}.{name}").name for name in HOOKS}
+    assert not names & state_of(run, [], 0).keys()
