@@ -28,8 +28,8 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 _DEFERRED = {"cuda"}
 # Maximum number of cached row indices.
 _KEPT = 8
-# Maximum number of buffers after A and B: gains, numerators of shifts, shifts.
-_VECTORS = 3
+# Maximum number of buffers after A and B: gains and shifts.
+_VECTORS = 2
 
 
 Rows = int | tuple[int, ...]
@@ -178,6 +178,7 @@ class Layout:
         sizes: The same for each adapter of each layer.
         has_bias: Whether a layer has a bias that its gain must not scale.
         direct: Indices of layers that multiply by the gain in the graph (`Factors.gain_in_graph`).
+        biases: Biases in the dtype of the norms; None for layers that `has_bias` excludes.
         parameters: All A, all B and all m, each layer by layer and adapter by adapter.
         downs: All A, followed by the zeros that pad them to a layer's rank.
         magnitudes: All m.
@@ -211,6 +212,7 @@ class Layout:
         self.parameters += self.magnitudes
         self.downs = [part for rank, group in self._ranks for part in _filled_downs(rank, group)]
         self.scales = [self._scales_of(group) for _, group in self._ranks]
+        self.biases: list[Tensor | None] = [None] * len(sites)
         self._written: list[int | None] | None = None
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._templates: dict[int | None, list[list[Tensor]]] = {}
@@ -221,7 +223,7 @@ class Layout:
         """Read the current statistics of the weights."""
         if self.has_gain:
             statistics = [site.statistics for site in self.sites if site.statistics is not None]
-            self.base = torch.cat([s.squared_norm.repeat(self.count) for s in statistics])
+            self.base = torch.cat(self._repeated([s.squared_norm for s in statistics]))
             self.recorded = torch.cat([s.checksum for s in statistics])
             self.recorded_base = torch.cat([s.squared_norm for s in statistics])
 
@@ -233,8 +235,13 @@ class Layout:
         if biases and written != self._written:
             zeros = torch.zeros(max(self.widths), dtype=self.dtype, device=self.device)
             vectors = [s.bias.detach().to(zeros) if has else zeros[: s.width] for s, has in pairs]  # type: ignore[union-attr]
-            self.bias = torch.cat([vector.repeat(self.count) for vector in vectors])
+            self.bias = torch.cat(self._repeated(vectors))
+            self.biases = [v if has else None for v, has in zip(vectors, self.has_bias, strict=True)]
             self._written = written
+
+    def _repeated(self, vectors: list[Tensor]) -> list[Tensor]:
+        """Repeat the vector of each layer for its K adapters."""
+        return vectors if self.count == 1 else [v.repeat(self.count) for v in vectors]
 
     def _scales_of(self, sites: Sequence[Site]) -> Tensor | float:
         adapters = [adapter for site in sites for adapter in site.adapters]

@@ -209,7 +209,7 @@ def _stacked(factors: dict[str, Factors], names: Sequence[str | None]) -> Factor
         up,
         stack({name: f.gain for name, f in factors.items() if f.gain is not None}, 1.0),
         stack({name: f.shift for name, f in factors.items() if f.shift is not None}),
-        stack({n: f.shift_numerator for n, f in factors.items() if f.shift_numerator is not None}),
+        next((f.mean for f in factors.values() if f.mean is not None), None),
         axis,
     )
 

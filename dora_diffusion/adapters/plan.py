@@ -157,13 +157,12 @@ class FixedScales:
 class LayerTensors(NamedTuple):
     """Fields of `Factors` for each layer, in the order of `_Prepare`'s outputs, or their gradients.
 
-    LoRA has no gains. Without any bias there are no numerators and shifts.
+    LoRA has no gains. Without any bias there are no shifts.
     """
 
     down: Sequence[Tensor | None]
     up: Sequence[Tensor | None]
     gain: Sequence[Tensor | None] = ()
-    shift_numerator: Sequence[Tensor | None] = ()
     shift: Sequence[Tensor | None] = ()
 
 
@@ -288,21 +287,21 @@ class Plan:
             start = layout.parameters if self.has_edges else [layout.anchor]
             flat: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, *start)  # type: ignore[no-untyped-call]
         tensors = LayerTensors(*(flat[i : i + count] for i in range(0, len(flat), count)))
-        fields: Iterable[Any] = zip_longest(*tensors, layout.has_bias)
+        fields: Iterable[Any] = zip_longest(*tensors, layout.biases)
         return [
             Factors(
                 down,
                 up,
                 gain,
-                shift if has_bias else None,
-                numerator if has_bias else None,
+                None if bias is None else shift,
+                bias,
                 layout.axis,
                 index in self.direct,
                 self.direction(index, rows, dtype)
                 if index in self.direct and isinstance(rows, int)
                 else None,
             )
-            for index, (down, up, gain, numerator, shift, has_bias) in enumerate(fields)
+            for index, (down, up, gain, shift, bias) in enumerate(fields)
         ]
 
     def direction(self, index: int, k: int, dtype: torch.dtype) -> Tensor | None:
@@ -311,20 +310,19 @@ class Plan:
         return None if site.shard else direction_of(site.weight, site.adapters[k], dtype)
 
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
-        """Return the fields of `LayerTensors`, concatenated; numerators are never read."""
+        """Return the fields of `LayerTensors`, concatenated."""
         layout = self.layout
         buffers = [part.to(dtype) for part in (self.down, *scaled(self.up, self._scales))]
         if self.gain is not None:
             buffers.append(self.gain)
             if any(layout.has_bias):
-                shifts = ((1 - self.gain) * layout.bias).to(dtype)
-                buffers += [torch.empty_like(self.gain), shifts]
+                buffers.append(((1 - self.gain) * layout.bias).to(dtype))
         return layout.gather(rows, buffers)
 
     # Gradients
 
     def flat_gradients(self, rows: Rows, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return buffers of gradients: A, B of each rank, sums for m, and sums of shifts."""
+        """Return buffers of gradients: A, B of each rank, and the sums for m."""
         layout, count = self.layout, len(self.layout.sites)
         layer_grads = LayerTensors(*(grads[i : i + count] for i in range(0, len(grads), count)))
         used = [index for index, grad in enumerate(layer_grads.down) if grad is not None]
@@ -336,11 +334,7 @@ class Plan:
         if pairs := [(target, grad) for target, grad in targets if grad is not None]:
             torch._foreach_copy_([target for target, _ in pairs], [grad for _, grad in pairs])
         # Zeros for layers without a gradient, so that all passes return the same buffers.
-        sums = [
-            layout.cat(rows, grad)
-            for grad in (layer_grads.gain, layer_grads.shift_numerator)
-            if grad
-        ]
+        sums = [layout.cat(rows, layer_grads.gain)] if layer_grads.gain else []
         return layout.scatter_add(rows, buffers + sums)
 
     def gradients(self, buffers: list[Tensor]) -> list[Tensor | None]:
@@ -355,7 +349,7 @@ class Plan:
             views if layout.count == 1 else [piece for view in views for piece in view.unbind()]
         )
         if layout.has_gain:
-            pieces += torch.split(self._magnitude_gradient(buffers[1 + ranks :]), layout.sizes)
+            pieces += torch.split(self._magnitude_gradient(buffers[1 + ranks]), layout.sizes)
         adapter_count = len(layout.sizes)
         gradients: list[Tensor | None] = []
         for number, (part, parameter) in enumerate(zip(pieces, layout.parameters, strict=True)):
@@ -368,7 +362,7 @@ class Plan:
             gradients.append(part if part.dtype == parameter.dtype else part.to(parameter.dtype))
         return gradients
 
-    def _magnitude_gradient(self, sums: Sequence[Tensor]) -> Tensor:
+    def _magnitude_gradient(self, total: Tensor) -> Tensor:
         """Return ``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``.
 
         On the output axis ``y_i - b_i`` is ``g_i`` times row i of ``(W + sBA) x``. On the input
@@ -377,9 +371,7 @@ class Plan:
         """
         assert self.gain is not None
         assert self.norm is not None
-        layout, total = self.layout, sums[0]
-        for shifts in sums[1:]:
-            total.addcmul_(shifts, layout.bias, value=-1)
+        layout = self.layout
         gain = self.gain.masked_fill(self.gain == 0, 1)
         if self.direct:
             gains = torch.split(gain, [layout.count * width for width in layout.widths])
@@ -423,7 +415,7 @@ class _Prepare(torch.autograd.Function):
         ctx.plan, ctx.rows = plan, rows
         ctx.set_materialize_grads(False)
         tensors = plan.prepared(dtype, rows)
-        ctx.mark_non_differentiable(*tensors[4 * len(plan.layout.sites) :])  # The shifts.
+        ctx.mark_non_differentiable(*tensors[3 * len(plan.layout.sites) :])  # The shifts.
         return tuple(tensors)
 
     @staticmethod

@@ -322,7 +322,6 @@ class StackRoute(Route):
                 up=up.view(*up.shape, *ones),
                 gain=cast(Tensor, factors.gain)[row],
                 shift=None if factors.shift is None else factors.shift[row],
-                shift_numerator=None,
             )
         down, change = factors.down, factors.norm_change
         mask = down.new_ones(len(down)) if self.mask is None else self.mask[row]

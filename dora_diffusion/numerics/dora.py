@@ -17,6 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dora_diffusion.numerics.fused import (
+    Constants,
+    FusedConv,
+    FusedLinear,
+    is_fusible,
+    scale_gradients,
+    scaled_gradient,
+)
 from dora_diffusion.numerics.operation import Operation, by_row
 from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
@@ -121,11 +129,10 @@ class Factors(NamedTuple):
         up: ``g s B`` on the output axis, else ``s B``.
         gain: ``g``, ``(n,)``, in float32, since a gain near 1 would be rounded to 1 in 16 bits. It
             represents m in the graph. Its gradient is ``g`` times the derivative,
-            ``sum(dy * (y - b))``, without the term of the bias, which ``shift_numerator`` has. With
-            ``gain_in_graph`` its gradient is the derivative. None: the layer is a LoRA, and the
-            following attributes are None, too.
+            ``sum(dy * (y - b))``. With ``gain_in_graph`` its gradient is the derivative. None: the
+            layer is a LoRA, and the following attributes are None, too.
         shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        shift_numerator: Tensor whose gradient is ``sum(dy)``; None without ``shift``.
+        mean: ``b`` ``(out,)`` in the gain's dtype; None without ``shift`` or gradients.
         axis: Norm axis.
         gain_in_graph: Whether the product with ``gain`` is part of the graph ("direct" layer). It
             must be if |g| is too small for ``y / g``, or if the next module overwrites y.
@@ -138,7 +145,7 @@ class Factors(NamedTuple):
     up: Tensor
     gain: Tensor | None = None
     shift: Tensor | None = None
-    shift_numerator: Tensor | None = None
+    mean: Tensor | None = None
     axis: NormAxis = "output"
     gain_in_graph: bool = False
     direction: Tensor | None = None
@@ -210,17 +217,42 @@ def dora_forward(
             x = _with_norms(op, x, None, f.norm_change)
         gx = op.scale_input(x, f.gain) if in_graph else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
+    if _is_fused(op, x, f, base):
+        return _fused(op, x, weight, bias, f)
     base = op.apply(x, weight, bias) if base is None else base
     low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
     if f.gain is None or f.axis == "input":
         return base + low_rank
-    gain, shift_numerator = (f.gain.detach(), None) if in_graph else (f.gain, f.shift_numerator)
-    y: Tensor = _Scale.apply(op, low_rank, base, gain, shift_numerator)
+    y: Tensor = _Scale.apply(op, low_rank, base, f.gain.detach() if in_graph else f.gain, f.mean)
     if f.direction is not None:
         with torch.no_grad():
             unscaled = op.apply(x, f.direction)
-        y = y + ((f.gain - gain).view(op.shape) * unscaled).to(y.dtype)  # 0, but gradient of m
+        zero = (f.gain - f.gain.detach()).view(op.shape)  # With the gradient of m.
+        y = y + (zero * unscaled).to(y.dtype)
     return y if f.norm_change is None else _with_norms(op, y, bias, f.norm_change)
+
+
+def _is_fused(op: Operation, x: Any, factors: Factors, base: Tensor | None) -> bool:
+    """Return whether the layer can be one node of the graph."""
+    f = factors
+    return (
+        base is None
+        and f.gain is not None
+        and f.gain.requires_grad
+        and f.axis == "output"
+        and not f.gain_in_graph
+        and f.norm_change is None
+        and is_fusible(op)
+        and (type(op) is Operation or x.ndim == 4)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _fused(op: Operation, x: Any, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+    constants = Constants(op, weight, bias, factors.shift, factors.mean)
+    function = FusedLinear if type(op) is Operation else FusedConv
+    y: Tensor = function.apply(constants, None, None, factors.down, factors.up, factors.gain, x)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor) -> Any:
@@ -261,44 +293,33 @@ def sum_of_adapters(
 
 
 class _Scale(torch.autograd.Function):
-    """``y = g * value + total``, with the sums for the gradient of m (`Factors`).
+    """``y = g * value + total``, with the sums for the gradient of m (`scale_gradients`).
 
-    With the norm detached (section 4.3), ``dm = sum(dy * (y - b)) / (g norm)`` on the output axis,
-    since ``(y - b) / g`` is the output of the direction. On the input axis y is ``g x`` and b is 0.
-    Saving y instead of ``value`` saves memory, as the next operation usually saves y, too.
+    On the input axis y is ``g x`` and the bias is None. Saving y instead of ``value`` saves memory,
+    as the next operation usually saves y, too.
     """
 
     @staticmethod
-    def forward(ctx: Any, op: Any, total: Any, value: Tensor, gain: Tensor, _: Any) -> Tensor:
-        ctx.op, ctx.gain = op, gain.view(op.shape)
+    def forward(ctx: Any, op: Any, total: Any, value: Tensor, gain: Tensor, bias: Any) -> Tensor:
+        ctx.op, ctx.gain, ctx.bias = op, gain.detach(), bias
+        shaped = ctx.gain.view(op.shape)
         if torch.compiler.is_compiling():
-            scaled = ctx.gain * value
+            scaled = shaped * value
             y = (scaled if total is None else scaled + total).to(value.dtype)
         # The kernel upcasts its inputs and rounds once. Autocast ignores operations with `out`.
         elif total is None:
-            y = torch.mul(value, ctx.gain, out=torch.empty_like(value))
+            y = torch.mul(value, shaped, out=torch.empty_like(value))
         else:
-            y = torch.addcmul(total, value, ctx.gain, out=torch.empty_like(value))
+            y = torch.addcmul(total, value, shaped, out=torch.empty_like(value))
         ctx.save_for_backward(y if ctx.needs_input_grad[3] else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), gain, dims = ctx.saved_tensors, ctx.gain, ctx.op.dims[grad.ndim]
-        _, to_total, to_value, to_gain, to_shift = ctx.needs_input_grad
-        of_value = of_gain = of_shift = None
-        if to_value and torch.compiler.is_compiling():
-            of_value = (gain * grad).to(grad.dtype)
-        elif to_value:
-            of_value = torch.mul(grad, gain, out=torch.empty_like(grad))
+        (y,), (_, to_total, to_value, to_gain, _) = ctx.saved_tensors, ctx.needs_input_grad
         if to_gain:
-            # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
-            of_gain = (
-                grad * y
-                if grad.dtype != torch.float16
-                else torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
-            )
-            of_gain = torch.sum(of_gain, dims, dtype=gain.dtype) if dims else of_gain.to(gain.dtype)
-        if to_shift:
-            of_shift = torch.sum(grad, dims, dtype=gain.dtype) if dims else grad.to(gain.dtype)
-        return None, grad if to_total else None, of_value, of_gain, of_shift
+            of_value, of_gain = scale_gradients(ctx.op, grad, y, ctx.gain, ctx.bias, to_value)
+        else:
+            of_value = scaled_gradient(ctx.op, grad, ctx.gain) if to_value else None
+            of_gain = None
+        return None, grad if to_total else None, of_value, of_gain, None

@@ -68,6 +68,7 @@ class ConvOperation(Operation):
         leaves_garbage: bool = True,
     ) -> None:
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.leaves_garbage = leaves_garbage
         size = len(stride)
         run: Any = F.conv2d if size == 2 else F.conv1d
         settings: dict[str, Any] = {

@@ -1,0 +1,269 @@
+"""Fused gradients: of the product with a gain, and of a whole layer.
+
+With the norm detached (DoRA, section 4.3), a layer with its norm on the output axis computes ``y =
+g (W x + b) + g s B A x + (1 - g) b``. `FusedLinear` and `FusedConv` are this layer as one node of
+the graph: fewer nodes take less of the processor's time than the products of the layer, one by one.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_diffusion.numerics.operation import ConvOperation, Operation, leaves_garbage
+
+BATCH_NORM_DEVICES = {"cpu", "cuda"}
+"""Devices whose batch normalization takes 16-bit activations with float32 vectors."""
+_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default
+_convolution_backward: Any = torch.ops.aten.convolution_backward.default
+
+
+@lru_cache(maxsize=256)
+def unit_statistics(length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean 0 and variance 1 of so many channels."""
+    with torch.inference_mode(False):
+        options: Any = {"dtype": dtype, "device": device}
+        return torch.zeros(length, **options), torch.ones(length, **options)
+
+
+def scale_gradients(
+    op: Operation, grad: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None, to_value: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return the gradients of ``y = g * value + total``: ``g * dy`` and ``sum(dy * (y - b))``.
+
+    The second one is the gradient of m times ``g norm``, since ``(y - b) / g`` is the output of the
+    direction. These are gradients of a batch normalization with mean b and variance 1, which
+    computes both with one operation and sums in the gain's dtype. Where it does not apply (a gain
+    for each row, channels-last images, other devices), they are computed one by one.
+
+    Args:
+        op: Operation of the layer.
+        grad: Gradient dy of the output.
+        y: Output.
+        gain: g, ``(n,)`` or ``(N, n)``.
+        bias: b, ``(n,)`` in the gain's dtype; None: 0.
+        to_value: Whether ``g * dy`` is needed.
+    """
+    if (
+        grad.device.type in BATCH_NORM_DEVICES
+        and not torch.compiler.is_compiling()
+        and gain.ndim == 1
+        and grad.numel()
+        and (op.shape == (-1,) or (grad.ndim == len(op.shape) + 1 and y.is_contiguous()))
+    ):
+        shape, channels = grad.shape, len(gain)
+        if op.shape == (-1,):
+            grad, y = grad.reshape(-1, channels), y.reshape(-1, channels)
+        else:  # Torch mixes up the formats of two images if there is one image in a batch.
+            grad = grad.contiguous()
+        mean, variance = unit_statistics(channels, gain.dtype, gain.device)
+        mean = mean if bias is None else bias
+        return _by_batch_norm(grad, y, gain, mean, variance, to_value, shape)
+    of_value, dims = scaled_gradient(op, grad, gain) if to_value else None, op.dims[grad.ndim]
+    # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
+    product = (
+        grad * y
+        if grad.dtype != torch.float16
+        else torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
+    )
+    of_gain = _sum(product, dims, gain.dtype)
+    if bias is not None:
+        of_gain = of_gain.addcmul(_sum(grad, dims, gain.dtype), bias, value=-1)
+    return of_value, of_gain
+
+
+def scaled_gradient(op: Operation, grad: Tensor, gain: Tensor) -> Tensor:
+    """Return ``g * dy``, in the dtype of dy."""
+    shaped = gain.view(op.shape)
+    if torch.compiler.is_compiling():
+        return (shaped * grad).to(grad.dtype)
+    # The kernel upcasts its inputs and rounds once. Autocast ignores operations with `out`.
+    return torch.mul(grad, shaped, out=torch.empty_like(grad))
+
+
+def _by_batch_norm(
+    grad: Tensor, y: Tensor, gain: Tensor, mean: Tensor, variance: Tensor, to_value: bool,
+    shape: torch.Size,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    of_value, of_gain, _ = _batch_norm_backward(
+        grad, y, gain, mean, variance, mean, variance, False, 0.0, (to_value, True, False)
+    )
+    return of_value.view(shape) if to_value else None, of_gain
+
+
+def _sum(tensor: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.sum(tensor, dims, dtype=dtype) if dims else tensor.to(dtype)
+
+
+class Constants(NamedTuple):
+    """Tensors of a layer without a gradient.
+
+    Attributes:
+        op: Operation of the weight.
+        weight: Base weight ``(out, in, *k)``.
+        bias: Bias ``(out,)``, or None.
+        shift: ``(1 - g) b``, or None.
+        mean: b in the gain's dtype; None: 0.
+    """
+
+    op: Any
+    weight: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+    mean: Tensor | None
+
+
+class Gradients:
+    """Gradients of a layer's factors, summed over the backward passes of a step.
+
+    Attributes:
+        down: Gradient of A, memory that a backward pass writes to.
+        up: Gradient of ``g s B``, likewise.
+        gain: Sum for the gradient of m, ``(out,)``; a new tensor.
+        is_used: Whether a backward pass has reached the layer.
+    """
+
+    __slots__ = ("down", "gain", "is_used", "parts", "up")
+
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        self.down, self.up, self.is_used = down, up, False
+        self.gain: Tensor | None = None
+        self.parts: tuple[Tensor, Tensor] | None = None
+
+    def add_products(self, grad: Tensor, inner: Tensor, of_inner: Tensor, x: Tensor) -> None:
+        """Add ``dy^T (A x)`` and ``(dy B)^T x``, all of two dimensions."""
+        if self.is_used:
+            self.up.addmm_(grad.t(), inner)
+            self.down.addmm_(of_inner.t(), x)
+        else:
+            torch.mm(grad.t(), inner, out=self.up)
+            torch.mm(of_inner.t(), x, out=self.down)
+
+    def add_parts(self, of_down: Tensor, of_up: Tensor) -> None:
+        """Add the gradients of convolutions, which have no ``out``: `Buffers` copies them."""
+        parts = self.parts
+        self.parts = (of_down, of_up) if parts is None else (parts[0] + of_down, parts[1] + of_up)
+
+    def add_gain(self, of_gain: Tensor) -> None:
+        """Add a sum for the gradient of m."""
+        self.gain = of_gain if self.gain is None else self.gain + of_gain
+        self.is_used = True
+
+
+def is_fusible(op: Operation) -> bool:
+    """Return whether `fused` computes an operation: a Linear, or a Conv2d without groups."""
+    return type(op) is Operation or (
+        type(op) is ConvOperation and op.groups == 1 and len(op.stride) == 2
+    )
+
+
+class FusedLinear(torch.autograd.Function):
+    """A Linear layer: ``(..., in)`` -> ``(..., out)``.
+
+    Called with `Constants`, `Gradients` or None, an anchor that requires a gradient or None, A, ``g
+    s B``, g and x. With `Gradients`, the factors get their gradients there, not through the graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, constants: Constants, gradients: Gradients | None, anchor: Any, down: Tensor,
+        up: Tensor, gain: Tensor, x: Tensor,
+    ) -> Tensor:  # fmt: skip
+        shape = x.shape
+        # Torch rounds products differently where it cannot flatten the input.
+        if is_flat := len(shape) != 2 and x.is_contiguous():
+            x = x.view(-1, shape[-1])
+        inner = F.linear(x, down)
+        y = F.linear(inner, up, constants.shift)
+        y.addcmul_(F.linear(x, constants.weight, constants.bias), gain)
+        ctx.save_for_backward(x, inner, y)
+        ctx.layer, ctx.shape = (constants, gradients, down, up, gain), shape
+        return y.view(*shape[:-1], len(gain)) if is_flat else y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _require_first_derivative()
+        x, inner, y = ctx.saved_tensors
+        (op, weight, _, _, mean), gradients, down, up, gain = ctx.layer
+        shape, to_x = ctx.shape, ctx.needs_input_grad[-1]
+        if len(shape) != 2:
+            grad = grad.reshape(-1, len(gain))
+        if len(x.shape) != 2:
+            x, inner, y = (saved.reshape(-1, saved.shape[-1]) for saved in (x, inner, y))
+        of_value, of_gain = scale_gradients(op, grad, y, gain, mean, to_x)
+        of_inner = torch.mm(grad, up)
+        of_x = torch.mm(of_value, weight).addmm_(of_inner, down).view(shape) if to_x else None
+        if gradients is None:
+            of_up, of_down = torch.mm(grad.t(), inner), torch.mm(of_inner.t(), x)
+            return None, None, None, of_down, of_up, of_gain, of_x
+        gradients.add_products(grad, inner, of_inner, x)
+        gradients.add_gain(of_gain)
+        return None, None, None, None, None, None, of_x
+
+
+class FusedConv(torch.autograd.Function):
+    """A Conv2d layer without groups: ``(N, in, h, w)`` -> ``(N, out, h', w')``.
+
+    Called as `FusedLinear`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, constants: Constants, gradients: Gradients | None, anchor: Any, down: Tensor,
+        up: Tensor, gain: Tensor, x: Tensor,
+    ) -> Tensor:  # fmt: skip
+        op = constants.op
+        ctx.is_wide = op.leaves_garbage and leaves_garbage(x, down, op.dilation)
+        if ctx.is_wide:
+            inner = op.apply(x.float(), down.float()).to(x.dtype)
+        else:
+            inner = op.apply(x, down)
+        y = F.conv2d(inner, up, constants.shift)
+        y.addcmul_(op.apply(x, constants.weight, constants.bias), gain.view(-1, 1, 1))
+        ctx.save_for_backward(x, inner, y)
+        ctx.layer = constants, gradients, down, up, gain
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _require_first_derivative()
+        x, inner, y = ctx.saved_tensors
+        (op, weight, _, _, mean), gradients, down, up, gain = ctx.layer
+        to_x, pixel = ctx.needs_input_grad[-1], ((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+        settings = op.stride, op.padding, op.dilation, False, (0, 0), 1
+        of_value, of_gain = scale_gradients(op, grad, y, gain, mean, to_x)
+        of_inner, of_up, _ = _convolution_backward(
+            grad, inner, up, None, *pixel, (True, True, False)
+        )
+        operands = of_inner, x, down
+        if ctx.is_wide:
+            operands = of_inner.float(), x.float(), down.float()
+        of_x, of_down, _ = _convolution_backward(*operands, None, *settings, (to_x, True, False))
+        if to_x:
+            of_base, _, _ = _convolution_backward(
+                of_value, x, weight, None, *settings, (True, False, False)
+            )
+            of_x = of_base.add_(of_x)
+        if gradients is None:
+            return None, None, None, of_down.to(down.dtype), of_up, of_gain, of_x
+        gradients.add_parts(of_down, of_up)
+        gradients.add_gain(of_gain)
+        return None, None, None, None, None, None, of_x
+
+
+def _require_first_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "layers with DoRA have no second derivative inside of norm_scope; leave out "
+            "create_graph=True, or call the model outside of the scope"
+        )
+
+
+def fused(op: Operation) -> Any:
+    """Return the function of a fusible operation, called past the wrapper for functorch."""
+    function = FusedLinear if type(op) is Operation else FusedConv
+    return super(torch.autograd.Function, function).apply
