@@ -213,16 +213,19 @@ def fake_gpu() -> Iterator[None]:
     """Make tensors fake inside the block, and those on `DEVICE` behave as on CUDA."""
     make_device()
     from dora_diffusion.adapters import layout
-    from dora_diffusion.numerics import norms
+    from dora_diffusion.numerics import fused, norms
     from dora_diffusion.training import optimizer
 
     probe = lru_cache(norms._probe_on.__wrapped__)
+    statistics = lru_cache(fused.unit_statistics.__wrapped__)
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
         mock.patch.object(torch, "clear_autocast_cache", _casts.clear),
         mock.patch.object(nn.Module, "_apply", _apply),
         # Its vectors outlive a step; these must not outlive the mode.
         mock.patch.object(norms, "_probe", lambda n, like: probe(n, like.device, like.dtype)),
+        mock.patch.object(fused, "unit_statistics", statistics),
+        mock.patch.object(fused, "BATCH_NORM_DEVICES", {"cuda", DEVICE}),
         mock.patch.object(optimizer, "_check_memory"),  # These have none.
         mock.patch.object(norms, "widens_products", lambda device: device in ("cuda", DEVICE)),
         mock.patch.object(layout, "_DEFERRED", {DEVICE}),

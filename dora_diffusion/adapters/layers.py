@@ -395,6 +395,11 @@ class LayoutCache:
         self._layouts: dict[Any, Layout] = {}
         self._state: object = None
 
+    @property
+    def is_kept(self) -> bool:
+        """True if the last layouts serve the next step too."""
+        return self._state is not None
+
     def of(
         self, layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]
     ) -> tuple[dict[Any, Layout], bool]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, groupby
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -178,7 +178,8 @@ class Layout:
         sizes: The same for each adapter of each layer.
         has_bias: Whether a layer has a bias that its gain must not scale.
         direct: Indices of layers that multiply by the gain in the graph (`Factors.gain_in_graph`).
-        biases: Biases in the dtype of the norms; None for layers that `has_bias` excludes.
+        bias: Biases of all adapters, in the dtype of the norms.
+        biases: Views of the layers' biases; None for layers that `has_bias` excludes.
         parameters: All A, all B and all m, each layer by layer and adapter by adapter.
         downs: All A, followed by the zeros that pad them to a layer's rank.
         magnitudes: All m.
@@ -212,8 +213,7 @@ class Layout:
         self.parameters += self.magnitudes
         self.downs = [part for rank, group in self._ranks for part in _filled_downs(rank, group)]
         self.scales = [self._scales_of(group) for _, group in self._ranks]
-        self.biases: list[Tensor | None] = [None] * len(sites)
-        self._written: list[int | None] | None = None
+        self._new_bias()
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._templates: dict[int | None, list[list[Tensor]]] = {}
         self.update_statistics()
@@ -223,25 +223,31 @@ class Layout:
         """Read the current statistics of the weights."""
         if self.has_gain:
             statistics = [site.statistics for site in self.sites if site.statistics is not None]
-            self.base = torch.cat(self._repeated([s.squared_norm for s in statistics]))
+            norms = [s.squared_norm for s in statistics]
+            self.base = torch.cat([norm for norm in norms for _ in range(self.count)])
             self.recorded = torch.cat([s.checksum for s in statistics])
-            self.recorded_base = torch.cat([s.squared_norm for s in statistics])
+            self.recorded_base = torch.cat(norms)
 
     def update_bias(self) -> None:
         """Read the current biases, with zeros for layers without one."""
-        pairs = list(zip(self.sites, self.has_bias, strict=True))
-        biases = [site.bias for site, has in pairs if has and site.bias is not None]
-        written = [None if bias.is_inference() else bias._version for bias in biases]
-        if biases and written != self._written:
-            zeros = torch.zeros(max(self.widths), dtype=self.dtype, device=self.device)
-            vectors = [s.bias.detach().to(zeros) if has else zeros[: s.width] for s, has in pairs]  # type: ignore[union-attr]
-            self.bias = torch.cat(self._repeated(vectors))
-            self.biases = [v if has else None for v, has in zip(vectors, self.has_bias, strict=True)]
-            self._written = written
+        if self._bias_parts:
+            self.bias.copy_(torch.cat(self._bias_parts))
 
-    def _repeated(self, vectors: list[Tensor]) -> list[Tensor]:
-        """Repeat the vector of each layer for its K adapters."""
-        return vectors if self.count == 1 else [v.repeat(self.count) for v in vectors]
+    def _new_bias(self) -> None:
+        """Allocate the biases, which are read with one operation if they have the same dtype."""
+        biases = [s.bias for s, has in zip(self.sites, self.has_bias, strict=True) if has]
+        self._bias_parts: list[Tensor] = []
+        self.biases: list[Tensor | None] = [None] * len(self.sites)
+        if biases:
+            like = cast(Tensor, biases[0])
+            zeros = torch.zeros(max(self.widths), dtype=like.dtype, device=self.device)
+            triples = zip(self.sites, self.has_bias, self.widths, strict=True)
+            parts = [cast(Tensor, s.bias) if has else zeros[:w] for s, has, w in triples]
+            self._bias_parts = [part for part in parts for _ in range(self.count)]
+            with torch.inference_mode(False):  # Later steps write to it.
+                self.bias = torch.zeros(sum(self.sizes), dtype=self.dtype, device=self.device)
+            views = torch.split(self.bias, self.sizes)[:: self.count]
+            self.biases = [v if has else None for v, has in zip(views, self.has_bias, strict=True)]
 
     def _scales_of(self, sites: Sequence[Site]) -> Tensor | float:
         adapters = [adapter for site in sites for adapter in site.adapters]
@@ -251,6 +257,11 @@ class Layout:
         rows = torch.tensor([len(adapter.up) for adapter in adapters])
         row_scales = torch.tensor(scales, dtype=torch.float64).repeat_interleave(rows)[:, None]
         return row_scales.to(self.dtype).to(self.device)
+
+    @property
+    def has_buffers(self) -> bool:
+        """True if the layers' factors can lie in `Buffers`: one DoRA each, on the output axis."""
+        return self.count == 1 and self.has_gain and self.axis == "output"
 
     @cached_property
     def anchor(self) -> Tensor:
@@ -361,12 +372,29 @@ class Layout:
                 total.index_add_(1, index, view)
         return sums
 
-    def cat(self, rows: Rows, vectors: Sequence[Tensor | None]) -> Tensor:
-        """Concatenate the layers' vectors for these rows, with zeros for None."""
+    def with_zeros(self, rows: Rows, vectors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Replace None among the layers' vectors for these rows by zeros."""
+        if all(vector is not None for vector in vectors):
+            return cast(list[Tensor], list(vectors))
         count = 1 if isinstance(rows, int) else len(rows)
         zeros = self.base.new_zeros(count * max(self.widths))
         pairs = zip(vectors, self.widths, strict=True)
-        return join([zeros[: count * width] if v is None else v for v, width in pairs])
+        return [zeros[: count * width] if v is None else v for v, width in pairs]
+
+    def pieces(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """View buffers of A, of B for each rank and of m with the shapes of `parameters`."""
+        products = buffers[: 1 + len(self._ranks)]
+        views = self.views(self.whole, products)
+        pieces = views if self.count == 1 else [piece for view in views for piece in view.unbind()]
+        if self.has_gain:
+            pieces = [*pieces, *torch.split(buffers[len(products)], self.sizes)]
+        # A smaller rank, or the 1s of a convolution's shape.
+        return [
+            piece
+            if piece.shape == parameter.shape
+            else piece[: len(parameter), : parameter.shape[1]].view(parameter.shape)
+            for piece, parameter in zip(pieces, self.parameters, strict=True)
+        ]
 
     def new_buffers(self, rows: Rows, *, zero: bool) -> list[Tensor]:
         """Return new buffers of A and B for these rows, of zeros or uninitialized."""

@@ -15,8 +15,8 @@ parameters; otherwise when `give_gradients` is called, after the last backward p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import cycle, zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -166,6 +166,23 @@ class LayerTensors(NamedTuple):
     shift: Sequence[Tensor | None] = ()
 
 
+class Collected(NamedTuple):
+    """Gradients of the layers of a layout.
+
+    Attributes:
+        sums: Buffers for A, for B of each rank, and of the sums for m.
+        pieces: `Layout.pieces` of the sums.
+        used: Indices of the layers that a backward pass has reached.
+    """
+
+    sums: list[Tensor]
+    pieces: Sequence[Tensor]
+    used: Set[int]
+
+
+NOTHING = Collected([], (), frozenset())
+
+
 class Plan:
     """Norms, gains and factors, computed from the current parameters of a layout.
 
@@ -192,10 +209,10 @@ class Plan:
         self.norm: Tensor | None = None
         self.gain: Tensor | None = None
         if layout.has_gain:
-            layout.update_bias()
             with torch.no_grad(), full_precision(layout.device):
+                layout.update_bias()
                 self._make_norms(flags)
-        self._scales = layout.row_scales(self.gain)
+        self.scales = layout.row_scales(self.gain)
 
     def _make_norms(self, flags: DeferredFlags | None) -> None:
         """Compute norms and gains, and recompute the norms of flagged layers."""
@@ -312,7 +329,7 @@ class Plan:
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
         """Return the fields of `LayerTensors`, concatenated."""
         layout = self.layout
-        buffers = [part.to(dtype) for part in (self.down, *scaled(self.up, self._scales))]
+        buffers = [part.to(dtype) for part in (self.down, *scaled(self.up, self.scales))]
         if self.gain is not None:
             buffers.append(self.gain)
             if any(layout.has_bias):
@@ -334,36 +351,26 @@ class Plan:
         if pairs := [(target, grad) for target, grad in targets if grad is not None]:
             torch._foreach_copy_([target for target, _ in pairs], [grad for _, grad in pairs])
         # Zeros for layers without a gradient, so that all passes return the same buffers.
-        sums = [layout.cat(rows, layer_grads.gain)] if layer_grads.gain else []
+        sums = []
+        if layer_grads.gain:
+            sums.append(join(layout.with_zeros(rows, layer_grads.gain)))
         return layout.scatter_add(rows, buffers + sums)
 
-    def gradients(self, buffers: list[Tensor]) -> list[Tensor | None]:
-        """Return the gradients of the layout's parameters. The buffers are changed in place."""
-        layout, ranks = self.layout, len(self.up)
-        ups = buffers[1 : 1 + ranks]
-        for up, scale in zip(ups, self._scales, strict=True):
+    def gradients(self, collected: Collected) -> list[Tensor | None]:
+        """Return the gradients of the layout's parameters. The sums are changed in place."""
+        (sums, pieces, used), layout, ranks = collected, self.layout, len(self.up)
+        for up, scale in zip(sums[1 : 1 + ranks], self.scales, strict=True):
             if not (isinstance(scale, float) and scale == 1):
                 up.mul_(scale)
-        views = layout.views(layout.whole, buffers[: 1 + ranks])
-        pieces = (
-            views if layout.count == 1 else [piece for view in views for piece in view.unbind()]
-        )
         if layout.has_gain:
-            pieces += torch.split(self._magnitude_gradient(buffers[1 + ranks]), layout.sizes)
-        adapter_count = len(layout.sizes)
-        gradients: list[Tensor | None] = []
-        for number, (part, parameter) in enumerate(zip(pieces, layout.parameters, strict=True)):
-            if number % adapter_count // layout.count not in self._used:
-                gradients.append(None)
-                continue
-            if part.shape != parameter.shape:  # A smaller rank, or the 1s of a convolution's shape.
-                rows, columns = parameter.shape[:2]
-                part = part[:rows, :columns].view(parameter.shape)
-            gradients.append(part if part.dtype == parameter.dtype else part.to(parameter.dtype))
-        return gradients
+            self._divide(sums[1 + ranks])
+        numbers = range(len(layout.sites))
+        is_used = [index in used for index in numbers for _ in range(layout.count)]
+        triples = zip(pieces, layout.parameters, cycle(is_used))
+        return [piece.to(p.dtype) if has else None for piece, p, has in triples]
 
-    def _magnitude_gradient(self, total: Tensor) -> Tensor:
-        """Return ``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``.
+    def _divide(self, total: Tensor) -> None:
+        """Compute ``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)`` from the sums, in place.
 
         On the output axis ``y_i - b_i`` is ``g_i`` times row i of ``(W + sBA) x``. On the input
         axis the sum is over ``g x`` times its gradient. For direct layers the sum is dm times the
@@ -377,19 +384,26 @@ class Plan:
             gains = torch.split(gain, [layout.count * width for width in layout.widths])
             for index in self.direct:
                 gains[index].fill_(1)
-        return total.div_(gain.mul_(self.norm.clamp_min(NORM_FLOOR)))
+        total.div_(gain.mul_(self.norm.clamp_min(NORM_FLOOR)))
 
     @torch.no_grad()
-    def give_gradients(self) -> None:
+    def give_gradients(self, collected: Collected = NOTHING) -> None:
         """Set the parameters' ``grad`` after the backward passes of a plan without edges.
 
         Parameters that no pass has reached get no gradient. Gradients of A and B from a
         parametrization are propagated to its parameters.
+
+        Args:
+            collected: Gradients of layers that are no part of the plan's graph.
         """
-        if self._left is None:
+        if self._left is not None:
+            if collected.used:
+                torch._foreach_add_(self._left, collected.sums)
+            used = collected.used | self._used
+            collected = Collected(self._left, self.layout.pieces(self._left), used)
+        if not collected.used:
             return
-        indirect = []
-        gradients = self.gradients(self._left)
+        indirect, gradients = [], self.gradients(collected)
         for parameter, gradient in zip(self.layout.parameters, gradients, strict=True):
             if gradient is not None and parameter.grad_fn is None:
                 parameter.grad = gradient
@@ -425,7 +439,9 @@ class _Prepare(torch.autograd.Function):
         if plan.has_edges:
             # Only the layers of this pass, not those of earlier passes.
             plan._used.clear()
-            return None, None, None, *plan.gradients(plan.flat_gradients(ctx.rows, grads))
+            sums = plan.flat_gradients(ctx.rows, grads)
+            collected = Collected(sums, plan.layout.pieces(sums), plan._used)
+            return None, None, None, *plan.gradients(collected)
         buffers = plan.flat_gradients(ctx.rows, grads)
         if plan._left is None:
             plan._left = buffers

@@ -66,8 +66,11 @@ class NormCache:
 
     def scales(self, entries: Sequence[Entry]) -> Sequence[LayerScales | FixedScales | None]:
         """Return the scales of each adapter; None if the cache holds none for it."""
-        layers, adapters = [route.layer for route, _, _ in entries], [[a] for _, _, a in entries]
-        return scales_of(self._layouts.of(layers, adapters)[0], self._layouts.flags)
+        return scales_of(self._layouts.of(*_columns(entries))[0], self._layouts.flags)
+
+
+_LAYOUTS: WeakKeyDictionary[nn.Module, LayoutCache] = WeakKeyDictionary()
+"""Layouts of scopes without a cache, by their first model."""
 
 
 class FixedNorms(NormCache):
@@ -133,7 +136,8 @@ def norm_scope(*models: nn.Module, cache: NormCache | None = None) -> Iterator[N
         ...     model(torch.ones(1, 8)).sum().backward()
     """
     layers = (cache or NormCache()).layers(models)
-    with _norms_of([NormRoute(layer) for layer in layers if layer.route is None], cache):
+    routes = [NormRoute(layer) for layer in layers if layer.route is None]
+    with _norms_of(routes, cache, models):
         yield
 
 
@@ -177,21 +181,25 @@ def row_scope(
     if not partly:
         require_adapters(models, rows)
     layers = (cache or NormCache()).layers(models)
-    with _norms_of([RowRoute(layer, tuple(rows)) for layer in layers], cache):
+    with _norms_of([RowRoute(layer, tuple(rows)) for layer in layers], cache, models):
         yield
 
 
 @contextmanager
-def _norms_of(routes: Sequence[NormRoute], cache: NormCache | None) -> Iterator[None]:
+def _norms_of(
+    routes: Sequence[NormRoute], cache: NormCache | None, models: Sequence[nn.Module]
+) -> Iterator[None]:
     """Route layers with the norms of their adapters; layers in an open scope keep its norms."""
     entries = [
         (route, *pair) for route in routes if route.layer.route is None for pair in route.active()
     ]
-    scales = (
-        make_scales([route.layer.site([adapter]) for route, _, adapter in entries])
-        if cache is None
-        else cache.scales(entries)
-    )
+    if cache is not None:
+        scales = cache.scales(entries)
+    elif entries and torch.is_grad_enabled():  # Probably a step of a loop.
+        layouts = _LAYOUTS.setdefault(models[0], LayoutCache())
+        scales = scales_of(layouts.of(*_columns(entries))[0])
+    else:
+        scales = make_scales([route.layer.site([adapter]) for route, _, adapter in entries])
     for (route, name, adapter), layer_scales in zip(entries, scales, strict=True):
         if layer_scales is not None:
             route.keep(name, adapter, layer_scales)
@@ -201,6 +209,11 @@ def _norms_of(routes: Sequence[NormRoute], cache: NormCache | None) -> Iterator[
             yield
     finally:
         hook.remove()
+
+
+def _columns(entries: Sequence[Entry]) -> tuple[list[AdaptedLayer], list[list[LayerAdapter]]]:
+    """Return the layers and the adapters of entries, as `LayoutCache` takes them."""
+    return [route.layer for route, _, _ in entries], [[adapter] for _, _, adapter in entries]
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:

@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.buffers import Buffers
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
-from dora_diffusion.adapters.layout import Rows, layouts_of
-from dora_diffusion.adapters.plan import Plan
+from dora_diffusion.adapters.layout import Layout, Rows, layouts_of
+from dora_diffusion.adapters.plan import NOTHING, Plan
 from dora_diffusion.adapters.route import Ready, Route, forward_rows, routed
 from dora_diffusion.numerics.dora import (
     Factors,
@@ -28,6 +29,7 @@ from dora_diffusion.numerics.dora import (
     gain,
     sum_of_adapters,
 )
+from dora_diffusion.numerics.fused import is_fusible
 from dora_diffusion.numerics.operation import MaskedOperation, Operation, dropout
 from dora_diffusion.numerics.precision import product_dtype
 from dora_diffusion.numerics.weights import LayerWeights
@@ -75,6 +77,7 @@ class AdapterStack:
         self._layouts = LayoutCache()
         self._dtype: torch.dtype | None = None
         self._plans: list[Plan] = []
+        self._buffers: dict[Layout, Buffers] = {}
         # Each layer's factors by dtype, and its `Route.ready`.
         self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
 
@@ -89,6 +92,7 @@ class AdapterStack:
         """
         layouts, are_new = self._layouts.of(self.layers, self.adapters)
         if are_new:
+            self._buffers = {}
             for route in self._routes:
                 route.settle()
             self._dtype = next((r.plain_dtype for r in self._routes if r.plain_dtype), None)
@@ -105,7 +109,8 @@ class AdapterStack:
                 if before != [parameter._version for parameter in self._parameters]:
                     raise RuntimeError("an adapter's parameters changed inside of its step")
                 for plan in self._plans:
-                    plan.give_gradients()
+                    buffers = self._buffers.get(plan.layout)
+                    plan.give_gradients(NOTHING if buffers is None else buffers.collect())
         finally:
             self._plans = []
 
@@ -135,7 +140,7 @@ class AdapterStack:
             self._choose(rows, masks, changes)
             # Before the first layer is called, so that every layer has its ``ready`` forward.
             if isinstance(rows, int) and self._dtype is not None and not any(self._made[rows][0]):
-                self.make(self._dtype)
+                self._make_ready(self._dtype)
             yield
         finally:
             self._choose(*before)
@@ -187,19 +192,53 @@ class AdapterStack:
                 changes[number] = part.view(len(owners), -1)
         return changes
 
-    def make(self, dtype: torch.dtype) -> None:
-        """Compute the factors of all layers in a dtype, for the current rows."""
-        entries, has_one = self._made[self.rows], isinstance(self.rows, int)
+    def _make_ready(self, dtype: torch.dtype) -> None:
+        """Compute the factors of all layers in a dtype, for rows that use one adapter."""
+        entries, others = self._made[self.rows], []
         for plan in self._plans:
+            if not (layout := plan.layout).has_buffers or not self._layouts.is_kept:
+                others.append(plan)
+                continue
+            if layout not in self._buffers:
+                self._buffers[layout] = self._new_buffers(layout, dtype)
+            buffers = self._buffers[layout]
+            buffers.fill(plan)
+            for index, forward in buffers.forwards.items():
+                if index not in plan.direct:
+                    entries[layout.numbers[index]][1][dtype] = forward
+        self.make(dtype, others)
+
+    def _new_buffers(self, layout: Layout, dtype: torch.dtype) -> Buffers:
+        routes = {index: self._routes[number] for index, number in enumerate(layout.numbers)}
+        return Buffers(
+            layout,
+            dtype,
+            {
+                index: route.op
+                for index, route in routes.items()
+                if route.plain_dtype == dtype and is_fusible(route.op)
+            },
+        )
+
+    def make(self, dtype: torch.dtype, plans: Sequence[Plan] | None = None) -> None:
+        """Compute the factors of all layers in a dtype, for the current rows.
+
+        Args:
+            dtype: The dtype.
+            plans: Plans of the layers; None: all.
+        """
+        entries, has_one = self._made[self.rows], isinstance(self.rows, int)
+        for plan in self._plans if plans is None else plans:
             factors = plan.factors(dtype, self.rows)
             for number, layer_factors in zip(plan.layout.numbers, factors, strict=True):
                 route, (factors_by_dtype, ready) = self._routes[number], entries[number]
                 factors_by_dtype[dtype] = layer_factors
                 if has_one and route.plain_dtype == dtype:
                     op, matrix, bias = route.op, route.matrix, route.layer.bias
-                    ready[dtype] = partial(
+                    forward = partial(
                         dora_forward, op, weight=matrix, bias=bias, factors=layer_factors
                     )
+                    ready.setdefault(dtype, forward)
 
 
 def _masked(weights: LayerWeights, mask: Tensor) -> LayerWeights:

@@ -249,9 +249,10 @@ def _is_fused(op: Operation, x: Any, factors: Factors, base: Tensor | None) -> b
 
 
 def _fused(op: Operation, x: Any, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
-    constants = Constants(op, weight, bias, factors.shift, factors.mean)
+    f: Any = factors
+    constants = Constants.of(op, weight, bias, f.shift, f.mean, f.gain)
     function = FusedLinear if type(op) is Operation else FusedConv
-    y: Tensor = function.apply(constants, None, None, factors.down, factors.up, factors.gain, x)  # type: ignore[no-untyped-call]
+    y: Tensor = function.apply(constants, None, None, f.down, f.up, f.gain, x)
     return y
 
 

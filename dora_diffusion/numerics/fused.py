@@ -19,6 +19,7 @@ from dora_diffusion.numerics.operation import ConvOperation, Operation, leaves_g
 BATCH_NORM_DEVICES = {"cpu", "cuda"}
 """Devices whose batch normalization takes 16-bit activations with float32 vectors."""
 _batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default
+_VALUE_AND_GAIN, _GAIN = (True, True, False), (False, True, False)
 _convolution_backward: Any = torch.ops.aten.convolution_backward.default
 
 
@@ -48,21 +49,21 @@ def scale_gradients(
         bias: b, ``(n,)`` in the gain's dtype; None: 0.
         to_value: Whether ``g * dy`` is needed.
     """
+    is_last, is_image = op.shape == (-1,), grad.ndim == len(op.shape) + 1 and y.is_contiguous()
     if (
         grad.device.type in BATCH_NORM_DEVICES
         and not torch.compiler.is_compiling()
         and gain.ndim == 1
         and grad.numel()
-        and (op.shape == (-1,) or (grad.ndim == len(op.shape) + 1 and y.is_contiguous()))
+        and (is_last or is_image)
     ):
         shape, channels = grad.shape, len(gain)
-        if op.shape == (-1,):
+        if is_last:
             grad, y = grad.reshape(-1, channels), y.reshape(-1, channels)
-        else:  # Torch mixes up the formats of two images if there is one image in a batch.
-            grad = grad.contiguous()
         mean, variance = unit_statistics(channels, gain.dtype, gain.device)
         mean = mean if bias is None else bias
-        return _by_batch_norm(grad, y, gain, mean, variance, to_value, shape)
+        of_value, of_gain = _by_batch_norm(grad, y, gain, mean, variance, to_value)
+        return None if of_value is None else of_value.view(shape), of_gain
     of_value, dims = scaled_gradient(op, grad, gain) if to_value else None, op.dims[grad.ndim]
     # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
     product = (
@@ -76,6 +77,18 @@ def scale_gradients(
     return of_value, of_gain
 
 
+def _by_batch_norm(
+    grad: Tensor, y: Tensor, gain: Tensor, mean: Tensor, variance: Tensor, to_value: bool
+) -> tuple[Tensor | None, Tensor]:
+    # Torch mixes up the memory formats of one image.
+    grad = grad.contiguous()
+    of_value, of_gain, _ = _batch_norm_backward(
+        grad, y, gain, mean, variance, mean, variance, False, 0.0,
+        _VALUE_AND_GAIN if to_value else _GAIN,
+    )  # fmt: skip
+    return of_value if to_value else None, of_gain
+
+
 def scaled_gradient(op: Operation, grad: Tensor, gain: Tensor) -> Tensor:
     """Return ``g * dy``, in the dtype of dy."""
     shaped = gain.view(op.shape)
@@ -83,16 +96,6 @@ def scaled_gradient(op: Operation, grad: Tensor, gain: Tensor) -> Tensor:
         return (shaped * grad).to(grad.dtype)
     # The kernel upcasts its inputs and rounds once. Autocast ignores operations with `out`.
     return torch.mul(grad, shaped, out=torch.empty_like(grad))
-
-
-def _by_batch_norm(
-    grad: Tensor, y: Tensor, gain: Tensor, mean: Tensor, variance: Tensor, to_value: bool,
-    shape: torch.Size,
-) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    of_value, of_gain, _ = _batch_norm_backward(
-        grad, y, gain, mean, variance, mean, variance, False, 0.0, (to_value, True, False)
-    )
-    return of_value.view(shape) if to_value else None, of_gain
 
 
 def _sum(tensor: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -108,6 +111,8 @@ class Constants(NamedTuple):
         bias: Bias ``(out,)``, or None.
         shift: ``(1 - g) b``, or None.
         mean: b in the gain's dtype; None: 0.
+        statistics: Mean and variance of the batch normalization (`scale_gradients`); None if the
+            device has none.
     """
 
     op: Any
@@ -115,6 +120,27 @@ class Constants(NamedTuple):
     bias: Tensor | None
     shift: Tensor | None
     mean: Tensor | None
+    statistics: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls, op: Operation, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
+        mean: Tensor | None, gain: Tensor,
+    ) -> Constants:  # fmt: skip
+        """Return the constants of a layer with this gain."""
+        statistics = None
+        if gain.device.type in BATCH_NORM_DEVICES:
+            zeros, ones = unit_statistics(len(gain), gain.dtype, gain.device)
+            statistics = (zeros if mean is None else mean), ones
+        return cls(op, weight, bias, shift, mean, statistics)
+
+    def gradients(
+        self, grad: Tensor, y: Tensor, gain: Tensor, to_value: bool
+    ) -> tuple[Any, Tensor]:
+        """`scale_gradients` of a Linear with two dimensions, or of images."""
+        if self.statistics is None or not y.is_contiguous() or not grad.numel():
+            return scale_gradients(self.op, grad, y, gain, self.mean, to_value)
+        return _by_batch_norm(grad, y, gain, *self.statistics, to_value)
 
 
 class Gradients:
@@ -182,21 +208,23 @@ class FusedLinear(torch.autograd.Function):
         y.addcmul_(F.linear(x, constants.weight, constants.bias), gain)
         ctx.save_for_backward(x, inner, y)
         ctx.layer, ctx.shape = (constants, gradients, down, up, gain), shape
-        return y.view(*shape[:-1], len(gain)) if is_flat else y
+        return y.view(*shape[:-1], y.shape[1]) if is_flat else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _require_first_derivative()
         x, inner, y = ctx.saved_tensors
-        (op, weight, _, _, mean), gradients, down, up, gain = ctx.layer
+        constants, gradients, down, up, gain = ctx.layer
         shape, to_x = ctx.shape, ctx.needs_input_grad[-1]
         if len(shape) != 2:
-            grad = grad.reshape(-1, len(gain))
+            grad = grad.reshape(-1, y.shape[-1])
         if len(x.shape) != 2:
             x, inner, y = (saved.reshape(-1, saved.shape[-1]) for saved in (x, inner, y))
-        of_value, of_gain = scale_gradients(op, grad, y, gain, mean, to_x)
+        of_value, of_gain = constants.gradients(grad, y, gain, to_x)
         of_inner = torch.mm(grad, up)
-        of_x = torch.mm(of_value, weight).addmm_(of_inner, down).view(shape) if to_x else None
+        of_x = None
+        if to_x:
+            of_x = torch.mm(of_value, constants.weight).addmm_(of_inner, down).view(shape)
         if gradients is None:
             of_up, of_down = torch.mm(grad.t(), inner), torch.mm(of_inner.t(), x)
             return None, None, None, of_down, of_up, of_gain, of_x
@@ -218,10 +246,8 @@ class FusedConv(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         op = constants.op
         ctx.is_wide = op.leaves_garbage and leaves_garbage(x, down, op.dilation)
-        if ctx.is_wide:
-            inner = op.apply(x.float(), down.float()).to(x.dtype)
-        else:
-            inner = op.apply(x, down)
+        operands = (x.float(), down.float()) if ctx.is_wide else (x, down)
+        inner = op.apply(*operands).to(x.dtype)
         y = F.conv2d(inner, up, constants.shift)
         y.addcmul_(op.apply(x, constants.weight, constants.bias), gain.view(-1, 1, 1))
         ctx.save_for_backward(x, inner, y)
@@ -232,10 +258,11 @@ class FusedConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _require_first_derivative()
         x, inner, y = ctx.saved_tensors
-        (op, weight, _, _, mean), gradients, down, up, gain = ctx.layer
-        to_x, pixel = ctx.needs_input_grad[-1], ((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+        constants, gradients, down, up, gain = ctx.layer
+        op, to_x = constants.op, ctx.needs_input_grad[-1]
+        pixel = (1, 1), (0, 0), (1, 1), False, (0, 0), 1
         settings = op.stride, op.padding, op.dilation, False, (0, 0), 1
-        of_value, of_gain = scale_gradients(op, grad, y, gain, mean, to_x)
+        of_value, of_gain = constants.gradients(grad, y, gain, to_x)
         of_inner, of_up, _ = _convolution_backward(
             grad, inner, up, None, *pixel, (True, True, False)
         )
@@ -245,7 +272,7 @@ class FusedConv(torch.autograd.Function):
         of_x, of_down, _ = _convolution_backward(*operands, None, *settings, (to_x, True, False))
         if to_x:
             of_base, _, _ = _convolution_backward(
-                of_value, x, weight, None, *settings, (True, False, False)
+                of_value, x, constants.weight, None, *settings, (True, False, False)
             )
             of_x = of_base.add_(of_x)
         if gradients is None:
@@ -265,5 +292,5 @@ def _require_first_derivative() -> None:
 
 def fused(op: Operation) -> Any:
     """Return the function of a fusible operation, called past the wrapper for functorch."""
-    function = FusedLinear if type(op) is Operation else FusedConv
+    function: Any = FusedLinear if type(op) is Operation else FusedConv
     return super(torch.autograd.Function, function).apply

@@ -429,7 +429,7 @@ def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("dora_diffusion.adapters.scope.make_scales", fail)
+        patch.setattr("dora_diffusion.adapters.scope.scales_of", fail)
         with pytest.raises(torch.OutOfMemoryError), norm_scope(net):
             pass
     before = net(x)

@@ -1,0 +1,91 @@
+"""Memory of a run's factors and gradients, which stays from step to step.
+
+Each layer has views of the buffers that are created once. A step fills the factors of all layers
+with a few operations, backward passes write to the layers' gradients, and a few operations turn
+them into the gradients of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.adapters.layout import Layout
+from dora_diffusion.adapters.plan import Collected, Plan
+from dora_diffusion.numerics.fused import Constants, Gradients, fused
+from dora_diffusion.numerics.operation import Operation
+
+
+class Buffers:
+    """Factors and gradients of a layout's layers, each with one DoRA on the output axis.
+
+    Attributes:
+        forwards: Forward of each layer, by its index in the layout.
+
+    Args:
+        layout: The layout.
+        dtype: Compute dtype.
+        operations: Operations of the layers, by index in the layout.
+    """
+
+    def __init__(
+        self, layout: Layout, dtype: torch.dtype, operations: Mapping[int, Operation]
+    ) -> None:
+        self._layout, self._gradients_of = layout, dict[int, Gradients]()
+        self.forwards: dict[int, Callable[[Tensor], Tensor]] = {}
+        products = layout.new_buffers(0, zero=True)
+        self._sums = [*products, torch.zeros_like(layout.base)]
+        self._pieces = layout.pieces(self._sums)
+        self._factors = [torch.zeros_like(buffer, dtype=dtype) for buffer in products]
+        self._gain = torch.zeros_like(layout.base)
+        self._shift = torch.zeros_like(self._gain, dtype=dtype)
+        # In the dtype of the sums, backward passes write to the sums themselves.
+        is_wide = dtype == layout.dtype
+        self._gradients = products if is_wide else list(map(torch.zeros_like, self._factors))
+        count = len(layout.sites)
+        factors, gradients = (layout.views(0, b) for b in (self._factors, self._gradients))
+        gains, shifts = (torch.split(v, layout.widths) for v in (self._gain, self._shift))
+        for index, op in operations.items():
+            site, mean = layout.sites[index], layout.biases[index]
+            shift = None if mean is None else shifts[index]
+            constants = Constants.of(op, site.weight, site.bias, shift, mean, gains[index])
+            gradients_of = Gradients(gradients[index], gradients[count + index])
+            self._gradients_of[index] = gradients_of
+            down, up = factors[index], factors[count + index]
+            self.forwards[index] = partial(
+                fused(op), constants, gradients_of, layout.anchor, down, up, gains[index]
+            )
+
+    @torch.no_grad()
+    def fill(self, plan: Plan) -> None:
+        """Write the factors of a step."""
+        assert plan.gain is not None
+        self._factors[0].copy_(plan.down)
+        for buffer, up, scale in zip(self._factors[1:], plan.up, plan.scales, strict=True):
+            torch.mul(up, scale, out=buffer)
+        self._gain.copy_(plan.gain)
+        if any(self._layout.has_bias):
+            torch.mul(1 - plan.gain, self._layout.bias, out=self._shift)
+
+    @torch.no_grad()
+    def collect(self) -> Collected:
+        """Collect the gradients of a step's backward passes, in memory of the next step too."""
+        every = self._gradients_of
+        used = {index for index, gradients in every.items() if gradients.is_used}
+        parts = [g for g in every.values() if g.parts is not None]
+        if parts:
+            targets = [target for g in parts for target in (g.down, g.up)]
+            torch._foreach_copy_(targets, [part for g in parts for part in g.parts or ()])
+        if unused := [g for index, g in every.items() if index not in used]:
+            torch._foreach_zero_([view for g in unused for view in (g.down, g.up)])
+        if self._gradients[0].dtype != self._layout.dtype:
+            torch._foreach_copy_(self._sums[:-1], self._gradients)
+        layout = self._layout
+        gains = [every[i].gain if i in used else None for i in range(len(layout.sites))]
+        torch.cat(layout.with_zeros(0, gains), out=self._sums[-1])
+        for gradients in every.values():
+            gradients.is_used, gradients.gain, gradients.parts = False, None, None
+        return Collected(self._sums, self._pieces, used)
