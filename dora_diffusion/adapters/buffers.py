@@ -7,13 +7,13 @@ them into the gradients of the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.layout import Layout
+from dora_diffusion.adapters.layout import Layout, consecutive
 from dora_diffusion.adapters.plan import Collected, Plan
 from dora_diffusion.numerics.fused import Constants, Gradients, fused
 from dora_diffusion.numerics.operation import Operation
@@ -29,16 +29,20 @@ class Buffers:
         layout: The layout.
         dtype: Compute dtype.
         operations: Operations of the layers, by index in the layout.
+        memory: Memory for the parameters' gradients. It is used where it has the layout's order.
     """
 
     def __init__(
-        self, layout: Layout, dtype: torch.dtype, operations: Mapping[int, Operation]
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        operations: Mapping[int, Operation],
+        memory: Mapping[Tensor, Tensor],
     ) -> None:
         self._layout, self._gradients_of = layout, dict[int, Gradients]()
         self.forwards: dict[int, Callable[[Tensor], Tensor]] = {}
-        products = layout.new_buffers(0, zero=True)
-        self._sums = [*products, torch.zeros_like(layout.base)]
-        self._pieces = layout.pieces(self._sums)
+        self._sums, self._pieces = _in_memory(layout, memory)
+        products = self._sums[:-1]
         self._factors = [torch.zeros_like(buffer, dtype=dtype) for buffer in products]
         self._gain = torch.zeros_like(layout.base)
         self._shift = torch.zeros_like(self._gain, dtype=dtype)
@@ -73,19 +77,34 @@ class Buffers:
     @torch.no_grad()
     def collect(self) -> Collected:
         """Collect the gradients of a step's backward passes, in memory of the next step too."""
-        every = self._gradients_of
-        used = {index for index, gradients in every.items() if gradients.is_used}
-        parts = [g for g in every.values() if g.parts is not None]
-        if parts:
+        layout, every = self._layout, self._gradients_of
+        used = {index for index, gradients in every.items() if gradients.gain is not None}
+        if parts := [g for g in every.values() if g.parts]:
             targets = [target for g in parts for target in (g.down, g.up)]
-            torch._foreach_copy_(targets, [part for g in parts for part in g.parts or ()])
+            torch._foreach_copy_(targets, [part for g in parts for part in g.parts])
         if unused := [g for index, g in every.items() if index not in used]:
             torch._foreach_zero_([view for g in unused for view in (g.down, g.up)])
-        if self._gradients[0].dtype != self._layout.dtype:
+        if self._gradients[0].dtype != layout.dtype:
             torch._foreach_copy_(self._sums[:-1], self._gradients)
-        layout = self._layout
         gains = [every[i].gain if i in used else None for i in range(len(layout.sites))]
         torch.cat(layout.with_zeros(0, gains), out=self._sums[-1])
-        for gradients in every.values():
-            gradients.is_used, gradients.gain, gradients.parts = False, None, None
+        for index in used:
+            every[index].clear()
         return Collected(self._sums, self._pieces, used)
+
+
+def _in_memory(
+    layout: Layout, memory: Mapping[Tensor, Tensor]
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Return buffers for the sums of a layout's gradients and their pieces, in given memory."""
+    sums = [*layout.new_buffers(0, zero=True), torch.zeros_like(layout.base)]
+    pieces, start = layout.pieces(sums), 0
+    for number, count in enumerate(layout.counts):
+        parts = [memory.get(p) for p in layout.parameters[start : start + count]]
+        given = [part for part in parts if part is not None]
+        vector = consecutive(given) if len(given) == count else None
+        if vector is not None and vector.dtype == layout.dtype:
+            sums[number] = vector.view(sums[number].shape)
+            pieces[start : start + count] = given
+        start += count
+    return sums, pieces

@@ -31,6 +31,7 @@ from dora_diffusion.adapters.layers import (
     adapted_layers,
     own_modules,
 )
+from dora_diffusion.adapters.layout import Site, layout_order
 from dora_diffusion.adapters.targets import check_pattern, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.adapter import PATTERNS
@@ -130,6 +131,16 @@ class AdapterSet:
     def trained(self) -> list[LayerAdapter]:
         """Return the trained adapter of each layer."""
         return [cast(LayerAdapter, adapters[DEFAULT_NAME]) for _, adapters, _ in self.layers]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the trained adapters, in the order of their layouts."""
+        adapters = self.trained()
+        sites = [
+            Site(layer.dense(local=True), None, [adapter.weights()], shard=layer.shard)
+            for (layer, _, _), adapter in zip(self.layers, adapters, strict=True)
+        ]
+        in_order = [adapters[number] for number in layout_order(sites)]
+        return [parameter for adapter in in_order for parameter in adapter.parameters()]
 
     def attach(self) -> None:
         """Attach the adapters to their layers, in place of the attached ones."""

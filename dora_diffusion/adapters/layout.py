@@ -157,6 +157,20 @@ def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [p if p.numel() else p.view(t.shape) for p, t in zip(views, tensors, strict=True)]
 
 
+def consecutive(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the tensors' memory as one vector; None if they do not lie one after the other."""
+    first = tensors[0].detach()
+    address, size, total = first.data_ptr(), first.element_size(), 0
+    for tensor in tensors:
+        if tensor.data_ptr() != address + total * size or tensor.dtype != first.dtype:
+            return None
+        total += tensor.numel()
+    # Neighbours may also be separate allocations.
+    end = first.storage_offset() + total
+    is_one = end * size <= first.untyped_storage().nbytes()
+    return first.as_strided((total,), (1,)) if is_one and first.is_contiguous() else None
+
+
 class Layout:
     """Layout of layers of one `_division`, each with K adapters.
 
@@ -164,7 +178,7 @@ class Layout:
     vectors over channels. In each buffer, the K adapters of a layer precede those of the next.
 
     Attributes:
-        sites: Layers with their adapters, sorted so that layers of one shape are neighbours.
+        sites: Layers with their adapters; layers of one shape are neighbours.
         numbers: Index of each site in the argument ``sites``.
         count: K.
         whole: Rows that use the K adapters in order, one each.
@@ -186,8 +200,8 @@ class Layout:
     """
 
     def __init__(self, sites: Sequence[Site], numbers: Sequence[int]) -> None:
-        self.numbers = sorted(numbers, key=lambda number: _kind(sites[number]))
-        self.sites = sites = [sites[number] for number in self.numbers]
+        self.numbers = list(numbers)
+        self.sites = sites = [sites[number] for number in numbers]
         first = sites[0].adapters[0]
         self.count = len(sites[0].adapters)
         self.whole: Rows = 0 if self.count == 1 else tuple(range(self.count))
@@ -259,6 +273,13 @@ class Layout:
         return row_scales.to(self.dtype).to(self.device)
 
     @property
+    def counts(self) -> list[int]:
+        """Number of `parameters` in the buffers of A, of B for each rank, and of m."""
+        sites = [len(self.sites), *(len(group) for _, group in self._ranks)]
+        counts = [self.count * number for number in sites]
+        return [*counts, len(self.magnitudes)]
+
+    @property
     def has_buffers(self) -> bool:
         """True if the layers' factors can lie in `Buffers`: one DoRA each, on the output axis."""
         return self.count == 1 and self.has_gain and self.axis == "output"
@@ -271,13 +292,27 @@ class Layout:
     # Parameters to buffers
 
     @torch.no_grad()
-    def up(self) -> list[Tensor]:
-        """Return all B of each rank as ``(rows, r)``; smaller ones are padded with zeros."""
+    def down(self, *, shared: bool = False) -> Tensor:
+        """Return all A; with ``shared`` it may be the memory of the parameters."""
+        return self._joined(self.downs, shared)
+
+    @torch.no_grad()
+    def magnitude(self, *, shared: bool = False) -> Tensor:
+        """Return all m, likewise."""
+        return self._joined(self.magnitudes, shared)
+
+    def _joined(self, tensors: Sequence[Tensor], shared: bool) -> Tensor:
+        memory = consecutive(tensors) if shared else None
+        return (join(tensors) if memory is None else memory).to(self.dtype)
+
+    @torch.no_grad()
+    def up(self, *, shared: bool = False) -> list[Tensor]:
+        """Return all B of each rank as ``(rows, r)``, likewise; padded with zeros to the rank."""
         buffers = []
         for rank, sites in self._ranks:
             ups = [adapter.up for site in sites for adapter in site.adapters]
             if all(up.shape[1] == rank for up in ups):
-                buffers.append(join(ups).to(self.dtype).view(-1, rank))
+                buffers.append(self._joined(ups, shared).view(-1, rank))
                 continue
             sizes = [len(up) for up in ups]
             rows = torch.zeros(sum(sizes), rank, dtype=self.dtype, device=self.device)
@@ -435,10 +470,23 @@ def scaled(tensors: Iterable[Tensor], scales: Iterable[Any]) -> list[Tensor]:
 
 def layouts_of(sites: Sequence[Site]) -> dict[tuple[Any, ...], Layout]:
     """Return a layout for each `_division` (device, precision, norm axis) of the sites."""
+    return {kind: Layout(sites, numbers) for kind, numbers in _divided(sites).items()}
+
+
+def layout_order(sites: Sequence[Site]) -> list[int]:
+    """Return the indices of the sites in the order of their layouts."""
+    return [number for numbers in _divided(sites).values() for number in numbers]
+
+
+def _divided(sites: Sequence[Site]) -> dict[tuple[Any, ...], list[int]]:
+    """Return the sorted indices of the sites of each division."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for number, site in enumerate(sites):
         kinds.setdefault(_division(site), []).append(number)
-    return {kind: Layout(sites, numbers) for kind, numbers in kinds.items()}
+    return {
+        kind: sorted(numbers, key=lambda number: _kind(sites[number]))
+        for kind, numbers in kinds.items()
+    }
 
 
 def _division(site: Site) -> tuple[Any, ...]:

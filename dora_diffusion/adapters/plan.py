@@ -202,7 +202,8 @@ class Plan:
         self, layout: Layout, flags: DeferredFlags | None = None, *, has_edges: bool = True
     ) -> None:
         self.layout, self.has_edges = layout, has_edges
-        self.down, self.up = join(layout.downs).to(layout.dtype), layout.up()
+        # Factors of a graph with edges may be used after a change of the parameters.
+        self.down, self.up = layout.down(shared=not has_edges), layout.up(shared=not has_edges)
         self.direct, self.ran_without_gradients = set(layout.direct), set[int]()
         self._left: list[Tensor] | None = None
         self._used: set[int] = set()
@@ -224,7 +225,7 @@ class Plan:
             terms = Terms(change, bound.sqrt(), checksum)
         total = terms.change + layout.base
         self.norm = total.clamp_min(0).sqrt_()
-        self.gain = gain_of(join(layout.magnitudes).to(layout.dtype), self.norm)
+        self.gain = gain_of(layout.magnitude(shared=True), self.norm)
         # Not ``<``, so that NaN is flagged too.
         flagged = is_ill_conditioned(total, layout.base, terms.bound, margin).logical_or_(
             ~(self.gain.abs() >= margin * SMALL_GAIN)
@@ -367,7 +368,12 @@ class Plan:
         numbers = range(len(layout.sites))
         is_used = [index in used for index in numbers for _ in range(layout.count)]
         triples = zip(pieces, layout.parameters, cycle(is_used))
-        return [piece.to(p.dtype) if has else None for piece, p, has in triples]
+        return [
+            (piece if piece.dtype == parameter.dtype else piece.to(parameter.dtype))
+            if has_gradient
+            else None
+            for piece, parameter, has_gradient in triples
+        ]
 
     def _divide(self, total: Tensor) -> None:
         """Compute ``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)`` from the sums, in place.

@@ -8,7 +8,7 @@ the step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -46,6 +46,7 @@ class AdapterStack:
     Args:
         layers: The layers.
         adapters: The K adapters of each layer, in the same order.
+        memory: Memory for gradients, by parameter. It is used where possible (`Buffers`).
 
     Raises:
         ValueError: If K is more than 1, and a layer is an Embedding or a grouped convolution, the
@@ -54,7 +55,10 @@ class AdapterStack:
     """
 
     def __init__(
-        self, layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]
+        self,
+        layers: Sequence[AdaptedLayer],
+        adapters: Sequence[Sequence[LayerAdapter]],
+        memory: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         for layer, group in zip(layers, adapters, strict=True):
             is_plain = layer.kind != "embedding" and layer_groups(layer) == 1
@@ -68,7 +72,7 @@ class AdapterStack:
                     "adapters can be trained together on Linear layers and convolutions without "
                     "groups, all DoRA on one norm axis or all LoRA, without dropout"
                 )
-        self.layers, self.adapters = layers, adapters
+        self.layers, self.adapters, self._memory = layers, adapters, memory or {}
         self.rows: Rows = BASE
         self.masks: Masks = ()
         self.norm_changes: Masks = ()
@@ -218,6 +222,7 @@ class AdapterStack:
                 for index, route in routes.items()
                 if route.plain_dtype == dtype and is_fusible(route.op)
             },
+            self._memory,
         )
 
     def make(self, dtype: torch.dtype, plans: Sequence[Plan] | None = None) -> None:

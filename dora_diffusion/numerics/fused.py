@@ -20,6 +20,10 @@ BATCH_NORM_DEVICES = {"cpu", "cuda"}
 """Devices whose batch normalization takes 16-bit activations with float32 vectors."""
 _batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default
 _VALUE_AND_GAIN, _GAIN = (True, True, False), (False, True, False)
+_FIRST_DERIVATIVE = (
+    "layers with DoRA have no second derivative inside of norm_scope; leave out create_graph=True, "
+    "or call the model outside of the scope"
+)
 _convolution_backward: Any = torch.ops.aten.convolution_backward.default
 
 
@@ -61,9 +65,9 @@ def scale_gradients(
         if is_last:
             grad, y = grad.reshape(-1, channels), y.reshape(-1, channels)
         mean, variance = unit_statistics(channels, gain.dtype, gain.device)
-        mean = mean if bias is None else bias
-        of_value, of_gain = _by_batch_norm(grad, y, gain, mean, variance, to_value)
-        return None if of_value is None else of_value.view(shape), of_gain
+        statistics = (mean if bias is None else bias), variance
+        of_value, of_gain = _by_batch_norm(grad, y, gain, statistics, to_value)
+        return of_value.view(shape) if to_value else None, of_gain
     of_value, dims = scaled_gradient(op, grad, gain) if to_value else None, op.dims[grad.ndim]
     # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
     product = (
@@ -78,15 +82,14 @@ def scale_gradients(
 
 
 def _by_batch_norm(
-    grad: Tensor, y: Tensor, gain: Tensor, mean: Tensor, variance: Tensor, to_value: bool
-) -> tuple[Tensor | None, Tensor]:
-    # Torch mixes up the memory formats of one image.
-    grad = grad.contiguous()
+    grad: Tensor, y: Tensor, gain: Tensor, statistics: tuple[Tensor, Tensor], to_value: bool
+) -> tuple[Any, Tensor]:
+    mean_and_variance, outputs = statistics * 2, _VALUE_AND_GAIN if to_value else _GAIN
+    # Torch mixes up the memory formats of one image that is not contiguous.
     of_value, of_gain, _ = _batch_norm_backward(
-        grad, y, gain, mean, variance, mean, variance, False, 0.0,
-        _VALUE_AND_GAIN if to_value else _GAIN,
-    )  # fmt: skip
-    return of_value if to_value else None, of_gain
+        grad.contiguous(), y, gain, *mean_and_variance, False, 0.0, outputs
+    )
+    return of_value, of_gain
 
 
 def scaled_gradient(op: Operation, grad: Tensor, gain: Tensor) -> Tensor:
@@ -140,44 +143,29 @@ class Constants(NamedTuple):
         """`scale_gradients` of a Linear with two dimensions, or of images."""
         if self.statistics is None or not y.is_contiguous() or not grad.numel():
             return scale_gradients(self.op, grad, y, gain, self.mean, to_value)
-        return _by_batch_norm(grad, y, gain, *self.statistics, to_value)
+        return _by_batch_norm(grad, y, gain, self.statistics, to_value)
 
 
 class Gradients:
     """Gradients of a layer's factors, summed over the backward passes of a step.
 
     Attributes:
-        down: Gradient of A, memory that a backward pass writes to.
-        up: Gradient of ``g s B``, likewise.
-        gain: Sum for the gradient of m, ``(out,)``; a new tensor.
-        is_used: Whether a backward pass has reached the layer.
+        down: Memory for the gradient of A.
+        up: Memory for the gradient of ``g s B``.
+        parts: The same gradients of a convolution, which torch cannot write to memory.
+        gain: Sum for the gradient of m, ``(out,)``; None: no backward pass has reached the layer.
     """
 
-    __slots__ = ("down", "gain", "is_used", "parts", "up")
+    __slots__ = ("down", "gain", "parts", "up")
 
     def __init__(self, down: Tensor, up: Tensor) -> None:
-        self.down, self.up, self.is_used = down, up, False
+        self.down, self.up = down, up
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self.parts: tuple[Tensor, ...] = ()
         self.gain: Tensor | None = None
-        self.parts: tuple[Tensor, Tensor] | None = None
-
-    def add_products(self, grad: Tensor, inner: Tensor, of_inner: Tensor, x: Tensor) -> None:
-        """Add ``dy^T (A x)`` and ``(dy B)^T x``, all of two dimensions."""
-        if self.is_used:
-            self.up.addmm_(grad.t(), inner)
-            self.down.addmm_(of_inner.t(), x)
-        else:
-            torch.mm(grad.t(), inner, out=self.up)
-            torch.mm(of_inner.t(), x, out=self.down)
-
-    def add_parts(self, of_down: Tensor, of_up: Tensor) -> None:
-        """Add the gradients of convolutions, which have no ``out``: `Buffers` copies them."""
-        parts = self.parts
-        self.parts = (of_down, of_up) if parts is None else (parts[0] + of_down, parts[1] + of_up)
-
-    def add_gain(self, of_gain: Tensor) -> None:
-        """Add a sum for the gradient of m."""
-        self.gain = of_gain if self.gain is None else self.gain + of_gain
-        self.is_used = True
 
 
 def is_fusible(op: Operation) -> bool:
@@ -212,7 +200,8 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _require_first_derivative()
+        if torch.is_grad_enabled():
+            raise RuntimeError(_FIRST_DERIVATIVE)
         x, inner, y = ctx.saved_tensors
         constants, gradients, down, up, gain = ctx.layer
         shape, to_x = ctx.shape, ctx.needs_input_grad[-1]
@@ -228,8 +217,14 @@ class FusedLinear(torch.autograd.Function):
         if gradients is None:
             of_up, of_down = torch.mm(grad.t(), inner), torch.mm(of_inner.t(), x)
             return None, None, None, of_down, of_up, of_gain, of_x
-        gradients.add_products(grad, inner, of_inner, x)
-        gradients.add_gain(of_gain)
+        if gradients.gain is None:
+            torch.mm(grad.t(), inner, out=gradients.up)
+            torch.mm(of_inner.t(), x, out=gradients.down)
+            gradients.gain = of_gain
+        else:
+            gradients.up.addmm_(grad.t(), inner)
+            gradients.down.addmm_(of_inner.t(), x)
+            gradients.gain += of_gain
         return None, None, None, None, None, None, of_x
 
 
@@ -256,7 +251,8 @@ class FusedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _require_first_derivative()
+        if torch.is_grad_enabled():
+            raise RuntimeError(_FIRST_DERIVATIVE)
         x, inner, y = ctx.saved_tensors
         constants, gradients, down, up, gain = ctx.layer
         op, to_x = constants.op, ctx.needs_input_grad[-1]
@@ -277,17 +273,12 @@ class FusedConv(torch.autograd.Function):
             of_x = of_base.add_(of_x)
         if gradients is None:
             return None, None, None, of_down.to(down.dtype), of_up, of_gain, of_x
-        gradients.add_parts(of_down, of_up)
-        gradients.add_gain(of_gain)
+        if gradients.gain is None:
+            gradients.parts, gradients.gain = (of_down, of_up), of_gain
+        else:
+            gradients.parts = gradients.parts[0] + of_down, gradients.parts[1] + of_up
+            gradients.gain += of_gain
         return None, None, None, None, None, None, of_x
-
-
-def _require_first_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "layers with DoRA have no second derivative inside of norm_scope; leave out "
-            "create_graph=True, or call the model outside of the scope"
-        )
 
 
 def fused(op: Operation) -> Any:

@@ -104,8 +104,7 @@ def _products(
         multipliers = [part.reshape(count, -1, length) for part in multipliers]
     rank = multipliers[0].shape[1]
     probe = _probe(length, multipliers[0]).expand(count, 1, length)
-    rows = torch.cat([*multipliers, probe], dim=1).unbind()
-    products = _batch(weights, rows, axis, multipliers[0].dtype)
+    products = _batch(weights, torch.cat([*multipliers, probe], dim=1), axis)
     dim, columns = 2 if axis == "output" else 1, rank * len(multipliers)
     seen = products.narrow(dim, 0, columns)
     if len(multipliers) > 1:
@@ -116,24 +115,23 @@ def _products(
     return seen, products.select(dim, columns)
 
 
-def _batch(
-    weights: Sequence[Tensor], rows: Sequence[Tensor], axis: NormAxis, dtype: torch.dtype
-) -> Tensor:
+def _batch(weights: Sequence[Tensor], rows: Tensor, axis: NormAxis) -> Tensor:
     """Multiply each weight by its rows, in float32 or float64, in one tensor."""
-    # A generator: quantised weights are dense in memory one at a time.
-    pairs = (
-        (weight.flatten(1), row.t()) if axis == "output" else (row, weight.flatten(1))
-        for weight, row in zip(weights, rows, strict=True)
-    )
-    if dtype in (torch.float32, torch.float64):
-        products = [left.to(dtype) @ right.to(dtype) for left, right in pairs]
-        return torch.stack(products) if len(products) > 1 else products[0][None]
-    out, width = weights[0].shape[0], weights[0][0].numel()
-    shape = (out, len(rows[0])) if axis == "output" else (len(rows[0]), width)
-    stacked = torch.empty(len(weights), *shape, dtype=torch.float32, device=weights[0].device)
-    for pair, product in zip(pairs, stacked.unbind(), strict=True):
-        torch.ops.aten.mm.dtype_out(*pair, torch.float32, out=product)
-    return stacked
+    wide, on_output = upcast_dtype(rows), axis == "output"
+    out, width = len(weights[0]), weights[0].shape[1:].numel()
+    shape = (out, rows.shape[1]) if on_output else (rows.shape[1], width)
+    products = torch.empty(len(weights), *shape, dtype=wide, device=rows.device)
+    factors = (rows.mT if on_output else rows).unbind()
+    for weight, factor, product in zip(weights, factors, products.unbind(), strict=True):
+        # Quantised weights are dense in memory one at a time.
+        matrix = weight.flatten(1)
+        if rows.dtype == wide:
+            matrix = matrix.to(wide)
+            torch.mm(*((matrix, factor) if on_output else (factor, matrix)), out=product)
+        else:
+            pair = (matrix, factor) if on_output else (factor, matrix)
+            torch.ops.aten.mm.dtype_out(*pair, wide, out=product)
+    return products
 
 
 def widens(weight: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -269,7 +270,10 @@ class SteppedParameters:
     Attributes:
         groups: Parameter groups of the optimizer.
         whole: Parameters that are not sharded.
+        memory: Memory for gradients, by trained parameter.
     """
+
+    memory: Mapping[Tensor, Tensor] = MappingProxyType({})
 
     def __init__(self, groups: Groups, whole: Sequence[nn.Parameter] | None = None) -> None:
         self.groups = groups
@@ -312,16 +316,25 @@ class FlatParameters(SteppedParameters):
 
     Args:
         groups: Parameter groups.
+        order: Parameters in the order in which their groups lie in memory; others follow. States
+            of the optimizer have the order of the groups.
     """
 
-    def __init__(self, groups: Groups) -> None:
-        self._members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+    def __init__(self, groups: Groups, order: Sequence[nn.Parameter] = ()) -> None:
+        place = {parameter: number for number, parameter in enumerate(order)}
+        self._in_group: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        self._members = [
+            sorted(members, key=lambda member: place.get(member, len(place)))
+            for members in self._in_group
+        ]
         self._flat = [nn.Parameter(join(members)) for members in self._members]
         self._gradients = [torch.zeros_like(flat) for flat in self._flat]
         self._shares = [
             split_like(gradient, members)
             for gradient, members in zip(self._gradients, self._members, strict=True)
         ]
+        pairs = zip(self._members, self._shares, strict=True)
+        self.memory = {m: s for both in pairs for m, s in zip(*both, strict=True)}
         self._unused: list[tuple[nn.Parameter, Tensor]] = []
         flat_groups = zip(groups, self._flat, strict=True)
         super().__init__([group | {"params": [flat]} for group, flat in flat_groups])
@@ -340,16 +353,24 @@ class FlatParameters(SteppedParameters):
         for flat, gradient, shares, members in columns:
             _check_memory(flat, members)
             gradients = [member.grad for member in members]
-            pairs = [
-                (s, grad) for s, grad in zip(shares, gradients, strict=True) if grad is not None
-            ]
-            unused = [m for m, grad in zip(members, gradients, strict=True) if grad is None]
-            if unused:
-                gradient.zero_()
-                self._unused += [(m, m.detach().clone()) for m in unused if pairs]
-            if pairs:
-                torch._foreach_copy_([share for share, _ in pairs], [grad for _, grad in pairs])
-            flat.grad = gradient if pairs else None
+            pairs = list(zip(shares, gradients, strict=True))
+            used = [grad is not None for grad in gradients]
+            if not all(used):
+                torch._foreach_zero_([share for share, grad in pairs if grad is None])
+                unused = [m for m, grad in zip(members, gradients, strict=True) if grad is None]
+                self._unused += [(m, m.detach().clone()) for m in unused if any(used)]
+            # Gradients that lie in `memory` need no copy.
+            if moved := [(s, grad) for s, grad in pairs if grad is not None and grad is not s]:
+                torch._foreach_copy_([share for share, _ in moved], [grad for _, grad in moved])
+            flat.grad = gradient if any(used) else None
+
+    def gather_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        pairs = zip(self._members, self._in_group, strict=True)
+        return _reordered(state, list(pairs))
+
+    def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        pairs = zip(self._in_group, self._members, strict=True)
+        return _reordered(state, list(pairs))
 
     def share_gradients(self) -> None:
         """Make the gradients of the members views of the clipped flat gradients."""
@@ -371,6 +392,33 @@ class FlatParameters(SteppedParameters):
                 member.grad = None
             # Views assigned to ``.data`` do not share the version counter of the flat parameter.
             increment_version(members)
+
+
+def _reordered(
+    state: Mapping[str, Any], orders: Sequence[tuple[list[nn.Parameter], list[nn.Parameter]]]
+) -> dict[str, Any]:
+    """Return an optimizer's state with the moments of each flat parameter in another order."""
+
+    def change(moment: Tensor, index: int) -> Tensor:
+        before, after = orders[index]
+        parts = dict(zip(before, split_like(moment, before), strict=True))
+        return join([parts[parameter] for parameter in after])
+
+    return _with_moments(state, change)
+
+
+def _with_moments(
+    state: Mapping[str, Any], change: Callable[[Tensor, int], Tensor]
+) -> dict[str, Any]:
+    """Return an optimizer's state with changed moments, given the index of their parameter."""
+    changed = {
+        index: {
+            key: change(value, index) if key.startswith("exp_avg") else value
+            for key, value in moments.items()
+        }
+        for index, moments in sorted(state["state"].items())
+    }
+    return {**state, "state": changed}
 
 
 def _check_memory(flat: Tensor, members: Sequence[Tensor]) -> None:
@@ -424,23 +472,15 @@ class LocalParameters(SteppedParameters):
         return norm
 
     def gather_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return self._with_moments(state, gather)
+        return _with_moments(state, lambda moment, index: gather(moment))
 
     def own_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return self._with_moments(state, lambda moment, member: own_part(member, moment))
-
-    def _with_moments(self, state: Mapping[str, Any], change: Any) -> dict[str, Any]:
-        changed = {
-            index: {
-                key: change(value, self._members[index]) if key.startswith("exp_avg") else value
-                for key, value in moments.items()
-            }
-            for index, moments in sorted(state["state"].items())
-        }
-        return {**state, "state": changed}
+        return _with_moments(state, lambda moment, index: own_part(self._members[index], moment))
 
 
-def stepped_parameters(groups: Groups, config: TrainConfig, *, shards: bool) -> SteppedParameters:
+def stepped_parameters(
+    groups: Groups, config: TrainConfig, *, shards: bool, order: Sequence[nn.Parameter] = ()
+) -> SteppedParameters:
     """Return the parameters of a run's optimizer, flattened if the optimizer allows it.
 
     AdamW is elementwise and can update flat parameters. Adafactor uses rows and columns. Prodigy
@@ -452,7 +492,8 @@ def stepped_parameters(groups: Groups, config: TrainConfig, *, shards: bool) -> 
         groups: Parameter groups.
         config: Method and optimizer.
         shards: Whether the model is sharded.
+        order: See `FlatParameters`.
     """
     if not config.is_full and config.optimizer_name == "adamw":
-        return FlatParameters(groups)
+        return FlatParameters(groups, order)
     return LocalParameters(groups) if shards and config.is_full else SteppedParameters(groups)

@@ -240,7 +240,9 @@ def build_step(
         batches: Batches of the run.
     """
     shards = shards_model(accelerator)
-    parameters = stepped_parameters(weights.groups(config), config, shards=shards)
+    adapters = AdapterSet.of(*weights.modules.values())
+    groups, order = weights.groups(config), adapters.parameters()
+    parameters = stepped_parameters(groups, config, shards=shards, order=order)
     optimizer = build_optimizer(parameters.groups, config)
     # Built before Accelerate wraps the optimizer, since the schedule patches its `step` method.
     lr_schedule = build_lr_schedule(optimizer, config)
@@ -249,7 +251,7 @@ def build_step(
         accelerator=accelerator,
         components=components,
         weights=weights,
-        adapters=AdapterSet.of(*weights.modules.values()),
+        adapters=adapters,
         batches=batches,
         encode=Conditioner(components, config.train_text_encoder),
         terms=build_terms(config, batches.process),

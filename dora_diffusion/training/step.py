@@ -157,14 +157,20 @@ class Step:
     @cached_property
     def stack(self) -> AdapterStack:
         """Stack of the trained adapters, which are prepared together."""
-        return stack_of(self.adapters)
+        return stack_of(self.adapters, memory=self.parameters.memory)
 
 
-def stack_of(*adapters: AdapterSet) -> AdapterStack:
+def stack_of(*adapters: AdapterSet, memory: Mapping[Tensor, Tensor] | None = None) -> AdapterStack:
     """Stack the adapters of several runs on the same layers.
+
+    Args:
+        adapters: The adapters of each run.
+        memory: See `AdapterStack`.
 
     Raises:
         ValueError: If the adapters cannot be trained together.
     """
     layers = [layer for layer, _, _ in adapters[0].layers]
-    return AdapterStack(layers, list(zip(*(run.trained() for run in adapters), strict=True)))
+    return AdapterStack(
+        layers, list(zip(*(run.trained() for run in adapters), strict=True)), memory
+    )
