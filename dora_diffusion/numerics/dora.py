@@ -217,7 +217,7 @@ def dora_forward(
             x = _with_norms(op, x, None, f.norm_change)
         gx = op.scale_input(x, f.gain) if in_graph else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
-    if _is_fused(op, x, f, base):
+    if base is None and _is_fused(op, f):
         return _fused(op, x, weight, bias, f)
     base = op.apply(x, weight, bias) if base is None else base
     low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
@@ -232,18 +232,15 @@ def dora_forward(
     return y if f.norm_change is None else _with_norms(op, y, bias, f.norm_change)
 
 
-def _is_fused(op: Operation, x: Any, factors: Factors, base: Tensor | None) -> bool:
-    """Return whether the layer can be one node of the graph."""
-    f = factors
+def _is_fused(op: Operation, f: Factors) -> bool:
+    """Return whether a layer can be one node of the graph."""
     return (
-        base is None
-        and f.gain is not None
+        f.gain is not None
         and f.gain.requires_grad
         and f.axis == "output"
         and not f.gain_in_graph
         and f.norm_change is None
         and is_fusible(op)
-        and (type(op) is Operation or x.ndim == 4)
         and not torch.compiler.is_compiling()
     )
 

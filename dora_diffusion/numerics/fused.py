@@ -21,8 +21,8 @@ BATCH_NORM_DEVICES = {"cpu", "cuda"}
 _batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default
 _VALUE_AND_GAIN, _GAIN = (True, True, False), (False, True, False)
 _FIRST_DERIVATIVE = (
-    "layers with DoRA have no second derivative inside of norm_scope; leave out create_graph=True, "
-    "or call the model outside of the scope"
+    "layers with DoRA have no second derivative; leave out create_graph=True, or merge the adapter "
+    "first (merge_adapters) if only inputs need gradients"
 )
 _convolution_backward: Any = torch.ops.aten.convolution_backward.default
 
@@ -229,7 +229,7 @@ class FusedLinear(torch.autograd.Function):
 
 
 class FusedConv(torch.autograd.Function):
-    """A Conv2d layer without groups: ``(N, in, h, w)`` -> ``(N, out, h', w')``.
+    """A Conv2d layer without groups: ``(N, in, h, w)`` -> ``(N, out, h', w')``, or without N.
 
     Called as `FusedLinear`.
     """
@@ -239,7 +239,8 @@ class FusedConv(torch.autograd.Function):
         ctx: Any, constants: Constants, gradients: Gradients | None, anchor: Any, down: Tensor,
         up: Tensor, gain: Tensor, x: Tensor,
     ) -> Tensor:  # fmt: skip
-        op = constants.op
+        op, ctx.is_single = constants.op, x.ndim == 3
+        x = x[None] if ctx.is_single else x
         ctx.is_wide = op.leaves_garbage and leaves_garbage(x, down, op.dilation)
         operands = (x.float(), down.float()) if ctx.is_wide else (x, down)
         inner = op.apply(*operands).to(x.dtype)
@@ -247,7 +248,7 @@ class FusedConv(torch.autograd.Function):
         y.addcmul_(op.apply(x, constants.weight, constants.bias), gain.view(-1, 1, 1))
         ctx.save_for_backward(x, inner, y)
         ctx.layer = constants, gradients, down, up, gain
-        return y
+        return y[0] if ctx.is_single else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -256,6 +257,7 @@ class FusedConv(torch.autograd.Function):
         x, inner, y = ctx.saved_tensors
         constants, gradients, down, up, gain = ctx.layer
         op, to_x = constants.op, ctx.needs_input_grad[-1]
+        grad = grad[None] if ctx.is_single else grad
         pixel = (1, 1), (0, 0), (1, 1), False, (0, 0), 1
         settings = op.stride, op.padding, op.dilation, False, (0, 0), 1
         of_value, of_gain = constants.gradients(grad, y, gain, to_x)
@@ -270,7 +272,7 @@ class FusedConv(torch.autograd.Function):
             of_base, _, _ = _convolution_backward(
                 of_value, x, constants.weight, None, *settings, (True, False, False)
             )
-            of_x = of_base.add_(of_x)
+            of_x = of_base.add_(of_x)[0] if ctx.is_single else of_base.add_(of_x)
         if gradients is None:
             return None, None, None, of_down.to(down.dtype), of_up, of_gain, of_x
         if gradients.gain is None:
