@@ -84,6 +84,7 @@ class AdapterStack:
         self._buffers: dict[Layout, Buffers] = {}
         # Each layer's factors by dtype, and its `Route.ready`.
         self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
+        self._are_ready: set[Rows] = set()
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -105,7 +106,8 @@ class AdapterStack:
         self._plans = [
             Plan(layout, flags[kind], has_edges=False) for kind, layout in layouts.items()
         ]
-        self._made, before = {}, [parameter._version for parameter in self._parameters]
+        self._made, self._are_ready = {}, set()
+        before = [parameter._version for parameter in self._parameters]
         try:
             with routed(self.layers, self._routes):
                 self._choose(BASE)
@@ -115,6 +117,9 @@ class AdapterStack:
                 for plan in self._plans:
                     buffers = self._buffers.get(plan.layout)
                     plan.give_gradients(NOTHING if buffers is None else buffers.collect())
+        except BaseException:
+            self._buffers = {}  # They may have gradients of the step.
+            raise
         finally:
             self._plans = []
 
@@ -143,7 +148,8 @@ class AdapterStack:
         try:
             self._choose(rows, masks, changes)
             # Before the first layer is called, so that every layer has its ``ready`` forward.
-            if isinstance(rows, int) and self._dtype is not None and not any(self._made[rows][0]):
+            if isinstance(rows, int) and self._dtype is not None and rows not in self._are_ready:
+                self._are_ready.add(rows)
                 self._make_ready(self._dtype)
             yield
         finally:
@@ -200,9 +206,10 @@ class AdapterStack:
         """Compute the factors of all layers in a dtype, for rows that use one adapter."""
         entries, others = self._made[self.rows], []
         for plan in self._plans:
-            if not (layout := plan.layout).has_buffers or not self._layouts.is_kept:
+            if self.masks or not plan.layout.has_buffers or not self._layouts.is_kept:
                 others.append(plan)
                 continue
+            layout = plan.layout
             if layout not in self._buffers:
                 self._buffers[layout] = self._new_buffers(layout, dtype)
             buffers = self._buffers[layout]
