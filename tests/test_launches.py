@@ -123,10 +123,10 @@ def counts() -> dict[str, Any]:
     return found
 
 
-# A product for the norm. Forward: base, A, B, and one sum of the two. Backward of a Linear: g dy and
-# the sum for m at once, dy B, B's and A's gradients, and dx by two products, the second added to the
-# first; of a convolution, whose gradients come in pairs, the same but the sum of dx by itself. On
-# the input axis x is scaled, and so is dx; products and sums are by themselves.
+# A product for the norm. Forward: base, A, B, and one sum of the two. Backward of a Linear: g dy
+# and the sum for m at once, dy B, B's and A's gradients, and dx by two products, the second added
+# to the first; of a convolution, whose gradients come in pairs, the same but the sum of dx by
+# itself. On the input axis x is scaled, and so is dx; products and sums are by themselves.
 EACH = {
     "Linear True output": [1, 4, 6],
     "Linear False output": [1, 4, 6],

@@ -47,17 +47,19 @@ class Buffers:
         self._gain = torch.zeros_like(layout.base)
         self._shift = torch.zeros_like(self._gain, dtype=dtype)
         # In the dtype of the sums, backward passes write to the sums themselves.
-        is_wide = dtype == layout.dtype
-        self._gradients = products if is_wide else list(map(torch.zeros_like, self._factors))
+        self._is_wide, self._used = dtype == layout.dtype, set[int]()
+        self._gradients = products if self._is_wide else list(map(torch.zeros_like, self._factors))
         count = len(layout.sites)
         factors, gradients = (layout.views(0, b) for b in (self._factors, self._gradients))
         gains, shifts = (torch.split(v, layout.widths) for v in (self._gain, self._shift))
+        pairs = list(zip(gradients[:count], gradients[count:], strict=True))
+        others = (pairs[index] for index in range(count) if index not in operations)
+        self._others = [view for pair in others for view in pair]
         for index, op in operations.items():
             site, mean = layout.sites[index], layout.biases[index]
             shift = None if mean is None else shifts[index]
             constants = Constants.of(op, site.weight, site.bias, shift, mean, gains[index])
-            gradients_of = Gradients(gradients[index], gradients[count + index])
-            self._gradients_of[index] = gradients_of
+            self._gradients_of[index] = gradients_of = Gradients(*pairs[index])
             down, up = factors[index], factors[count + index]
             self.forwards[index] = partial(
                 fused(op), constants, gradients_of, layout.anchor, down, up, gains[index]
@@ -74,23 +76,38 @@ class Buffers:
         if any(self._layout.has_bias):
             torch.mul(1 - plan.gain, self._layout.bias, out=self._shift)
 
-    @torch.no_grad()
+    def end_pass(self) -> None:
+        """Add the gradients of a backward pass to the sums, in the dtype of the sums."""
+        if not self._is_wide:
+            self._add_pass()
+
     def collect(self) -> Collected:
-        """Collect the gradients of a step's backward passes, in memory of the next step too."""
-        layout, every = self._layout, self._gradients_of
+        """Return the gradients of a step, in memory of the next step too."""
+        self._add_pass()
+        used, self._used = self._used, set()
+        return Collected(self._sums, self._pieces, used)
+
+    @torch.no_grad()
+    def _add_pass(self) -> None:
+        every, layout = self._gradients_of, self._layout
         used = {index for index, gradients in every.items() if gradients.gain is not None}
+        if not used:
+            return
         if parts := [g for g in every.values() if g.parts]:
             targets = [target for g in parts for target in (g.down, g.up)]
             torch._foreach_copy_(targets, [part for g in parts for part in g.parts])
-        if unused := [g for index, g in every.items() if index not in used]:
-            torch._foreach_zero_([view for g in unused for view in (g.down, g.up)])
-        if self._gradients[0].dtype != layout.dtype:
-            torch._foreach_copy_(self._sums[:-1], self._gradients)
+        unused = (g for index, g in every.items() if index not in used)
+        if empty := [*self._others, *(view for g in unused for view in (g.down, g.up))]:
+            torch._foreach_zero_(empty)
         gains = [every[i].gain if i in used else None for i in range(len(layout.sites))]
-        torch.cat(layout.with_zeros(0, gains), out=self._sums[-1])
+        gradients = [*self._gradients, torch.cat(layout.with_zeros(0, gains))]
+        # Otherwise backward passes have added to the sums.
+        sums = self._sums[-1:] if self._is_wide else self._sums
+        add = torch._foreach_add_ if self._used else torch._foreach_copy_
+        add(sums, gradients[-len(sums) :])
+        self._used |= used
         for index in used:
             every[index].clear()
-        return Collected(self._sums, self._pieces, used)
 
 
 def _in_memory(

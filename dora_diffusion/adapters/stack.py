@@ -152,6 +152,8 @@ class AdapterStack:
                 self._are_ready.add(rows)
                 self._make_ready(self._dtype)
             yield
+            for buffers in self._buffers.values():
+                buffers.end_pass()
         finally:
             self._choose(*before)
 
