@@ -64,6 +64,8 @@ def scale_gradients(
         shape, channels = grad.shape, len(gain)
         if is_last:
             grad, y = grad.reshape(-1, channels), y.reshape(-1, channels)
+        else:
+            grad = grad.contiguous()  # As in `Constants.gradients`.
         mean, variance = unit_statistics(channels, gain.dtype, gain.device)
         statistics = (mean if bias is None else bias), variance
         of_value, of_gain = _by_batch_norm(grad, y, gain, statistics, to_value)
@@ -85,9 +87,8 @@ def _by_batch_norm(
     grad: Tensor, y: Tensor, gain: Tensor, statistics: tuple[Tensor, Tensor], to_value: bool
 ) -> tuple[Any, Tensor]:
     mean_and_variance, outputs = statistics * 2, _VALUE_AND_GAIN if to_value else _GAIN
-    # Torch mixes up the memory formats of one image that is not contiguous.
     of_value, of_gain, _ = _batch_norm_backward(
-        grad.contiguous(), y, gain, *mean_and_variance, False, 0.0, outputs
+        grad, y, gain, *mean_and_variance, False, 0.0, outputs
     )
     return of_value, of_gain
 
@@ -143,6 +144,8 @@ class Constants(NamedTuple):
         """`scale_gradients` of a Linear with two dimensions, or of images."""
         if self.statistics is None or not y.is_contiguous() or not grad.numel():
             return scale_gradients(self.op, grad, y, gain, self.mean, to_value)
+        # Torch mixes up the memory formats of a single image.
+        grad = grad.contiguous() if grad.ndim == 4 else grad
         return _by_batch_norm(grad, y, gain, self.statistics, to_value)
 
 

@@ -472,7 +472,7 @@ class LocalParameters(SteppedParameters):
         return norm
 
     def gather_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return _with_moments(state, lambda moment, index: gather(moment))
+        return _with_moments(state, lambda moment, index: gather(moment, self._members[index]))
 
     def own_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         return _with_moments(state, lambda moment, index: own_part(self._members[index], moment))
