@@ -20,6 +20,7 @@ BATCH_NORM_DEVICES = {"cpu", "cuda"}
 """Devices whose batch normalization takes 16-bit activations with float32 vectors."""
 _batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default
 _VALUE_AND_GAIN, _GAIN = (True, True, False), (False, True, False)
+_IMAGES = ConvOperation()
 _FIRST_DERIVATIVE = (
     "layers with DoRA have no second derivative; leave out create_graph=True, or merge the adapter "
     "first (merge_adapters) if only inputs need gradients"
@@ -42,8 +43,9 @@ def scale_gradients(
 
     The second one is the gradient of m times ``g norm``, since ``(y - b) / g`` is the output of the
     direction. These are gradients of a batch normalization with mean b and variance 1, which
-    computes both with one operation and sums in the gain's dtype. Where it does not apply (a gain
-    for each row, channels-last images, other devices), they are computed one by one.
+    computes both with one operation and sums in the gain's dtype. Where it does not apply
+    (channels-last images, a gain for each row of sequences, other devices), they are computed one
+    by one.
 
     Args:
         op: Operation of the layer.
@@ -53,6 +55,12 @@ def scale_gradients(
         bias: b, ``(n,)`` in the gain's dtype; None: 0.
         to_value: Whether ``g * dy`` is needed.
     """
+    if gain.ndim == 2 and op.shape[1:] == (-1, 1, 1) and y.is_contiguous():
+        # The channels of all images are those of one.
+        grad, y, shape = (*(t.reshape(1, -1, *t.shape[2:]) for t in (grad, y)), grad.shape)
+        mean = None if bias is None else bias.repeat(len(gain))
+        of_value, of_gain = scale_gradients(_IMAGES, grad, y, gain.reshape(-1), mean, to_value)
+        return None if of_value is None else of_value.view(shape), of_gain.view(gain.shape)
     is_last, is_image = op.shape == (-1,), grad.ndim == len(op.shape) + 1 and y.is_contiguous()
     if (
         grad.device.type in BATCH_NORM_DEVICES

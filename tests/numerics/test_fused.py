@@ -18,7 +18,7 @@ from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics import fused
 from dora_diffusion.numerics.fused import BATCH_NORM_DEVICES, scale_gradients
-from dora_diffusion.numerics.operation import ConvOperation, Operation
+from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
 from dora_diffusion.numerics.quantised import quantise
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -210,6 +210,25 @@ def test_gradients_of_some_inputs_leave_nothing_behind() -> None:
         torch.autograd.grad(y, x, 3 * upstream(y), retain_graph=True)
         found = torch.autograd.grad(y, [x, *parameters], upstream(y))
     torch.testing.assert_close(list(found), wanted)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("memory", ["contiguous", "transposed", "channels last"])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 2), (3, 4, 5), (3, 2, 4, 5), (1, 5, 4, 2)], ids=str)
+def test_gradients_of_a_gain_for_each_row(shape: tuple[int, ...], memory: str, bias: bool) -> None:
+    """Images have their channels in the second dimension, sequences in the last."""
+    torch.manual_seed(0)
+    is_image = shape[1] == 5
+    op = RowOperation(ConvOperation() if is_image else Operation(), len(shape), shape[0])
+    grad, y = torch.randn(2, *shape, dtype=torch.float64)
+    grad, y = in_format(grad, memory), y if memory == "transposed" else in_format(y, memory)
+    gain, mean = torch.rand(shape[0], 5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    of_value, of_gain = scale_gradients(op, grad, y, gain, mean if bias else None, True)
+    rest = (2, 3) if is_image else tuple(range(1, len(shape) - 1))
+    shaped, along = (gain.view(op.shape), mean.view(-1, 1, 1) if is_image else mean)
+    torch.testing.assert_close(of_value, shaped * grad)
+    torch.testing.assert_close(of_gain, (grad * (y - (along if bias else 0))).sum(rest))
+    assert scale_gradients(op, grad, y, gain, None, False)[0] is None
 
 
 @pytest.mark.parametrize("bias", [True, False])
