@@ -57,7 +57,7 @@ def test_a_step_takes_as_long_as_what_binds_it():
     assert quick.subject_seconds(model) == pytest.approx(13)
     slow = scale.Device(tflops=1000, bandwidth=5, utilisation=0.5, streaming=0.8, dispatch=1e-2)
     assert slow.subject_seconds(model) == pytest.approx(100)
-    assert slow.subject_seconds(model, 4) == pytest.approx(10 * 11.2 / 4)
+    assert slow.subject_seconds(model, 4) == pytest.approx(10 * 12.5 / 4)
 
 
 @pytest.mark.slow
