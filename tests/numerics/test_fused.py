@@ -34,7 +34,8 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv of one pixel": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 3, 3)),
     "nothing": (lambda: nn.Linear(7, 5), (0, 7)),
 }
-FORMATS = ("contiguous", "transposed gradient", "transposed input", "channels last")
+FORMATS = ("contiguous", "gradient", "input", "input and gradient")
+"""What is transposed; images are then in channels-last format."""
 
 
 def layer_of(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -52,21 +53,23 @@ def operands(kind: str, memory: str, dtype: torch.dtype = torch.float64) -> tupl
     """An input, and a function that gives an output the gradient to propagate."""
     shape = LAYERS[kind][1]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    x = in_format(x, "transposed" if memory == "transposed input" else memory).to(dtype)
+    x = in_format(x, "input" in memory).to(dtype)
 
     def upstream(y: Tensor) -> Tensor:
         up = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        return in_format(up, "transposed" if memory == "transposed gradient" else memory).to(dtype)
+        return in_format(up, "gradient" in memory).to(dtype)
 
     return x.requires_grad_(), upstream
 
 
-def in_format(tensor: Tensor, memory: str) -> Tensor:
-    if memory == "channels last" and tensor.ndim == 4:
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if memory == "transposed" and tensor.ndim > 1:
-        return tensor.transpose(1, -1).contiguous().transpose(1, -1)
-    return tensor
+def in_format(tensor: Tensor, is_transposed: bool) -> Tensor:
+    if not is_transposed or tensor.ndim == 1:
+        return tensor
+    if tensor.ndim == 4:
+        # As a sequence of pixels that is viewed as an image.
+        pixels = tensor.flatten(2).transpose(1, 2).contiguous()
+        return pixels.transpose(1, 2).view(tensor.shape)
+    return tensor.transpose(1, -1).contiguous().transpose(1, -1)
 
 
 def by_the_formula(model: nn.Module, x: Tensor, upstream: Any) -> tuple[Tensor, list[Tensor]]:
@@ -213,7 +216,7 @@ def test_gradients_of_some_inputs_leave_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("memory", ["contiguous", "transposed", "channels last"])
+@pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("shape", [(3, 5, 4, 2), (3, 4, 5), (3, 2, 4, 5), (1, 5, 4, 2)], ids=str)
 def test_gradients_of_a_gain_for_each_row(shape: tuple[int, ...], memory: str, bias: bool) -> None:
     """Images have their channels in the second dimension, sequences in the last."""
@@ -221,7 +224,7 @@ def test_gradients_of_a_gain_for_each_row(shape: tuple[int, ...], memory: str, b
     is_image = shape[1] == 5
     op = RowOperation(ConvOperation() if is_image else Operation(), len(shape), shape[0])
     grad, y = torch.randn(2, *shape, dtype=torch.float64)
-    grad, y = in_format(grad, memory), y if memory == "transposed" else in_format(y, memory)
+    grad, y = in_format(grad, "gradient" in memory), in_format(y, "input" in memory)
     gain, mean = torch.rand(shape[0], 5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     of_value, of_gain = scale_gradients(op, grad, y, gain, mean if bias else None, True)
     rest = (2, 3) if is_image else tuple(range(1, len(shape) - 1))
