@@ -213,5 +213,8 @@ def test_consecutive_tensors_are_one_vector() -> None:
     assert consecutive([parts[0], parts[2]]) is None
     assert consecutive([parts[1], parts[0]]) is None
     assert consecutive([memory[:2], memory[2:].to(torch.float64)]) is None
-    # Neighbours of different allocations: the first one's storage ends too early.
-    assert consecutive([memory[10:].clone(), memory]) is None
+    # Neighbours in memory, but the first one's storage ends where the second one's starts.
+    raw = bytearray(32)
+    first, second = (torch.frombuffer(raw, dtype=torch.float32, count=4, offset=o) for o in (0, 16))
+    assert second.data_ptr() == first.data_ptr() + 16
+    assert consecutive([first, second]) is None
