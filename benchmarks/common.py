@@ -26,7 +26,7 @@ from full_size import UNETS
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import inject_adapters
-from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 
@@ -34,6 +34,9 @@ FROZEN, LORA, PEFT_DORA, LYCORIS, OURS = (
     "frozen", "PEFT LoRA", "PEFT DoRA", "LyCORIS DoRA", "this DoRA",
 )  # fmt: skip
 PEERS = (FROZEN, LORA, PEFT_DORA, LYCORIS, OURS)
+# Training loops of other programs, which open a norm scope for each step.
+LOOP, LOOP_CACHED = f"{OURS}, norm_scope", f"{OURS}, norm_scope with cache"
+OUR_WAYS = (OURS, LOOP, LOOP_CACHED)
 Scope = Callable[[], AbstractContextManager[None]]
 
 
@@ -84,15 +87,16 @@ class Peer:
 
 
 def make_peer(name: str, base: nn.Module, targets: Sequence[str], rank: int) -> Peer:
-    """One of `PEERS` over a frozen base, its adapter moved from the start so that nothing is 0."""
+    """One of `PEERS` or `OUR_WAYS` over a frozen base, its adapter moved so that nothing is 0."""
     model = shared_copy(base.requires_grad_(False))
     torch.manual_seed(0)
-    if name == OURS:
+    if name in OUR_WAYS:
         config = AdapterConfig(
             targets=tuple(targets), rank=rank, alpha=rank, conv_rank=rank, conv_alpha=rank
         )
         inject_adapters(model, config)
-        peer = Peer(model, lambda: norm_scope(model))
+        cache = NormCache() if name == LOOP_CACHED else None
+        peer = Peer(model, lambda: norm_scope(model, cache=cache))
     elif name in (LORA, PEFT_DORA):
         from peft import LoraConfig, inject_adapter_in_model
 

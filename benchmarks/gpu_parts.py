@@ -158,7 +158,7 @@ def steps(family: str) -> Rows:
         if checkpointing:
             one.model.train().enable_gradient_checkpointing()
         inputs = inputs_of(family, batch, torch.bfloat16)
-        return measured(Stepper(one, partial(predict, inputs), peer == OURS))
+        return measured(Stepper(one, partial(predict, inputs), peer))
 
     # SDXL at batch 4 trains with its blocks recomputed.
     loads = {"sd1": [(1, False), (4, False)], "sdxl": [(1, False), (1, True), (4, True)]}
@@ -182,7 +182,7 @@ def compiled_steps(family: str) -> Rows:
         one = peer_of(peer, base)
         # Tiny blocks are traced, forward and backward; C++ would take minutes to compile.
         compiled.compile_blocks(one.model, backend="aot_eager" if IS_SMALL else "inductor")
-        return measured(Stepper(one, partial(predict, inputs), peer == OURS))
+        return measured(Stepper(one, partial(predict, inputs), peer))
 
     return rows_of([{"peer": peer} for peer in (OURS, LORA)], measure)
 
@@ -195,7 +195,7 @@ def half(family: str) -> Rows:
     def measure(peer: str) -> Row:
         scaler = torch.amp.GradScaler(DEVICE)
         one = peer_of(peer, base)
-        step = Stepper(one, partial(predict, inputs), peer == OURS, torch.float16, scaler=scaler)
+        step = Stepper(one, partial(predict, inputs), peer, torch.float16, scaler=scaler)
         row = measured(step)
         finite = all(bool(p.isfinite().all()) for p in one.parameters())
         return row | {"scale": round(scaler.get_scale()), "finite": finite}
@@ -218,7 +218,7 @@ def adam8bit(family: str) -> Rows:
             make = partial(AdamW8bit, lr=1e-4)
         one = peer_of(OURS, base)
         one.model.train().enable_gradient_checkpointing()
-        return measured(Stepper(one, partial(predict, inputs), True, optimizer=make))
+        return measured(Stepper(one, partial(predict, inputs), OURS, optimizer=make))
 
     return rows_of([{"optimizer": name} for name in ("AdamW", "8-bit AdamW")], measure)
 

@@ -20,20 +20,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import FROZEN, LORA, OURS, PEFT_DORA, kept_storages, markdown
+from common import (
+    FROZEN,
+    LOOP,
+    LOOP_CACHED,
+    LORA,
+    OUR_WAYS,
+    PEFT_DORA,
+    Scope,
+    kept_storages,
+    markdown,
+)
 from fake_gpu import DEVICE, Count, fake_gpu
 from full_size import CLIP_BIG_G, CLIP_L, UNETS
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.training.optimizer import FlatParameters
 
 OWN_LORA = "this LoRA"
-PEERS = (FROZEN, LORA, PEFT_DORA, OURS, OWN_LORA)
+PEERS = (FROZEN, LORA, PEFT_DORA, *OUR_WAYS, OWN_LORA)
 PACK = "a pack of "
 PHASES = ("norms", "forward", "backward", "clip", "optimizer")
 LATENTS = {"sd1": 64, "sdxl": 128}
@@ -42,12 +53,18 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Models:
-    """A UNet and its text encoders, with what one peer trains on them."""
+    """A UNet and its text encoders, with what one peer trains on them.
+
+    Attributes:
+        ours: Whether the adapters are ours, which need no autocast.
+        loop: Scope of a step in a training loop of another program.
+    """
 
     unet: nn.Module
     text_encoders: list[nn.Module]
     layers: int = 0
     ours: bool = False
+    loop: Scope | None = None
     counts: dict[str, Count] = field(default_factory=dict)
     kept: int = 0
 
@@ -84,8 +101,11 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
     models = Models(
         unet,
         [e.to(DEVICE, dtype) for e in encoders],
-        ours=name in (OURS, OWN_LORA) or name.startswith(PACK),
+        ours=name in (*OUR_WAYS, OWN_LORA) or name.startswith(PACK),
     )
+    if name in (LOOP, LOOP_CACHED):
+        cache = NormCache() if name == LOOP_CACHED else None
+        models.loop = lambda: norm_scope(*models.all(), cache=cache)
     for model in models.all():
         layers = targets if model is unet else "text-encoder-attention"
         models.layers += adapt(name, model.requires_grad_(False).train(), layers)
@@ -99,8 +119,8 @@ def adapt(name: str, model: nn.Module, targets: str) -> int:
         config = AdapterConfig(targets=(targets,), rank=8, conv_rank=8)
         for number in range(subjects_of(name)):
             inject_adapters(model, config, name=str(number))
-    elif name in (OURS, OWN_LORA):
-        dora = name == OURS
+    elif name in (*OUR_WAYS, OWN_LORA):
+        dora = name != OWN_LORA
         config = AdapterConfig(targets=(targets,), rank=8, conv_rank=8, use_dora=dora)
         inject_adapters(model, config)
     elif name != FROZEN:
@@ -167,7 +187,7 @@ def count_step(
     """
     groups = [models.parameters()]
     stack, flats = None, []
-    if models.ours:
+    if models.ours and models.loop is None:
         layers = [layer for model in models.all() for _, layer in adapted_layers(model)]
         adapters = [[*layer.adapters.values()] for layer in layers]
         stack = AdapterStack(layers, adapters)
@@ -176,11 +196,12 @@ def count_step(
         groups = [flat.groups[0]["params"] for flat in flats]
     optimizers = [torch.optim.AdamW(own, fused=True) for own in groups if own]
     cast, rows = dtype != torch.float32 and not models.ours, list(range(subjects))
+    scope = stack.scope if stack else models.loop or nullcontext
     for _ in range(steps):
         opened = ExitStack()
         with phase(models, "norms"):
-            opened.enter_context(stack.scope() if stack else nullcontext())
-        opened.enter_context(stack.of(rows) if stack else nullcontext())
+            opened.enter_context(scope())
+            opened.enter_context(stack.of(rows) if stack else nullcontext())
         for number in range(passes):
             with phase(models, "forward"), torch.autocast(DEVICE, dtype, enabled=cast):
                 prediction = predict(models, family, dtype, latent, subjects)
@@ -204,7 +225,7 @@ def count_step(
     frozen = (tensor for m in models.all() for tensor in (*m.parameters(), *m.buffers()))
     with ExitStack() as opened:
         opened.enter_context(Count())
-        opened.enter_context(stack.scope() if stack else nullcontext())
+        opened.enter_context(scope())
         opened.enter_context(stack.of(rows) if stack else nullcontext())
         kept = opened.enter_context(kept_storages(frozen))
         with torch.autocast(DEVICE, dtype, enabled=cast):
