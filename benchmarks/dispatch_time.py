@@ -44,11 +44,12 @@ from full_size import UNETS
 from instructions import collect, instrument, issuing, profiles
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.models.embedded import MODELS, model_folder
 from dora_diffusion.training.optimizer import FlatParameters
+from dora_diffusion.training.step import stack_of
 
 NARROW: dict[str, dict[str, Any]] = {
     "sd1": {
@@ -124,15 +125,17 @@ class Stepper:
     scaler: Any = None
 
     def __post_init__(self) -> None:
-        groups: list[dict[str, Any]] = [{"params": self.peer.parameters()}]
-        self.scope = self.peer.scope
+        self.seen, self.scope = self.peer.parameters(), self.peer.scope
+        self.flat: FlatParameters | None = None
         if self.name == OURS:
-            layers = [layer for _, layer in adapted_layers(self.peer.model)]
-            stack = AdapterStack(layers, [[*layer.adapters.values()] for layer in layers])
+            adapters = AdapterSet.of(self.peer.model)
+            roles = zip(*(adapter.parameters() for adapter in adapters.trained()), strict=True)
+            if self.optimizer is None:
+                groups: list[dict[str, Any]] = [{"params": list(role)} for role in roles]
+                self.flat = FlatParameters(groups, adapters.parameters())
+                self.seen = list(self.flat)
+            stack = stack_of(adapters, memory=None if self.flat is None else self.flat.memory)
             self.scope = partial(run_scope, stack)
-        is_flat = self.name == OURS and self.optimizer is None
-        self.flat = FlatParameters(groups) if is_flat else None
-        self.seen = (self.flat.groups if self.flat else groups)[0]["params"]
         self.device = next(self.peer.model.parameters()).device.type
         make = self.optimizer or partial(torch.optim.AdamW, lr=1e-4, fused=True)
         self.update = make(self.seen) if self.seen else None

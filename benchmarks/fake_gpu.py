@@ -229,8 +229,8 @@ def fake_gpu() -> Iterator[None]:
         mock.patch.object(optimizer, "_check_memory"),  # These have none.
         mock.patch.object(norms, "widens_products", lambda device: device in ("cuda", DEVICE)),
         mock.patch.object(layout, "_DEFERRED", {DEVICE}),
-        mock.patch.object(layout, "consecutive", lambda tensors: None),  # These lie nowhere.
-        mock.patch.object(buffers, "consecutive", lambda tensors: None),
+        mock.patch.object(layout, "consecutive", return_value=None),  # These lie nowhere.
+        mock.patch.object(buffers, "consecutive", return_value=None),
         mock.patch.object(layout, "record_event"),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.layout import Layout, consecutive
 from dora_diffusion.adapters.plan import Collected, Plan
-from dora_diffusion.numerics.fused import Constants, Gradients, fused
+from dora_diffusion.numerics.fused import FusedLayer, Gradients, fused
 from dora_diffusion.numerics.operation import Operation
 
 
@@ -58,12 +58,10 @@ class Buffers:
         for index, op in operations.items():
             site, mean = layout.sites[index], layout.biases[index]
             shift = None if mean is None else shifts[index]
-            constants = Constants.of(op, site.weight, site.bias, shift, mean, gains[index])
-            self._gradients_of[index] = gradients_of = Gradients(*pairs[index])
-            down, up = factors[index], factors[count + index]
-            self.forwards[index] = partial(
-                fused(op), constants, gradients_of, layout.anchor, down, up, gains[index]
-            )
+            self._gradients_of[index] = of_layer = Gradients(*pairs[index])
+            own = factors[index], factors[count + index], gains[index]
+            layer = FusedLayer(op, site.weight, site.bias, shift, mean, own, of_layer)
+            self.forwards[index] = partial(fused(op), layer, layout.anchor)
 
     @torch.no_grad()
     def fill(self, plan: Plan) -> None:

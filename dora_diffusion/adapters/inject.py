@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import cast
 
 import torch
@@ -134,14 +133,14 @@ class AdapterSet:
         return [cast(LayerAdapter, adapters[DEFAULT_NAME]) for _, adapters, _ in self.layers]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the trained adapters: all A, all B, all m, as in `Layout`."""
+        """Return the parameters of the trained adapters, in the order of their layouts."""
         adapters = self.trained()
         sites = [
             Site(layer.dense(local=True), None, [adapter.weights()], shard=layer.shard)
             for (layer, _, _), adapter in zip(self.layers, adapters, strict=True)
         ]
-        in_order = (adapters[number].parameters() for number in layout_order(sites))
-        return [p for role in zip_longest(*in_order) for p in role if p is not None]
+        in_order = (adapters[number] for number in layout_order(sites))
+        return [parameter for adapter in in_order for parameter in adapter.parameters()]
 
     def attach(self) -> None:
         """Attach the adapters to their layers, in place of the attached ones."""

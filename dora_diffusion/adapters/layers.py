@@ -231,7 +231,7 @@ class AdaptedLayer(nn.Module):
         if route is None or torch.compiler.is_compiling():
             return self.adapted(x, self.active())
         ready = route.ready.get(x.dtype)
-        if ready is None or torch.is_autocast_enabled(x.device.type):
+        if ready is None or torch._C._is_any_autocast_enabled():
             return route.forward(x)
         return ready(x)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.fused import (
-    Constants,
     FusedConv,
+    FusedLayer,
     FusedLinear,
     is_fusible,
     scale_gradients,
@@ -247,9 +247,9 @@ def _is_fused(op: Operation, f: Factors) -> bool:
 
 def _fused(op: Operation, x: Any, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
     f: Any = factors
-    constants = Constants.of(op, weight, bias, f.shift, f.mean, f.gain)
-    function = FusedLinear if type(op) is Operation else FusedConv
-    y: Tensor = function.apply(constants, None, None, f.down, f.up, f.gain, x)
+    layer = FusedLayer(op, weight, bias, f.shift, f.mean, (f.down, f.up, f.gain))
+    function: Any = FusedLinear if type(op) is Operation else FusedConv
+    y: Tensor = function.apply(layer, None, x, *layer.factors)
     return y
 
 

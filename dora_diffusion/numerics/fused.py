@@ -8,7 +8,7 @@ the graph: fewer nodes take less of the processor's time than the products of th
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,16 @@ from dora_diffusion.numerics.operation import ConvOperation, Operation, leaves_g
 
 BATCH_NORM_DEVICES = {"cpu", "cuda"}
 """Devices whose batch normalization takes 16-bit activations with float32 vectors."""
-_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default
+# Without the call in Python of torch's `OpOverload`.
+_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default._op
+_convolution_backward: Any = torch.ops.aten.convolution_backward.default._op
 _VALUE_AND_GAIN, _GAIN = (True, True, False), (False, True, False)
+_PIXEL = (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)
 _IMAGES = ConvOperation()
 _FIRST_DERIVATIVE = (
     "layers with DoRA have no second derivative; leave out create_graph=True, or merge the adapter "
     "first (merge_adapters) if only inputs need gradients"
 )
-_convolution_backward: Any = torch.ops.aten.convolution_backward.default
 
 
 @lru_cache(maxsize=256)
@@ -73,10 +75,12 @@ def scale_gradients(
         if is_last:
             grad, y = grad.reshape(-1, channels), y.reshape(-1, channels)
         else:
-            grad = grad.contiguous()  # As in `Constants.gradients`.
+            grad = grad.contiguous()  # As in `FusedLayer`.
         mean, variance = unit_statistics(channels, gain.dtype, gain.device)
-        statistics = (mean if bias is None else bias), variance
-        of_value, of_gain = _by_batch_norm(grad, y, gain, statistics, to_value)
+        statistics = ((mean if bias is None else bias), variance) * 2
+        of_value, of_gain, _ = _batch_norm_backward(
+            grad, y, gain, *statistics, False, 0.0, _VALUE_AND_GAIN if to_value else _GAIN
+        )
         return of_value.view(shape) if to_value else None, of_gain
     of_value, dims = scaled_gradient(op, grad, gain) if to_value else None, op.dims[grad.ndim]
     # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
@@ -91,16 +95,6 @@ def scale_gradients(
     return of_value, of_gain
 
 
-def _by_batch_norm(
-    grad: Tensor, y: Tensor, gain: Tensor, statistics: tuple[Tensor, Tensor], to_value: bool
-) -> tuple[Any, Tensor]:
-    mean_and_variance, outputs = statistics * 2, _VALUE_AND_GAIN if to_value else _GAIN
-    of_value, of_gain, _ = _batch_norm_backward(
-        grad, y, gain, *mean_and_variance, False, 0.0, outputs
-    )
-    return of_value, of_gain
-
-
 def scaled_gradient(op: Operation, grad: Tensor, gain: Tensor) -> Tensor:
     """Return ``g * dy``, in the dtype of dy."""
     shaped = gain.view(op.shape)
@@ -112,49 +106,6 @@ def scaled_gradient(op: Operation, grad: Tensor, gain: Tensor) -> Tensor:
 
 def _sum(tensor: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.sum(tensor, dims, dtype=dtype) if dims else tensor.to(dtype)
-
-
-class Constants(NamedTuple):
-    """Tensors of a layer without a gradient.
-
-    Attributes:
-        op: Operation of the weight.
-        weight: Base weight ``(out, in, *k)``.
-        bias: Bias ``(out,)``, or None.
-        shift: ``(1 - g) b``, or None.
-        mean: b in the gain's dtype; None: 0.
-        statistics: Mean and variance of the batch normalization (`scale_gradients`); None if the
-            device has none.
-    """
-
-    op: Any
-    weight: Tensor
-    bias: Tensor | None
-    shift: Tensor | None
-    mean: Tensor | None
-    statistics: tuple[Tensor, Tensor] | None
-
-    @classmethod
-    def of(
-        cls, op: Operation, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
-        mean: Tensor | None, gain: Tensor,
-    ) -> Constants:  # fmt: skip
-        """Return the constants of a layer with this gain."""
-        statistics = None
-        if gain.device.type in BATCH_NORM_DEVICES:
-            zeros, ones = unit_statistics(len(gain), gain.dtype, gain.device)
-            statistics = (zeros if mean is None else mean), ones
-        return cls(op, weight, bias, shift, mean, statistics)
-
-    def gradients(
-        self, grad: Tensor, y: Tensor, gain: Tensor, to_value: bool
-    ) -> tuple[Any, Tensor]:
-        """`scale_gradients` of a Linear with two dimensions, or of images."""
-        if self.statistics is None or not y.is_contiguous() or not grad.numel():
-            return scale_gradients(self.op, grad, y, gain, self.mean, to_value)
-        # Torch mixes up the memory formats of a single image.
-        grad = grad.contiguous() if grad.ndim == 4 else grad
-        return _by_batch_norm(grad, y, gain, self.statistics, to_value)
 
 
 class Gradients:
@@ -179,6 +130,47 @@ class Gradients:
         self.gain: Tensor | None = None
 
 
+class FusedLayer:
+    """Tensors of a layer that are the same in all calls.
+
+    Attributes:
+        op: Operation of the weight.
+        weight: Base weight ``(out, in, *k)``.
+        bias: Bias ``(out,)``, or None.
+        shift: ``(1 - g) b``, or None.
+        mean: b in the gain's dtype; None: 0.
+        factors: A, ``g s B`` and g.
+        gradients: Memory for the gradients of the factors; None: the graph has them.
+    """
+
+    __slots__ = ("_statistics", "bias", "factors", "gradients", "mean", "op", "shift", "weight")
+
+    def __init__(
+        self, op: Any, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
+        mean: Tensor | None, factors: tuple[Tensor, Tensor, Tensor],
+        gradients: Gradients | None = None,
+    ) -> None:  # fmt: skip
+        self.op, self.weight, self.bias, self.shift, self.mean = op, weight, bias, shift, mean
+        self.factors, self.gradients, gain = factors, gradients, factors[2]
+        self._statistics: tuple[Tensor, ...] = ()
+        if gain.device.type in BATCH_NORM_DEVICES:
+            zeros, ones = unit_statistics(len(gain), gain.dtype, gain.device)
+            self._statistics = ((zeros if mean is None else mean), ones) * 2
+
+    def scale_gradients(
+        self, grad: Tensor, y: Tensor, gain: Tensor, to_value: bool
+    ) -> tuple[Any, Tensor]:
+        """`scale_gradients` of a Linear with two dimensions, or of images."""
+        if not self._statistics or not y.is_contiguous() or not grad.numel():
+            return scale_gradients(self.op, grad, y, gain, self.mean, to_value)
+        # Torch mixes up the memory formats of a single image.
+        grad = grad.contiguous() if grad.ndim == 4 else grad
+        of_value, of_gain, _ = _batch_norm_backward(
+            grad, y, gain, *self._statistics, False, 0.0, _VALUE_AND_GAIN if to_value else _GAIN
+        )
+        return of_value, of_gain
+
+
 def is_fusible(op: Operation) -> bool:
     """Return whether `fused` computes an operation: a Linear, or a Conv2d without groups."""
     return type(op) is Operation or (
@@ -189,24 +181,23 @@ def is_fusible(op: Operation) -> bool:
 class FusedLinear(torch.autograd.Function):
     """A Linear layer: ``(..., in)`` -> ``(..., out)``.
 
-    Called with `Constants`, `Gradients` or None, an anchor that requires a gradient or None, A, ``g
-    s B``, g and x. With `Gradients`, the factors get their gradients there, not through the graph.
+    Called with a `FusedLayer`, an anchor, x, and the factors A, ``g s B`` and g, which get their
+    gradients through the graph. A layer with `FusedLayer.gradients` is called without factors: it
+    has them, adds their gradients there, and needs an anchor that requires a gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, constants: Constants, gradients: Gradients | None, anchor: Any, down: Tensor,
-        up: Tensor, gain: Tensor, x: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, layer: FusedLayer, anchor: Any, x: Tensor, *factors: Tensor) -> Tensor:
+        down, up, gain = factors if layer.gradients is None else layer.factors
         shape = x.shape
         # Torch rounds products differently where it cannot flatten the input.
         if is_flat := len(shape) != 2 and x.is_contiguous():
             x = x.view(-1, shape[-1])
         inner = F.linear(x, down)
-        y = F.linear(inner, up, constants.shift)
-        y.addcmul_(F.linear(x, constants.weight, constants.bias), gain)
+        y = F.linear(inner, up, layer.shift)
+        y.addcmul_(F.linear(x, layer.weight, layer.bias), gain)
         ctx.save_for_backward(x, inner, y)
-        ctx.layer, ctx.shape = (constants, gradients, down, up, gain), shape
+        ctx.saved = layer, down, up, gain, shape
         return y.view(*shape[:-1], y.shape[1]) if is_flat else y
 
     @staticmethod
@@ -214,20 +205,21 @@ class FusedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(_FIRST_DERIVATIVE)
         x, inner, y = ctx.saved_tensors
-        constants, gradients, down, up, gain = ctx.layer
-        shape, to_x = ctx.shape, ctx.needs_input_grad[-1]
+        layer, down, up, gain, shape = ctx.saved
+        to_x = ctx.needs_input_grad[2]
         if len(shape) != 2:
             grad = grad.reshape(-1, y.shape[-1])
         if len(x.shape) != 2:
             x, inner, y = (saved.reshape(-1, saved.shape[-1]) for saved in (x, inner, y))
-        of_value, of_gain = constants.gradients(grad, y, gain, to_x)
+        of_value, of_gain = layer.scale_gradients(grad, y, gain, to_x)
         of_inner = torch.mm(grad, up)
         of_x = None
         if to_x:
-            of_x = torch.mm(of_value, constants.weight).addmm_(of_inner, down).view(shape)
+            of_x = torch.mm(of_value, layer.weight).addmm_(of_inner, down).view(shape)
+        gradients = layer.gradients
         if gradients is None:
             of_up, of_down = torch.mm(grad.t(), inner), torch.mm(of_inner.t(), x)
-            return None, None, None, of_down, of_up, of_gain, of_x
+            return None, None, of_x, of_down, of_up, of_gain
         if gradients.gain is None:
             torch.mm(grad.t(), inner, out=gradients.up)
             torch.mm(of_inner.t(), x, out=gradients.down)
@@ -236,7 +228,7 @@ class FusedLinear(torch.autograd.Function):
             gradients.up.addmm_(grad.t(), inner)
             gradients.down.addmm_(of_inner.t(), x)
             gradients.gain += of_gain
-        return None, None, None, None, None, None, of_x
+        return None, None, of_x
 
 
 class FusedConv(torch.autograd.Function):
@@ -246,52 +238,50 @@ class FusedConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, constants: Constants, gradients: Gradients | None, anchor: Any, down: Tensor,
-        up: Tensor, gain: Tensor, x: Tensor,
-    ) -> Tensor:  # fmt: skip
-        op, ctx.is_single = constants.op, x.ndim == 3
-        x = x[None] if ctx.is_single else x
-        ctx.is_wide = op.leaves_garbage and leaves_garbage(x, down, op.dilation)
-        operands = (x.float(), down.float()) if ctx.is_wide else (x, down)
-        inner = op.apply(*operands).to(x.dtype)
-        y = F.conv2d(inner, up, constants.shift)
-        y.addcmul_(op.apply(x, constants.weight, constants.bias), gain.view(-1, 1, 1))
+    def forward(ctx: Any, layer: FusedLayer, anchor: Any, x: Tensor, *factors: Tensor) -> Tensor:
+        down, up, gain = factors if layer.gradients is None else layer.factors
+        op, is_single = layer.op, x.ndim == 3
+        x, settings = x[None] if is_single else x, (op.stride, op.padding, op.dilation)
+        is_wide = op.leaves_garbage and leaves_garbage(x, down, op.dilation)
+        operands = (x.float(), down.float()) if is_wide else (x, down)
+        inner = torch.conv2d(*operands, None, *settings)
+        inner = inner.to(x.dtype) if is_wide else inner
+        y = torch.conv2d(inner, up, layer.shift)
+        base = torch.conv2d(x, layer.weight, layer.bias, *settings)
+        y.addcmul_(base, gain.view(-1, 1, 1))
         ctx.save_for_backward(x, inner, y)
-        ctx.layer = constants, gradients, down, up, gain
-        return y[0] if ctx.is_single else y
+        ctx.saved = layer, down, up, gain, is_single, is_wide
+        return y[0] if is_single else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_FIRST_DERIVATIVE)
         x, inner, y = ctx.saved_tensors
-        constants, gradients, down, up, gain = ctx.layer
-        op, to_x = constants.op, ctx.needs_input_grad[-1]
-        grad = grad[None] if ctx.is_single else grad
-        pixel = (1, 1), (0, 0), (1, 1), False, (0, 0), 1
+        layer, down, up, gain, is_single, is_wide = ctx.saved
+        op, to_x = layer.op, ctx.needs_input_grad[2]
+        grad = grad[None] if is_single else grad
         settings = op.stride, op.padding, op.dilation, False, (0, 0), 1
-        of_value, of_gain = constants.gradients(grad, y, gain, to_x)
-        of_inner, of_up, _ = _convolution_backward(
-            grad, inner, up, None, *pixel, (True, True, False)
-        )
+        of_value, of_gain = layer.scale_gradients(grad, y, gain, to_x)
+        of_inner, of_up, _ = _convolution_backward(grad, inner, up, None, *_PIXEL)
         operands = of_inner, x, down
-        if ctx.is_wide:
+        if is_wide:
             operands = of_inner.float(), x.float(), down.float()
         of_x, of_down, _ = _convolution_backward(*operands, None, *settings, (to_x, True, False))
         if to_x:
             of_base, _, _ = _convolution_backward(
-                of_value, x, constants.weight, None, *settings, (True, False, False)
+                of_value, x, layer.weight, None, *settings, (True, False, False)
             )
-            of_x = of_base.add_(of_x)[0] if ctx.is_single else of_base.add_(of_x)
+            of_x = of_base.add_(of_x)[0] if is_single else of_base.add_(of_x)
+        gradients = layer.gradients
         if gradients is None:
-            return None, None, None, of_down.to(down.dtype), of_up, of_gain, of_x
+            return None, None, of_x, of_down.to(down.dtype), of_up, of_gain
         if gradients.gain is None:
             gradients.parts, gradients.gain = (of_down, of_up), of_gain
         else:
             gradients.parts = gradients.parts[0] + of_down, gradients.parts[1] + of_up
             gradients.gain += of_gain
-        return None, None, None, None, None, None, of_x
+        return None, None, of_x
 
 
 def fused(op: Operation) -> Any:

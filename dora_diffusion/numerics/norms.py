@@ -124,7 +124,7 @@ def _batch(weights: Sequence[Tensor], rows: Tensor, axis: NormAxis) -> Tensor:
     factors = (rows.mT if on_output else rows).unbind()
     for weight, factor, product in zip(weights, factors, products.unbind(), strict=True):
         # Quantised weights are dense in memory one at a time.
-        matrix = weight.flatten(1)
+        matrix = weight if weight.ndim == 2 else weight.flatten(1)
         if rows.dtype == wide:
             matrix = matrix.to(wide)
             torch.mm(*((matrix, factor) if on_output else (factor, matrix)), out=product)

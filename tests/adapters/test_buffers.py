@@ -168,8 +168,8 @@ def test_nothing_is_copied_and_nothing_moves_from_step_to_step(dtype: torch.dtyp
         for parameter in adapter_parameters(model):
             assert parameter.grad is flat.memory[parameter]
         flat.take_gradients()
-        tensors = [t for args in forwards for t in (*args, *args[0]) if isinstance(t, Tensor)]
-        tensors += [t for args in forwards for t in (args[1].down, args[1].up)]
+        tensors = [tensor for fused, _ in forwards for tensor in (fused.shift, *fused.factors)]
+        tensors += [t for fused, _ in forwards for t in (fused.gradients.down, fused.gradients.up)]
         tensors += [*flat, *(p.grad for p in flat), *adapter_parameters(model)]
         optimizer.step()
         places.append([tensor.data_ptr() for tensor in tensors])
