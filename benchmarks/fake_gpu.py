@@ -226,7 +226,7 @@ def fake_gpu() -> Iterator[None]:
         mock.patch.object(norms, "_probe", lambda n, like: probe(n, like.device, like.dtype)),
         mock.patch.object(fused, "unit_statistics", statistics),
         mock.patch.object(fused, "BATCH_NORM_DEVICES", {"cuda", DEVICE}),
-        mock.patch.object(optimizer, "_check_memory"),  # These have none.
+        mock.patch.object(optimizer, "_addresses_of"),  # These have none.
         mock.patch.object(norms, "widens_products", lambda device: device in ("cuda", DEVICE)),
         mock.patch.object(layout, "_DEFERRED", {DEVICE}),
         mock.patch.object(layout, "consecutive", return_value=None),  # These lie nowhere.

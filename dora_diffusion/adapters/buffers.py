@@ -91,10 +91,11 @@ class Buffers:
         used = {index for index, gradients in every.items() if gradients.gain is not None}
         if not used:
             return
-        if parts := [g for g in every.values() if g.parts]:
+        reached = [every[index] for index in used]
+        if parts := [gradients for gradients in reached if gradients.parts]:
             targets = [target for g in parts for target in (g.down, g.up)]
             torch._foreach_copy_(targets, [part for g in parts for part in g.parts])
-        unused = (g for index, g in every.items() if index not in used)
+        unused = (every[index] for index in every.keys() - used)
         if empty := [*self._others, *(view for g in unused for view in (g.down, g.up))]:
             torch._foreach_zero_(empty)
         gains = [every[i].gain if i in used else None for i in range(len(layout.sites))]
@@ -104,8 +105,8 @@ class Buffers:
         add = torch._foreach_add_ if self._used else torch._foreach_copy_
         add(sums, gradients[-len(sums) :])
         self._used |= used
-        for index in used:
-            every[index].clear()
+        for of_layer in reached:
+            of_layer.clear()
 
 
 def _in_memory(

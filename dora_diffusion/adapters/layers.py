@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -356,11 +356,15 @@ class AdaptedLayer(nn.Module):
             self._unmerged = None
 
 
-def identities(weights: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+def identities(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """Return a key for each weight. The key changes when the weight is written."""
-    return [
-        (w.data_ptr(), None if w.is_inference() else w._version, w.dtype, w.device) for w in weights
-    ]
+    try:
+        return [(w.data_ptr(), w._version, w.dtype, w.device) for w in weights]
+    except RuntimeError:  # Inference tensors have no version counter.
+        return [
+            (w.data_ptr(), None if w.is_inference() else w._version, w.dtype, w.device)
+            for w in weights
+        ]
 
 
 def state_of(layers: Sequence[AdaptedLayer], adapters: Sequence[Sequence[LayerAdapter]]) -> object:

@@ -195,6 +195,8 @@ class Layout:
         bias: Biases of all adapters, in the dtype of the norms.
         biases: Views of the layers' biases; None for layers that `has_bias` excludes.
         parameters: All A, all B and all m, each layer by layer and adapter by adapter.
+        has_other_dtypes: Whether a parameter has not the dtype of the norms.
+        is_derived: Whether a parametrization computes some of the parameters.
         downs: All A, followed by the zeros that pad them to a layer's rank.
         magnitudes: All m.
     """
@@ -225,9 +227,12 @@ class Layout:
         self.parameters = [a.down for a in adapters] + [a.up for a in adapters]
         self.magnitudes = [a.magnitude for a in adapters if a.magnitude is not None]
         self.parameters += self.magnitudes
+        self.has_other_dtypes = any(p.dtype != self.dtype for p in self.parameters)
+        self.is_derived = any(p.grad_fn is not None for p in self.parameters)
         self.downs = [part for rank, group in self._ranks for part in _filled_downs(rank, group)]
         self.scales = [self._scales_of(group) for _, group in self._ranks]
         self._new_bias()
+        self._shared: dict[str | int, Tensor | None] = {}
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._templates: dict[int | None, list[list[Tensor]]] = {}
         self.update_statistics()
@@ -293,16 +298,18 @@ class Layout:
 
     @torch.no_grad()
     def down(self, *, shared: bool = False) -> Tensor:
-        """Return all A; with ``shared`` it may be the memory of the parameters."""
-        return self._joined(self.downs, shared)
+        """Return all A; if ``shared``, in the memory of the parameters, which must not move."""
+        return self._joined("down", self.downs, shared)
 
     @torch.no_grad()
     def magnitude(self, *, shared: bool = False) -> Tensor:
         """Return all m, likewise."""
-        return self._joined(self.magnitudes, shared)
+        return self._joined("magnitude", self.magnitudes, shared)
 
-    def _joined(self, tensors: Sequence[Tensor], shared: bool) -> Tensor:
-        memory = consecutive(tensors) if shared else None
+    def _joined(self, name: str | int, tensors: Sequence[Tensor], shared: bool) -> Tensor:
+        if shared and name not in self._shared:
+            self._shared[name] = consecutive(tensors)
+        memory = self._shared[name] if shared else None
         return (join(tensors) if memory is None else memory).to(self.dtype)
 
     @torch.no_grad()
@@ -312,7 +319,7 @@ class Layout:
         for rank, sites in self._ranks:
             ups = [adapter.up for site in sites for adapter in site.adapters]
             if all(up.shape[1] == rank for up in ups):
-                buffers.append(self._joined(ups, shared).view(-1, rank))
+                buffers.append(self._joined(rank, ups, shared).view(-1, rank))
                 continue
             sizes = [len(up) for up in ups]
             rows = torch.zeros(sum(sizes), rank, dtype=self.dtype, device=self.device)

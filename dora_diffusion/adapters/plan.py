@@ -16,7 +16,7 @@ parameters; otherwise when `give_gradients` is called, after the last backward p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from itertools import cycle, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -191,6 +191,8 @@ class Plan:
         flags: Flags of a loop, read one step late. None reads them at once.
         has_edges: If True, each backward pass adds to the parameters' ``grad``. If False, backward
             passes only accumulate buffers, and `give_gradients` sets ``grad`` from their sum.
+        shared: Whether the parameters' memory may be read in place. They must not change or move
+            while the plan is in use.
 
     Attributes:
         norm: ``norm(W + sBA)`` of all channels, float32; None for LoRA.
@@ -199,11 +201,15 @@ class Plan:
     """
 
     def __init__(
-        self, layout: Layout, flags: DeferredFlags | None = None, *, has_edges: bool = True
+        self,
+        layout: Layout,
+        flags: DeferredFlags | None = None,
+        *,
+        has_edges: bool = True,
+        shared: bool = False,
     ) -> None:
-        self.layout, self.has_edges = layout, has_edges
-        # Factors of a graph with edges may be used after a change of the parameters.
-        self.down, self.up = layout.down(shared=not has_edges), layout.up(shared=not has_edges)
+        self.layout, self.has_edges, self._is_shared = layout, has_edges, shared
+        self.down, self.up = layout.down(shared=shared), layout.up(shared=shared)
         self.direct, self.ran_without_gradients = set(layout.direct), set[int]()
         self._left: list[Tensor] | None = None
         self._used: set[int] = set()
@@ -225,7 +231,7 @@ class Plan:
             terms = Terms(change, bound.sqrt(), checksum)
         total = terms.change + layout.base
         self.norm = total.clamp_min(0).sqrt_()
-        self.gain = gain_of(layout.magnitude(shared=True), self.norm)
+        self.gain = gain_of(layout.magnitude(shared=self._is_shared), self.norm)
         # Not ``<``, so that NaN is flagged too.
         flagged = is_ill_conditioned(total, layout.base, terms.bound, margin).logical_or_(
             ~(self.gain.abs() >= margin * SMALL_GAIN)
@@ -365,15 +371,15 @@ class Plan:
                 up.mul_(scale)
         if layout.has_gain:
             self._divide(sums[1 + ranks])
-        numbers = range(len(layout.sites))
-        is_used = [index in used for index in numbers for _ in range(layout.count)]
-        triples = zip(pieces, layout.parameters, cycle(is_used))
-        return [
-            (piece if piece.dtype == parameter.dtype else piece.to(parameter.dtype))
-            if has_gradient
-            else None
-            for piece, parameter, has_gradient in triples
-        ]
+        gradients: list[Tensor | None] = list(pieces)
+        if layout.has_other_dtypes:
+            pairs = zip(pieces, layout.parameters, strict=True)
+            gradients = [piece.to(parameter.dtype) for piece, parameter in pairs]
+        if len(used) < len(layout.sites):
+            for number in range(len(gradients)):
+                if number % len(layout.sizes) // layout.count not in used:
+                    gradients[number] = None
+        return gradients
 
     def _divide(self, total: Tensor) -> None:
         """Compute ``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)`` from the sums, in place.
@@ -411,10 +417,10 @@ class Plan:
             return
         indirect, gradients = [], self.gradients(collected)
         for parameter, gradient in zip(self.layout.parameters, gradients, strict=True):
-            if gradient is not None and parameter.grad_fn is None:
-                parameter.grad = gradient
-            elif gradient is not None:
+            if gradient is not None and self.layout.is_derived and parameter.grad_fn is not None:
                 indirect.append((parameter, gradient))
+            elif gradient is not None:
+                parameter.grad = gradient
         if indirect:
             torch.autograd.backward(
                 [p for p, _ in indirect], [gradient for _, gradient in indirect]

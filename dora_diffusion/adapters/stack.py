@@ -40,13 +40,18 @@ Masks = Sequence[Tensor | None]
 """For each layer, factors ``(N, r)`` or ``(1, r)`` of the ranks of each row; None: all are 1."""
 
 
+_BASE: tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]] = ({}, {})
+"""Factors and `Route.ready` of a layer for the base, always empty."""
+
+
 class AdapterStack:
     """K adapters of the same layers.
 
     Args:
         layers: The layers.
         adapters: The K adapters of each layer, in the same order.
-        memory: Memory for gradients, by parameter. It is used where possible (`Buffers`).
+        memory: Memory for gradients, by parameter. It is used where possible (`Buffers`). Whoever
+            gives it must notice if a parameter moves (`FlatParameters`).
 
     Raises:
         ValueError: If K is more than 1, and a layer is an Embedding or a grouped convolution, the
@@ -104,7 +109,8 @@ class AdapterStack:
             self._parameters = [p for group in self.adapters for a in group for p in a.parameters()]
         flags = self._layouts.flags
         self._plans = [
-            Plan(layout, flags[kind], has_edges=False) for kind, layout in layouts.items()
+            Plan(layout, flags[kind], has_edges=False, shared=bool(self._memory))
+            for kind, layout in layouts.items()
         ]
         self._made, self._are_ready = {}, set()
         before = [parameter._version for parameter in self._parameters]
@@ -162,7 +168,7 @@ class AdapterStack:
             route.mask = route.norm_change = None
         self.rows, self.masks, self.norm_changes = rows, masks, norm_changes
         if rows not in self._made:
-            self._made[rows] = [({}, {}) for _ in self.layers]
+            self._made[rows] = [_BASE if rows == BASE else ({}, {}) for _ in self.layers]
         for route, entry in zip(self._routes, self._made[rows], strict=True):
             route.factors_by_dtype, route.ready = entry
         for route, mask in zip(self._routes, masks, strict=False):

@@ -341,6 +341,10 @@ class FlatParameters(SteppedParameters):
         for flat, members in zip(self._flat, self._members, strict=True):
             for member, view in zip(members, split_like(flat, members), strict=True):
                 member.data = view
+        self._addresses = [
+            _addresses_of(flat, members)
+            for flat, members in zip(self._flat, self._members, strict=True)
+        ]
 
     def take_gradients(self) -> None:
         """Copy the gradients of the members to the flat parameters.
@@ -349,20 +353,28 @@ class FlatParameters(SteppedParameters):
             RuntimeError: If a member is no longer a view of its flat parameter, as after ``.to()``.
         """
         self._unused = []
-        columns = zip(self._flat, self._gradients, self._shares, self._members, strict=True)
-        for flat, gradient, shares, members in columns:
-            _check_memory(flat, members)
-            gradients = [member.grad for member in members]
-            pairs = list(zip(shares, gradients, strict=True))
-            used = [grad is not None for grad in gradients]
-            if not all(used):
-                torch._foreach_zero_([share for share, grad in pairs if grad is None])
-                unused = [m for m, grad in zip(members, gradients, strict=True) if grad is None]
-                self._unused += [(m, m.detach().clone()) for m in unused if any(used)]
+        columns = zip(
+            self._flat, self._gradients, self._shares, self._members, self._addresses, strict=True
+        )
+        for flat, gradient, shares, members, addresses in columns:
+            if _addresses_of(flat, members) != addresses:
+                raise RuntimeError(
+                    "a trained parameter was moved or replaced during training, so that the "
+                    "optimizer no longer reaches it; build the optimizer after moving the model"
+                )
+            gradients, flat.grad = [member.grad for member in members], gradient
             # Gradients that lie in `memory` need no copy.
-            if moved := [(s, grad) for s, grad in pairs if grad is not None and grad is not s]:
-                torch._foreach_copy_([share for share, _ in moved], [grad for _, grad in moved])
-            flat.grad = gradient if any(used) else None
+            moved = [pair for pair in zip(shares, gradients, strict=True) if pair[1] is not pair[0]]
+            if found := [(share, grad) for share, grad in moved if grad is not None]:
+                torch._foreach_copy_([share for share, _ in found], [grad for _, grad in found])
+            if len(found) < len(moved):
+                pairs = list(zip(members, gradients, strict=True))
+                unused = [member for member, grad in pairs if grad is None]
+                torch._foreach_zero_([share for share, grad in moved if grad is None])
+                if len(unused) == len(members):
+                    flat.grad = None
+                else:
+                    self._unused += [(member, member.detach().clone()) for member in unused]
 
     def gather_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         pairs = zip(self._members, self._in_group, strict=True)
@@ -421,15 +433,8 @@ def _with_moments(
     return {**state, "state": changed}
 
 
-def _check_memory(flat: Tensor, members: Sequence[Tensor]) -> None:
-    address, size = flat.data_ptr(), flat.element_size()
-    for member in members:
-        if member.data_ptr() != address:
-            raise RuntimeError(
-                "a trained parameter was moved or replaced during training, so that the optimizer "
-                "no longer reaches it; build the optimizer after moving the model"
-            )
-        address += member.numel() * size
+def _addresses_of(flat: Tensor, members: Sequence[Tensor]) -> list[int]:
+    return [flat.data_ptr(), *(member.data_ptr() for member in members)]
 
 
 class LocalParameters(SteppedParameters):
