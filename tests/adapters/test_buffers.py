@@ -106,6 +106,51 @@ def test_a_layer_that_no_pass_reached_has_no_gradient() -> None:
         assert bool(flat.memory[parameter].any()) == (id(parameter) in reached)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_that_reaches_some_layers_adds_nothing_to_the_others(dtype: torch.dtype) -> None:
+    """The memory of a layer has the gradient of the pass before."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)).to(dtype)
+    inject_adapters(model, everything(rank=2))
+    move(model)
+    stack, x = stacked(model), torch.ones(2, 6, dtype=dtype)
+
+    def gradients(*passes: nn.Module) -> list[Tensor]:
+        with stack.scope():
+            for part in passes:
+                with stack.of(0):
+                    part(x).square().sum().backward()
+        found = [parameter.grad for parameter in adapter_parameters(model)]
+        for parameter in adapter_parameters(model):
+            parameter.grad = None
+        return [torch.zeros(1) if grad is None else grad.clone() for grad in found]
+
+    first, second = gradients(model), gradients(model[1])
+    for both, one, other in zip(gradients(model, model[1]), first, second, strict=True):
+        torch.testing.assert_close(both, one + other)
+
+
+def test_a_layer_that_is_served_in_one_pass_only_has_its_gradient_once() -> None:
+    """With a mask, the other pass of the layer goes through the graph."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)).double()
+    inject_adapters(model, everything(rank=2))
+    move(model)
+    stack, x = stacked(model), torch.ones(2, 6, dtype=torch.float64)
+    mask = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+
+    def gradients(*masks: Any) -> list[Tensor]:
+        with stack.scope():
+            for of_layers in masks:
+                with stack.of(0, of_layers):
+                    model(x).square().sum().backward()
+        return [parameter.grad.clone() for parameter in adapter_parameters(model)]
+
+    plain, masked = gradients(()), gradients([mask, None])
+    gradients(())  # The memory has gradients of another step.
+    for both, one, other in zip(gradients((), [mask, None]), plain, masked, strict=True):
+        torch.testing.assert_close(both, one + other)
+    torch.testing.assert_close(gradients([mask, mask]), gradients([mask, mask]))
+
+
 def test_a_step_that_failed_leaves_no_gradient_to_the_next() -> None:
     model = moved()
     wanted, stack = expected(model), stacked(model)
@@ -180,15 +225,38 @@ def test_nothing_is_copied_and_nothing_moves_from_step_to_step(dtype: torch.dtyp
 
 def test_memory_of_another_order_is_not_used() -> None:
     """The gradients are right, and are copied."""
-    model = moved()
-    wanted = expected(model)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 5))
+    inject_adapters(model, everything(rank=2))
+    move(model)
+    x = torch.ones(2, 6)
+    with norm_scope(model):
+        loss = model(x).square().sum()
+        wanted = torch.autograd.grad(loss, list(adapter_parameters(model)))
     flat = FlatParameters(by_role(model), list(reversed(AdapterSet.of(model).parameters())))
     stack = stacked(model, flat.memory)
     with stack.scope(), stack.of(0):
-        model(IDS).square().sum().backward()
+        model(x).square().sum().backward()
     flat.take_gradients()
     for parameter, gradient in zip(adapter_parameters(model), wanted, strict=True):
+        assert parameter.grad is not flat.memory[parameter]
         torch.testing.assert_close(flat.memory[parameter], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scope_of_ones_own_keeps_the_values_that_it_was_opened_with() -> None:
+    """A backward pass after the scope, and after a step of an optimizer, is that of before."""
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject_adapters(model, everything(rank=2))
+    move(model)
+    found = []
+    for changes in (False, True):
+        x = torch.ones(2, 6, requires_grad=True)
+        with norm_scope(model):
+            y = model(x)
+        if changes:
+            move(model, seed=5)
+        y.square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
 
 
 def test_a_bias_that_was_written_to_is_read_in_the_next_step() -> None:
@@ -212,7 +280,7 @@ def test_consecutive_tensors_are_one_vector() -> None:
     assert memory[1] == -1
     assert consecutive([parts[0], parts[2]]) is None
     assert consecutive([parts[1], parts[0]]) is None
-    assert consecutive([memory[:2], memory[2:].to(torch.float64)]) is None
+    assert consecutive([memory[:2], memory[2:].view(torch.int32)]) is None
     # Neighbours in memory, but the first one's storage ends where the second one's starts.
     raw = bytearray(32)
     first, second = (torch.frombuffer(raw, dtype=torch.float32, count=4, offset=o) for o in (0, 16))

@@ -280,6 +280,42 @@ def test_moments_of_other_parameters_are_refused():
         restore_optimizer(second, schedule, state)
 
 
+def test_the_order_in_memory_changes_neither_a_step_nor_a_state():
+    """A state has the order of the groups, so that every order resumes it."""
+    plain, ordered = groups_of(), groups_of()
+    order = list(reversed(parameters(ordered)))
+    runs = []
+    for groups, flat in ((plain, FlatParameters(plain)), (ordered, FlatParameters(ordered, order))):
+        members, seen = parameters(groups), parameters(flat.groups)
+        optimizer = adamw(flat.groups)
+        take_steps(members, seen, optimizer, flat, range(3))
+        runs.append((members, flat, optimizer, flat.gather_state(optimizer.state_dict())))
+    (one, _, _, state), (other, flat, optimizer, own) = runs
+    for ours, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for index, moments in state["state"].items():
+        for key, value in moments.items():
+            torch.testing.assert_close(own["state"][index][key], value)
+    restored = flat.own_state(own)["state"]
+    for index, moments in optimizer.state_dict()["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(restored[index][key], value), key
+    assert any(len(group["params"]) > 1 for group in plain)
+
+
+def test_a_member_without_a_gradient_has_none_of_the_step_before():
+    groups = groups_of()
+    members, flat = parameters(groups), FlatParameters(groups)
+    give_gradients(members, 0)
+    flat.take_gradients()
+    flat.finish()
+    give_gradients(members, 1)
+    members[1].grad = None
+    flat.take_gradients()
+    for member in members:
+        assert bool(flat.memory[member].any()) == (member is not members[1])
+
+
 def test_a_member_that_was_moved_is_not_trained_in_silence():
     groups = groups_of()
     members = parameters(groups)
