@@ -225,7 +225,7 @@ def fake_gpu() -> Iterator[None]:
         # Its vectors outlive a step; these must not outlive the mode.
         mock.patch.object(norms, "_probe", lambda n, like: probe(n, like.device, like.dtype)),
         mock.patch.object(fused, "unit_statistics", statistics),
-        mock.patch.object(fused, "BATCH_NORM_DEVICES", {"cuda", DEVICE}),
+        mock.patch.object(fused, "mixes_batch_norm", return_value=True),
         mock.patch.object(optimizer, "_addresses_of"),  # These have none.
         mock.patch.object(norms, "widens_products", lambda device: device in ("cuda", DEVICE)),
         mock.patch.object(layout, "_DEFERRED", {DEVICE}),

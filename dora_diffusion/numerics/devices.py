@@ -136,6 +136,14 @@ def has_fused_optimizers(kind: str) -> bool:
     return kind in _foreach_utils._get_fused_kernels_supported_devices()
 
 
+def mixes_batch_norm(kind: str) -> bool:
+    """Return whether batch normalization takes 16-bit activations with float32 vectors on a device.
+
+    Other kinds of devices than these were not tried.
+    """
+    return kind in ("cpu", "cuda")
+
+
 def keeps_random_state(kind: str) -> bool:
     """Return whether torch's gradient checkpointing restores the random state of a kind of device.
 

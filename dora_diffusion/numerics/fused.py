@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.numerics.devices import mixes_batch_norm
 from dora_diffusion.numerics.operation import ConvOperation, Operation, leaves_garbage
 
-BATCH_NORM_DEVICES = {"cpu", "cuda"}
-"""Devices whose batch normalization takes 16-bit activations with float32 vectors."""
 # Without the call in Python of torch's `OpOverload`.
 _batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default._op
 _convolution_backward: Any = torch.ops.aten.convolution_backward.default._op
@@ -65,7 +64,7 @@ def scale_gradients(
         return None if of_value is None else of_value.view(shape), of_gain.view(gain.shape)
     is_last, is_image = op.shape == (-1,), grad.ndim == len(op.shape) + 1 and y.is_contiguous()
     if (
-        grad.device.type in BATCH_NORM_DEVICES
+        mixes_batch_norm(grad.device.type)
         and not torch.compiler.is_compiling()
         and gain.ndim == 1
         and grad.numel()
@@ -153,7 +152,7 @@ class FusedLayer:
         self.op, self.weight, self.bias, self.shift, self.mean = op, weight, bias, shift, mean
         self.factors, self.gradients, gain = factors, gradients, factors[2]
         self._statistics: tuple[Tensor, ...] = ()
-        if gain.device.type in BATCH_NORM_DEVICES:
+        if mixes_batch_norm(gain.device.type):
             zeros, ones = unit_statistics(len(gain), gain.dtype, gain.device)
             self._statistics = ((zeros if mean is None else mean), ones) * 2
 

@@ -17,7 +17,7 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics import fused
-from dora_diffusion.numerics.fused import BATCH_NORM_DEVICES, scale_gradients
+from dora_diffusion.numerics.fused import scale_gradients
 from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
 from dora_diffusion.numerics.quantised import quantise
 from tests.emulation import OneDNN
@@ -36,7 +36,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "nothing": (lambda: nn.Linear(7, 5), (0, 7)),
 }
 FORMATS = ("contiguous", "gradient", "input", "input and gradient")
-"""What is transposed; images are then in channels-last format."""
+"""Names of tensors that are transposed; images are then in channels-last format."""
 
 
 def layer_of(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -151,7 +151,7 @@ def test_the_output_is_bitwise_that_of_separate_operations(
         with monkeypatch.context() as patch:
             patch.setattr("dora_diffusion.numerics.dora.is_fusible", lambda op: False)
             apart, gradients_apart = in_scope(model, x, upstream)
-            patch.setattr(fused, "BATCH_NORM_DEVICES", set())
+            patch.setattr(fused, "mixes_batch_norm", lambda kind: False)
             without, gradients_without = in_scope(model, x, upstream)
         assert torch.equal(y, apart)
         assert torch.equal(y, without)
@@ -235,7 +235,7 @@ def test_gradients_of_a_gain_for_each_row(shape: tuple[int, ...], memory: str, b
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("device", [{"cpu"}, set()], ids=["batch norm", "one by one"])
+@pytest.mark.parametrize("is_mixed", [True, False], ids=["batch norm", "one by one"])
 @pytest.mark.parametrize(
     ("op", "shape"),
     [
@@ -250,11 +250,10 @@ def test_gradients_of_a_gain_for_each_row(shape: tuple[int, ...], memory: str, b
     ids=str,
 )
 def test_gradients_of_a_gain(
-    op: Operation, shape: tuple[int, ...], device: set[str], bias: bool,
+    op: Operation, shape: tuple[int, ...], is_mixed: bool, bias: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fused, "BATCH_NORM_DEVICES", device)
-    assert "cpu" in BATCH_NORM_DEVICES
+    monkeypatch.setattr(fused, "mixes_batch_norm", lambda kind: is_mixed)
     torch.manual_seed(0)
     grad, y = torch.randn(2, *shape, dtype=torch.float64)
     gain, mean = torch.rand(2, 5, dtype=torch.float64)
