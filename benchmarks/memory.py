@@ -191,7 +191,8 @@ def batch_of(components: Components, side: int, config: TrainConfig) -> Batch:
         noise,
         ("",) * rows,
         photos,
-        class_captions=dict.fromkeys(range(photos), "") if config.is_image_free else {},
+        # Another caption: predictions for equal ones are computed once.
+        class_captions=dict.fromkeys(range(photos), "class") if config.is_image_free else {},
     )
 
 
