@@ -66,6 +66,7 @@ class DeviceSettings:
         needs=(
             Need("method", ("dora", "lora")),
             Need("parametrization", ("low-rank",)),
+            Need("init", ("random",)),
             Need("compile", (False,)),
             Need("tlora_min_rank", (None,)),
             when(

@@ -10,9 +10,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, is_dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,8 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.layout import DeferredFlags, join, split_like
 from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.models.offload import send
-from dora_diffusion.models.text import Conditioning
 from dora_diffusion.numerics.quantised import PackedWeight
-from dora_diffusion.training.conditioner import Reading
-from dora_diffusion.training.hooks.hook import RankRoute
-from dora_diffusion.training.prediction import Drawn, Question, encodings
+from dora_diffusion.training.graph_inputs import Inputs
 from dora_diffusion.training.processes import shards_model
 from dora_diffusion.training.step import Step
 
@@ -32,8 +28,8 @@ MOST_GRAPHS = 8
 """Number of kinds of batches with a graph; the least recently used one is dropped."""
 WARM_UPS = 2
 """Number of runs on the stream of a capture, in which libraries allocate and choose kernels."""
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest error of a gradient of a replay relative to an ordinary step, by compute dtype."""
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest relative error of a replay's gradients, by compute dtype."""
 
 
 class Outputs(NamedTuple):
@@ -50,16 +46,6 @@ class Outputs(NamedTuple):
     flags: list[tuple[DeferredFlags, Tensor, Sequence[int]]]
 
 
-class Capture(Protocol):
-    """Recorded operations of a function."""
-
-    def capture(self, function: Callable[[], Outputs], other: Any) -> Outputs:
-        """Record a function, in the memory of another capture if there is one."""
-
-    def replay(self) -> None:
-        """Run the recorded operations."""
-
-
 class CudaCapture:
     """CUDA graph of a function."""
 
@@ -67,7 +53,8 @@ class CudaCapture:
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], Outputs], other: CudaCapture | None) -> Outputs:
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        """Record a function, in the memory of another capture if there is one."""
+        current, stream = torch.cuda.current_stream(), _capture_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -79,111 +66,18 @@ class CudaCapture:
             return function()
 
     def replay(self) -> None:
+        """Run the recorded operations."""
         self._graph.replay()
 
 
-CAPTURES: dict[str, Callable[[], Capture]] = {"cuda": CudaCapture}
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    """Return the stream of all captures, since libraries keep a workspace for each stream."""
+    return torch.cuda.Stream()
+
+
+CAPTURES: dict[str, Any] = {"cuda": CudaCapture}
 """Type of captures by type of device."""
-
-
-class Inputs(NamedTuple):
-    """Batch of a step, with everything that its graph reads.
-
-    Attributes:
-        drawn: The batch and its questions.
-        route: Rank masks of the batch.
-        parts: Tensors of the batch, its captions and its masks, nested.
-        tensors: The same tensors in a list.
-        key: Shapes and dtypes of the tensors, and everything else that decides on operations.
-    """
-
-    drawn: Drawn
-    route: RankRoute
-    parts: tuple[Any, ...]
-    tensors: list[Tensor]
-    key: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, drawn: Drawn, route: RankRoute, state: object) -> Inputs:
-        """Read the captions of a batch, and collect its tensors.
-
-        Args:
-            drawn: The batch.
-            route: Its rank masks.
-            state: State of the model that decides on operations.
-        """
-        batch, questions, tensors = drawn.batch, drawn.distinct(), list[Tensor]()
-        calls = [*encodings(drawn.of_base()), *encodings(drawn.trained())]
-        readings = [encode.read(captions) for encode, captions in calls]
-        parts = batch.inputs, batch.latents, batch.noise, batch.mask, batch.weights
-        parts += readings, route.masks
-
-        def signature(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-            tensors.append(tensor)
-            return tensor.shape, tensor.dtype
-
-        key = (
-            state,
-            _with_tensors(parts, signature),
-            tuple(tuple(map(questions.index, term)) for term in drawn.questions),
-            tuple((q.ask.rows, q.ask.of_base, len(q.ask.captions)) for q in questions),
-            (batch.photos, *batch.class_captions),
-            tuple(batch.masked_rows),
-        )
-        return cls(drawn, route, parts, tensors, key)
-
-    def fixed(self) -> tuple[Drawn, RankRoute, FixedEncoder, list[Tensor]]:
-        """Copy the batch to tensors that stay. Returns also the encoder of its captions."""
-        batch, term = self.drawn.batch, self.drawn.questions[0]
-        tensors = [send(tensor, batch.latents.device).clone() for tensor in self.tensors]
-        copies = iter(tensors)
-        inputs, latents, noise, mask, weights, readings, masks = _with_tensors(
-            self.parts, lambda _: next(copies)
-        )
-        encoder: Any = FixedEncoder(term[0].encode, readings)
-        batch = replace(
-            batch, inputs=inputs, latents=latents, noise=noise, mask=mask, weights=weights,
-            generators=(), _indices={},
-        )  # fmt: skip
-        questions = [
-            [Question(question.ask, batch, encoder) for question in term]
-            for term in self.drawn.questions
-        ]
-        return Drawn(batch, questions), RankRoute(masks, self.route.active), encoder, tensors
-
-
-def _with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return a nested value with changed tensors, and tuples in place of lists."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in fields(value)]
-        return replace(value, **{n: _with_tensors(getattr(value, n), change) for n in names})
-    if not isinstance(value, list | tuple):
-        return value
-    children = [_with_tensors(child, change) for child in value]
-    return type(value)(*children) if hasattr(value, "_fields") else tuple(children)
-
-
-class FixedEncoder:
-    """Encoder of a graph's captions, which is called once for each forward pass, in their order.
-
-    Args:
-        encode: Encoder of the run.
-        readings: Captions of each call.
-    """
-
-    def __init__(self, encode: Any, readings: Sequence[Reading]) -> None:
-        self.trains = encode.trains
-        self._encode, self._readings = encode.encode, readings
-
-    def start(self) -> None:
-        """Begin a step."""
-        self._left = iter(self._readings)
-
-    def __call__(self, captions: Sequence[str]) -> Conditioning:
-        encoded: Conditioning = self._encode(next(self._left))
-        return encoded
 
 
 class GraphFlags(DeferredFlags):
@@ -230,7 +124,7 @@ class StepGraph:
             return Outputs(losses, step.clear(), written)
 
         self._capture = CAPTURES[self._device.type]()
-        self._outputs = self._capture.capture(run, other and other._capture)
+        self._outputs: Outputs = self._capture.capture(run, other and other._capture)
 
     def replay(self, batch: Inputs) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
         """Compute losses and gradients of a batch. The next replay overwrites the gradients."""
@@ -254,15 +148,14 @@ class GraphedStep(Step):
     _addresses: Sequence[int] = ()
 
     def accumulate(self) -> list[Tensor]:
-        if self.is_off or self._is_flagged():
+        if self.is_off:
             return super().accumulate()
         self._drop_moved()
-        words, batches = self.weights.words.tables.values(), []
-        for _ in range(self.turns):
-            drawn = self.draw()
-            state = tuple(table.trains for table in words)
-            batches.append(Inputs.of(drawn, self.route(drawn), state))
-        graphs = self._graphs_of(batches)
+        state = tuple(table.trains for table in self.weights.words.tables.values())
+        drawn = [self.draw() for _ in range(self.turns)]
+        batches = [Inputs.of(batch, self.route(batch), state) for batch in drawn]
+        # Flags are read after the draws, since they arrive at the end of the last replay.
+        graphs = [] if self._is_flagged() else self._graphs_of(batches)
         if not graphs:
             with self.stack.scope():
                 return [self.backward(batch.drawn, batch.route) for batch in batches]
@@ -307,7 +200,7 @@ class GraphedStep(Step):
                 return StepGraph(self, batch, other)
         except RuntimeError as error:
             self._turn_off(f"its capture failed: {error}")
-            self.__dict__.pop("stack")  # Its buffers may hold parts of gradients.
+            self.__dict__.pop("stack", None)  # Its buffers may hold parts of gradients.
             return None
         finally:
             self.clear()
@@ -393,7 +286,7 @@ def _copies(gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tens
     return dict(zip(gradients, split_like(join(tensors), tensors), strict=True))
 
 
-def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def _error(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest error of a tensor, relative to its norm and the mean norm of all."""
     errors = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected)))
     norms = torch.stack(torch._foreach_norm(expected))
@@ -408,15 +301,12 @@ def step_kind(config: TrainConfig, accelerator: Any) -> type[Step]:
     """
     if without_effect(config, {"cuda_graph"}):  # Named before the model was loaded.
         return Step
-    reasons = {
-        "there is no CUDA device": accelerator.device.type not in CAPTURES,
-        "the gradient scaler of mixed_precision fp16 is read in each step": (
-            accelerator.scaler is not None
-        ),
-        "the model is sharded": shards_model(accelerator),
-    }
-    reason = next((reason for reason, is_there in reasons.items() if is_there), None)
-    if reason is None:
+    reason = "the model is sharded" if shards_model(accelerator) else ""
+    if accelerator.scaler is not None:
+        reason = "mixed_precision is fp16, whose gradient scaler is read in each step; use bf16"
+    if accelerator.device.type not in CAPTURES:
+        reason = "there is no CUDA device"
+    if not reason:
         return GraphedStep
     warnings.warn(f"cuda_graph has no effect because {reason}", stacklevel=2)
     return Step
