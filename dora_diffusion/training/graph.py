@@ -116,7 +116,8 @@ class StepGraph:
 
         def run() -> Outputs:
             written: list[Any] = []
-            flags = {kind: GraphFlags(own, written) for kind, own in step.stack.flags.items()}
+            run_flags = step.stack.flags.items()
+            flags = {kind: GraphFlags(deferred, written) for kind, deferred in run_flags}
             encoder.start()
             step.clear()
             with step.stack.scope(flags):
@@ -214,8 +215,8 @@ class GraphedStep(Step):
             losses, gradients = graph.replay(batch)
         error = float("inf")
         if gradients.keys() == expected.keys():
-            found = [gradients[parameter] for parameter in expected]
-            error = _error([losses, *found], [loss, *expected.values()])
+            replayed = [gradients[parameter] for parameter in expected]
+            error = _error([losses, *replayed], [loss, *expected.values()])
         graph.is_checked = error <= ROUNDING[next(self.components.unet.parameters()).dtype]
         if not graph.is_checked:
             self._turn_off(f"gradients of its first replay differ by {error:.2g} of their norm")
@@ -244,8 +245,8 @@ class GraphedStep(Step):
         """Drop all graphs if a tensor of the model has moved, or the layouts are new."""
         addresses = list[int]()
         for tensor in self._tensors:
-            parts = tensor.tensors.values() if isinstance(tensor, PackedWeight) else (tensor,)
-            addresses += map(Tensor.data_ptr, parts)
+            packed = tensor.tensors.values() if isinstance(tensor, PackedWeight) else (tensor,)
+            addresses += map(Tensor.data_ptr, packed)
         _, are_new = self.stack.settle()
         if are_new or addresses != self._addresses:
             self._graphs.clear()
@@ -286,9 +287,9 @@ def _copies(gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tens
     return dict(zip(gradients, split_like(join(tensors), tensors), strict=True))
 
 
-def _error(found: list[Tensor], expected: list[Tensor]) -> float:
+def _error(replayed: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest error of a tensor, relative to its norm and the mean norm of all."""
-    errors = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected)))
+    errors = torch.stack(torch._foreach_norm(torch._foreach_sub(replayed, expected)))
     norms = torch.stack(torch._foreach_norm(expected))
     return float((errors / (norms + norms.mean())).max())
 

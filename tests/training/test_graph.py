@@ -30,7 +30,7 @@ from tests.training.test_every_setting import CASES as SETTINGS
 from tests.training.test_every_setting import USUAL, filled
 from tests.training.test_every_setting import places as places
 
-STEPS = 5
+STEPS = 6
 WAITS = {f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")}
 
 
