@@ -528,9 +528,10 @@ def _forget_devices() -> None:
     """Drop what was found out about devices and kept."""
     from diffusers.utils import torch_utils
 
-    from dora_diffusion.numerics import norms
+    from dora_diffusion.numerics import fused, norms
 
     norms._probe_on.cache_clear()
+    fused.unit_statistics.cache_clear()
     if hasattr(torch_utils, "TorchDeviceBackend"):  # Diffusers 0.42
         torch_utils.TorchDeviceBackend._detect_device_type.cache_clear()
 

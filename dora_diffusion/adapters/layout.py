@@ -511,6 +511,20 @@ def _kind(site: Site) -> tuple[Any, ...]:
     return site.rank, shape, scales, str(site.weight.dtype)
 
 
+class _Sent(NamedTuple):
+    """Copy of flags on the host, complete after its event."""
+
+    values: Tensor
+    event: Any
+    sizes: list[int]
+
+    def read(self) -> Tensor:
+        """Wait for the copy, and return it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values
+
+
 class DeferredFlags:
     """Flags of one step's channels, read in the next step to avoid a synchronization.
 
@@ -520,7 +534,7 @@ class DeferredFlags:
     """
 
     def __init__(self) -> None:
-        self._sent: tuple[Tensor, Any, list[int]] | None = None
+        self._sent: _Sent | None = None
 
     def layers(self, flagged: Tensor, sizes: Sequence[int]) -> set[int]:
         """Return the indices of the layers with flagged channels.
@@ -529,16 +543,22 @@ class DeferredFlags:
             flagged: Flag of each channel, ``(sum of sizes,)`` bool.
             sizes: Number of channels of each layer.
         """
-        before, self._sent = self._sent, None
+        before, now = self._sent, self.send(flagged, sizes)
+        is_late = before is not None and before.event is not None and before.sizes == now.sizes
+        return _owners(cast(_Sent, before if is_late else now).read(), sizes)
+
+    def send(self, flagged: Tensor, sizes: Sequence[int]) -> _Sent:
+        """Copy the flags of a step to the host, for `layers` of the next step."""
         # Other devices need no synchronization, or have no events to wait for a single copy.
-        if flagged.device.type not in _DEFERRED:
-            return _owners(flagged.cpu(), sizes)
-        self._sent = flagged.to("cpu", non_blocking=True), record_event(flagged), list(sizes)
-        if before is None or before[2] != list(sizes):
-            before = self._sent
-        values, event, _ = before
-        event.synchronize()
-        return _owners(values, sizes)
+        is_late = flagged.device.type in _DEFERRED
+        copy = flagged.to("cpu", non_blocking=is_late)
+        self._sent = _Sent(copy, record_event(flagged) if is_late else None, list(sizes))
+        return self._sent
+
+    @property
+    def is_raised(self) -> bool:
+        """True if a channel of the last step is flagged."""
+        return self._sent is not None and bool(self._sent.read().any())
 
 
 def record_event(tensor: Tensor) -> Any:

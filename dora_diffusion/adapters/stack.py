@@ -19,7 +19,7 @@ from torch import Tensor
 from dora_diffusion.adapters.buffers import Buffers
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
-from dora_diffusion.adapters.layout import Layout, Rows, layouts_of
+from dora_diffusion.adapters.layout import DeferredFlags, Layout, Rows, layouts_of
 from dora_diffusion.adapters.plan import NOTHING, Plan
 from dora_diffusion.adapters.route import Ready, Route, forward_rows, routed
 from dora_diffusion.numerics.dora import (
@@ -91,15 +91,13 @@ class AdapterStack:
         self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
         self._are_ready: set[Rows] = set()
 
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        """Compute with the adapters' current values inside the block; rows are initially the base.
+    @property
+    def flags(self) -> Mapping[Any, DeferredFlags]:
+        """Flags of each layout, read one step late."""
+        return self._layouts.flags
 
-        The parameters get their gradients at the end of the block.
-
-        Raises:
-            RuntimeError: At the end, if a parameter changed inside the block.
-        """
+    def settle(self) -> tuple[Mapping[Any, Layout], bool]:
+        """Return the layouts, and whether they are new: memory of earlier steps is then dropped."""
         layouts, are_new = self._layouts.of(self.layers, self.adapters)
         if are_new:
             self._buffers = {}
@@ -107,7 +105,22 @@ class AdapterStack:
                 route.settle()
             self._dtype = next((r.plain_dtype for r in self._routes if r.plain_dtype), None)
             self._parameters = [p for group in self.adapters for a in group for p in a.parameters()]
-        flags = self._layouts.flags
+        return layouts, are_new
+
+    @contextmanager
+    def scope(self, flags: Mapping[Any, DeferredFlags] | None = None) -> Iterator[None]:
+        """Compute with the adapters' current values inside the block; rows are initially the base.
+
+        The parameters get their gradients at the end of the block.
+
+        Args:
+            flags: Flags of each layout; None: `flags`.
+
+        Raises:
+            RuntimeError: At the end, if a parameter changed inside the block.
+        """
+        layouts, _ = self.settle()
+        flags = self.flags if flags is None else flags
         self._plans = [
             Plan(layout, flags[kind], has_edges=False, shared=bool(self._memory))
             for kind, layout in layouts.items()

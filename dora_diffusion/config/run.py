@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dora_diffusion.config.fields import DTYPES, PRECISIONS, AnyOf, Need, flag
+from dora_diffusion.config.fields import DTYPES, PRECISIONS, AnyOf, Need, flag, when
 from dora_diffusion.config.prompts import MOST_STEPS
 from dora_diffusion.config.subject import prior_or_slider
 
@@ -57,6 +57,23 @@ class DeviceSettings:
         "Compile the UNet's repeated blocks with torch.compile: faster steps on a GPU, but a "
         "slower start. Samples run uncompiled.",
         resume="free",
+    )
+    cuda_graph: bool = flag(
+        False,
+        "Issue each batch of a step, from norms to gradients, as one CUDA graph: less work for the "
+        "processor, which a fast GPU waits for at small batches. Experimental: no GPU has run it.",
+        resume="free",
+        needs=(
+            Need("method", ("dora", "lora")),
+            Need("parametrization", ("low-rank",)),
+            Need("init", ("random",)),
+            Need("compile", (False,)),
+            Need("tlora_min_rank", (None,)),
+            when(
+                lambda config: not (config.lora_dropout and config.gradient_checkpointing),
+                "gradient_checkpointing reads the random state, which lora_dropout changes",
+            ),
+        ),
     )
     offload: str = flag(
         "auto",

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -86,6 +86,8 @@ class Conditioning:
         does not change attention to them, so that no row depends on the other rows. Padding would
         change it.
         """
+        if len(batches) == 1:
+            return batches[0]
         pooled = [batch.pooled for batch in batches if batch.pooled is not None]
         if pooled and len(pooled) != len(batches):
             raise ValueError("some of the conditioning has a pooled output and some has none")
@@ -122,9 +124,37 @@ def encode_prompts(
     """
     if isinstance(prompts, str):
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
+    return tokenize_prompts(components, prompts, adapters).encode(components, clip_skip)
+
+
+class PromptTokens(NamedTuple):
+    """Tokens of B prompts.
+
+    Attributes:
+        ids: Token ids of all chunks ``(chunks, tokens)``, for each text encoder.
+        masks: Attention masks, likewise.
+        counts: Number of chunks of each prompt.
+    """
+
+    ids: Sequence[Tensor]
+    masks: Sequence[Tensor]
+    counts: Sequence[int]
+
+    def encode(self, components: Components, clip_skip: int | None = None) -> Conditioning:
+        """Encode the tokens (`encode_prompts`)."""
+        skip, encoders = clip_skip, components.text_encoders
+        if skip is None:
+            skip = components.clip_skip
+        encoded = encode_tokens(components.family, encoders, self.ids, self.masks, skip)
+        return _joined(encoded, self.counts) if max(self.counts) > 1 else encoded
+
+
+def tokenize_prompts(
+    components: Components, prompts: Sequence[str], adapters: Sequence[str | None] | None = None
+) -> PromptTokens:
+    """Tokenize B prompts for every text encoder, as `encode_prompts` does."""
     adapters = adapters or [None] * len(prompts)
     warn_of_truncation(components, prompts, adapters)
-    skip = components.clip_skip if clip_skip is None else clip_skip
     counts = [1] * len(prompts)
     if components.most_chunks != 1:
         counts = [chunk_count(components, *row) for row in zip(prompts, adapters, strict=True)]
@@ -138,8 +168,7 @@ def encode_prompts(
         chunks = _tokenize_chunks(tokenizer, texts, counts) if is_long else None
         tokens.append(tokenize(tokenizer, texts) if chunks is None else chunks)
     ids, masks = [t.input_ids for t in tokens], [t.attention_mask for t in tokens]
-    encoded = encode_tokens(components.family, components.text_encoders, ids, masks, skip)
-    return _joined(encoded, counts) if is_long else encoded
+    return PromptTokens(ids, masks, counts)
 
 
 def encode_weighted(
@@ -331,7 +360,7 @@ def warn_of_truncation(
             warnings.warn(
                 f"the prompt is longer than {token_limit(components)}; the model will not see the "
                 f"end: {quoted(cut)}{MORE_TOKENS}",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

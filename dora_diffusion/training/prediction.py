@@ -102,7 +102,12 @@ def _pass(unet: Any, questions: Sequence[Question]) -> dict[Question, Tensor]:
 
 
 def _conditioning(questions: Sequence[Question]) -> Conditioning:
-    encode = questions[0].encode
-    if encode.trains:  # All captions in one pass of the text encoders.
-        return encode([caption for question in questions for caption in question.ask.captions])
-    return Conditioning.cat([question.encode(question.ask.captions) for question in questions])
+    return Conditioning.cat([encode(captions) for encode, captions in encodings(questions)])
+
+
+def encodings(questions: Sequence[Question]) -> list[tuple[Conditioner, Sequence[str]]]:
+    """Return the captions of each call of an encoder for a forward pass."""
+    if questions and questions[0].encode.trains:  # All captions in one pass of the text encoders.
+        captions = [caption for question in questions for caption in question.ask.captions]
+        return [(questions[0].encode, captions)]
+    return [(question.encode, question.ask.captions) for question in questions]

@@ -70,9 +70,7 @@ class Step:
             TrainingError: If loss or gradients are not finite, on a CPU. No weight has changed.
         """
         self.begin(number)
-        with self.stack.scope():  # Norms are computed once: no parameter changes inside.
-            losses = [self.backward(self.draw()) for _ in range(self.turns)]
-        return self.update(number, losses)
+        return self.update(number, self.accumulate())
 
     def begin(self, number: int) -> None:
         """Prepare a step: call the hooks and seed the global generator."""
@@ -88,10 +86,16 @@ class Step:
         asks = [term.asks(batch) for term in self.terms]
         return Drawn(batch, [[Question(ask, batch, encode) for ask in of_term] for of_term in asks])
 
-    def backward(self, drawn: Drawn) -> Tensor:
+    def accumulate(self) -> list[Tensor]:
+        """Accumulate the gradients of a step's batches. Returns ``(loss, prior)`` of each."""
+        with self.stack.scope():  # Norms are computed once: no parameter changes inside.
+            drawn = (self.draw() for _ in range(self.turns))
+            return [self.backward(batch, self.route(batch)) for batch in drawn]
+
+    def backward(self, drawn: Drawn, route: RankRoute) -> Tensor:
         """Accumulate the gradients of a batch. Returns ``(loss, prior)``, detached."""
         # Backward stays inside the context: gradient checkpointing recomputes blocks.
-        with self.stack.of(0, *self.route(drawn)):
+        with self.stack.of(0, *route):
             with self.accelerator.autocast():
                 answers = answer(self.components.unet, drawn.distinct(), self.base)
                 loss, prior = self.losses(drawn, answers)

@@ -100,9 +100,14 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Run
         instance_data_dir=str(photos),
         instance_prompt="a photo of a sks mug",
         output_dir=str(output),
-        resolution=64,
-        max_train_steps=4,
-        **{"seed": 3, "rank": 2, "conv_rank": 2, **settings},
+        **{
+            "resolution": 64,
+            "max_train_steps": 4,
+            "seed": 3,
+            "rank": 2,
+            "conv_rank": 2,
+            **settings,
+        },
     )
     session = assemble(config, subjects_of(config), make_accelerator(config))
     generator = torch.Generator().manual_seed(2)
