@@ -20,14 +20,12 @@ from pathlib import Path
 # A function of Python's C API that Python itself calls only for ``python -c``.
 SWITCH = "PyRun_SimpleStringFlags"
 
-# Native functions that compute numbers of tensors, in torch, libc and libm.
+# Native functions that compute numbers of tensors. Torch's kernels are in namespaces of a processor
+# type, or without a name; what chooses and starts them is not.
 KERNEL = re.compile(
-    r"at::native::.*(kernel|vectorized|VectorizedLoop|cpublas|gemm|gemv|im2col|col2im)"
-    r"|function_ref<void ?\(char\*\*|at::vec::|Sleef_|mem(set|cpy|move)_.*(unaligned|erms)|mkl_",
-    re.IGNORECASE,
+    r"at::native::(\(anonymous namespace\)|AVX\w+|DEFAULT|cpublas)|at::vec::"
+    r"|function_ref<void \(char\*\*|Sleef_|^mkl_|^__(exp|log|sin|cos)f|^__mem(set|cpy|move)_"
 )
-# Among the names above: what chooses and starts a kernel.
-LAUNCH = re.compile(r"Python|autograd|wrapper_|OperatorEntry|wrap_kernel_functor|DispatchStub")
 
 Profile = Counter[tuple[str, str]]
 """Instructions by library and function."""
@@ -36,7 +34,7 @@ Profile = Counter[tuple[str, str]]
 def instrument() -> None:
     """Begin to follow calls. Until here, the process runs several times faster."""
     command = ["vgdb", f"--pid={os.getpid()}", "instrumentation", "on"]
-    with subprocess.Popen(command, stdout=sys.stderr) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:  # Valgrind answers while instructions are executed.
             pass
     if process.returncode:
@@ -91,8 +89,7 @@ def parse(path: Path) -> Profile:
 
 def is_kernel(library: str, function: str) -> bool:
     """Return whether a native function computes, rather than issues operations."""
-    computes = library.startswith(("libtorch_cpu", "libc.", "libm.", "libmkl"))
-    return computes and bool(KERNEL.search(function)) and not LAUNCH.search(function)
+    return library.startswith(("libtorch_cpu", "libc.", "libm.")) and bool(KERNEL.search(function))
 
 
 def issuing(profile: Profile) -> int:
