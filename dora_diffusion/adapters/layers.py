@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.flags import DeferredFlags
 from dora_diffusion.adapters.layout import (
-    DeferredFlags,
     Layout,
     RowShard,
     Site,

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dora_diffusion.adapters.flags import DeferredFlags
 from dora_diffusion.adapters.layout import (
-    DeferredFlags,
     Layout,
     Rows,
     Site,

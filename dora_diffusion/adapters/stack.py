@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.buffers import Buffers
+from dora_diffusion.adapters.flags import DeferredFlags
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
-from dora_diffusion.adapters.layout import DeferredFlags, Layout, Rows, layouts_of
+from dora_diffusion.adapters.layout import Layout, Rows, layouts_of
 from dora_diffusion.adapters.plan import NOTHING, Plan
 from dora_diffusion.adapters.route import Ready, Route, forward_rows, routed
 from dora_diffusion.numerics.dora import (

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.layout import DeferredFlags, join, split_like
+from dora_diffusion.adapters.flags import DeferredFlags
+from dora_diffusion.adapters.layout import join, split_like
 from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.models.offload import send
 from dora_diffusion.numerics.quantised import PackedWeight

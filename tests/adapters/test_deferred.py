@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.adapters import layout
+from dora_diffusion.adapters import flags as flags_module
+from dora_diffusion.adapters.flags import DeferredFlags
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
-from dora_diffusion.adapters.layout import DeferredFlags
 from dora_diffusion.adapters.plan import Plan
 from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.config import AdapterConfig
@@ -29,8 +29,8 @@ class Event:
 
 @pytest.fixture
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "record_event", lambda tensor: Event())
-    monkeypatch.setattr(layout, "_DEFERRED", {"cpu"})
+    monkeypatch.setattr(flags_module, "record_event", lambda tensor: Event())
+    monkeypatch.setattr(flags_module, "_DEFERRED", {"cpu"})
 
 
 def test_a_cpu_reads_at_once():

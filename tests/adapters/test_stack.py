@@ -336,3 +336,19 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     pairs = list(zip(adapters[0], layer_adapters(model, "lora"), strict=True))
     with pytest.raises(ValueError, match="all DoRA on one norm axis or all LoRA"):
         AdapterStack(layers, pairs)
+
+
+@pytest.mark.parametrize("ranks", [[3], [3, 2]])
+def test_layers_that_no_row_reached_have_no_gradient(ranks: list[int]) -> None:
+    """Of any of their adapters; the others have all of theirs."""
+    model, adapters = make(ranks)
+    layers = [layer for _, layer in adapted_layers(model)]
+    stack = AdapterStack(layers, list(zip(*adapters, strict=True)))
+    rows = list(range(len(ranks)))
+    with stack.scope(), stack.of(rows):
+        model[-1](torch.ones(len(rows), 6, dtype=torch.float64)).square().sum().backward()
+    for own in adapters:
+        reached = [adapter.up.grad is not None for adapter in own]
+        assert reached == [layer is model[-1] for layer in layers]
+        assert all((a.up.grad is None) == (a.down.grad is None) for a in own)
+        assert all((a.up.grad is None) == (a.magnitude.grad is None) for a in own)
