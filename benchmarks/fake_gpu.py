@@ -212,7 +212,7 @@ def _apply(
 def fake_gpu() -> Iterator[None]:
     """Make tensors fake inside the block, and those on `DEVICE` behave as on CUDA."""
     make_device()
-    from dora_diffusion.adapters import buffers, flags, layout
+    from dora_diffusion.adapters import flags
     from dora_diffusion.numerics import fused, norms
     from dora_diffusion.training import optimizer
 
@@ -229,8 +229,6 @@ def fake_gpu() -> Iterator[None]:
         mock.patch.object(optimizer, "_addresses_of"),  # These have none.
         mock.patch.object(norms, "widens_products", lambda device: device in ("cuda", DEVICE)),
         mock.patch.object(flags, "_DEFERRED", {DEVICE}),
-        mock.patch.object(layout, "consecutive", return_value=None),  # These lie nowhere.
-        mock.patch.object(buffers, "consecutive", return_value=None),
         mock.patch.object(flags, "record_event"),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):  # fmt: skip

@@ -35,7 +35,7 @@ from fake_gpu import DEVICE, Count, fake_gpu
 from full_size import CLIP_BIG_G, CLIP_L, UNETS
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import inject_adapters
+from dora_diffusion.adapters.inject import AdapterSet, inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.stack import AdapterStack
@@ -64,6 +64,7 @@ class Models:
     text_encoders: list[nn.Module]
     layers: int = 0
     ours: bool = False
+    is_pack: bool = False
     loop: Scope | None = None
     counts: dict[str, Count] = field(default_factory=dict)
     kept: int = 0
@@ -102,6 +103,7 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
         unet,
         [e.to(DEVICE, dtype) for e in encoders],
         ours=name in (*OUR_WAYS, OWN_LORA) or name.startswith(PACK),
+        is_pack=name.startswith(PACK),
     )
     if name in (LOOP, LOOP_CACHED):
         cache = NormCache() if name == LOOP_CACHED else None
@@ -190,10 +192,12 @@ def count_step(
     if models.ours and models.loop is None:
         layers = [layer for model in models.all() for _, layer in adapted_layers(model)]
         adapters = [[*layer.adapters.values()] for layer in layers]
-        stack = AdapterStack(layers, adapters)
-        groups = [[p for a in own for p in a.parameters()] for own in zip(*adapters, strict=True)]
-        flats = [FlatParameters([{"params": own}]) for own in groups]
-        groups = [flat.groups[0]["params"] for flat in flats]
+        order = [] if models.is_pack else AdapterSet.of(*models.all()).parameters()
+        for own in zip(*adapters, strict=True):
+            roles = zip(*(adapter.parameters() for adapter in own), strict=True)
+            flats.append(FlatParameters([{"params": list(role)} for role in roles], order))
+        stack = AdapterStack(layers, adapters, flats[0].memory if order else None)
+        groups = [list(flat) for flat in flats]
     optimizers = [torch.optim.AdamW(own, fused=True) for own in groups if own]
     cast, rows = dtype != torch.float32 and not models.ours, list(range(subjects))
     scope = stack.scope if stack else models.loop or nullcontext

@@ -156,16 +156,19 @@ def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def consecutive(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return the tensors' memory as one vector; None if they do not lie one after the other."""
-    first = tensors[0].detach()
-    address, size, total = first.data_ptr(), first.element_size(), 0
+    first, total = tensors[0].detach(), 0
+    storage, start = first.untyped_storage()._cdata, first.storage_offset()
     for tensor in tensors:
-        if tensor.data_ptr() != address + total * size or tensor.dtype != first.dtype:
+        follows = (
+            tensor.untyped_storage()._cdata == storage
+            and tensor.storage_offset() == start + total
+            and tensor.is_contiguous()
+            and tensor.dtype == first.dtype
+        )
+        if not follows:
             return None
         total += tensor.numel()
-    # Neighbours may also be separate allocations.
-    end = first.storage_offset() + total
-    is_one = end * size <= first.untyped_storage().nbytes()
-    return first.as_strided((total,), (1,)) if is_one and first.is_contiguous() else None
+    return first.as_strided((total,), (1,))
 
 
 class Layout:

@@ -274,7 +274,7 @@ class FusedConv(torch.autograd.Function):
             of_x = of_base.add_(of_x)[0] if is_single else of_base.add_(of_x)
         gradients = layer.gradients
         if gradients is None:
-            return None, None, of_x, of_down.to(down.dtype), of_up, of_gain
+            return None, None, of_x, of_down, of_up, of_gain
         if gradients.gain is None:
             gradients.parts, gradients.gain = (of_down, of_up), of_gain
         else:
