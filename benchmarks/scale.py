@@ -80,11 +80,11 @@ CLIP_L, CLIP_BIG_G, VAE = 123_060_480, 694_659_840, 83_653_863
 MODELS = {
     "sd1": Counted(
         "SD1.5, 512 px", 859_520_964, CLIP_L + VAE, 4_291_328,
-        0.803, 0.923, 2.51, 3_597, 15.7, 2.61, 800,
+        0.803, 0.923, 2.51, 3_602, 15.7, 2.61, 800,
     ),
     "sdxl": Counted(
         "SDXL, 1024 px", 2_567_463_684, CLIP_L + CLIP_BIG_G + VAE, 13_832_320,
-        6.761, 7.460, 10.47, 9_320, 82.5, 11.07, 1000,
+        6.761, 7.460, 10.47, 9_325, 82.5, 11.07, 1000,
     ),
 }  # fmt: skip
 
@@ -127,7 +127,7 @@ class Device:
 
 
 SAMPLING_STEPS = 25
-# Operations of a step of four subjects over those of one: more than the 1.19 counted for SD1.5.
+# Operations of a step of four subjects over those of one: more than the 1.20 counted for SD1.5.
 PACK_OF_FOUR = 1.25
 # A customer's photos, checkpoints of a run, and what a fleet writes of a subject.
 PHOTOS, PHOTO_BYTES, CHECKPOINTS, FILES, RECORD_BYTES = 5, 3_000_000, 4, 20, 600
