@@ -186,7 +186,7 @@ OF_ONE_VENDOR = {
     f"{PACKAGE}/numerics/precision.py": "TensorFloat-32, of NVIDIA's GPUs, and its switches",
     f"{PACKAGE}/models/offload.py": "memory that CUDA fetches from by itself",
     f"{PACKAGE}/numerics/norms.py": "a product of bfloat16 in float32, which CUDA has",
-    f"{PACKAGE}/adapters/layout.py": "an event to read behind; others read at once",
+    f"{PACKAGE}/adapters/flags.py": "an event to read behind; others read at once",
     f"{PACKAGE}/config/run.py": "the setting of CUDA graphs",
     f"{PACKAGE}/training/graph.py": "graphs of operations, which CUDA has",
     f"{PACKAGE}/training/metrics.py": "a fused optimizer that CUDA can hold back",
