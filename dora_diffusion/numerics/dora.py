@@ -299,8 +299,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Any, total: Any, value: Tensor, gain: Tensor, bias: Any) -> Tensor:
-        ctx.op, ctx.gain, ctx.bias = op, gain.detach(), bias
-        shaped = ctx.gain.view(op.shape)
+        ctx.op, ctx.gain, ctx.bias, shaped = op, gain, bias, gain.view(op.shape)
         if torch.compiler.is_compiling():
             scaled = shaped * value
             y = (scaled if total is None else scaled + total).to(value.dtype)
