@@ -53,14 +53,14 @@ class Buffers:
         factors, gradients = (layout.views(0, b) for b in (self._factors, self._gradients))
         gains, shifts = (torch.split(v, layout.widths) for v in (self._gain, self._shift))
         pairs = list(zip(gradients[:count], gradients[count:], strict=True))
-        others = (pairs[index] for index in range(count) if index not in operations)
-        self._others = [view for pair in others for view in pair]
+        unserved = (pairs[index] for index in range(count) if index not in operations)
+        self._unserved = [view for pair in unserved for view in pair]
         for index, op in operations.items():
             site, mean = layout.sites[index], layout.biases[index]
             shift = None if mean is None else shifts[index]
             self._gradients_of[index] = of_layer = Gradients(*pairs[index])
-            own = factors[index], factors[count + index], gains[index]
-            layer = FusedLayer(op, site.weight, site.bias, shift, mean, own, of_layer)
+            triple = factors[index], factors[count + index], gains[index]
+            layer = FusedLayer(op, site.weight, site.bias, shift, mean, triple, of_layer)
             self.forwards[index] = partial(fused(op), layer, layout.anchor)
 
     @torch.no_grad()
@@ -92,11 +92,12 @@ class Buffers:
         if not used:
             return
         reached = [every[index] for index in used]
-        if parts := [gradients for gradients in reached if gradients.parts]:
-            targets = [target for g in parts for target in (g.down, g.up)]
-            torch._foreach_copy_(targets, [part for g in parts for part in g.parts])
+        if convolutions := [gradients for gradients in reached if gradients.convolution]:
+            targets = [target for g in convolutions for target in (g.down, g.up)]
+            sources = [tensor for g in convolutions for tensor in g.convolution]
+            torch._foreach_copy_(targets, sources)
         unused = (every[index] for index in every.keys() - used)
-        if empty := [*self._others, *(view for g in unused for view in (g.down, g.up))]:
+        if empty := [*self._unserved, *(view for g in unused for view in (g.down, g.up))]:
             torch._foreach_zero_(empty)
         gains = [every[i].gain if i in used else None for i in range(len(layout.sites))]
         gradients = [*self._gradients, torch.cat(layout.with_zeros(0, gains))]
@@ -116,11 +117,11 @@ def _in_memory(
     sums = [*layout.new_buffers(0, zero=True), torch.zeros_like(layout.base)]
     pieces, start = layout.pieces(sums), 0
     for number, count in enumerate(layout.counts):
-        parts = [memory.get(p) for p in layout.parameters[start : start + count]]
-        given = [part for part in parts if part is not None]
-        vector = consecutive(given) if len(given) == count else None
+        parameters = layout.parameters[start : start + count]
+        views = [memory[parameter] for parameter in parameters if parameter in memory]
+        vector = consecutive(views) if len(views) == count else None
         if vector is not None and vector.dtype == layout.dtype:
             sums[number] = vector.view(sums[number].shape)
-            pieces[start : start + count] = given
+            pieces[start : start + count] = views
         start += count
     return sums, pieces

@@ -249,20 +249,20 @@ class Layout:
 
     def update_bias(self) -> None:
         """Read the current biases, with zeros for layers without one."""
-        if self._bias_parts:
-            self.bias.copy_(torch.cat(self._bias_parts))
+        if self._bias_vectors:
+            self.bias.copy_(torch.cat(self._bias_vectors))
 
     def _new_bias(self) -> None:
         """Allocate the biases, which are read with one operation if they have the same dtype."""
         biases = [s.bias for s, has in zip(self.sites, self.has_bias, strict=True) if has]
-        self._bias_parts: list[Tensor] = []
+        self._bias_vectors: list[Tensor] = []
         self.biases: list[Tensor | None] = [None] * len(self.sites)
         if biases:
             like = cast(Tensor, biases[0])
             zeros = torch.zeros(max(self.widths), dtype=like.dtype, device=self.device)
             triples = zip(self.sites, self.has_bias, self.widths, strict=True)
-            parts = [cast(Tensor, s.bias) if has else zeros[:w] for s, has, w in triples]
-            self._bias_parts = [part for part in parts for _ in range(self.count)]
+            vectors = [cast(Tensor, s.bias) if has else zeros[:w] for s, has, w in triples]
+            self._bias_vectors = [vector for vector in vectors for _ in range(self.count)]
             with torch.inference_mode(False):  # Later steps write to it.
                 self.bias = torch.zeros(sum(self.sizes), dtype=self.dtype, device=self.device)
             views = torch.split(self.bias, self.sizes)[:: self.count]

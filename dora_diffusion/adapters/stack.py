@@ -226,10 +226,10 @@ class AdapterStack:
 
     def _make_ready(self, dtype: torch.dtype) -> None:
         """Compute the factors of all layers in a dtype, for rows that use one adapter."""
-        entries, others = self._made[self.rows], []
+        entries, unserved = self._made[self.rows], []
         for plan in self._plans:
             if self.masks or not plan.layout.has_buffers or not self._layouts.is_kept:
-                others.append(plan)
+                unserved.append(plan)
                 continue
             layout = plan.layout
             if layout not in self._buffers:
@@ -239,7 +239,7 @@ class AdapterStack:
             for index, forward in buffers.forwards.items():
                 if index not in plan.direct:
                     entries[layout.numbers[index]][1][dtype] = forward
-        self.make(dtype, others)
+        self.make(dtype, unserved)
 
     def _new_buffers(self, layout: Layout, dtype: torch.dtype) -> Buffers:
         routes = {index: self._routes[number] for index, number in enumerate(layout.numbers)}

@@ -113,11 +113,11 @@ class Gradients:
     Attributes:
         down: Memory for the gradient of A.
         up: Memory for the gradient of ``g s B``.
-        parts: The same gradients of a convolution, which torch cannot write to memory.
+        convolution: The same gradients of a convolution, which torch returns as new tensors.
         gain: Sum for the gradient of m, ``(out,)``; None: no backward pass has reached the layer.
     """
 
-    __slots__ = ("down", "gain", "parts", "up")
+    __slots__ = ("convolution", "down", "gain", "up")
 
     def __init__(self, down: Tensor, up: Tensor) -> None:
         self.down, self.up = down, up
@@ -125,7 +125,7 @@ class Gradients:
 
     def clear(self) -> None:
         """Begin a step."""
-        self.parts: tuple[Tensor, ...] = ()
+        self.convolution: tuple[Tensor, ...] = ()
         self.gain: Tensor | None = None
 
 
@@ -276,9 +276,10 @@ class FusedConv(torch.autograd.Function):
         if gradients is None:
             return None, None, of_x, of_down, of_up, of_gain
         if gradients.gain is None:
-            gradients.parts, gradients.gain = (of_down, of_up), of_gain
+            gradients.convolution, gradients.gain = (of_down, of_up), of_gain
         else:
-            gradients.parts = gradients.parts[0] + of_down, gradients.parts[1] + of_up
+            down_sum, up_sum = gradients.convolution
+            gradients.convolution = down_sum + of_down, up_sum + of_up
             gradients.gain += of_gain
         return None, None, of_x
 

@@ -321,10 +321,10 @@ class FlatParameters(SteppedParameters):
     """
 
     def __init__(self, groups: Groups, order: Sequence[nn.Parameter] = ()) -> None:
-        place = {parameter: number for number, parameter in enumerate(order)}
+        index = {parameter: number for number, parameter in enumerate(order)}
         self._in_group: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
         self._members = [
-            sorted(members, key=lambda member: place.get(member, len(place)))
+            sorted(members, key=lambda member: index.get(member, len(index)))
             for members in self._in_group
         ]
         self._flat = [nn.Parameter(join(members)) for members in self._members]
@@ -365,9 +365,9 @@ class FlatParameters(SteppedParameters):
             gradients, flat.grad = [member.grad for member in members], gradient
             # Gradients that lie in `memory` need no copy.
             moved = [pair for pair in zip(shares, gradients, strict=True) if pair[1] is not pair[0]]
-            if found := [(share, grad) for share, grad in moved if grad is not None]:
-                torch._foreach_copy_([share for share, _ in found], [grad for _, grad in found])
-            if len(found) < len(moved):
+            if copies := [(share, grad) for share, grad in moved if grad is not None]:
+                torch._foreach_copy_([share for share, _ in copies], [grad for _, grad in copies])
+            if len(copies) < len(moved):
                 pairs = list(zip(members, gradients, strict=True))
                 unused = [member for member, grad in pairs if grad is None]
                 torch._foreach_zero_([share for share, grad in moved if grad is None])
@@ -413,8 +413,8 @@ def _reordered(
 
     def change(moment: Tensor, index: int) -> Tensor:
         before, after = orders[index]
-        parts = dict(zip(before, split_like(moment, before), strict=True))
-        return join([parts[parameter] for parameter in after])
+        moments = dict(zip(before, split_like(moment, before), strict=True))
+        return join([moments[parameter] for parameter in after])
 
     return _with_moments(state, change)
 
