@@ -7,7 +7,7 @@ them into the gradients of the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -41,13 +41,18 @@ class Buffers:
     ) -> None:
         self._layout, self._gradients_of = layout, dict[int, Gradients]()
         self.forwards: dict[int, Callable[[Tensor], Tensor]] = {}
-        self._sums, self._pieces = _in_memory(layout, memory)
-        products = self._sums[:-1]
+        sums, pieces = _in_memory(layout, memory)
+        products = layout.new_buffers(0, zero=True) if sums is None else sums[:-1]
         self._factors = [torch.zeros_like(buffer, dtype=dtype) for buffer in products]
         self._gain = torch.zeros_like(layout.base)
         self._shift = torch.zeros_like(self._gain, dtype=dtype)
         # In the dtype of the sums, backward passes write to the sums themselves.
         self._is_wide, self._used = dtype == layout.dtype, set[int]()
+        if self._is_wide and sums is None:
+            sums = [*products, torch.zeros_like(layout.base)]
+            pieces = layout.pieces(sums)
+        # Otherwise allocated after the passes, when the memory of activations is free.
+        self._sums, self._pieces, self._is_kept = sums or [], pieces, sums is not None
         self._gradients = products if self._is_wide else list(map(torch.zeros_like, self._factors))
         count = len(layout.sites)
         factors, gradients = (layout.views(0, b) for b in (self._factors, self._gradients))
@@ -82,8 +87,10 @@ class Buffers:
     def collect(self) -> Collected:
         """Return the gradients of a step, in memory of the next step too."""
         self._add_pass()
-        used, self._used = self._used, set()
-        return Collected(self._sums, self._pieces, used)
+        collected, self._used = Collected(self._sums, self._pieces, self._used), set()
+        if not self._is_kept:
+            self._sums, self._pieces = [], []
+        return collected
 
     @torch.no_grad()
     def _add_pass(self) -> None:
@@ -91,6 +98,9 @@ class Buffers:
         used = {index for index, gradients in every.items() if gradients.gain is not None}
         if not used:
             return
+        if not self._sums:
+            self._sums = [*layout.new_buffers(0, zero=False), torch.empty_like(layout.base)]
+            self._pieces = layout.pieces(self._sums)
         reached = [every[index] for index in used]
         if convolutions := [gradients for gradients in reached if gradients.convolution]:
             targets = [target for g in convolutions for target in (g.down, g.up)]
@@ -112,16 +122,20 @@ class Buffers:
 
 def _in_memory(
     layout: Layout, memory: Mapping[Tensor, Tensor]
-) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Return buffers for the sums of a layout's gradients and their pieces, in given memory."""
-    sums = [*layout.new_buffers(0, zero=True), torch.zeros_like(layout.base)]
-    pieces, start = layout.pieces(sums), 0
-    for number, count in enumerate(layout.counts):
-        parameters = layout.parameters[start : start + count]
-        views = [memory[parameter] for parameter in parameters if parameter in memory]
-        vector = consecutive(views) if len(views) == count else None
-        if vector is not None and vector.dtype == layout.dtype:
-            sums[number] = vector.view(sums[number].shape)
-            pieces[start : start + count] = views
+) -> tuple[list[Tensor] | None, list[Tensor]]:
+    """Return buffers for the sums of a layout's gradients and their pieces, in given memory.
+
+    None and no pieces, if the memory has not the layout's order.
+    """
+    like = [*layout.new_buffers(0, zero=False), layout.base]
+    sums, pieces = list[Tensor](), [memory[p] for p in layout.parameters if p in memory]
+    if len(pieces) < len(layout.parameters):
+        return None, []
+    start = 0
+    for buffer, count in zip(like, layout.counts, strict=True):
+        vector = consecutive(pieces[start : start + count])
+        if vector is None or vector.dtype != layout.dtype:
+            return None, []
+        sums.append(vector.view(buffer.shape))
         start += count
     return sums, pieces
