@@ -247,7 +247,7 @@ def test_gradients_of_a_gain_for_each_row(shape: tuple[int, ...], memory: str, b
         (ConvOperation(), (5, 3, 4)),
         (ConvOperation((1,), (0,), (1,)), (2, 5, 7)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, tuple) else type(value).__name__,
 )
 def test_gradients_of_a_gain(
     op: Operation, shape: tuple[int, ...], is_mixed: bool, bias: bool,
