@@ -345,7 +345,7 @@ def test_nothing_is_encoded_once_training_has_started(
 ) -> None:
     """With crops, mirror images and captions that are drawn anew in each epoch."""
     encoded: list[str] = []
-    for module, name in ((conditioner, "encode_prompts"), (dataset, "encode_inputs")):
+    for module, name in ((conditioner, "tokenize_prompts"), (dataset, "encode_inputs")):
         original = getattr(module, name)
 
         def note(*args: Any, name: str = name, original: Any = original) -> Any:
@@ -363,7 +363,7 @@ def test_nothing_is_encoded_once_training_has_started(
     recipe.train(run(sd1_folder, "out", max_train_steps=25, **settings), count)
     assert len(counts) == 26
     assert counts[0] == counts[-1] >= 12
-    assert {"encode_prompts", "encode_inputs"} == set(encoded)
+    assert {"tokenize_prompts", "encode_inputs"} == set(encoded)
 
 
 def test_a_run_resumes_to_the_same_bits(offloaded_cpu: None, run, sd1_folder: Path) -> None:
