@@ -26,9 +26,11 @@ from full_size import UNETS
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import inject_adapters
+from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.training.optimizer import FlatParameters
 
 FROZEN, LORA, PEFT_DORA, LYCORIS, OURS = (
     "frozen", "PEFT LoRA", "PEFT DoRA", "LyCORIS DoRA", "this DoRA",
@@ -84,6 +86,19 @@ class Peer:
     def parameters(self) -> list[nn.Parameter]:
         """Trained parameters."""
         return [p for p in (self.beside or self.model).parameters() if p.requires_grad]
+
+
+def flat_by_role(
+    adapters: Sequence[LayerAdapter], order: Sequence[nn.Parameter] = ()
+) -> FlatParameters:
+    """Parameters of adapters in groups of A, B and m, as a run has them.
+
+    Args:
+        adapters: The adapters.
+        order: As in `FlatParameters`.
+    """
+    roles = zip(*(adapter.parameters() for adapter in adapters), strict=True)
+    return FlatParameters([{"params": list(role)} for role in roles], order)
 
 
 def make_peer(name: str, base: nn.Module, targets: Sequence[str], rank: int) -> Peer:

@@ -33,6 +33,7 @@ from common import (
     OURS,
     PEERS,
     Peer,
+    flat_by_role,
     interleaved,
     machine,
     make_peer,
@@ -129,10 +130,8 @@ class Stepper:
         self.flat: FlatParameters | None = None
         if self.name == OURS:
             adapters = AdapterSet.of(self.peer.model)
-            roles = zip(*(adapter.parameters() for adapter in adapters.trained()), strict=True)
             if self.optimizer is None:
-                groups: list[dict[str, Any]] = [{"params": list(role)} for role in roles]
-                self.flat = FlatParameters(groups, adapters.parameters())
+                self.flat = flat_by_role(adapters.trained(), adapters.parameters())
                 self.seen = list(self.flat)
             stack = stack_of(adapters, memory=None if self.flat is None else self.flat.memory)
             self.scope = partial(run_scope, stack)

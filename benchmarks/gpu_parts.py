@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from common import FROZEN, LORA, OURS, PEFT_DORA, UNETS, Peer, make_peer, torch
+from common import FROZEN, LORA, OURS, PEFT_DORA, UNETS, Peer, flat_by_role, make_peer, torch
 from dispatch_time import Stepper
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from dora_diffusion.adapters.inject import AdapterSet, merge_adapters
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.training.graph import CAPTURES, GraphFlags, Outputs
-from dora_diffusion.training.optimizer import FlatParameters, SteppedParameters
+from dora_diffusion.training.optimizer import SteppedParameters
 from dora_diffusion.training.step import stack_of
 
 DEVICE = os.environ.get("DEVICE", "cuda")
@@ -210,7 +210,7 @@ class GraphStepper:
         if ours:
             adapters = AdapterSet.of(peer.model)
             self.parameters = adapters.parameters()
-            self.flat = FlatParameters([{"params": self.parameters}], self.parameters)
+            self.flat = flat_by_role(adapters.trained(), self.parameters)
             self.stack = stack_of(adapters, memory=self.flat.memory)
         self.stepped = list(self.flat) or self.parameters
         self.update = torch.optim.AdamW(self.stepped, lr=1e-4, fused=True)

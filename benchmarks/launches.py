@@ -28,6 +28,7 @@ from common import (
     OUR_WAYS,
     PEFT_DORA,
     Scope,
+    flat_by_role,
     kept_storages,
     markdown,
 )
@@ -41,7 +42,6 @@ from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.training.optimizer import FlatParameters
 
 OWN_LORA = "this LoRA"
 PEERS = (FROZEN, LORA, PEFT_DORA, *OUR_WAYS, OWN_LORA)
@@ -194,8 +194,7 @@ def count_step(
         adapters = [[*layer.adapters.values()] for layer in layers]
         order = [] if models.is_pack else AdapterSet.of(*models.all()).parameters()
         for own in zip(*adapters, strict=True):
-            roles = zip(*(adapter.parameters() for adapter in own), strict=True)
-            flats.append(FlatParameters([{"params": list(role)} for role in roles], order))
+            flats.append(flat_by_role(own, order))
         stack = AdapterStack(layers, adapters, flats[0].memory if order else None)
         groups = [list(flat) for flat in flats]
     optimizers = [torch.optim.AdamW(own, fused=True) for own in groups if own]

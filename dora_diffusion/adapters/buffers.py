@@ -7,7 +7,7 @@ them into the gradients of the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.layout import Layout, consecutive
 from dora_diffusion.adapters.plan import Collected, Plan
-from dora_diffusion.numerics.fused import FusedLayer, Gradients, fused
+from dora_diffusion.numerics.fused import FusedLayer, Gradients, apply_of, fused
 from dora_diffusion.numerics.operation import Operation
 
 
@@ -29,7 +29,7 @@ class Buffers:
         layout: The layout.
         dtype: Compute dtype.
         operations: Operations of the layers, by index in the layout.
-        memory: Memory for the parameters' gradients. It is used where it has the layout's order.
+        memory: Memory for the parameters' gradients. It is used if it has the layout's order.
     """
 
     def __init__(
@@ -41,8 +41,9 @@ class Buffers:
     ) -> None:
         self._layout, self._gradients_of = layout, dict[int, Gradients]()
         self.forwards: dict[int, Callable[[Tensor], Tensor]] = {}
-        sums, pieces = _in_memory(layout, memory)
-        products = layout.new_buffers(0, zero=True) if sums is None else sums[:-1]
+        products = layout.new_buffers(0, zero=True)
+        sums, pieces = _in_memory(layout, memory, [*products, layout.base])
+        products = products if sums is None else sums[:-1]
         self._factors = [torch.zeros_like(buffer, dtype=dtype) for buffer in products]
         self._gain = torch.zeros_like(layout.base)
         self._shift = torch.zeros_like(self._gain, dtype=dtype)
@@ -66,7 +67,7 @@ class Buffers:
             self._gradients_of[index] = of_layer = Gradients(*pairs[index])
             triple = factors[index], factors[count + index], gains[index]
             layer = FusedLayer(op, site.weight, site.bias, shift, mean, triple, of_layer)
-            self.forwards[index] = partial(fused(op), layer, layout.anchor)
+            self.forwards[index] = partial(apply_of(fused(op)), layer, layout.anchor)
 
     @torch.no_grad()
     def fill(self, plan: Plan) -> None:
@@ -121,13 +122,17 @@ class Buffers:
 
 
 def _in_memory(
-    layout: Layout, memory: Mapping[Tensor, Tensor]
+    layout: Layout, memory: Mapping[Tensor, Tensor], like: Sequence[Tensor]
 ) -> tuple[list[Tensor] | None, list[Tensor]]:
-    """Return buffers for the sums of a layout's gradients and their pieces, in given memory.
+    """Return the sums of a layout's gradients and their `Layout.pieces`, in the memory.
 
-    None and no pieces, if the memory has not the layout's order.
+    The sums are None if the memory does not have the layout's order.
+
+    Args:
+        layout: The layout.
+        memory: Memory for the parameters' gradients.
+        like: Tensors with the shapes of the sums.
     """
-    like = [*layout.new_buffers(0, zero=False), layout.base]
     sums, pieces = list[Tensor](), [memory[p] for p in layout.parameters if p in memory]
     if len(pieces) < len(layout.parameters):
         return None, []

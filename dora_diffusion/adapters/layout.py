@@ -195,7 +195,7 @@ class Layout:
         bias: Biases of all adapters, in the dtype of the norms.
         biases: Views of the layers' biases; None for layers that `has_bias` excludes.
         parameters: All A, all B and all m, each layer by layer and adapter by adapter.
-        has_other_dtypes: Whether a parameter has not the dtype of the norms.
+        has_other_dtypes: Whether a parameter has another dtype than the norms.
         is_derived: Whether a parametrization computes some of the parameters.
         downs: All A, followed by the zeros that pad them to a layer's rank.
         magnitudes: All m.

@@ -51,8 +51,8 @@ class AdapterStack:
     Args:
         layers: The layers.
         adapters: The K adapters of each layer, in the same order.
-        memory: Memory for gradients, by parameter. It is used where possible (`Buffers`). Whoever
-            gives it must notice if a parameter moves (`FlatParameters`).
+        memory: Memory for gradients, by parameter. It is used if possible (`Buffers`). Its owner
+            must raise an error if a parameter moves (`FlatParameters`).
 
     Raises:
         ValueError: If K is more than 1, and a layer is an Embedding or a grouped convolution, the

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.fused import (
-    FusedConv,
     FusedLayer,
-    FusedLinear,
+    fused,
     is_fusible,
     scale_gradients,
     scaled_gradient,
@@ -248,8 +247,7 @@ def _is_fused(op: Operation, f: Factors) -> bool:
 def _fused(op: Operation, x: Any, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
     f: Any = factors
     layer = FusedLayer(op, weight, bias, f.shift, f.mean, (f.down, f.up, f.gain))
-    function: Any = FusedLinear if type(op) is Operation else FusedConv
-    y: Tensor = function.apply(layer, None, x, *layer.factors)
+    y: Tensor = fused(op).apply(layer, None, x, *layer.factors)
     return y
 
 

@@ -285,6 +285,10 @@ class FusedConv(torch.autograd.Function):
 
 
 def fused(op: Operation) -> Any:
-    """Return the function of a fusible operation, called past the wrapper for functorch."""
-    function: Any = FusedLinear if type(op) is Operation else FusedConv
+    """Return the autograd function of a fusible operation."""
+    return FusedLinear if type(op) is Operation else FusedConv
+
+
+def apply_of(function: Any) -> Any:
+    """Return ``function.apply`` without its wrapper for functorch."""
     return super(torch.autograd.Function, function).apply
