@@ -77,7 +77,7 @@ class GpuMemory:
         text_linear: Weights of the text encoders' Linear layers.
         vae: Weights of the VAE.
         adapter: Parameters, gradients and AdamW states of an adapter on the UNet.
-        adapter_8bit: ``adapter`` with 8-bit AdamW.
+        adapter_8bit: ``adapter`` with 8-bit AdamW, and what a step takes more for it.
         activations: Everything else at the peak, at ``resolution``.
         recomputed: ``activations`` with gradient checkpointing.
         text_adapter: Addition to ``adapter`` and ``activations`` by adapters on the text encoders.
