@@ -62,7 +62,7 @@ def fine_tune(folder: Path, steps: int) -> None:
         captions = encode_prompts(model, ["a photo of a sks mug"] * BATCH)
         target = training_target(model.prediction_type, latents, noise, alphas[timesteps])
         noisy = add_noise(latents, noise, alphas[timesteps])
-        loss = (predict(model.unet, noisy, timesteps, captions) - target).square().mean()
+        loss = (predict(model.denoiser, noisy, timesteps, captions) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

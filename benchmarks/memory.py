@@ -205,7 +205,7 @@ def encoded(components: Components, prompts: int) -> Conditioning:
 
 def cached(components: Components, prompts: int) -> Conditioning:
     """Conditioning that was encoded before."""
-    family, dtype = components.family, components.unet.dtype
+    family, dtype = components.family, components.denoiser.dtype
     hidden = torch.empty(prompts, 77, family.prompt_width, device=DEVICE, dtype=dtype)
     pooled = torch.empty(prompts, 1280, device=DEVICE, dtype=dtype)
     return Conditioning(hidden, pooled if family.has_pooled else None)
@@ -339,7 +339,7 @@ def count_sampling(
             latents = torch.empty(rows, 4, side, side, device=DEVICE, dtype=dtype)
             timesteps = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
             conditioning, ids = cached(components, rows), time_ids(components, rows)
-            return predict(components.unet, latents, timesteps, conditioning, ids)
+            return predict(components.denoiser, latents, timesteps, conditioning, ids)
 
         def decode() -> Any:
             return vae.decode(torch.empty(1, 4, side, side, device=DEVICE, dtype=vae.dtype))
@@ -349,7 +349,7 @@ def count_sampling(
             return vae.encode(torch.empty(shape, device=DEVICE, dtype=vae.dtype))
 
         for name, module, run in (
-            ("denoising", components.unet, denoise), ("decoding", vae, decode),
+            ("denoising", components.denoiser, denoise), ("decoding", vae, decode),
             ("encoding a photo", vae, encode),
         ):  # fmt: skip
             count = LiveBytes(DEVICE)

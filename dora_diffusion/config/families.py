@@ -16,9 +16,12 @@ from typing import Any, Literal
 
 from dora_diffusion.config.file import read_facts
 
-# Components of a pipeline that can have adapters, and all that have weights; names of its folders.
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# Names of folders of a pipeline: the module that predicts noise or velocity, text encoders, all that
+# can have adapters, and all that have weights.
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
+WEIGHT_COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)
 # Prediction types of UNets.
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -71,8 +74,8 @@ class GpuMemory:
     """Live bytes of a training step on a GPU, in GiB: bfloat16, one image, default targets, rank.
 
     Attributes:
-        unet: Weights of the UNet.
-        unet_linear: Weights of the UNet's Linear layers.
+        denoiser: Weights of the denoiser.
+        denoiser_linear: Weights of its Linear layers.
         text_encoders: Weights of the text encoders.
         text_linear: Weights of the text encoders' Linear layers.
         vae: Weights of the VAE.
@@ -85,8 +88,8 @@ class GpuMemory:
         vae_is_float32: The VAE stays in float32 if the model is in half precision.
     """
 
-    unet: float
-    unet_linear: float
+    denoiser: float
+    denoiser_linear: float
     text_encoders: float
     text_linear: float
     vae: float
@@ -112,6 +115,7 @@ class Family:
             norm) or ``"penultimate"`` (before it, without a norm).
         has_pooled: The last text encoder's projected pooled output conditions the UNet too.
         has_time_ids: Original size, crop and target size condition the UNet.
+        denoiser: Folder of the module that predicts noise or velocity: one of `DENOISERS`.
         prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
         up_attention: For each up level of the UNet, whether it has attention.
         uses_linear_projection: The UNet's ``use_linear_projection``.
@@ -160,6 +164,7 @@ class Family:
     gpu_memory: GpuMemory
     has_pooled: bool = False
     has_time_ids: bool = False
+    denoiser: str = "unet"
     uses_linear_projection: bool = False
     vae_wants_float32: bool = False
     auto_pipeline: str = "AutoPipelineForText2Image"
@@ -319,7 +324,9 @@ def detect_family(
     """
     kinds = {key: value[1] for key, value in model_index.items() if isinstance(value, list)}
     # The SDXL refiner has only the second encoder, and other size conditioning.
-    encoders = {name: kinds[name] for name in COMPONENTS[1:] if kinds.get(name)}
+    encoders = {
+        name: kinds[name] for name in TEXT_ENCODERS if kinds.get(name)
+    }
     fitting = [
         family
         for family in FAMILIES.values()

@@ -152,7 +152,7 @@ def _batch_loss(
     latents = image.latents.expand(count, -1, -1, -1)
     timesteps = timesteps.to(latents.device)
     model_pred = predict(
-        components.unet,
+        components.denoiser,
         process.add_noise(latents, noise, timesteps),
         timesteps,
         conditioning[[0] * count],

@@ -29,7 +29,7 @@ class Components:
 
     Attributes:
         family: Properties of the model family.
-        unet: UNet2DConditionModel.
+        denoiser: Module that predicts noise or velocity, such as a UNet2DConditionModel.
         vae: AutoencoderKL, in float32 if the family's autoencoder overflows in half precision.
         text_encoders: One text encoder, or the two of SDXL.
         tokenizers: Tokenizers of the text encoders.
@@ -48,7 +48,7 @@ class Components:
     """
 
     family: Family
-    unet: Any
+    denoiser: Any
     vae: Any
     text_encoders: tuple[Any, ...]
     tokenizers: tuple[Any, ...]
@@ -67,7 +67,7 @@ class Components:
 
     def __post_init__(self) -> None:
         """Check that the components belong together."""
-        channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
+        channels, latents = self.denoiser.config.in_channels, self.vae.config.latent_channels
         if channels != self.family.in_channels(latents):
             raise ValueError(
                 f"{self.name}: the UNet has {channels} input channels but the VAE has {latents} "
@@ -147,23 +147,23 @@ class Components:
     @property
     def default_resolution(self) -> int:
         """Default side of an image in pixels, by the configuration of the UNet."""
-        size = self.unet.config.sample_size
+        size = self.denoiser.config.sample_size
         if size is None:
             return self.family.default_resolution
         return int(size if isinstance(size, int) else max(size)) * self.vae_factor
 
     @property
     def device(self) -> torch.device:
-        """Compute device: the device of the UNet, or the target device of offloaded modules."""
+        """Compute device: the device of the denoiser, or the target device of offloaded modules."""
         if self.offload_to is not None:
             return self.offload_to
-        weight: torch.Tensor = next(self.unet.parameters())
+        weight: torch.Tensor = next(self.denoiser.parameters())
         return weight.device
 
     def adaptable(self) -> dict[str, nn.Module]:
         """Return the modules that can have adapters, by component name."""
         encoders = zip(self.family.text_encoder_names, self.text_encoders, strict=True)
-        return {"unet": self.unet, **dict(encoders)}
+        return {self.family.denoiser: self.denoiser, **dict(encoders)}
 
     def modules(self) -> dict[str, nn.Module]:
         """Return all modules by component name."""

@@ -151,7 +151,7 @@ def check_components(model: AnyModel) -> dict[str, str]:
         plan = _planned(file, source, base, ())
         names, modules = plan.family.text_encoder_names, dict[str, Any]()
         encoders = dict(zip(plan.family.tokenizer_names, names, strict=True))
-        for name in ("unet", "vae", *names, *encoders):
+        for name in (plan.family.denoiser, "vae", *names, *encoders):
             try:
                 if name not in encoders:
                     modules[name] = _module_of(file, plan, name, None, base)
@@ -229,7 +229,7 @@ def _load(
     index, own_vae = read_json(folder / "model_index.json"), partial(load_vae, base.vae or "")
     return Components(
         family=family,
-        unet=load("unet", dtype, base),
+        denoiser=load(family.denoiser, dtype, base),
         vae=load("vae", dtype, base)
         if base.vae is None or dtype is None
         else own_vae(dtype=dtype, family=family),

@@ -92,7 +92,9 @@ def gpu_training_memory(
     stays, trained = settings.get("offload") == "none", settings.get("train_text_encoder")
     has_words = settings.get("train_text_encoder_ti")
     is_whole = settings.get("quantize_convolutions")
-    gib = _weights(table.unet, table.unet if is_whole else table.unet_linear, settings, factor)
+    gib = _weights(
+        table.denoiser, table.denoiser if is_whole else table.denoiser_linear, settings, factor
+    )
     if trained or has_words or stays:
         gib += _weights(table.text_encoders, table.text_linear, settings, factor)
     if stays or not settings.get("cache_latents", True):

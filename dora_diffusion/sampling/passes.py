@@ -160,7 +160,7 @@ def any_latent_channels(components: Components) -> Iterator[None]:
     They recognize a UNet of a text-to-image model by its 4 input channels, and compute with the
     autoencoder's.
     """
-    unet, channels = components.unet, components.unet.config.in_channels
+    unet, channels = components.denoiser, components.denoiser.config.in_channels
     if not _inpaints(components):
         unet.register_to_config(in_channels=4)
     try:

@@ -54,7 +54,7 @@ def test_prompts_encode_as_in_the_pipeline(components: Components) -> None:
     hidden, _, pooled, _ = reference(components, PROMPTS)
     encoded = encode_prompts(components, PROMPTS)
     assert_same(encoded, hidden, pooled)
-    assert encoded.encoder_hidden_states.shape[-1] == components.unet.config.cross_attention_dim
+    assert encoded.encoder_hidden_states.shape[-1] == components.denoiser.config.cross_attention_dim
     assert_same(encode_prompts(components, [""]), *reference(components, [""])[0:4:2])
 
 
@@ -164,7 +164,7 @@ def test_added_conditions_run_the_unet(components: Components) -> None:
     added = encoded.added_cond_kwargs(ids)
     assert (added is None) == (not components.family.has_time_ids)
     with torch.no_grad():
-        prediction = components.unet(
+        prediction = components.denoiser(
             torch.randn(2, 4, 8, 8),
             torch.tensor([3, 7]),
             encoded.encoder_hidden_states,
@@ -230,7 +230,7 @@ def test_a_row_of_a_batch_does_not_depend_on_the_lengths_beside_it(components: C
         own = None if ids is None else ids.expand(len(encoded), -1)
         added = encoded.added_cond_kwargs(own)
         states = encoded.encoder_hidden_states
-        unet = components.unet
+        unet = components.denoiser
         return unet(latents[rows], torch.tensor(7), states, added_cond_kwargs=added).sample
 
     together = predict(slice(3), batch)

@@ -42,7 +42,7 @@ def walk() -> dict[str, Any]:
     alpha_bar = components.scheduler.alphas_cumprod[timesteps]
     noisy_latents = add_noise(latents, noise, alpha_bar)
     conditioning = encode_prompts(components, [photo.caption])
-    model_pred = predict(components.unet, noisy_latents, timesteps, conditioning)
+    model_pred = predict(components.denoiser, noisy_latents, timesteps, conditioning)
     target = training_target(components.prediction_type, latents, noise, alpha_bar)
     return {
         "photo": photo, "record": record, "pixels": pixels, "latents": latents, "noise": noise,

@@ -355,7 +355,7 @@ def _buckets(config: TrainConfig, components: Components) -> Buckets | None:
     """Return the crop sizes. The UNet can halve their sides at each of its levels."""
     if not config.aspect_ratio_buckets:
         return None
-    levels = len(components.unet.config.block_out_channels) - 1
+    levels = len(components.denoiser.config.block_out_channels) - 1
     step = components.vae_factor * 2**levels
     if config.bucket_reso_steps and config.bucket_reso_steps % step:
         raise ConfigError(

@@ -172,7 +172,7 @@ def result_metadata(run: Run, steps: int) -> AdapterMetadata:
             **({"slider": json.dumps(pairs, ensure_ascii=False)} if pairs else {}),
             **({VALIDATION_LOSS: f"{losses[steps]:.6g}"} if steps in losses else {}),
             **run.weights.origin,
-            UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
+            UNET_LAYERS: UNetLayout.from_config(components.denoiser.config).text(),
         },
         tags=tuple(filter(None, class_words)),
         tag_frequency=run.dataset.tag_frequency(),
