@@ -233,7 +233,7 @@ def test_numbers_of_functions_are_refused_before_anything_is_done(sd1_folder: Pa
         "seed": ("seed", lambda: dora_diffusion.simulate_queue(plan, [1.0], [1.0], seed=-1)),
         "name": (
             "name",
-            lambda: dora_diffusion.inject_adapters(components.denoiser, AdapterConfig(), name="a.b"),
+            lambda: inject_adapters(components.denoiser, AdapterConfig(), name="a.b"),
         ),
         "quantize": ("quantize", lambda: dora_diffusion.BaseModel("x", quantize="int9")),
         "prediction": (

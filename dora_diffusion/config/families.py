@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from dora_diffusion.config.file import read_facts
 
-# Names of folders of a pipeline: the module that predicts noise or velocity, text encoders, all that
-# can have adapters, and all that have weights.
+# Folders of a pipeline: denoisers, which predict noise or velocity; text encoders; all that can
+# have adapters; all that have weights.
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
@@ -115,6 +115,7 @@ class Family:
             norm) or ``"penultimate"`` (before it, without a norm).
         has_pooled: The last text encoder's projected pooled output conditions the UNet too.
         has_time_ids: Original size, crop and target size condition the UNet.
+        code: Module of `models.families` with the behaviour of the family.
         denoiser: Folder of the module that predicts noise or velocity: one of `DENOISERS`.
         prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
         up_attention: For each up level of the UNet, whether it has attention.
@@ -164,6 +165,7 @@ class Family:
     gpu_memory: GpuMemory
     has_pooled: bool = False
     has_time_ids: bool = False
+    code: str = "stable_diffusion"
     denoiser: str = "unet"
     uses_linear_projection: bool = False
     vae_wants_float32: bool = False
@@ -214,30 +216,6 @@ class Family:
     def web_ui_clip_skip(self, clip_skip: int) -> int:
         """Return the ``clip_skip`` of web UIs and sd-scripts, which count the last layer as 1."""
         return clip_skip + self.skipped_layers + 1
-
-    def encode_text(
-        self, encoder: Any, input_ids: Any, attention_mask: Any, clip_skip: int = 0
-    ) -> tuple[Any, Any]:
-        """Compute a text encoder's states ``(B, tokens, C)`` and pooled output ``(B, P)`` or None.
-
-        Args:
-            encoder: A CLIP text encoder, with or without a projection.
-            input_ids: ``(B, tokens)`` int64.
-            attention_mask: ``(B, tokens)``; None: the padding is attended to.
-            clip_skip: Number of further layers to skip at the end, as in Diffusers' pipelines.
-        """
-        if self.hidden_state == "penultimate":
-            output = encoder(input_ids, output_hidden_states=True)
-            states = output.hidden_states[-2 - clip_skip]
-            return states, output[0] if self.has_pooled else None
-        if clip_skip:
-            output = encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
-            # The encoders of Transformers 5 have no `text_model`.
-            norm = getattr(encoder, "text_model", encoder).final_layer_norm
-            states = norm(output.hidden_states[-1 - clip_skip])
-            return states, output[1] if self.has_pooled else None
-        output = encoder(input_ids, attention_mask=attention_mask)
-        return output[0], output[1] if self.has_pooled else None
 
     def zeros_for_empty_prompt(self, index: Mapping[str, Any]) -> bool:
         """Return whether an empty negative prompt is encoded as zeros, by the pipeline's config."""
@@ -324,9 +302,7 @@ def detect_family(
     """
     kinds = {key: value[1] for key, value in model_index.items() if isinstance(value, list)}
     # The SDXL refiner has only the second encoder, and other size conditioning.
-    encoders = {
-        name: kinds[name] for name in TEXT_ENCODERS if kinds.get(name)
-    }
+    encoders = {name: kinds[name] for name in TEXT_ENCODERS if kinds.get(name)}
     fitting = [
         family
         for family in FAMILIES.values()

@@ -18,6 +18,8 @@ from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleInfo
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families import FamilyCode, load_code
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
 from dora_diffusion.numerics.process import Diffusion
@@ -112,6 +114,22 @@ class Components:
         skip = self.clip_skip if clip_skip is None else clip_skip
         length = self.max_token_length if max_token_length is None else max_token_length
         return replace(self, clip_skip=skip, max_token_length=length)
+
+    @property
+    def code(self) -> FamilyCode:
+        """Functions of the family."""
+        return load_code(self.family.code)
+
+    def predict(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        time_ids: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the prediction of noise or velocity ``(B, C, h, w)`` (`FamilyCode.predict`)."""
+        return self.code.predict(self, noisy_latents, timesteps, conditioning, time_ids, condition)
 
     @property
     def clip_skip_parameter(self) -> dict[str, int]:

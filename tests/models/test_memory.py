@@ -136,7 +136,8 @@ def test_weights_are_those_of_the_released_models() -> None:
     for family, ((unet, text_encoders, vae), width) in sizes.items():
         table = FAMILIES[family].gpu_memory
         for gib, millions, size in (
-            (table.denoiser, unet, 2), (table.text_encoders, text_encoders, 2), (table.vae, vae, width),
+            (table.denoiser, unet, 2), (table.text_encoders, text_encoders, 2),
+            (table.vae, vae, width),
         ):  # fmt: skip
             assert gib == pytest.approx(millions * 1e6 * size / 2**30, abs=0.006)
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from dora_diffusion.data.crops import CropRecord
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families.stable_diffusion import encode_tokens, tokenize
 from dora_diffusion.models.load import Components, load_components
 from dora_diffusion.models.text import (
-    Conditioning,
     encode_negative,
     encode_prompts,
-    encode_tokens,
     encode_unconditional,
     time_ids,
-    tokenize,
     truncated_text,
 )
 
@@ -89,7 +88,7 @@ def test_long_prompts_are_cut_as_in_the_pipeline_and_say_what(components: Compon
     assert warning.filename == __file__
     hidden, _, pooled, _ = reference(components, [LONG, LONG, "a dog"])
     assert_same(encoded, hidden, pooled)
-    cut = truncated_text(components.tokenizers[0], LONG)
+    cut = truncated_text(components, LONG)
     assert repr(cut) in str(warning.message)
     assert LONG.strip().endswith(cut)
     assert len(cut.split()) == len(LONG.split()) - 75
@@ -99,7 +98,7 @@ def test_prompts_at_the_limit_do_not_warn(components: Components) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         encode_prompts(components, ["dog " * 75])
-    assert truncated_text(components.tokenizers[0], "dog " * 76) == "dog"
+    assert truncated_text(components, "dog " * 76) == "dog"
 
 
 def test_gradients_reach_every_encoder(components: Components) -> None:
@@ -206,7 +205,7 @@ def test_long_prompts_are_read_in_chunks(components: Components) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             encoded = encode_prompts(reading, [long])
-        cut = truncated_text(components.tokenizers[0], long, reading.most_chunks)
+        cut = truncated_text(reading, long)
         assert cut.split() == words[kept:]
         assert [repr(cut)[:20] in str(each.message) for each in caught] == [True] * bool(limit)
         expected = by_hand(components, " ".join(words[:kept]))

@@ -30,7 +30,7 @@ from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
-from dora_diffusion.models.text import encode_prompts, token_limit
+from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.inputs.subject import (
     Subject,
@@ -159,9 +159,10 @@ def _check_ends(components: Components, config: TrainConfig) -> None:
         for _, ends in config.slider_pairs:
             states = encode_prompts(components, ends).encoder_hidden_states
             if torch.allclose(*states):
+                limit = components.code.token_limit(components)
                 raise ConfigError(
                     f"{components.name} encodes {quoted(ends[0])} and {quoted(ends[1])} alike, as "
-                    f"it reads {token_limit(components)} tokens; use prompts that differ earlier",
+                    f"it reads {limit}; use prompts that differ earlier",
                     "negative",
                 )
 

@@ -26,9 +26,9 @@ from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.data.crops import plan_crop
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.latents import predict
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.offload import HOST, on_device
-from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
+from dora_diffusion.models.text import encode_prompts, time_ids
 
 if TYPE_CHECKING:
     from dora_diffusion.training.trainable.full import TrainedWeights
@@ -183,8 +183,7 @@ class Probe:
         ids = time_ids(components.family, [crop] * len(_TIMESTEPS))
         timesteps = torch.tensor([int(fraction * steps) for fraction in _TIMESTEPS])
         with self._computing(components.denoiser):
-            return predict(
-                components.denoiser,
+            return components.predict(
                 noise.to(device),
                 timesteps.to(device),
                 hidden,
