@@ -7,20 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.words import Encoders
 
-if TYPE_CHECKING:
-    from dora_diffusion.models.components import Components
+
+class LoadedModel(Encoders, Protocol):
+    """Loaded model as its family sees it (`models.components.Components`)."""
+
+    @property
+    def denoiser(self) -> Any: ...
+    @property
+    def clip_skip(self) -> int: ...
+    @property
+    def max_token_length(self) -> int: ...
+    @property
+    def most_chunks(self) -> int | None: ...
 
 
 class Tokens(Protocol):
     """Tokens of B prompts."""
 
-    def encode(self, components: Components, clip_skip: int | None = None) -> Conditioning:
+    def encode(self, components: LoadedModel, clip_skip: int | None = None) -> Conditioning:
         """Encode the tokens, with gradients if the text encoders train.
 
         Args:
@@ -34,7 +45,7 @@ class FamilyCode(Protocol):
 
     def predict(
         self,
-        components: Components,
+        components: LoadedModel,
         noisy_latents: Tensor,
         timesteps: Tensor,
         conditioning: Conditioning,
@@ -53,13 +64,13 @@ class FamilyCode(Protocol):
         """
 
     def tokenize_prompts(
-        self, components: Components, prompts: Sequence[str], adapters: Sequence[str | None]
+        self, components: LoadedModel, prompts: Sequence[str], adapters: Sequence[str | None]
     ) -> Tokens:
         """Tokenize B prompts, each with the own tokens of an adapter."""
 
     def encode_weighted(
         self,
-        components: Components,
+        components: LoadedModel,
         prompts: Sequence[str],
         clip_skip: int,
         adapters: Sequence[str | None],
@@ -72,11 +83,11 @@ class FamilyCode(Protocol):
             ConfigError: If a weight is not a number, or the family has no weights.
         """
 
-    def chunk_count(self, components: Components, prompt: str, adapter: str | None = None) -> int:
+    def chunk_count(self, components: LoadedModel, prompt: str, adapter: str | None = None) -> int:
         """Return the number of chunks of a prompt, the largest over all tokenizers."""
 
     def truncated_text(
-        self, components: Components, prompt: str, own_tokens: Mapping[str, str] | None = None
+        self, components: LoadedModel, prompt: str, own_tokens: Mapping[str, str] | None = None
     ) -> str:
         """Return the end of a prompt beyond the token limit, or an empty string.
 
@@ -86,7 +97,7 @@ class FamilyCode(Protocol):
             own_tokens: Tokens of one adapter (`own_words`).
         """
 
-    def token_limit(self, components: Components) -> str:
+    def token_limit(self, components: LoadedModel) -> str:
         """Return the token limit as text."""
 
     def embedding_arguments(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.emphasis import Chunk, weigh_states, weighted_chunks
+from dora_diffusion.models.families import LoadedModel
 from dora_diffusion.models.offload import computing_device, send
 from dora_diffusion.models.words import own_words, write_out_words
 
 if TYPE_CHECKING:
     from dora_diffusion.config.families import Family
-    from dora_diffusion.models.components import Components
 
 
 def predict(
-    components: Components,
+    components: LoadedModel,
     noisy_latents: Tensor,
     timesteps: Tensor,
     conditioning: Conditioning,
@@ -82,7 +82,7 @@ class PromptTokens(NamedTuple):
     masks: Sequence[Tensor]
     counts: Sequence[int]
 
-    def encode(self, components: Components, clip_skip: int | None = None) -> Conditioning:
+    def encode(self, components: LoadedModel, clip_skip: int | None = None) -> Conditioning:
         """Encode the tokens (`encode_prompts`)."""
         skip, encoders = clip_skip, components.text_encoders
         if skip is None:
@@ -92,7 +92,7 @@ class PromptTokens(NamedTuple):
 
 
 def tokenize_prompts(
-    components: Components, prompts: Sequence[str], adapters: Sequence[str | None]
+    components: LoadedModel, prompts: Sequence[str], adapters: Sequence[str | None]
 ) -> PromptTokens:
     """Tokenize B prompts for every text encoder."""
     counts = [1] * len(prompts)
@@ -112,7 +112,7 @@ def tokenize_prompts(
 
 
 def encode_weighted(
-    components: Components,
+    components: LoadedModel,
     prompts: Sequence[str],
     clip_skip: int,
     adapters: Sequence[str | None],
@@ -154,7 +154,7 @@ def _joined(chunks: Conditioning, counts: Sequence[int]) -> Conditioning:
     )
 
 
-def chunk_count(components: Components, prompt: str, adapter: str | None = None) -> int:
+def chunk_count(components: LoadedModel, prompt: str, adapter: str | None = None) -> int:
     """Return the number of chunks of a prompt, the largest over all tokenizers."""
     most = 1
     for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
@@ -238,7 +238,7 @@ def encode_text(
 
 
 def truncated_text(
-    components: Components, prompt: str, own_tokens: Mapping[str, str] | None = None
+    components: LoadedModel, prompt: str, own_tokens: Mapping[str, str] | None = None
 ) -> str:
     """Return the end of a prompt beyond the token limit of the first text encoder."""
     tokenizer, chunks = components.tokenizers[0], components.most_chunks
@@ -248,7 +248,7 @@ def truncated_text(
     return str(tokenizer.decode(ids[(tokenizer.model_max_length - 2) * chunks :])).strip()
 
 
-def token_limit(components: Components) -> str:
+def token_limit(components: LoadedModel) -> str:
     """Return the token limit as text."""
     if components.most_chunks == 1:
         return f"the model's {components.tokenizers[0].model_max_length} tokens"
