@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_facts
 
 # Folders of a pipeline: denoisers, which predict noise or velocity; text encoders; all that can
@@ -22,8 +23,9 @@ DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
 WEIGHT_COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)
-# Prediction types of UNets.
+# Prediction types of UNets, and of transformers that are trained on a flow.
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+FLOW = "flow_prediction"
 
 HiddenState = Literal["last", "penultimate"]
 
@@ -117,6 +119,17 @@ class Family:
         has_time_ids: Original size, crop and target size condition the UNet.
         code: Module of `models.families` with the behaviour of the family.
         denoiser: Folder of the module that predicts noise or velocity: one of `DENOISERS`.
+        denoiser_class: Name of its class.
+        text_encoder_class: Name of the text encoders' class, without a projection.
+        tokenizer_class: Name of the tokenizers' class.
+        prediction_type: Prediction type of a model that states none.
+        patch: Side of the denoiser's patches, in latents.
+        most_tokens: Number of tokens of a prompt that are read; None: chunks of CLIP's length.
+        guidance_offset: Difference of guidance scales to those of the family's pipeline. 1 for
+            pipelines that add the scaled difference to the conditional prediction.
+        width: Name and value of the denoiser's width in the configuration of released models.
+        refused: Settings that would give wrong results, with the reason.
+        without_effect: Settings without effect, with the reason.
         prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
         up_attention: For each up level of the UNet, whether it has attention.
         uses_linear_projection: The UNet's ``use_linear_projection``.
@@ -167,6 +180,16 @@ class Family:
     has_time_ids: bool = False
     code: str = "stable_diffusion"
     denoiser: str = "unet"
+    denoiser_class: str = "UNet2DConditionModel"
+    text_encoder_class: str = "CLIPTextModel"
+    tokenizer_class: str = "CLIPTokenizer"
+    prediction_type: str = "epsilon"
+    patch: int = 1
+    most_tokens: int | None = None
+    guidance_offset: float = 0.0
+    width: tuple[str, int] = ("block_out_channels", 320)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    without_effect: Mapping[str, str] = field(default_factory=dict)
     uses_linear_projection: bool = False
     vae_wants_float32: bool = False
     auto_pipeline: str = "AutoPipelineForText2Image"
@@ -182,6 +205,59 @@ class Family:
     more_memory_gib: float = 0.0
 
     @property
+    def has_unet(self) -> bool:
+        """True if the denoiser is a UNet."""
+        return self.denoiser == "unet"
+
+    @property
+    def is_flow(self) -> bool:
+        """True if the model is trained on a flow."""
+        return self.prediction_type == FLOW
+
+    def fits(self, kinds: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+        """Return whether a pipeline belongs to the family.
+
+        Args:
+            kinds: Class names of its components.
+            config: Configuration of its denoiser.
+        """
+        # The SDXL refiner has only the second encoder, and other size conditioning.
+        encoders = {name: kinds[name] for name in TEXT_ENCODERS if kinds.get(name)}
+        own = dict(zip(self.text_encoder_names, self.text_encoder_classes, strict=True))
+        classes = (kinds.get(self.denoiser), kinds.get("vae"), encoders)
+        has_time_ids = config.get("addition_embed_type") == "text_time"
+        return (*classes, has_time_ids) == (
+            self.denoiser_class, "AutoencoderKL", own, self.has_time_ids,
+        )  # fmt: skip
+
+    def has_released_width(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a denoiser has the width of released models, by its configuration."""
+        name, width = self.width
+        own = config.get(name, width)
+        return bool((own[0] if isinstance(own, list) else own) == width)
+
+    def refuse(self, model: str, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that would give wrong results.
+
+        Args:
+            model: Name of the model.
+            settings: Values by setting; None and False are off.
+
+        Raises:
+            ConfigError: If one of `refused` is on.
+        """
+        for name, reason in self.refused.items():
+            require(
+                not settings.get(name),
+                f"{name} cannot be used with {model} ({self.title}): {reason}; leave it out",
+                name,
+            )
+
+    def pipeline_guidance(self, guidance_scale: float) -> float:
+        """Return the pipeline's value for a guidance scale, of which 1 is none."""
+        return max(0.0, guidance_scale - self.guidance_offset)
+
+    @property
     def text_encoder_names(self) -> tuple[str, ...]:
         """Component names of the text encoders, in order."""
         return tuple(encoder.component for encoder in self.text_encoders)
@@ -189,7 +265,7 @@ class Family:
     @property
     def text_encoder_classes(self) -> tuple[str, ...]:
         """Names of the text encoders' transformers classes; the pooled one has a projection."""
-        classes = ["CLIPTextModel"] * len(self.text_encoders)
+        classes = [self.text_encoder_class] * len(self.text_encoders)
         return (*classes[:-1], classes[-1] + ("WithProjection" if self.has_pooled else ""))
 
     @property
@@ -223,6 +299,8 @@ class Family:
 
     def pipeline_options(self, zeros_for_empty_prompt: bool) -> dict[str, Any]:
         """Return the pipeline's other arguments: no safety checker and no watermark."""
+        if not self.has_unet:
+            return {}
         if self.has_pooled:
             zeros = {"force_zeros_for_empty_prompt": zeros_for_empty_prompt}
             return {**zeros, "add_watermarker": False}
@@ -279,7 +357,9 @@ def _read() -> dict[str, Family]:
             "memory": tuple(MemoryRow(**row) for row in values["memory"]),
             "gpu_memory": GpuMemory(**values["gpu_memory"]),
         }
-        attributes = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        attributes: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+        }
         families[name] = Family(name=name, **attributes | objects)
     return families
 
@@ -291,9 +371,9 @@ TITLES = ", ".join(family.title for family in FAMILIES.values())
 
 
 def detect_family(
-    model_index: Mapping[str, Any], unet_config: Mapping[str, Any], name: str = "the model"
+    model_index: Mapping[str, Any], config: Mapping[str, Any], name: str = "the model"
 ) -> Family:
-    """Detect the family from a pipeline's ``model_index.json`` and its UNet's ``config.json``.
+    """Detect the family from a pipeline's ``model_index.json`` and its denoiser's ``config.json``.
 
     The classes of the components decide, never the name of the model.
 
@@ -301,24 +381,17 @@ def detect_family(
         UnsupportedModelError: If the model is of another kind; the message names its class.
     """
     kinds = {key: value[1] for key, value in model_index.items() if isinstance(value, list)}
-    # The SDXL refiner has only the second encoder, and other size conditioning.
-    encoders = {name: kinds[name] for name in TEXT_ENCODERS if kinds.get(name)}
-    fitting = [
-        family
-        for family in FAMILIES.values()
-        if (kinds.get("unet"), kinds.get("vae")) == ("UNet2DConditionModel", "AutoencoderKL")
-        and encoders
-        == dict(zip(family.text_encoder_names, family.text_encoder_classes, strict=True))
-        and (unet_config.get("addition_embed_type") == "text_time") == family.has_time_ids
-    ]
+    fitting = [family for family in FAMILIES.values() if family.fits(kinds, config)]
     if not fitting:
         kind = model_index.get("_class_name", "a pipeline without a class name")
         raise UnsupportedModelError(
             f"{name} is a {kind} of a kind that is not supported; use a base model of {TITLES}"
         )
-    is_linear = bool(unet_config.get("use_linear_projection"))
+    if len(fitting) == 1:
+        return fitting[0]
+    is_linear = bool(config.get("use_linear_projection"))
     fitting = [f for f in fitting if f.uses_linear_projection == is_linear] or fitting
-    return choose_by_channels(fitting, unet_config.get("in_channels", 4))
+    return choose_by_channels(fitting, config.get("in_channels", 4))
 
 
 def choose_by_channels(families: Sequence[Family], in_channels: int) -> Family:
@@ -336,8 +409,9 @@ def detect_folder_family(folder: Path) -> Family:
         UnsupportedModelError: If it is another kind of model, or a configuration file is damaged.
         OSError: If a configuration file is missing.
     """
-    contents, unet = list[Any](), folder / "unet" / "config.json"
-    for file in (folder / "model_index.json", *([unet] if unet.is_file() else [])):
+    contents = list[Any]()
+    configs = (folder / name / "config.json" for name in DENOISERS)
+    for file in (folder / "model_index.json", *(file for file in configs if file.is_file())):
         try:
             contents.append(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
@@ -351,6 +425,8 @@ def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
     A second text encoder decides, otherwise the width of the encoder hidden states.
     """
+    if any(name.startswith("transformer.") for name in shapes):
+        return next(name for name, family in FAMILIES.items() if not family.has_unet)
     if any(name.startswith("text_encoder_2.") for name in shapes):
         return next(name for name, f in FAMILIES.items() if len(f.text_encoders) == 2)
     widths = {

@@ -112,7 +112,7 @@ class HeldOutImages:
 
 def _encode(components: Components, image: Image) -> _Encoded:
     size, side = (image.height, image.width), components.default_resolution
-    crop = plan_crop(size, side, multiple=components.vae_factor)
+    crop = plan_crop(size, side, multiple=components.size_step)
     vae, family = components.vae, components.family
     moments = encode_inputs(vae, family, apply_crop(image, crop)[None])
     condition = condition_from_moments(vae, family, moments)

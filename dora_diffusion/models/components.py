@@ -15,14 +15,14 @@ from torch import nn
 
 from dora_diffusion.adapters.scope import NormCache
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import TITLES, Family
+from dora_diffusion.config.families import FLOW, TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleInfo
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.families import FamilyCode, load_code
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
-from dora_diffusion.numerics.process import Diffusion
+from dora_diffusion.numerics.process import Diffusion, Flow
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Components:
         channels, latents = self.denoiser.config.in_channels, self.vae.config.latent_channels
         if channels != self.family.in_channels(latents):
             raise ValueError(
-                f"{self.name}: the UNet has {channels} input channels but the VAE has {latents} "
-                f"latent channels; use a base model of {TITLES} with its own VAE"
+                f"{self.name}: the {self.family.denoiser} has {channels} input channels but the "
+                f"VAE has {latents} latent channels; use a base model of {TITLES} with its own VAE"
             )
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             check_vocabulary(tokenizer, encoder, self.name)
@@ -144,12 +144,17 @@ class Components:
 
     @property
     def prediction_type(self) -> str:
-        """Prediction type of the UNet: "epsilon" or "v_prediction"."""
-        return str(self.scheduler.config.prediction_type)
+        """Prediction type of the denoiser: "epsilon", "v_prediction" or "flow_prediction"."""
+        return FLOW if self.family.is_flow else str(self.scheduler.config.prediction_type)
 
     @property
-    def process(self) -> Diffusion:
+    def process(self) -> Diffusion | Flow:
         """Noise process, on the compute device."""
+        config = self.scheduler.config
+        if self.family.is_flow:
+            # The pipeline chooses a dynamic shift by the size of an image. Training has none.
+            shift = 1.0 if config.use_dynamic_shifting else float(config.shift)
+            return Flow(config.num_train_timesteps, shift)
         return Diffusion(self.scheduler.alphas_cumprod.to(self.device), self.prediction_type)
 
     @property
@@ -158,17 +163,34 @@ class Components:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
+    def size_step(self) -> int:
+        """Number of pixels of which sides of images are multiples."""
+        return self.vae_factor * self.family.patch
+
+    @property
+    def bucket_step(self) -> int:
+        """Number of pixels of which sides of training images are multiples.
+
+        A UNet halves the latents at each level but the first.
+        """
+        levels = len(self.denoiser.config.get("block_out_channels", (0,)))
+        return self.size_step * int(2 ** (levels - 1))
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return int(self.vae.config.latent_channels)
 
     @property
     def default_resolution(self) -> int:
-        """Default side of an image in pixels, by the configuration of the UNet."""
-        size = self.denoiser.config.sample_size
+        """Default side of an image in pixels, by the configuration of UNet or autoencoder."""
+        if self.family.has_unet:
+            size, factor = self.denoiser.config.sample_size, self.vae_factor
+        else:
+            size, factor = self.vae.config.sample_size, 1
         if size is None:
             return self.family.default_resolution
-        return int(size if isinstance(size, int) else max(size)) * self.vae_factor
+        return int(size if isinstance(size, int) else max(size)) * factor
 
     @property
     def device(self) -> torch.device:
@@ -283,6 +305,10 @@ class Components:
         import diffusers
 
         config = {**self.scheduler.config, **self.scheduler_config}
+        if self.family.is_flow:
+            reason = self.family.without_effect["scheduler"]
+            require(name is None, f"{self.name} takes no scheduler: {reason}", "scheduler")
+            return type(self.scheduler).from_config(config)
         own_class = str(config.pop("_class_name", "DDIMScheduler"))
         if name is not None and name not in SCHEDULERS:
             raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")

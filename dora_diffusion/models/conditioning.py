@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,13 @@ class Conditioning:
         encoder_hidden_states: Hidden states ``(B, tokens, C)``. For SDXL, the channels of both
             encoders are concatenated; for long prompts, the tokens of all chunks.
         pooled: Pooled output ``(B, P)``; None for families without it.
+        lengths: Number of tokens of each prompt, which zeros follow. None: the denoiser attends to
+            all states.
     """
 
     encoder_hidden_states: Tensor
     pooled: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -31,7 +35,18 @@ class Conditioning:
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
         """Select rows, always with a batch dimension."""
         rows = [index] if isinstance(index, int) else index
-        return self._with(lambda tensor: tensor[rows])
+        selected = self._with(lambda tensor: tensor[rows])
+        if self.lengths is None:
+            return selected
+        # The index may be a tensor on a GPU.
+        lengths = torch.tensor(self.lengths)[rows.cpu() if isinstance(rows, Tensor) else rows]
+        return replace(selected, lengths=tuple(lengths.tolist()))
+
+    def by_prompt(self) -> list[Tensor]:
+        """Return the hidden states of each prompt without padding, ``(tokens, C)``."""
+        lengths = self.lengths or (self.encoder_hidden_states.shape[1],) * len(self)
+        rows = zip(self.encoder_hidden_states, lengths, strict=True)
+        return [states[:length] for states, length in rows]
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
         """Move or cast the tensors (``Tensor.to``)."""
@@ -47,7 +62,9 @@ class Conditioning:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         pooled = None if self.pooled is None else change(self.pooled)
-        return Conditioning(change(self.encoder_hidden_states), pooled)
+        return replace(
+            self, encoder_hidden_states=change(self.encoder_hidden_states), pooled=pooled
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for caches and files."""
@@ -65,7 +82,8 @@ class Conditioning:
     def cat(batches: Sequence[Conditioning]) -> Conditioning:
         """Concatenate batches of conditioning.
 
-        Shorter sequences are repeated until all have the same length. Repeating all states k times
+        Sequences with lengths are padded. Other shorter sequences are repeated until all have the
+        same length. Repeating all states k times
         does not change attention to them, so that no row depends on the other rows. Padding would
         change it.
         """
@@ -75,6 +93,11 @@ class Conditioning:
         if pooled and len(pooled) != len(batches):
             raise ValueError("some of the conditioning has a pooled output and some has none")
         states = [batch.encoder_hidden_states for batch in batches]
+        if batches[0].lengths is not None:
+            most = max(tensor.shape[1] for tensor in states)
+            padded = [pad(tensor, (0, 0, 0, most - tensor.shape[1])) for tensor in states]
+            lengths = tuple(n for batch in batches for n in batch.lengths or ())
+            return Conditioning(torch.cat(padded), None, lengths)
         tokens = math.lcm(*{s.shape[1] for s in states})
         hidden = torch.cat(
             [s if s.shape[1] == tokens else s.repeat(1, tokens // s.shape[1], 1) for s in states]

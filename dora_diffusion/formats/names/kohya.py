@@ -54,7 +54,10 @@ TEXT_MODULES = (
 _UNET_STARTS = {name.split(".")[0] for name in UNET_MODULES}
 _SGM_STARTS = {original.split(".")[0] for original in unet_names(USUAL_LAYOUT).canonical}
 
-_RELEASED_LAYOUTS = [USUAL_LAYOUT, *map(released_layout, FAMILIES.values())]
+_RELEASED_LAYOUTS = [
+    USUAL_LAYOUT,
+    *(released_layout(family) for family in FAMILIES.values() if family.has_unet),
+]
 
 Resolve = Callable[[str], "str | None"]
 

@@ -146,7 +146,7 @@ def _open_slider(
         SampleTransform(
             config.resolution or components.default_resolution,
             seed=config.seed,
-            multiple=components.vae_factor,
+            multiple=components.size_step,
         ),
         [image for image in images if image.caption in config.anchors],
     )
@@ -228,7 +228,7 @@ def _sample_transform(config: TrainConfig, components: Components) -> SampleTran
     return SampleTransform(
         config.resolution or components.default_resolution,
         seed=config.seed,
-        multiple=components.vae_factor,
+        multiple=components.size_step,
         buckets=_buckets(config, components),
         center_crop=config.center_crop,
         random_flip=config.random_flip,
@@ -353,11 +353,10 @@ def _without_effect(
 
 
 def _buckets(config: TrainConfig, components: Components) -> Buckets | None:
-    """Return the crop sizes. The UNet can halve their sides at each of its levels."""
+    """Return the crop sizes."""
     if not config.aspect_ratio_buckets:
         return None
-    levels = len(components.denoiser.config.block_out_channels) - 1
-    step = components.vae_factor * 2**levels
+    step = components.bucket_step
     if config.bucket_reso_steps and config.bucket_reso_steps % step:
         raise ConfigError(
             f"bucket_reso_steps is {config.bucket_reso_steps}; {components.name} needs a multiple "

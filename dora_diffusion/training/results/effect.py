@@ -179,7 +179,7 @@ class Probe:
         shape = (len(_TIMESTEPS), config.in_channels, size, size)
         noise = torch.randn(shape, generator=generator_for("effect", shape))
         steps = components.scheduler.config.num_train_timesteps
-        crop = plan_crop((side, side), side, multiple=components.vae_factor)
+        crop = plan_crop((side, side), side, multiple=components.size_step)
         ids = time_ids(components.family, [crop] * len(_TIMESTEPS))
         timesteps = torch.tensor([int(fraction * steps) for fraction in _TIMESTEPS])
         with self._computing(components.denoiser):

@@ -142,7 +142,7 @@ class TrainedAdapters:
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
             adapter = AdapterFile(layers, metadata, tokens=tokens)
             file = folder / (KOHYA_FILE if self.key_format == "kohya" else DIFFUSERS.file_name)
-            layout = UNetLayout.from_config(self.components.denoiser.config)
+            layout = UNetLayout.of(self.components.denoiser.config)
             return write_adapter(file, adapter, self.key_format, unet_layout=layout)
 
         return write
