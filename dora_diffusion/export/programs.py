@@ -119,7 +119,8 @@ def kind_of(model: StoredModel) -> str:
 
 def has_released_shape(model: StoredModel) -> bool:
     """Return whether the UNet has the width of released models."""
-    return model.specs["unet.conv_in.weight"].shape[0] == WIDTH
+    conv_in = model.specs.get("unet.conv_in.weight")
+    return conv_in is not None and conv_in.shape[0] == WIDTH
 
 
 def schedule_notes(model: StoredModel) -> list[str]:
