@@ -188,8 +188,8 @@ class Family:
     most_tokens: int | None = None
     guidance_offset: float = 0.0
     width: tuple[str, int] = ("block_out_channels", 320)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    without_effect: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict, hash=False)
+    without_effect: Mapping[str, str] = field(default_factory=dict, hash=False)
     uses_linear_projection: bool = False
     vae_wants_float32: bool = False
     auto_pipeline: str = "AutoPipelineForText2Image"
