@@ -21,8 +21,7 @@ from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers, own_mod
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import listing
-from dora_diffusion.formats.adapter.beside import UnreadFile
-from dora_diffusion.formats.adapter.embeddings import MissingToken
+from dora_diffusion.formats.adapter.embeddings import MissingToken, UnreadFile
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import find_adapter

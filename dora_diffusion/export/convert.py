@@ -9,27 +9,22 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.export.files import ExportError, check_adapter_output, open_model
-from dora_diffusion.export.fit import (
-    FitSettings,
-    axis_of,
-    decomposed,
-    fit_to_adapters,
-    key_format_for,
-)
+from dora_diffusion.export.fit import FitSettings, axis_of, key_format_for
 from dora_diffusion.formats.adapter.embeddings import embedding_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
+from dora_diffusion.formats.adapter.inspect import stated_approximation
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES
 from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
-from dora_diffusion.formats.checkpoint.models import StoredModel
-from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, PROGRAMS, TARGETS
 from dora_diffusion.formats.layouts.kohya import needs_compensation
-from dora_diffusion.formats.layouts.layout import stated_approximation
-from dora_diffusion.numerics.merging import WeightedAdapter
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.checkpoint.models import StoredModel
 
 _OF_THE_UPDATE = (
     "the magnitudes are unchanged, and the error is that of the low-rank update; with --base the "
@@ -145,7 +140,7 @@ def _check_target(target: str) -> None:
 
 
 def _read(
-    source: str | Path, target: str, model: ModelWeights | None, alpha: float | None
+    source: str | Path, target: str, model: StoredModel | None, alpha: float | None
 ) -> AdapterFile:
     """Read an adapter for a target; a LoRA added to a DoRA is read if the target can store both."""
     program = PROGRAMS.get(target)
@@ -200,10 +195,14 @@ def _of_smaller_rank(
     conversion, notes, extra = CONVERSIONS[target], adapter.notes, adapter.metadata.extra
     if not conversion.takes_rank:
         return adapter, {}, 0.0
+    from dora_diffusion.export.fitting import decomposed, fit_to_adapters
+
     if model is None or conversion.plain_lora_in:
         fitted = decomposed(adapter.layers, settings, model)
         how = f"singular values{'' if model else ' of the update'}, {settings.ranks}"
     else:
+        from dora_diffusion.numerics.merging import WeightedAdapter
+
         weighted = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
         fitted, how = fit_to_adapters(model, weighted, settings), str(settings)
     is_dora = any(layer.magnitude is not None for layer in adapter.layers.values())

@@ -22,7 +22,7 @@ from dora_diffusion.formats.adapter.alpha import (
     alpha_rule,
 )
 from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
-from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
+from dora_diffusion.formats.adapter.metadata import OWN, described
 from dora_diffusion.formats.adapter.stored import StoredFile
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, kinds_of, module_shapes
 from dora_diffusion.formats.layouts.dotted import PEFT_PREFIX
@@ -34,14 +34,8 @@ from dora_diffusion.formats.layouts.layout import (
     Shapes,
     factor_pair,
 )
-from dora_diffusion.formats.layouts.other import group_keys
-from dora_diffusion.formats.names.kohya import (
-    is_kohya_name,
-    is_sgm_path,
-    joined_parts,
-    name_resolver,
-)
-from dora_diffusion.formats.names.modules import UNetLayout, split_prefix
+from dora_diffusion.formats.names.kohya import is_kohya_name, is_sgm_path, joined_parts
+from dora_diffusion.formats.names.modules import split_prefix
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights
 
 Layers = dict[str, LayerWeights]
@@ -108,10 +102,7 @@ class Decoder:
         metadata = file.metadata
         says_alpha = self.layout.says_alpha
         alpha_of, without_alpha = alpha_rule(metadata, file.config, self.alpha, says_alpha)
-        groups = self.layout.group(tensors, metadata, self.shapes)
-        if not groups:
-            unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-            groups = group_keys(tensors, name_resolver(self.shapes, unet), component)
+        groups = self.layout.group(tensors, metadata, self.shapes, component)
         notes = key_notes(tensors) if component is None else []
         if without_alpha and any("alpha" not in group for group in groups.values()):
             is_ai_toolkit = any(

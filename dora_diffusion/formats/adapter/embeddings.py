@@ -24,9 +24,10 @@ from torch import Tensor
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import OWN
-from dora_diffusion.formats.adapter.stored import StoredFile
-from dora_diffusion.formats.files.stream import read_header, save_tensors
+from dora_diffusion.formats.adapter.stored import PIVOTAL, StoredFile
+from dora_diffusion.formats.files.stream import PICKLED, read_header, save_tensors
 from dora_diffusion.formats.layouts import FACTS
+from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, Note
 
 # Folder of such files in A1111 and ComfyUI, and the metadata field that lists them.
@@ -38,6 +39,7 @@ _ALONE = "emb_params"
 COMPONENTS = {key: component for component, key in _KEYS.items()} | {
     "clip_h": "text_encoder", _ALONE: "text_encoder"
 }  # fmt: skip
+_EMBEDDING = re.compile(r"(?:^|[_.-])(?:learned_)?(?:emb|embeds|embeddings?)(?=[_.-]|\d|$)")
 # Default file names of formats, as in a run's folder, which do not identify an adapter.
 _DEFAULT_STEMS = ("pytorch_lora_weights", "adapter_kohya", "dora_kohya")
 
@@ -47,6 +49,10 @@ Vectors = Mapping[str, Tensor]
 
 class MissingToken(Note):
     """Note that the file of a trained token is missing."""
+
+
+class UnreadFile(Note):
+    """Note on a file next to an adapter that seems to belong to it, but is not read."""
 
 
 def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[str, Path]:
@@ -200,6 +206,54 @@ def read_embeddings(
             missing = f"its trained token's file {EMBEDDINGS}/{file.name} is not next to it"
             notes.append(MissingToken(f"{missing}, so the token has no effect in prompts"))
     return tokens
+
+
+def tokens_beside(adapter: Path, notes: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Return the tokens that Diffusers' advanced scripts have written next to an adapter.
+
+    Row n of ``clip_l``, and of SDXL's ``clip_g``, is the vector of the token ``<sn>``.
+
+    Args:
+        adapter: An adapter file that contains no tokens.
+        notes: List to which a line on unread files is appended.
+
+    Raises:
+        AdapterFormatError: If the tokens' file is damaged.
+    """
+    folder = adapter.parent
+    files = [*folder.iterdir(), *folder.glob(f"{EMBEDDINGS}/*")]
+    files = sorted(file for file in files if _belongs(file, adapter))
+    read = _pivotal_file(adapter, files)
+    if unread := [file.relative_to(folder).as_posix() for file in files if file != read]:
+        notes.append(UnreadFile(f"next to it and not read: {listing(unread, 5)}"))
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for key, rows in StoredFile(read).tensors().items() if read else ():
+        for number, row in enumerate(rows.view(-1, rows.shape[-1])):
+            tokens.setdefault(f"<s{number}>", {})[COMPONENTS[key]] = row
+    return tokens
+
+
+def _belongs(file: Path, adapter: Path) -> bool:
+    """Return whether a file has the adapter's name, or is an embedding for the adapter."""
+    if file.suffix not in (".safetensors", *PICKLED) or file == adapter:
+        return False
+    rest = file.stem.removeprefix(adapter.stem)
+    # An adapter with its format's default name has a separate folder.
+    if adapter.name == DIFFUSERS.file_name:
+        is_embedding = file.parent.name == EMBEDDINGS or _EMBEDDING.search(file.stem) is not None
+    else:
+        is_embedding = rest != file.stem and _EMBEDDING.match(rest) is not None
+    return not rest or is_embedding or file.stem.startswith("learned_embeds")
+
+
+def _pivotal_file(adapter: Path, files: list[Path]) -> Path | None:
+    """Return the scripts' file of tokens: named after adapter or folder, or the only one."""
+    known = [f for f in files if f.stem.endswith(PIVOTAL) and f.suffix == ".safetensors"]
+    known = [f for f in known if StoredFile(f).specs.keys() <= {"clip_l", "clip_g"}]
+    names = [adapter.stem, adapter.absolute().parent.name]
+    named = [file for name in names for file in known if file.stem == name + PIVOTAL]
+    only = known if len(known) == 1 and adapter.name == DIFFUSERS.file_name else []
+    return next(iter(named or only), None)
 
 
 def check_tokens(

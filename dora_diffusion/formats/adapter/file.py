@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dora_diffusion.config.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.alpha import AlphaOfTraining, AssumedAlpha
-from dora_diffusion.formats.adapter.beside import tokens_beside
 from dora_diffusion.formats.adapter.decode import Decoder
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
@@ -24,6 +23,7 @@ from dora_diffusion.formats.adapter.embeddings import (
     field_of,
     read_embeddings,
     take_bundled,
+    tokens_beside,
     write_embeddings,
 )
 from dora_diffusion.formats.adapter.metadata import (
@@ -49,8 +49,8 @@ from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     EncodedFile,
     WriteOptions,
+    layout_named,
 )
-from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout, known_layout
 from dora_diffusion.numerics.weights import LayerWeights
 

@@ -17,6 +17,8 @@ from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, bundled_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import (
+    APPROXIMATES,
+    APPROXIMATION_ERROR,
     OWN,
     TRAINED_ALPHA,
     AdapterMetadata,
@@ -26,16 +28,18 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts.kohya import BaseSpecific
 from dora_diffusion.formats.layouts.layout import (
     BUNDLED_TOKEN,
+    EXACT,
     AdapterFormatError,
+    AdapterLayout,
     Shapes,
-    stated_approximation,
+    layout_named,
 )
-from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 
+# Largest error of rounding alone; below it a file is exact.
+_ROUNDING = 1e-5
 # Dtypes that round numbers -> the largest relative error.
 _HALF = {torch.float16: "5e-4", torch.bfloat16: "4e-3"}
 
@@ -101,7 +105,7 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         AdapterFormatError: If it cannot be read as an adapter, with the reason.
     """
     stored = StoredAdapter.open(path)
-    if isinstance(stored.layout, BaseSpecific) and len(stored.files) == 1:
+    if stored.layout.form and len(stored.files) == 1:
         shapes = None if base is None else module_shapes(base)
         return _report_for_one_base(stored, stored.layout, shapes)
     adapter, fits = _decoded(stored, base)
@@ -114,7 +118,7 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     }  # fmt: skip
     fields = {key: text for file in stored.files for key, text in file.metadata.items()}
     meant = stored.layout.is_read_as_meant(layers, specs, fields)
-    readable = stored.layout if meant else OTHER
+    readable = stored.layout if meant else layout_named("other")
     tools = readable.judge(layers, axis, specs)
     if approximation := stated_approximation(adapter.metadata.extra):
         tools = approximation.qualify(tools, "DoRA" if axis else "LoRA")
@@ -142,6 +146,47 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         tokens={token: max(len(tensor.view(-1, tensor.shape[-1])) for tensor in vectors.values())
                 for token, vectors in adapter.tokens.items()},
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """Approximation that a file contains.
+
+    Attributes:
+        of: Approximated original: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the
+            adapters"``.
+        error: Relative error of the change of all layers; None if the file does not state it.
+    """
+
+    of: str
+    error: float | None
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"which approximates the {self.of}"
+        share = f"{self.error:.1%}" if self.error >= 0.001 else "less than 0.1%"
+        return f"which is off the {self.of} by {share}"
+
+    def qualify(self, tools: Mapping[str, str], method: str) -> dict[str, str]:
+        """Qualify exact verdicts on an approximation by its error."""
+        exact = f"exact for this {method}, {self}"
+        return {
+            program: exact + verdict.removeprefix(EXACT)
+            if verdict.partition(":")[0] == EXACT
+            else verdict
+            for program, verdict in tools.items()
+        }
+
+
+def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
+    """Return the approximation that the metadata of our file state; None if the file is exact."""
+    if not (of := extra.get(APPROXIMATES)):
+        return None
+    try:
+        error = float(extra.get(APPROXIMATION_ERROR, ""))
+    except ValueError:
+        return Approximation(of, None)
+    return Approximation(of, error) if error > _ROUNDING else None
 
 
 def _notes(stored: StoredAdapter, adapter: AdapterFile, is_bundled: bool) -> list[str]:
@@ -187,7 +232,7 @@ def _decoded(stored: StoredAdapter, base: ModelWeights | None) -> tuple[AdapterF
 
 
 def _report_for_one_base(
-    stored: StoredAdapter, layout: BaseSpecific, shapes: Shapes | None
+    stored: StoredAdapter, layout: AdapterLayout, shapes: Shapes | None
 ) -> AdapterReport:
     """Report from names, shapes and metadata, without reading layers."""
     [file] = stored.files

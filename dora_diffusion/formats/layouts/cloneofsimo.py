@@ -68,7 +68,9 @@ class CloneOfSimo(AdapterLayout):
         marked = sorted(name for name, mark in metadata.items() if mark == _TOKEN_MARK)
         return [name for name in marked if name in keys]
 
-    def group(self, tensors: Tensors, metadata: Fields, shapes: Shapes | None) -> Groups:
+    def group(
+        self, tensors: Tensors, metadata: Fields, shapes: Shapes | None, component: str | None
+    ) -> Groups:
         if left_over := [text for text in tensors if not self.parse(text)]:
             count = len(left_over)
             raise AdapterFormatError(

@@ -46,7 +46,7 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import StoredAdapter, adapter_hash
 from dora_diffusion.formats.files.runs import KOHYA_FILE
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
-from dora_diffusion.formats.layouts.other import layout_named
+from dora_diffusion.formats.layouts.layout import layout_named
 from dora_diffusion.formats.layouts.vera import digest_of, write_vera
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.components import Components
