@@ -105,15 +105,8 @@ def preferring(predicate: Callable[[str], bool]) -> Pick:
 
     def pick(choice: Choice) -> Template:
         if choice not in picked:
-            alternatives = choice.alternatives
-            picked[choice] = next(
-                (
-                    alternative
-                    for alternative in alternatives
-                    if predicate(render(alternative, pick))
-                ),
-                alternatives[0],
-            )
+            fitting = (a for a in choice.alternatives if predicate(render(a, pick)))
+            picked[choice] = next(fitting, choice.alternatives[0])
         return picked[choice]
 
     return pick
@@ -191,10 +184,8 @@ class Wildcards:
                     )
                 part = Choice(tuple(map(tuple, groups.pop())))
             groups[-1][-1].append(part)
-        if len(groups) > 1:
-            raise ConfigError(
-                rf"{quoted(text)} has {{ without }}; the character is \{{", "wildcards"
-            )
+        unclosed = rf"{quoted(text)} has {{ without }}; the character is \{{"
+        require(len(groups) == 1, unclosed, "wildcards")
         template = tuple(groups[0][0])
         require(
             _length(template) <= MOST_CHARACTERS,
@@ -473,12 +464,10 @@ def token_message(captions: Sequence[str], token: str) -> str:
         raise ValueError("the trigger token is empty; choose a rare word such as sks")
     lacking = [caption for caption in captions if not contains_token(caption, token)]
     if lacking and len(lacking) == len(captions):
-        count = len(captions)
-        occurrence = (
-            "not in the caption" if count == 1 else f"in none of the {count} captions, first"
-        )
+        where = f"in none of the {len(captions)} captions, first"
+        where = "not in the caption" if len(captions) == 1 else where
         raise ValueError(
-            f"the trigger token {token!r} is {occurrence} {quoted(lacking[0])}; put it into the "
+            f"the trigger token {token!r} is {where} {quoted(lacking[0])}; put it into the "
             "instance prompt or the captions"
         )
     if not lacking:

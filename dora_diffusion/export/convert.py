@@ -22,6 +22,7 @@ from dora_diffusion.formats.adapter.metadata import APPROXIMATES
 from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
 from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, PROGRAMS, TARGETS
 from dora_diffusion.formats.layouts.kohya import needs_compensation
+from dora_diffusion.formats.layouts.layout import norm_axes
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.checkpoint.models import StoredModel
@@ -104,7 +105,9 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         ExportError: If the output exists or is an input, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot store it.
     """
-    _check_target(target)
+    if target not in TARGETS:
+        reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
+        raise ExportError(f"unknown target {target!r}; {reason}")
     fit = fit or FitSettings()
     if fit.method != "dora" or fit.norm_axis is not None:
         raise ExportError(
@@ -133,12 +136,6 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     return ConversionReport(path, target, count, errors, total, notes, embeddings, program, growth)
 
 
-def _check_target(target: str) -> None:
-    if target not in TARGETS:
-        reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
-        raise ExportError(f"unknown target {target!r}; {reason}")
-
-
 def _read(
     source: str | Path, target: str, model: StoredModel | None, alpha: float | None
 ) -> AdapterFile:
@@ -152,7 +149,7 @@ def conversion_of(target: str, adapter: AdapterFile) -> str:
     """Return the conversion of an adapter for a program; other targets are returned unchanged."""
     if target not in PROGRAMS:
         return target
-    axes = {w.norm_axis for w in adapter.layers.values() if w.magnitude is not None}
+    axes = norm_axes(adapter.layers.values())
     return PROGRAMS[target].conversion(axes, is_sum=bool(adapter.beside))
 
 

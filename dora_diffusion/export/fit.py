@@ -12,6 +12,7 @@ from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.layouts import KEY_FORMATS
+from dora_diffusion.formats.layouts.layout import is_mixed, norm_axes
 from dora_diffusion.numerics.weights import (
     LayerWeights,
     NormAxis,
@@ -77,9 +78,8 @@ class FitSettings:
         if requested is None:
             return "kohya" if on_input else "diffusers"
         if requested not in KEY_FORMATS:
-            raise ExportError(
-                f"unknown key format {requested!r}; there is {', '.join(KEY_FORMATS)}"
-            )
+            there_is = f"there is {', '.join(KEY_FORMATS)}"
+            raise ExportError(f"unknown key format {requested!r}; {there_is}")
         if on_input and requested != "kohya":
             raise ExportError(
                 f"the {requested} format cannot store magnitudes on the input axis; choose kohya, "
@@ -106,11 +106,9 @@ class FitSettings:
 
 def axis_of(layers: Iterable[LayerWeights]) -> NormAxis:
     """Return the axis of all magnitudes; the output axis if they differ, or there are none."""
-    axes = {layer.norm_axis for layer in layers if layer.magnitude is not None}
-    return axes.pop() if len(axes) == 1 else "output"
+    return "input" if norm_axes(layers) == {"input"} else "output"
 
 
 def key_format_for(layers: Mapping[str, LayerWeights]) -> str:
     """Return the key format that can store these layers: Diffusers', if possible."""
-    kinds = {None if w.magnitude is None else w.norm_axis for w in layers.values()}
-    return "diffusers" if len(kinds) == 1 and "input" not in kinds else "kohya"
+    return "kohya" if is_mixed(layers) or "input" in norm_axes(layers.values()) else "diffusers"

@@ -137,13 +137,11 @@ def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeig
     if target.layer is not None:
         layer = dataclasses.replace(target.layer, kind="plain")
     else:
-        rank = settings.rank_of(tuple(base.shape), target.rank)
+        rank, energy = settings.rank_of(tuple(base.shape), target.rank), settings.energy
         if settings.use_dora:
-            layer = best_dora(
-                base, tuned, rank, settings.axis, energy=settings.energy, start=target.start
-            )
+            layer = best_dora(base, tuned, rank, settings.axis, energy=energy, start=target.start)
         else:
-            layer = low_rank(tuned - base, rank, settings.energy)
+            layer = low_rank(tuned - base, rank, energy)
     dtype = settings.dtype or torch.float32
     layer = dataclasses.replace(layer, down=layer.down.to(dtype), up=layer.up.to(dtype))
     merged = merge_tensor(base, [(layer, Strengths())], tuned.dtype)

@@ -97,13 +97,11 @@ def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
         AdapterFormatError: If the file is damaged.
     """
     stored = StoredFile(file)
-    file_token = stored.metadata.get(OWN + "token", file.stem)
+    own_token = stored.metadata.get(OWN + "token", file.stem)
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors().items():
-        token, component = (
-            (file_token, COMPONENTS[key]) if key in COMPONENTS else (key, "text_encoder")
-        )
-        tokens.setdefault(token, {})[component] = tensor
+        vectors = tokens.setdefault(own_token if key in COMPONENTS else key, {})
+        vectors[COMPONENTS.get(key, "text_encoder")] = tensor
     return tokens
 
 
@@ -134,9 +132,8 @@ def is_written(file: Path, token: str, vectors: Vectors) -> bool:
 
 def bundled(tokens: Mapping[str, Vectors], family: Family | None) -> dict[str, Tensor]:
     """Return the tensors of tokens, by their keys in a kohya file of a family."""
-    keys = dict(_KEYS)
-    if family is not None:
-        keys |= {encoder.component: encoder.embedding_key for encoder in family.text_encoders}
+    encoders = family.text_encoders if family else ()
+    keys = _KEYS | {encoder.component: encoder.embedding_key for encoder in encoders}
     return {
         f"bundle_emb.{token}.{keys[component]}": _rows(tensor)
         for token, vectors in tokens.items()
@@ -174,15 +171,13 @@ def embeddings_of(adapter: Path) -> list[Path]:
 
 
 def _named(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-    names: list[object] = []
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
+    try:
         names = list(json.loads(metadata.get(OWN + EMBEDDINGS, "[]")))
-    return [
-        folder / EMBEDDINGS / name
-        for name in names
-        # Other names were not written by this program.
-        if isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)
-    ]
+    except (ValueError, TypeError, RecursionError):
+        return []
+    # Other names were not written by this program.
+    known = (n for n in names if isinstance(n, str) and re.fullmatch(r"[^/\\]+\.safetensors", n))
+    return [folder / EMBEDDINGS / name for name in known]
 
 
 def read_embeddings(
@@ -268,9 +263,7 @@ def check_tokens(
     Raises:
         AdapterFormatError: If a token is damaged or has another width.
     """
-    entries = (
-        (t, name, tensor) for t, vectors in tokens.items() for name, tensor in vectors.items()
-    )
+    entries = ((t, *item) for t, vectors in tokens.items() for item in vectors.items())
     for token, component, tensor in entries:
         is_vector = tensor.is_floating_point() and tensor.ndim in (1, 2) and tensor.numel()
         if not is_vector or not torch.isfinite(tensor).all():
@@ -300,19 +293,13 @@ def embedding_notes(written: Path, files: Mapping[str, Path], program: str = "")
     keys = read_header(written).specs if written.is_file() else ()
     is_bundled = any(map(BUNDLED_TOKEN.fullmatch, keys))
     names = [f"{token} in {EMBEDDINGS}/{file.name}" for token, file in files.items()]
-    notes = [
-        f"its trained words are in separate files: {listing(names, 8)}",
+    is_read = is_bundled and program in ("", "a1111", "civitai")
+    where = "in the file, for A1111, and in" if is_read else "also in" if is_bundled else "in"
+    return [
+        f"its trained words are {where} separate files: {listing(names, 8)}",
         f"to use a word, {'; '.join(ways)}",
+        *(bundled_notes(files) if is_read else ()),
     ]
-    if is_bundled and program in ("", "a1111", "civitai"):
-        notes[0] = (
-            f"its trained words are in the file, for A1111, and in separate files: "
-            f"{listing(names, 8)}"
-        )
-        notes += bundled_notes(files)
-    elif is_bundled:
-        notes[0] = f"its trained words are also in separate files: {listing(names, 8)}"
-    return notes
 
 
 def bundled_notes(tokens: Iterable[str]) -> list[str]:

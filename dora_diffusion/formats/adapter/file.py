@@ -127,9 +127,8 @@ def write_adapter(
     path = Path(path)
     embeddings = embeddings_beside(path, adapter)
     if path.suffix in PICKLED:
-        raise AdapterFormatError(
-            f"{path.name}: pickles are not written; use the suffix .safetensors"
-        )
+        problem = "pickles are not written; use the suffix .safetensors"
+        raise AdapterFormatError(f"{path.name}: {problem}")
     layout = _written_layout(target, adapter)
     file_name = layout.file_name
     if file_name is not None and path.suffix != ".safetensors":
@@ -274,12 +273,11 @@ def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor])
 
 
 def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
-    parsed = parse_metadata(metadata)
-    trained = metadata.get(OWN + "alpha", "")
+    parsed, trained = parse_metadata(metadata), metadata.get(OWN + "alpha", "")
     # The alpha of an approximation is not the alpha of training.
-    if OWN + "approximation" in metadata:
+    if not trained or OWN + "approximation" in metadata:
         return parsed
-    if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):
+    if trained == describe({name: layer.alpha for name, layer in layers.items()}):
         return parsed
     # The scale was multiplied into the factors, so the layers no longer state the trained alpha.
     return dataclasses.replace(parsed, extra={**parsed.extra, TRAINED_ALPHA: trained})

@@ -35,6 +35,7 @@ from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     Shapes,
     layout_named,
+    norm_axes,
 )
 from dora_diffusion.formats.names.kohya import name_resolver
 
@@ -110,7 +111,7 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         return _report_for_one_base(stored, stored.layout, shapes)
     adapter, fits = _decoded(stored, base)
     layers = adapter.layers
-    axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
+    axes = norm_axes(layers.values())
     axis = "mixed" if len(axes) > 1 else next(iter(axes), "")
     specs = {
         key: spec for file in stored.files for key, spec in file.specs.items()
@@ -169,9 +170,8 @@ class Approximation:
 
     def qualify(self, tools: Mapping[str, str], method: str) -> dict[str, str]:
         """Qualify exact verdicts on an approximation by its error."""
-        exact = f"exact for this {method}, {self}"
         return {
-            program: exact + verdict.removeprefix(EXACT)
+            program: verdict.replace(EXACT, f"exact for this {method}, {self}", 1)
             if verdict.partition(":")[0] == EXACT
             else verdict
             for program, verdict in tools.items()

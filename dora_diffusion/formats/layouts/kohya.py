@@ -33,7 +33,9 @@ from dora_diffusion.formats.layouts.layout import (
     Part,
     Specs,
     WriteOptions,
+    by_component,
     factors,
+    norm_axes,
     some_layers,
     unit_scale,
     with_alpha,
@@ -94,7 +96,7 @@ class Kohya(AdapterLayout):
         """Check the shapes of magnitudes, too. LoRA and DoRA layers may be mixed."""
         if not self.finds_alpha(layers, specs, metadata):
             return False
-        axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
+        axes = norm_axes(layers.values())
         along = int(axes == {"input"})
         shapes = [spec.shape for key, spec in specs.items() if key.endswith(".dora_scale")]
         return len(axes) > 1 or all(
@@ -135,8 +137,7 @@ def _lora_in_diffusers(layers: Layers) -> str:
     """
     lost: list[str] = []
     misread: list[str] = []
-    for component in dict.fromkeys(name.partition(".")[0] for name in layers):
-        selected = {name: w for name, w in layers.items() if name.startswith(f"{component}.")}
+    for component, selected in by_component(layers).items():
         alpha = mode(layer.alpha for layer in selected.values())
         misread += [n for n, w in selected.items() if w.alpha != alpha and _ALPHA_IS_LOST.search(n)]
         if component == "unet":
@@ -217,7 +218,7 @@ def on_input(layer: LayerWeights) -> bool:
 
 def needs_compensation(layers: Layers) -> bool:
     """Return whether ComfyUI would compute layers incorrectly from a standard kohya file."""
-    return any(w.magnitude is not None and w.norm_axis == "output" for w in layers.values())
+    return "output" in norm_axes(layers.values())
 
 
 def _one_alpha(layers: Sequence[LayerWeights], dtype: torch.dtype | None) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -27,8 +27,8 @@ from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts import COLUMNS, LAYOUTS, VERDICTS, unknown_keys_message
 from dora_diffusion.formats.names.kohya import Resolve, name_resolver
-from dora_diffusion.formats.names.modules import UNetLayout
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.formats.names.modules import UNetLayout, split_component
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # down and up are A and B; mid is the core of a Tucker-decomposed convolution. `magnitude` is PEFT's
 # (always on the output axis); the shape of `dora_scale` determines its axis.
@@ -213,8 +213,7 @@ class AdapterLayout:
         No program reads alpha from the training metadata of kohya's scripts. PEFT treats either all
         layers of a component as DoRA, or none.
         """
-        kinds = {(n.split(".")[0], layer.magnitude is None) for n, layer in layers.items()}
-        is_uniform = len(kinds) == len({component for component, _ in kinds})
+        is_uniform = not any(map(is_mixed, by_component(layers).values()))
         return is_uniform and self.finds_alpha(layers, specs, metadata)
 
     def finds_alpha(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
@@ -309,6 +308,24 @@ def factor_pair(name: str, tensors: Mapping[Part, Tensor]) -> tuple[Tensor, Tens
             f"{name}: low-rank factors of shapes {tuple(down.shape)} and {tuple(up.shape)}"
         )
     return down, up
+
+
+def by_component(layers: Layers) -> dict[str, dict[str, LayerWeights]]:
+    """Group layers by component, each group by canonical name."""
+    groups: dict[str, dict[str, LayerWeights]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(split_component(name)[0], {})[name] = layer
+    return groups
+
+
+def is_mixed(layers: Layers) -> bool:
+    """Return whether some layers have a magnitude and others have none."""
+    return len({layer.magnitude is None for layer in layers.values()}) > 1
+
+
+def norm_axes(layers: Iterable[LayerWeights]) -> set[NormAxis]:
+    """Return the axes of the layers' magnitudes."""
+    return {layer.norm_axis for layer in layers if layer.magnitude is not None}
 
 
 def with_alpha(layer: LayerWeights, alpha: float) -> LayerWeights:
