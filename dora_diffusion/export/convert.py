@@ -17,7 +17,7 @@ from dora_diffusion.export.files import ExportError, check_adapter_output, open_
 from dora_diffusion.export.fit import FitSettings, axis_of, key_format_for
 from dora_diffusion.formats.adapter.embeddings import embedding_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
-from dora_diffusion.formats.adapter.inspect import stated_approximation
+from dora_diffusion.formats.adapter.inspect import stated_error
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES
 from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
 from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, PROGRAMS, TARGETS
@@ -105,14 +105,8 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         ExportError: If the output exists or is an input, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot store it.
     """
-    if target not in TARGETS:
-        reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
-        raise ExportError(f"unknown target {target!r}; {reason}")
     fit = fit or FitSettings()
-    if fit.method != "dora" or fit.norm_axis is not None:
-        raise ExportError(
-            f"fit is {fit}; convert keeps the adapter's method and norm axis, so give neither"
-        )
+    _check_arguments(target, fit)
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
         inputs += [model.path] if model else []
@@ -134,6 +128,16 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
     return ConversionReport(path, target, count, errors, total, notes, embeddings, program, growth)
+
+
+def _check_arguments(target: str, fit: FitSettings) -> None:
+    if target not in TARGETS:
+        reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
+        raise ExportError(f"unknown target {target!r}; {reason}")
+    if fit.method != "dora" or fit.norm_axis is not None:
+        raise ExportError(
+            f"fit is {fit}; convert keeps the adapter's method and norm axis, so give neither"
+        )
 
 
 def _read(
@@ -207,9 +211,8 @@ def _of_smaller_rank(
         notes += (_OF_THE_UPDATE,)
     if conversion.plain_lora_in or fitted.total_error:
         of = ("" if conversion.plain_lora_in else "original ") + ("DoRA" if is_dora else "LoRA")
-        before = stated_approximation(extra)
-        error = before.error or 0.0 if before else 0.0
-        extra = fitted.stated(extra, extra.get(APPROXIMATES, of), how, error)
+        before = stated_error(extra) or 0.0
+        extra = fitted.stated(extra, extra.get(APPROXIMATES, of), how, before)
     metadata = dataclasses.replace(adapter.metadata, extra=extra)
     adapter = AdapterFile(fitted.layers, metadata, notes, tokens=adapter.tokens)
     return adapter, fitted.errors, fitted.total_error

@@ -121,8 +121,7 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     meant = stored.layout.is_read_as_meant(layers, specs, fields)
     readable = stored.layout if meant else layout_named("other")
     tools = readable.judge(layers, axis, specs)
-    if approximation := stated_approximation(adapter.metadata.extra):
-        tools = approximation.qualify(tools, "DoRA" if axis else "LoRA")
+    tools = _qualified(tools, adapter.metadata.extra, "DoRA" if axis else "LoRA")
     is_bundled = any(map(BUNDLED_TOKEN.fullmatch, stored.files[0].specs))
     if is_bundled:
         tools["diffusers"] = "convert: it refuses tokens in the file; convert it to diffusers"
@@ -149,44 +148,27 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Approximation:
-    """Approximation that a file contains.
-
-    Attributes:
-        of: Approximated original: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the
-            adapters"``.
-        error: Relative error of the change of all layers; None if the file does not state it.
-    """
-
-    of: str
-    error: float | None
-
-    def __str__(self) -> str:
-        if self.error is None:
-            return f"which approximates the {self.of}"
-        share = f"{self.error:.1%}" if self.error >= 0.001 else "less than 0.1%"
-        return f"which is off the {self.of} by {share}"
-
-    def qualify(self, tools: Mapping[str, str], method: str) -> dict[str, str]:
-        """Qualify exact verdicts on an approximation by its error."""
-        return {
-            program: verdict.replace(EXACT, f"exact for this {method}, {self}", 1)
-            if verdict.partition(":")[0] == EXACT
-            else verdict
-            for program, verdict in tools.items()
-        }
-
-
-def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
-    """Return the approximation that the metadata of our file state; None if the file is exact."""
-    if not (of := extra.get(APPROXIMATES)):
-        return None
+def stated_error(extra: Mapping[str, str]) -> float | None:
+    """Return the relative error that a file's metadata state; 0 if exact, None if unknown."""
+    if not extra.get(APPROXIMATES):
+        return 0.0
     try:
         error = float(extra.get(APPROXIMATION_ERROR, ""))
     except ValueError:
-        return Approximation(of, None)
-    return Approximation(of, error) if error > _ROUNDING else None
+        return None
+    return error if error > _ROUNDING else 0.0
+
+
+def _qualified(tools: dict[str, str], extra: Mapping[str, str], method: str) -> dict[str, str]:
+    """Qualify exact verdicts on an approximation by its error."""
+    error, original = stated_error(extra), extra.get(APPROXIMATES, "")
+    if error == 0.0:
+        return tools
+    share = "less than 0.1%" if error is None or error < 0.001 else f"{error:.1%}"
+    off = f"approximates the {original}" if error is None else f"is off the {original} by {share}"
+    exact = f"exact for this {method}, which {off}"
+    is_exact = {program: text.partition(":")[0] == EXACT for program, text in tools.items()}
+    return {p: text.replace(EXACT, exact, 1) if is_exact[p] else text for p, text in tools.items()}
 
 
 def _notes(stored: StoredAdapter, adapter: AdapterFile, is_bundled: bool) -> list[str]:
@@ -210,11 +192,8 @@ def _parameters(stored: StoredAdapter, adapter: AdapterFile) -> int:
     """Return the number of trained values; a compact file has fewer than its layers."""
     if stored.layout.is_compact:
         return sum(math.prod(spec.shape) for spec in stored.files[0].specs.values())
-    tensors = [
-        tensor
-        for layer in adapter.layers.values()
-        for tensor in (layer.down, layer.up, layer.magnitude)
-    ]
+    layers = adapter.layers.values()
+    tensors = [t for layer in layers for t in (layer.down, layer.up, layer.magnitude)]
     tensors += [tensor for vectors in adapter.tokens.values() for tensor in vectors.values()]
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
