@@ -117,11 +117,9 @@ def read_subject(
         PhotoError: If the folder has no photo, or one that cannot be used.
         ValueError: If a caption's wildcards are not valid.
     """
-    paths, prompt = list_photos(folder), f"a photo of {with_article(trigger)}"
-    photos = [
-        replace(photo, caption=rules.plain(photo.caption))
-        for photo in read_photos(paths, prompt, per_line=rules.per_line)
-    ]
+    prompt = f"a photo of {with_article(trigger)}"
+    read = read_photos(list_photos(folder), prompt, per_line=rules.per_line)
+    photos = [replace(photo, caption=rules.plain(photo.caption)) for photo in read]
     return PhotoSubject(Path(folder).resolve().name, trigger, class_word, photos, trained_on)
 
 

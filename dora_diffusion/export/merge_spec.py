@@ -120,11 +120,8 @@ class MergeSpec:
 
     def assumptions(self) -> list[str]:
         """Return the assumptions about the adapters, one line each, with the file's name."""
-        return [
-            f"{file.name}: {text}"
-            for file, _, adapter in self.parts
-            for text in adapter.assumptions
-        ]
+        parts = self.parts
+        return [f"{file.name}: {text}" for file, _, part in parts for text in part.assumptions]
 
     def warn_of_assumptions(self) -> None:
         for assumption in self.assumptions():

@@ -90,12 +90,12 @@ class MergedModel:
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of each tensor to write."""
-        return {
-            name: spec
-            if self.dtype is None or name.startswith("vae.") or not spec.dtype.is_floating_point
-            else TensorSpec(self.dtype, spec.shape)
-            for name, spec in self.base.specs.items()
-        }
+        specs, dtype = self.base.specs, self.dtype
+        if dtype is None:
+            return specs
+        cast = {n: s for n, s in specs.items() if s.dtype.is_floating_point}
+        cast = {n: TensorSpec(dtype, s.shape) for n, s in cast.items() if not n.startswith("vae.")}
+        return {**specs, **cast}
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a merged tensor in the dtype to write."""

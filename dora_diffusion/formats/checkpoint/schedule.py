@@ -149,10 +149,8 @@ def _file_or_name(model: str) -> str:
 
 def _by_adapter(metadata: AdapterMetadata) -> ScheduleInfo:
     zero = metadata.extra.get(ZERO_TERMINAL_SNR)
-    settings = {
-        PREDICTION: metadata.extra.get("prediction_type"),
-        ZERO_SNR: zero == "True" if zero else None,
-    }
+    prediction = metadata.extra.get("prediction_type")
+    settings = {PREDICTION: prediction, ZERO_SNR: zero == "True" if zero else None}
     return ScheduleInfo("the adapter's metadata", settings, False)
 
 
