@@ -25,14 +25,8 @@ from dora_diffusion.formats.names.modules import (
     unet_names,
 )
 
-KOHYA_PREFIXES = {
-    "lora_unet_": "unet",
-    **{
-        encoder.kohya_prefix: encoder.component
-        for family in FAMILIES.values()
-        for encoder in family.text_encoders
-    },
-}
+_ENCODERS = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
+KOHYA_PREFIXES = {"lora_unet_": "unet", **{e.kohya_prefix: e.component for e in _ENCODERS}}
 LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
 # Adaptable modules; `#` stands for a number.
 _ATTENTION = NAMES["attention"]
