@@ -61,7 +61,6 @@ FLAKY_NAME = "test_module.py::test_is_flaky"
          f"{FLAKY_NAME}\n"),
         (PASSES + FAILS, 1, ["FAILED test_module.py::test_fails", "1 passed, 1 failed, 0 skipped"],
          ""),
-        ("", 5, ["0 passed, 0 failed, 0 skipped"], ""),
     ],
 )  # fmt: skip
 def test_a_failure_is_run_once_more(
