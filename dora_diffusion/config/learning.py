@@ -50,7 +50,7 @@ def _rate(setting: str, untrained: str) -> Condition:
     return reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """Trained weights: an adapter, or the weights of the model itself."""
 
@@ -218,7 +218,7 @@ class AdapterSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LengthSettings:
     """Length of training and batch size."""
 
@@ -241,7 +241,7 @@ class LengthSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
     """Settings of the optimizer."""
 
@@ -373,7 +373,7 @@ WEIGHTINGS = ("snr_gamma", "debiased_estimation_loss")
 """Settings that weight losses by timestep (`numerics.loss.WEIGHTINGS`); a run has at most one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """Settings of the loss."""
 

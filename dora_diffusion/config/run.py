@@ -35,7 +35,7 @@ def _checkpoints(config: Any) -> str | None:
     return "checkpointing_steps is 0" if config.checkpointing_steps == 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
     """Precision, memory and device."""
 
@@ -96,7 +96,7 @@ class DeviceSettings:
     seed: int = flag(0, "Random seed.", least=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleSettings:
     """Sample images and logging."""
 
@@ -157,7 +157,7 @@ class SampleSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
     """Validation on held-out photos, early stopping and choice of the best checkpoint."""
 
@@ -210,7 +210,7 @@ class ValidationSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputSettings:
     """Output, checkpoints and resuming."""
 

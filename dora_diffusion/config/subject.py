@@ -64,7 +64,7 @@ def _base(kind: Literal["files", "hub", "file"]) -> tuple[OfModel, ...]:
     return (OfModel("pretrained_model_name_or_path", "base model", kind),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Base model."""
 
@@ -116,7 +116,7 @@ class ModelSettings:
     vae_tile_size: int | None = vae_tile_size_flag()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SubjectSettings:
     """Subjects and captions."""
 
@@ -172,7 +172,7 @@ def _embedding_rate(config: Any) -> str | None:
     return "it is 0: no new word is trained" if config.embedding_lr == 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WordSettings:
     """New words: trained token embeddings (textual inversion)."""
 
@@ -213,7 +213,7 @@ class WordSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SliderSettings:
     """Sliders: concepts from prompts, without images."""
 
@@ -258,7 +258,7 @@ class SliderSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """Images and captions."""
 
@@ -381,7 +381,7 @@ class ImageSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PriorSettings:
     """Prior preservation."""
 
