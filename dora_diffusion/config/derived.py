@@ -95,6 +95,9 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
 """Setting -> function that derives its default from the other settings."""
 # Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
+_OFF = (None, False, 0, "", "none", [], {})
+# Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
+_REMOVED_DEFAULTS = {"gradient_batches": 4, "precondition_damping": 0.01, "nearest_noise": 1}
 
 
 def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
@@ -309,6 +312,28 @@ def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, 
         elif old is not None or setting.name not in (*DERIVED, *_BY_MODEL):
             refused[setting.name] = (old, new)
     return refused, allowed
+
+
+@check_arguments()
+def removed_settings(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint that this version does not have, unless they had no effect.
+
+    A setting that exists is among them if the checkpoint's value is not valid anymore.
+
+    Args:
+        before: Settings of the checkpoint.
+    """
+    known = {setting.name: setting for setting in settings()}
+    removed = {}
+    for name, value in before.items():
+        if name not in known and value not in (*_OFF, _REMOVED_DEFAULTS.get(name)):
+            removed[name] = value
+        elif name in known and known[name].resume == "same":
+            try:
+                known[name].check(value)
+            except ConfigError:
+                removed[name] = value
+    return removed
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
