@@ -15,7 +15,7 @@ from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.subject import ENTRY_SETTINGS
-from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
+from dora_diffusion.config.train import TrainConfig, framed_prompt, settings, settings_by_name
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -95,7 +95,7 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
 """Setting -> function that derives its default from the other settings."""
 # Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
-_OFF = (None, False, 0, "", "none", [], {})
+_OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 # Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
 _REMOVED_DEFAULTS = {"gradient_batches": 4, "precondition_damping": 0.01, "nearest_noise": 1}
 
@@ -323,8 +323,7 @@ def removed_settings(before: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         before: Settings of the checkpoint.
     """
-    known = {setting.name: setting for setting in settings()}
-    removed = {}
+    known, removed = settings_by_name(), {}
     for name, value in before.items():
         if name not in known and value not in (*_OFF, _REMOVED_DEFAULTS.get(name)):
             removed[name] = value

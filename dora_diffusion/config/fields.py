@@ -305,6 +305,16 @@ class Setting:
             return [self._cast_item(item) for item in items]
         return self._cast_item(value)
 
+    def read(self, value: Any) -> Any:
+        """Cast a value and check its range or choice.
+
+        Raises:
+            ConfigError: As `cast` and `check` do.
+        """
+        value = self.cast(value)
+        self.check(value)
+        return value
+
     def _pair(self, word: Any) -> tuple[str, str]:
         """Split ``"*.attn1.*=16"`` into pattern and value."""
         pattern, sign, value = str(word).rpartition("=")

@@ -30,9 +30,9 @@ from dora_diffusion.config.fields import (
     require_token_length,
 )
 from dora_diffusion.config.file import PATHS
-from dora_diffusion.config.problems import Problems
+from dora_diffusion.config.problems import Problems, find_setting, read_values
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
-from dora_diffusion.config.wording import did_you_mean, framed
+from dora_diffusion.config.wording import framed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,15 @@ class TrainConfig(
                 prompts = [" ".join(prompt.split()) for prompt in getattr(self, name)]
                 object.__setattr__(self, name, prompts)
         if self.dataset_config:
-            known = {setting.name: setting for setting in settings()}
-            entries = checked_entries(self.dataset_config, known, self.train_batch_size)
+            entries = checked_entries(
+                self.dataset_config, settings_by_name(), self.train_batch_size
+            )
             object.__setattr__(self, "dataset_config", entries)
+            problems = Problems()
             for index in range(len(entries)):
-                with naming_entry(index):
+                with problems.collect(), naming_entry(index):
                     self.of_entry(index)
+            problems.raise_all()
         for name, message in contradictions(self):
             raise ConfigError(message, name)
         adapters = self.unet_adapter, self.text_encoder_adapter  # They check their own values.
@@ -318,17 +321,8 @@ class TrainConfig(
         Raises:
             ConfigError: If a key is not a setting, or a value has the wrong type.
         """
-        known = {setting.name: setting for setting in settings()}
-        unknown = [f"{name}{did_you_mean(name, known)}" for name in values if name not in known]
-        problems, cast = Problems(), dict[str, Any]()
-        with problems.collect():
-            hint = "; read_config_file resolves the paths of a file" if PATHS in values else ""
-            require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}{hint}")
-        for name in (name for name in values if name in known):
-            with problems.collect():
-                cast[name] = known[name].cast(values[name])
-        problems.raise_all()
-        return cls(**cast)
+        require(PATHS not in values, f"{PATHS} is of a file; read_config_file resolves its paths")
+        return cls(**read_values(values, lambda name: find_setting(name, settings_by_name())))
 
 
 def framed_prompt(config: TrainConfig) -> str:
@@ -356,6 +350,12 @@ def settings() -> tuple[Setting, ...]:
         else setting
         for setting in described
     )
+
+
+@lru_cache(maxsize=1)
+def settings_by_name() -> dict[str, Setting]:
+    """All settings by name."""
+    return {setting.name: setting for setting in settings()}
 
 
 check_arguments(
