@@ -90,7 +90,7 @@ def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        command.add_argument("--debug", action="store_true", help="Show tracebacks.")
+        command.add_argument("--debug", action="store_true", help="Show tracebacks. Default: off.")
         if name in filled:
             settings_of(name).add_arguments(command)
     return parser

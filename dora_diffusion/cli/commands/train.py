@@ -73,7 +73,7 @@ class TrainSettings(CommandSettings):
             help="Train several subjects at once, each as a separate adapter in OUTPUT_DIR/NAME. "
             "PATH is a dataset file (see dataset_config) whose entries may have a name and most "
             "settings of a run, or a folder with a sub-folder of photos per subject. Other flags "
-            "apply to all subjects.",
+            "apply to all subjects. Default: none.",
         )
         add_settings(parser)
 
@@ -126,19 +126,21 @@ def add_settings(parser: Parser) -> None:
             f"{name}: {one.about} {one.measured}"
             + (f" It sets --token '{one.settings['token']}'." if "token" in one.settings else "")
             for name, one in PRESETS.items()
-        ),
+        )
+        + " Default: none.",
     )
     parser.add_argument(
         "--memory",
         metavar="GIB",
         help="Choose precision, gradient checkpointing, optimizer, quantised base and resolution "
         "to fit this memory, unless they are given: GiB of a GPU, or auto for the free memory of "
-        "this machine. By counted memory, not yet measured on GPUs.",
+        "this machine. By counted memory, not yet measured on GPUs. Default: none.",
     )
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="List the training images with their captions, and exit before the model is loaded.",
+        help="List the training images with their captions, and exit before the model is loaded. "
+        "Default: off.",
     )
     add_flags(parser, settings())
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
