@@ -22,7 +22,6 @@ from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.checks import contradictions
-from dora_diffusion.config.dataset_file import checked_entries, naming_entry
 from dora_diffusion.config.fields import (
     ConfigError,
     Setting,
@@ -72,6 +71,8 @@ class TrainConfig(
                 prompts = [" ".join(prompt.split()) for prompt in getattr(self, name)]
                 object.__setattr__(self, name, prompts)
         if self.dataset_config:
+            from dora_diffusion.config.dataset_file import checked_entries, naming_entry
+
             entries = checked_entries(
                 self.dataset_config, settings_by_name(), self.train_batch_size
             )

@@ -35,7 +35,6 @@ from dora_diffusion.config.file import line_prefix
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
 from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.config.problems import Problems, read_values
-from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.models.locate import is_embedded
@@ -85,7 +84,11 @@ class TrainSettings(CommandSettings):
     def perform(self) -> int:
         """Train, with a progress bar. Returns the exit code."""
         args, config = self.args, train_config(self.args)
-        configs = subject_configs(args.pack, config) if args.pack else {}
+        configs: Mapping[str, TrainConfig | ConfigError] = {}
+        if args.pack:
+            from dora_diffusion.config.subject_list import subject_configs
+
+            configs = subject_configs(args.pack, config)
         if args.dry_run:
             return print_training_summary(configs or {"": config})
         warn_of_toy_model(config, args)
