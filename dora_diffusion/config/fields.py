@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -362,6 +362,10 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+free_flag = partial(flag, resume="free")
+"""Make the field of a setting that a resumed run may change."""
 
 
 def setting_type(source: dataclasses.Field[Any]) -> tuple[type, bool, bool]:

@@ -22,12 +22,7 @@ from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.checks import contradictions
-from dora_diffusion.config.fields import (
-    ConfigError,
-    Setting,
-    require,
-    require_token_length,
-)
+from dora_diffusion.config.fields import ConfigError, Setting, require, require_token_length
 from dora_diffusion.config.file import PATHS
 from dora_diffusion.config.problems import Problems, find_setting, read_values
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
@@ -153,10 +148,7 @@ class TrainConfig(
             self.allocation_warmup,
             self.allocation_final,
         )
-        return (
-            steps // 10 if warmup is None else warmup,
-            steps // 2 if final is None else final,
-        )
+        return (steps // 10 if warmup is None else warmup, steps // 2 if final is None else final)
 
     def _adapter(self, targets: tuple[str, ...], linear_only: bool) -> AdapterConfig:
         is_vera = self.parametrization == "vera"
