@@ -67,10 +67,6 @@ def _class_data_dir(config: TrainConfig) -> str | None:
     return str(Path(config.output_dir) / "class_images") if is_used else None
 
 
-def _validation_steps(config: TrainConfig) -> int | None:
-    return 200 if config.num_validation_images and not config.validation_epochs else None
-
-
 def _validation_loss_steps(config: TrainConfig) -> int | None:
     is_known = config.validation_steps or not config.validation_epochs
     return config.validation_steps or 200 if config.holds_out and is_known else None
@@ -83,7 +79,9 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "class_word": _class_word,
     "new_words": lambda config: config.words,
     "validation_prompt": _validation_prompt,
-    "validation_steps": _validation_steps,
+    "validation_steps": lambda config: (
+        200 if config.num_validation_images and not config.validation_epochs else None
+    ),
     "validation_loss_steps": _validation_loss_steps,
     # A checkpoint of a whole model takes gigabytes.
     "checkpointing_steps": lambda config: 500 if config.is_full else 100,

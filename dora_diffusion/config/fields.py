@@ -83,11 +83,7 @@ def require(condition: bool, message: str, setting: str = "") -> None:
 
 def require_positive(name: str, value: float | None) -> None:
     """Check that a number is greater than 0; None passes."""
-    is_number = value is None or isinstance(value, numbers.Real)
-    require(is_number, f"{name} is {value!r}; it must be a number", name)
-    require(value is None or value > 0, f"{name} is {value}; it must be greater than 0", name)
-    is_finite = value is None or math.isfinite(value)
-    require(is_finite, f"{name} is {value}; it must be a finite number", name)
+    Setting(name, float, above=0).check(value)
 
 
 def require_token_length(value: int) -> None:
@@ -190,10 +186,10 @@ class Setting:
 
     name: str
     kind: type
-    is_list: bool
-    default: Any
-    help: str
-    group: str
+    is_list: bool = False
+    default: Any = None
+    help: str = ""
+    group: str = ""
     derived: str = ""
     choices: tuple[str, ...] | None = None
     resume: Resume = "same"
@@ -219,9 +215,8 @@ class Setting:
         if source.default_factory is not dataclasses.MISSING:
             default = source.default_factory()
         return cls(
-            source.name, kind, is_list, default, is_map=is_map,
-            **{"group": "", **common, **source.metadata},
-        )  # fmt: skip
+            source.name, kind, is_list, default, is_map=is_map, **{**common, **source.metadata}
+        )
 
     @property
     def is_required(self) -> bool:
