@@ -90,8 +90,10 @@ class TrainConfig(
             value = getattr(self, setting.name)
             if isinstance(value, Path):  # as in a YAML file
                 object.__setattr__(self, setting.name, str(value))
-            with problems.collect():
+            try:
                 setting.check(value)
+            except ConfigError as error:
+                problems.add(error)
         problems.raise_all()
         require_token_length(self.max_token_length)
         require_tile_size(self.vae_tile_size)
