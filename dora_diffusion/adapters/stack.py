@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,18 @@ BASE: Rows = ()
 """Rows of a batch of any size without adapters."""
 Masks = Sequence[Tensor | None]
 """For each layer, factors ``(N, r)`` or ``(1, r)`` of the ranks of each row; None: all are 1."""
+
+
+class RankRoute(NamedTuple):
+    """Rank masks for the rows of a batch: arguments of `AdapterStack.of`.
+
+    Attributes:
+        masks: Factors of the ranks of each layer. Empty: no layer has masks.
+        active: Ranks that the norm includes, in the same shapes.
+    """
+
+    masks: Masks = ()
+    active: Masks = ()
 
 
 _BASE: tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]] = ({}, {})

@@ -23,7 +23,6 @@ from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.folder import RunFolder, TrainResult
-from dora_diffusion.training.hooks.hook import Hook
 from dora_diffusion.training.inputs.base import (
     LoadBase,
     configure_reading,
@@ -51,6 +50,7 @@ from dora_diffusion.training.trainable.select import select_trainable, shard_tra
 from dora_diffusion.training.trainable.words import require_new
 
 if TYPE_CHECKING:
+    from dora_diffusion.training.hooks.hook import Hook
     from dora_diffusion.training.trainable.full import TrainedWeights
 
 __all__ = ["TrainResult", "TrainingError", "train"]
