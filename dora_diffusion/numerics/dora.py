@@ -26,7 +26,7 @@ from dora_diffusion.numerics.fused import (
 )
 from dora_diffusion.numerics.operation import Operation, by_row
 from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis, out_in
 
 # Far below any pretrained norm, but large enough that m / NORM_FLOOR stays finite in float32. A
 # channel with a smaller norm is 0. It is a lower bound and is not added, so that no norm changes.
@@ -118,6 +118,12 @@ def adapted_weight(
         g = gain(interpolated_magnitude(base, layer, magnitude_strength), norm)
         adapted = adapted * per_channel(g, weight.ndim, layer.norm_axis)
     return adapted if strength == 1.0 else base + strength * (adapted - base)
+
+
+def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
+    """Compute ``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
+    weight = out_in(weight, layer.kind)
+    return adapted_weight(weight, layer) - upcast(weight)
 
 
 class Factors(NamedTuple):

@@ -10,7 +10,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.arguments import check_arguments
@@ -187,6 +186,8 @@ def assemble(
         ConfigError, PhotoError, ModelNotFoundError, TargetError: If an input is invalid.
     """
     if config.compile:
+        from dora_diffusion.adapters.compiled import require_compiler
+
         require_compiler(accelerator.device)
     plan = plan_run(config, subjects)
     loaded = base or load_base(config, accelerator, load)

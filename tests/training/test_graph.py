@@ -405,8 +405,8 @@ def test_every_other_setting_is_the_same_with_graphs(
         needs_library("adamw8bit")
     if "keep_best" in values or "early_stopping_patience" in values:
         values["learning_rate"] = 1e-3  # With a larger one, norms have to be recomputed.
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.training.trainable.adapters.compile_blocks", lambda unet: 0)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", lambda unet: 0)
     runs = []
     for on in (False, True):
         config = TrainConfig(**filled({**values, "cuda_graph": on}, places))

@@ -50,8 +50,7 @@ from dora_diffusion.formats.layouts.layout import (
 )
 from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES, Resolve, is_kohya_name, kohya_name
 from dora_diffusion.formats.names.modules import NAMES, TOP_MODULES, USUAL_LAYOUT, UNetLayout
-from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.low_rank import weight_change
+from dora_diffusion.numerics.dora import weight_change, weight_norm
 from dora_diffusion.numerics.norms import factored_norm
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights

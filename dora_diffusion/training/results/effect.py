@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import set_stance
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from dora_diffusion.adapters.compiled import uncompiled
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.crops import plan_crop
 from dora_diffusion.data.sampler import generator_for
@@ -160,7 +160,7 @@ class Probe:
         tensors = (t for one in modules for t in (*one.parameters(), *one.buffers()))
         is_half = any(tensor.dtype in _HALF for tensor in tensors)
         wide = _Float32() if is_half and not self._is_sharded else nullcontext()
-        with torch.no_grad(), evaluating, uncompiled(), scope, wide:
+        with torch.no_grad(), evaluating, set_stance("force_eager"), scope, wide:
             yield
 
     def _encoded(self) -> Conditioning:
