@@ -186,7 +186,7 @@ def test_nothing_moves_from_step_to_step(opened: Callable[..., Run]) -> None:
             for tensor in (*own._factors, own._gain, own._shift, *own._gradients, *own._sums)
         ]
         states = [v for state in step.optimizer.state.values() for v in state.values()]
-        flat = step.parameters._gradients  # type: ignore[attr-defined]
+        flat = [group.gradient for group in step.parameters._flat]  # type: ignore[attr-defined]
         every = [*buffers, *gradients, *flat, *step.parameters, *trained, *states]
         seen.append([tensor.data_ptr() for tensor in every])
         return record
