@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.adapters.layers import Active, AdaptedLayer, LayerAdapter
-from dora_diffusion.adapters.plan import make_scales
 from dora_diffusion.adapters.route import Ready, Route, Scales, forward_rows
 from dora_diffusion.numerics.dora import Factors
 from dora_diffusion.numerics.operation import ConvOperation, Operation
@@ -53,10 +52,8 @@ class NormRoute(Route):
             if self.require_unchanged(name, adapter):
                 return self.norms[name]
             del self.norms[name]
-        if adapter.magnitude is None:
-            return None
-        scales = make_scales([self.layer.site([adapter])])[0]
-        self.keep(name, adapter, scales)
+        if (scales := self.layer.computed_scales(adapter)) is not None:
+            self.keep(name, adapter, scales)
         return scales
 
     def keep(self, name: str, adapter: LayerAdapter, scales: Scales) -> None:

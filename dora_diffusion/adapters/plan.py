@@ -209,7 +209,8 @@ class Plan:
         shared: bool = False,
     ) -> None:
         self.layout, self.has_edges, self._is_shared = layout, has_edges, shared
-        self.down, self.up = layout.down(shared=shared), layout.up(shared=shared)
+        self.down = layout.joined(layout.downs, shared=shared)
+        self.up = layout.joined_ups(shared=shared)
         self.direct, self.ran_without_gradients = set(layout.direct), set[int]()
         self._left: list[Tensor] | None = None
         self._used: set[int] = set()
@@ -231,7 +232,7 @@ class Plan:
             terms = Terms(change, bound.sqrt(), checksum)
         total = terms.change + layout.base
         self.norm = total.clamp_min(0).sqrt_()
-        self.gain = gain_of(layout.magnitude(shared=self._is_shared), self.norm)
+        self.gain = gain_of(layout.joined(layout.magnitudes, shared=self._is_shared), self.norm)
         # Not ``<``, so that NaN is flagged too.
         flagged = is_ill_conditioned(total, layout.base, terms.bound, margin).logical_or_(
             ~(self.gain.abs() >= margin * SMALL_GAIN)
@@ -321,17 +322,17 @@ class Plan:
                 bias,
                 layout.axis,
                 index in self.direct,
-                self.direction(index, rows, dtype)
-                if index in self.direct and isinstance(rows, int)
-                else None,
+                self._direction(index, rows, dtype) if index in self.direct else None,
             )
             for index, (down, up, gain, shift, bias) in enumerate(fields)
         ]
 
-    def direction(self, index: int, k: int, dtype: torch.dtype) -> Tensor | None:
-        """Return `direction_of` one adapter of a layer; None for a sharded layer."""
+    def _direction(self, index: int, rows: Rows, dtype: torch.dtype) -> Tensor | None:
+        """Return `direction_of` a layer with one adapter for all rows; None if it is sharded."""
         site = self.layout.sites[index]
-        return None if site.shard else direction_of(site.weight, site.adapters[k], dtype)
+        if site.shard or not isinstance(rows, int):
+            return None
+        return direction_of(site.weight, site.adapters[rows], dtype)
 
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
         """Return the fields of `LayerTensors`, concatenated."""

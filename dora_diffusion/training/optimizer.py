@@ -126,8 +126,8 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     if name == "adamw":
         # For many small parameters, one kernel over all of them is the fastest.
         kinds = {parameter.device.type for group in groups for parameter in group["params"]}
-        kind = "fused" if all(map(has_fused_optimizers, kinds)) else "foreach"
-        return torch.optim.AdamW(**options, **{kind: True})
+        options["fused" if all(map(has_fused_optimizers, kinds)) else "foreach"] = True
+        return torch.optim.AdamW(**options)
     if name == "adamw8bit":
         return library.optim.AdamW8bit(**options)  # type: ignore[no-any-return]
     if name == "prodigy":
@@ -397,8 +397,8 @@ class FlatParameters(SteppedParameters):
         for member, value in self._unused:
             member.data.copy_(value)
         self._unused = []
-        for member in self.memory:
-            member.grad = None
+        for trained in self.memory:
+            trained.grad = None
         # Views assigned to ``.data`` do not share the version counter of the flat parameter.
         increment_version(list(self.memory))
 
