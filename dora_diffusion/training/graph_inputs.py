@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.stack import RankRoute
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.offload import send
-from dora_diffusion.models.text import Conditioning
 from dora_diffusion.training.conditioner import Reading
 from dora_diffusion.training.prediction import Drawn, Question, encodings
 

@@ -98,7 +98,7 @@ class Step:
         with self.stack.of(0, *route):
             with self.accelerator.autocast():
                 base = partial(self.base, self.stack)
-                answers = answer(self.components.unet, drawn.distinct(), base)
+                answers = answer(self.components, drawn.distinct(), base)
                 loss, prior = self.losses(drawn, answers)
             self.accelerator.backward(loss * (1 / self.turns))
         return torch.stack([loss.detach(), prior.detach()])
