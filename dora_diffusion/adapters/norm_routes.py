@@ -17,7 +17,7 @@ from torch import Tensor
 from dora_diffusion.adapters.layers import Active, AdaptedLayer, LayerAdapter
 from dora_diffusion.adapters.route import Ready, Route, Scales, forward_rows
 from dora_diffusion.numerics.dora import Factors
-from dora_diffusion.numerics.operation import ConvOperation, Operation
+from dora_diffusion.numerics.fused import is_fusible
 from dora_diffusion.numerics.precision import product_dtype
 
 
@@ -150,15 +150,12 @@ class RowRoute(NormRoute):
 
 def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
     """Return whether one product can serve rows of all these adapters."""
-    op = layer.operation()
-    is_plain = type(op) is Operation
-    is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
     adapters = [adapter for _, adapter in active]
     axes = {adapter.norm_axis for adapter in adapters if adapter.magnitude is not None}
     # A strength is folded into the gain of the output, which then gives no gradient of m.
     folds = not torch.is_grad_enabled() and "input" not in axes
     return (
-        (is_plain or is_image)
+        is_fusible(layer.operation())
         and len(axes) < 2
         and all(folds or adapter.strengths.strength == 1 for adapter in adapters)
         and not (layer.training and any(adapter.dropout for adapter in adapters))

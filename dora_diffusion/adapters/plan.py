@@ -111,20 +111,16 @@ class LayerScales(NamedTuple):
             plan_factors = self.plan.factors(dtype)
             for factors_by_dtype, factors in zip(self.factors_of_all, plan_factors, strict=True):
                 factors_by_dtype[dtype] = factors
+        is_in_backward = torch._C._current_graph_task_id() != -1  # In this thread.
         if not torch.is_grad_enabled():
             self.plan.ran_without_gradients.add(self.place)
-        elif self.place in self.plan.ran_without_gradients and _in_backward():
+        elif self.place in self.plan.ran_without_gradients and is_in_backward:
             # Reentrant checkpointing runs a backward pass per block. Through the plan each pass
             # would reach the parameters of all blocks, and DistributedDataParallel would reduce
             # incomplete gradients.
             site = self.plan.layout.sites[self.place]
             return factors_of(site.weight, site.bias, site.adapters[0], dtype, norm=self.norm)
         return self.factors_by_dtype[dtype]
-
-
-def _in_backward() -> bool:
-    """Return whether a backward pass runs in this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class FixedScales:

@@ -216,14 +216,17 @@ def dora_forward(
         factors: Factors, in the dtype of the weight.
         base: ``W x + b``. Default: it is computed.
     """
-    f, in_graph = factors, factors.gain_in_graph
+    f: Any = factors
+    in_graph = f.gain_in_graph
     if f.gain is not None and f.axis == "input":
         if f.norm_change is not None:
             x = _with_norms(op, x, None, f.norm_change)
         gx = op.scale_input(x, f.gain) if in_graph else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
     if base is None and _is_fused(op, f):
-        return _fused(op, x, weight, bias, f)
+        layer = FusedLayer(op, weight, bias, f.shift, f.mean, (f.down, f.up, f.gain))
+        output: Tensor = fused(op).apply(layer, None, x, *layer.factors)
+        return output
     base = op.apply(x, weight, bias) if base is None else base
     low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
     if f.gain is None or f.axis == "input":
@@ -248,13 +251,6 @@ def _is_fused(op: Operation, f: Factors) -> bool:
         and is_fusible(op)
         and not torch.compiler.is_compiling()
     )
-
-
-def _fused(op: Operation, x: Any, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
-    f: Any = factors
-    layer = FusedLayer(op, weight, bias, f.shift, f.mean, (f.down, f.up, f.gain))
-    y: Tensor = fused(op).apply(layer, None, x, *layer.factors)
-    return y
 
 
 def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor) -> Any:
