@@ -47,7 +47,7 @@ from dora_diffusion.numerics.precision import full_precision
 # A layer with |g| below this in a channel is direct: dividing its saved tensors by g would amplify
 # their rounding, or be 0 / 0.
 SMALL_GAIN = 1e-3
-# Squared tolerance of checksums: rounding changes those of one weight by about 1e-6 |W_i|.
+# Squared tolerance of checksums: rounding changes the checksum of a weight by about 1e-6 |W_i|.
 SAME_WEIGHT = 1e-10
 # Factor of the thresholds if flags are read a step late.
 MARGIN = 2.0
@@ -446,7 +446,7 @@ class _Prepare(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         if plan.has_edges:
-            # Only the layers of this pass, not those of earlier passes.
+            # Only the layers of this pass, not of earlier passes.
             plan._used.clear()
             sums = plan.flat_gradients(ctx.rows, grads)
             collected = Collected(sums, plan.layout.pieces(sums), plan._used)

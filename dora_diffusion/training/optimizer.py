@@ -132,9 +132,13 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     if name == "adamw8bit":
         return library.optim.AdamW8bit(**options)  # type: ignore[no-any-return]
     if name == "prodigy":
-        settings = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        options |= {setting: getattr(config, f"prodigy_{setting}") for setting in settings}
-        return library.Prodigy(**options)  # type: ignore[no-any-return]
+        return library.Prodigy(  # type: ignore[no-any-return]
+            **options,
+            beta3=config.prodigy_beta3,
+            decouple=config.prodigy_decouple,
+            use_bias_correction=config.prodigy_use_bias_correction,
+            safeguard_warmup=config.prodigy_safeguard_warmup,
+        )
     if name == "adamw-schedule-free":
         optimizer: Any = library.AdamWScheduleFree(**options)
         optimizer.train()

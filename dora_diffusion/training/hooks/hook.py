@@ -33,7 +33,7 @@ class Hook:
     def gradients(self, number: int) -> None:
         """Act after the backward passes, before gradients are averaged and clipped.
 
-        The gradients are those of ``step.weights.parameters()``: scaled with fp16, and each
+        ``step.weights.parameters()`` have the gradients: scaled with fp16, and each
         process's own. ``step.parameters`` gets them afterwards.
         """
 

@@ -203,7 +203,11 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 class _Float32(TorchFunctionMode):
-    """Mode in which all operations read half-precision tensors as float32."""
+    """Mode in which all operations read half-precision tensors as float32.
+
+    Attributes report float32 too, since models cast their inputs to the dtype of their weights. A
+    float32 copy of the model would not fit into the memory of a run in half precision.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__":
