@@ -134,6 +134,9 @@ class FleetSettings(WorkerFlags):
         before = f", {len(fleet.known)} of them before" if fleet.known else ""
         done = len(fleet.records) - len(fleet.failed)
         print(f"{counted(done, 'subject')} done{before}, {len(fleet.failed)} failed")
+        if fleet.unlisted:
+            earlier = counted(len(fleet.unlisted), "subject")
+            print(f"{earlier} of earlier calls, not listed in {self.subjects}, kept in the records")
         print("\n".join(f"{name}: {path}" for name, path in fleet.files.items()))
         return int(bool(fleet.failed))
 

@@ -200,10 +200,15 @@ def download(path: Any, label: str) -> str:
     return pieces.file_link(address(path), path.name, label, size)
 
 
-def task_list(jobs: Sequence[Job]) -> str:
-    """Return cards of the newest jobs that process runs."""
+def task_list(jobs: Sequence[Job], run_id: str | None) -> str:
+    """Return cards of the newest jobs that process runs; ended ones only of the displayed run."""
     listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
-    return "".join(map(task_card, [job for job in jobs if job.kind in listed][:6]))
+    shown = [
+        job
+        for job in jobs
+        if job.kind in listed and (not job.has_ended or job.record.run in ("", run_id))
+    ]
+    return "".join(map(task_card, shown[:6]))
 
 
 def task_card(job: Job) -> str:

@@ -88,6 +88,25 @@ def test_what_is_done_is_not_repeated(serial, subjects, trained, tmp_path):
     assert again.records == fleet.records
 
 
+def test_records_of_subjects_that_are_no_longer_listed_are_kept(
+    serial, subjects, trained, tmp_path
+):
+    output = Path(shutil.copytree(serial.output, tmp_path / "out"))
+    before = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
+    for _ in range(2):
+        fleet = run_fleet({NAMES[1]: subjects[NAMES[1]]}, output)
+        assert (list(fleet.records), list(fleet.unlisted)) == ([NAMES[1]], [NAMES[0], NAMES[2]])
+        lines = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
+        assert lines == [before[1], before[0], before[2]]
+    assert not trained
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "3 subjects: 3 done, 0 failed." in page
+    assert f'src="{NAMES[-1]}/samples/' in page
+    assert list(run_fleet(subjects, output).unlisted) == []
+    lines = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines == before
+
+
 def test_what_a_worker_that_was_thought_lost_has_ended_is_not_trained_again(
     serial, subjects, monkeypatch
 ):
