@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking
 from dora_diffusion.formats.files import runs
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.plot import loss_plot
+from dora_diffusion.studio.app.plot import (
+    RAW,
+    SMOOTHED,
+    loss_text,
+    plot_data,
+    training_curves,
+)
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.app.views import ui
 from dora_diffusion.studio.jobs import tasks
@@ -64,6 +70,11 @@ class RunView:
             self.more = gr.Number(100, label="More steps", precision=0, minimum=1, elem_id="more")
             self.extend_by = ui.button("Continue with more steps", "continue")
         self.loss = ui.html_block(elem_id="loss")
+        with gr.Row(elem_id="loss-plots"):
+            colors = {RAW: "#9a8c8080", SMOOTHED: "#e35d2b"}  # visible in both themes
+            self.training = _loss_plot("training loss", color="curve", color_map=colors)
+            # A separate scale, because the training loss weights timesteps.
+            self.validation = _loss_plot("validation loss")
         self.samples = ui.html_block(elem_id="samples", js_on_load="studio.flip(element, watch)")
         text = (
             "More steps raise the similarity to the subject, and language drift with it. Ranking "
@@ -88,6 +99,13 @@ class RunView:
                     self.remove = ui.button("Remove this run", "remove", visible=False)
 
 
+def _loss_plot(title: str, **options: Any) -> Any:
+    size: dict[str, Any] = {"height": 240, "min_width": 260}
+    return gr.LinePlot(
+        x="step", y="loss", y_title=title, color_title=" ", visible=False, **size, **options
+    )
+
+
 def connect(context: Context, view: RunView) -> None:
     """Connect the actions on the displayed run."""
     workspace = context.workspace
@@ -107,6 +125,15 @@ def connect(context: Context, view: RunView) -> None:
         name = gr.update(placeholder=job.title)
         return [_commands(job), "", name]
 
+    def draw(job_id: str | None) -> list[Any]:
+        """Return updates of the plots of training and validation loss."""
+        if not job_id or job_id == GONE:
+            return [gr.update(visible=False)] * 2
+        training, validation = _losses(workspace.job(job_id))
+        held_out = [(step, loss, "") for step, loss in validation.items()]
+        curves = [training_curves(training), held_out]
+        return [gr.update(value=plot_data(rows), visible=bool(rows)) for rows in curves]
+
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Stopping and resuming need no message: the card shows the state.
     ui.on(view.stop.click, _act(context, stop_job), [view.run], outputs)
@@ -122,6 +149,7 @@ def connect(context: Context, view: RunView) -> None:
     named = [view.rename.click, view.name.submit]
     ui.on(named, rename, [view.run, view.name], [*outputs, view.name])
     ui.on(view.run.change, command, [view.run], [view.command, view.message, view.name])
+    ui.on([view.loss.change, view.run.change], draw, [view.run], [view.training, view.validation])
     _connect_chooser(context, view)
 
 
@@ -173,7 +201,7 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     return {
         "run": ui.choosing(choices, run, default and default.id, visible=bool(choices)),
         "status": html.status_card(job) if job else _GONE if training else _NOTHING,
-        "loss": loss_plot(read_metrics(job.folder), read_validation(job.folder)) if job else "",
+        "loss": loss_text(job.id, *_losses(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": _flip(job.samples, context.workspace.cache) if job else "",
@@ -190,6 +218,11 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
         "details": ui.changing(visible=bool(jobs)),
         **_refresh_chooser(context, jobs, job),
     }
+
+
+def _losses(folder: Path) -> tuple[Sequence[Mapping[str, Any]], Mapping[int, float]]:
+    """Return the records of a run's steps, and its validation losses by step."""
+    return read_metrics(folder), read_validation(folder)
 
 
 def _never_began(job: Job) -> bool:
