@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.cluster.fleet.cluster import RayWorkers, Share
+from dora_diffusion.cluster.fleet.cluster import RayWorkers
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Work, Workers, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.results import (
     DONE,
@@ -27,6 +27,7 @@ from dora_diffusion.cluster.fleet.results import (
     settings_digest,
 )
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
+from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_positive

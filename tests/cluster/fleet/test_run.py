@@ -16,7 +16,6 @@ import pytest
 
 from dora_diffusion.cluster.fleet import run as module
 from dora_diffusion.cluster.fleet import subject as worker_side
-from dora_diffusion.cluster.fleet.cluster import Share
 from dora_diffusion.cluster.fleet.connection import connect
 from dora_diffusion.cluster.fleet.queue import Worker
 from dora_diffusion.cluster.fleet.results import (
@@ -27,6 +26,7 @@ from dora_diffusion.cluster.fleet.results import (
 )
 from dora_diffusion.cluster.fleet.run import run_fleet
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
+from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.training.recipe import train
 from tests.cluster.fleet.helpers import DEADLY, NAMES, STEP, assert_same_results, losses
