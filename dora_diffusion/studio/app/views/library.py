@@ -342,7 +342,7 @@ def refresh(
     runs = _listed(jobs)
     # A new stamp makes the page request the cards again (gallery.js).
     stamp = zlib.crc32(repr([(job.id, _card_text(job)) for job in runs]).encode())
-    count = f"<p class='dd-quiet' data-stamp='{stamp}'>{counted(len(runs), 'run')}</p>"
+    count = html.pieces.count(counted(len(runs), "run"), stamp)
     value = run_id or next((job.id for job in runs), None)
     selected = [job.id for job in runs if job.id == value]
     choices = [(f"{_starred(job, job.label)} · {job.shown_state}", job.id) for job in runs]
