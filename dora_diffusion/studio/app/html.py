@@ -29,7 +29,8 @@ _LAST_LINES = 6
 def template(name: str) -> Template:
     """Return a template of this folder, which escapes all text that is not from a template."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"with_labels": with_labels, "duration": duration, "size": _size}
+    filters = {"with_labels": with_labels, "duration": duration, "size": _size, "image": image}
+    environment.filters |= filters
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     # A browser would show the line breaks between inline elements as spaces.
     return environment.from_string(re.sub(r"\n+(?=[<{])|(?<=[>}])\n+", "", text))
@@ -50,6 +51,18 @@ class _Pieces:
 
 
 pieces = _Pieces()
+
+
+def address(path: Any) -> str:
+    """Return the URL of a file in a folder that the server may serve."""
+    return f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}"
+
+
+def image(path: Any, text: str) -> str:
+    """Return an image that the server may serve; empty if the file does not exist."""
+    return pieces.shown_image(address(path), text) if path.is_file() else ""
+
+
 heading, empty, note, notes, quiet = (
     pieces.heading, pieces.empty, pieces.note, pieces.notes, pieces.quiet,
 )  # fmt: skip
@@ -124,16 +137,6 @@ def queue_list(jobs: Sequence[Job]) -> str:
 def estimate_card(value: Estimate, steps: int | None) -> str:
     """Return the card of an estimate, with its source, and a warning if the run will not fit."""
     return pieces.estimate(value, steps, has_own_memory(value.device.kind))
-
-
-def address(path: Any) -> str:
-    """Return the URL of a file in a folder that the server may serve."""
-    return f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}"
-
-
-def image(path: Any, text: str) -> str:
-    """Return an image that the server may serve; empty if the file does not exist."""
-    return pieces.shown_image(address(path), text) if path.is_file() else ""
 
 
 def download(path: Any, label: str) -> str:

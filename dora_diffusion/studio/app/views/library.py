@@ -422,22 +422,9 @@ def _facts(job: Job) -> str:
 
     adapter = chosen_adapter(job)
     report = inspect_adapter(adapter)
-    axis = f", norm on the {report.norm_axis} axis" if report.norm_axis else ""
     exact, wrong = where_it_works(report.tools)
-    details = {
-        "name in images and downloads": adapter_name(adapter),
-        "trigger words": job.trigger,
-        "base model": job.base,
-        "method": f"{report.method}, rank {_range(report.rank)}{axis}",
-        "alpha": _range(report.alpha),
-        "layers": ", ".join(f"{count} {name}" for name, count in report.layers.items()),
-        "kinds": ", ".join(f"{count} {name}" for name, count in report.kinds.items()),
-        "parameters": f"{report.parameters:,}",
-        "steps": f"{job.step_of(job.stands)} of {job.total}" if job.total else "",
-        "size": f"{report.nbytes / 2**20:.1f} MB",
-        "format": report.key_format,
-        "programs": "; ".join([*exact, *([f"wrong in {wrong}"] if wrong else [])]),
-        "made": job.made,
-    }
-    details = {name: text for name, text in details.items() if text}
-    return html.pieces.adapter_card(job, html.state_pill(job), details, report.notes)
+    return html.pieces.adapter_card(
+        job, html.state_pill(job), adapter_name(adapter), report, rank=_range(report.rank),
+        alpha=_range(report.alpha),
+        programs="; ".join([*exact, *([f"wrong in {wrong}"] if wrong else [])]),
+    )  # fmt: skip

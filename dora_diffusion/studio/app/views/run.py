@@ -12,7 +12,7 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking
+from dora_diffusion.evaluation.ranking import Ranking
 from dora_diffusion.formats.files import runs
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
@@ -328,26 +328,4 @@ def _cards(job: Job, ranking: Ranking | None, running: Job | None) -> str:
     elif running is not None:
         failed = f"The ranking failed: {running.cause}" if running.cause else ""
         status = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
-    if ranking is None:
-        return status
-    most = max((row.drift or 0 for row in ranking.rows), default=0) or 1
-    cards = [_card(job, row, ranking, most) for row in ranking.rows]
-    late = [f"step {job.step_of(name)}" for name in ranking.missing]
-    return html.pieces.ranking(status, late, ranking, cards)
-
-
-def _card(job: Job, row: RankedCheckpoint, ranking: Ranking, most_drift: float) -> str:
-    """Return the card of a checkpoint: images, two bars, and the button."""
-    in_use = row.name == job.stands
-    marks = html.pill("suggested", "running") if row.name == ranking.suggested else ""
-    if in_use:
-        marks += html.pill("in use", "done")
-    elif row.step:
-        marks += html.button("Use this", "use", row.name)
-    title = f"Step {row.step}" if row.step else "Base model"
-    images = [html.image(path, title) for path in row.images]
-    drift = row.drift if row.step else None
-    return html.pieces.checkpoint(
-        title, row, ranking.similar_to, drift, drift and drift / most_drift, marks=marks,
-        images=images, in_use=in_use,
-    )  # fmt: skip
+    return status if ranking is None else html.pieces.ranking(status, job, ranking)
