@@ -175,39 +175,35 @@ class ImageGenerator:
         Raises:
             Withdrawn: If the request was withdrawn meanwhile.
         """
-        prepared = self._started(request)
-        rows = _rows(prepared)
-        with self._device(request):
-            with _untouched() as lines:
-                loaded = self._load(prepared, request.sampling)
-                images = self._sample(loaded, rows, on_step)
-            notes = _notes(loaded, [row.prompt for row in rows], lines)
-        pairs = enumerate(zip(rows, images, strict=True))
-        return [
-            self._write(loaded, row, image, notes, (index, len(rows)))
-            for index, (row, image) in pairs
-        ]
+        return self._made(request, on_step)[1]
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
     ) -> tuple[GeneratedImage, GeneratedImage]:
         """Generate the base model's image and the adapted model's at the same seed."""
+        (base,), (adapted,) = self._made(request, on_step, with_base=True)
+        return base, adapted
+
+    def _made(
+        self, request: GenerationRequest, on_step: Step | None, *, with_base: bool = False
+    ) -> tuple[list[GeneratedImage], list[GeneratedImage]]:
+        """Generate and save the images of a request; with ``with_base`` one, after the base's."""
         from dora_diffusion.adapters.inject import disabled
 
-        prepared = self._started(replace(request, num_images=1))
+        prepared = self._started(replace(request, num_images=1) if with_base else request)
         rows = _rows(prepared)
+        base_images: list[Image] = []
         with self._device(request):
             with _untouched() as lines:
                 loaded = self._load(prepared, request.sampling)
-                with disabled(*loaded.components.adaptable().values()):
-                    (base,) = self._sample(loaded, rows, on_step)
-                (adapted,) = self._sample(loaded, rows, on_step)
+                if with_base:
+                    with disabled(*loaded.components.adaptable().values()):
+                        base_images = self._sample(loaded, rows, on_step)
+                images = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows], lines)
         alone = prepared.changed(adapter=None, layer_strength=[], strength_schedule=[])
-        return (
-            self._write(loaded._replace(request=alone), rows[0], base, notes),
-            self._write(loaded, rows[0], adapted, notes),
-        )
+        base = self._write(loaded._replace(request=alone), rows, base_images, notes)
+        return base, self._write(loaded, rows, images, notes)
 
     def grid(
         self, request: GenerationRequest, axes: Sequence[str], on_step: Step
@@ -322,14 +318,17 @@ class ImageGenerator:
     def _write(
         self,
         loaded: LoadedRequest,
-        row: ImageRow,
-        image: Image,
+        rows: Sequence[ImageRow],
+        images: Sequence[Image],
         notes: tuple[str, ...],
-        position: tuple[int, int] = (0, 1),
-    ) -> GeneratedImage:
-        """Save the image of a row with its parameters; ``position`` is (index, number of rows)."""
-        path = self.workspace.images / f"{new_id()}-{row.seed}.png"
-        return GeneratedImage(path, row.seed, loaded.write(image, path, row, *position), notes)
+    ) -> list[GeneratedImage]:
+        """Save the images of rows with their parameters."""
+        saved = []
+        for index, (row, image) in enumerate(zip(rows, images, strict=False)):
+            path = self.workspace.images / f"{new_id()}-{row.seed}.png"
+            text = loaded.write(image, path, row, index, len(rows))
+            saved.append(GeneratedImage(path, row.seed, text, notes))
+        return saved
 
 
 @contextmanager
