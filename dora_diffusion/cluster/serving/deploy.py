@@ -215,10 +215,8 @@ def serve(settings: ServingSettings, token: str | None, catalogue: Catalogue) ->
     from dora_diffusion.cluster.serving.api import Service, make_app
     from dora_diffusion.cluster.serving.server import listen, run
 
-    logger, handler = (
-        logging.getLogger("dora_diffusion.cluster.serving"),
-        logging.StreamHandler(sys.stdout),
-    )
+    logger = logging.getLogger("dora_diffusion.cluster.serving")
+    handler = logging.StreamHandler(sys.stdout)
     logger.setLevel(logging.INFO)
 
     def announce() -> None:
