@@ -53,11 +53,11 @@ from dora_diffusion.config.subject import PRIOR_MODES
 from dora_diffusion.data.crops import apply_crop, plan_crop
 from dora_diffusion.data.images import decode_photo
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.latents import predict
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families.stable_diffusion import encode_tokens
 from dora_diffusion.models.load import load_vae, quantised_layers, set_tiles
 from dora_diffusion.models.locate import resolve_folder
 from dora_diffusion.models.memory import PROCESS_GIB
-from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.numerics.quantised import memory_of, quantise
 from dora_diffusion.training import optimizer as optimizers
 from dora_diffusion.training.batch import Batch, ModelInputs
@@ -205,7 +205,7 @@ def encoded(components: Components, prompts: int) -> Conditioning:
 
 def cached(components: Components, prompts: int) -> Conditioning:
     """Conditioning that was encoded before."""
-    family, dtype = components.family, components.unet.dtype
+    family, dtype = components.family, components.denoiser.dtype
     hidden = torch.empty(prompts, 77, family.prompt_width, device=DEVICE, dtype=dtype)
     pooled = torch.empty(prompts, 1280, device=DEVICE, dtype=dtype)
     return Conditioning(hidden, pooled if family.has_pooled else None)
@@ -339,7 +339,7 @@ def count_sampling(
             latents = torch.empty(rows, 4, side, side, device=DEVICE, dtype=dtype)
             timesteps = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
             conditioning, ids = cached(components, rows), time_ids(components, rows)
-            return predict(components.unet, latents, timesteps, conditioning, ids)
+            return components.predict(latents, timesteps, conditioning, ids)
 
         def decode() -> Any:
             return vae.decode(torch.empty(1, 4, side, side, device=DEVICE, dtype=vae.dtype))
@@ -349,7 +349,7 @@ def count_sampling(
             return vae.encode(torch.empty(shape, device=DEVICE, dtype=vae.dtype))
 
         for name, module, run in (
-            ("denoising", components.unet, denoise), ("decoding", vae, decode),
+            ("denoising", components.denoiser, denoise), ("decoding", vae, decode),
             ("encoding a photo", vae, encode),
         ):  # fmt: skip
             count = LiveBytes(DEVICE)

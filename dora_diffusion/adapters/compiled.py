@@ -23,7 +23,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.arguments import check_arguments
 
 # By name, as in Diffusers' `_repeated_blocks`: importing the classes would import Diffusers.
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "ZImageTransformerBlock")
 
 _REMEDIES = {
     "cpu": "install a C++ compiler and Python's headers (Debian, Ubuntu: apt install g++ "

@@ -12,15 +12,20 @@ from torch import nn
 from dora_diffusion.adapters.kinds import can_adapt, is_wrapped
 
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0"
+_ANY_ATTENTION = rf".*\b(attn[12]|attention)\.({_ATTENTION})"
+_FEED_FORWARD = r".*\b(ff\.net\.(0\.proj|2)|feed_forward\.w[123])"
+# Z-Image's embedders of patches and captions, whose inputs are the tokens of all rows of a batch.
+_TOKENS_OF_ALL_ROWS = r"(all_x_embedder|cap_embedder)\."
 # conv_in and conv_out are in "full" only: their four channels on one side limit the rank to few.
 _CONV = r"(^|.*\.)(resnets\.\d+\.conv(1|2|_shortcut)|(down|up)samplers\.\d+\.conv|proj_in|proj_out)"
 
 # Preset -> (pattern of the path, class of layer; None: any class except nn.Embedding).
 _PATTERNS: dict[str, list[tuple[str, type[nn.Module] | None]]] = {
     "cross-attention": [(rf".*\battn2\.({_ATTENTION})", nn.Linear)],
-    "attention": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear)],
-    "attention+conv": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear), (_CONV, nn.Conv2d)],
-    "full": [(r".*", None)],
+    "attention": [(_ANY_ATTENTION, nn.Linear)],
+    "attention+conv": [(_ANY_ATTENTION, nn.Linear), (_CONV, nn.Conv2d)],
+    "attention+ff": [(_ANY_ATTENTION, nn.Linear), (_FEED_FORWARD, nn.Linear)],
+    "full": [(rf"(?!{_TOKENS_OF_ALL_ROWS}).*", None)],
     # SDXL only (B-LoRA, arXiv:2403.14572), 80 layers each: other families lack this attention.
     "b-lora-content": [(rf"up_blocks\.0\.attentions\.0\..*\battn[12]\.({_ATTENTION})", nn.Linear)],
     "b-lora-style": [(rf"up_blocks\.0\.attentions\.1\..*\battn[12]\.({_ATTENTION})", nn.Linear)],

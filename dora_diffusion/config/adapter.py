@@ -9,7 +9,8 @@ from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_choice, require_positive
 
 PRESETS = (
-    "cross-attention", "attention", "attention+conv", "full", "b-lora-content", "b-lora-style",
+    "cross-attention", "attention", "attention+conv", "attention+ff", "full", "b-lora-content",
+    "b-lora-style",
 )  # fmt: skip
 TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder", "token-embedding")
 NORM_AXES = ("output", "input")

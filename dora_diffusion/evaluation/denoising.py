@@ -18,14 +18,14 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.crops import apply_crop, plan_crop
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.latents import (
     condition_from_moments,
     encode_inputs,
     latents_from_moments,
-    predict,
 )
 from dora_diffusion.models.offload import on_device
-from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
+from dora_diffusion.models.text import encode_prompts, time_ids
 from dora_diffusion.numerics.loss import denoising_loss, sample_noise
 from dora_diffusion.numerics.process import NoiseProcess
 
@@ -112,7 +112,7 @@ class HeldOutImages:
 
 def _encode(components: Components, image: Image) -> _Encoded:
     size, side = (image.height, image.width), components.default_resolution
-    crop = plan_crop(size, side, multiple=components.vae_factor)
+    crop = plan_crop(size, side, multiple=components.size_step)
     vae, family = components.vae, components.family
     moments = encode_inputs(vae, family, apply_crop(image, crop)[None])
     condition = condition_from_moments(vae, family, moments)
@@ -151,8 +151,7 @@ def _batch_loss(
     count, ids, condition = len(timesteps), image.time_ids, image.condition
     latents = image.latents.expand(count, -1, -1, -1)
     timesteps = timesteps.to(latents.device)
-    model_pred = predict(
-        components.unet,
+    model_pred = components.predict(
         process.add_noise(latents, noise, timesteps),
         timesteps,
         conditioning[[0] * count],

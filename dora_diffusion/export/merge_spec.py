@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import (
     Vectors,
@@ -116,8 +117,8 @@ class MergeSpec:
         names = {name.partition(".")[0] for group in layers for name in group}
         has_magnitude = any(w.magnitude is not None for group in layers for w in group.values())
         acts_on = (
-            ("unet_strength", "layer of a UNet", "unet" in names),
-            ("text_encoder_strength", "layer of a text encoder", names - {"unet"}),
+            ("unet_strength", "layer of a denoiser", names & set(DENOISERS)),
+            ("text_encoder_strength", "layer of a text encoder", names - set(DENOISERS)),
             ("magnitude_strength", "magnitude", has_magnitude),
         )
         return {name: f"no adapter has a {what}" for name, what, held in acts_on if not held}
@@ -165,8 +166,12 @@ class MergeSpec:
         all_of, weighted = self.strengths, []
         shares = ((True, all_of.unet_strength), (False, all_of.text_encoder_strength))
         for _, strength, adapter in self.parts:
-            for part, (is_unet, share) in product((adapter.layers, adapter.beside), shares):
-                layers = {n: w for n, w in part.items() if n.startswith("unet.") == is_unet}
+            for part, (is_denoiser, share) in product((adapter.layers, adapter.beside), shares):
+                layers = {
+                    n: w
+                    for n, w in part.items()
+                    if (n.partition(".")[0] in DENOISERS) == is_denoiser
+                }
                 total = strength * all_of.strength * share
                 strengths = Strengths(total, all_of.direction_strength, all_of.magnitude_strength)
                 weighted.append(WeightedAdapter(layers, strengths))

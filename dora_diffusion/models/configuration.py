@@ -95,7 +95,7 @@ def released_folder(family: Family, prediction_type: str) -> Path:
 def module_classes(family: Family) -> dict[str, str]:
     """Return the class names of the modules (Diffusers and Transformers), by component."""
     encoders = zip(family.text_encoder_names, family.text_encoder_classes, strict=True)
-    return {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **dict(encoders)}
+    return {family.denoiser: family.denoiser_class, "vae": "AutoencoderKL", **dict(encoders)}
 
 
 def is_released(folder: Path) -> bool:
@@ -119,7 +119,7 @@ def empty_module(folder: Path, kind: str) -> Any:
     with init_empty_weights(include_buffers=False), no_init_weights():
         if is_diffusers:
             return module_class.from_config(config)
-        return module_class(transformers.CLIPTextConfig(**config))
+        return module_class(module_class.config_class(**config))
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:

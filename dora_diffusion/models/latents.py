@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dora_diffusion.config.families import Family
 from dora_diffusion.models.offload import send
-from dora_diffusion.models.text import Conditioning
 
 
 def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
@@ -79,35 +78,3 @@ def latents_from_moments(
     if mean is not None and std is not None:
         shift, divisor = (drawn.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     return (drawn - shift) / divisor * float(vae.config.scaling_factor)
-
-
-def predict(
-    unet: Any,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-    time_ids: Tensor | None = None,
-    condition: Tensor | None = None,
-) -> Tensor:
-    """Return the UNet's prediction of noise or velocity (by prediction type), ``(B, C, h, w)``.
-
-    Args:
-        unet: A ``UNet2DConditionModel``, with or without adapters. Inputs are cast to its dtype.
-        noisy_latents: ``(B, C, h, w)``.
-        timesteps: ``(B,)`` int64.
-        conditioning: Conditioning of B prompts.
-        time_ids: Size and crop conditioning of SDXL, ``(B, 6)``; None for other families.
-        condition: Further input channels (`condition_from_moments`), ``(B, n, h, w)``.
-    """
-    # The dtype of the first weight, since `unet.dtype` of Diffusers visits every module.
-    dtype = next(unet.parameters()).dtype
-    conditioning = conditioning.to(noisy_latents.device, dtype)
-    if condition is not None:
-        noisy_latents = torch.cat([noisy_latents, condition], dim=1)
-    prediction: Tensor = unet(
-        noisy_latents.to(dtype),
-        timesteps,
-        conditioning.encoder_hidden_states,
-        added_cond_kwargs=conditioning.added_cond_kwargs(time_ids),
-    ).sample
-    return prediction

@@ -140,7 +140,7 @@ def _arrival(components: Components, device: torch.device, scope: Scope, stack: 
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if module not in present:
                 for other in components.modules().values():
-                    stays = other is components.unet and module in components.text_encoders
+                    stays = other is components.denoiser and module in components.text_encoders
                     if other is not module and not stays:
                         if other in present:
                             present.pop(other).close()

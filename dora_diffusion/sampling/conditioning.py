@@ -14,8 +14,6 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata, split_trigg
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.emphasis import has_weights, plain_parts, unread_syntax
 from dora_diffusion.models.text import (
-    Conditioning,
-    chunk_count,
     encode_negative,
     encode_prompts,
     encode_unconditional,
@@ -116,7 +114,8 @@ def prompt_arguments(
     prompts, count, negative = rows.prompts, len(rows), settings.negative_prompt
     is_weighted = settings.prompt_weights and any(map(has_weights, [*prompts, negative]))
     is_short = components.most_chunks == 1 or all(
-        chunk_count(components, text) == 1 for text in dict.fromkeys([*prompts, negative])
+        components.code.chunk_count(components, text) == 1
+        for text in dict.fromkeys([*prompts, negative])
     )
     has_own = have_own_words(components, rows.adapters or ())
     if is_short and not (components.clip_skip or has_own or is_weighted):
@@ -132,11 +131,5 @@ def prompt_arguments(
         if negative
         else encode_unconditional(components, count)
     )
-    both = Conditioning.cat([encode(components, prompts, adapters=rows.adapters), against])
-    parts = {"prompt_embeds": both.encoder_hidden_states, "pooled_prompt_embeds": both.pooled}
-    return {
-        prefix + name: tensors
-        for name, tensor in parts.items()
-        if tensor is not None
-        for prefix, tensors in (("", tensor[:count]), ("negative_", tensor[count:]))
-    }
+    positive = encode(components, prompts, adapters=rows.adapters)
+    return components.code.embedding_arguments(positive, against)

@@ -71,7 +71,7 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
     loaded = load_components(base, dtype=dtype, adapters=facts)
     components = place_model(loaded.reading(clip_skip, max_token_length), device, offload)
     if compile:
-        compile_blocks(components.unet)
+        compile_blocks(components.denoiser)
     if not uses:
         return components, AdapterMetadata()
     metadata = attach_stack(components, uses, alpha)
@@ -118,7 +118,7 @@ def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str
     for name in adapters:
         if few := few_steps_of_name(name):
             return name, few
-    is_input = bool(components.unet.config.time_cond_proj_dim)
+    is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
     few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
     few = few or few_steps_of_name(Path(components.name).name)
     return few and (components.name, few)

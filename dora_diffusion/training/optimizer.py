@@ -16,6 +16,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.layout import join, split_like
 from dora_diffusion.adapters.targets import first_naming
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.config.wording import counted
 from dora_diffusion.numerics.devices import has_fused_optimizers
 from dora_diffusion.training.processes import (
@@ -106,10 +107,10 @@ def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> G
 
 def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
     """Return the learning rate and weight decay of a component."""
-    has_own_rate = component != "unet" and not config.is_prodigy
+    has_own_rate = component not in DENOISERS and not config.is_prodigy
     rate = config.text_encoder_lr if has_own_rate else config.unet_lr
     decay = config.adam_weight_decay
-    if component != "unet" and config.adam_weight_decay_text_encoder is not None:
+    if component not in DENOISERS and config.adam_weight_decay_text_encoder is not None:
         decay = config.adam_weight_decay_text_encoder
     return rate, decay
 

@@ -90,7 +90,7 @@ class PackStep:
         with self.stack.of(rows, *self._route(group)):
             with first.accelerator.autocast():
                 base = partial(self._base, [self.steps[k] for k in group])
-                answers = answer(first.components.unet, questions, base)
+                answers = answer(first.components, questions, base)
                 losses = {k: self.steps[k].losses(drawn, answers) for k, drawn in group.items()}
             shares = [loss * (1 / self.steps[k].turns) for k, (loss, _) in losses.items()]
             first.accelerator.backward(torch.stack(shares).sum())

@@ -97,7 +97,7 @@ class Step:
         # Backward stays inside the context: gradient checkpointing recomputes blocks.
         with self.stack.of(0, *route):
             with self.accelerator.autocast():
-                answers = answer(self.components.unet, drawn.distinct(), self.base)
+                answers = answer(self.components, drawn.distinct(), self.base)
                 loss, prior = self.losses(drawn, answers)
             self.accelerator.backward(loss * (1 / self.turns))
         return torch.stack([loss.detach(), prior.detach()])

@@ -75,7 +75,7 @@ def test_modules_go_home_after_an_error_too(gpu: AppleGPU, sd1_folder: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         images(components, on_step=stop)
     assert places(components) == before
-    assert "forward" not in vars(components.unet)
+    assert "forward" not in vars(components.denoiser)
 
 
 def test_a_scope_is_open_while_its_module_is_there(

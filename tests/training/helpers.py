@@ -147,7 +147,7 @@ def losses_by(
     encode = Conditioner(components, train_text_encoder)
     drawn = Drawn(batch, [[Question(a, batch, encode) for a in t.asks(batch)] for t in terms])
     base = partial(disabled, *components.adaptable().values())
-    answers = answer(components.unet, drawn.distinct(), base)
+    answers = answer(components, drawn.distinct(), base)
     parts = zip(terms, drawn.questions, strict=True)
     return mean_losses(batch, [t.losses(batch, *map(answers.__getitem__, q)) for t, q in parts])
 
@@ -155,7 +155,7 @@ def losses_by(
 def predictions_of(step: Step, batch: Batch) -> torch.Tensor:
     """Predictions of a step's model, as it is, for all rows of a batch."""
     question = Question(Ask(batch.captions), batch, step.encode)
-    return answer(step.components.unet, [question], nullcontext)[question]
+    return answer(step.components, [question], nullcontext)[question]
 
 
 def hook_of(step: Step, kind: type[T]) -> T:

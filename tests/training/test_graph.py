@@ -227,12 +227,12 @@ def continued(runs: tuple[Run, Run], numbers: range) -> None:
 
 
 def moved_weight(run: Run) -> None:
-    norm = run.components.unet.conv_norm_out
+    norm = run.components.denoiser.conv_norm_out
     norm.weight.data = norm.weight.data * 1.1
 
 
 def other_layout(run: Run) -> None:
-    _, layer = next(adapted_layers(run.components.unet))
+    _, layer = next(adapted_layers(run.components.denoiser))
     layer.adapters["default"].alpha *= 3
 
 

@@ -234,7 +234,7 @@ class Engine:
             return {number: answer for result in results for number, answer in result.items()}
 
     def _answer(self, item: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
-        from dora_diffusion.models.text import token_limit, truncated_text
+        from dora_diffusion.models.text import truncated_text
         from dora_diffusion.sampling.conditioning import lacks_trigger
         from dora_diffusion.sampling.images import RecordedAdapter, image_bytes, parameters_text
         from dora_diffusion.sampling.pool import PinnedAdapter
@@ -254,8 +254,8 @@ class Engine:
             notes.append(f"the prompt lacks the adapter's trigger word, {metadata.trigger!r}")
         words = self.pool.own_words(row.adapter)
         for field, prompt in (("prompt", row.prompt), ("negative prompt", request.negative_prompt)):
-            end = truncated_text(components.tokenizers[0], prompt, components.most_chunks, words)
+            end = truncated_text(components, prompt, words)
             if end:
-                limit = token_limit(components)
+                limit = components.code.token_limit(components)
                 notes.append(f"the {field} is longer than {limit}; its end was not read: {end}")
         return ApiAnswer(image_bytes(image, text), row.seed, tuple(notes))

@@ -20,6 +20,7 @@ from torch import Tensor
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import (
     FAMILIES,
+    FLOW,
     TITLES,
     WEIGHT_COMPONENTS,
     Family,
@@ -272,6 +273,8 @@ class PipelineFolder(StoredModel):
 
 def by_scheduler(config: Mapping[str, Any]) -> ScheduleInfo:
     """Return the schedule of a scheduler's configuration, with Diffusers' defaults."""
+    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+        return ScheduleInfo(CONFIGURED, {PREDICTION: FLOW})
     return ScheduleInfo(CONFIGURED, {PREDICTION: EPSILON, ZERO_SNR: False, **config})
 
 

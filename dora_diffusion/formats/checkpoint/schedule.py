@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import PREDICTION_TYPES, Family
+from dora_diffusion.config.families import FLOW, PREDICTION_TYPES, Family
 from dora_diffusion.formats.adapter.metadata import ZERO_TERMINAL_SNR, AdapterMetadata, without_path
 
 PREDICTION, ZERO_SNR = "prediction_type", "rescale_betas_zero_snr"
@@ -59,7 +59,9 @@ class NoiseSchedule(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of a scheduler."""
+        """Settings of a scheduler; none of a flow's."""
+        if self.prediction_type == FLOW:
+            return {}
         return {PREDICTION: self.prediction_type, ZERO_SNR: self.zero_terminal_snr}
 
     @property
@@ -68,7 +70,7 @@ class NoiseSchedule(NamedTuple):
         return set(self.sources) == {CONFIGURED}
 
     def __str__(self) -> str:
-        says = {EPSILON: "epsilon prediction", V: "v-prediction"}
+        says = {EPSILON: "epsilon prediction", V: "v-prediction", FLOW: "flow prediction"}
         words = [says.get(self.prediction_type, self.prediction_type)]
         words += ["zero terminal SNR"] * self.zero_terminal_snr
         if len(set(self.sources)) == 1:
@@ -194,7 +196,9 @@ def usual_of(family: Family) -> list[ScheduleInfo]:
     """Return the default for a model without a statement; none if releases of the family differ."""
     if family.has_two_predictions:
         return []
-    return [ScheduleInfo("the default: the file states nothing", {PREDICTION: EPSILON})]
+    return [
+        ScheduleInfo("the default: the file states nothing", {PREDICTION: family.prediction_type})
+    ]
 
 
 def markers_for(family: Family, settings: Mapping[str, Any]) -> set[str]:

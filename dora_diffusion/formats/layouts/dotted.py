@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dora_diffusion.config.families import COMPONENTS
+from dora_diffusion.config.families import COMPONENTS, DENOISERS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.alpha import json_object, refuse_changed_base
 from dora_diffusion.formats.adapter.metadata import OWN, own_fields, without_path
@@ -102,6 +102,8 @@ class Dotted(AdapterLayout):
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
         stated, path = split_prefix(key.path.removeprefix(PEFT_PREFIX))
         path = f"{path}.".replace(".processor.", ".")[:-1]
+        if stated == "unet" and component_of(path) == "transformer":
+            stated = "transformer"  # `diffusion_model.` is the prefix of both.
         component = stated or component or component_of(path)
         if component == "unet" and is_sgm_path(path):
             return resolve("lora_unet_" + path.replace(".", "_"))
@@ -138,7 +140,7 @@ class Dotted(AdapterLayout):
 
 def _modern_path(path: str, component: str) -> str:
     parent, _, leaf = path.rpartition(".")
-    if component != "unet" and leaf in _OLD_TEXT_LEAVES:
+    if component not in DENOISERS and leaf in _OLD_TEXT_LEAVES:
         return f"{parent}.{_OLD_TEXT_LEAVES[leaf]}"
     # The first attention processors dropped the index of `to_out.0`.
     return f"{path}.0" if component == "unet" and leaf == "to_out" else path
@@ -180,6 +182,8 @@ class Diffusers(Dotted):
         # `dora_scale` and a text encoder's magnitude without `.weight`.
         if key.path.startswith(("text_encoder.", "text_encoder_2.")):
             return key.form in _TEXT_FORMS
+        if key.path.startswith("transformer."):
+            return key.form in (*PEFT_FORMS, _MAGNITUDE, f"{_MAGNITUDE}.weight")
         known = key.form in _UNET_FORMS or is_processor(key)
         return known and _UNET.fullmatch(key.path) is not None
 

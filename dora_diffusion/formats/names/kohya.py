@@ -51,10 +51,14 @@ UNET_MODULES = (
 TEXT_MODULES = (
     *(f"text_model.{name}" for name in NAMES["text_layer"]), *NAMES["text_layer"], "text_projection"
 )  # fmt: skip
+_TRANSFORMER = re.compile(r"(noise|context)_refiner\.|layers\.\d+\.(attention|feed_forward|adaLN)")
 _UNET_STARTS = {name.split(".")[0] for name in UNET_MODULES}
 _SGM_STARTS = {original.split(".")[0] for original in unet_names(USUAL_LAYOUT).canonical}
 
-_RELEASED_LAYOUTS = [USUAL_LAYOUT, *map(released_layout, FAMILIES.values())]
+_RELEASED_LAYOUTS = [
+    USUAL_LAYOUT,
+    *(released_layout(family) for family in FAMILIES.values() if family.has_unet),
+]
 
 Resolve = Callable[[str], "str | None"]
 
@@ -68,6 +72,8 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
         layout: Layout of the UNet, for families with names of the original blocks.
     """
     component, path = split_component(name)
+    if component == "transformer":
+        return f"diffusion_model.{path}"  # ComfyUI's prefix; it knows the names of Diffusers.
     if component != "unet":
         encoder = family.text_encoder(component)
         return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
@@ -85,6 +91,8 @@ def is_kohya_name(key: str) -> bool:
 def component_of(path: str) -> str | None:
     """Return the component of a module path without prefix, by its first word; None if unknown."""
     top = path.split(".")[0]
+    if _TRANSFORMER.match(path):
+        return "transformer"
     if top in _UNET_STARTS | _SGM_STARTS:
         return "unet"
     text = ("text_model", "encoder", "embeddings", "text_projection")

@@ -108,10 +108,16 @@ def with_text_model(path: str) -> str:
     return f"text_model.{path}"
 
 
+def language_path(path: str) -> str:
+    """Return a path of a language model without the ``model.`` before it; else ""."""
+    path = path.removeprefix("model.")
+    return path if path.startswith(("layers.", "embed_tokens.", "norm.")) else ""
+
+
 def canonical(component: str, path: str) -> str:
     """Return the canonical name of a module or tensor, such as ``unet.conv_in.weight``."""
     if component.startswith("text_encoder"):
-        path = with_text_model(path)
+        path = language_path(path) or with_text_model(path)
     return f"{component}.{modern_vae_path(path) if component == 'vae' else path}"
 
 
@@ -182,6 +188,11 @@ class UNetLayout:
             raise ValueError(f"layers_per_block is {layers!r}; original names need one number")
         types = config.get("up_block_types", ())
         return cls(layers, tuple("CrossAttn" in str(kind) for kind in types))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> UNetLayout | None:
+        """Read the layout of a denoiser; None if it is no UNet."""
+        return cls.from_config(config) if "up_block_types" in config else None
 
     @classmethod
     def from_text(cls, text: str) -> UNetLayout | None:

@@ -350,16 +350,16 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
     ``lines`` are appended.
     """
     from dora_diffusion.models.emphasis import plain_parts
-    from dora_diffusion.models.text import token_limit, truncated_text
+    from dora_diffusion.models.text import truncated_text
     from dora_diffusion.sampling.images import adapter_name
     from dora_diffusion.sampling.load import few_steps
 
     request, components, sampling, _ = loaded
-    limit, notes = token_limit(components), prompt_messages(request, prompts)
+    limit, notes = components.code.token_limit(components), prompt_messages(request, prompts)
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
         for part in plain_parts(prompt) if sampling.prompt_weights else [prompt]:
-            end = truncated_text(components.tokenizers[0], part, components.most_chunks)
+            end = truncated_text(components, part)
             if end:
                 notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
     distilled = few_steps(components, [adapter_name(use.path) for use in request.uses()])

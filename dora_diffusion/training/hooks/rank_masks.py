@@ -31,7 +31,7 @@ class RankMasks(Hook):
 
     def __init__(self, step: Step) -> None:
         config, process = step.config, step.batches.process
-        unet = set(map(id, step.components.unet.modules()))
+        unet = set(map(id, step.components.denoiser.modules()))
         self._ranks = [adapter.down.shape[0] for adapter in step.adapters.trained()]
         self._has_rows = [id(layer) in unet for layer, _, _ in step.adapters.layers]
         self._dropout, self._least_rank = config.rank_dropout, config.least_rank

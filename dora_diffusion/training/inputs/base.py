@@ -65,7 +65,7 @@ def move_step_modules(config: TrainConfig, components: Components) -> None:
     device = components.offload_to
     if device is None:
         return
-    modules = [components.unet]
+    modules = [components.denoiser]
     if config.encodes_in_steps:
         modules += components.text_encoders
     if not config.cache_latents:

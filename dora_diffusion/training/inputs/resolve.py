@@ -17,7 +17,6 @@ from dora_diffusion.data.photos import read_photos
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
-from dora_diffusion.models.text import chunk_count
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.inputs.base import configure_reading
 from dora_diffusion.training.inputs.dataset import (
@@ -185,7 +184,7 @@ def _warn_of_small_data(
     sides = [s or components.default_resolution for size in sampled for s in size]
     longest = max(sides + [side for size in dataset.groups for side in size])
     is_set = config.max_token_length != TOKENS_PER_CHUNK
-    if is_set and all(chunk_count(components, text) == 1 for text in texts):
+    if is_set and all(components.code.chunk_count(components, text) == 1 for text in texts):
         warnings.warn(
             f"max_token_length {config.max_token_length} has no effect because no caption or "
             f"sample prompt has more than {TOKENS_PER_CHUNK} tokens",

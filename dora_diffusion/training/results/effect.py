@@ -22,12 +22,13 @@ from torch.utils._pytree import tree_map_only
 
 from dora_diffusion.adapters.compiled import uncompiled
 from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.data.crops import plan_crop
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.latents import predict
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.offload import HOST, on_device
-from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
+from dora_diffusion.models.text import encode_prompts, time_ids
 
 if TYPE_CHECKING:
     from dora_diffusion.training.trainable.full import TrainedWeights
@@ -138,7 +139,7 @@ class Probe:
             unet = _relative(self._predicted(at_first.to(device)), before["prediction"])
             with self._weights.words.at_start():
                 without = self._encoded()
-            if self._weights.modules.keys() - {"unet"}:
+            if self._weights.modules.keys() - set(DENOISERS):
                 text = _distance(without, at_first)
             if self._weights.words.tables:
                 words = _distance(hidden, without)
@@ -147,11 +148,11 @@ class Probe:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self._components.unet.parameters()).dtype
+        return next(self._components.denoiser.parameters()).dtype
 
     @property
     def _trains_text(self) -> bool:
-        return bool(self._weights.modules.keys() - {"unet"} or self._weights.words.tables)
+        return bool(self._weights.modules.keys() - set(DENOISERS) or self._weights.words.tables)
 
     @contextmanager
     def _computing(self, *modules: nn.Module) -> Iterator[None]:
@@ -165,7 +166,7 @@ class Probe:
 
     def _encoded(self) -> Conditioning:
         components, encoders = self._components, self._components.text_encoders
-        away = [components.unet] if components.offload_to is not None else []
+        away = [components.denoiser] if components.offload_to is not None else []
         present = on_device(components.device, *encoders)
         with on_device(HOST, *away), present, self._computing(*encoders):
             return encode_prompts(components, self._captions)
@@ -173,17 +174,16 @@ class Probe:
     def _predicted(self, hidden: Conditioning) -> Tensor:
         """Return the UNet's predictions ``(3, C, h, w)``."""
         components, device = self._components, self._components.device
-        config, side = components.unet.config, components.default_resolution
+        config, side = components.denoiser.config, components.default_resolution
         size = min(_MOST_LATENTS, side // components.vae_factor)
         shape = (len(_TIMESTEPS), config.in_channels, size, size)
         noise = torch.randn(shape, generator=generator_for("effect", shape))
         steps = components.scheduler.config.num_train_timesteps
-        crop = plan_crop((side, side), side, multiple=components.vae_factor)
+        crop = plan_crop((side, side), side, multiple=components.size_step)
         ids = time_ids(components.family, [crop] * len(_TIMESTEPS))
         timesteps = torch.tensor([int(fraction * steps) for fraction in _TIMESTEPS])
-        with self._computing(components.unet):
-            return predict(
-                components.unet,
+        with self._computing(components.denoiser):
+            return components.predict(
                 noise.to(device),
                 timesteps.to(device),
                 hidden,

@@ -28,7 +28,7 @@ _OF_SETTINGS = ("weights",)
 
 def conditions_of(components: Components, accelerator: Any) -> Conditions:
     """Return the conditions of bitwise reproducibility: versions, device, threads and flags."""
-    kind, weight = components.device.type, next(components.unet.parameters())
+    kind, weight = components.device.type, next(components.denoiser.parameters())
     name = device_name(kind)
     if kind == "cpu":
         name += f" with {torch.backends.cpu.get_cpu_capability()}"

@@ -158,6 +158,7 @@ def result_metadata(run: Run, steps: int) -> AdapterMetadata:
     components = run.components
     class_words = dict.fromkeys(subject.class_word for subject in run.subjects)
     losses = run.validation.losses if run.validation else {}
+    layout = UNetLayout.of(components.denoiser.config)
     pairs = [[target, *ends] for target, ends in run.config.slider_pairs]
     return AdapterMetadata(
         family=components.family.name,
@@ -172,7 +173,7 @@ def result_metadata(run: Run, steps: int) -> AdapterMetadata:
             **({"slider": json.dumps(pairs, ensure_ascii=False)} if pairs else {}),
             **({VALIDATION_LOSS: f"{losses[steps]:.6g}"} if steps in losses else {}),
             **run.weights.origin,
-            UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
+            **({UNET_LAYERS: layout.text()} if layout else {}),
         },
         tags=tuple(filter(None, class_words)),
         tag_frequency=run.dataset.tag_frequency(),

@@ -38,6 +38,7 @@ from dora_diffusion.adapters.targets import (
 )
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.embeddings import Vectors
@@ -141,7 +142,7 @@ class TrainedAdapters:
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
             adapter = AdapterFile(layers, metadata, tokens=tokens)
             file = folder / (KOHYA_FILE if self.key_format == "kohya" else DIFFUSERS.file_name)
-            layout = UNetLayout.from_config(self.components.unet.config)
+            layout = UNetLayout.of(self.components.denoiser.config)
             return write_adapter(file, adapter, self.key_format, unet_layout=layout)
 
         return write
@@ -270,7 +271,7 @@ def adapter_configs(
         TargetError: If a target matches no layer of a component, or a pattern no layer at all.
     """
     adapters = {
-        name: config.unet_adapter if name == "unet" else config.text_encoder_adapter
+        name: config.unet_adapter if name in DENOISERS else config.text_encoder_adapter
         for name in modules
     }
     layers = {}
@@ -295,7 +296,7 @@ def matched(component: str, model: nn.Module, config: TrainConfig) -> list[str]:
     Raises:
         TargetError: If a target matches no layer.
     """
-    setting = "targets" if component == "unet" else "text_encoder_targets"
+    setting = "targets" if component in DENOISERS else "text_encoder_targets"
     try:
         return match_targets(model, getattr(config, setting))
     except TargetError as error:
@@ -348,9 +349,9 @@ def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) 
 
 
 def components_that_train(components: Components, config: TrainConfig) -> dict[str, nn.Module]:
-    """Return the UNet and, if they train, the text encoders by name."""
+    """Return the denoiser and, if they train, the text encoders by name."""
     models = components.adaptable().items()
-    return {name: m for name, m in models if name == "unet" or config.train_text_encoder}
+    return {name: m for name, m in models if name in DENOISERS or config.train_text_encoder}
 
 
 def enter_training(model: nn.Module, components: Components, config: TrainConfig) -> None:
@@ -371,7 +372,7 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
             module.gradient_checkpointing_enable(settings)
         else:
             module.enable_gradient_checkpointing(partial(checkpoint, **settings))
-    if config.compile and model is components.unet:
+    if config.compile and model is components.denoiser:
         compile_blocks(model)
 
 

@@ -107,11 +107,11 @@ def test_an_adapter_that_breaks_the_numbers_is_an_error_and_no_black_image(
     from dora_diffusion.adapters.state import save_adapter
 
     components = load_components(sd1_folder)
-    inject_adapters(components.unet, AdapterConfig(targets=("attention",), rank=2))
+    inject_adapters(components.denoiser, AdapterConfig(targets=("attention",), rank=2))
     with torch.no_grad():
-        for parameter in adapter_parameters(components.unet):
+        for parameter in adapter_parameters(components.denoiser):
             parameter.add_(1e30)
-    adapter = save_adapter({"unet": components.unet}, tmp_path / "adapter")
+    adapter = save_adapter({"unet": components.denoiser}, tmp_path / "adapter")
     code, error = generate(adapter=adapter)
     assert code == 1
     assert "the image of seed 3 is not finite" in error

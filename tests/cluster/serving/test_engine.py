@@ -96,7 +96,7 @@ def test_what_was_cut_is_counted_by_each_adapter_s_own_words(
     for (request, _, file), answer in zip(asked, engine.answer(asked).answers, strict=True):
         alone, _ = load_adapted(sd1_folder, file, device="cpu")
         texts = {"prompt": request.prompt, "negative prompt": request.negative_prompt}
-        ends = {what: truncated_text(alone.tokenizers[0], text) for what, text in texts.items()}
+        ends = {what: truncated_text(alone, text) for what, text in texts.items()}
         assert answer.notes == tuple(
             f"the {what} is longer than the model's 77 tokens; its end was not read: {end}"
             for what, end in ends.items()
@@ -110,7 +110,7 @@ def test_what_was_cut_is_counted_by_each_adapter_s_own_words(
     recwarn.clear()
     words = " <toy>" * 30  # 60 tokens with the word, and more of its letters without
     (answer,) = engine.answer([ask(files, "short", 2, f"a{words}", negative_prompt=words)]).answers
-    assert truncated_text(engine.pool.components.tokenizers[0], words)
+    assert truncated_text(engine.pool.components, words)
     assert answer.notes == ()
     assert [str(w.message) for w in recwarn if w.category is UserWarning] == []
 

@@ -130,10 +130,10 @@ def other(sd1_folder, tmp_path_factory):
 def predictions(components):
     """Outputs of text encoder and UNet."""
     ids, latents = torch.arange(77)[None] % 50, torch.linspace(-1, 1, 256).view(1, 4, 8, 8)
-    latents = latents.to(components.unet.dtype)
+    latents = latents.to(components.denoiser.dtype)
     with torch.no_grad(), norm_scope(*components.adaptable().values()), components.eval_mode():
         states = components.text_encoders[0](ids).last_hidden_state
-        return states, components.unet(latents, torch.tensor([30]), states).sample
+        return states, components.denoiser(latents, torch.tensor([30]), states).sample
 
 
 def opened(config):
