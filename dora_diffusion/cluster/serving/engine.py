@@ -247,7 +247,7 @@ class Engine:
             row, request.settings(), image.size, self.name, used,
             extra=components.clip_skip_parameter,
         )  # fmt: skip
-        is_input = bool(components.unet.config.time_cond_proj_dim)
+        is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
         notes = request.without_effect(guidance_is_input=is_input)
         metadata = self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):
