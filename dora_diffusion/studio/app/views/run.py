@@ -14,26 +14,12 @@ from gradio.processing_utils import save_file_to_cache
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.evaluation.ranking import Ranking
 from dora_diffusion.formats.files import runs
-from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app import html, plot
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.plot import (
-    RAW,
-    SMOOTHED,
-    loss_text,
-    plot_data,
-    training_curves,
-)
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.app.views import ui
-from dora_diffusion.studio.jobs import tasks
+from dora_diffusion.studio.jobs import queue, tasks
 from dora_diffusion.studio.jobs.deletions import run_question
-from dora_diffusion.studio.jobs.queue import (
-    ask_job,
-    delete_job,
-    kill_job,
-    requeue_job,
-    stop_job,
-)
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics, read_validation
 from dora_diffusion.studio.jobs.snapshot import Job, choose, read_ranking
 from dora_diffusion.studio.jobs.store import GONE, REMAINS, DamagedFile
@@ -71,7 +57,7 @@ class RunView:
             self.extend_by = ui.button("Continue with more steps", "continue")
         self.loss = ui.html_block(elem_id="loss")
         with gr.Row(elem_id="loss-plots"):
-            colors = {RAW: "#9a8c8080", SMOOTHED: "#e35d2b"}  # visible in both themes
+            colors = {plot.RAW: "#9a8c8080", plot.SMOOTHED: "#e35d2b"}  # visible in both themes
             self.training = _loss_plot("training loss", color="curve", color_map=colors)
             # A separate scale, because the training loss weights timesteps.
             self.validation = _loss_plot("validation loss")
@@ -111,7 +97,7 @@ def connect(context: Context, view: RunView) -> None:
     workspace = context.workspace
 
     def remove(folder: Path) -> str:
-        return "" if delete_job(workspace, folder.name) else REMAINS
+        return "" if queue.delete_job(workspace, folder.name) else REMAINS
 
     def rename(job_id: str | None, name: str) -> list[Any]:
         act = _act(context, lambda folder: tasks.rename_run(workspace, folder.name, name))
@@ -131,16 +117,16 @@ def connect(context: Context, view: RunView) -> None:
             return [gr.update(visible=False)] * 2
         training, validation = _losses(workspace.job(job_id))
         held_out = [(step, loss, "") for step, loss in validation.items()]
-        curves = [training_curves(training), held_out]
-        return [gr.update(value=plot_data(rows), visible=bool(rows)) for rows in curves]
+        curves = [plot.training_curves(training), held_out]
+        return [gr.update(value=plot.plot_data(rows), visible=bool(rows)) for rows in curves]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Stopping and resuming need no message: the card shows the state.
-    ui.on(view.stop.click, _act(context, stop_job), [view.run], outputs)
-    ui.on(view.resume.click, _act(context, requeue_job), [view.run], outputs)
-    ui.on(view.kill.click, _act(context, kill_job, "The run was killed"), [view.run], outputs)
+    ui.on(view.stop.click, _act(context, queue.stop_job), [view.run], outputs)
+    ui.on(view.resume.click, _act(context, queue.requeue_job), [view.run], outputs)
+    ui.on(view.kill.click, _act(context, queue.kill_job, "The run was killed"), [view.run], outputs)
     for button, name in ((view.save, runs.SAVE), (view.sample, runs.SAMPLE)):
-        asking = _act(context, functools.partial(ask_job, name=name))
+        asking = _act(context, functools.partial(queue.ask_job, name=name))
         ui.on(button.click, asking, [view.run], outputs)
     ui.on(view.extend_by.click, _act(context, tasks.continue_run), [view.run, view.more], outputs)
     question = functools.partial(run_question, workspace)
@@ -201,7 +187,7 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     return {
         "run": ui.choosing(choices, run, default and default.id, visible=bool(choices)),
         "status": html.status_card(job) if job else _GONE if training else _NOTHING,
-        "loss": loss_text(job.id, *_losses(job.folder)) if job else "",
+        "loss": plot.loss_text(job.id, *_losses(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": _flip(job.samples, context.workspace.cache) if job else "",
@@ -285,7 +271,7 @@ def _connect_chooser(context: Context, view: RunView) -> None:
         job = context.job(job_id)
         action, value = ui.clicked(event)
         if action == "stop":
-            stop_job(context.workspace.job(value))
+            queue.stop_job(context.workspace.job(value))
         else:
             where = "is now used for this run in Generate and in the Library."
             gr.Info(f"Step {choose(job, value)} {where}", title="")
