@@ -61,7 +61,10 @@ def make_parts(family: str, dtype: torch.dtype) -> tuple[nn.Module, Any, list[nn
 
     from dora_diffusion.config.families import FAMILIES
 
-    vae = getattr(diffusers, FAMILIES[family].vae_class)(**VAES[family]).to(DEVICE, dtype)
+    vae = getattr(diffusers, FAMILIES[family].vae_class)(**VAES[family])
+    if hasattr(vae, "bn"):
+        vae.bn.num_batches_tracked = None  # A number, which the fake device does not take.
+    vae = vae.to(DEVICE, dtype)
     encoder = Qwen3Model(Qwen3Config(**QWEN3_4B)).to(DEVICE, dtype)
     return make_transformer(family).to(DEVICE, dtype), vae, [encoder]
 
