@@ -5,13 +5,15 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.fields import require
+from dora_diffusion.config.fields import REQUIRED, Setting, require
 from dora_diffusion.config.file import read_yaml
+from dora_diffusion.config.problems import Problems, find_setting, read_values
 from dora_diffusion.config.prompts import with_styles
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 
+_ENTRY = {
+    setting.name: setting
+    for setting in (
+        Setting("adapter", str), Setting("prompt", str, default=REQUIRED),
+        Setting("seed", int, default=REQUIRED, least=0, most=2**63 - 1),
+        Setting("strength", float, default=1.0),
+    )
+}  # fmt: skip
+"""Settings of an entry of the adapters file."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -273,30 +284,11 @@ def _entries(args: RequestedImages) -> list[dict[str, Any]]:
         f"{name} must be a list with an entry for each image, such as '- adapter: runs/dog'",
         "adapters_file",
     )
-    known = {"adapter": str | None, "prompt": str, "seed": int, "strength": int | float}
-    rows: list[Any] = [{"adapter": e} if isinstance(e, str | None) else e for e in entries]
-    for number, entry in enumerate(rows, start=1):
-        where = f"entry {number} of {name}"
-        require(
-            isinstance(entry, dict),
-            f"{where} must be 'adapter: FILE' and what belongs to it",
-            "adapters_file",
-        )
-        for key, value in entry.items():
-            require(
-                key in known,
-                f"{where}: unknown key {key!r}; there are {', '.join(known)}",
-                "adapters_file",
-            )
-            require(
-                isinstance(value, known[key]) and not isinstance(value, bool),
-                f"{where}: {key} is {value!r}, which is not allowed",
-                "adapters_file",
-            )
-        seed = int(entry.get("seed", 0))
-        require(
-            0 <= seed < 2**63,
-            f"{where}: seed is {seed}; it must be between 0 and 2**63 - 1",
-            "adapters_file",
-        )
+    rows, problems = list[dict[str, Any]](), Problems()
+    for number, entry in enumerate(entries, start=1):
+        values = {"adapter": entry} if isinstance(entry, str | None) else entry
+        with problems.collect(f"entry {number} of {name}: "):
+            require(isinstance(values, dict), "it must be 'adapter: FILE' and what belongs to it")
+            rows.append(read_values(values, partial(find_setting, known=_ENTRY)))
+    problems.raise_all("adapters_file")
     return rows

@@ -34,8 +34,7 @@ from dora_diffusion.formats.layouts.layout import (
     Tensors,
     WriteOptions,
 )
-from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.low_rank import weight_change
+from dora_diffusion.numerics.dora import weight_change, weight_norm
 from dora_diffusion.numerics.norms import factored_norm
 from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights

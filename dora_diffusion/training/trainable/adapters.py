@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.fresh import InjectionReport
 from dora_diffusion.adapters.inject import (
     disabled,
@@ -377,6 +376,8 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
         else:
             module.enable_gradient_checkpointing(partial(checkpoint, **settings))
     if config.compile and model is components.denoiser:
+        from dora_diffusion.adapters.compiled import compile_blocks
+
         compile_blocks(model)
 
 
