@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,8 +96,8 @@ def run_fleet(
     """Train an adapter for each of many subjects, except for subjects that are already done.
 
     If a worker or node is lost, another worker resumes its subject from the last checkpoint. A
-    failed subject is recorded with its cause, and the fleet continues. ``fleet.jsonl`` has all
-    records, ``index.html`` the images, including those of subjects that only earlier calls listed.
+    failed subject is recorded with its cause. ``fleet.jsonl`` has all records, ``index.html`` the
+    images, including those of subjects that only earlier calls listed.
 
     Args:
         configs: Settings of each subject by name, or the error in them
@@ -107,8 +107,7 @@ def run_fleet(
             subject after another in this process.
         share: Share of a node for each worker.
         retries: Number of further workers for a subject whose worker is lost.
-        pack: Most subjects that a worker trains at once (`training.pack.train_pack`), if their
-            settings allow it.
+        pack: Most subjects that a worker trains at once, if their settings allow it.
         on_change: Called regularly with the fleet.
 
     Raises:
@@ -142,9 +141,13 @@ def run_fleet(
                 run_tasks(fleet.queue, fleet.workers, recorder.end_task, changed)
         finally:
             recorder.write()
-        page = fleet_page([*configs, *fleet.unlisted], {**fleet.unlisted, **fleet.records})
-        fleet.files["page"] = results.write(PAGE_FILE, page)
+        fleet.files["page"] = results.write(PAGE_FILE, _page(configs, fleet))
     return fleet
+
+
+def _page(configs: Iterable[str], fleet: Fleet) -> str:
+    """Return the page of all subjects, those of this call first."""
+    return fleet_page([*configs, *fleet.unlisted], {**fleet.unlisted, **fleet.records})
 
 
 @dataclass(frozen=True)
