@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -15,9 +14,10 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, Setting, require
 from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.problems import Problems, find_setting, read_values
-from dora_diffusion.config.prompts import settings_line, with_styles
+from dora_diffusion.config.prompts import with_styles
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.formats.parameters import NEGATIVE, lora_tag, network_tags, settings_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -220,14 +220,15 @@ def _require_free(files: Iterable[Path], *, overwrite: bool) -> None:
 
 def _require_no_tags(words: str) -> None:
     """Refuse tags by which web UIs load networks."""
-    if other := re.search(r"<(?:lyco|hypernet):([^:<>]*)[^<>]*>?", words):
+    tags = network_tags(words)
+    if other := next((tag for tag in tags if tag.kind != "lora"), None):
         raise ConfigError(
-            f"{other[0]} in the prompt is not read; write <lora:{other[1]}:0.8> for an adapter, "
-            "with its folder as --adapter_dir",
+            f"{other.text} in the prompt is not read; write {lora_tag(other.name, 0.8)} for an "
+            "adapter, with its folder as --adapter_dir",
             "prompt",
         )
     require(
-        "<lora:" not in words,
+        not tags,
         f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
         "its file with --adapter, or its folder with --adapter_dir",
         "prompt",
@@ -244,7 +245,7 @@ def _require_prompt(text: str, args: RequestedImages) -> None:
     for words in (text, detail):
         _require_no_tags(words)
     require(
-        not text.strip().startswith("Negative prompt:"),
+        not text.strip().startswith(NEGATIVE),
         "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
         "prompt",
     )

@@ -35,24 +35,12 @@ _NUMBERS: dict[str, tuple[str, Setting]] = {
 }
 _TEXTS = {"n": "negative", "ss": "scheduler"}
 _DRIFT = "drift"
-_SETTINGS_LINE = re.compile(r"^\s*(Steps: \d+,|Negative prompt:).*", re.MULTILINE)
 OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
 """Options of a line, without ``--``."""
 # sd-scripts' names of schedulers -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
 MOST_CHARACTERS = 100_000
 """Most characters of a prompt, with its styles and wildcards expanded."""
-
-
-def settings_line(prompt: str) -> str:
-    r"""Find the first line of generation settings in a prompt that was copied from an image file.
-
-    Example:
-        >>> settings_line("a mug\nSteps: 12, Seed: 7"), settings_line("Steps: of stone")
-        ('Steps: 12, Seed: 7', '')
-    """
-    match = _SETTINGS_LINE.search(prompt)
-    return match[0].strip() if match else ""
 
 
 @dataclass(frozen=True)
