@@ -130,20 +130,17 @@ def run_fleet(
     fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
     with results.locked():
         ended, left = _sorted_out(configs, results, output)
-        fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
         fleet.unlisted = {n: r for n, r in results.records().items() if n not in configs}
         fleet.queue.add(_packed(left, pack))
         recorder = _Recorder(fleet, results, list(configs), on_change)
         try:
-            for record in ended.values():
-                recorder.end(record)
+            recorder.begin(ended)
             if left:
                 changed = partial(on_change, fleet, None)
                 run_tasks(fleet.queue, fleet.workers, recorder.end_task, changed)
         finally:
             recorder.write()
-        page = fleet_page([*configs, *fleet.unlisted], {**fleet.unlisted, **fleet.records})
-        fleet.files["page"] = results.write(PAGE_FILE, page)
+        recorder.write_page()
     return fleet
 
 
@@ -155,6 +152,13 @@ class _Recorder:
     results: FleetResults
     names: Sequence[str]
     on_change: OnChange
+
+    def begin(self, ended: Mapping[str, SubjectRecord]) -> None:
+        """Record the subjects that were done before, or are invalid."""
+        done = (name for name, record in ended.items() if record.status == DONE)
+        self.fleet.known = frozenset(done)
+        for record in ended.values():
+            self.end(record)
 
     def end(self, record: SubjectRecord) -> None:
         """Record a subject that has ended."""
@@ -188,6 +192,12 @@ class _Recorder:
         records = [known[name] for name in self.names if name in known]
         records += self.fleet.unlisted.values()
         self.fleet.files["records"] = self.results.write(RECORDS_FILE, records_text(records))
+
+    def write_page(self) -> None:
+        """Write the page of all subjects, with those of earlier calls last."""
+        unlisted = self.fleet.unlisted
+        page = fleet_page([*self.names, *unlisted], {**unlisted, **self.fleet.records})
+        self.fleet.files["page"] = self.results.write(PAGE_FILE, page)
 
 
 def _packed(subjects: Sequence[FleetSubject], size: int) -> list[Task]:
