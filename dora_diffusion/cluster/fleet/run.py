@@ -97,7 +97,7 @@ def run_fleet(
 
     If a worker or node is lost, another worker resumes its subject from the last checkpoint. A
     failed subject is recorded with its cause, and the fleet continues. ``fleet.jsonl`` has all
-    records, ``index.html`` the images, including those of subjects that only earlier calls listed.
+    records, ``index.html`` the images, also of subjects that only earlier calls listed.
 
     Args:
         configs: Settings of each subject by name, or the error in them
@@ -187,14 +187,14 @@ class _Recorder:
             self.end(completed)
 
     def write(self) -> None:
-        """Write all records, in the order of the subjects, then those of unlisted subjects."""
+        """Write all records, in the order of the subjects, unlisted subjects last."""
         known = self.fleet.records
         records = [known[name] for name in self.names if name in known]
         records += self.fleet.unlisted.values()
         self.fleet.files["records"] = self.results.write(RECORDS_FILE, records_text(records))
 
     def write_page(self) -> None:
-        """Write the page of all subjects, with those of earlier calls last."""
+        """Write the page of all subjects, unlisted subjects last."""
         unlisted = self.fleet.unlisted
         page = fleet_page([*self.names, *unlisted], {**unlisted, **self.fleet.records})
         self.fleet.files["page"] = self.results.write(PAGE_FILE, page)
