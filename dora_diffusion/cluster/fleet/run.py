@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,8 +96,8 @@ def run_fleet(
     """Train an adapter for each of many subjects, except for subjects that are already done.
 
     If a worker or node is lost, another worker resumes its subject from the last checkpoint. A
-    failed subject is recorded with its cause, and the fleet continues. ``fleet.jsonl`` has all
-    records, ``index.html`` the images, also of subjects that only earlier calls listed.
+    failed subject is recorded with its cause. ``fleet.jsonl`` has all records, ``index.html`` the
+    images, including those of subjects that only earlier calls listed.
 
     Args:
         configs: Settings of each subject by name, or the error in them
@@ -107,8 +107,7 @@ def run_fleet(
             subject after another in this process.
         share: Share of a node for each worker.
         retries: Number of further workers for a subject whose worker is lost.
-        pack: Most subjects that a worker trains at once (`training.pack.train_pack`), if their
-            settings allow it.
+        pack: Most subjects that a worker trains at once, if their settings allow it.
         on_change: Called regularly with the fleet.
 
     Raises:
@@ -130,18 +129,25 @@ def run_fleet(
     fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
     with results.locked():
         ended, left = _sorted_out(configs, results, output)
+        fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
         fleet.unlisted = {n: r for n, r in results.records().items() if n not in configs}
         fleet.queue.add(_packed(left, pack))
         recorder = _Recorder(fleet, results, list(configs), on_change)
         try:
-            recorder.begin(ended)
+            for record in ended.values():
+                recorder.end(record)
             if left:
                 changed = partial(on_change, fleet, None)
                 run_tasks(fleet.queue, fleet.workers, recorder.end_task, changed)
         finally:
             recorder.write()
-        recorder.write_page()
+        fleet.files["page"] = results.write(PAGE_FILE, _page(configs, fleet))
     return fleet
+
+
+def _page(configs: Iterable[str], fleet: Fleet) -> str:
+    """Return the page of all subjects, those of this call first."""
+    return fleet_page([*configs, *fleet.unlisted], {**fleet.unlisted, **fleet.records})
 
 
 @dataclass(frozen=True)
@@ -152,13 +158,6 @@ class _Recorder:
     results: FleetResults
     names: Sequence[str]
     on_change: OnChange
-
-    def begin(self, ended: Mapping[str, SubjectRecord]) -> None:
-        """Record the subjects that were done before, or are invalid."""
-        done = (name for name, record in ended.items() if record.status == DONE)
-        self.fleet.known = frozenset(done)
-        for record in ended.values():
-            self.end(record)
 
     def end(self, record: SubjectRecord) -> None:
         """Record a subject that has ended."""
@@ -187,17 +186,11 @@ class _Recorder:
             self.end(completed)
 
     def write(self) -> None:
-        """Write all records, in the order of the subjects, unlisted subjects last."""
+        """Write all records, in the order of the subjects, then those of unlisted subjects."""
         known = self.fleet.records
         records = [known[name] for name in self.names if name in known]
         records += self.fleet.unlisted.values()
         self.fleet.files["records"] = self.results.write(RECORDS_FILE, records_text(records))
-
-    def write_page(self) -> None:
-        """Write the page of all subjects, unlisted subjects last."""
-        unlisted = self.fleet.unlisted
-        page = fleet_page([*self.names, *unlisted], {**unlisted, **self.fleet.records})
-        self.fleet.files["page"] = self.results.write(PAGE_FILE, page)
 
 
 def _packed(subjects: Sequence[FleetSubject], size: int) -> list[Task]:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.prompts import DENOISE, settings_line
+from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.formats.files.runs import RESULT_NAME
+from dora_diffusion.formats.parameters import network_tags, settings_line
 from dora_diffusion.models.locate import cached_models, looks_local
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
@@ -182,7 +183,8 @@ def make_request(
         )  # fmt: skip
         for name in ("prompt", "negative_prompt"):
             clean_text(request.styled(name), PROMPT_LIMIT, FORM[name].label.lower())
-        if "<lora:" in f"{request.styled('prompt')} {request.detail_pass.detail_prompt}":
+        prompts = f"{request.styled('prompt')} {request.detail_pass.detail_prompt}"
+        if any(tag.kind == "lora" for tag in network_tags(prompts)):
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"
