@@ -18,6 +18,7 @@ from dora_diffusion.export.fit import (
     axis_of,
     decomposed,
     fit_to_adapters,
+    input_format,
     key_format_for,
 )
 from dora_diffusion.formats.adapter.embeddings import embedding_notes
@@ -28,7 +29,11 @@ from dora_diffusion.formats.checkpoint.models import StoredModel
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, PROGRAMS, TARGETS
 from dora_diffusion.formats.layouts.kohya import needs_compensation
-from dora_diffusion.formats.layouts.layout import stated_approximation
+from dora_diffusion.formats.layouts.layout import (
+    denoiser_of,
+    refuse_denoiser,
+    stated_approximation,
+)
 from dora_diffusion.numerics.merging import WeightedAdapter
 
 _OF_THE_UPDATE = (
@@ -120,18 +125,20 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         inputs += [model.path] if model else []
         adapter = _read(source, target, model, alpha)
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
+        denoiser = denoiser_of(adapter.layers)
+        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser)
         fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
         fit = _check_request(target, program, model, fit, adapter.metadata.base_model)
         kind = CONVERSIONS[target].plain_lora_in or target
         if CONVERSIONS[target].needs_rank:
-            kind = fit.key_format(None) if model else key_format_for(adapter.layers)
+            kind = fit.key_format(None, denoiser) if model else key_format_for(adapter.layers)
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
         family = family or (model.family.name if model else "")
         adapter = _with_additions(adapter, family, tags, thumbnail)
         adapter, errors, total = _of_smaller_rank(adapter, target, fit, model)
         path = write_adapter(output, adapter, kind, dtype=fit.dtype, base=model)
     if target == "comfyui" and not needs_compensation(adapter.layers):
-        target = "kohya"
+        target = input_format(denoiser)
     count = len(adapter.layers)
     notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
@@ -154,11 +161,17 @@ def _read(
 
 
 def conversion_of(target: str, adapter: AdapterFile) -> str:
-    """Return the conversion of an adapter for a program; other targets are returned unchanged."""
+    """Return the conversion of an adapter for a program; other targets are returned unchanged.
+
+    Raises:
+        AdapterFormatError: If there is none for the adapter's denoiser.
+    """
     if target not in PROGRAMS:
         return target
     axes = {w.norm_axis for w in adapter.layers.values() if w.magnitude is not None}
-    return PROGRAMS[target].conversion(axes, is_sum=bool(adapter.beside))
+    program, denoiser = PROGRAMS[target], denoiser_of(adapter.layers)
+    refuse_denoiser(program.title, program.denoisers, denoiser)
+    return program.conversion(axes, is_sum=bool(adapter.beside), denoiser=denoiser)
 
 
 def _check_request(

@@ -76,7 +76,7 @@ def extract_adapter(
         tuned: The model to approximate, of the same architecture, as a folder or a file.
         output: File (``.safetensors``) or folder to write.
         fit: Settings of the fit, with a rank. Layers that are smaller get a smaller rank.
-        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: one that can store it.
+        key_format: One of ``KEY_FORMATS``. None: one that can store it.
         overwrite: Replace an existing file.
         on_progress: Called with (bytes of the base compared, total bytes).
 
@@ -90,8 +90,9 @@ def extract_adapter(
     """
     if fit.rank is None:
         raise ExportError("rank is None; give the largest rank of the layers")
-    output, kind = Path(output).expanduser(), fit.key_format(key_format)
+    output = Path(output).expanduser()
     with open_model(base) as before, open_model(tuned) as after:
+        kind = fit.key_format(key_format, before.family.denoiser)
         inputs = [before.path, after.path]
         check_adapter_output(output, kind, AdapterFile({}), inputs, overwrite)
         fitted, notes = _fit_models(before, after, fit, on_progress)
@@ -129,7 +130,7 @@ def combine_adapters(
         adapters: ``[(adapter, strength), ...]``, or one adapter.
         output: File (``.safetensors``) or folder to write.
         fit: Settings of the fit. Without a rank, each layer gets the sum of the adapters' ranks.
-        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: one that can store it.
+        key_format: One of ``KEY_FORMATS``. None: one that can store it.
         alpha: Alpha of adapters whose files do not store it.
         overwrite: Replace an existing file.
         on_progress: Called with (bytes of the base's adapted weights done, total bytes).
@@ -147,7 +148,7 @@ def combine_adapters(
         weighted = spec.weighted()
         axis = fit.norm_axis or axis_of(w for part in weighted for w in part.layers.values())
         fit = dataclasses.replace(fit, norm_axis=axis)
-        kind = fit.key_format(key_format)
+        kind = fit.key_format(key_format, model.family.denoiser)
         inputs = [model.path, *spec.files()]
         adapter = AdapterFile({}, tokens=_tokens(read))
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)

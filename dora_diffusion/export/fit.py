@@ -16,7 +16,8 @@ from dora_diffusion.config.fields import require
 from dora_diffusion.export.files import ExportError, OnProgress, ProgressReporter
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR, TRAINED_ALPHA
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes, module_weight
-from dora_diffusion.formats.layouts import KEY_FORMATS
+from dora_diffusion.formats.layouts import CONVERSIONS, KEY_FORMATS
+from dora_diffusion.formats.layouts.layout import denoiser_of, refuse_denoiser
 from dora_diffusion.numerics.extract import best_dora, known_scale
 from dora_diffusion.numerics.low_rank import low_rank, plain_lora, truncated
 from dora_diffusion.numerics.merging import WeightedAdapter, layers_of, merge_tensor
@@ -80,24 +81,30 @@ class FitSettings:
         rank = self.conv_rank if len(shape) > 2 and self.conv_rank is not None else self.rank
         return default if rank is None else rank
 
-    def key_format(self, requested: str | None) -> str:
+    def key_format(self, requested: str | None, denoiser: str = "unet") -> str:
         """Return the key format to write: the requested one, else one that can store the layers.
+
+        Args:
+            requested: The requested key format.
+            denoiser: Kind of the model's denoiser.
 
         Raises:
             ExportError: If the requested one is unknown or cannot store them.
         """
         on_input = self.use_dora and self.axis == "input"
+        default = input_format(denoiser) if on_input else "diffusers"
         if requested is None:
-            return "kohya" if on_input else "diffusers"
+            return default
         if requested not in KEY_FORMATS:
             raise ExportError(
                 f"unknown key format {requested!r}; there is {', '.join(KEY_FORMATS)}"
             )
-        if on_input and requested != "kohya":
+        if on_input and requested != default:
             raise ExportError(
-                f"the {requested} format cannot store magnitudes on the input axis; choose kohya, "
-                "or the output axis"
+                f"the {requested} format cannot store magnitudes on the input axis; choose "
+                f"{default}, or the output axis"
             )
+        refuse_denoiser(requested, CONVERSIONS[requested].denoisers, denoiser)
         return requested
 
     @property
@@ -250,7 +257,13 @@ def axis_of(layers: Iterable[LayerWeights]) -> NormAxis:
 def key_format_for(layers: Mapping[str, LayerWeights]) -> str:
     """Return the key format that can store these layers: Diffusers', if possible."""
     kinds = {None if w.magnitude is None else w.norm_axis for w in layers.values()}
-    return "diffusers" if len(kinds) == 1 and "input" not in kinds else "kohya"
+    is_uniform = len(kinds) == 1 and "input" not in kinds
+    return "diffusers" if is_uniform else input_format(denoiser_of(layers))
+
+
+def input_format(denoiser: str) -> str:
+    """Return the key format that can store magnitudes on the input axis."""
+    return "kohya" if denoiser == "unet" else CONVERSIONS["kohya"].for_transformers
 
 
 def fit_to_adapters(

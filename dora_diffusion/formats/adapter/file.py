@@ -49,6 +49,8 @@ from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     EncodedFile,
     WriteOptions,
+    denoiser_of,
+    refuse_denoiser,
 )
 from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout, known_layout
@@ -158,6 +160,7 @@ def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(written)}")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
+    refuse_denoiser(target, LAYOUTS[target].denoisers, denoiser_of(adapter.layers))
     if adapter.beside and target != "dense":
         raise AdapterFormatError(f"the {target} format cannot store the sum of a DoRA and a LoRA")
     return layout_named(target)

@@ -24,6 +24,8 @@ class Conversion(NamedTuple):
         for_one_base: Whether the result depends on the weights of one base model.
         title: Name in the app's list of targets.
         is_folder: Whether the result is a folder with a file for each component.
+        denoisers: Kinds of denoisers (`config.families.DENOISERS`) that programs read in it.
+        for_transformers: Conversion to use instead for adapters of a transformer.
     """
 
     summary: str
@@ -33,6 +35,8 @@ class Conversion(NamedTuple):
     for_one_base: bool = False
     title: str = ""
     is_folder: bool = False
+    denoisers: Sequence[str] = ("unet", "transformer")
+    for_transformers: str = ""
 
     @property
     def takes_rank(self) -> bool:
@@ -51,6 +55,7 @@ class Program(NamedTuple):
         input_axis: Conversion for magnitudes on the input axis.
         lora: Conversion for adapters without magnitudes.
         clip_skip: Name of the program's setting for clip skip.
+        denoisers: Kinds of denoisers whose adapters can be converted for it.
     """
 
     title: str
@@ -60,23 +65,27 @@ class Program(NamedTuple):
     input_axis: str = "kohya"
     lora: str = "kohya"
     clip_skip: str = ""
+    denoisers: Sequence[str] = ("unet",)
 
     @property
     def takes_dense(self) -> bool:
         """True if the program can add full differences to the base weights."""
         return self.output_axis in ("comfyui", "dense")
 
-    def conversion(self, axes: Set[str], *, is_sum: bool = False) -> str:
+    def conversion(self, axes: Set[str], *, is_sum: bool = False, denoiser: str = "unet") -> str:
         """Return the conversion that the program needs for an adapter.
 
         Args:
             axes: Norm axes of the magnitudes.
             is_sum: Whether a plain LoRA is added to the change, which only full differences can
                 represent.
+            denoiser: Kind of the adapter's denoiser.
         """
         if is_sum and self.takes_dense:
             return "dense"
-        return self.output_axis if "output" in axes else self.input_axis if axes else self.lora
+        name = self.output_axis if "output" in axes else self.input_axis if axes else self.lora
+        is_transformer = denoiser == "transformer"
+        return (is_transformer and CONVERSIONS[name].for_transformers) or name
 
 
 FACTS = read_facts("formats/layouts/programs")

@@ -41,6 +41,7 @@ from dora_diffusion.formats.names.modules import (
     installed_path,
     split_component,
     split_prefix,
+    transformer_paths,
 )
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -105,6 +106,8 @@ class Dotted(AdapterLayout):
         if stated == "unet" and component_of(path) == "transformer":
             stated = "transformer"  # `diffusion_model.` is the prefix of both.
         component = stated or component or component_of(path)
+        if component == "transformer":
+            path = transformer_paths().get(path, path)
         if component == "unet" and is_sgm_path(path):
             return resolve("lora_unet_" + path.replace(".", "_"))
         return None if component is None else canonical(component, _modern_path(path, component))

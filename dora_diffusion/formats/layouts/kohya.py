@@ -31,6 +31,7 @@ from dora_diffusion.formats.files.stream import TensorSpec, data_hash
 from dora_diffusion.formats.layouts import BYPASS, VERDICTS
 from dora_diffusion.formats.layouts.layout import (
     EXACT,
+    OF_TRANSFORMERS,
     AdapterFormatError,
     AdapterLayout,
     EncodedFile,
@@ -43,12 +44,19 @@ from dora_diffusion.formats.layouts.layout import (
     Specs,
     Tensors,
     WriteOptions,
+    denoiser_of,
     factors,
     some_layers,
     unit_scale,
     with_alpha,
 )
-from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES, Resolve, is_kohya_name, kohya_name
+from dora_diffusion.formats.names.kohya import (
+    KOHYA_PREFIXES,
+    TRANSFORMER_PREFIX,
+    Resolve,
+    is_kohya_name,
+    kohya_name,
+)
 from dora_diffusion.formats.names.modules import NAMES, TOP_MODULES, USUAL_LAYOUT, UNetLayout
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.low_rank import weight_change
@@ -116,6 +124,8 @@ class Kohya(AdapterLayout):
         )
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
+        if denoiser_of(layers) == "transformer":
+            return super().judge(layers, norm_axis, keys)
         if norm_axis:
             return dict(VERDICTS.get(f"kohya DoRA, {norm_axis} axis", {}))
         tools = dict(VERDICTS["kohya LoRA"])
@@ -298,7 +308,8 @@ class BaseSpecific(Kohya):
     method = form = note = ""
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
-        return dict(VERDICTS[self.name])
+        is_transformer = any(key.startswith(TRANSFORMER_PREFIX) for key in keys)
+        return dict(VERDICTS[self.name + OF_TRANSFORMERS * is_transformer])
 
     def base_of(self, options: WriteOptions) -> ModelWeights:
         """Return the base model for which the file is written.

@@ -33,6 +33,7 @@ _MERGE = "merge it with the program that trained it, and use the merged model"
 _MODEL_KEYS = (
     "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
     "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
+    "cap_embedder.1.weight",
 )  # fmt: skip
 
 

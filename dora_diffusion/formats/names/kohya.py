@@ -22,6 +22,7 @@ from dora_diffusion.formats.names.modules import (
     released_layout,
     renamed,
     split_component,
+    transformer_paths,
     unet_names,
 )
 
@@ -33,6 +34,8 @@ KOHYA_PREFIXES = {
         for encoder in family.text_encoders
     },
 }
+# ComfyUI's prefix of transformers; it knows the names of Diffusers.
+TRANSFORMER_PREFIX = "diffusion_model."
 LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
 # Adaptable modules; `#` stands for a number.
 _ATTENTION = NAMES["attention"]
@@ -51,7 +54,6 @@ UNET_MODULES = (
 TEXT_MODULES = (
     *(f"text_model.{name}" for name in NAMES["text_layer"]), *NAMES["text_layer"], "text_projection"
 )  # fmt: skip
-_TRANSFORMER = re.compile(r"(noise|context)_refiner\.|layers\.\d+\.(attention|feed_forward|adaLN)")
 _UNET_STARTS = {name.split(".")[0] for name in UNET_MODULES}
 _SGM_STARTS = {original.split(".")[0] for original in unet_names(USUAL_LAYOUT).canonical}
 
@@ -73,7 +75,7 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
     """
     component, path = split_component(name)
     if component == "transformer":
-        return f"diffusion_model.{path}"  # ComfyUI's prefix; it knows the names of Diffusers.
+        return TRANSFORMER_PREFIX + path
     if component != "unet":
         encoder = family.text_encoder(component)
         return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
@@ -89,9 +91,12 @@ def is_kohya_name(key: str) -> bool:
 
 
 def component_of(path: str) -> str | None:
-    """Return the component of a module path without prefix, by its first word; None if unknown."""
+    """Return the component of a module path without prefix; None if unknown.
+
+    UNets and text encoders are identified by the first word, transformers by the whole path.
+    """
     top = path.split(".")[0]
-    if _TRANSFORMER.match(path):
+    if path in transformer_paths():
         return "transformer"
     if top in _UNET_STARTS | _SGM_STARTS:
         return "unet"
@@ -164,13 +169,16 @@ def _flat_names(names: list[str]) -> Iterable[tuple[str, str]]:
 
 
 def _by_vocabulary(flat: str, layouts: list[UNetLayout]) -> str | None:
-    prefixes = [*KOHYA_PREFIXES.items(), (LYCORIS_PREFIX, "unet"), (LYCORIS_PREFIX, "text_encoder")]
+    denoisers = [(LYCORIS_PREFIX, "unet"), (TRANSFORMER_PREFIX.replace(".", "_"), "unet")]
+    prefixes = [*KOHYA_PREFIXES.items(), *denoisers, (LYCORIS_PREFIX, "text_encoder")]
     for prefix, component in prefixes:
         if flat.startswith(prefix):
             path = flat.removeprefix(prefix)
             dotted = _unet_path(path, layouts) if component == "unet" else _dotted(path, _TEXT)
             if dotted:
                 return canonical(component, dotted)
+            if component == "unet" and (dotted := _flat_transformers().get(path)):
+                return canonical("transformer", dotted)
     return None
 
 
@@ -182,6 +190,11 @@ def _unet_path(flat: str, layouts: list[UNetLayout]) -> str | None:
 @lru_cache
 def _flat_blocks(layout: UNetLayout) -> dict[str, str]:
     return unet_names(layout).with_underscores().canonical
+
+
+@lru_cache
+def _flat_transformers() -> dict[str, str]:
+    return {path.replace(".", "_"): name for path, name in transformer_paths().items()}
 
 
 def _compile(templates: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:
