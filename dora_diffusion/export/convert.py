@@ -125,20 +125,16 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         inputs += [model.path] if model else []
         adapter = _read(source, target, model, alpha)
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
-        denoiser = denoiser_of(adapter.layers)
-        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser)
         fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
         fit = _check_request(target, program, model, fit, adapter.metadata.base_model)
-        kind = CONVERSIONS[target].plain_lora_in or target
-        if CONVERSIONS[target].needs_rank:
-            kind = fit.key_format(None, denoiser) if model else key_format_for(adapter.layers)
+        kind = _layout_to_write(target, adapter, fit, model)
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
         family = family or (model.family.name if model else "")
         adapter = _with_additions(adapter, family, tags, thumbnail)
         adapter, errors, total = _of_smaller_rank(adapter, target, fit, model)
         path = write_adapter(output, adapter, kind, dtype=fit.dtype, base=model)
     if target == "comfyui" and not needs_compensation(adapter.layers):
-        target = input_format(denoiser)
+        target = input_format(denoiser_of(adapter.layers))
     count = len(adapter.layers)
     notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
@@ -166,10 +162,12 @@ def conversion_of(target: str, adapter: AdapterFile) -> str:
     Raises:
         AdapterFormatError: If there is none for the adapter's denoiser.
     """
+    denoiser = denoiser_of(adapter.layers)
     if target not in PROGRAMS:
+        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser)
         return target
     axes = {w.norm_axis for w in adapter.layers.values() if w.magnitude is not None}
-    program, denoiser = PROGRAMS[target], denoiser_of(adapter.layers)
+    program = PROGRAMS[target]
     refuse_denoiser(program.title, program.denoisers, denoiser)
     return program.conversion(axes, is_sum=bool(adapter.beside), denoiser=denoiser)
 
@@ -204,6 +202,15 @@ def _check_request(
     if conversion.needs_rank and not settings.limits:
         raise ExportError(f"{target} needs a rank: give --rank, --conv_rank or --energy")
     return settings
+
+
+def _layout_to_write(
+    target: str, adapter: AdapterFile, fit: FitSettings, model: StoredModel | None
+) -> str:
+    conversion = CONVERSIONS[target]
+    if not conversion.needs_rank:
+        return conversion.plain_lora_in or target
+    return fit.key_format(None, model.family.denoiser) if model else key_format_for(adapter.layers)
 
 
 def _of_smaller_rank(

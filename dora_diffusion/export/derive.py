@@ -45,14 +45,14 @@ from dora_diffusion.formats.adapter.metadata import (
     join_triggers,
     without_path,
 )
-from dora_diffusion.formats.checkpoint.models import StoredModel
+from dora_diffusion.formats.checkpoint.models import StoredModel, comparable_shapes
 from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.checkpoint.weights import module_shapes, module_weight
 from dora_diffusion.formats.names.modules import known_layout
 
 # Embedding tables of text encoders. Training changes the rows that captions look up, each in a
 # different direction, so the change is not of low rank. Only two key formats can store tables.
-_TABLES = (".token_embedding", ".position_embedding")
+_TABLES = (".token_embedding", ".position_embedding", ".embed_tokens")
 
 
 @check_arguments()
@@ -174,7 +174,11 @@ def _fit_models(
 ) -> tuple[Fitted, list[str]]:
     """Return the fitted layers, and notes on the other tensors."""
     _check_pair(base, tuned)
-    names = [name for name in module_shapes(base) if not name.endswith(_TABLES)]
+    # Adapters of some text encoders have no effect.
+    is_refused = "train_text_encoder" in base.family.refused
+    without = tuple(f"{name}." for name in base.family.text_encoder_names) if is_refused else ()
+    shapes, _ = comparable_shapes(base, tuned)
+    names = [n for n in shapes if not n.endswith(_TABLES) and not n.startswith(without)]
 
     def target_of(name: str) -> FitTarget | None:
         before, after = module_weight(base, name), module_weight(tuned, name)
@@ -204,7 +208,7 @@ def _check_pair(base: StoredModel, tuned: StoredModel) -> None:
             f"the base is {base.family.title} ({base.family.name}), {tuned.path.name} is "
             f"{tuned.family.title} ({tuned.family.name}); both must be of the same family"
         )
-    shapes, tuned_shapes = module_shapes(base), module_shapes(tuned)
+    shapes, tuned_shapes = comparable_shapes(base, tuned)
     wrong = [
         f"{name} {tuple(tuned_shapes[name])} for {tuple(shape)}"
         if name in tuned_shapes

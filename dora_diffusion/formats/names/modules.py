@@ -283,7 +283,7 @@ def _pairs(layout: UNetLayout) -> Iterator[tuple[str, str]]:
 
 
 # More blocks of one kind than the largest known transformer.
-_MOST_BLOCKS = 64
+MOST_BLOCKS = 64
 
 
 @lru_cache
@@ -292,7 +292,7 @@ def transformer_names(code: str) -> NameTable:
     names = NAMES["transformers"][code]
     pairs = [*names["top"].items()]
     for block, original in names["blocks"].items():
-        for number in range(_MOST_BLOCKS):
+        for number in range(MOST_BLOCKS):
             pairs += below(names["block"], f"{block}.{number}", f"{original}.{number}")
     return NameTable(pairs)
 
@@ -303,7 +303,7 @@ def transformer_paths() -> Mapping[str, str]:
 
     A joined matrix has Diffusers' parent and its own last word: ``layers.0.attention.qkv``.
     """
-    paths = {}
+    paths: dict[str, str] = {}
     for code in NAMES["transformers"]:
         for name, original in transformer_names(code).original.items():
             module, _, row = original.partition("#")
