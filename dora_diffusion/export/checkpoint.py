@@ -181,11 +181,10 @@ def export_trained(
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base.path)))
         model.override_schedule(base, [facts])
-        with contextlib.closing(
-            trained_metadata(model, metadata, output, words or {})
-        ) as model_metadata:
-            complete = not model.family.has_separate_files
-            _Writer(trained, model, model_metadata, complete).write(output, base.model_config, vae)
+        described = trained_metadata(model, metadata, output, words or {})
+        complete = not model.family.has_separate_files
+        with contextlib.closing(described):
+            _Writer(trained, model, described, complete).write(output, base.model_config, vae)
     return output
 
 

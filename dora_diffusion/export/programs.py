@@ -106,6 +106,8 @@ def kind_of(model: StoredModel) -> str:
     prediction = model.schedule().get(PREDICTION, "")
     what = "file" if model.is_single_file else "folder"
     if not model.family.has_unet:
+        if not model.family.denoiser_key:
+            return "transformer folder without a single file"
         is_complete = model.is_single_file and not model.left_out
         what = f"{'complete ' * is_complete}transformer {what}"
     if not has_released_shape(model):
@@ -131,8 +133,7 @@ def schedule_notes(model: StoredModel) -> list[str]:
     is_one = model.is_single_file and has_released_shape(model)
     if not is_one or not model.schedule().get(ZERO_SNR):
         return []
-    in_node = "; in ComfyUI switch on zsnr in that node"
-    comfyui = "" if model.family.marks_v_prediction else in_node
+    comfyui = "; in ComfyUI switch on zsnr in that node" * (not model.family.marks_v_prediction)
     return [
         "zero terminal SNR: in A1111 choose it under Settings, Sampler parameters, Noise schedule "
         f"for sampling{comfyui}"
@@ -147,10 +148,11 @@ def a1111_config(model: StoredModel) -> str:
     """
     family, prediction = model.family, model.schedule().get(PREDICTION, "")
     is_told = prediction == V or (bool(prediction) and family.has_two_predictions)
-    if not is_told or not has_released_shape(model):
+    if not is_told or not family.has_unet or not has_released_shape(model):
         return ""
     is_v, paints = prediction == V, family.conditioning_latents > 0
-    text = (Path(__file__).parent / "a1111" / f"{family.configuration}.yaml").read_text("utf-8")
+    file = Path(__file__).parent / "a1111" / f"{family.configuration}.yaml"
+    text = file.read_text("utf-8")
     return A1111_HEAD + text.format(
         prediction="v" if is_v else "eps",
         denoiser="V" if is_v else "Eps",

@@ -325,6 +325,17 @@ def test_formats_and_programs_without_transformers_are_refused(
         write(tmp_path / "u", unet, "diffusion_model")
 
 
+def test_transformers_without_known_names_are_refused(tmp_path: Path) -> None:
+    """ComfyUI's names of FLUX.2 were not checked."""
+    layer = LayerWeights(torch.ones(2, 8), torch.ones(6, 2), None, 2.0)
+    adapter = AdapterFile({"transformer.transformer_blocks.0.attn.to_q": layer})
+    with pytest.raises(AdapterFormatError, match="modules without a name"):
+        write_adapter(tmp_path / "a.safetensors", adapter, "diffusion_model")
+    file = write_adapter(tmp_path / "b.safetensors", adapter)
+    tools = inspect_adapter(file).tools
+    assert (tools["diffusers"], tools["ComfyUI and Forge"]) == ("exact", "-")
+
+
 # Key formats, their axis, and whether `inspect` calls them exact in Diffusers.
 IN_DIFFUSERS = [("diffusers", "output", True), ("diffusers", None, True),
                 ("diffusion_model", None, True), ("diffusion_model", "output", False),

@@ -241,6 +241,10 @@ def names_of_configs(
     Raises:
         CheckpointLayoutError: If a component is missing or the layout cannot number its blocks.
     """
+    if not family.has_unet and family.code not in NAMES["transformers"]:
+        raise CheckpointLayoutError(
+            f"no layout of a single file is known for {family.title}; export a folder"
+        )
     required = (family.denoiser, "vae", "scheduler")
     if missing := [name for name in required if name not in configs]:
         raise CheckpointLayoutError(f"the pipeline has no {listing(missing)} config")

@@ -12,8 +12,8 @@ from dora_diffusion.formats.layouts import VERDICTS
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS, PEFT_FORMS
 from dora_diffusion.formats.layouts.kohya import Kohya
 from dora_diffusion.formats.layouts.layout import Key, Layers
-from dora_diffusion.formats.names.kohya import TRANSFORMER_PREFIX, Resolve, component_of
-from dora_diffusion.formats.names.modules import NAMES
+from dora_diffusion.formats.names.kohya import TRANSFORMER_PREFIX, Resolve
+from dora_diffusion.formats.names.modules import NAMES, transformer_paths
 
 _FORMS = (*NAMES["kohya_forms"], *PEFT_FORMS)
 
@@ -29,8 +29,7 @@ class DiffusionModel(Kohya):
 
     def owns(self, key: Key) -> bool:
         path = key.path.removeprefix(TRANSFORMER_PREFIX)
-        is_transformer = path != key.path and component_of(path) == "transformer"
-        return is_transformer and key.form in _FORMS
+        return path != key.path and path in transformer_paths() and key.form in _FORMS
 
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
         return DIFFUSERS.module(key, resolve, component)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family, transformer_family
 from dora_diffusion.formats.names.modules import (
     NAMES,
     TOP_MODULES,
@@ -26,16 +26,10 @@ from dora_diffusion.formats.names.modules import (
     unet_names,
 )
 
-KOHYA_PREFIXES = {
-    "lora_unet_": "unet",
-    **{
-        encoder.kohya_prefix: encoder.component
-        for family in FAMILIES.values()
-        for encoder in family.text_encoders
-    },
-}
 # ComfyUI's prefix of transformers; it knows the names of Diffusers.
 TRANSFORMER_PREFIX = "diffusion_model."
+_ENCODERS = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
+KOHYA_PREFIXES = {"lora_unet_": "unet", **{e.kohya_prefix: e.component for e in _ENCODERS}}
 LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
 # Adaptable modules; `#` stands for a number.
 _ATTENTION = NAMES["attention"]
@@ -75,7 +69,7 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
     """
     component, path = split_component(name)
     if component == "transformer":
-        return TRANSFORMER_PREFIX + path
+        return TRANSFORMER_PREFIX + path if path in transformer_paths() else None
     if component != "unet":
         encoder = family.text_encoder(component)
         return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
@@ -96,7 +90,7 @@ def component_of(path: str) -> str | None:
     UNets and text encoders are identified by the first word, transformers by the whole path.
     """
     top = path.split(".")[0]
-    if path in transformer_paths():
+    if path in transformer_paths() or transformer_family(path):
         return "transformer"
     if top in _UNET_STARTS | _SGM_STARTS:
         return "unet"

@@ -38,14 +38,22 @@ _COLUMNS = (
 LEADING = 16
 _PLACES = {"down_blocks": "UNet down", "mid_block": "UNet mid", "up_blocks": "UNet up"}
 _REFINERS = {"context_refiner": "context refiner", "noise_refiner": "noise refiner"}
+_STACKS = {
+    "layers": "layers", "transformer_blocks": "double blocks",
+    "single_transformer_blocks": "single blocks",
+}  # fmt: skip
 # In the order of the forward pass.
 PLACES = (
     "text encoder", "text encoder 2", "UNet in and time", *_PLACES.values(), "UNet out",
     "transformer in and time", *_REFINERS.values(),
-    *(f"layers {first} to {first + 9}" for first in range(0, MOST_BLOCKS, 10)), "transformer out",
+    *(f"{stack} {first} to {first + 9}" for stack in _STACKS.values()
+      for first in range(0, MOST_BLOCKS, 10)),
+    "transformer out",
 )  # fmt: skip
 KINDS = ("attention", "feed-forward", "convolution", "embedding", "other")
-_BLOCK = re.compile(r".*?\.(?:resnets|attentions|downsamplers|upsamplers|layers|\w+_refiner)\.\d+")
+_BLOCK = re.compile(
+    r".*?\.(?:resnets|attentions|downsamplers|upsamplers|layers|\w+_refiner|\w*transformer_blocks)\.\d+"
+)
 
 
 def place_of(name: str) -> str:
@@ -60,11 +68,11 @@ def place_of(name: str) -> str:
 
 
 def _place_in_transformer(first: str, rest: str) -> str:
-    if first == "layers":
+    if stack := _STACKS.get(first):
         start = int(rest.partition(".")[0]) // 10 * 10
-        return f"layers {start} to {start + 9}"
-    usual = "transformer out" if first == "all_final_layer" else "transformer in and time"
-    return _REFINERS.get(first, usual)
+        return f"{stack} {start} to {start + 9}"
+    is_last = first in ("all_final_layer", "norm_out", "proj_out")
+    return _REFINERS.get(first, "transformer out" if is_last else "transformer in and time")
 
 
 def is_table(name: str) -> bool:
@@ -74,9 +82,9 @@ def is_table(name: str) -> bool:
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
     """Return the kind of a layer with this weight shape: one of ``KINDS``."""
-    if re.search(r"\.(attn\d|self_attn|attention)\.", name):
+    if re.search(r"\.(attn\d?|self_attn|attention)\.", name):
         return "attention"
-    if re.search(r"(?<!t_embedder)\.(ff|mlp|feed_forward)\.", name):
+    if re.search(r"(?<!t_embedder)\.(ff|ff_context|mlp|feed_forward)\.", name):
         return "feed-forward"
     if is_table(name):
         return "embedding"

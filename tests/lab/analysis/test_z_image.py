@@ -51,5 +51,8 @@ def test_layers_are_in_the_order_of_the_forward_pass() -> None:
     assert sorted({*names}, key=model_order) == names
     places = [place_of(name) for name in names]
     assert places[3:6] == ["layers 0 to 9", "layers 10 to 19", "layers 20 to 29"]
+    klein = ("transformer_blocks.4.attn.to_q", "single_transformer_blocks.19.attn.to_out")
+    places += (others := [place_of(f"transformer.{path}") for path in klein])
+    assert others == ["double blocks 0 to 9", "single blocks 10 to 19"]
     assert {*places} < {*PLACES}
     assert block_of(names[1]) == "transformer.context_refiner.1"
