@@ -260,6 +260,8 @@ def _file_info(path: Path, modified: int) -> ModelInfo:
 
     header = read_header(path)
     family = detect_checkpoint_family(header.specs, str(path))
+    if not family.configuration:
+        return _released_info(family)
     schedule = choose_schedule(path.name, stated_by_file(header.metadata, header.specs))
     side = released_config(family, schedule.prediction_type)["unet"]["sample_size"]
     return replace(_released_info(family), resolution=8 * side)
