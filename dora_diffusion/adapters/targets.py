@@ -130,9 +130,11 @@ def _nearest(target: str, paths: Iterable[str]) -> list[str]:
 def _nothing_matches(target: str, model: nn.Module, paths: list[str]) -> str:
     kind = "preset" if target in _PATTERNS else "pattern"
     there = ", ".join(paths[:3]) + (f", ... ({len(paths)} in all)" if len(paths) > 3 else "")
+    layers = [(path, model.get_submodule(path)) for path in paths]
+    presets = [name for name in _PATTERNS if any(_matches(name, *layer) for layer in layers)]
     return (
         f"the {kind} {target!r} matches no layer of {type(model).__name__}; it has the layers "
-        f"{there or 'none that can be adapted'}. Presets are {', '.join(_PATTERNS)}."
+        f"{there or 'none that can be adapted'}. Its presets are {', '.join(presets) or 'none'}."
     )
 
 

@@ -54,7 +54,7 @@ class DeviceSettings:
     )
     compile: bool = flag(
         False,
-        "Compile the UNet's repeated blocks with torch.compile: faster steps on a GPU, but a "
+        "Compile the denoiser's repeated blocks with torch.compile: faster steps on a GPU, but a "
         "slower start. Samples run uncompiled.",
         resume="free",
     )

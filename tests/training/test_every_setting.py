@@ -283,15 +283,8 @@ def one_level(folder: Path, root: Path, family: str, in_channels: int = 4) -> Pa
     return made
 
 
-@pytest.fixture(scope="module")
-def places(
-    tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, sd2_folder: Path,
-    sd1_inpainting_folder: Path, dino_folder: Path,
-) -> dict[str, Path]:  # fmt: skip
-    """Files and folders that the cases name."""
-    root = tmp_path_factory.mktemp("places")
-    sd1, sd2 = (one_level(sd1_folder, root, "sd1"), one_level(sd2_folder, root, "sd2"))
-    inpainting = one_level(sd1_inpainting_folder, root, "sd1", 9)
+def write_photos(root: Path) -> dict[str, Path]:
+    """Photos, captions, masks and words that the cases name."""
     photos = root / "photos"
     photos.mkdir()
     for number, source in enumerate(sorted((SAMPLES / "bolt_mug").glob("*.jpg"))[:3]):
@@ -319,22 +312,34 @@ def places(
         (root / name).mkdir(exist_ok=True)
         (root / name / "where.txt").write_text(line, encoding="utf-8")
     (root / "prompts.txt").write_text("a red sks dog\n", encoding="utf-8")
-    variants = Path(shutil.copytree(sd1, root / "variants"))
+    found = {"photos": photos, "others": others, "bare": bare, "long": long}
+    return found | {"words": root / "words", "prompts": root / "prompts.txt"}
+
+
+def write_variants(model: Path, root: Path) -> dict[str, Path]:
+    """A variant of a model, and another autoencoder for it."""
+    variants = Path(shutil.copytree(model, root / "variants"))
     for path in [*variants.rglob("*.safetensors")]:
         moved = {name: tensor * 1.01 for name, tensor in load_file(path).items()}
         save_file(moved, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
-    vae = Path(shutil.copytree(sd1 / "vae", root / "vae"))
+    vae = Path(shutil.copytree(model / "vae", root / "vae"))
     [weights] = vae.glob("*.safetensors")
     save_file({n: t * 1.1 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    return {"variants": variants, "vae": vae}
+
+
+@pytest.fixture(scope="module")
+def places(
+    tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, sd2_folder: Path,
+    sd1_inpainting_folder: Path, dino_folder: Path,
+) -> dict[str, Path]:  # fmt: skip
+    """Files and folders that the cases name."""
+    root = tmp_path_factory.mktemp("places")
+    sd1, sd2 = (one_level(sd1_folder, root, "sd1"), one_level(sd2_folder, root, "sd2"))
+    inpainting = one_level(sd1_inpainting_folder, root, "sd1", 9)
+    found = write_photos(root)
     run = root / "run"
-    found = {
-        "photos": photos,
-        "others": others,
-        "bare": bare,
-        "long": long,
-        "words": root / "words",
-    }
-    found |= {"prompts": root / "prompts.txt", "variants": variants, "vae": vae, "run": run}
+    found |= {**write_variants(sd1, root), "run": run}
     found |= {"sd1": sd1, "sd2": sd2, "inpainting": inpainting}
     found |= {"metric": dino_folder, "adapter": run / "pytorch_lora_weights.safetensors"}
     steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}

@@ -85,6 +85,15 @@ def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Component
     require_new(components, config.words)
     if plan.start is not None:
         plan.start.read(components, config)
+    check_trained(components, config)
+
+
+def check_trained(components: Components, config: TrainConfig) -> None:
+    """Check that the model has the layers that a run trains.
+
+    Raises:
+        TargetError, ValueError: If a target matches no layer, or a rank exceeds a layer.
+    """
     modules = components_that_train(components, config)
     if config.is_full:
         from dora_diffusion.training.trainable.full import check_weights
@@ -160,6 +169,7 @@ def resolve_settings(
         total_steps = max(1, -(-config.num_train_epochs * batches // accumulation))
     return resolve(
         config,
+        family=components.family,
         prediction_type=components.prediction_type,
         resolution=run_resolution(config, components),
         total_steps=total_steps,
@@ -184,6 +194,7 @@ def _warn_of_small_data(
     sides = [s or components.default_resolution for size in sampled for s in size]
     longest = max(sides + [side for size in dataset.groups for side in size])
     is_set = config.max_token_length != TOKENS_PER_CHUNK
+    is_set = is_set and "max_token_length" not in components.family.without_effect
     if is_set and all(components.code.chunk_count(components, text) == 1 for text in texts):
         warnings.warn(
             f"max_token_length {config.max_token_length} has no effect because no caption or "
