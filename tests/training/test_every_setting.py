@@ -395,8 +395,7 @@ def usual_runs() -> dict[str, Any]:
     return {}
 
 
-@pytest.fixture
-def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def watched(monkeypatch: pytest.MonkeyPatch, denoiser: type) -> list[str]:
     """Calls of libraries where no number of a run changes, or which are not installed."""
     asked: list[str] = []
 
@@ -414,8 +413,8 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(place, name, wrapped)
 
-    note(UNet2DConditionModel, "enable_gradient_checkpointing")
-    note(UNet2DConditionModel, "forward", lambda unet, noisy, *_: len(noisy))
+    note(denoiser, "enable_gradient_checkpointing")
+    note(denoiser, "forward", lambda model, noisy, *_: len(noisy))
     note(AutoencoderKL, "encode", lambda *_: sum("encode" in each for each in asked))
     note(torch, "save", lambda state, file: len(asked))
     note(processes, "allow_tf32")
@@ -440,6 +439,12 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
     monkeypatch.setattr("dora_diffusion.export.hub.push", push)
     return asked
+
+
+@pytest.fixture
+def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls of libraries during a test."""
+    return watched(monkeypatch, UNet2DConditionModel)
 
 
 def test_each_setting_has_a_case() -> None:
