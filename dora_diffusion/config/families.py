@@ -218,6 +218,11 @@ class Family:
         """True if the model is trained on a flow."""
         return self.prediction_type == FLOW
 
+    @property
+    def has_small_text_encoders(self) -> bool:
+        """True if the text encoders have less than half the size of the denoiser."""
+        return 2 * self.gpu_memory.text_encoders < self.gpu_memory.denoiser
+
     def fits(self, kinds: Mapping[str, str], config: Mapping[str, Any]) -> bool:
         """Return whether a pipeline belongs to the family.
 

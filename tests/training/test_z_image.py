@@ -33,6 +33,7 @@ from dora_diffusion.training.prediction import answer
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.run import Run
+from tests.apple import AppleGPU
 from tests.training.helpers import assert_same_adapter, losses, moved, open_run
 from tests.z_image import write_z_image
 
@@ -255,7 +256,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"quantize": "int8"},
     "nf4": {"quantize": "nf4"},
     "not cached": {"cache_latents": False},
-    "offloaded": {"offload": "model"},
     "slow": {"gradient_accumulation_steps": 2},
 }
 
@@ -279,6 +279,23 @@ def test_a_file_has_the_effect_that_the_run_measured(
     assert found > 1e-3
     layers = read_adapter(result.adapter).layers
     assert not any("embedder" in key for key in layers if "t_embedder" not in key)
+
+
+def test_an_offloaded_run_is_that_on_the_device(
+    gpu: AppleGPU, config: Callable[..., TrainConfig]
+) -> None:
+    """With class images and samples, for which modules come and go."""
+    settings = {
+        "with_prior_preservation": True, "prior_preservation_mode": "images",
+        "num_class_images": 2, "num_validation_images": 1, "validation_prompt": ["a sks mug"],
+        "validation_steps": 2,
+    }  # fmt: skip
+    runs = [config(choice, offload=choice, **settings) for choice in ("none", "model")]
+    for run in runs:
+        train(run)
+    outputs = [Path(run.output_dir) for run in runs]
+    assert losses(outputs[0]) == losses(outputs[1])
+    assert_same_adapter(*outputs)
 
 
 def test_full_fine_tuning_writes_the_model(config: Callable[..., TrainConfig]) -> None:
