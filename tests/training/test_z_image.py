@@ -287,8 +287,9 @@ def test_an_offloaded_run_is_that_on_the_device(
     """With class images and samples, for which modules come and go."""
     settings = {
         "with_prior_preservation": True, "prior_preservation_mode": "images",
-        "num_class_images": 2, "num_validation_images": 1, "validation_prompt": ["a sks mug"],
-        "validation_steps": 2,
+        "num_class_images": 1, "num_validation_images": 1, "validation_prompt": ["a sks mug"],
+        "validation_steps": 1, "validation_inference_steps": 1, "max_train_steps": 2,
+        "targets": ["attention"],
     }  # fmt: skip
     runs = [config(choice, offload=choice, **settings) for choice in ("none", "model")]
     for run in runs:
