@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import pytest
 from diffusers import ZImageTransformer2DModel
 
 from dora_diffusion.adapters.targets import TargetError
+from dora_diffusion.cli import main as cli
+from dora_diffusion.cli.commands.train import train_config
+from dora_diffusion.cli.console.training import training_summary
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.config.presets import PRESETS, preset_settings
 from dora_diffusion.config.train import settings
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training import events, recipe
@@ -193,3 +198,55 @@ def test_defaults_of_the_family(places: dict[str, Path], tmp_path: Path) -> None
     recipe.train(config, done.append)
     records = [event.record for event in done if isinstance(event, events.StepDone)]
     assert {record["lr"]["transformer/down"] for record in records} == {1e-4}
+
+
+def parsed(model: Path, *flags: str) -> TrainConfig:
+    words = ["train", "--pretrained_model_name_or_path", str(model), *flags]
+    return train_config(cli.build_parser().parse_args(words))
+
+
+def test_a_command_line_starts_from_the_familys_settings(places: dict[str, Path]) -> None:
+    model, defaults = places["z_image"], dict(FAMILY.defaults)
+    assert defaults == {"validation_guidance_scale": 6.0, "validation_inference_steps": 50}
+    for config in (parsed(model), parsed(model, "--validation_inference_steps", "7")):
+        assert config.validation_guidance_scale == 6.0
+    assert config.validation_inference_steps == 7
+    with pytest.warns(UserWarning, match="quantize_convolutions has no effect on Z-Image"):
+        parsed(model, "--no-quantize_convolutions")
+    assert summary_of(parsed(model, "--quantize", "int8", "--quantize_convolutions")) == [
+        f"quantize_convolutions has no effect on Z-Image: "
+        f"{FAMILY.without_effect['quantize_convolutions']}"
+    ]
+    with pytest.raises(ConfigError, match="train_text_encoder cannot be used"):
+        summary_of(parsed(model, "--train_text_encoder"))
+
+
+def summary_of(config: TrainConfig) -> list[str]:
+    """Lines on settings without effect of the summary of a run, which loads no model."""
+    config = dataclasses.replace(
+        config, instance_data_dir=str(every.SAMPLES / "bolt_mug"), instance_prompt="a sks mug"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training_summary(config)
+    return [str(w.message) for w in caught if "has no effect" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_is_said_to_be_made_for_stable_diffusion(
+    name: str, places: dict[str, Path]
+) -> None:
+    """It is not refused, but for the settings that are the point of it."""
+    words = ["--instance_prompt", "a <sks> sks mug"]
+    if name == "slider":
+        words = ["--target", "a mug", "--positive", "a red mug", "--negative", "a blue mug"]
+    with pytest.warns(UserWarning, match="made for Stable Diffusion") as caught:
+        config = parsed(places["z_image"], "--preset", name, *words)
+    assert [str(w.message) for w in caught if "preset" in str(w.message)] == [
+        f"preset {name} was made for Stable Diffusion: its settings were not tried on Z-Image"
+    ]
+    values = preset_settings(name, FAMILY)
+    assert values["validation_guidance_scale"] == config.validation_guidance_scale == 6.0
+    assert values["max_train_steps"] == round(PRESETS[name].steps * FAMILY.default_steps)
+    refused = {setting for setting in FAMILY.refused if values.get(setting)}
+    assert refused == ({"train_text_encoder_ti"} if name == "fast-word" else set())
