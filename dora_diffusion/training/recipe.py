@@ -30,7 +30,7 @@ from dora_diffusion.training.inputs.base import (
     move_step_modules,
 )
 from dora_diffusion.training.inputs.resolve import (
-    check_trained,
+    check_with_model,
     open_data,
     plan_run,
     resolve_settings,
@@ -200,7 +200,7 @@ def assemble(
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)
     require_new(components, config.words)
-    check_trained(components, config)
+    check_with_model(components, config)
     config = replace(config, resolution=run_resolution(config, components))
     start = plan.start.read(components, config) if plan.start else None
     data = open_data(config, subjects, plan.photos, components, accelerator, on_event)

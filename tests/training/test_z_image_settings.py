@@ -191,6 +191,29 @@ def test_presets_of_unets_name_those_of_the_transformer(
     )
 
 
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("validation_prompt", {"validation_prompt": ["a mug --w 72"], "num_validation_images": 1}),
+        ("bucket_reso_steps", {"aspect_ratio_buckets": True, "bucket_reso_steps": 8}),
+        ("resolution", {"resolution": 40}),
+        ("clip_skip", {"clip_skip": 2}),
+    ],
+)
+def test_values_that_the_model_cannot_have_are_refused_before_training(
+    setting: str, values: dict[str, Any], places: dict[str, Path], tmp_path: Path
+) -> None:
+    values = {**USUAL, **values, "output_dir": str(tmp_path / "out")}
+    said = {"clip_skip": "choose 0 to 1"}.get(setting, "multiple of 16")
+    with pytest.raises(ValueError, match=rf"{said}") as error:
+        recipe.train(TrainConfig(**filled(values, places)), _no_step)
+    assert setting in (getattr(error.value, "setting", "") or str(error.value))
+
+
+def _no_step(event: events.Event) -> None:
+    assert not isinstance(event, events.StepDone)
+
+
 def test_defaults_of_the_family(places: dict[str, Path], tmp_path: Path) -> None:
     config = TrainConfig(**filled({**USUAL, "learning_rate": None}, places))
     config = dataclasses.replace(config, output_dir=str(tmp_path / "out"))
