@@ -227,6 +227,14 @@ def model_info(name: str) -> ModelInfo:
     return next(released, UNKNOWN)
 
 
+def known_family(name: str) -> Family | None:
+    """Return the family of a model; None if it is not known before the model is loaded."""
+    try:
+        return FAMILIES.get(model_info(name).family)
+    except ValueError:
+        return None
+
+
 def _released_info(family: Family) -> ModelInfo:
     return ModelInfo(family.name, family.default_resolution, True)
 
