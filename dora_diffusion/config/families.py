@@ -253,6 +253,18 @@ class Family:
                 name,
             )
 
+    def inactive_messages(self, settings: Mapping[str, Any]) -> list[str]:
+        """Describe settings without effect.
+
+        Args:
+            settings: Values by setting; None and False are off.
+        """
+        return [
+            f"{name} has no effect on {self.title} because {reason}"
+            for name, reason in self.without_effect.items()
+            if settings.get(name)
+        ]
+
     def pipeline_guidance(self, guidance_scale: float) -> float:
         """Return the pipeline's value for a guidance scale, of which 1 is none."""
         return max(0.0, guidance_scale - self.guidance_offset)

@@ -351,11 +351,13 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
     """
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import truncated_text
+    from dora_diffusion.sampling.conditioning import inactive_messages
     from dora_diffusion.sampling.images import adapter_name
     from dora_diffusion.sampling.load import few_steps
 
     request, components, sampling, _ = loaded
     limit, notes = components.code.token_limit(components), prompt_messages(request, prompts)
+    notes += inactive_messages(components, sampling, [*prompts, sampling.negative_prompt])
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
         for part in plain_parts(prompt) if sampling.prompt_weights else [prompt]:
