@@ -144,10 +144,11 @@ def a1111_config(model: StoredModel) -> str:
     """
     family, prediction = model.family, model.schedule().get(PREDICTION, "")
     is_told = prediction == V or (bool(prediction) and family.has_two_predictions)
-    if not is_told or not has_released_shape(model):
+    if not is_told or not family.has_unet or not has_released_shape(model):
         return ""
     is_v, paints = prediction == V, family.conditioning_latents > 0
-    text = (Path(__file__).parent / "a1111" / f"{family.configuration}.yaml").read_text("utf-8")
+    file = Path(__file__).parent / "a1111" / f"{family.configuration}.yaml"
+    text = file.read_text("utf-8")
     return A1111_HEAD + text.format(
         prediction="v" if is_v else "eps",
         denoiser="V" if is_v else "Eps",

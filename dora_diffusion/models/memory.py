@@ -51,9 +51,9 @@ def training_memory(
         gradient_checkpointing: Whether gradient checkpointing is on.
 
     Returns:
-        GiB; None for an unknown family.
+        GiB; None for an unknown family, or one that was not measured.
     """
-    if family not in FAMILIES:
+    if family not in FAMILIES or not FAMILIES[family].memory:
         return None
     entry = FAMILIES[family]
     rows = [row for row in entry.memory if row.gradient_checkpointing == gradient_checkpointing]

@@ -84,12 +84,13 @@ def difference(image: Image.Image, other: Image.Image) -> int:
 
 @torch.no_grad()
 def prediction(components: Any) -> Tensor:
-    """A UNet's prediction from nine channels of noise."""
+    """Prediction of a loaded model, or a pipeline, from nine channels of noise."""
     generator = torch.Generator().manual_seed(3)
-    config = components.denoiser.config
+    unet = getattr(components, "denoiser", None) or components.unet
+    config = unet.config
     states = torch.randn(1, 77, config.cross_attention_dim, generator=generator)
     added = {"text_embeds": torch.randn(1, 48, generator=generator), "time_ids": torch.ones(1, 6)}
-    predicted: Tensor = components.denoiser(
+    predicted: Tensor = unet(
         torch.randn(1, 9, 8, 8, generator=generator), torch.tensor([300]), states,
         added_cond_kwargs=added if config.addition_embed_type else None,
     ).sample  # fmt: skip

@@ -416,7 +416,9 @@ def test_a_schedule_of_another_kind_is_refused():
     from dora_diffusion.models.load import training_scheduler
 
     with pytest.raises(UnsupportedModelError, match="EDMDPMSolverMultistepScheduler"):
-        training_scheduler({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0})
+        training_scheduler(
+            {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0}, FAMILIES["sd1"]
+        )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
