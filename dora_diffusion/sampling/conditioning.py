@@ -90,7 +90,8 @@ def inactive_messages(
     return components.family.inactive_messages(values)
 
 
-def _reads_weights(components: Components, settings: SamplingSettings) -> bool:
+def reads_weights(components: Components, settings: SamplingSettings) -> bool:
+    """Return whether weights in prompts are read."""
     return settings.prompt_weights and "prompt_weights" not in components.family.without_effect
 
 
@@ -103,7 +104,7 @@ def warn_of_settings(components: Components, rows: Rows, settings: SamplingSetti
         prompts, adapters = [*prompts, settings.detail.prompt], [*adapters, None]
     for line in inactive_messages(components, settings, prompts):
         warnings.warn(line, stacklevel=3)
-    if _reads_weights(components, settings):
+    if reads_weights(components, settings):
         for text in dict.fromkeys(prompts):
             for kind in unread_syntax(text):
                 message = f"syntax of web UIs is read as text here ({kind}): {quoted(text)}"
@@ -133,7 +134,7 @@ def prompt_arguments(
         shared: Let the pipeline encode the one prompt of all rows once.
     """
     prompts, count, negative = rows.prompts, len(rows), settings.negative_prompt
-    is_weighted = _reads_weights(components, settings) and any(
+    is_weighted = reads_weights(components, settings) and any(
         map(has_weights, [*prompts, negative])
     )
     is_short = components.most_chunks == 1 or all(

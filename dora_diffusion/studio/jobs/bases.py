@@ -100,15 +100,20 @@ def of_runs(workspace: Path) -> list[Base]:
 
 
 def in_hub_cache() -> list[Base]:
-    """Return downloaded pipelines of a supported family with UNet weights in safetensors."""
+    """Return downloaded pipelines of a supported family with weights in safetensors."""
     cached = []
     for name in locate.cached_models():
         snapshot = locate.cached_snapshot(name)
-        if snapshot is None or not any(snapshot.glob("unet/*.safetensors")):
+        if snapshot is None or not weight_files(snapshot):
             continue
         base = _base(name, "in the hub's cache")
         cached += [base] if base.family else []
     return cached
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files with the weights of a pipeline's denoiser."""
+    return [file for part in families.DENOISERS for file in folder.glob(f"{part}/*.safetensors")]
 
 
 def model_folders(
@@ -150,7 +155,7 @@ def _candidates(folder: Path, depth: int) -> Iterable[Path]:
                 yield from _candidates(Path(entry.path), depth - 1)
 
 
-_CONFIGS = ["model_index.json", "unet/config.json"]
+_CONFIGS = ["model_index.json", *(f"{part}/config.json" for part in families.DENOISERS)]
 
 
 def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:
@@ -196,10 +201,10 @@ def check_variant(name: str, variant: str | None) -> None:
     folder = locate.folder_of(name) if variant else None
     if folder is None:
         return
-    files = sorted(path.name for path in folder.glob("unet/*.safetensors"))
+    files = sorted(path.name for path in weight_files(folder))
     if files and not any(f".{variant}." in file or f".{variant}-" in file for file in files):
         raise UserError(
-            f"{name} has no weights of the variant {variant!r}; its UNet is {', '.join(files[:3])}"
+            f"{name} has no weights of the variant {variant!r}; it has {', '.join(files[:3])}"
         )
 
 

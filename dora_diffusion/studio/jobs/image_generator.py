@@ -351,7 +351,7 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
     """
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import truncated_text
-    from dora_diffusion.sampling.conditioning import inactive_messages
+    from dora_diffusion.sampling.conditioning import inactive_messages, reads_weights
     from dora_diffusion.sampling.images import adapter_name
     from dora_diffusion.sampling.load import few_steps
 
@@ -360,7 +360,7 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
     notes += inactive_messages(components, sampling, [*prompts, sampling.negative_prompt])
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
-        for part in plain_parts(prompt) if sampling.prompt_weights else [prompt]:
+        for part in plain_parts(prompt) if reads_weights(components, sampling) else [prompt]:
             end = truncated_text(components, part)
             if end:
                 notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
