@@ -9,7 +9,7 @@ passed through: torch is not imported.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -253,17 +253,13 @@ class Family:
                 name,
             )
 
-    def inactive_messages(self, settings: Mapping[str, Any]) -> list[str]:
-        """Describe settings without effect.
-
-        Args:
-            settings: Values by setting; None and False are off.
-        """
-        return [
-            f"{name} has no effect on {self.title} because {reason}"
+    def inactive(self, settings: Collection[str]) -> dict[str, str]:
+        """Return messages on settings without effect, by setting."""
+        return {
+            name: f"{name} has no effect on {self.title}: {reason}"
             for name, reason in self.without_effect.items()
-            if settings.get(name)
-        ]
+            if name in settings
+        }
 
     def pipeline_guidance(self, guidance_scale: float) -> float:
         """Return the pipeline's value for a guidance scale, of which 1 is none."""

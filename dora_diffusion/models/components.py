@@ -100,14 +100,11 @@ class Components:
             ConfigError: If the model does not support a value.
 
         Warns:
-            UserWarning: If the family already skips a layer, or has no use for a value.
+            UserWarning: If the family already skips a layer.
         """
         family = self.family
-        if max_token_length != TOKENS_PER_CHUNK:
-            lines = family.inactive_messages({"max_token_length": max_token_length})
-            max_token_length = None if lines else max_token_length
-            for line in lines if is_told else ():
-                warnings.warn(line, stacklevel=3)
+        if "max_token_length" in family.without_effect:
+            max_token_length = None
         if clip_skip and family.skipped_layers and is_told:
             web = family.web_ui_clip_skip(0)
             warnings.warn(

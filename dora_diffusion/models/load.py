@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -197,8 +196,6 @@ def _planned(
     stated = configured if file is None else file.statements()
     usual = [] if file is None else configured
     family.refuse(str(base.path), vars(base))
-    for line in family.inactive_messages(vars(base)):
-        warnings.warn(line, stacklevel=4)
     schedule = choose_schedule(str(base.path), statements_on(base, stated, usual, adapters))
     require_prediction(source.name, family, schedule)
     folder = configured_folder or released_folder(family, schedule.prediction_type)

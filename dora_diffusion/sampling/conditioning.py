@@ -86,8 +86,8 @@ def inactive_messages(
         prompts: All prompts, whose weights may have no effect.
     """
     weights = settings.prompt_weights and any(map(has_weights, prompts))
-    values = {"scheduler": settings.scheduler, "prompt_weights": weights}
-    return components.family.inactive_messages(values)
+    given = {"scheduler": settings.scheduler, "prompt_weights": weights}
+    return [*components.family.inactive([name for name in given if given[name]]).values()]
 
 
 def reads_weights(components: Components, settings: SamplingSettings) -> bool:

@@ -240,7 +240,7 @@ def test_images_are_those_of_diffusers(name, folder, generate):
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_settings_without_effect_are_named_once_with_the_reason(name, generate):
     settings, others = WITHOUT_EFFECT[name]
-    line = f"{name} has no effect on Z-Image because {FAMILY.without_effect[name]}"
+    line = f"{name} has no effect on Z-Image: {FAMILY.without_effect[name]}"
     with pytest.warns(UserWarning, match=re.escape(line)) as caught:
         image = generate("with.png", num_images=1, **settings)
     assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
