@@ -1,10 +1,10 @@
-"""Run the suite: what runs beside each other, what runs alone, and failures once more.
+"""Run the suite: in several workers, in a process with the browser, and failures once more.
 
     python -m tests.suite [-n WORKERS] [-m MARKERS] [pytest arguments]
 
-1. Tests in several workers.
-2. Tests marked `alone`, which start a browser or a cluster, in one process.
-3. Each test that failed once more, alone, in a process of its own.
+1. Tests in several workers. Tests marked `alone`, which start a browser or a cluster, run at the
+   same time in one process, whose output follows.
+2. Each test that failed once more, alone, in a process of its own.
 
 A test that fails and then passes does not fail the run. It is printed as ``FLAKY`` in the last
 lines and added to build/flaky.txt. A test that fails twice fails the run, as does any other
@@ -19,15 +19,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAKY = ROOT / "build" / "flaky.txt"
 ALONE = {"tests/browser": "", "tests/cluster": "ray"}
-"""Folders of the tests that run alone, and the marker of those, or "" for all in the folder."""
+"""Folders of tests that run in a process of their own, and their marker, or "" for all of them."""
 MOST_RERUNS = 10
 """More failures than this are not chance, and none is run again."""
 PASSED, FAILED, NO_TESTS = 0, 1, 5
@@ -72,19 +73,24 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     config.option.report.write_text(json.dumps(report), encoding="utf-8")
 
 
-def run_pytest(arguments: Sequence[str]) -> Report:
-    """Run pytest in a process of its own, with this module as a plugin."""
+def run_pytest(arguments: Sequence[str], output: IO[bytes] | None = None) -> Report:
+    """Run pytest in a process of its own, with this module as a plugin.
+
+    Args:
+        arguments: Arguments of pytest.
+        output: File that takes what pytest prints; None prints it at once.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", "-p", "tests.suite", "--report", str(file)]
-        code = subprocess.run([*command, *arguments], cwd=ROOT).returncode
+        code = subprocess.run([*command, *arguments], cwd=ROOT, stdout=output).returncode
         if not file.exists():  # pytest was killed, or did not understand its arguments
             return Report(code or FAILED, [], {})
         return Report(code, **json.loads(file.read_text(encoding="utf-8")))
 
 
 def parts(workers: str, markers: str, arguments: Sequence[str]) -> list[list[str]]:
-    """Arguments of pytest for each part of the suite, in order."""
+    """Arguments of pytest for each part of the suite: the workers, then the process alone."""
 
     def only(marker: str) -> list[str]:
         return ["-m", f"({markers}) and {marker}" if markers else marker]
@@ -101,6 +107,15 @@ def parts(workers: str, markers: str, arguments: Sequence[str]) -> list[list[str
         for path in paths for folder in folders
     )  # fmt: skip
     return [together, alone] if is_named else [together]
+
+
+def run_together(parts: Sequence[Sequence[str]]) -> list[Report]:
+    """Run parts at the same time; the output of all but the first one is printed at the end."""
+    with ThreadPoolExecutor() as pool, tempfile.TemporaryFile() as file:
+        reports = list(pool.map(run_pytest, parts, [None, file]))
+        file.seek(0)
+        print(file.read().decode("utf-8", "replace"), end="", flush=True)
+    return reports
 
 
 def run_again(failed: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -131,11 +146,11 @@ def main(words: Sequence[str] | None = None) -> int:
     options, arguments = parser.parse_known_args(words)
     FLAKY.parent.mkdir(exist_ok=True)
     FLAKY.touch()
-    time, reports = datetime.now(), []
-    for part in parts(options.workers, options.markers, arguments):
-        reports.append(run_pytest(part))
-        if reports[-1].is_broken:
-            return reports[-1].code
+    time = datetime.now()
+    reports = run_together(parts(options.workers, options.markers, arguments))
+    for report in reports:
+        if report.is_broken:
+            return report.code
     failed = [test for report in reports for test in report.failed]
     flaky, broken = ([], failed) if len(failed) > MOST_RERUNS else run_again(failed)
     with FLAKY.open("a", encoding="utf-8") as file:

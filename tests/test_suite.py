@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from tests import suite
 from tests.suite import ROOT, Report, main, parts
+from tests.waiting import WAIT_SECONDS
 
 WORKERS = ["-n", "2", "--dist", "worksteal"]
 ONE = ["-p", "no:xdist"]
@@ -25,7 +28,7 @@ def test_is_flaky(tmp_path_factory):
 """
 
 
-def test_what_runs_alone_runs_after_the_rest_and_only_there() -> None:
+def test_what_runs_alone_runs_in_one_process_and_only_there() -> None:
     folders = [str(ROOT / "tests/browser"), str(ROOT / "tests/cluster")]
     assert parts("2", "not slow", ["-q"]) == [
         [*WORKERS, "-m", "(not slow) and not alone", "-q"],
@@ -58,7 +61,6 @@ FLAKY_NAME = "test_module.py::test_is_flaky"
          f"{FLAKY_NAME}\n"),
         (PASSES + FAILS, 1, ["FAILED test_module.py::test_fails", "1 passed, 1 failed, 0 skipped"],
          ""),
-        ("", 5, ["0 passed, 0 failed, 0 skipped"], ""),
     ],
 )  # fmt: skip
 def test_a_failure_is_run_once_more(
@@ -69,6 +71,24 @@ def test_a_failure_is_run_once_more(
     assert main(["-n", "1", str(file)]) == code
     assert capfd.readouterr().out.splitlines()[-len(last) :] == last
     assert re.sub(r"[0-9:-]{5,10} ", "", suite.FLAKY.read_text(encoding="utf-8")) == flaky
+
+
+def test_both_parts_run_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    both = threading.Barrier(2, timeout=WAIT_SECONDS)
+
+    def run(arguments: list[str], output: IO[bytes] | None = None) -> Report:
+        both.wait()
+        if output is not None:
+            assert arguments[:2] == ONE
+            output.write(b"from a browser\n")
+        return Report(0, [], {"passed": 2 if output is None else 3})
+
+    monkeypatch.setattr(suite, "run_pytest", run)
+    assert main([]) == 0
+    last = ["from a browser", "", "5 passed, 0 failed, 0 skipped"]
+    assert capfd.readouterr().out.splitlines() == last
 
 
 @pytest.mark.parametrize(
@@ -89,7 +109,7 @@ def test_only_failed_tests_are_run_again(
     assert report.is_broken == is_broken
     runs: list[object] = []
 
-    def run(arguments: object) -> Report:
+    def run(arguments: object, output: object = None) -> Report:
         runs.append(arguments)
         return report if len(runs) == 1 else Report(0, [], {})
 
@@ -100,6 +120,6 @@ def test_only_failed_tests_are_run_again(
 
 def test_many_failures_are_not_chance(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     report = Report(1, [str(number) for number in range(11)], {})
-    monkeypatch.setattr(suite, "run_pytest", lambda _: report)
+    monkeypatch.setattr(suite, "run_pytest", lambda *_: report)
     assert main([str(file)]) == 1
     assert suite.FLAKY.read_text(encoding="utf-8") == ""

@@ -249,6 +249,7 @@ def app(installed) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
+@pytest.mark.slow
 def test_the_app_opens_from_an_empty_folder_with_the_samples(installed, app):
     line = app.stdout.readline()
     assert line.startswith("open http://127.0.0.1:"), line

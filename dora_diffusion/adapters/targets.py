@@ -12,8 +12,13 @@ from torch import nn
 from dora_diffusion.adapters.kinds import can_adapt, is_wrapped
 
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0"
-_ANY_ATTENTION = rf".*\b(attn[12]|attention)\.({_ATTENTION})"
-_FEED_FORWARD = r".*\b(ff\.net\.(0\.proj|2)|feed_forward\.w[123])"
+_ANY_ATTENTION = (
+    rf".*\b(attn[12]?|attention)\.({_ATTENTION})"
+    r"|.*\battn\.(add_[qkv]_proj|to_add_out|to_qkv_mlp_proj|to_out)"
+)
+_FEED_FORWARD = (
+    r".*\b(ff\.net\.(0\.proj|2)|feed_forward\.w[123])|.*\bff(_context)?\.linear_(in|out)"
+)
 # Z-Image's embedders of patches and captions, whose inputs are the tokens of all rows of a batch.
 _TOKENS_OF_ALL_ROWS = r"(all_x_embedder|cap_embedder)\."
 # conv_in and conv_out are in "full" only: their four channels on one side limit the rank to few.

@@ -17,6 +17,7 @@ from dora_diffusion.config.wording import did_you_mean, listing, number_text
 from dora_diffusion.formats.checkpoint.models import detect_checkpoint_family
 from dora_diffusion.formats.files.runs import adapter_files, pipeline_in, runs_folder
 from dora_diffusion.formats.files.stream import read_header
+from dora_diffusion.formats.parameters import tag_name
 from dora_diffusion.models.locate import is_embedded, looks_local
 from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.images import (
@@ -26,7 +27,6 @@ from dora_diffusion.sampling.images import (
     model_hash,
     model_name,
     read_fields,
-    tag_name,
 )
 
 _MODELS = ("*", "*/*")

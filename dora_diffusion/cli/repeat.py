@@ -94,12 +94,7 @@ class Repeated:
         """
         if args.repeat is None:
             return cls({})
-        from dora_diffusion.sampling.images import (
-            BATCH_POSITION,
-            BATCH_SIZE,
-            is_model,
-            read_fields,
-        )
+        from dora_diffusion.sampling.images import BATCH_POSITION, BATCH_SIZE, is_model, read_fields
 
         name, fields = Path(args.repeat).name, read_fields(args.repeat)
         if not is_model(args.model.base, fields):

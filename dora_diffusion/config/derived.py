@@ -15,7 +15,7 @@ from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.subject import ENTRY_SETTINGS
-from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
+from dora_diffusion.config.train import TrainConfig, framed_prompt, settings, settings_by_name
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -67,10 +67,6 @@ def _class_data_dir(config: TrainConfig) -> str | None:
     return str(Path(config.output_dir) / "class_images") if is_used else None
 
 
-def _validation_steps(config: TrainConfig) -> int | None:
-    return 200 if config.num_validation_images and not config.validation_epochs else None
-
-
 def _validation_loss_steps(config: TrainConfig) -> int | None:
     is_known = config.validation_steps or not config.validation_epochs
     return config.validation_steps or 200 if config.holds_out and is_known else None
@@ -83,7 +79,9 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "class_word": _class_word,
     "new_words": lambda config: config.words,
     "validation_prompt": _validation_prompt,
-    "validation_steps": _validation_steps,
+    "validation_steps": lambda config: (
+        200 if config.num_validation_images and not config.validation_epochs else None
+    ),
     "validation_loss_steps": _validation_loss_steps,
     # A checkpoint of a whole model takes gigabytes.
     "checkpointing_steps": lambda config: 500 if config.is_full else 100,
@@ -95,6 +93,9 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
 """Setting -> function that derives its default from the other settings."""
 # Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
+_OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+# Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
+_REMOVED_DEFAULTS = {"gradient_batches": 4, "precondition_damping": 0.01, "nearest_noise": 1}
 
 
 def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
@@ -309,6 +310,27 @@ def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, 
         elif old is not None or setting.name not in (*DERIVED, *_BY_MODEL):
             refused[setting.name] = (old, new)
     return refused, allowed
+
+
+@check_arguments()
+def removed_settings(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint that this version does not have, unless they had no effect.
+
+    A setting that exists is among them if the checkpoint's value is not valid anymore.
+
+    Args:
+        before: Settings of the checkpoint.
+    """
+    known, removed = settings_by_name(), {}
+    for name, value in before.items():
+        if name not in known and value not in (*_OFF, _REMOVED_DEFAULTS.get(name)):
+            removed[name] = value
+        elif name in known and known[name].resume == "same":
+            try:
+                known[name].check(value)
+            except ConfigError:
+                removed[name] = value
+    return removed
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -9,6 +9,7 @@ passed through: torch is not imported.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ WEIGHT_COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)
 # Prediction types of UNets, and of transformers that are trained on a flow.
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 FLOW = "flow_prediction"
+
+# Language models whose head is not read, by their classes with it.
+WITHOUT_HEAD = {"Qwen3ForCausalLM": "Qwen3Model"}
 
 HiddenState = Literal["last", "penultimate"]
 
@@ -120,10 +124,14 @@ class Family:
         code: Module of `models.families` with the behaviour of the family.
         denoiser: Folder of the module that predicts noise or velocity: one of `DENOISERS`.
         denoiser_class: Name of its class.
+        vae_class: Name of the autoencoder's class.
         text_encoder_class: Name of the text encoders' class, without a projection.
         tokenizer_class: Name of the tokenizers' class.
         prediction_type: Prediction type of a model that states none.
         patch: Side of the denoiser's patches, in latents.
+        packs_patches: The denoiser's inputs have the channels of a patch, at a patch's resolution.
+        takes_negative_text: The pipeline takes negative prompts as text.
+        modules: Regular expression for paths of its layers; empty for UNets.
         most_tokens: Number of tokens of a prompt that are read; None: chunks of CLIP's length.
         guidance_offset: Difference of guidance scales to those of the family's pipeline. 1 for
             pipelines that add the scaled difference to the conditional prediction.
@@ -181,10 +189,14 @@ class Family:
     code: str = "stable_diffusion"
     denoiser: str = "unet"
     denoiser_class: str = "UNet2DConditionModel"
+    vae_class: str = "AutoencoderKL"
     text_encoder_class: str = "CLIPTextModel"
     tokenizer_class: str = "CLIPTokenizer"
     prediction_type: str = "epsilon"
     patch: int = 1
+    packs_patches: bool = False
+    takes_negative_text: bool = True
+    modules: str = ""
     most_tokens: int | None = None
     guidance_offset: float = 0.0
     width: tuple[str, int] = ("block_out_channels", 320)
@@ -222,12 +234,12 @@ class Family:
             config: Configuration of its denoiser.
         """
         # The SDXL refiner has only the second encoder, and other size conditioning.
-        encoders = {name: kinds[name] for name in TEXT_ENCODERS if kinds.get(name)}
+        encoders = {n: WITHOUT_HEAD.get(kinds[n], kinds[n]) for n in TEXT_ENCODERS if kinds.get(n)}
         own = dict(zip(self.text_encoder_names, self.text_encoder_classes, strict=True))
         classes = (kinds.get(self.denoiser), kinds.get("vae"), encoders)
         has_time_ids = config.get("addition_embed_type") == "text_time"
         return (*classes, has_time_ids) == (
-            self.denoiser_class, "AutoencoderKL", own, self.has_time_ids,
+            self.denoiser_class, self.vae_class, own, self.has_time_ids,
         )  # fmt: skip
 
     def has_released_width(self, config: Mapping[str, Any]) -> bool:
@@ -330,8 +342,9 @@ class Family:
         return (*crop.original_size, *crop.crop_top_left, *crop.target_size)
 
     def in_channels(self, latent_channels: int = 4) -> int:
-        """Number of input channels of the UNet."""
-        return latent_channels * (1 + self.conditioning_latents) + self.mask_channels
+        """Number of input channels of the denoiser."""
+        channels = latent_channels * (self.patch**2 if self.packs_patches else 1)
+        return channels * (1 + self.conditioning_latents) + self.mask_channels
 
     def images(self, pixels: Any) -> tuple[Any, ...]:
         """Return the autoencoder's inputs from pixels ``(B, 3 + mask_channels, H, W)``.
@@ -428,13 +441,20 @@ def detect_folder_family(folder: Path) -> Family:
     return detect_family(index, config, str(folder))
 
 
+def transformer_family(path: str) -> str:
+    """Return the name of the family whose transformer has a layer of this path; ``""`` if none."""
+    own = (n for n, f in FAMILIES.items() if f.modules and re.match(f.modules, path))
+    return next(own, "")
+
+
 def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Guess the name of the family from the shapes of adapted weights; ``""`` if it is unclear.
 
     A second text encoder decides, otherwise the width of the encoder hidden states.
     """
-    if any(name.startswith("transformer.") for name in shapes):
-        return next(name for name, family in FAMILIES.items() if not family.has_unet)
+    for name in (name for name in shapes if name.startswith("transformer.")):
+        if family := transformer_family(name.removeprefix("transformer.")):
+            return family
     if any(name.startswith("text_encoder_2.") for name in shapes):
         return next(name for name, f in FAMILIES.items() if len(f.text_encoders) == 2)
     widths = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from dora_diffusion.config.fields import ConfigError
+from dora_diffusion.config.fields import ConfigError, Setting
+from dora_diffusion.config.wording import did_you_mean
 
 
 class Problems:
@@ -71,6 +73,44 @@ class Problems:
         raise ConfigError(
             message, setting or errors[0].setting, tuple(single_errors)
         ) from self._cause
+
+
+def find_setting(name: str, known: Mapping[str, Setting]) -> Setting:
+    """Look a setting up by its name.
+
+    Raises:
+        ConfigError: If there is none; suggests the closest name.
+    """
+    if name not in known:
+        raise ConfigError(f"there is no setting {name}{did_you_mean(name, known)}", name)
+    return known[name]
+
+
+def read_values(
+    values: Mapping[str, Any],
+    find: Callable[[str], Setting],
+    prefix: Callable[[str], str] = lambda name: "",
+) -> dict[str, Any]:
+    """Read the values of settings, and report all problems together.
+
+    Args:
+        values: Uncast values by key.
+        find: Returns the setting of a key, or raises `ConfigError`.
+        prefix: Returns the text before a message about a key.
+
+    Returns:
+        Name of each setting -> its value.
+
+    Raises:
+        ConfigError: If a key is not a setting, or a value is not valid.
+    """
+    settings, problems = dict[str, Any](), Problems()
+    for key, value in values.items():
+        with problems.collect(prefix(key)):
+            setting = find(key)
+            settings[setting.name] = setting.read(value)
+    problems.raise_all()
+    return settings
 
 
 @contextmanager

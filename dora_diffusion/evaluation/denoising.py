@@ -27,7 +27,6 @@ from dora_diffusion.models.latents import (
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import encode_prompts, time_ids
 from dora_diffusion.numerics.loss import denoising_loss, sample_noise
-from dora_diffusion.numerics.process import NoiseProcess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,30 +131,18 @@ def _loss(
     noise = torch.stack(
         [sample_noise(shape, generator_for("held out", seed, int(t))) for t in timesteps]
     ).to(image.latents)
-    losses = [
-        _batch_loss(components, process, image, noise[batch], timesteps[batch], conditioning)
-        for batch in (slice(i, i + batch_size) for i in range(0, TIMESTEPS, batch_size))
-    ]
+    losses = []
+    for start in range(0, TIMESTEPS, batch_size):
+        batch_noise = noise[start : start + batch_size]
+        t = timesteps[start : start + batch_size].to(noise.device)
+        count, ids, condition = len(t), image.time_ids, image.condition
+        latents = image.latents.expand(count, -1, -1, -1)
+        model_pred = components.predict(
+            process.add_noise(latents, batch_noise, t),
+            t,
+            conditioning[[0] * count],
+            None if ids is None else ids.expand(count, -1),
+            None if condition is None else condition.expand(count, -1, -1, -1),
+        )
+        losses.append(denoising_loss(model_pred, process.target(latents, batch_noise, t)))
     return float(torch.cat(losses).mean())
-
-
-def _batch_loss(
-    components: Components,
-    process: NoiseProcess,
-    image: _Encoded,
-    noise: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-) -> Tensor:
-    """Loss ``(B,)`` of an image at B timesteps, with noise ``(B, C, h, w)``."""
-    count, ids, condition = len(timesteps), image.time_ids, image.condition
-    latents = image.latents.expand(count, -1, -1, -1)
-    timesteps = timesteps.to(latents.device)
-    model_pred = components.predict(
-        process.add_noise(latents, noise, timesteps),
-        timesteps,
-        conditioning[[0] * count],
-        None if ids is None else ids.expand(count, -1),
-        None if condition is None else condition.expand(count, -1, -1, -1),
-    )
-    return denoising_loss(model_pred, process.target(latents, noise, timesteps))

@@ -125,8 +125,7 @@ def export_checkpoint(
         files = [(token, file) for file, token, _ in words]
         metadata = merged_metadata(model, spec, output, files, base)
         with contextlib.closing(metadata):
-            writer = _Writer(merged, model, metadata, on_progress)
-            writer.write(output, base.model_config, vae)
+            _Writer(merged, model, metadata, on_progress).write(output, base.model_config, vae)
         for file, token, vectors in words:
             write_embeddings({token: file}, {token: vectors})
     for note in embedding_notes(output, dict(files)):
@@ -169,10 +168,9 @@ def export_trained(
         trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base.path)))
         model.override_schedule(base, [facts])
-        with contextlib.closing(
-            trained_metadata(model, metadata, output, words or {})
-        ) as model_metadata:
-            _Writer(trained, model, model_metadata).write(output, base.model_config, vae)
+        described = trained_metadata(model, metadata, output, words or {})
+        with contextlib.closing(described):
+            _Writer(trained, model, described).write(output, base.model_config, vae)
     return output
 
 

@@ -20,14 +20,8 @@ from dora_diffusion.export.files import (
     model_name,
     open_model,
 )
-from dora_diffusion.export.fit import (
-    FitSettings,
-    FitTarget,
-    Fitted,
-    axis_of,
-    fit_layers,
-    fit_to_adapters,
-)
+from dora_diffusion.export.fit import FitSettings, axis_of
+from dora_diffusion.export.fitting import FitTarget, Fitted, fit_layers, fit_to_adapters
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
@@ -95,10 +89,8 @@ def extract_adapter(
         inputs = [before.path, after.path]
         check_adapter_output(output, kind, AdapterFile({}), inputs, overwrite)
         fitted, notes = _fit_models(before, after, fit, on_progress)
-        tuned_metadata, base_metadata = after.metadata, _metadata_for(before)
-        reading = {
-            name: tuned_metadata[OWN + name] for name in READING if OWN + name in tuned_metadata
-        }
+        facts, base_metadata = after.metadata, _metadata_for(before)
+        reading = {name: facts[OWN + name] for name in READING if OWN + name in facts}
         extra = {"extracted_from": model_name(after.path), **base_metadata.extra, **reading}
         extra = fitted.stated(extra, "tuned model", fit)
         metadata = dataclasses.replace(base_metadata, extra=extra)
@@ -204,14 +196,13 @@ def _check_pair(base: StoredModel, tuned: StoredModel) -> None:
             f"{tuned.family.title} ({tuned.family.name}); both must be of the same family"
         )
     shapes, tuned_shapes = module_shapes(base), module_shapes(tuned)
+    both = shapes.keys() & tuned_shapes.keys()
     wrong = [
-        f"{name} {tuple(tuned_shapes[name])} for {tuple(shape)}"
-        if name in tuned_shapes
-        else f"no {name}"
-        for name, shape in shapes.items()
-        if tuple(tuned_shapes.get(name, ())) != tuple(shape)
+        f"{name} {tuned_shapes[name]} for {shapes[name]}" if name in both else f"no {name}"
+        for name in shapes
+        if tuned_shapes.get(name) != shapes[name]
     ]
-    wrong += [f"{name}, which the base lacks" for name in tuned_shapes.keys() - shapes.keys()]
+    wrong += [f"{name}, which the base lacks" for name in tuned_shapes.keys() - both]
     if wrong:
         raise ExportError(f"{tuned.path.name} is not a tuned {base.path.name}: {listing(wrong, 3)}")
 
@@ -229,7 +220,6 @@ def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]
         for name in base.specs.keys() & tuned.specs.keys() - held
         if base.specs[name].dtype.is_floating_point and differ(base[name], tuned[name])
     ]
-    in_vae = [name for name in different if name.startswith("vae.")]
     outside_vae = [name for name in different if not name.startswith("vae.")]
     notes = []
     if outside_vae:
@@ -237,7 +227,7 @@ def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]
             f"{counted(len(outside_vae), 'other tensor')} differ, which no adapter can represent "
             f"(biases, norms, embeddings): {listing(outside_vae, 3)}"
         )
-    if in_vae:
+    if len(outside_vae) < len(different):
         notes.append("the VAE differs, which no adapter can represent: export it with --vae")
     return notes
 
@@ -284,7 +274,7 @@ def _metadata_of_sum(
             extra={**metadata.extra, **agreed_reading([fact.extra for fact in facts])},
             tags=tuple(dict.fromkeys(tag for fact in facts for tag in fact.tags)),
         )
-    names = ((without_path(str(Path(path).resolve())), strength) for path, strength in spec.pairs())
+    names = ((without_path(str(Path(path).resolve())), strength) for path, strength in spec.pairs)
     combined = ", ".join(f"{name}:{strength:g}" for name, strength in names)
     extra = {**metadata.extra, "combined": combined}
     if fitted.total_error:

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -36,18 +36,21 @@ class MergeSpec:
     Attributes:
         adapters: One adapter, or several as ``[(adapter, strength), ...]``, or none.
         strengths: Strengths that apply to all adapters.
+        pairs: The adapters with their strengths.
         parts: File, strength and content of each adapter; empty before `read`.
 
     Raises:
         ValueError: If a strength is out of range.
     """
 
-    adapters: Adapters
+    adapters: InitVar[Adapters]
     strengths: MergeStrengths = field(default_factory=MergeStrengths)
+    pairs: list[tuple[str | Path, float]] = field(init=False)
     parts: list[tuple[Path, float, AdapterFile]] = field(default_factory=list, init=False)
 
-    def __post_init__(self) -> None:
-        for path, strength in self.pairs():
+    def __post_init__(self, adapters: Adapters) -> None:
+        self.pairs = [(adapters, 1.0)] if isinstance(adapters, (str, Path)) else [*adapters]
+        for path, strength in self.pairs:
             require_strength(f"the strength of {path}", strength)
 
     def require_adapter(self) -> None:
@@ -56,18 +59,12 @@ class MergeSpec:
         Raises:
             ExportError: If there is none.
         """
-        if not self.pairs():
+        if not self.pairs:
             raise ExportError("no adapter was given")
-
-    def pairs(self) -> list[tuple[str | Path, float]]:
-        """Return the adapters with their strengths."""
-        if isinstance(self.adapters, (str, Path)):
-            return [(self.adapters, 1.0)]
-        return list(self.adapters)
 
     def files(self) -> list[Path]:
         """Return the adapters' files, in order."""
-        return [find_adapter(path) for path, _ in self.pairs()]
+        return [find_adapter(path) for path, _ in self.pairs]
 
     def knobs(self) -> dict[str, float]:
         """Return the strengths that apply to all adapters, except ``strength``."""
@@ -98,9 +95,8 @@ class MergeSpec:
                 )
             for number in lacking:
                 adapters[number] = read_adapter(files[number], base, alpha=alpha, sums=True)
-        self.parts = list(
-            zip(files, (strength for _, strength in self.pairs()), adapters, strict=True)
-        )
+        self.parts = [(file, pair[1], adapter) for file, pair, adapter in
+                      zip(files, self.pairs, adapters, strict=True)]  # fmt: skip
         if not adapters and alpha is not None:
             warnings.warn("alpha has no effect because no adapter is given", stacklevel=3)
         for name, reason in self._without_effect().items():
@@ -125,11 +121,8 @@ class MergeSpec:
 
     def assumptions(self) -> list[str]:
         """Return the assumptions about the adapters, one line each, with the file's name."""
-        return [
-            f"{file.name}: {text}"
-            for file, _, adapter in self.parts
-            for text in adapter.assumptions
-        ]
+        parts = self.parts
+        return [f"{file.name}: {text}" for file, _, part in parts for text in part.assumptions]
 
     def warn_of_assumptions(self) -> None:
         for assumption in self.assumptions():
@@ -181,7 +174,7 @@ class MergeSpec:
         """Return a record of the merge: names, hashes and strengths, without paths."""
         knobs = {name: value for name, value in self.knobs().items() if value != 1.0}
         rows = list[dict[str, object]]()
-        for path, strength in self.pairs():
+        for path, strength in self.pairs:
             row = {"adapter": without_path(str(Path(path).resolve())), "sha256": adapter_hash(path)}
             rows.append({**row, "strength": strength * self.strengths.strength, **knobs})
         return rows

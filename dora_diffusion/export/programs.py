@@ -128,8 +128,7 @@ def schedule_notes(model: StoredModel) -> list[str]:
     is_one = model.is_single_file and has_released_shape(model)
     if not is_one or not model.schedule().get(ZERO_SNR):
         return []
-    in_node = "; in ComfyUI switch on zsnr in that node"
-    comfyui = "" if model.family.marks_v_prediction else in_node
+    comfyui = "; in ComfyUI switch on zsnr in that node" * (not model.family.marks_v_prediction)
     return [
         "zero terminal SNR: in A1111 choose it under Settings, Sampler parameters, Noise schedule "
         f"for sampling{comfyui}"

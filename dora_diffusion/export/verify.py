@@ -181,9 +181,8 @@ class WeightComparison:
             rounding = torch.maximum(rounding, cast + merge)
         if not bool((difference <= rounding).all()):
             ratio = (difference / rounding).max().item()
-            self._problem(
-                f"{name} differs in one number by {ratio:.2g} times the rounding of its dtype"
-            )
+            text = f"{name} differs in one number by {ratio:.2g} times the rounding of its dtype"
+            self._problem(text)
         largest, allowed = ((error / size).max().item() for error in (difference, rounding))
         kind = f"{split_component(name)[0]} {self._layers(name)[0][0].kind_and_size}"
         old = self.report.kinds.get(kind, KindReport(0, -1.0, "", 0.0))
@@ -232,7 +231,7 @@ def _recorded_strengths(merged: StoredModel, spec: MergeSpec) -> str:
     if not record:
         return ""
     strength, knobs = spec.strengths.strength, list(spec.knobs().values())
-    requested = {adapter_hash(path): [factor * strength, *knobs] for path, factor in spec.pairs()}
+    requested = {adapter_hash(path): [factor * strength, *knobs] for path, factor in spec.pairs}
     if record.keys() != requested.keys():
         return "the model's record names other adapters than these"
     if record == requested:

@@ -95,7 +95,7 @@ def released_folder(family: Family, prediction_type: str) -> Path:
 def module_classes(family: Family) -> dict[str, str]:
     """Return the class names of the modules (Diffusers and Transformers), by component."""
     encoders = zip(family.text_encoder_names, family.text_encoder_classes, strict=True)
-    return {family.denoiser: family.denoiser_class, "vae": "AutoencoderKL", **dict(encoders)}
+    return {family.denoiser: family.denoiser_class, "vae": family.vae_class, **dict(encoders)}
 
 
 def is_released(folder: Path) -> bool:

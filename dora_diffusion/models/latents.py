@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
 
 from dora_diffusion.config.families import Family
 from dora_diffusion.models.offload import send
@@ -71,6 +72,11 @@ def latents_from_moments(
 
     posterior = DiagonalGaussianDistribution(moments[:, : 2 * vae.config.latent_channels])
     drawn: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
+    if (bn := getattr(vae, "bn", None)) is not None:  # FLUX.2: statistics of patches of 2 x 2.
+        statistics = (bn.running_mean, bn.running_var)
+        average, variance = (tensor.to(drawn).view(1, -1, 1, 1) for tensor in statistics)
+        patches: Tensor = (pixel_unshuffle(drawn, 2) - average) / (variance + bn.eps).sqrt()
+        return patches
     # Some autoencoders have one shift, others a mean and standard deviation per channel.
     mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
     shift = drawn.new_tensor(getattr(vae.config, "shift_factor", None) or 0.0)

@@ -335,7 +335,10 @@ def _fill(
             rows = partial(weights.rows, name)
             state[key] = quantise_rows(rows, shapes[key], dtype, base.quantize)
         else:
-            state[key] = _without_shared_storage(weights[name].to(dtype))
+            tensor = weights[name]
+            # Counters of a batch normalization are integers.
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            state[key] = _without_shared_storage(tensor)
     module.load_state_dict(state, strict=False, assign=True)
     return ""
 

@@ -142,11 +142,12 @@ def prompt_arguments(
         for text in dict.fromkeys([*prompts, negative])
     )
     has_own = have_own_words(components, rows.adapters or ())
-    if is_short and not (components.clip_skip or has_own or is_weighted):
-        negatives = negative or None
+    takes_text = components.family.takes_negative_text or not negative
+    if is_short and takes_text and not (components.clip_skip or has_own or is_weighted):
+        negatives = negative if shared else [negative] * count
         return {
             "prompt": rows.prompt if shared else prompts,
-            "negative_prompt": negatives if shared else negatives and [negatives] * count,
+            **({"negative_prompt": negatives} if negative else {}),
             "num_images_per_prompt": count if shared else 1,
         }
     encode = encode_weighted if is_weighted else encode_prompts

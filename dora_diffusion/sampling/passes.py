@@ -111,6 +111,7 @@ def plan_passes(components: Components, settings: SamplingSettings) -> list[Pass
     Raises:
         ConfigError: If an inpainting model has an image and no mask, or a second pass.
     """
+    components.family.refuse(components.name, vars(settings))
     inpaints, task = _inpaints(components), ""
     lacks_mask = settings.image is not None and settings.mask_image is None
     require(
@@ -144,14 +145,15 @@ def sliced_decoding(vae: Any) -> Iterator[None]:
 
     Its dtype stays: pipelines that encode would round one that overflows to the UNet's.
     """
-    slices, upcasts = vae.use_slicing, vae.config.force_upcast
+    slices = vae.use_slicing
+    upcasts = {name: vae.config[name] for name in ("force_upcast",) if name in vae.config}
     vae.use_slicing = True
-    vae.register_to_config(force_upcast=False)
+    vae.register_to_config(**dict.fromkeys(upcasts, False))
     try:
         yield
     finally:
         vae.use_slicing = slices
-        vae.register_to_config(force_upcast=upcasts)
+        vae.register_to_config(**upcasts)
 
 
 @contextmanager

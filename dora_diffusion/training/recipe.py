@@ -10,7 +10,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.arguments import check_arguments
@@ -23,7 +22,6 @@ from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.folder import RunFolder, TrainResult
-from dora_diffusion.training.hooks.hook import Hook
 from dora_diffusion.training.inputs.base import (
     LoadBase,
     configure_reading,
@@ -51,6 +49,7 @@ from dora_diffusion.training.trainable.select import select_trainable, shard_tra
 from dora_diffusion.training.trainable.words import require_new
 
 if TYPE_CHECKING:
+    from dora_diffusion.training.hooks.hook import Hook
     from dora_diffusion.training.trainable.full import TrainedWeights
 
 __all__ = ["TrainResult", "TrainingError", "train"]
@@ -187,6 +186,8 @@ def assemble(
         ConfigError, PhotoError, ModelNotFoundError, TargetError: If an input is invalid.
     """
     if config.compile:
+        from dora_diffusion.adapters.compiled import require_compiler
+
         require_compiler(accelerator.device)
     plan = plan_run(config, subjects)
     loaded = base or load_base(config, accelerator, load)

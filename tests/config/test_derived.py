@@ -17,7 +17,13 @@ from dora_diffusion.config import (
     unusual_rates,
     without_effect,
 )
-from dora_diffusion.config.derived import as_yaml, class_word_in, overridden, resolve
+from dora_diffusion.config.derived import (
+    as_yaml,
+    class_word_in,
+    overridden,
+    removed_settings,
+    resolve,
+)
 from tests.every import every
 from tests.refusal import refused
 
@@ -369,6 +375,28 @@ def test_a_setting_that_the_checkpoint_does_not_know_had_its_default() -> None:
     before = TrainConfig().to_dict()
     del before["prodigy_decouple"]
     assert differences(before, TrainConfig()) == ({}, {})
+
+
+def test_any_unknown_setting_that_was_on_is_removed() -> None:
+    before = TrainConfig().to_dict()
+    values = {False: [False, None, 0, 0.0, "none", "", [], {}],
+              True: [True, 1, 0.5, -1, "random", ["attention"], {"to_k": 4}]}  # fmt: skip
+    with every() as case:
+        for is_on in values:
+            for value in values[is_on]:
+                with case(repr(value)):
+                    removed = removed_settings({**before, "unknown_setting": value})
+                    assert removed == ({"unknown_setting": value} if is_on else {})
+
+
+def test_defaults_of_removed_settings_changed_nothing() -> None:
+    former = {
+        "gradient_batches": 4, "precondition": False, "precondition_damping": 1e-2,
+        "nearest_noise": 1, "stratified_timesteps": 0,
+    }  # fmt: skip
+    assert removed_settings(TrainConfig().to_dict() | former) == {}
+    used = {"nearest_noise": 4, "init": "lora-one", "optimizer": "muon", "precondition": True}
+    assert removed_settings(TrainConfig().to_dict() | former | used) == used
 
 
 def test_derived_settings_are_compared_as_they_were_used() -> None:

@@ -40,6 +40,7 @@ from dora_diffusion.training.terms import (
     Term,
     Unmasked,
     mean_losses,
+    squared_error,
 )
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -128,10 +129,11 @@ def terms_of(
 ) -> list[Term]:
     """Terms of a loss, with the prior of class captions, or those of a slider."""
     process = components.process
-    delta = partial(process.huber_delta, schedule=huber, c=0.1) if huber else None
+    delta = partial(process.huber_delta, schedule=huber, c=0.1) if huber else squared_error
     loss = RowLoss(process, {"snr_gamma": snr_gamma} if snr_gamma else {}, delta)
     if slider is not None:
-        return [Slider(loss, slider.slider_pairs, slider.slider_guidance)]
+        pairs = {t: [e for p, e in slider.slider_pairs if p == t] for t in slider.target}
+        return [Slider(loss, pairs, slider.slider_guidance)]
     unmasked = [Unmasked(loss, unmasked_prior)] if unmasked_prior else []
     return [Denoising(loss), Prior(loss), *unmasked]
 
@@ -148,7 +150,7 @@ def losses_by(
     drawn = Drawn(batch, [[Question(a, batch, encode) for a in t.asks(batch)] for t in terms])
     base = partial(disabled, *components.adaptable().values())
     answers = answer(components, drawn.distinct(), base)
-    parts = zip(terms, drawn.questions, strict=True)
+    parts = [(t, q) for t, q in zip(terms, drawn.questions, strict=True) if q]
     return mean_losses(batch, [t.losses(batch, *map(answers.__getitem__, q)) for t, q in parts])
 
 

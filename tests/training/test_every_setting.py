@@ -428,10 +428,10 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(sys.modules, "bitsandbytes", library)
     monkeypatch.setattr(DataLoader, "__init__", loader)
     monkeypatch.setattr(
-        "dora_diffusion.training.trainable.adapters.compile_blocks",
+        "dora_diffusion.adapters.compiled.compile_blocks",
         lambda unet: asked.append("compile"),
     )
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
     monkeypatch.setattr("dora_diffusion.export.hub.push", push)
     return asked

@@ -186,7 +186,7 @@ def test_nothing_moves_from_step_to_step(opened: Callable[..., Run]) -> None:
             for tensor in (*own._factors, own._gain, own._shift, *own._gradients, *own._sums)
         ]
         states = [v for state in step.optimizer.state.values() for v in state.values()]
-        flat = step.parameters._gradients  # type: ignore[attr-defined]
+        flat = [group.gradient for group in step.parameters._flat]  # type: ignore[attr-defined]
         every = [*buffers, *gradients, *flat, *step.parameters, *trained, *states]
         seen.append([tensor.data_ptr() for tensor in every])
         return record
@@ -405,8 +405,8 @@ def test_every_other_setting_is_the_same_with_graphs(
         needs_library("adamw8bit")
     if "keep_best" in values or "early_stopping_patience" in values:
         values["learning_rate"] = 1e-3  # With a larger one, norms have to be recomputed.
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.training.trainable.adapters.compile_blocks", lambda unet: 0)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", lambda unet: 0)
     runs = []
     for on in (False, True):
         config = TrainConfig(**filled({**values, "cuda_graph": on}, places))

@@ -83,7 +83,13 @@ def dequantised(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     return folder
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+LONG = ("accumulation", "adalora, masks", "class images, input axis, masked ranks")
+"""Settings that change nothing of how a weight is read: in the long suite."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SETTINGS]
+)
 def test_a_run_is_that_of_the_dequantised_model(
     name: str,
     sd1_folder: Path,

@@ -156,7 +156,10 @@ def test_its_images_are_those_of_the_base(sd1_folder: Path, tmp_path: Path) -> N
         ("sd1", {"train_text_encoder": True, "text_encoder_lr": 1e-2, "lora_dropout": 0.3,
                  **ANCHORS}),
         ("sd2", {"method": "lora", "quantize": "int8", "cache_latents": False}),
-        ("sdxl", {"method": "dora", "gradient_accumulation_steps": 2, **ANCHORS}),
+        pytest.param(
+            "sdxl", {"method": "dora", "gradient_accumulation_steps": 2, **ANCHORS},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["sd1", "sd2", "sdxl"],
 )  # fmt: skip

@@ -178,9 +178,7 @@ class ExtractSettings(Fit):
         ".safetensors file.",
     )
     tuned_variant: str | None = flag(
-        None,
-        "Weight variant of --tuned, such as fp16.",
-        needs=(OfModel("tuned", "tuned model"),),
+        None, "Weight variant of --tuned, such as fp16.", needs=(OfModel("tuned", "tuned model"),)
     )
     tuned_revision: str | None = flag(
         None,
@@ -189,10 +187,7 @@ class ExtractSettings(Fit):
     )
     rank: int = flag(REQUIRED, "Largest rank; small layers get less.")
     norm_axis: str | None = flag(
-        None,
-        "Axis of the magnitudes. Default: output.",
-        choices=NORM_AXES,
-        needs=(magnitudes,),
+        None, "Axis of the magnitudes. Default: output.", choices=NORM_AXES, needs=(magnitudes,)
     )
 
     def perform(self) -> int:

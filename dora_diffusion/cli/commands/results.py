@@ -187,8 +187,7 @@ class PushSettings(CommandSettings):
         REQUIRED, "NAME/MODEL on the hub; created if it does not exist.", positional=True
     )
     adapter: Path | None = flag(
-        None,
-        "Adapter file of another checkpoint, which gets a new card. Default: the run's.",
+        None, "Adapter file of another checkpoint, which gets a new card. Default: the run's."
     )
     public: bool = flag(False, "Make the repository public.")
 

@@ -107,6 +107,24 @@ class ApiRequest(pydantic.BaseModel):
 
         return SamplingSettings(**self.model_dump(exclude=_OWN))
 
+    def without_effect(self, *, guidance_is_input: bool) -> list[str]:
+        """Return a note on each field that was changed but has no effect on the image.
+
+        Args:
+            guidance_is_input: True if the model takes the guidance scale as an input, instead of
+                a second pass with the negative prompt.
+        """
+        reasons = {} if self.adapter else {"strength": "no adapter is given"}
+        unguided = f"guidance_scale {self.guidance_scale:g} is no guidance"
+        if guidance_is_input:
+            unguided = "this model was distilled to work without a negative prompt"
+        if guidance_is_input or self.guidance_scale <= 1:
+            reasons |= {"negative_prompt": unguided, "guidance_rescale": unguided}
+        changed = self.model_dump(exclude_defaults=True)
+        return [
+            f"{name} has no effect because {reasons[name]}" for name in reasons if name in changed
+        ]
+
 
 class BatchItem(NamedTuple):
     """A request with its seed and the file of its adapter."""
@@ -231,7 +249,9 @@ class Engine:
             extra=components.clip_skip_parameter,
         )  # fmt: skip
         prompts = (row.prompt, request.negative_prompt)
-        notes = inactive_messages(components, settings, prompts)
+        is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
+        notes = request.without_effect(guidance_is_input=is_input)
+        notes += inactive_messages(components, settings, prompts)
         metadata = self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):
             notes.append(f"the prompt lacks the adapter's trigger word, {metadata.trigger!r}")

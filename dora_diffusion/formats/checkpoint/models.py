@@ -180,9 +180,7 @@ class Component:
         for key in self.reader.specs:
             if (other := self.key_of.setdefault(canonical(name, key), key)) != key:
                 raise TensorFileError(f"{name} has one tensor twice, as {other} and {key}")
-        self.specs = {
-            tensor_name: self.reader.specs[key] for tensor_name, key in self.key_of.items()
-        }
+        self.specs = {n: self.reader.specs[key] for n, key in self.key_of.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.reader[self.key_of[name]]
@@ -235,17 +233,13 @@ class PipelineFolder(StoredModel):
         return self.components[name.partition(".")[0]][name]
 
     def shards(self) -> dict[str, list[dict[str, str]]]:
-        return {
-            name: [
-                {
-                    tensor_name.removeprefix(f"{name}."): tensor_name
-                    for tensor_name, key in component.key_of.items()
-                    if component.reader.file_of[key] == file
-                }
-                for file in component.reader.files
-            ]
-            for name, component in self.components.items()
-        }
+        shards: dict[str, list[dict[str, str]]] = {}
+        for name, component in self.components.items():
+            by_file: dict[Path, dict[str, str]] = {file: {} for file in component.reader.files}
+            for tensor, key in component.key_of.items():
+                by_file[component.reader.file_of[key]][tensor.removeprefix(f"{name}.")] = tensor
+            shards[name] = list(by_file.values())
+        return shards
 
     def config(self, component: str) -> dict[str, Any]:
         """Return a component's config; empty if it has none."""
@@ -263,12 +257,9 @@ class PipelineFolder(StoredModel):
         """Return all tensors in the original layout, and the markers of the prediction type."""
         configs = {name: self.config(name) for name in (*WEIGHT_COMPONENTS, "scheduler")}
         names = names_of_configs(self.family, {n: c for n, c in configs.items() if c})
-        entries, schedule_tensors = (
-            plan_checkpoint(self.family, names, self.specs),
-            self._schedule_tensors(),
-        )
-        specs = {key: TensorSpec.of(tensor) for key, tensor in schedule_tensors.items()}
-        return SingleFile(entries, specs, schedule_tensors.__getitem__)
+        entries, stated = plan_checkpoint(self.family, names, self.specs), self._schedule_tensors()
+        specs = {key: TensorSpec.of(tensor) for key, tensor in stated.items()}
+        return SingleFile(entries, specs, stated.__getitem__)
 
 
 def by_scheduler(config: Mapping[str, Any]) -> ScheduleInfo:
@@ -409,11 +400,8 @@ class CheckpointFile(StoredModel):
             for key in self.reader.specs
             if standard_key(key) != key
         ]
-        if any(key.startswith(LEFT_OUT) for key in self.reader.specs):
-            problems.append(
-                "it contains averaged copies (model_ema), which some programs load instead"
-            )
-        return problems
+        averaged = "it contains averaged copies (model_ema), which some programs load instead"
+        return problems + [averaged] * any(key.startswith(LEFT_OUT) for key in self.reader.specs)
 
     def single_file(self) -> SingleFile:
         """Return the same layout with standard names; tensors without a component are copied.

@@ -6,11 +6,13 @@ show the list in their help.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import re
+from collections.abc import Collection, Mapping, Sequence, Set
 from itertools import zip_longest
 from typing import NamedTuple
 
 from dora_diffusion.config.file import read_facts
+from dora_diffusion.config.wording import listing
 
 
 class Conversion(NamedTuple):
@@ -132,3 +134,33 @@ VERDICTS = _table(COLUMNS, FACTS["verdicts"])
 """Kind of adapter file -> program -> verdict."""
 MODEL_VERDICTS = _table(FACTS["model_columns"], FACTS["model_verdicts"])
 """Kind of whole model -> program -> verdict."""
+
+_MERGE = "merge it with the program that trained it, and use the merged model"
+# Key prefixes of whole models, in the original layout and in Diffusers'.
+_MODEL_KEYS = (
+    "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
+    "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
+)  # fmt: skip
+_PREFIX_TWICE = re.compile(r"(lora_unet_unet|lora_te\d?_te\d?|lora_te\d?_text_encoder)_.*")
+
+
+def unknown_keys_message(keys: Collection[str]) -> str:
+    """Return the message on keys of no layout: of a model, another method or a broken converter."""
+
+    def has(pattern: str | re.Pattern[str]) -> bool:
+        return any(re.fullmatch(pattern, key) for key in keys)
+
+    patterns = {method: facts["keys"] for method, facts in FACTS["methods"].items()}
+    if any(key.startswith(_MODEL_KEYS) for key in keys):
+        return f"it is a model, not an adapter: {listing(keys, 3)}"
+    such = f"(keys such as {listing(keys, 3)})"
+    if has(_PREFIX_TWICE) and not has(patterns["embeddings bundled with the adapter"]):
+        return (
+            "its names have the component's prefix twice, as a broken converter wrote them, so "
+            f"that no program finds its layers; convert the file that it was made from again {such}"
+        )
+    for method, pattern in patterns.items():
+        if has(pattern):
+            advice = FACTS["methods"][method].get("advice", _MERGE)
+            return f"it holds {method}, which is not part of a LoRA or DoRA; {advice} {such}"
+    return f"{len(keys)} keys belong to no known module: {listing(keys)}"

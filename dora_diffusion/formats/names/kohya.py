@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family, transformer_family
 from dora_diffusion.formats.names.modules import (
     NAMES,
     TOP_MODULES,
@@ -25,14 +25,8 @@ from dora_diffusion.formats.names.modules import (
     unet_names,
 )
 
-KOHYA_PREFIXES = {
-    "lora_unet_": "unet",
-    **{
-        encoder.kohya_prefix: encoder.component
-        for family in FAMILIES.values()
-        for encoder in family.text_encoders
-    },
-}
+_ENCODERS = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
+KOHYA_PREFIXES = {"lora_unet_": "unet", **{e.kohya_prefix: e.component for e in _ENCODERS}}
 LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
 # Adaptable modules; `#` stands for a number.
 _ATTENTION = NAMES["attention"]
@@ -51,7 +45,6 @@ UNET_MODULES = (
 TEXT_MODULES = (
     *(f"text_model.{name}" for name in NAMES["text_layer"]), *NAMES["text_layer"], "text_projection"
 )  # fmt: skip
-_TRANSFORMER = re.compile(r"(noise|context)_refiner\.|layers\.\d+\.(attention|feed_forward|adaLN)")
 _UNET_STARTS = {name.split(".")[0] for name in UNET_MODULES}
 _SGM_STARTS = {original.split(".")[0] for original in unet_names(USUAL_LAYOUT).canonical}
 
@@ -91,7 +84,7 @@ def is_kohya_name(key: str) -> bool:
 def component_of(path: str) -> str | None:
     """Return the component of a module path without prefix, by its first word; None if unknown."""
     top = path.split(".")[0]
-    if _TRANSFORMER.match(path):
+    if transformer_family(path):
         return "transformer"
     if top in _UNET_STARTS | _SGM_STARTS:
         return "unet"

@@ -331,13 +331,7 @@ class TunedModel:
         ]
         for name, (spec, _) in zip(base_shapes, specs, strict=True):
             check_dtype(name, spec.dtype)
-        rounded = sorted(
-            {
-                str(tuned_spec.dtype)[6:]
-                for tuned_spec, base_spec in specs
-                if tuned_spec != base_spec
-            }
-        )
+        rounded = sorted({str(spec.dtype)[6:] for spec, before in specs if spec != before})
         self.notes = [
             f"stored as {' and '.join(rounded)}, unlike the base: rounding counts as change"
         ] * bool(rounded)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.models.conditioning import Conditioning
-from dora_diffusion.models.families import LoadedModel
+from dora_diffusion.models.families import LoadedModel, chat
 from dora_diffusion.models.offload import computing_device, send
 
 
@@ -62,15 +62,7 @@ def tokenize_prompts(
     components: LoadedModel, prompts: Sequence[str], adapters: Sequence[str | None]
 ) -> ChatTokens:
     """Tokenize B prompts. Padding to 512 tokens would not change the states of a prompt."""
-    (tokenizer,) = components.tokenizers
-    tokens = tokenizer(
-        [_as_chat(tokenizer, prompt) for prompt in prompts],
-        padding="longest",
-        padding_side="right",
-        max_length=components.family.most_tokens,
-        truncation=True,
-        return_tensors="pt",
-    )
+    tokens = chat.tokenize(components, prompts, "longest", thinks=True)
     return ChatTokens(tokens.input_ids, tokens.attention_mask)
 
 
@@ -84,33 +76,14 @@ def encode_weighted(
     return tokenize_prompts(components, prompts, adapters).encode(components, clip_skip)
 
 
-def _as_chat(tokenizer: Any, prompt: str) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-    return text
-
-
-def chunk_count(components: LoadedModel, prompt: str, adapter: str | None = None) -> int:
-    """Return 1: prompts are not read in chunks."""
-    return 1
-
-
 def truncated_text(
     components: LoadedModel, prompt: str, own_tokens: Mapping[str, str] | None = None
 ) -> str:
     """Return the end of a prompt beyond the token limit."""
-    (tokenizer,) = components.tokenizers
-    ids = tokenizer(_as_chat(tokenizer, prompt), truncation=False, verbose=False).input_ids
-    end = _as_chat(tokenizer, "\0").partition("\0")[2]
-    cut = str(tokenizer.decode(ids[components.family.most_tokens :]))
-    return cut.removesuffix(end).strip() if len(cut) > len(end) else ""
+    return chat.truncated_text(components, prompt, thinks=True)
 
 
-def token_limit(components: LoadedModel) -> str:
-    """Return the token limit as text."""
-    return f"the model's {components.family.most_tokens} tokens"
+chunk_count, token_limit = chat.chunk_count, chat.token_limit
 
 
 def embedding_arguments(positive: Conditioning, negative: Conditioning) -> dict[str, Any]:

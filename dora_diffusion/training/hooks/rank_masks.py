@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.stack import Masks
+from dora_diffusion.adapters.stack import Masks, RankRoute
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.offload import send
 from dora_diffusion.numerics.operation import timestep_ranks
-from dora_diffusion.training.hooks.hook import Hook, RankRoute
+from dora_diffusion.training.hooks.hook import Hook
 from dora_diffusion.training.prediction import Drawn
 
 if TYPE_CHECKING:

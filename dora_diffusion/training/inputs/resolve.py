@@ -25,7 +25,6 @@ from dora_diffusion.training.inputs.dataset import (
     list_subjects,
     open_dataset,
 )
-from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
 from dora_diffusion.training.inputs.subject import Subject
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.trainable.adapters import (
@@ -41,7 +40,7 @@ class RunPlan(NamedTuple):
 
     Attributes:
         photos: Photos of each subject.
-        held_out: Held-out photos of each subject.
+        held_out: Held-out photos of each subject; empty if no subject has any.
         start: Adapter that the run starts from, or None.
     """
 
@@ -57,10 +56,15 @@ def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
         ConfigError, PhotoError, AdapterFormatError: If an input is invalid.
     """
     optimizer_library(config.optimizer_name)
-    photos, held_out = divide_all(subjects, list_subjects(subjects))
-    for subject, paths, excluded in zip(subjects, photos, held_out, strict=True):
+    photos, held_out = list_subjects(subjects), list[list[Path]]()
+    if any(subject.settings.holds_out for subject in subjects):
+        from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
+
+        photos, held_out = divide_all(subjects, photos)
+        for subject, excluded in zip(subjects, held_out, strict=True):
+            check_held_out(subject, excluded)
+    for subject, paths in zip(subjects, photos, strict=True):
         check_wildcards(subject.settings, paths)
-        check_held_out(subject, excluded)
     return RunPlan(photos, held_out, StartingAdapter.of(config))
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import set_stance
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from dora_diffusion.adapters.compiled import uncompiled
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.data.crops import plan_crop
@@ -161,7 +161,7 @@ class Probe:
         tensors = (t for one in modules for t in (*one.parameters(), *one.buffers()))
         is_half = any(tensor.dtype in _HALF for tensor in tensors)
         wide = _Float32() if is_half and not self._is_sharded else nullcontext()
-        with torch.no_grad(), evaluating, uncompiled(), scope, wide:
+        with torch.no_grad(), evaluating, set_stance("force_eager"), scope, wide:
             yield
 
     def _encoded(self) -> Conditioning:
@@ -203,7 +203,11 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 class _Float32(TorchFunctionMode):
-    """Mode in which all operations read half-precision tensors as float32."""
+    """Mode in which all operations read half-precision tensors as float32.
+
+    Attributes report float32 too, since models cast their inputs to the dtype of their weights. A
+    float32 copy of the model would not fit into the memory of a run in half precision.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__":

@@ -13,14 +13,14 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
+from torch.compiler import set_stance
 
 from dora_diffusion import __version__, system
-from dora_diffusion.adapters.compiled import uncompiled
 from dora_diffusion.adapters.inject import set_strength
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.fields import require_choice
@@ -371,7 +371,7 @@ class SampleWriter:
                 self._on_event(SamplingProgress(before + done, before + left * total))
 
             # Another batch size without gradients would recompile each block.
-            with uncompiled() if config.compile else nullcontext():
+            with set_stance("force_eager"):
                 images += generate_images(
                     self._run.components,
                     [self._rules.draw_prompt(prompt.text, seed) for seed in prompt.seeds]

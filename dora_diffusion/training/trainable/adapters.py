@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.fresh import InjectionReport
 from dora_diffusion.adapters.inject import (
     disabled,
@@ -47,8 +46,7 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import StoredAdapter, adapter_hash
 from dora_diffusion.formats.files.runs import KOHYA_FILE
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
-from dora_diffusion.formats.layouts.other import layout_named
-from dora_diffusion.formats.layouts.vera import digest_of, write_vera
+from dora_diffusion.formats.layouts.layout import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import ModelNotFoundError, resolve_adapter
@@ -101,7 +99,10 @@ class TrainedAdapters:
 
     def projections(self) -> dict[str, str]:
         """Return digests of the random projections of VeRA, by component."""
-        layers = vera_state(self.modules)
+        if not (layers := vera_state(self.modules)):
+            return {}
+        from dora_diffusion.formats.layouts.vera import digest_of
+
         drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
         return {component: digest_of(projections) for component, projections in drawn.items()}
 
@@ -172,6 +173,8 @@ class TrainedAdapters:
     ) -> Path:
         """Write the compact file of VeRA. Command ``convert`` writes other formats."""
         if vectors := vera_state(self.modules):
+            from dora_diffusion.formats.layouts.vera import write_vera
+
             extra = {**metadata.extra, **self.words.write(folder)}
             return write_vera(folder, vectors, replace(metadata, extra=extra))
         return folder
@@ -373,6 +376,8 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
         else:
             module.enable_gradient_checkpointing(partial(checkpoint, **settings))
     if config.compile and model is components.denoiser:
+        from dora_diffusion.adapters.compiled import compile_blocks
+
         compile_blocks(model)
 
 

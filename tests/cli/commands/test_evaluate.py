@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -42,13 +44,21 @@ def adapter(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_subject_of_the_toy_world(base, adapter, tmp_path, capsys) -> None:
-    flags = ["--base", base, "--subject", "bolt_mug", "--num_seeds", "1", "--output", str(tmp_path)]
-    assert main(["evaluate", str(adapter), *flags, *FAST]) == 0
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def drawn(base: str, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Output of an evaluation of a drawn subject, and the folder of its results."""
+    output = tmp_path_factory.mktemp("drawn")
+    flags = ["--base", base, "--subject", "bolt_mug", "--num_seeds", "1", "--output", str(output)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["evaluate", str(adapter), *flags, *FAST]) == 0
+    return printed.getvalue(), output
+
+
+def test_a_subject_of_the_toy_world(drawn) -> None:
+    printed, output = drawn
     assert "| subject similarity" in printed
-    assert str(tmp_path / "images.png") in printed
-    report = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert str(output / "images.png") in printed
+    report = json.loads((output / "scores.json").read_text(encoding="utf-8"))
     assert report["schema"] == SCHEMA
     assert (report["base"], report["adapter"], report["trigger"]) == ("sd1", "adapter", "sks mug")
     assert report["sampling"] == {"steps": 1, "guidance_scale": 1.0, "scheduler": None}
@@ -59,8 +69,8 @@ def test_a_subject_of_the_toy_world(base, adapter, tmp_path, capsys) -> None:
     loss = report["measures"]["denoising_loss"]
     assert loss["base"]["mean"] != loss["adapted"]["mean"]
     assert report["measures"]["subject_similarity"]["truth"]["mean"] > 0.85
-    assert printed.splitlines()[0] in (tmp_path / "scores.md").read_text(encoding="utf-8")
-    with Image.open(tmp_path / "images.png") as image:
+    assert printed.splitlines()[0] in (output / "scores.md").read_text(encoding="utf-8")
+    with Image.open(output / "images.png") as image:
         assert image.width > 1000
 
 
@@ -84,7 +94,7 @@ def test_photos_with_metric_models_as_json(
 
 
 def test_each_of_several_subjects_is_measured_as_if_alone(
-    base, adapter, tmp_path, capsys, held_out_photos, monkeypatch
+    base, adapter, drawn, tmp_path, capsys, held_out_photos, monkeypatch
 ) -> None:
     """Drawn ones and photographed ones, each with its own trigger words."""
     # In place of the network that measures photos by default: it takes most of the time.
@@ -95,13 +105,17 @@ def test_each_of_several_subjects_is_measured_as_if_alone(
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert printed.index("sks mug:\n") < printed.index("zwx cup:\n")
-    for subject, trigger in (("bolt_mug", "sks mug"), (str(held_out_photos), "zwx cup")):
-        own = ["--subject", subject, "--trigger", trigger, "--output", str(tmp_path / trigger)]
-        assert main(["evaluate", str(adapter), *own, *flags]) == 0
-        alone = json.loads((tmp_path / trigger / "scores.json").read_text(encoding="utf-8"))
-        folder = tmp_path / "both" / Path(subject).name
-        assert json.loads((folder / "scores.json").read_text(encoding="utf-8")) == alone
-        assert alone["trigger"] == trigger
+    own = ["--subject", str(held_out_photos), "--trigger", "zwx cup"]
+    alone = tmp_path / "alone"
+    assert main(["evaluate", str(adapter), *own, *flags, "--output", str(alone)]) == 0
+    for name, folder, trigger in (
+        ("bolt_mug", drawn[1], "sks mug"),
+        (held_out_photos.name, alone, "zwx cup"),
+    ):
+        expected = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        found = (tmp_path / "both" / name / "scores.json").read_text(encoding="utf-8")
+        assert json.loads(found) == expected
+        assert expected["trigger"] == trigger
     assert main(command) == 1
     assert "already contains an evaluation" in capsys.readouterr().err
 

@@ -26,15 +26,18 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.files import stream
 from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, LAYOUTS, Conversion
-from dora_diffusion.formats.layouts.kohya import BaseSpecific
 from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     EncodedFile,
     Key,
     Layers,
     WriteOptions,
+    all_layouts,
+    layout_named,
+    layout_of,
 )
-from dora_diffusion.formats.layouts.other import OTHER, all_layouts, layout_named, layout_of
+from dora_diffusion.formats.layouts.one_base import BaseSpecific
+from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.layouts.vera import VeraLayer, write_vera
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.projections import Projections

@@ -52,8 +52,8 @@ def test_a_compiled_run_follows_the_other_in_few_graphs(
     # Without a C++ compiler, and the cheapest kind of block.
     counter = CompileCounterWithBackend("aot_eager")
     backend = partial(compile_blocks, backend=counter, fullgraph=True)
-    monkeypatch.setattr("dora_diffusion.training.trainable.adapters.compile_blocks", backend)
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()
     plain = make_config(
@@ -79,7 +79,7 @@ def test_a_machine_that_cannot_compile_is_refused_before_the_model_is_loaded(con
     def refuse(device):
         raise ConfigError("compile does not work", "compile")
 
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", refuse)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", refuse)
     monkeypatch.setattr("dora_diffusion.training.inputs.base.load_components", None)
     with refused("compile"):
         train(replace(config, compile=True))

@@ -30,7 +30,7 @@ from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.checkpoint import checkpoints_in
-from dora_diffusion.training.trainable import adapters, full
+from dora_diffusion.training.trainable import full
 from tests.emulation import OneDNN
 from tests.refusal import refused
 from tests.training.helpers import (
@@ -159,8 +159,9 @@ def test_a_resumed_run_is_that_of_one_piece_bit_for_bit(full_config, tmp_path, o
 
 def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")  # without a C++ compiler
-    monkeypatch.setattr(adapters, "compile_blocks", partial(compile_blocks, backend=counter))
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
+    backend = partial(compile_blocks, backend=counter)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()
     config = replace(

@@ -15,12 +15,11 @@ from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter, write_adapter
 from dora_diffusion.numerics.allocation import BudgetSchedule
-from dora_diffusion.training.hooks.allocation import Allocation
+from dora_diffusion.training.hooks.allocation import Allocation, RankAllocation
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.optimizer import FlatParameters
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
-from dora_diffusion.training.trainable.allocation import RankAllocation
 from tests.adapters.test_parametrizations import batches, merged_weights, two_linears
 from tests.training.helpers import accelerator_of_fp16, hook_of, open_run
 
