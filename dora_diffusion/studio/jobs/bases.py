@@ -209,7 +209,7 @@ def check_variant(name: str, variant: str | None) -> None:
 
 
 def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
-    """Check before a run that its models and folders exist.
+    """Check before a run that its models and folders exist, and that the model fits its settings.
 
     Args:
         config: Settings of the run.
@@ -217,8 +217,13 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
 
     Raises:
         UserError: If one is missing, with the fix.
+        ConfigError: If the model's family refuses a setting.
     """
-    check_base(config.pretrained_model_name_or_path, config.revision, ask_hub=ask_hub)
+    name = config.pretrained_model_name_or_path
+    check_base(name, config.revision, ask_hub=ask_hub)
+    family = families.FAMILIES.get(locate.model_info(name).family)
+    if family is not None:
+        family.refuse(name, vars(config))
     vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     if vae and locate.looks_local(vae) and not Path(vae).expanduser().exists():
         raise UserError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
@@ -229,7 +234,7 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
     classes = config.class_data_dir
     if classes and Path(classes).exists() and not Path(classes).is_dir():
         raise UserError(f"class_data_dir {classes} is a file; give a folder of class images")
-    check_variant(config.pretrained_model_name_or_path, config.variant)
+    check_variant(name, config.variant)
 
 
 def path_here(base: BaseModel) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from dora_diffusion.cli.main import main
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.locate import model_info, resolve_folder
 from dora_diffusion.models.memory import (
@@ -22,11 +23,13 @@ from dora_diffusion.models.memory import (
 from dora_diffusion.studio.jobs.bases import (
     Base,
     check_base,
+    check_model,
     check_variant,
     in_folder,
     in_hub_cache,
 )
 from dora_diffusion.studio.jobs.store import UserError
+from tests.refusal import refused
 from tests.z_image import write_z_image
 
 NAME = "Tongyi-MAI/Z-Image"
@@ -65,6 +68,13 @@ def test_it_is_found_in_the_cache_and_in_folders(folder: Path, cache: Path) -> N
     check_variant(str(folder), None)
     with pytest.raises(UserError, match="no weights of the variant 'fp16'; it has diffusion"):
         check_variant(str(folder), "fp16")
+
+
+def test_a_run_with_settings_that_it_refuses_does_not_start(folder: Path) -> None:
+    model = {"pretrained_model_name_or_path": str(folder)}
+    check_model(TrainConfig(**model))
+    with refused("train_text_encoder"):
+        check_model(TrainConfig(**model, train_text_encoder=True))
 
 
 def test_all_of_its_files_are_downloaded(folder: Path, cache: Path, monkeypatch) -> None:
