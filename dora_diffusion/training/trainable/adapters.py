@@ -34,6 +34,7 @@ from dora_diffusion.adapters.targets import (
     check_pattern,
     first_naming,
     match_targets,
+    require_rows,
 )
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
@@ -44,7 +45,8 @@ from dora_diffusion.formats.adapter.embeddings import Vectors
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import StoredAdapter, adapter_hash
-from dora_diffusion.formats.files.runs import KOHYA_FILE
+from dora_diffusion.formats.files.runs import INPUT_AXIS_FILES
+from dora_diffusion.formats.layouts import input_format
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 from dora_diffusion.formats.layouts.layout import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout
@@ -66,8 +68,8 @@ class TrainedAdapters:
         components: The model.
         modules: Components with adapters, by name.
         report: Summary of the adapted layers.
-        key_format: Key format of the adapter file: Diffusers' format, or kohya's for magnitudes on
-            the input axis.
+        key_format: Key format of the adapter file: Diffusers' format, or for magnitudes on the
+            input axis `input_format`.
         words: New words that train with the adapters.
         origin: Metadata of the starting adapter: ``init_adapter`` and its SHA-256; empty if new.
     """
@@ -142,7 +144,7 @@ class TrainedAdapters:
 
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
             adapter = AdapterFile(layers, metadata, tokens=tokens)
-            file = folder / (KOHYA_FILE if self.key_format == "kohya" else DIFFUSERS.file_name)
+            file = folder / INPUT_AXIS_FILES.get(self.key_format, DIFFUSERS.file_name)
             layout = UNetLayout.of(self.components.denoiser.config)
             return write_adapter(file, adapter, self.key_format, unet_layout=layout)
 
@@ -280,6 +282,9 @@ def adapter_configs(
     layers = {}
     for name, model in modules.items():
         layers[name] = {path: model.get_submodule(path) for path in matched(name, model, config)}
+        for setting in ("rank_dropout", "tlora_min_rank"):
+            if getattr(config, setting):
+                require_rows(layers[name], setting)
     for setting in (*PATTERNS, "lr_pattern"):
         check_pattern(setting, getattr(config, setting), layers.values())
 
@@ -332,7 +337,7 @@ def inject_trained(
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
     on_input = config.method_name == "dora" and config.norm_axis == "input"
-    key_format = "kohya" if on_input else "diffusers"
+    key_format = input_format(components.family.denoiser) if on_input else "diffusers"
     trained = TrainedAdapters(components, modules, report, key_format, origin=origin)
     # Check the key format now, not after hours of training.
     layout_named(trained.key_format).check(adapter_state(modules))
