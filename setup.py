@@ -58,6 +58,7 @@ if __name__ == "__main__":
                 "export/**/*.yaml",
                 "models/embedded/**/*",
                 "lab/toy/judges/*",
+                "lab/study/*.yaml",
                 "lab/toy/*.yaml",
                 "studio/app/*.css",
                 "studio/app/*.html",

@@ -36,7 +36,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
 from dora_diffusion.models.embedded import model_folder
-from dora_diffusion.models.latents import encode_moments, latents_from_moments, predict
+from dora_diffusion.models.latents import encode_moments, latents_from_moments
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import add_noise, training_target
 
@@ -62,7 +62,7 @@ def fine_tune(folder: Path, steps: int) -> None:
         captions = encode_prompts(model, ["a photo of a sks mug"] * BATCH)
         target = training_target(model.prediction_type, latents, noise, alphas[timesteps])
         noisy = add_noise(latents, noise, alphas[timesteps])
-        loss = (predict(model.unet, noisy, timesteps, captions) - target).square().mean()
+        loss = (model.predict(noisy, timesteps, captions) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -144,7 +144,7 @@ def count_pack(family: str, resolution: int, config: TrainConfig, count: int) ->
         batches: Any = OneBatch(components, batch)
         steps = []
         for _ in range(count):
-            AdapterSet.of(components.unet).detach()
+            AdapterSet.of(components.denoiser).detach()
             weights = inject_trained(components, config)
             step = build_step(config, accelerator(), components, weights, batches)
             step.encode = Encoded(components, cached)  # type: ignore[assignment]

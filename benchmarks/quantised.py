@@ -75,7 +75,7 @@ def trained(config: TrainConfig, subject: ToySource, output: Path, name: str) ->
 
 def pairs(dense: Components, quantised: Components) -> Iterator[tuple[Tensor, Tensor, Any]]:
     """Each quantised layer's dense weight, what its codes stand for, and its adapter."""
-    layers = zip(adapted_layers(dense.unet), adapted_layers(quantised.unet), strict=True)
+    layers = zip(adapted_layers(dense.denoiser), adapted_layers(quantised.denoiser), strict=True)
     for (_, plain), (_, packed) in layers:
         if isinstance(packed.weight.data, PackedWeight):
             yield plain.dense(), packed.weight.data.dense(), packed.adapters["default"].weights()

@@ -49,7 +49,7 @@ PROMPTS = ("a photo of a sks dog", "a sks mug on the snow", "a red sks toy", "a 
 def make_adapters(args: argparse.Namespace) -> list[str]:
     """Write adapters that differ, of several ranks; returns their names."""
     folder, names = args.work / "adapters", [f"customer{n}" for n in range(args.adapters)]
-    unet = load_components(args.base).unet
+    unet = load_components(args.base).denoiser
     for number, name in enumerate(names):
         if (folder / f"{name}.safetensors").exists():
             continue
@@ -99,12 +99,12 @@ def sampled(
         pool.generate(rows[: args.batch_size], settings, batch_size=args.batch_size)
     begun, images = clock(), []
     if way == "merged":
-        base = {name: tensor.clone() for name, tensor in components.unet.state_dict().items()}
+        base = {name: tensor.clone() for name, tensor in components.denoiser.state_dict().items()}
         for row in rows:
             attach_file(components.adaptable(), str(row.adapter), family="sd1")
-            merge_adapters(components.unet)
+            merge_adapters(components.denoiser)
             images += generate_images(components, row.prompt, [row.seed], settings)
-            components.unet.load_state_dict(base)
+            components.denoiser.load_state_dict(base)
     else:
         size = args.batch_size if way == "batched" else 1
         images = pool.generate(rows, settings, batch_size=size)

@@ -52,7 +52,7 @@ def train(settings: dict[str, Any]) -> None:
 
     def assembled(*args: Any, **kwargs: Any) -> Any:
         run = assemble(*args, **kwargs)
-        told["unet_gib"] = round(alive(run.components.unet) / GIB, 3)
+        told["unet_gib"] = round(alive(run.components.denoiser) / GIB, 3)
         told["resident_gib"] = round(resident() / GIB, 2)
         told["started"] = time.perf_counter()
         return run

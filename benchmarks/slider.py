@@ -84,7 +84,7 @@ def trained(slider: str, variant: str, args: argparse.Namespace) -> Path:
 def scale_error(components: Components, strength: float = 0.5) -> float:
     """Distance of PEFT's scale to the strength: relative, of the change of all weights."""
     wanted, off = 0.0, 0.0
-    for _, layer in adapted_layers(components.unet):
+    for _, layer in adapted_layers(components.denoiser):
         weight, own = layer.dense(), layer.adapters["default"].weights()
         change = adapted_weight(weight, own, strength=strength) - weight
         scaled = adapted_weight(weight, own, direction_strength=strength) - weight
@@ -110,7 +110,7 @@ def sampled(components: Components, kind: str, count: int) -> dict[float, list[I
     made = {0.0: base_images(kind, count)}
     for strength in STRENGTHS if kind == TARGET else OTHERS:
         if strength:
-            set_strength(components.unet, strength)
+            set_strength(components.denoiser, strength)
             seeds = range(count)
             images = generate_images(components, prompt_of(kind), seeds, FEW_STEPS, batch_size=8)
             made[strength] = images

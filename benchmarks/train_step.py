@@ -64,7 +64,7 @@ def session(output: str, **chosen: object) -> Run:
 
 def bare_step(run: Run) -> None:
     """Forward and backward of the UNet on a batch that is ready."""
-    unet = run.components.unet
+    unet = run.components.denoiser
     side = run.resolution // run.components.vae_factor
     batch = run.config.train_batch_size
     latents: Tensor = torch.randn(batch, unet.config.in_channels, side, side)
@@ -125,7 +125,7 @@ def calls(output: str) -> None:
         sys.setprofile(note if number > 11 else None)
         run.step(number)
         sys.setprofile(None)
-    layers = sum(1 for _ in adapted_layers(run.components.unet))
+    layers = sum(1 for _ in adapted_layers(run.components.denoiser))
     row = [layers, len({file for file, _ in entered}), len(entered), sum(entered.values()) // 3]
     print(markdown(["adapted layers", "modules", "functions", "calls of a step"], [row]), "\n")
     most = [[f"{file[1:]} {name}", count // 3] for (file, name), count in entered.most_common(12)]

@@ -49,7 +49,7 @@ OFF = (
     "training/engine/preconditioning.py", "training/hooks/*", "training/inputs/cache.py",
     "training/inputs/held_out.py", "training/inputs/prior.py", "training/pack*.py",
     "training/results/resume.py", "training/results/validation.py",
-    "training/trainable/allocation.py", "training/trainable/full.py",
+    "training/trainable/full.py",
     "training/trainable/words.py",
 )  # fmt: skip
 """Modules of features that a default training has off."""

@@ -161,7 +161,9 @@ def test_what_a_model_is_given_for_is_said() -> None:
 
 def test_components_are_no_model_and_a_seed_is_no_list(sd1_folder: Path) -> None:
     components = dora_diffusion.load_components(sd1_folder)
-    with refused("model", "it must be a Module: give one of its modules, such as components.unet"):
+    with refused(
+        "model", "it must be a Module: give one of its modules, such as components.denoiser"
+    ):
         dora_diffusion.inject_adapters(components, AdapterConfig())
     with refused("seeds", "is 1; it must be a list of whole numbers: write it in brackets"):
         dora_diffusion.generate_images(components, "a mug", 1)  # type: ignore[arg-type]
@@ -231,7 +233,7 @@ def test_numbers_of_functions_are_refused_before_anything_is_done(sd1_folder: Pa
         "seed": ("seed", lambda: dora_diffusion.simulate_queue(plan, [1.0], [1.0], seed=-1)),
         "name": (
             "name",
-            lambda: dora_diffusion.inject_adapters(components.unet, AdapterConfig(), name="a.b"),
+            lambda: inject_adapters(components.denoiser, AdapterConfig(), name="a.b"),
         ),
         "quantize": ("quantize", lambda: dora_diffusion.BaseModel("x", quantize="int9")),
         "prediction": (

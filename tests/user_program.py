@@ -14,6 +14,6 @@ try:
 except (dd.ConfigError, dd.PhotoError, dd.TrainingError) as error:
     print(error)
 components = dd.load_components("embedded:tiny-sd")
-with dd.disabled(components.unet):
+with dd.disabled(components.denoiser):
     images = dd.generate_images(components, "a dog", [0], dd.SamplingSettings(steps=20))
 dd.export_checkpoint("embedded:tiny-sd", path, "merged").resolve()

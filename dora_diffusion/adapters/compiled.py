@@ -8,8 +8,7 @@ unchanged: names of parameters, gradient checkpointing around a block, hooks on 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -23,7 +22,13 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.arguments import check_arguments
 
 # By name, as in Diffusers' `_repeated_blocks`: importing the classes would import Diffusers.
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+BLOCKS = (
+    "BasicTransformerBlock",
+    "ResnetBlock2D",
+    "ZImageTransformerBlock",
+    "Flux2TransformerBlock",
+    "Flux2SingleTransformerBlock",
+)
 
 _REMEDIES = {
     "cpu": "install a C++ compiler and Python's headers (Debian, Ubuntu: apt install g++ "
@@ -58,15 +63,16 @@ def require_compiler(device: torch.device | str) -> None:
 
 @check_arguments()
 def compile_blocks(model: nn.Module, **options: Any) -> int:
-    """Compile a UNet's transformer and residual blocks, in place, when they are first called.
+    """Compile a denoiser's transformer and residual blocks, in place, when they are first called.
 
     Blocks of one kind share compiled code. Sizes of images, prompts and batches become dynamic when
     they vary between calls. The keys of the state dict do not change. Adapters may be attached
     before or after. Open a `norm_scope`, as without compiling: otherwise each call computes dense
-    norms.
+    norms. For calls too few to be worth recompiling, ``torch.compiler.set_stance("force_eager")``
+    runs the blocks uncompiled.
 
     Args:
-        model: A ``UNet2DConditionModel`` of Diffusers, or any model with such blocks.
+        model: A denoiser of Diffusers, or any model with such blocks.
         options: Further arguments of ``torch.compile``.
 
     Returns:
@@ -79,18 +85,23 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
         >>> import torch
         >>> compile_blocks(torch.nn.Linear(8, 8))
         Traceback (most recent call last):
-        ValueError: Linear has no block to compile: BasicTransformerBlock or ResnetBlock2D
+        ValueError: Linear has no block to compile: one of BasicTransformerBlock, ...
     """
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no block to compile: {' or '.join(BLOCKS)}")
+        names = ", ".join(BLOCKS)
+        raise ValueError(f"{type(model).__name__} has no block to compile: one of {names}")
     # DDPOptimizer would split graphs by gradient buckets, but blocks are small already.
     torch._dynamo.config.optimize_ddp = False
     kinds: dict[Any, Callable[..., Any]] = {}
     for block in blocks:
         kind = _kind(block)
         if kind not in kinds:
-            kinds[kind] = torch.compile(_caller(block, len(kinds)), **options)
+            # Torch caches compiled graphs per code object, at most 8 each, and also marks dynamic
+            # sizes per code object. SDXL has 12 kinds of residual blocks: with one code object for
+            # all, channels would become dynamic, and blocks beyond the limit would run uncompiled.
+            code = _call.__code__.replace(co_name=f"{type(block).__name__}_{len(kinds)}")
+            kinds[kind] = torch.compile(FunctionType(code, _call.__globals__), **options)
         layers = [m for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         # `nn.Module.compile` sets this too, but compiles each block. Copies of a block lose it.
         block._compiled_call_impl = partial(_run, kinds[kind], block, layers)
@@ -101,17 +112,6 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
     """Return the key of blocks that share compiled code: the shapes of the base weights."""
     shapes = ((name, tuple(p.shape)) for name, p in block.named_parameters())
     return type(block), *(shape for shape in shapes if ".adapters." not in shape[0])
-
-
-def _caller(block: nn.Module, number: int) -> Callable[..., Any]:
-    """Return a function that calls a block, with a separate code object for each kind of block.
-
-    Torch caches compiled graphs per code object, at most 8 each, and also marks dynamic sizes per
-    code object. SDXL has 12 kinds of residual blocks: with one code object for all, the channels
-    would become dynamic, and blocks beyond the limit would run uncompiled.
-    """
-    code = _call.__code__.replace(co_name=f"{type(block).__name__}_{number}")
-    return FunctionType(code, _call.__globals__)
 
 
 def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -135,10 +135,3 @@ def _run(
     for route in routes:
         route.prepare()
     return compiled(block, *args, **kwargs)
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run compiled blocks eagerly inside the block, for calls too few to be worth recompiling."""
-    with torch.compiler.set_stance("force_eager"):
-        yield

@@ -48,7 +48,8 @@ class DeferredFlags:
         """
         before, now = self._sent, self.send(flagged, sizes)
         is_late = before is not None and before.event is not None and before.sizes == now.sizes
-        return _owners(cast(_Sent, before if is_late else now).read(), sizes)
+        raised, ends = cast(_Sent, before if is_late else now).read(), list(accumulate(sizes))
+        return {bisect_right(ends, channel) for channel in raised.nonzero().flatten().tolist()}
 
     def send(self, flagged: Tensor, sizes: Sequence[int]) -> _Sent:
         """Copy the flags of a step to the host, for `layers` of the next step."""
@@ -67,9 +68,3 @@ class DeferredFlags:
 def record_event(tensor: Tensor) -> Any:
     """Record an event on the current stream of a tensor's device."""
     return torch.cuda.current_stream(tensor.device).record_event()
-
-
-def _owners(flagged: Tensor, sizes: Sequence[int]) -> set[int]:
-    """Return the indices of the layers that own the flagged channels of a concatenated vector."""
-    ends = list(accumulate(sizes))
-    return {bisect_right(ends, channel) for channel in flagged.nonzero().flatten().tolist()}

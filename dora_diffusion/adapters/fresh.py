@@ -112,15 +112,12 @@ def _check_variant(path: str, module: nn.Module, config: AdapterConfig) -> None:
     if config.init == "random" and config.parametrization == "low-rank":
         return
     if layer_kind(module) == "embedding" or layer_groups(module) != 1:
-        what = (
-            f"init {config.init}"
-            if config.init != "random"
-            else f"parametrization {config.parametrization}"
-        )
+        setting = "init" if config.init != "random" else "parametrization"
         kind = "an Embedding" if layer_kind(module) == "embedding" else "a convolution with groups"
         raise ValueError(
-            f"{path} is {kind}, and {what} is for Linear layers and convolutions without groups; "
-            "leave it out of the targets, or take init random and parametrization low-rank"
+            f"{path} is {kind}, and {setting} {getattr(config, setting)} is for Linear layers and "
+            "convolutions without groups; leave it out of the targets, or take init random and "
+            "parametrization low-rank"
         )
 
 

@@ -254,9 +254,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     # CUDA stream, and a weight that two layers share is merged twice, in order.
     weights = {layer.weight.data_ptr() for layer in layers if layer.weight.device.type == "cpu"}
     is_ahead = len(weights) == len(layers)
-    results = (
-        map_ahead(merged, layers) if is_ahead else ((layer, merged(layer)) for layer in layers)
-    )
+    results = map_ahead(merged, layers) if is_ahead else ((a, merged(a)) for a in layers)
     for layer, weight in results:
         if weight is not None:
             layer.merge(weight)

@@ -109,14 +109,11 @@ _ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {
 _KINDS = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding and transformers' Conv1D"
 
 
-def _is_conv1d_of_transformers(kind: type[nn.Module]) -> bool:
-    # By name, so that Transformers is not imported for models that do not use it.
-    return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
-
-
 def _adapted_class(kind: type[nn.Module]) -> type[AdaptedLayer] | None:
     """Return the adapted class of this exact module class; None if it cannot carry adapters."""
-    if kind not in _ADAPTED and _is_conv1d_of_transformers(kind):
+    # By name, so that Transformers is not imported for models that do not use it.
+    name = kind.__module__, kind.__qualname__
+    if kind not in _ADAPTED and name == ("transformers.pytorch_utils", "Conv1D"):
         _ADAPTED[kind] = type("DoRAConv1D", (_AdaptedConv1D, kind), {"__doc__": "With adapters."})
     return _ADAPTED.get(kind)
 

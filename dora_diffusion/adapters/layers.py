@@ -122,11 +122,8 @@ class LayerAdapter(nn.Module):
     @property
     def is_plain(self) -> bool:
         """True if the layer's `Site` has the parameters themselves, not derived tensors."""
-        strengths = self.strengths
-        return (
-            self.parametrization is None
-            and strengths.direction_strength == strengths.magnitude_strength == 1
-        )
+        strengths = self.strengths.direction_strength, self.strengths.magnitude_strength
+        return self.parametrization is None and strengths == (1, 1)
 
     def scaled_weights(self) -> LayerWeights:
         """Return `weights` with the direction's strength in the scale."""
@@ -273,7 +270,7 @@ class AdaptedLayer(nn.Module):
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
         """Return an adapter's factors in a dtype, from a plan or else computed here."""
         if not torch.compiler.is_compiling():
-            scales = (self.route or self).scales(name, adapter)
+            scales = self.scales(name, adapter)
             if scales is not None:
                 return self.with_direction(scales.factors(dtype), adapter)
         # Torch cannot trace a plan: use the scope's factors, or compute them in the graph.
@@ -296,8 +293,11 @@ class AdaptedLayer(nn.Module):
 
         None for a LoRA that changed in its scope, or outside of scopes.
         """
-        if self.route is not None:
-            return self.route.scales(name, adapter)
+        route = self.route
+        return self.computed_scales(adapter) if route is None else route.scales(name, adapter)
+
+    def computed_scales(self, adapter: LayerAdapter) -> Scales | None:
+        """Compute norm and gain of one adapter; None for LoRA."""
         return None if adapter.magnitude is None else make_scales([self.site([adapter])])[0]
 
     @torch.no_grad()

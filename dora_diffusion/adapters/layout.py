@@ -198,6 +198,7 @@ class Layout:
         has_other_dtypes: Whether a parameter has another dtype than the norms.
         is_derived: Whether a parametrization computes some of the parameters.
         downs: All A, followed by the zeros that pad them to a layer's rank.
+        ups: All B of each rank.
         magnitudes: All m.
     """
 
@@ -230,9 +231,10 @@ class Layout:
         self.has_other_dtypes = any(p.dtype != self.dtype for p in self.parameters)
         self.is_derived = any(p.grad_fn is not None for p in self.parameters)
         self.downs = [part for rank, group in self._ranks for part in _filled_downs(rank, group)]
+        self.ups = [[a.up for site in group for a in site.adapters] for _, group in self._ranks]
         self.scales = [self._scales_of(group) for _, group in self._ranks]
         self._new_bias()
-        self._shared: dict[str | int, Tensor | None] = {}
+        self._shared: dict[int, Tensor | None] = {}
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._templates: dict[int | None, list[list[Tensor]]] = {}
         self.update_statistics()
@@ -297,29 +299,26 @@ class Layout:
     # Parameters to buffers
 
     @torch.no_grad()
-    def down(self, *, shared: bool = False) -> Tensor:
-        """Return all A; if ``shared``, in the memory of the parameters, which must not move."""
-        return self._joined("down", self.downs, shared)
+    def joined(self, tensors: Sequence[Tensor], *, shared: bool = False) -> Tensor:
+        """Join `downs` or `magnitudes`.
 
-    @torch.no_grad()
-    def magnitude(self, *, shared: bool = False) -> Tensor:
-        """Return all m, likewise."""
-        return self._joined("magnitude", self.magnitudes, shared)
-
-    def _joined(self, name: str | int, tensors: Sequence[Tensor], shared: bool) -> Tensor:
-        if shared and name not in self._shared:
-            self._shared[name] = consecutive(tensors)
-        memory = self._shared[name] if shared else None
+        Args:
+            tensors: The list.
+            shared: Return the memory of the parameters, which must not move, if they lie there one
+                after the other.
+        """
+        if shared and id(tensors) not in self._shared:
+            self._shared[id(tensors)] = consecutive(tensors)
+        memory = self._shared[id(tensors)] if shared else None
         return (join(tensors) if memory is None else memory).to(self.dtype)
 
     @torch.no_grad()
-    def up(self, *, shared: bool = False) -> list[Tensor]:
-        """Return all B of each rank as ``(rows, r)``, likewise; padded with zeros to the rank."""
+    def joined_ups(self, *, shared: bool = False) -> list[Tensor]:
+        """Join `ups` as ``(rows, r)`` for each rank, padded with zeros to the rank."""
         buffers = []
-        for rank, sites in self._ranks:
-            ups = [adapter.up for site in sites for adapter in site.adapters]
+        for (rank, _), ups in zip(self._ranks, self.ups, strict=True):
             if all(up.shape[1] == rank for up in ups):
-                buffers.append(self._joined(rank, ups, shared).view(-1, rank))
+                buffers.append(self.joined(ups, shared=shared).view(-1, rank))
                 continue
             sizes = [len(up) for up in ups]
             rows = torch.zeros(sum(sizes), rank, dtype=self.dtype, device=self.device)

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.adapters.layers import Active, AdaptedLayer, LayerAdapter
-from dora_diffusion.adapters.plan import make_scales
 from dora_diffusion.adapters.route import Ready, Route, Scales, forward_rows
 from dora_diffusion.numerics.dora import Factors
-from dora_diffusion.numerics.operation import ConvOperation, Operation
+from dora_diffusion.numerics.fused import is_fusible
 from dora_diffusion.numerics.precision import product_dtype
 
 
@@ -53,10 +52,8 @@ class NormRoute(Route):
             if self.require_unchanged(name, adapter):
                 return self.norms[name]
             del self.norms[name]
-        if adapter.magnitude is None:
-            return None
-        scales = make_scales([self.layer.site([adapter])])[0]
-        self.keep(name, adapter, scales)
+        if (scales := self.layer.computed_scales(adapter)) is not None:
+            self.keep(name, adapter, scales)
         return scales
 
     def keep(self, name: str, adapter: LayerAdapter, scales: Scales) -> None:
@@ -153,15 +150,12 @@ class RowRoute(NormRoute):
 
 def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
     """Return whether one product can serve rows of all these adapters."""
-    op = layer.operation()
-    is_plain = type(op) is Operation
-    is_image = isinstance(op, ConvOperation) and op.groups == 1 and len(op.stride) == 2
     adapters = [adapter for _, adapter in active]
     axes = {adapter.norm_axis for adapter in adapters if adapter.magnitude is not None}
     # A strength is folded into the gain of the output, which then gives no gradient of m.
     folds = not torch.is_grad_enabled() and "input" not in axes
     return (
-        (is_plain or is_image)
+        is_fusible(layer.operation())
         and len(axes) < 2
         and all(folds or adapter.strengths.strength == 1 for adapter in adapters)
         and not (layer.training and any(adapter.dropout for adapter in adapters))

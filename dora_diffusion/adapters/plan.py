@@ -47,7 +47,7 @@ from dora_diffusion.numerics.precision import full_precision
 # A layer with |g| below this in a channel is direct: dividing its saved tensors by g would amplify
 # their rounding, or be 0 / 0.
 SMALL_GAIN = 1e-3
-# Squared tolerance of checksums: rounding changes those of one weight by about 1e-6 |W_i|.
+# Squared tolerance of checksums: rounding changes the checksum of a weight by about 1e-6 |W_i|.
 SAME_WEIGHT = 1e-10
 # Factor of the thresholds if flags are read a step late.
 MARGIN = 2.0
@@ -111,20 +111,16 @@ class LayerScales(NamedTuple):
             plan_factors = self.plan.factors(dtype)
             for factors_by_dtype, factors in zip(self.factors_of_all, plan_factors, strict=True):
                 factors_by_dtype[dtype] = factors
+        is_in_backward = torch._C._current_graph_task_id() != -1  # In this thread.
         if not torch.is_grad_enabled():
             self.plan.ran_without_gradients.add(self.place)
-        elif self.place in self.plan.ran_without_gradients and _in_backward():
+        elif self.place in self.plan.ran_without_gradients and is_in_backward:
             # Reentrant checkpointing runs a backward pass per block. Through the plan each pass
             # would reach the parameters of all blocks, and DistributedDataParallel would reduce
             # incomplete gradients.
             site = self.plan.layout.sites[self.place]
             return factors_of(site.weight, site.bias, site.adapters[0], dtype, norm=self.norm)
         return self.factors_by_dtype[dtype]
-
-
-def _in_backward() -> bool:
-    """Return whether a backward pass runs in this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class FixedScales:
@@ -209,7 +205,8 @@ class Plan:
         shared: bool = False,
     ) -> None:
         self.layout, self.has_edges, self._is_shared = layout, has_edges, shared
-        self.down, self.up = layout.down(shared=shared), layout.up(shared=shared)
+        self.down = layout.joined(layout.downs, shared=shared)
+        self.up = layout.joined_ups(shared=shared)
         self.direct, self.ran_without_gradients = set(layout.direct), set[int]()
         self._left: list[Tensor] | None = None
         self._used: set[int] = set()
@@ -231,7 +228,7 @@ class Plan:
             terms = Terms(change, bound.sqrt(), checksum)
         total = terms.change + layout.base
         self.norm = total.clamp_min(0).sqrt_()
-        self.gain = gain_of(layout.magnitude(shared=self._is_shared), self.norm)
+        self.gain = gain_of(layout.joined(layout.magnitudes, shared=self._is_shared), self.norm)
         # Not ``<``, so that NaN is flagged too.
         flagged = is_ill_conditioned(total, layout.base, terms.bound, margin).logical_or_(
             ~(self.gain.abs() >= margin * SMALL_GAIN)
@@ -321,17 +318,17 @@ class Plan:
                 bias,
                 layout.axis,
                 index in self.direct,
-                self.direction(index, rows, dtype)
-                if index in self.direct and isinstance(rows, int)
-                else None,
+                self._direction(index, rows, dtype) if index in self.direct else None,
             )
             for index, (down, up, gain, shift, bias) in enumerate(fields)
         ]
 
-    def direction(self, index: int, k: int, dtype: torch.dtype) -> Tensor | None:
-        """Return `direction_of` one adapter of a layer; None for a sharded layer."""
+    def _direction(self, index: int, rows: Rows, dtype: torch.dtype) -> Tensor | None:
+        """Return `direction_of` a layer with one adapter for all rows; None if it is sharded."""
         site = self.layout.sites[index]
-        return None if site.shard else direction_of(site.weight, site.adapters[k], dtype)
+        if site.shard or not isinstance(rows, int):
+            return None
+        return direction_of(site.weight, site.adapters[rows], dtype)
 
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
         """Return the fields of `LayerTensors`, concatenated."""
@@ -449,7 +446,7 @@ class _Prepare(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         if plan.has_edges:
-            # Only the layers of this pass, not those of earlier passes.
+            # Only the layers of this pass, not of earlier passes.
             plan._used.clear()
             sums = plan.flat_gradients(ctx.rows, grads)
             collected = Collected(sums, plan.layout.pieces(sums), plan._used)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from dora_diffusion.numerics.dora import (
     direction_of,
     dora_forward,
     gain,
+    per_channel,
     sum_of_adapters,
 )
 from dora_diffusion.numerics.fused import is_fusible
@@ -41,12 +42,27 @@ Masks = Sequence[Tensor | None]
 """For each layer, factors ``(N, r)`` or ``(1, r)`` of the ranks of each row; None: all are 1."""
 
 
+class RankRoute(NamedTuple):
+    """Rank masks for the rows of a batch: arguments of `AdapterStack.of`.
+
+    Attributes:
+        masks: Factors of the ranks of each layer. Empty: no layer has masks.
+        active: Ranks that the norm includes, in the same shapes.
+    """
+
+    masks: Masks = ()
+    active: Masks = ()
+
+
 _BASE: tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]] = ({}, {})
 """Factors and `Route.ready` of a layer for the base, always empty."""
 
 
 class AdapterStack:
     """K adapters of the same layers.
+
+    Attributes:
+        flags: Flags of each layout, read one step late.
 
     Args:
         layers: The layers.
@@ -85,17 +101,13 @@ class AdapterStack:
         pairs = zip(layers, adapters, strict=True)
         self._routes = [StackRoute(self, *pair) for pair in pairs]
         self._layouts = LayoutCache()
+        self.flags: Mapping[Any, DeferredFlags] = self._layouts.flags
         self._dtype: torch.dtype | None = None
         self._plans: list[Plan] = []
         self._buffers: dict[Layout, Buffers] = {}
         # Each layer's factors by dtype, and its `Route.ready`.
         self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
         self._are_ready: set[Rows] = set()
-
-    @property
-    def flags(self) -> Mapping[Any, DeferredFlags]:
-        """Flags of each layout, read one step late."""
-        return self._layouts.flags
 
     def settle(self) -> tuple[Mapping[Any, Layout], bool]:
         """Return the layouts, and whether they are new: memory of earlier steps is then dropped."""
@@ -278,11 +290,8 @@ class AdapterStack:
 def _masked(weights: LayerWeights, mask: Tensor) -> LayerWeights:
     """Return weights with A times a row's mask ``(r,)``, repeated for PiSSA's rank 2r."""
     mask = mask.repeat(max(1, weights.rank // len(mask)))[: weights.rank]
-    return dataclasses.replace(weights, down=weights.down * _along_rank(mask, weights.down))
-
-
-def _along_rank(mask: Tensor, down: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (down.ndim - 1))
+    mask = per_channel(mask, weights.down.ndim, "output")
+    return dataclasses.replace(weights, down=weights.down * mask)
 
 
 class StackRoute(Route):
@@ -399,9 +408,9 @@ class StackRoute(Route):
         down, change = factors.down, factors.norm_change
         mask = down.new_ones(len(down)) if self.mask is None else self.mask[row]
         weights = _masked(self.adapters[k].scaled_weights(), mask)
-        mask = _along_rank(mask.repeat(len(down) // len(mask)), down).to(down.dtype)
+        mask = mask.repeat(len(down) // len(mask)).to(down.dtype)
         return factors._replace(
-            down=down * mask,
+            down=down * per_channel(mask, down.ndim, "output"),
             direction=direction_of(self.layer.dense(), weights, down.dtype),
             norm_change=None if change is None else change[row, None],
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,16 @@ from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers, own_mod
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import listing
-from dora_diffusion.formats.adapter.beside import UnreadFile
-from dora_diffusion.formats.adapter.embeddings import MissingToken
+from dora_diffusion.formats.adapter.embeddings import MissingToken, UnreadFile
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts.vera import VeraLayer
 from dora_diffusion.formats.names.modules import canonical, installed_path, is_flat
 from dora_diffusion.numerics.weights import LayerWeights
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.layouts.vera import VeraLayer
 
 LiveModules = Mapping[str, nn.Module]
 
@@ -89,6 +90,7 @@ def vera_state(components: LiveModules) -> dict[str, VeraLayer]:
         if adapter.parametrization is None:
             continue
         from dora_diffusion.adapters.parametrizations import ProjectedParametrization
+        from dora_diffusion.formats.layouts.vera import VeraLayer
 
         if isinstance(parametrization := adapter.parametrization, ProjectedParametrization):
             tensors = (adapter.down, adapter.up, adapter.magnitude)

@@ -12,15 +12,25 @@ from torch import nn
 from dora_diffusion.adapters.kinds import can_adapt, is_wrapped
 
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0"
+_ANY_ATTENTION = (
+    rf".*\b(attn[12]?|attention)\.({_ATTENTION})"
+    r"|.*\battn\.(add_[qkv]_proj|to_add_out|to_qkv_mlp_proj|to_out)"
+)
+_FEED_FORWARD = (
+    r".*\b(ff\.net\.(0\.proj|2)|feed_forward\.w[123])|.*\bff(_context)?\.linear_(in|out)"
+)
+# Z-Image's embedders of patches and captions, whose inputs are the tokens of all rows of a batch.
+_TOKENS_OF_ALL_ROWS = r"(all_x_embedder|cap_embedder)\."
 # conv_in and conv_out are in "full" only: their four channels on one side limit the rank to few.
 _CONV = r"(^|.*\.)(resnets\.\d+\.conv(1|2|_shortcut)|(down|up)samplers\.\d+\.conv|proj_in|proj_out)"
 
 # Preset -> (pattern of the path, class of layer; None: any class except nn.Embedding).
 _PATTERNS: dict[str, list[tuple[str, type[nn.Module] | None]]] = {
     "cross-attention": [(rf".*\battn2\.({_ATTENTION})", nn.Linear)],
-    "attention": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear)],
-    "attention+conv": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear), (_CONV, nn.Conv2d)],
-    "full": [(r".*", None)],
+    "attention": [(_ANY_ATTENTION, nn.Linear)],
+    "attention+conv": [(_ANY_ATTENTION, nn.Linear), (_CONV, nn.Conv2d)],
+    "attention+ff": [(_ANY_ATTENTION, nn.Linear), (_FEED_FORWARD, nn.Linear)],
+    "full": [(rf"(?!{_TOKENS_OF_ALL_ROWS}).*", None)],
     # SDXL only (B-LoRA, arXiv:2403.14572), 80 layers each: other families lack this attention.
     "b-lora-content": [(rf"up_blocks\.0\.attentions\.0\..*\battn[12]\.({_ATTENTION})", nn.Linear)],
     "b-lora-style": [(rf"up_blocks\.0\.attentions\.1\..*\battn[12]\.({_ATTENTION})", nn.Linear)],
@@ -75,6 +85,23 @@ def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     ]
 
 
+def require_rows(paths: Iterable[str], feature: str) -> None:
+    """Check that all layers see each row of a batch by itself.
+
+    Args:
+        paths: Paths of the layers.
+        feature: Feature that treats rows differently, for the message.
+
+    Raises:
+        TargetError: If a layer sees the tokens of all rows in one dimension.
+    """
+    if layers := [path for path in paths if re.match(_TOKENS_OF_ALL_ROWS, path)]:
+        raise TargetError(
+            f"targets: {', '.join(layers)} cannot be trained with {feature}, since its input joins "
+            "the tokens of all rows of a batch; leave it out of targets"
+        )
+
+
 def first_naming(targets: Iterable[str], path: str, module: nn.Module) -> str:
     """Return the first target that matches a layer or the end of its path; empty if none does.
 
@@ -125,9 +152,11 @@ def _nearest(target: str, paths: Iterable[str]) -> list[str]:
 def _nothing_matches(target: str, model: nn.Module, paths: list[str]) -> str:
     kind = "preset" if target in _PATTERNS else "pattern"
     there = ", ".join(paths[:3]) + (f", ... ({len(paths)} in all)" if len(paths) > 3 else "")
+    layers = [(path, model.get_submodule(path)) for path in paths]
+    presets = [name for name in _PATTERNS if any(_matches(name, *layer) for layer in layers)]
     return (
         f"the {kind} {target!r} matches no layer of {type(model).__name__}; it has the layers "
-        f"{there or 'none that can be adapted'}. Presets are {', '.join(_PATTERNS)}."
+        f"{there or 'none that can be adapted'}. Its presets are {', '.join(presets) or 'none'}."
     )
 
 

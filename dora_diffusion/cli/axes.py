@@ -302,9 +302,7 @@ def _value(setting: Setting, word: str) -> Any:
         raw = SWITCH_WORDS.get(word.lower(), word)
     elif setting.is_list:
         raw = [] if word.lower() == "none" else [part.strip() for part in word.split(" + ")]
-    value = setting.cast(raw)
-    setting.check(value)
-    return value
+    return setting.read(raw)
 
 
 def _replacement(search: str, word: str) -> Change:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.fields import require
+from dora_diffusion.config.fields import REQUIRED, Setting, require
 from dora_diffusion.config.file import read_yaml
-from dora_diffusion.config.prompts import settings_line, with_styles
+from dora_diffusion.config.problems import Problems, find_setting, read_values
+from dora_diffusion.config.prompts import with_styles
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.formats.parameters import NEGATIVE, lora_tag, network_tags, settings_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 
+_ENTRY = {
+    setting.name: setting
+    for setting in (
+        Setting("adapter", str), Setting("prompt", str, default=REQUIRED),
+        Setting("seed", int, default=REQUIRED, least=0, most=2**63 - 1),
+        Setting("strength", float, default=1.0),
+    )
+}  # fmt: skip
+"""Settings of an entry of the adapters file."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -93,7 +104,8 @@ class LoadedRequest(NamedTuple):
         loaded = loaded_text(request.model)
         extra |= {images.LOADED: loaded} if loaded else {}
         text = images.parameters_text(
-            row, self.sampling, self.size, request.model.base, images.recorded(uses), extra=extra
+            row, self.sampling.for_model(self.components), self.size, request.model.base,
+            images.recorded(uses), extra=extra,
         )  # fmt: skip
         images.save_image(image, path, text)
         return text
@@ -209,14 +221,15 @@ def _require_free(files: Iterable[Path], *, overwrite: bool) -> None:
 
 def _require_no_tags(words: str) -> None:
     """Refuse tags by which web UIs load networks."""
-    if other := re.search(r"<(?:lyco|hypernet):([^:<>]*)[^<>]*>?", words):
+    tags = network_tags(words)
+    if other := next((tag for tag in tags if tag.kind != "lora"), None):
         raise ConfigError(
-            f"{other[0]} in the prompt is not read; write <lora:{other[1]}:0.8> for an adapter, "
-            "with its folder as --adapter_dir",
+            f"{other.text} in the prompt is not read; write {lora_tag(other.name, 0.8)} for an "
+            "adapter, with its folder as --adapter_dir",
             "prompt",
         )
     require(
-        "<lora:" not in words,
+        not tags,
         f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
         "its file with --adapter, or its folder with --adapter_dir",
         "prompt",
@@ -233,7 +246,7 @@ def _require_prompt(text: str, args: RequestedImages) -> None:
     for words in (text, detail):
         _require_no_tags(words)
     require(
-        not text.strip().startswith("Negative prompt:"),
+        not text.strip().startswith(NEGATIVE),
         "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
         "prompt",
     )
@@ -272,30 +285,11 @@ def _entries(args: RequestedImages) -> list[dict[str, Any]]:
         f"{name} must be a list with an entry for each image, such as '- adapter: runs/dog'",
         "adapters_file",
     )
-    known = {"adapter": str | None, "prompt": str, "seed": int, "strength": int | float}
-    rows: list[Any] = [{"adapter": e} if isinstance(e, str | None) else e for e in entries]
-    for number, entry in enumerate(rows, start=1):
-        where = f"entry {number} of {name}"
-        require(
-            isinstance(entry, dict),
-            f"{where} must be 'adapter: FILE' and what belongs to it",
-            "adapters_file",
-        )
-        for key, value in entry.items():
-            require(
-                key in known,
-                f"{where}: unknown key {key!r}; there are {', '.join(known)}",
-                "adapters_file",
-            )
-            require(
-                isinstance(value, known[key]) and not isinstance(value, bool),
-                f"{where}: {key} is {value!r}, which is not allowed",
-                "adapters_file",
-            )
-        seed = int(entry.get("seed", 0))
-        require(
-            0 <= seed < 2**63,
-            f"{where}: seed is {seed}; it must be between 0 and 2**63 - 1",
-            "adapters_file",
-        )
+    rows, problems = list[dict[str, Any]](), Problems()
+    for number, entry in enumerate(entries, start=1):
+        values = {"adapter": entry} if isinstance(entry, str | None) else entry
+        with problems.collect(f"entry {number} of {name}: "):
+            require(isinstance(values, dict), "it must be 'adapter: FILE' and what belongs to it")
+            rows.append(read_values(values, partial(find_setting, known=_ENTRY)))
+    problems.raise_all("adapters_file")
     return rows

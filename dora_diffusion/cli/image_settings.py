@@ -93,14 +93,14 @@ class Adapters(CommandSettings):
             ConfigError: If a tag has an option that is not read, or names no adapter.
         """
         from dora_diffusion.cli.lookup import adapter_named
-        from dora_diffusion.sampling.images import unread_options
+        from dora_diffusion.formats.parameters import lora_tag, split_strengths
 
         for name, shares in tags:
-            other = unread_options(shares)
-            instead = "use --layer_strength" if "lbw" in other else f"write <lora:{name}:0.8>"
+            *_, other = split_strengths(shares)
+            instead = "use --layer_strength" if "lbw" in other else f"write {lora_tag(name, 0.8)}"
             require(
                 not other,
-                f"{other} of <lora:{name}{shares}> has no meaning here; {instead}",
+                f"{other} of {lora_tag(name + shares)} has no meaning here; {instead}",
                 "prompt",
             )
         folder = self.adapter_dir or ""

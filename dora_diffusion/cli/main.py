@@ -83,14 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     """Return the parser of all commands, with flags for the commands in ``filled`` only."""
     parser = Parser(
-        prog="dora-diffusion",
-        description="Teach Stable Diffusion or SDXL your subject with DoRA.",
+        prog="dora-diffusion", description="Teach Stable Diffusion or SDXL your subject with DoRA."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        command.add_argument("--debug", action="store_true", help="Show tracebacks.")
+        command.add_argument("--debug", action="store_true", help="Show tracebacks. Default: off.")
         if name in filled:
             settings_of(name).add_arguments(command)
     return parser

@@ -73,7 +73,7 @@ class RequestedImages(CommandSettings):
         prompts, adapters = self.prompts, self.adapters
         if adapters.adapter_dir is None or prompts.prompt is None or self.axes.grid:
             return self
-        from dora_diffusion.sampling.images import split_tags
+        from dora_diffusion.formats.parameters import split_tags
 
         prompt, tags = split_tags(self.styled("prompt"))
         if not tags:

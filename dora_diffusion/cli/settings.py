@@ -68,9 +68,7 @@ class AnyBase(CommandSettings):
         None, "Weight variant of the base, such as fp16.", needs=(OfModel("base", "base"),)
     )
     revision: str | None = flag(
-        None,
-        "Branch, tag or commit of a base on the hub.",
-        needs=(OfModel("base", "base", "hub"),),
+        None, "Branch, tag or commit of a base on the hub.", needs=(OfModel("base", "base", "hub"),)
     )
 
     @property

@@ -6,57 +6,19 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.commands import train
 from dora_diffusion.cli.commands.parser import Parser, add_flags
 from dora_diffusion.cli.console.output import print_json
 from dora_diffusion.cluster.serving.settings import ServingSettings
-from dora_diffusion.config.command import CommandSettings
-from dora_diffusion.config.fields import REQUIRED, flag, when
+from dora_diffusion.cluster.settings import WorkerSettings
+from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.wording import counted
 
-if TYPE_CHECKING:
-    from dora_diffusion.cluster.fleet.cluster import Share
-
-_RAY = when(
-    lambda config: config.address is not None,
-    "no address is given: there is one worker, this process",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerFlags(CommandSettings):
-    """Flags for the workers of a large task, and their share of a node."""
-
-    address: str | None = flag(
-        None,
-        "Ray cluster: local (workers on this machine), auto (the cluster that runs here), "
-        "HOST:PORT or ray://HOST:PORT. Default: no Ray, one after another in this process.",
-    )
-    workers: int | None = flag(
-        None,
-        "Most workers at once. Default: as many as the nodes have room for.",
-        needs=(_RAY,),
-    )
-    num_cpus: float = flag(1.0, "Processors of each worker.", needs=(_RAY,))
-    num_gpus: float | None = flag(
-        None,
-        "GPUs of each worker; 0.5 has two share one. Default: 1 where the cluster has GPUs.",
-        needs=(_RAY,),
-    )
-
-    @property
-    def share(self) -> Share:
-        """The share of each worker."""
-        from dora_diffusion.cluster.fleet.cluster import Share
-
-        return Share(self.num_cpus, self.num_gpus, self.workers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FleetSettings(WorkerFlags):
+class FleetSettings(WorkerSettings):
     """Settings of ``fleet``; ``args`` also contains the settings of training."""
 
     args: argparse.Namespace = field(default_factory=argparse.Namespace)
@@ -134,6 +96,9 @@ class FleetSettings(WorkerFlags):
         before = f", {len(fleet.known)} of them before" if fleet.known else ""
         done = len(fleet.records) - len(fleet.failed)
         print(f"{counted(done, 'subject')} done{before}, {len(fleet.failed)} failed")
+        if fleet.unlisted:
+            earlier = counted(len(fleet.unlisted), "subject")
+            print(f"{earlier} of earlier calls, not listed in {self.subjects}, kept in the records")
         print("\n".join(f"{name}: {path}" for name, path in fleet.files.items()))
         return int(bool(fleet.failed))
 
@@ -145,25 +110,15 @@ class ServeSettings(ServingSettings):
         """Serve until it is interrupted."""
         from dora_diffusion.cluster.serving import deploy
         from dora_diffusion.cluster.serving.catalogue import Catalogue
+        from dora_diffusion.models.locate import is_embedded, resolve_folder
 
-        token = deploy.read_token(self.token_file)
-        deployment = deploy.Deployment(self.base_model, self, token)
-        base = replace(self.base_model, path=_base(self))
-        deploy.serve(replace(deployment, base=base), Catalogue(self.adapters))
+        token, path = deploy.read_token(self), Path(self.base).expanduser()
+        # Replicas have another working directory, and may not download the model at once.
+        if path.exists():
+            settings = replace(self, base=str(path.resolve()))
+        else:
+            settings = self
+            if not is_embedded(self.base):
+                resolve_folder(self.base_model)
+        deploy.serve(settings, token, Catalogue(self.adapters))
         return 0
-
-
-def _base(args: ServeSettings) -> str:
-    """Return the base model's path or name for replicas, after downloading it if necessary.
-
-    Raises:
-        ModelNotFoundError: If the model does not exist.
-    """
-    from dora_diffusion.models.locate import is_embedded, resolve_folder
-
-    path = Path(args.base).expanduser()
-    if path.exists():
-        return str(path.resolve())
-    if not is_embedded(args.base):
-        resolve_folder(args.base_model)
-    return str(args.base)

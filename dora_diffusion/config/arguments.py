@@ -23,7 +23,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 _PRINTED = (bool, int, float, str, Path, NoneType)
 # (class of the value, expected class) -> advice in the message.
 _ADVICE = {
-    ("Components", "Module"): "give one of its modules, such as components.unet",
+    ("Components", "Module"): "give one of its modules, such as components.denoiser",
     ("str", "Components"): "load it with load_components",
     ("int", "Sequence"): "write it in brackets",
     ("str", "Sequence"): "write it in brackets",

@@ -5,15 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.fields import Setting, require
-from dora_diffusion.config.file import read_config_lines
-from dora_diffusion.config.problems import Problems
-from dora_diffusion.config.wording import did_you_mean
+from dora_diffusion.config.file import line_prefix, read_config_lines
+from dora_diffusion.config.problems import Problems, find_setting, read_values
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -134,18 +133,12 @@ class CommandSettings:
                 setting is missing.
         """
         known = {setting.name: setting for setting in cls.settings()}
+        find, problems = partial(find_setting, known=known), Problems()
         values, lines = read_config_lines(file) if file else ({}, {})
-        problems = Problems()
-        for name, value in values.items():
-            with problems.collect(f"{file}, line {lines[name]}: "):
-                require(
-                    name in known, f"there is no setting {name}{did_you_mean(name, known)}", name
-                )
-                values[name] = known[name].cast(value)
-                known[name].check(values[name])
-        for name in known.keys() & flags.keys():
-            with problems.collect():
-                values[name] = known[name].cast(flags[name])
+        with problems.collect():
+            values = read_values(values, find, line_prefix(file, lines))
+        with problems.collect():
+            values |= read_values({name: flags[name] for name in known.keys() & flags.keys()}, find)
         problems.raise_all()
         missing = [s.name for s in known.values() if s.is_required and s.name not in values]
         require(not missing, f"{', '.join(missing)} must be given", missing[0] if missing else "")

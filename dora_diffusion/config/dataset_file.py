@@ -6,24 +6,23 @@ folders and sd-scripts' dataset file.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import kohya
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_yaml
-from dora_diffusion.config.problems import Problems, prefixed
+from dora_diffusion.config.problems import (
+    Problems,
+    find_setting,
+    naming_entry,
+    prefixed,
+    read_values,
+)
 from dora_diffusion.config.subject import ENTRY_SETTINGS, Entry
-from dora_diffusion.config.wording import did_you_mean, quoted
-
-
-@contextlib.contextmanager
-def naming_entry(index: int) -> Iterator[None]:
-    """Name the entry in errors of the block, counting from 1."""
-    with prefixed(f"dataset_config, entry {index + 1}: ", "dataset_config"):
-        yield
+from dora_diffusion.config.wording import quoted
 
 
 def checked_entries(
@@ -46,20 +45,10 @@ def checked_entries(
     for index, entry in enumerate(listed_entries(source, batch_size)):
         with problems.collect(), naming_entry(index):
             require_mapping(entry)
-            entries += [_cast(values, known) for values in by_folder(entry)]
+            values = [read_values(part, partial(_find, known=known)) for part in by_folder(entry)]
+            entries += values
     problems.raise_all()
     return entries
-
-
-def _cast(values: Entry, known: Mapping[str, Setting]) -> Entry:
-    """Cast the values of an entry to the types of their settings."""
-    entry, problems = Entry(), Problems()
-    for name, value in values.items():
-        with problems.collect():
-            _require_setting(name, known)
-            entry[name] = known[name].cast(value)
-    problems.raise_all()
-    return entry
 
 
 def listed_entries(source: str | Path | Sequence[Any], batch_size: int) -> Sequence[Entry]:
@@ -97,14 +86,14 @@ def by_folder(entry: Entry) -> list[Entry]:
     return [entry if folder is None else entry | {"instance_data_dir": folder} for folder in paths]
 
 
-def _require_setting(name: str, known: Container[str]) -> None:
-    """Refuse a key of an entry that is not a setting of a subject."""
-    if name in ENTRY_SETTINGS:
-        return
-    problem = f"there is no setting {name}{did_you_mean(name, ENTRY_SETTINGS)}"
-    if name in known:
-        problem = f"{name} is a setting of the whole run; give it outside of dataset_config"
-    raise ConfigError(problem, name)
+def _find(name: str, known: Mapping[str, Setting]) -> Setting:
+    """Look up a setting that an entry may have."""
+    require(
+        name in ENTRY_SETTINGS or name not in known,
+        f"{name} is a setting of the whole run; give it outside of dataset_config",
+        name,
+    )
+    return find_setting(name, {name: known[name] for name in ENTRY_SETTINGS})
 
 
 def _read(path: Path, batch_size: int) -> Any:

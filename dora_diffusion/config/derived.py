@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.subject import ENTRY_SETTINGS
-from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
+from dora_diffusion.config.train import TrainConfig, framed_prompt, settings, settings_by_name
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -67,10 +68,6 @@ def _class_data_dir(config: TrainConfig) -> str | None:
     return str(Path(config.output_dir) / "class_images") if is_used else None
 
 
-def _validation_steps(config: TrainConfig) -> int | None:
-    return 200 if config.num_validation_images and not config.validation_epochs else None
-
-
 def _validation_loss_steps(config: TrainConfig) -> int | None:
     is_known = config.validation_steps or not config.validation_epochs
     return config.validation_steps or 200 if config.holds_out and is_known else None
@@ -83,7 +80,9 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "class_word": _class_word,
     "new_words": lambda config: config.words,
     "validation_prompt": _validation_prompt,
-    "validation_steps": _validation_steps,
+    "validation_steps": lambda config: (
+        200 if config.num_validation_images and not config.validation_epochs else None
+    ),
     "validation_loss_steps": _validation_loss_steps,
     # A checkpoint of a whole model takes gigabytes.
     "checkpointing_steps": lambda config: 500 if config.is_full else 100,
@@ -95,6 +94,9 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
 """Setting -> function that derives its default from the other settings."""
 # Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
+_OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+# Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
+_REMOVED_DEFAULTS = {"gradient_batches": 4, "precondition_damping": 0.01, "nearest_noise": 1}
 
 
 def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
@@ -111,6 +113,7 @@ def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
 def resolve(
     config: TrainConfig,
     *,
+    family: Family,
     prediction_type: str,
     resolution: int,
     total_steps: int,
@@ -121,6 +124,7 @@ def resolve(
 
     Args:
         config: Settings with unresolved defaults.
+        family: Family of the model.
         prediction_type: Prediction type of the model.
         resolution: Training resolution in pixels.
         total_steps: Optimizer steps of the run.
@@ -132,6 +136,8 @@ def resolve(
         for name, derive in DERIVED.items()
         if getattr(config, name) in (None, []) and (value := derive(config)) is not None
     }
+    if config.learning_rate is None and not config.is_full:
+        values["learning_rate"] = family.default_rate
     if config.snr_gamma is None:
         values["snr_gamma"] = usual_snr_gamma(config, prediction_type)
     if config.with_prior_preservation and not config.dataset_config:
@@ -198,21 +204,24 @@ def as_yaml(config: TrainConfig, folder: Path | None = None) -> str:
 
 
 @check_arguments()
-def without_effect(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, str]:
+def without_effect(
+    config: TrainConfig, given: Collection[str] | None = None, family: Family | None = None
+) -> dict[str, str]:
     """Find settings without effect, each with the reason.
 
     Args:
         config: The settings of a run.
         given: Names of the settings to check; None: all that differ from their default.
+        family: Family of the base model, whose reasons count too; None: unknown.
 
     Example:
         >>> without_effect(TrainConfig(keep_tags=3))
         {'keep_tags': 'keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0'}
     """
-    reasons, subjects = {}, config.subjects
+    names = changed_settings(config) if given is None else given
+    reasons, subjects = family.inactive(names) if family else {}, config.subjects
     for setting in settings():
-        is_changed = getattr(config, setting.name) != setting.default
-        if not (is_changed if given is None else setting.name in given):
+        if setting.name not in names or setting.name in reasons:
             continue
         inactive = [setting.inactive_reason(subject) for subject in subjects]
         overridden = [setting.name in entry for entry in config.dataset_config]
@@ -230,6 +239,11 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
         for name, text in without_effect(subjects[index], entry).items():
             reasons.setdefault(name, f"dataset_config, entry {index + 1}: {text}")
     return reasons
+
+
+def changed_settings(config: TrainConfig) -> set[str]:
+    """Return the names of settings that differ from their defaults."""
+    return {s.name for s in settings() if getattr(config, s.name) != s.default}
 
 
 @check_arguments()
@@ -309,6 +323,27 @@ def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, 
         elif old is not None or setting.name not in (*DERIVED, *_BY_MODEL):
             refused[setting.name] = (old, new)
     return refused, allowed
+
+
+@check_arguments()
+def removed_settings(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint that this version does not have, unless they had no effect.
+
+    A setting that exists is among them if the checkpoint's value is not valid anymore.
+
+    Args:
+        before: Settings of the checkpoint.
+    """
+    known, removed = settings_by_name(), {}
+    for name, value in before.items():
+        if name not in known and value not in (*_OFF, _REMOVED_DEFAULTS.get(name)):
+            removed[name] = value
+        elif name in known and known[name].resume == "same":
+            try:
+                known[name].check(value)
+            except ConfigError:
+                removed[name] = value
+    return removed
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -9,18 +9,27 @@ passed through: torch is not imported.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_facts
 
-# Components of a pipeline that can have adapters, and all that have weights; names of its folders.
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# Prediction types of UNets.
+# Folders of a pipeline: denoisers, which predict noise or velocity, with their names in texts; text
+# encoders; all that can have adapters; all that have weights.
+DENOISERS = {"unet": "UNet", "transformer": "transformer"}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
+WEIGHT_COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)
+# Prediction types of UNets, and of transformers that are trained on a flow.
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+FLOW = "flow_prediction"
+
+# Language models whose head is not read, by their classes with it.
+WITHOUT_HEAD = {"Qwen3ForCausalLM": "Qwen3Model"}
 
 HiddenState = Literal["last", "penultimate"]
 
@@ -71,8 +80,8 @@ class GpuMemory:
     """Live bytes of a training step on a GPU, in GiB: bfloat16, one image, default targets, rank.
 
     Attributes:
-        unet: Weights of the UNet.
-        unet_linear: Weights of the UNet's Linear layers.
+        denoiser: Weights of the denoiser.
+        denoiser_linear: Weights of its Linear layers.
         text_encoders: Weights of the text encoders.
         text_linear: Weights of the text encoders' Linear layers.
         vae: Weights of the VAE.
@@ -85,8 +94,8 @@ class GpuMemory:
         vae_is_float32: The VAE stays in float32 if the model is in half precision.
     """
 
-    unet: float
-    unet_linear: float
+    denoiser: float
+    denoiser_linear: float
     text_encoders: float
     text_linear: float
     vae: float
@@ -112,6 +121,27 @@ class Family:
             norm) or ``"penultimate"`` (before it, without a norm).
         has_pooled: The last text encoder's projected pooled output conditions the UNet too.
         has_time_ids: Original size, crop and target size condition the UNet.
+        code: Module of `models.families` with the behaviour of the family.
+        denoiser: Folder of the module that predicts noise or velocity: one of `DENOISERS`.
+        denoiser_class: Name of its class.
+        vae_class: Name of the autoencoder's class.
+        text_encoder_class: Name of the text encoders' class, without a projection.
+        tokenizer_class: Name of the tokenizers' class.
+        prediction_type: Prediction type of a model that states none.
+        patch: Side of the denoiser's patches, in latents.
+        packs_patches: The denoiser's inputs have the channels of a patch, at a patch's resolution.
+        takes_negative_text: The pipeline takes negative prompts as text.
+        modules: Regular expression for paths of its layers; empty for UNets.
+        most_tokens: Number of tokens of a prompt that are read; None: chunks of CLIP's length.
+        guidance_offset: Difference of guidance scales to those of the family's pipeline. 1 for
+            pipelines that add the scaled difference to the conditional prediction.
+        width: Name and value of the denoiser's width in the configuration of released models.
+        denoiser_key: Tensor that identifies the denoiser in a single file, with a row for each unit
+            of its width; empty if the text encoder identifies the family.
+        vae_prefix: Prefix of the autoencoder's tensor names in a single-file checkpoint.
+        has_separate_files: Programs load denoiser, text encoders and autoencoder from a file each.
+        refused: Settings that would give wrong results, with the reason.
+        without_effect: Settings without effect, with the reason.
         prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
         up_attention: For each up level of the UNet, whether it has attention.
         uses_linear_projection: The UNet's ``use_linear_projection``.
@@ -123,6 +153,8 @@ class Family:
         conditioning_latents: Number of images whose latents the UNet reads with the noisy latents.
         default_resolution: Training resolution of the released models, in pixels.
         default_steps: Default number of optimizer steps.
+        default_rate: Default learning rate of adapters.
+        defaults: Further settings of runs whose defaults are others for the family.
         released_id: Hub id of the released model.
         configuration: Name of the released models' configuration, for single files.
         has_two_predictions: One release predicts v and another the noise, so a single file must
@@ -160,6 +192,27 @@ class Family:
     gpu_memory: GpuMemory
     has_pooled: bool = False
     has_time_ids: bool = False
+    code: str = "stable_diffusion"
+    denoiser: str = "unet"
+    denoiser_class: str = "UNet2DConditionModel"
+    vae_class: str = "AutoencoderKL"
+    text_encoder_class: str = "CLIPTextModel"
+    tokenizer_class: str = "CLIPTokenizer"
+    prediction_type: str = "epsilon"
+    patch: int = 1
+    packs_patches: bool = False
+    takes_negative_text: bool = True
+    modules: str = ""
+    most_tokens: int | None = None
+    guidance_offset: float = 0.0
+    width: tuple[str, int] = ("block_out_channels", 320)
+    denoiser_key: str = ""
+    vae_prefix: str = "first_stage_model."
+    has_separate_files: bool = False
+    default_rate: float = 8e-5
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    refused: Mapping[str, str] = field(default_factory=dict, hash=False)
+    without_effect: Mapping[str, str] = field(default_factory=dict, hash=False)
     uses_linear_projection: bool = False
     vae_wants_float32: bool = False
     auto_pipeline: str = "AutoPipelineForText2Image"
@@ -175,6 +228,72 @@ class Family:
     more_memory_gib: float = 0.0
 
     @property
+    def has_unet(self) -> bool:
+        """True if the denoiser is a UNet."""
+        return self.denoiser == "unet"
+
+    @property
+    def is_flow(self) -> bool:
+        """True if the model is trained on a flow."""
+        return self.prediction_type == FLOW
+
+    @property
+    def has_small_text_encoders(self) -> bool:
+        """True if the text encoders have less than half the size of the denoiser."""
+        return 2 * self.gpu_memory.text_encoders < self.gpu_memory.denoiser
+
+    def fits(self, kinds: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+        """Return whether a pipeline belongs to the family.
+
+        Args:
+            kinds: Class names of its components.
+            config: Configuration of its denoiser.
+        """
+        # The SDXL refiner has only the second encoder, and other size conditioning.
+        encoders = {n: WITHOUT_HEAD.get(kinds[n], kinds[n]) for n in TEXT_ENCODERS if kinds.get(n)}
+        own = dict(zip(self.text_encoder_names, self.text_encoder_classes, strict=True))
+        classes = (kinds.get(self.denoiser), kinds.get("vae"), encoders)
+        has_time_ids = config.get("addition_embed_type") == "text_time"
+        return (*classes, has_time_ids) == (
+            self.denoiser_class, self.vae_class, own, self.has_time_ids,
+        )  # fmt: skip
+
+    def has_released_width(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a denoiser has the width of released models, by its configuration."""
+        name, width = self.width
+        own = config.get(name, width)
+        return bool((own[0] if isinstance(own, list) else own) == width)
+
+    def refuse(self, model: str, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that would give wrong results.
+
+        Args:
+            model: Name of the model.
+            settings: Values by setting; None and False are off.
+
+        Raises:
+            ConfigError: If one of `refused` is on.
+        """
+        for name, reason in self.refused.items():
+            require(
+                not settings.get(name),
+                f"{name} cannot be used with {model} ({self.title}): {reason}; leave it out",
+                name,
+            )
+
+    def inactive(self, settings: Collection[str]) -> dict[str, str]:
+        """Return messages on settings without effect, by setting."""
+        return {
+            name: f"{name} has no effect on {self.title}: {reason}"
+            for name, reason in self.without_effect.items()
+            if name in settings
+        }
+
+    def pipeline_guidance(self, guidance_scale: float) -> float:
+        """Return the pipeline's value for a guidance scale, of which 1 is none."""
+        return max(0.0, guidance_scale - self.guidance_offset)
+
+    @property
     def text_encoder_names(self) -> tuple[str, ...]:
         """Component names of the text encoders, in order."""
         return tuple(encoder.component for encoder in self.text_encoders)
@@ -182,7 +301,7 @@ class Family:
     @property
     def text_encoder_classes(self) -> tuple[str, ...]:
         """Names of the text encoders' transformers classes; the pooled one has a projection."""
-        classes = ["CLIPTextModel"] * len(self.text_encoders)
+        classes = [self.text_encoder_class] * len(self.text_encoders)
         return (*classes[:-1], classes[-1] + ("WithProjection" if self.has_pooled else ""))
 
     @property
@@ -192,7 +311,9 @@ class Family:
 
     @property
     def checkpoint_key(self) -> str:
-        """Name of a tensor that is only in this family's single-file checkpoints."""
+        """Name of a tensor that is only in this family's single files, without `UNET_PREFIX`."""
+        if self.denoiser_key:
+            return self.denoiser_key
         encoder = self.text_encoders[-1]
         norm = "ln_final" if encoder.is_open_clip else "text_model.final_layer_norm"
         return f"{encoder.checkpoint_prefix}{norm}.weight"
@@ -210,36 +331,14 @@ class Family:
         """Return the ``clip_skip`` of web UIs and sd-scripts, which count the last layer as 1."""
         return clip_skip + self.skipped_layers + 1
 
-    def encode_text(
-        self, encoder: Any, input_ids: Any, attention_mask: Any, clip_skip: int = 0
-    ) -> tuple[Any, Any]:
-        """Compute a text encoder's states ``(B, tokens, C)`` and pooled output ``(B, P)`` or None.
-
-        Args:
-            encoder: A CLIP text encoder, with or without a projection.
-            input_ids: ``(B, tokens)`` int64.
-            attention_mask: ``(B, tokens)``; None: the padding is attended to.
-            clip_skip: Number of further layers to skip at the end, as in Diffusers' pipelines.
-        """
-        if self.hidden_state == "penultimate":
-            output = encoder(input_ids, output_hidden_states=True)
-            states = output.hidden_states[-2 - clip_skip]
-            return states, output[0] if self.has_pooled else None
-        if clip_skip:
-            output = encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
-            # The encoders of Transformers 5 have no `text_model`.
-            norm = getattr(encoder, "text_model", encoder).final_layer_norm
-            states = norm(output.hidden_states[-1 - clip_skip])
-            return states, output[1] if self.has_pooled else None
-        output = encoder(input_ids, attention_mask=attention_mask)
-        return output[0], output[1] if self.has_pooled else None
-
     def zeros_for_empty_prompt(self, index: Mapping[str, Any]) -> bool:
         """Return whether an empty negative prompt is encoded as zeros, by the pipeline's config."""
         return self.has_pooled and bool(index.get("force_zeros_for_empty_prompt", True))
 
     def pipeline_options(self, zeros_for_empty_prompt: bool) -> dict[str, Any]:
         """Return the pipeline's other arguments: no safety checker and no watermark."""
+        if not self.has_unet:
+            return {}
         if self.has_pooled:
             zeros = {"force_zeros_for_empty_prompt": zeros_for_empty_prompt}
             return {**zeros, "add_watermarker": False}
@@ -261,8 +360,9 @@ class Family:
         return (*crop.original_size, *crop.crop_top_left, *crop.target_size)
 
     def in_channels(self, latent_channels: int = 4) -> int:
-        """Number of input channels of the UNet."""
-        return latent_channels * (1 + self.conditioning_latents) + self.mask_channels
+        """Number of input channels of the denoiser."""
+        channels = latent_channels * (self.patch**2 if self.packs_patches else 1)
+        return channels * (1 + self.conditioning_latents) + self.mask_channels
 
     def images(self, pixels: Any) -> tuple[Any, ...]:
         """Return the autoencoder's inputs from pixels ``(B, 3 + mask_channels, H, W)``.
@@ -296,7 +396,9 @@ def _read() -> dict[str, Family]:
             "memory": tuple(MemoryRow(**row) for row in values["memory"]),
             "gpu_memory": GpuMemory(**values["gpu_memory"]),
         }
-        attributes = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        attributes: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+        }
         families[name] = Family(name=name, **attributes | objects)
     return families
 
@@ -308,9 +410,9 @@ TITLES = ", ".join(family.title for family in FAMILIES.values())
 
 
 def detect_family(
-    model_index: Mapping[str, Any], unet_config: Mapping[str, Any], name: str = "the model"
+    model_index: Mapping[str, Any], config: Mapping[str, Any], name: str = "the model"
 ) -> Family:
-    """Detect the family from a pipeline's ``model_index.json`` and its UNet's ``config.json``.
+    """Detect the family from a pipeline's ``model_index.json`` and its denoiser's ``config.json``.
 
     The classes of the components decide, never the name of the model.
 
@@ -318,24 +420,17 @@ def detect_family(
         UnsupportedModelError: If the model is of another kind; the message names its class.
     """
     kinds = {key: value[1] for key, value in model_index.items() if isinstance(value, list)}
-    # The SDXL refiner has only the second encoder, and other size conditioning.
-    encoders = {name: kinds[name] for name in COMPONENTS[1:] if kinds.get(name)}
-    fitting = [
-        family
-        for family in FAMILIES.values()
-        if (kinds.get("unet"), kinds.get("vae")) == ("UNet2DConditionModel", "AutoencoderKL")
-        and encoders
-        == dict(zip(family.text_encoder_names, family.text_encoder_classes, strict=True))
-        and (unet_config.get("addition_embed_type") == "text_time") == family.has_time_ids
-    ]
+    fitting = [family for family in FAMILIES.values() if family.fits(kinds, config)]
     if not fitting:
         kind = model_index.get("_class_name", "a pipeline without a class name")
         raise UnsupportedModelError(
             f"{name} is a {kind} of a kind that is not supported; use a base model of {TITLES}"
         )
-    is_linear = bool(unet_config.get("use_linear_projection"))
+    if len(fitting) == 1:
+        return fitting[0]
+    is_linear = bool(config.get("use_linear_projection"))
     fitting = [f for f in fitting if f.uses_linear_projection == is_linear] or fitting
-    return choose_by_channels(fitting, unet_config.get("in_channels", 4))
+    return choose_by_channels(fitting, config.get("in_channels", 4))
 
 
 def choose_by_channels(families: Sequence[Family], in_channels: int) -> Family:
@@ -353,8 +448,9 @@ def detect_folder_family(folder: Path) -> Family:
         UnsupportedModelError: If it is another kind of model, or a configuration file is damaged.
         OSError: If a configuration file is missing.
     """
-    contents, unet = list[Any](), folder / "unet" / "config.json"
-    for file in (folder / "model_index.json", *([unet] if unet.is_file() else [])):
+    contents = list[Any]()
+    configs = (folder / name / "config.json" for name in DENOISERS)
+    for file in (folder / "model_index.json", *(file for file in configs if file.is_file())):
         try:
             contents.append(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
@@ -363,11 +459,20 @@ def detect_folder_family(folder: Path) -> Family:
     return detect_family(index, config, str(folder))
 
 
+def transformer_family(path: str) -> str:
+    """Return the name of the family whose transformer has a layer of this path; ``""`` if none."""
+    own = (n for n, f in FAMILIES.items() if f.modules and re.match(f.modules, path))
+    return next(own, "")
+
+
 def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Guess the name of the family from the shapes of adapted weights; ``""`` if it is unclear.
 
     A second text encoder decides, otherwise the width of the encoder hidden states.
     """
+    for name in (name for name in shapes if name.startswith("transformer.")):
+        if family := transformer_family(name.removeprefix("transformer.")):
+            return family
     if any(name.startswith("text_encoder_2.") for name in shapes):
         return next(name for name, f in FAMILIES.items() if len(f.text_encoders) == 2)
     widths = {

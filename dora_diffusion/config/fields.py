@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,11 +83,7 @@ def require(condition: bool, message: str, setting: str = "") -> None:
 
 def require_positive(name: str, value: float | None) -> None:
     """Check that a number is greater than 0; None passes."""
-    is_number = value is None or isinstance(value, numbers.Real)
-    require(is_number, f"{name} is {value!r}; it must be a number", name)
-    require(value is None or value > 0, f"{name} is {value}; it must be greater than 0", name)
-    is_finite = value is None or math.isfinite(value)
-    require(is_finite, f"{name} is {value}; it must be a finite number", name)
+    Setting(name, float, above=0).check(value)
 
 
 def require_token_length(value: int) -> None:
@@ -190,10 +186,10 @@ class Setting:
 
     name: str
     kind: type
-    is_list: bool
-    default: Any
-    help: str
-    group: str
+    is_list: bool = False
+    default: Any = None
+    help: str = ""
+    group: str = ""
     derived: str = ""
     choices: tuple[str, ...] | None = None
     resume: Resume = "same"
@@ -219,9 +215,8 @@ class Setting:
         if source.default_factory is not dataclasses.MISSING:
             default = source.default_factory()
         return cls(
-            source.name, kind, is_list, default, is_map=is_map,
-            **{"group": "", **common, **source.metadata},
-        )  # fmt: skip
+            source.name, kind, is_list, default, is_map=is_map, **{**common, **source.metadata}
+        )
 
     @property
     def is_required(self) -> bool:
@@ -305,6 +300,16 @@ class Setting:
             return [self._cast_item(item) for item in items]
         return self._cast_item(value)
 
+    def read(self, value: Any) -> Any:
+        """Cast a value and check its range or choice.
+
+        Raises:
+            ConfigError: As `cast` and `check` do.
+        """
+        value = self.cast(value)
+        self.check(value)
+        return value
+
     def _pair(self, word: Any) -> tuple[str, str]:
         """Split ``"*.attn1.*=16"`` into pattern and value."""
         pattern, sign, value = str(word).rpartition("=")
@@ -352,6 +357,10 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+free_flag = partial(flag, resume="free")
+"""Make the field of a setting that a resumed run may change."""
 
 
 def setting_type(source: dataclasses.Field[Any]) -> tuple[type, bool, bool]:

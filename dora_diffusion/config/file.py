@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import ConfigError, require
+from dora_diffusion.config.problems import Problems
 
 _MOST_BYTES, _MOST_VALUES = 2**24, 100_000
 SEGMENTS = "segments"
@@ -59,6 +60,11 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
     settings = {str(key): value for key, value in values.items() if key != SEGMENTS}
     lines = _lines(path, keys)
     return resolve_paths(settings, Path(path).expanduser().parent), lines
+
+
+def line_prefix(path: str | None, lines: Mapping[str, int]) -> Callable[[str], str]:
+    """Return a function that gives the text before a message about a key of a file."""
+    return lambda key: f"{path}, line {lines[key]}: " if key in lines else ""
 
 
 def resolve_paths(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
@@ -165,11 +171,14 @@ def read_text(path: str | Path, what: str, setting: str = "") -> str:
 
 def _lines(path: str | Path, keys: list[tuple[str, int]]) -> dict[str, int]:
     """Line of each key of the top-level mapping."""
-    lines: dict[str, int] = {}
+    lines, problems = dict[str, int](), Problems()
     for key, line in keys:
-        if key in lines:
-            raise ConfigError(
-                f"{path}, line {line}: {key} is already set in line {lines[key]}; keep one of them"
+        with problems.collect(f"{path}, line {line}: "):
+            require(
+                key not in lines,
+                f"{key} is already set in line {lines.get(key)}; keep one of them",
+                key,
             )
-        lines[key] = line
+        lines.setdefault(key, line)
+    problems.raise_all()
     return lines

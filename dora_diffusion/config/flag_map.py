@@ -11,10 +11,10 @@ it maps settings to other names for them. It covers sd-scripts'
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, NamedTuple
 
 from dora_diffusion.config.file import read_facts
-from dora_diffusion.config.kohya import REFUSED
 from dora_diffusion.config.train import settings
 from dora_diffusion.config.wording import closest
 
@@ -40,8 +40,6 @@ def _answers(table: str) -> dict[str, str]:
     return {flag: text for flags, text in _FACTS[table].items() for flag in flags.split()}
 
 
-_SD_SCRIPTS = {n: text for n, text in REFUSED.items() if n != "validation_split"}
-_SD_SCRIPTS |= _answers("sd-scripts")
 OTHER_NAMES = {word: name for name, words in _FACTS["names"].items() for word in words.split()}
 """Other name of a setting -> the setting."""
 
@@ -53,12 +51,21 @@ DIFFUSERS_FLAGS: dict[str, Answer] = {
 """Flag without dashes -> its answer; all other flags are settings of the same name."""
 
 
+@cache
+def _sd_scripts() -> dict[str, str]:
+    """Flags of sd-scripts and options of its dataset files that are refused, with advice."""
+    options = read_facts("config/kohya").items()
+    refused = {name: facts["instead"] for name, facts in options if "instead" in facts}
+    del refused["validation_split"]
+    return refused | _answers("sd-scripts")
+
+
 def refusal(name: str) -> str | None:
     """Return the refusal of another trainer's flag, with advice; None for other names."""
     answer = DIFFUSERS_FLAGS.get(name)
     if answer is not None and answer.status == "absent":
         return f"{name} of Diffusers' scripts is not here: {answer.text}"
-    text = _SD_SCRIPTS.get(name)
+    text = _sd_scripts().get(name)
     return text and f"{name} of sd-scripts is not here: {text}"
 
 

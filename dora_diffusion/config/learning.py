@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from dora_diffusion.config.adapter import (
@@ -13,7 +14,7 @@ from dora_diffusion.config.adapter import (
     PRESETS,
     TEXT_ENCODER_PRESETS,
 )
-from dora_diffusion.config.fields import AnyOf, Condition, Need, flag
+from dora_diffusion.config.fields import AnyOf, Condition, Need, flag, free_flag
 
 METHODS = ("dora", "lora", "full")
 FULL_WEIGHTS = ("all", "targets")
@@ -38,6 +39,12 @@ _PRODIGY = Need("optimizer", ("prodigy",))
 
 _MAGNITUDES = (Need("method", ("dora",)), Need("use_dora"))
 
+_adapter_flag = partial(flag, needs=(_ADAPTER,))
+_ranked_flag = partial(flag, needs=(_ADAPTER, _RANKED))
+_allocation_flag = partial(flag, needs=(_ADAPTER, _ALLOCATED))
+_adam_flag = partial(free_flag, needs=(_ADAM,))
+_prodigy_flag = partial(flag, needs=(_PRODIGY,))
+
 
 def _rate(setting: str, untrained: str) -> Condition:
     """Condition that a learning rate is above 0, unless magnitudes or patterns have their own."""
@@ -50,7 +57,7 @@ def _rate(setting: str, untrained: str) -> Condition:
     return reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """Trained weights: an adapter, or the weights of the model itself."""
 
@@ -64,23 +71,22 @@ class AdapterSettings:
         derived="dora; for a slider lora, whose strength is the same in every program",
         choices=METHODS,
     )
-    init_adapter: str | None = flag(
+    init_adapter: str | None = _adapter_flag(
         None,
         "Adapter to start from: a file, the folder of a run, or a hub id, in any key format, of "
         "this rank or a smaller one. A LoRA can start a DoRA. Its scale is kept if no alpha is "
         "given.",
-        needs=(_ADAPTER,),
         is_path=True,
     )
     full_weights: str = flag(
         "all",
-        "Weights that full fine-tuning trains: all of the UNet, or only the layers in targets.",
+        "Weights that full fine-tuning trains: all of the denoiser, or only the layers in targets.",
         choices=FULL_WEIGHTS,
         needs=(_FULL,),
     )
     targets: list[str] = flag(
         ["attention+conv"],
-        f"UNet layers to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
+        f"Layers of the denoiser to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
         needs=(_TARGETED,),
     )
     text_encoder_targets: list[str] = flag(
@@ -89,106 +95,78 @@ class AdapterSettings:
         needs=(_TEXT_ENCODER, _TARGETED),
     )
     train_text_encoder: bool = flag(False, "Train the text encoders too.")
-    rank: int = flag(8, "Rank of Linear layers.", needs=(_ADAPTER, _RANKED), above=0)
-    lora_alpha: float | None = flag(
-        None,
-        "Alpha of Linear layers.",
-        derived="rank, or init_adapter's",
-        needs=(_ADAPTER, _RANKED),
-        above=0,
+    rank: int = _ranked_flag(8, "Rank of Linear layers.", above=0)
+    lora_alpha: float | None = _ranked_flag(
+        None, "Alpha of Linear layers.", derived="rank, or init_adapter's", above=0
     )
-    conv_rank: int = flag(4, "Rank of Conv2d layers.", needs=(_ADAPTER, _RANKED), above=0)
-    conv_alpha: float | None = flag(
-        None,
-        "Alpha of Conv2d layers.",
-        derived="conv_rank, or init_adapter's",
-        needs=(_ADAPTER, _RANKED),
-        above=0,
+    conv_rank: int = _ranked_flag(4, "Rank of Conv2d layers.", above=0)
+    conv_alpha: float | None = _ranked_flag(
+        None, "Alpha of Conv2d layers.", derived="conv_rank, or init_adapter's", above=0
     )
-    rank_pattern: dict[str, int] = flag(
+    rank_pattern: dict[str, int] = _ranked_flag(
         {},
         "Rank of layers by pattern (a preset, a glob pattern, or the end of a name after a dot), "
         "such as 'mid_block.*=16 to_k=4'. The first pattern that matches applies.",
-        needs=(_ADAPTER, _RANKED),
         above=0,
     )
-    alpha_pattern: dict[str, float] = flag(
+    alpha_pattern: dict[str, float] = _ranked_flag(
         {},
         "Alpha of layers by pattern, as in rank_pattern; other layers have lora_alpha or "
         "conv_alpha, whatever their rank.",
-        needs=(_ADAPTER, _RANKED),
         above=0,
     )
-    rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER, _RANKED))
-    parametrization: str = flag(
+    rslora: bool = _ranked_flag(False, "rsLoRA: scale by alpha / sqrt(rank).")
+    parametrization: str = _adapter_flag(
         "low-rank",
         "Form of the update. low-rank: trainable A and B. vera: frozen random A and B shared by "
         "all layers, and two trainable vectors per layer (VeRA, arXiv:2310.11454; with magnitudes "
         "DVoRA); needs 10 to 100 times the learning rate. adalora: A and B, whose ranks move to "
         "the layers that need them (AdaLoRA, arXiv:2303.10512).",
         choices=PARAMETRIZATIONS,
-        needs=(_ADAPTER,),
     )
     vera_rank: int = flag(64, "Rank of VeRA's projections.", needs=(_ADAPTER, _VERA), above=0)
-    target_rank: int | None = flag(
+    target_rank: int | None = _allocation_flag(
         None,
         "Average rank of Linear layers after rank allocation; Conv2d layers in proportion.",
         derived="two thirds of rank",
-        needs=(_ADAPTER, _ALLOCATED),
         above=0,
     )
-    allocation_warmup: int | None = flag(
-        None,
-        "Steps before rank allocation begins.",
-        derived="a tenth of the steps",
-        needs=(_ADAPTER, _ALLOCATED),
-        least=0,
+    allocation_warmup: int | None = _allocation_flag(
+        None, "Steps before rank allocation begins.", derived="a tenth of the steps", least=0
     )
-    allocation_final: int | None = flag(
-        None,
-        "Steps at the end with fixed ranks.",
-        derived="half of the steps",
-        needs=(_ADAPTER, _ALLOCATED),
-        least=0,
+    allocation_final: int | None = _allocation_flag(
+        None, "Steps at the end with fixed ranks.", derived="half of the steps", least=0
     )
-    allocation_interval: int = flag(
-        10,
-        "Steps between rank allocations.",
-        needs=(_ADAPTER, _ALLOCATED),
-        above=0,
+    allocation_interval: int = _allocation_flag(10, "Steps between rank allocations.", above=0)
+    orthogonality_weight: float = _allocation_flag(
+        0.5, "Weight of AdaLoRA's orthogonality term.", least=0
     )
-    orthogonality_weight: float = flag(
-        0.5, "Weight of AdaLoRA's orthogonality term.", needs=(_ADAPTER, _ALLOCATED), least=0
-    )
-    init: str = flag(
+    init: str = _adapter_flag(
         "random",
         "Initialization of A and B. random: A random, B zero. pissa: leading singular vectors of "
         "the weight (PiSSA, arXiv:2404.02948); the file has twice the rank.",
         choices=INITS,
-        needs=(_ADAPTER,),
     )
-    lora_dropout: float = flag(
+    lora_dropout: float = _adapter_flag(
         0.0,
         "Dropout on the low-rank path. Above 0, a step stores more activations, except with "
         "gradient_checkpointing.",
-        needs=(_ADAPTER,),
         least=0,
         below=1,
     )
-    rank_dropout: float = flag(
+    rank_dropout: float = _adapter_flag(
         0.0,
         "Rank dropout: probability of dropping a rank of A and B, for each row of a batch and each "
         "layer; the remaining ranks are scaled up. DoRA's norm includes the whole update.",
-        needs=(_ADAPTER,),
         least=0,
         below=1,
     )
     tlora_min_rank: int | None = flag(
         None,
-        "T-LoRA (arXiv:2507.05964), for a subject with one photo: number of ranks of a UNet layer "
-        "that train at the noisiest timestep. It grows linearly to all ranks without noise. Each "
-        "row of a batch masks the last ranks by its own timestep. Only training masks ranks: "
-        "samples and files use all of them at every timestep.",
+        "T-LoRA (arXiv:2507.05964), for a subject with one photo: number of ranks of a layer of "
+        "the denoiser that train at the noisiest timestep. It grows linearly to all ranks without "
+        "noise. Each row of a batch masks the last ranks by its own timestep. Only training masks "
+        "ranks: samples and files use all of them at every timestep.",
         needs=(_ADAPTER, _LOW_RANK),
         above=0,
     )
@@ -196,17 +174,11 @@ class AdapterSettings:
         None,
         "Maximum Frobenius norm of a layer's update s B A: after each step, larger updates are "
         "scaled down to it, half in A and half in B. Magnitudes are not scaled.",
-        needs=(
-            _ADAPTER,
-            Need("parametrization", ("low-rank",)),
-            Need("init", ("random",)),
-        ),
+        needs=(_ADAPTER, Need("parametrization", ("low-rank",)), Need("init", ("random",))),
         above=0,
     )
-    use_dora: bool = flag(
-        True,
-        "Train DoRA's magnitude; --no-use_dora is the same as --method lora.",
-        needs=(_ADAPTER,),
+    use_dora: bool = _adapter_flag(
+        True, "Train DoRA's magnitude; --no-use_dora is the same as --method lora."
     )
     norm_axis: str = flag(
         "output",
@@ -218,47 +190,44 @@ class AdapterSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LengthSettings:
     """Length of training and batch size."""
 
     heading: ClassVar = "Optimization"
 
-    max_train_steps: int | None = flag(
-        None, "Optimizer steps.", derived="800, for SDXL 1000", resume="free", above=0
+    max_train_steps: int | None = free_flag(
+        None, "Optimizer steps.", derived="800, for SDXL and flow models 1000", above=0
     )
-    num_train_epochs: int | None = flag(
+    num_train_epochs: int | None = free_flag(
         None,
         "Epochs instead of max_train_steps.",
         derived="as many as max_train_steps needs",
-        resume="free",
         needs=(Need("max_train_steps", (None,)),),
         above=0,
     )
-    train_batch_size: int = flag(1, "Per-device batch size.", resume="free", above=0)
-    gradient_accumulation_steps: int = flag(
-        1, "Gradient accumulation: batches per optimizer step.", resume="free", above=0
+    train_batch_size: int = free_flag(1, "Per-device batch size.", above=0)
+    gradient_accumulation_steps: int = free_flag(
+        1, "Gradient accumulation: batches per optimizer step.", above=0
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
     """Settings of the optimizer."""
 
     heading: ClassVar = "Optimization"
 
-    learning_rate: float | None = flag(
+    learning_rate: float | None = free_flag(
         None,
-        "Learning rate of the UNet: of its adapter, or of its weights.",
-        derived="8e-5, for full fine-tuning 5e-6",
-        resume="free",
-        needs=(_rate("learning_rate", "nothing of the UNet"),),
+        "Learning rate of the denoiser: of its adapter, or of its weights.",
+        derived="8e-5, for flow models 1e-4, for full fine-tuning 5e-6",
+        needs=(_rate("learning_rate", "nothing of the denoiser"),),
         least=0,
     )
-    text_encoder_lr: float = flag(
+    text_encoder_lr: float = free_flag(
         5e-6,
         "Learning rate of the text encoders; prodigy takes learning_rate for all.",
-        resume="free",
         needs=(
             _TEXT_ENCODER,
             Need("optimizer", tuple(name for name in OPTIMIZERS if name not in PRODIGIES)),
@@ -266,26 +235,14 @@ class OptimizerSettings:
         ),
         least=0,
     )
-    magnitude_lr: float | None = flag(
-        None,
-        "Learning rate of magnitudes.",
-        derived="their layer's",
-        resume="free",
-        needs=_MAGNITUDES,
-        least=0,
+    magnitude_lr: float | None = free_flag(
+        None, "Learning rate of magnitudes.", derived="their layer's", needs=_MAGNITUDES, least=0
     )
-    lr_pattern: dict[str, float] = flag(
-        {},
-        "Learning rate of layers by pattern, as in rank_pattern; 0 freezes them.",
-        needs=(_ADAPTER,),
-        least=0,
+    lr_pattern: dict[str, float] = _adapter_flag(
+        {}, "Learning rate of layers by pattern, as in rank_pattern; 0 freezes them.", least=0
     )
-    loraplus_ratio: float = flag(
-        1.0,
-        "Learning rate of B over that of A (LoRA+, arXiv:2402.12354).",
-        resume="free",
-        needs=(_ADAPTER,),
-        above=0,
+    loraplus_ratio: float = _adapter_flag(
+        1.0, "Learning rate of B over that of A (LoRA+, arXiv:2402.12354).", resume="free", above=0
     )
     lr_scheduler: str = flag(
         "constant",
@@ -312,27 +269,19 @@ class OptimizerSettings:
         choices=OPTIMIZERS,
     )
     use_8bit_adam: bool = flag(False, "The same as --optimizer adamw8bit (needs bitsandbytes).")
-    adam_beta1: float = flag(
-        0.9, "Adam's beta1: decay of the first moment.", resume="free", needs=(_ADAM,), least=0
+    adam_beta1: float = _adam_flag(0.9, "Adam's beta1: decay of the first moment.", least=0)
+    adam_beta2: float = _adam_flag(0.999, "Adam's beta2: decay of the second moment.", least=0)
+    adam_weight_decay: float = free_flag(
+        1e-4, "Weight decay of A and B, or of the weights; magnitudes never decay.", least=0
     )
-    adam_beta2: float = flag(
-        0.999, "Adam's beta2: decay of the second moment.", resume="free", needs=(_ADAM,), least=0
-    )
-    adam_weight_decay: float = flag(
-        1e-4,
-        "Weight decay of A and B, or of the weights; magnitudes never decay.",
-        resume="free",
-        least=0,
-    )
-    adam_weight_decay_text_encoder: float | None = flag(
+    adam_weight_decay_text_encoder: float | None = free_flag(
         None,
         "Weight decay in the text encoders.",
         derived="adam_weight_decay",
-        resume="free",
         needs=(_TEXT_ENCODER,),
         least=0,
     )
-    adam_epsilon: float = flag(1e-8, "Adam's epsilon.", resume="free", needs=(_ADAM,), above=0)
+    adam_epsilon: float = _adam_flag(1e-8, "Adam's epsilon.", above=0)
     prodigy_beta3: float | None = flag(
         None,
         "Decay of Prodigy's estimate of the step size.",
@@ -340,20 +289,12 @@ class OptimizerSettings:
         needs=(Need("optimizer", PRODIGIES),),
         least=0,
     )
-    prodigy_decouple: bool = flag(
-        True, "AdamW's decoupled weight decay in Prodigy.", needs=(_PRODIGY,)
+    prodigy_decouple: bool = _prodigy_flag(True, "AdamW's decoupled weight decay in Prodigy.")
+    prodigy_use_bias_correction: bool = _prodigy_flag(False, "Adam's bias correction in Prodigy.")
+    prodigy_safeguard_warmup: bool = _prodigy_flag(
+        True, "Exclude the learning rate from the denominator of Prodigy's estimate, for warm-ups."
     )
-    prodigy_use_bias_correction: bool = flag(
-        False, "Adam's bias correction in Prodigy.", needs=(_PRODIGY,)
-    )
-    prodigy_safeguard_warmup: bool = flag(
-        True,
-        "Exclude the learning rate from the denominator of Prodigy's estimate, for warm-ups.",
-        needs=(_PRODIGY,),
-    )
-    max_grad_norm: float = flag(
-        1.0, "Gradient clipping norm; 0 does not clip.", resume="free", least=0
-    )
+    max_grad_norm: float = free_flag(1.0, "Gradient clipping norm; 0 does not clip.", least=0)
     ema_decay: float | None = flag(
         None,
         "Decay of an exponential moving average (EMA) of the weights; after n steps at most "
@@ -373,7 +314,7 @@ WEIGHTINGS = ("snr_gamma", "debiased_estimation_loss")
 """Settings that weight losses by timestep (`numerics.loss.WEIGHTINGS`); a run has at most one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """Settings of the loss."""
 
@@ -382,7 +323,7 @@ class LossSettings:
     snr_gamma: float | None = flag(
         None,
         "Gamma of min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.",
-        derived="5 if the model predicts the noise, 0 if it predicts v and for sliders",
+        derived="5 if the model predicts the noise, 0 if it predicts v or velocity and for sliders",
         least=0,
     )
     debiased_estimation_loss: bool = flag(
@@ -424,10 +365,7 @@ class LossSettings:
         needs=(_LOGIT_NORMAL,),
     )
     logit_std: float = flag(
-        1.0,
-        "Standard deviation of the logit-normal distribution.",
-        needs=(_LOGIT_NORMAL,),
-        above=0,
+        1.0, "Standard deviation of the logit-normal distribution.", needs=(_LOGIT_NORMAL,), above=0
     )
     timestep_power: float = flag(
         1.25,

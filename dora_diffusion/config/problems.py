@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-from dora_diffusion.config.fields import ConfigError
+from dora_diffusion.config.fields import ConfigError, Setting
+from dora_diffusion.config.wording import did_you_mean
 
 
 class Problems:
@@ -73,6 +75,44 @@ class Problems:
         ) from self._cause
 
 
+def find_setting(name: str, known: Mapping[str, Setting]) -> Setting:
+    """Look a setting up by its name.
+
+    Raises:
+        ConfigError: If there is none; suggests the closest name.
+    """
+    if name not in known:
+        raise ConfigError(f"there is no setting {name}{did_you_mean(name, known)}", name)
+    return known[name]
+
+
+def read_values(
+    values: Mapping[str, Any],
+    find: Callable[[str], Setting],
+    prefix: Callable[[str], str] = lambda name: "",
+) -> dict[str, Any]:
+    """Read the values of settings, and report all problems together.
+
+    Args:
+        values: Uncast values by key.
+        find: Returns the setting of a key, or raises `ConfigError`.
+        prefix: Returns the text before a message about a key.
+
+    Returns:
+        Name of each setting -> its value.
+
+    Raises:
+        ConfigError: If a key is not a setting, or a value is not valid.
+    """
+    settings, problems = dict[str, Any](), Problems()
+    for key, value in values.items():
+        with problems.collect(prefix(key)):
+            setting = find(key)
+            settings[setting.name] = setting.read(value)
+    problems.raise_all()
+    return settings
+
+
 @contextmanager
 def prefixed(prefix: str, setting: str = "") -> Iterator[None]:
     """Put a text before the message of the block's error.
@@ -88,3 +128,8 @@ def prefixed(prefix: str, setting: str = "") -> Iterator[None]:
     with problems.collect(prefix):
         yield
     problems.raise_all(setting)
+
+
+def naming_entry(index: int) -> AbstractContextManager[None]:
+    """Name the entry of ``dataset_config`` in errors of the block, counting from 1."""
+    return prefixed(f"dataset_config, entry {index + 1}: ", "dataset_config")

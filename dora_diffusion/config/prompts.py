@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dora_diffusion.config.fields import ConfigError, require
+from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_text
+from dora_diffusion.config.problems import prefixed
 from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
 PIXELS = 8
@@ -25,32 +25,22 @@ HIRES_DENOISE, DETAIL_DENOISE = 0.5, 0.4
 """Default denoising strengths of a second pass, and of a detail pass."""
 DETAIL_PADDING, LEAST_PADDING = 32, 16
 """Default and least padding in pixels around the area of a detail pass."""
-# Option -> attribute, type, least and most value.
-_NUMBERS: dict[str, tuple[str, type, float, float]] = {
-    "d": ("seed", int, 0, math.inf), "w": ("width", int, PIXELS, MOST_SIDE),
-    "h": ("height", int, PIXELS, MOST_SIDE), "s": ("steps", int, 1, MOST_STEPS),
-    "l": ("guidance_scale", float, 0, math.inf),
-}  # fmt: skip
+# Option -> attribute, and the option as a setting.
+_NUMBERS: dict[str, tuple[str, Setting]] = {
+    "d": ("seed", Setting("--d", int, least=0)),
+    "w": ("width", Setting("--w", int, least=PIXELS, most=MOST_SIDE)),
+    "h": ("height", Setting("--h", int, least=PIXELS, most=MOST_SIDE)),
+    "s": ("steps", Setting("--s", int, least=1, most=MOST_STEPS)),
+    "l": ("guidance_scale", Setting("--l", float, least=0)),
+}
 _TEXTS = {"n": "negative", "ss": "scheduler"}
 _DRIFT = "drift"
-_SETTINGS_LINE = re.compile(r"^\s*(Steps: \d+,|Negative prompt:).*", re.MULTILINE)
 OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
 """Options of a line, without ``--``."""
 # sd-scripts' names of schedulers -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
 MOST_CHARACTERS = 100_000
 """Most characters of a prompt, with its styles and wildcards expanded."""
-
-
-def settings_line(prompt: str) -> str:
-    r"""Find the first line of generation settings in a prompt that was copied from an image file.
-
-    Example:
-        >>> settings_line("a mug\nSteps: 12, Seed: 7"), settings_line("Steps: of stone")
-        ('Steps: 12, Seed: 7', '')
-    """
-    match = _SETTINGS_LINE.search(prompt)
-    return match[0].strip() if match else ""
 
 
 @dataclass(frozen=True)
@@ -91,63 +81,35 @@ def parse_prompt(line: str) -> SamplePrompt:
         7
     """
     text, *options = re.split(r"(?:^|\s+)--(?=\w)", line.strip())
-    require(
-        bool(text),
-        f"the sample prompt {quoted(line)} has no text before its options",
-        "validation_prompt",
-    )
     values: dict[str, Any] = {}
-    for option in options:
-        key, _, value = (part.strip() for part in option.partition(" "))
-        name, read = _option(key, value, line)
-        require(
-            name not in values,
-            f"the sample prompt {quoted(line)} has --{key} twice",
-            "validation_prompt",
-        )
-        values[name] = read
+    with prefixed(f"the sample prompt {quoted(line)}", "validation_prompt"):
+        require(bool(text), " has no text before its options")
+        for option in options:
+            key, _, value = (part.strip() for part in option.partition(" "))
+            with prefixed(": "):
+                name, read = _option(key, value)
+            require(name not in values, f" has --{key} twice")
+            values[name] = read
     return SamplePrompt(text, **values)
 
 
-def _option(key: str, value: str, line: str) -> tuple[str, Any]:
-    option = f"the sample prompt {quoted(line)}: --{key}"
+def _option(key: str, value: str) -> tuple[str, Any]:
     if key == _DRIFT:
-        require(
-            not value,
-            f"{option} takes no value {value!r}; put it at the line's end",
-            "validation_prompt",
-        )
+        require(not value, f"--{key} takes no value {value!r}; put it at the line's end")
         return "is_drift", True
     if key in _TEXTS:
-        require(bool(value), f"{option} needs a value", "validation_prompt")
+        require(bool(value), f"--{key} needs a value")
         return _TEXTS[key], _SCHEDULERS.get(value, value) if key == "ss" else value
     require(
         key in _NUMBERS,
-        f"{option} is not an option here; there is --n (negative prompt), --d (seed), --w, --h, "
+        f"--{key} is not an option here; there is --n (negative prompt), --d (seed), --w, --h, "
         "--l (guidance scale), --s (steps), --ss (scheduler) and --drift",
-        "validation_prompt",
     )
-    name, kind, least, most = _NUMBERS[key]
-    expected = "a whole number" if kind is int else "a number"
-    try:
-        number = kind(value)
-    except ValueError as error:
-        raise ConfigError(
-            f"{option} is {value!r}; it must be {expected}", "validation_prompt"
-        ) from error
+    name, setting = _NUMBERS[key]
+    number = setting.read(value)
     require(
-        least <= number < math.inf,
-        f"{option} is {value}; it must be at least {least:g}",
-        "validation_prompt",
-    )
-    require(
-        number <= most, f"{option} is {value}; it must be at most {most:g}", "validation_prompt"
-    )
-    is_side = name in ("width", "height")
-    require(
-        not is_side or number % PIXELS == 0,
-        f"{option} is {value}; it must be a multiple of {PIXELS}",
-        "validation_prompt",
+        name not in ("width", "height") or number % PIXELS == 0,
+        f"--{key} is {value}; it must be a multiple of {PIXELS}",
     )
     return name, number
 
@@ -165,10 +127,8 @@ def read_prompts(file: str | Path) -> list[str]:
     }
     require(bool(prompts), f"sample_prompts {file} has no prompt", "sample_prompts")
     for number, line in prompts.items():
-        try:
+        with prefixed(f"{file}, line {number}: ", "sample_prompts"):
             parse_prompt(line)
-        except ConfigError as error:
-            raise ConfigError(f"{file}, line {number}: {error}", "sample_prompts") from error
     return list(prompts.values())
 
 

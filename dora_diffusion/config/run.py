@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-from dora_diffusion.config.fields import DTYPES, PRECISIONS, AnyOf, Need, flag, when
+from dora_diffusion.config.fields import DTYPES, PRECISIONS, AnyOf, Need, flag, free_flag, when
 from dora_diffusion.config.prompts import MOST_STEPS
 from dora_diffusion.config.subject import prior_or_slider
 
@@ -35,34 +36,34 @@ def _checkpoints(config: Any) -> str | None:
     return "checkpointing_steps is 0" if config.checkpointing_steps == 0 else None
 
 
-@dataclass(frozen=True)
+_held_out_flag = partial(free_flag, needs=(_held_out,))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
     """Precision, memory and device."""
 
     heading: ClassVar = "Memory and precision"
 
-    mixed_precision: str = flag(
+    mixed_precision: str = free_flag(
         "auto",
         "Precision of the frozen model; trained parameters are float32. auto: the precision of "
         "accelerate launch, else bf16 on a GPU that supports it, fp16 on other GPUs, and float32 "
         "(no) on a CPU.",
         choices=PRECISIONS,
-        resume="free",
     )
-    gradient_checkpointing: bool = flag(
-        False, "Recompute activations in the backward pass: less memory, slower.", resume="free"
+    gradient_checkpointing: bool = free_flag(
+        False, "Recompute activations in the backward pass: less memory, slower."
     )
-    compile: bool = flag(
+    compile: bool = free_flag(
         False,
-        "Compile the UNet's repeated blocks with torch.compile: faster steps on a GPU, but a "
+        "Compile the denoiser's repeated blocks with torch.compile: faster steps on a GPU, but a "
         "slower start. Samples run uncompiled.",
-        resume="free",
     )
-    cuda_graph: bool = flag(
+    cuda_graph: bool = free_flag(
         False,
         "Issue each batch of a step, from norms to gradients, as one CUDA graph: less work for the "
         "processor, which a fast GPU waits for at small batches. Experimental: no GPU has run it.",
-        resume="free",
         needs=(
             Need("method", ("dora", "lora")),
             Need("parametrization", ("low-rank",)),
@@ -92,23 +93,22 @@ class DeviceSettings:
         choices=SHARDINGS,
         resume="ignored",
     )
-    allow_tf32: bool = flag(False, "TensorFloat-32 on Ampere and later GPUs.", resume="free")
+    allow_tf32: bool = free_flag(False, "TensorFloat-32 on Ampere and later GPUs.")
     seed: int = flag(0, "Random seed.", least=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleSettings:
     """Sample images and logging."""
 
     heading: ClassVar = "Validation"
 
-    validation_prompt: list[str] = flag(
+    validation_prompt: list[str] = free_flag(
         [],
         "Validation prompts: with the token for the subject, without it (--drift) to monitor "
         "language drift. Each may end with sd-scripts' options: --n NEGATIVE --d SEED --w WIDTH "
         "--h HEIGHT --l GUIDANCE --s STEPS --ss SCHEDULER.",
         derived="the instance prompt",
-        resume="free",
         needs=(_SAMPLES,),
     )
     sample_prompts: str | None = flag(
@@ -121,43 +121,39 @@ class SampleSettings:
     sample_at_start: bool = flag(
         False, "Sample before the first step too.", resume="ignored", needs=(_SAMPLES,)
     )
-    num_validation_images: int = flag(
-        4, "Sample images per validation prompt; 0 samples nothing.", resume="free", least=0
+    num_validation_images: int = free_flag(
+        4, "Sample images per validation prompt; 0 samples nothing.", least=0
     )
-    validation_steps: int | None = flag(
+    validation_steps: int | None = free_flag(
         None,
         "Sample every N steps, and at the end; 0 samples at the end only.",
         derived="200",
-        resume="free",
         needs=(_validated,),
         least=0,
     )
-    validation_epochs: int | None = flag(
+    validation_epochs: int | None = free_flag(
         None,
         "Sample every N epochs, instead of validation_steps.",
         derived="none, validation_steps is used",
-        resume="free",
         needs=(_validated, Need("validation_steps", (None,))),
         above=0,
     )
-    validation_inference_steps: int = flag(
+    validation_inference_steps: int = free_flag(
         25,
         "Denoising steps of samples and class images.",
-        resume="free",
         needs=(AnyOf((_SAMPLES, prior_or_slider)),),
         above=0,
         most=MOST_STEPS,
     )
-    validation_guidance_scale: float = flag(
+    validation_guidance_scale: float = free_flag(
         7.5,
         "Guidance scale (CFG scale) of samples and class images.",
-        resume="free",
         needs=(AnyOf((_SAMPLES, prior_or_slider)),),
         least=0,
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
     """Validation on held-out photos, early stopping and choice of the best checkpoint."""
 
@@ -176,41 +172,34 @@ class ValidationSettings:
         "They are drawn by seed and content.",
         least=0,
     )
-    validation_loss_steps: int | None = flag(
+    validation_loss_steps: int | None = _held_out_flag(
         None,
         "Compute the validation loss every N steps, and at step 0 and at the end.",
         derived="validation_steps, or 200 if it is 0",
-        resume="free",
-        needs=(_held_out,),
         above=0,
     )
-    validation_metric_model: str | None = flag(
+    validation_metric_model: str | None = free_flag(
         None,
         "Image-similarity model that compares samples with the held-out photos: folder or hub id "
         "of CLIP, DINO or DINOv2, or efficientnet-lite0.",
         derived="efficientnet-lite0 if it is installed",
-        resume="free",
         needs=(_held_out, _SAMPLES, _between),
         is_path=True,
     )
-    keep_best: bool = flag(
+    keep_best: bool = _held_out_flag(
         False,
         "Keep the checkpoint with the lowest validation loss, regardless of "
         "checkpoints_total_limit, and write it as the result.",
-        resume="free",
-        needs=(_held_out,),
     )
-    early_stopping_patience: int | None = flag(
+    early_stopping_patience: int | None = _held_out_flag(
         None,
         "Early stopping: stop after N validation losses without improvement.",
         derived="all steps are trained",
-        resume="free",
-        needs=(_held_out,),
         above=0,
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputSettings:
     """Output, checkpoints and resuming."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from dora_diffusion.config.base import (
@@ -59,12 +60,15 @@ _TAGS = AnyOf((Need("shuffle_tags"), Need("tag_dropout")))
 _CLASS_IMAGES = (_PRIOR, _class_images)
 _BUCKETS = Need("aspect_ratio_buckets")
 
+_slider_flag = partial(flag, needs=(_SLIDER,))
+_bucket_flag = partial(flag, needs=(_BUCKETS,))
+
 
 def _base(kind: Literal["files", "hub", "file"]) -> tuple[OfModel, ...]:
     return (OfModel("pretrained_model_name_or_path", "base model", kind),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Base model."""
 
@@ -116,7 +120,7 @@ class ModelSettings:
     vae_tile_size: int | None = vae_tile_size_flag()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SubjectSettings:
     """Subjects and captions."""
 
@@ -163,6 +167,7 @@ class SubjectSettings:
 
 
 _WORDS = Need("train_text_encoder_ti")
+_word_flag = partial(flag, needs=(_WORDS,))
 
 
 def _embedding_rate(config: Any) -> str | None:
@@ -172,7 +177,7 @@ def _embedding_rate(config: Any) -> str | None:
     return "it is 0: no new word is trained" if config.embedding_lr == 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WordSettings:
     """New words: trained token embeddings (textual inversion)."""
 
@@ -183,18 +188,17 @@ class WordSettings:
         "Train the embedding vectors of new words in every text encoder (textual inversion), "
         "together with the adapter (pivotal tuning).",
     )
-    new_words: list[str] = flag(
-        [], "New words, each in captions or prompts.", derived="the token", needs=(_WORDS,)
+    new_words: list[str] = _word_flag(
+        [], "New words, each in captions or prompts.", derived="the token"
     )
-    num_new_tokens_per_abstraction: int = flag(
-        2, "Vectors of each new word in each text encoder.", needs=(_WORDS,), above=0
+    num_new_tokens_per_abstraction: int = _word_flag(
+        2, "Vectors of each new word in each text encoder.", above=0
     )
-    initializer_concept: list[str] = flag(
+    initializer_concept: list[str] = _word_flag(
         [],
         "Initialization of new words: a word of the model, such as the class, for all of them or "
         "one for each. Copies its vectors if there are as many, else uses their mean.",
         derived="random vectors",
-        needs=(_WORDS,),
     )
     embedding_lr: float = flag(
         3e-4,
@@ -203,17 +207,16 @@ class WordSettings:
         needs=(_WORDS, _embedding_rate),
         least=0,
     )
-    train_text_encoder_ti_frac: float = flag(
+    train_text_encoder_ti_frac: float = _word_flag(
         1.0,
         "Fraction of the steps in which new words train; they are frozen after it.",
         resume="free",
-        needs=(_WORDS,),
         above=0,
         most=1,
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SliderSettings:
     """Sliders: concepts from prompts, without images."""
 
@@ -226,39 +229,32 @@ class SliderSettings:
         "uses no photos: settings of photos, captions and held-out photos have no effect.",
         choices=TAUGHT,
     )
-    target: list[str] = flag(
+    target: list[str] = _slider_flag(
         [],
         'Prompts that the slider changes: one for all pairs, or one for each: "a photo of a mug".',
         derived="none, required by --teach slider",
-        needs=(_SLIDER,),
     )
-    positive: list[str] = flag(
+    positive: list[str] = _slider_flag(
         [],
         'Prompts at strength 3, one for each pair: "a photo of a large mug".',
         derived="none, required by --teach slider",
-        needs=(_SLIDER,),
     )
-    negative: list[str] = flag(
+    negative: list[str] = _slider_flag(
         [],
         "Prompts at strength -3, one for each pair, in the order of --positive.",
         derived="none, required by --teach slider",
-        needs=(_SLIDER,),
     )
-    anchors: list[str] = flag(
+    anchors: list[str] = _slider_flag(
         [],
         "Prompts that the slider must not change: a loss with prior_loss_weight keeps their "
         "predictions at the base model's.",
-        needs=(_SLIDER,),
     )
-    slider_guidance: float = flag(
-        0.3,
-        "Effect of strength 1: factor of the difference of the two predictions.",
-        needs=(_SLIDER,),
-        above=0,
+    slider_guidance: float = _slider_flag(
+        0.3, "Effect of strength 1: factor of the difference of the two predictions.", above=0
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """Images and captions."""
 
@@ -274,25 +270,19 @@ class ImageSettings:
     aspect_ratio_buckets: bool = flag(
         False, "Aspect-ratio bucketing: crop to a shape near the image's own instead of a square."
     )
-    min_bucket_reso: int | None = flag(
-        None,
-        "Minimum side of buckets in pixels.",
-        derived="half of max_bucket_reso",
-        needs=(_BUCKETS,),
-        above=0,
+    min_bucket_reso: int | None = _bucket_flag(
+        None, "Minimum side of buckets in pixels.", derived="half of max_bucket_reso", above=0
     )
-    max_bucket_reso: int | None = flag(
+    max_bucket_reso: int | None = _bucket_flag(
         None,
         "Maximum side of buckets in pixels; their area is at most resolution squared.",
         derived="1.41 times the resolution",
-        needs=(_BUCKETS,),
         above=0,
     )
-    bucket_reso_steps: int | None = flag(
+    bucket_reso_steps: int | None = _bucket_flag(
         None,
         "Step of bucket sides: they are multiples of it.",
         derived="64, or 32 for SDXL",
-        needs=(_BUCKETS,),
         above=0,
     )
     masked_loss: bool = flag(
@@ -381,7 +371,7 @@ class ImageSettings:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PriorSettings:
     """Prior preservation."""
 

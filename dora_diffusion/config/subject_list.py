@@ -11,13 +11,14 @@ from typing import Any
 
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.dataset_file import by_folder, listed_entries, require_mapping
-from dora_diffusion.config.fields import ConfigError, require
+from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_config_file
 from dora_diffusion.config.kohya import folder_name, folders_in
+from dora_diffusion.config.problems import find_setting, read_values
 from dora_diffusion.config.run import DeviceSettings
 from dora_diffusion.config.subject import Entry, ModelSettings
-from dora_diffusion.config.train import TrainConfig, settings
-from dora_diffusion.config.wording import counted, did_you_mean, listing, quoted
+from dora_diffusion.config.train import TrainConfig, settings, settings_by_name
+from dora_diffusion.config.wording import counted, listing, quoted
 
 SUBJECT_FILE = "subject.yaml"
 """Name of an optional file of settings in a folder of photos."""
@@ -213,20 +214,20 @@ def _split_name(entry: Entry) -> tuple[str, Entry]:
 
 
 def _with_options(config: TrainConfig, name: str, options: Entry) -> TrainConfig:
-    known = {setting.name: setting for setting in settings()}
-    if unknown := [f"{key}{did_you_mean(key, known)}" for key in options if key not in known]:
-        raise ConfigError(f"there is no setting {listing(unknown)}")
-    if shared := [key for key in options if key in SHARED]:
-        raise ConfigError(f"all subjects share {listing(shared)}; set it for the whole run")
-    folders = by_folder(options)
-    values: dict[str, Any] = dict(options)
+    values, shared = dict(options), dict[str, Any]()
     word = options.get("class_word") or config.class_word
     if word and options.get("instance_data_dir") and _lacks_prompt(options, config):
         token = str(options.get("token", config.token)).strip()
         values["instance_prompt"] = f"a photo of a {token} {word}"
-    if len(folders) > 1:
-        values.pop("instance_data_dir")
-        entries = [{"instance_data_dir": part["instance_data_dir"]} for part in folders]
-        values["dataset_config"] = entries
-    cast = {key: known[key].cast(value) for key, value in values.items()}
-    return dataclasses.replace(config, **cast, output_dir=str(Path(config.output_dir) / name))
+    shared["output_dir"] = str(Path(config.output_dir) / name)
+    if len(entries := by_folder(options)) > 1:
+        del values["instance_data_dir"]
+        folders = [entry["instance_data_dir"] for entry in entries]
+        shared["dataset_config"] = [{"instance_data_dir": folder} for folder in folders]
+    return dataclasses.replace(config, **read_values(values, _find), **shared)
+
+
+def _find(name: str) -> Setting:
+    """Look up a setting that subjects may have each."""
+    require(name not in SHARED, f"all subjects share {name}; set it for the whole run", name)
+    return find_setting(name, settings_by_name())

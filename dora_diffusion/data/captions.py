@@ -105,15 +105,8 @@ def preferring(predicate: Callable[[str], bool]) -> Pick:
 
     def pick(choice: Choice) -> Template:
         if choice not in picked:
-            alternatives = choice.alternatives
-            picked[choice] = next(
-                (
-                    alternative
-                    for alternative in alternatives
-                    if predicate(render(alternative, pick))
-                ),
-                alternatives[0],
-            )
+            fitting = (a for a in choice.alternatives if predicate(render(a, pick)))
+            picked[choice] = next(fitting, choice.alternatives[0])
         return picked[choice]
 
     return pick
@@ -185,52 +178,38 @@ class Wildcards:
                 groups[-1].append([])
                 continue
             elif piece["mark"] == "}":
-                if len(groups) == 1:
-                    raise ConfigError(
-                        rf"{quoted(text)} has }} without {{; the character is \}}", "wildcards"
-                    )
+                unopened = rf"{quoted(text)} has }} without {{; the character is \}}"
+                require(len(groups) > 1, unopened, "wildcards")
                 part = Choice(tuple(map(tuple, groups.pop())))
             groups[-1][-1].append(part)
-        if len(groups) > 1:
-            raise ConfigError(
-                rf"{quoted(text)} has {{ without }}; the character is \{{", "wildcards"
-            )
+        unclosed = rf"{quoted(text)} has {{ without }}; the character is \{{"
+        require(len(groups) == 1, unclosed, "wildcards")
         template = tuple(groups[0][0])
-        require(
-            _length(template) <= MOST_CHARACTERS,
-            f"the wildcards of {quoted(text)} can give more than {MOST_CHARACTERS} characters",
-            "wildcards",
+        too_long = (
+            f"the wildcards of {quoted(text)} can give more than {MOST_CHARACTERS} characters"
         )
+        require(_length(template) <= MOST_CHARACTERS, too_long, "wildcards")
         self._templates[text] = template
         return template
 
     def _file(self, name: str, within: tuple[str, ...]) -> Choice:
-        if name in within:
-            raise ConfigError(
-                f"the wildcard __{name}__ refers to itself: {' > '.join((*within, name))}",
-                "wildcards",
-            )
-        if name not in self._files:
-            if self.folder is None:
-                raise ConfigError(
-                    f"the wildcard __{name}__ needs a file; give its folder as wildcard_dir",
-                    "wildcard_dir",
-                )
-            path = self.folder / f"{name}.txt"
-            if ".." in path.parts[len(self.folder.parts) :] or not path.is_file():
-                raise ConfigError(
-                    f"the wildcard __{name}__ has no file {name}.txt in {self.folder}",
-                    "wildcard_dir",
-                )
-            text = read_text(path, "the wildcard file", "wildcard_dir")
-            lines = (" ".join(line.split()) for line in text.splitlines())
-            texts = [line for line in lines if line and not line.startswith("#")]
-            if not texts:
-                raise ConfigError(
-                    f"the wildcard __{name}__ has no lines in {name}.txt", "wildcard_dir"
-                )
-            inner = (*within, name)
-            self._files[name] = Choice(tuple(self.parse(text, inner) for text in texts))
+        wildcard, outermost_first = f"the wildcard __{name}__", " > ".join((*within, name))
+        require(name not in within, f"{wildcard} refers to itself: {outermost_first}", "wildcards")
+        if name in self._files:
+            return self._files[name]
+        if self.folder is None:
+            problem = "needs a file; give its folder as wildcard_dir"
+            raise ConfigError(f"{wildcard} {problem}", "wildcard_dir")
+        path = self.folder / f"{name}.txt"
+        is_file = ".." not in path.parts[len(self.folder.parts) :] and path.is_file()
+        missing = f"{wildcard} has no file {name}.txt in {self.folder}"
+        require(is_file, missing, "wildcard_dir")
+        text = read_text(path, "the wildcard file", "wildcard_dir")
+        lines = (" ".join(line.split()) for line in text.splitlines())
+        texts = [line for line in lines if line and not line.startswith("#")]
+        require(bool(texts), f"{wildcard} has no lines in {name}.txt", "wildcard_dir")
+        inner = (*within, name)
+        self._files[name] = Choice(tuple(self.parse(text, inner) for text in texts))
         return self._files[name]
 
 
@@ -302,15 +281,11 @@ class CaptionRules:
         try:
             values = json.loads(unquote(text))
             values = values.get(trigger, values)
-            known = {name: values.get(name) for name in _STATED}
+            per_line, has_wildcards, prefix, suffix = (values.get(name) for name in _STATED)
         except (AttributeError, RecursionError, ValueError):
             return cls()
-        return cls(
-            per_line=bool(known["per_line"]),
-            wildcards=Wildcards(wildcard_dir) if known["wildcards"] else None,
-            prefix=str(known["prefix"] or ""),
-            suffix=str(known["suffix"] or ""),
-        )
+        wildcards = Wildcards(wildcard_dir) if has_wildcards else None
+        return cls(bool(per_line), wildcards, str(prefix or ""), str(suffix or ""))
 
     def variants(self, text: str) -> list[str]:
         """Unshuffled, complete captions that together contain each line and each alternative."""
@@ -473,12 +448,10 @@ def token_message(captions: Sequence[str], token: str) -> str:
         raise ValueError("the trigger token is empty; choose a rare word such as sks")
     lacking = [caption for caption in captions if not contains_token(caption, token)]
     if lacking and len(lacking) == len(captions):
-        count = len(captions)
-        occurrence = (
-            "not in the caption" if count == 1 else f"in none of the {count} captions, first"
-        )
+        where = f"in none of the {len(captions)} captions, first"
+        where = "not in the caption" if len(captions) == 1 else where
         raise ValueError(
-            f"the trigger token {token!r} is {occurrence} {quoted(lacking[0])}; put it into the "
+            f"the trigger token {token!r} is {where} {quoted(lacking[0])}; put it into the "
             "instance prompt or the captions"
         )
     if not lacking:

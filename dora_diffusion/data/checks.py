@@ -74,10 +74,9 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
     Raises:
         ValueError: If a photo was not measured.
     """
-    problems = [PhotoWarning("few", (), message)] if (message := too_few(photos)) else []
-    if len(photos) > MOST:
-        message = f"{len(photos)} photos: more than {MOST} rarely help; choose the best"
-        problems.append(PhotoWarning("many", (), message))
+    many = f"{len(photos)} photos: more than {MOST} rarely help; choose the best"
+    whole_set = {"few": too_few(photos), "many": many if len(photos) > MOST else ""}
+    problems = [PhotoWarning(kind, (), text) for kind, text in whole_set.items() if text]
     fingerprints: dict[str, int] = {}
     for photo in photos:
         name, (height, width) = photo.path.name, photo.size
@@ -240,13 +239,9 @@ def look_at(
         a crop and the fraction of the photo in it; ``sharpness``; ``caption``; ``mask``.
     """
     facts = {
-        "name": photo.path.name,
-        "size": photo.size[::-1],
-        "sharpness": sharpness(image),
-        "caption": photo.caption or None,
-        "mask": mask,
-        "look_at": [],
-    }
+        "name": photo.path.name, "size": photo.size[::-1], "sharpness": sharpness(image),
+        "caption": photo.caption or None, "mask": mask, "look_at": [],
+    }  # fmt: skip
     crops = {"square": (resolution, resolution), "bucket": Buckets(resolution)(photo.size)}
     for name, (rows, columns) in crops.items():
         share = rows * columns / math.prod(covering_size(photo.size, (rows, columns)))

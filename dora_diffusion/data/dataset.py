@@ -286,9 +286,7 @@ class DreamBoothDataset(Dataset[Sample]):
         photos, class_images = list[dict[str, str]](), list[dict[str, str]]()
         for subject in self.subjects:
             identity = subject.draws.captions.identity
-            photos += [
-                photo.record() | {"caption": identity(photo.caption)} for photo in subject.photos
-            ]
+            photos += [p.record() | {"caption": identity(p.caption)} for p in subject.photos]
             class_images += [image.record() for image in subject.class_images]
         return {"images": photos, "class_images": class_images}
 
@@ -311,9 +309,7 @@ class DreamBoothDataset(Dataset[Sample]):
             indices: The samples that will be loaded.
             on_crop: Called with (encoded crops, total crops).
         """
-        crops = {
-            self._key(*cut): cut for sample_index in indices for cut in self._crops(sample_index)
-        }
+        crops = {self._key(*cut): cut for index in indices for cut in self._crops(index)}
         for number, cut in enumerate(crops.values(), start=1):
             self._content(*cut)
             on_crop(number, len(crops))
@@ -323,9 +319,8 @@ class DreamBoothDataset(Dataset[Sample]):
         captions: set[str] = set()
         for sample_index in indices:
             subject, index = self._rows[sample_index.index]
-            captions.add(
-                caption := subject.draws.caption(subject.photos[index], sample_index.epoch)
-            )
+            caption = subject.draws.caption(subject.photos[index], sample_index.epoch)
+            captions.add(caption)
             if subject.class_caption is not None:
                 captions.add(subject.class_caption(caption))
             if subject.class_images:
@@ -357,17 +352,12 @@ class DreamBoothDataset(Dataset[Sample]):
     ) -> Iterator[tuple[Photo, CropRecord, int, SubjectPhotos]]:
         """Yield the crop of a sample's photo, and of its class image if it has one."""
         subject, number = self._rows[sample_index.index]
-        photo = subject.photos[number]
-        crop = subject.draws.crop(photo, sample_index.epoch)
-        yield photo, crop, sample_index.epoch, subject
+        photo, epoch = subject.photos[number], sample_index.epoch
+        crop = subject.draws.crop(photo, epoch)
+        yield photo, crop, epoch, subject
         if subject.class_images:
-            image = subject.class_image(number, sample_index.epoch)
-            yield (
-                image,
-                subject.draws.crop(image, sample_index.epoch, crop.target_size),
-                sample_index.epoch,
-                subject,
-            )
+            image = subject.class_image(number, epoch)
+            yield image, subject.draws.crop(image, epoch, crop.target_size), epoch, subject
 
     def _content(
         self, photo: Photo, crop: CropRecord, epoch: int, subject: SubjectPhotos

@@ -122,9 +122,8 @@ def _decode_strips(image: ImageFile, data: bytes, factor: int) -> Image.Image:
     stride = 1 + width * _PNG_CHANNELS[colour]
     rows = max(1, _STRIP_BYTES // stride // factor) * factor
     chunks = list(_png_chunks(data))
-    extra_chunks = b"".join(
-        _png_chunk(name, body) for name, body in chunks if name in (b"PLTE", b"tRNS")
-    )
+    palette = (_png_chunk(*chunk) for chunk in chunks if chunk[0] in (b"PLTE", b"tRNS"))
+    extra_chunks = b"".join(palette)
     pixels = (body for name, body in chunks if name == b"IDAT")
     result, top, last_row = None, 0, bytes(stride - 1)
     for strip in _inflated(pixels, rows * stride, height * stride):
@@ -132,9 +131,8 @@ def _decode_strips(image: ImageFile, data: bytes, factor: int) -> Image.Image:
         header = struct.pack(">IIBBBBB", width, count + 1, 8, colour, 0, 0, 0)
         body = zlib.compress(b"\0" + last_row + strip, 0)
         file = _PNG_START + _png_chunk(b"IHDR", header) + extra_chunks + _png_chunk(b"IDAT", body)
-        with Image.open(
-            io.BytesIO(file + _png_chunk(b"IEND", b"")), formats=("PNG",)
-        ) as image_part:
+        file += _png_chunk(b"IEND", b"")
+        with Image.open(io.BytesIO(file), formats=("PNG",)) as image_part:
             last_row = image_part.crop((0, count, width, count + 1)).tobytes()
             reduced = _reducible(image_part.crop((0, 1, width, count + 1))).reduce(factor)
         if result is None:

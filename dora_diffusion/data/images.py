@@ -135,20 +135,17 @@ def read_bytes(path: Path) -> bytes:
         if status.st_size > _MOST_BYTES or not (path.is_file() or path.is_dir()):
             problem = f"larger than {_MOST_BYTES >> 20} MiB" if path.is_file() else "not a file"
             raise PhotoError(f"{path.name}: {problem}; remove or replace it")
-        if cache is None:
-            data = path.read_bytes()
-        else:
-            key = path.absolute(), status.st_mtime_ns, status.st_size
-            if key in cache:
-                return cache[key]
-            data = path.read_bytes()
-            if data and len(data) + sum(map(len, cache.values())) <= _MOST_CACHED_BYTES:
-                cache[key] = data
+        key = path.absolute(), status.st_mtime_ns, status.st_size
+        if cache is not None and key in cache:
+            return cache[key]
+        data = path.read_bytes()
     except OSError as error:
         reason = error.strerror or error
         raise PhotoError(f"{path.name}: cannot be read ({reason}); remove or replace it") from error
     if not data:
         raise PhotoError(f"{path.name}: the file is empty; copy the photo again")
+    if cache is not None and len(data) + sum(map(len, cache.values())) <= _MOST_CACHED_BYTES:
+        cache[key] = data
     return data
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -141,13 +142,11 @@ def read_photos(
     Raises:
         PhotoError: If photos or masks are unusable (all reasons in one line), or none remain.
     """
-    photos: list[Photo] = []
-    errors: list[PhotoError] = []
+    photos, errors = list[Photo](), list[PhotoError]()
+    options: dict[str, Any] = {"mask_crops": mask_crops, "measure": measure, "per_line": per_line}
     for path in paths:
         try:
-            photos.append(
-                read_photo(path, prompt, mask_crops=mask_crops, measure=measure, per_line=per_line)
-            )
+            photos.append(read_photo(path, prompt, **options))
         except PhotoError as error:
             errors.append(error)
     can_skip = skip_unreadable and photos and not any(isinstance(e, MaskError) for e in errors)

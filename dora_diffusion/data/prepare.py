@@ -135,9 +135,8 @@ class Preparation:
             return
         stem_counts = Counter(path.stem.casefold() for path in paths)
         if repeated := [path.name for path in paths if stem_counts[path.stem.casefold()] > 1]:
-            raise PrepareError(
-                f"{listing(repeated, 4)} would share a caption and a mask; rename one"
-            )
+            problem = "would share a caption and a mask; rename one"
+            raise PrepareError(f"{listing(repeated, 4)} {problem}")
         if target.resolve() == folder.resolve():
             if self.plain_copies or not self.originals:
                 raise PrepareError(f"copies need an output folder other than the photos' {folder}")
@@ -215,9 +214,8 @@ class Preparation:
         for source in (path.with_suffix(".txt"), mask_path(path), path):
             if source.is_file():
                 is_edited = self.edit and source.suffix == ".txt"
-                is_new = _add(
-                    target / source.name, self.edit(photo.caption) if is_edited else source
-                )
+                content = self.edit(photo.caption) if is_edited else source
+                is_new = _add(target / source.name, content)
                 written["photos"] += is_new and source == path
         copied = self._read(target / path.name)
         if copied.digest != photo.digest:
@@ -403,9 +401,8 @@ def _segmenter(folder: Path, label: str) -> Masker:
     if getattr(processor, "do_center_crop", False):
         # Otherwise the mask of the crop would be stretched over the whole image.
         processor.size, processor.do_center_crop = processor.crop_size, False
-    subject_labels = _subject_labels(
-        folder.name, set(segment.model.config.id2label.values()), label
-    )
+    labels = set(segment.model.config.id2label.values())
+    subject_labels = _subject_labels(folder.name, labels, label)
 
     def mask(image: Image.Image) -> Image.Image:
         union = Image.new("L", image.size)

@@ -26,10 +26,8 @@ def labelled_sheet(
         columns: Label of each column, with at most three lines.
     """
     width, count = images[0].width, len(columns)
-    size, widest_image = (
-        max(_SMALLEST_FONT, width // _IMAGES_PER_FONT),
-        max(i.width for i in images),
-    )
+    size = max(_SMALLEST_FONT, width // _IMAGES_PER_FONT)
+    widest_image = max(image.width for image in images)
     total = max(count * (widest_image + _GAP) - _GAP, _LEAST_CHARACTERS * size // 2)
     labels = [_text_image(label, size, width, _MOST_LINES) for label in columns]
     strips = [_text_image(title, size, total)] if title else []

@@ -18,16 +18,15 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.crops import apply_crop, plan_crop
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.latents import (
     condition_from_moments,
     encode_inputs,
     latents_from_moments,
-    predict,
 )
 from dora_diffusion.models.offload import on_device
-from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
+from dora_diffusion.models.text import encode_prompts, time_ids
 from dora_diffusion.numerics.loss import denoising_loss, sample_noise
-from dora_diffusion.numerics.process import NoiseProcess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +76,8 @@ class HeldOutImages:
     def losses(self, seeds: Sequence[Sequence[int]], *, batch_size: int = 10) -> list[list[float]]:
         """Mean squared error of the prediction for each image, over evenly spaced timesteps.
 
-        The target follows the model's prediction type, without loss weighting. Adapters are left
+        The timesteps of a flow are evenly spaced by the share of noise (`NoiseProcess.spaced`). The
+        target follows the model's prediction type, without loss weighting. Adapters are left
         as they are. All noise comes from generators of the seeds.
 
         Args:
@@ -112,7 +112,7 @@ class HeldOutImages:
 
 def _encode(components: Components, image: Image) -> _Encoded:
     size, side = (image.height, image.width), components.default_resolution
-    crop = plan_crop(size, side, multiple=components.vae_factor)
+    crop = plan_crop(size, side, multiple=components.size_step)
     vae, family = components.vae, components.family
     moments = encode_inputs(vae, family, apply_crop(image, crop)[None])
     condition = condition_from_moments(vae, family, moments)
@@ -127,36 +127,23 @@ def _loss(
     components: Components, image: _Encoded, conditioning: Conditioning, seed: int, batch_size: int
 ) -> float:
     process = components.process  # Once: it copies its schedule to the device.
-    timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * process.num_timesteps).long()
+    timesteps = process.spaced(TIMESTEPS)
     shape = (image.latents.shape[1], image.latents.shape[2], image.latents.shape[3])
     noise = torch.stack(
         [sample_noise(shape, generator_for("held out", seed, int(t))) for t in timesteps]
     ).to(image.latents)
-    losses = [
-        _batch_loss(components, process, image, noise[batch], timesteps[batch], conditioning)
-        for batch in (slice(i, i + batch_size) for i in range(0, TIMESTEPS, batch_size))
-    ]
+    losses = []
+    for start in range(0, TIMESTEPS, batch_size):
+        batch_noise = noise[start : start + batch_size]
+        t = timesteps[start : start + batch_size].to(noise.device)
+        count, ids, condition = len(t), image.time_ids, image.condition
+        latents = image.latents.expand(count, -1, -1, -1)
+        model_pred = components.predict(
+            process.add_noise(latents, batch_noise, t),
+            t,
+            conditioning[[0] * count],
+            None if ids is None else ids.expand(count, -1),
+            None if condition is None else condition.expand(count, -1, -1, -1),
+        )
+        losses.append(denoising_loss(model_pred, process.target(latents, batch_noise, t)))
     return float(torch.cat(losses).mean())
-
-
-def _batch_loss(
-    components: Components,
-    process: NoiseProcess,
-    image: _Encoded,
-    noise: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-) -> Tensor:
-    """Loss ``(B,)`` of an image at B timesteps, with noise ``(B, C, h, w)``."""
-    count, ids, condition = len(timesteps), image.time_ids, image.condition
-    latents = image.latents.expand(count, -1, -1, -1)
-    timesteps = timesteps.to(latents.device)
-    model_pred = predict(
-        components.unet,
-        process.add_noise(latents, noise, timesteps),
-        timesteps,
-        conditioning[[0] * count],
-        None if ids is None else ids.expand(count, -1),
-        None if condition is None else condition.expand(count, -1, -1, -1),
-    )
-    return denoising_loss(model_pred, process.target(latents, noise, timesteps))

@@ -40,12 +40,8 @@ class Measure:
     meaning: str
 
 
-MEASURES: dict[str, Measure] = {
-    name: Measure(**facts)
-    for name, facts in yaml.safe_load(
-        Path(__file__).with_name("measures.yaml").read_text(encoding="utf-8")
-    ).items()
-}
+_TABLE = yaml.safe_load(Path(__file__).with_name("measures.yaml").read_text(encoding="utf-8"))
+MEASURES: dict[str, Measure] = {name: Measure(**facts) for name, facts in _TABLE.items()}
 """Measures by name; a name followed by ``@MODEL`` is the measure by a metric model."""
 
 LEAKAGE = 0.7

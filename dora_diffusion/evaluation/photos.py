@@ -85,9 +85,8 @@ class PhotoSubject:
         trained = sum(photo.digest in self.trained_on for photo in self.photos)
         if not trained:
             return cautions
-        training_photos = (
-            f"{trained} of these {len(self.photos)} photos {'was' if trained == 1 else 'were'}"
-        )
+        verb = "was" if trained == 1 else "were"
+        training_photos = f"{trained} of these {len(self.photos)} photos {verb}"
         if trained == len(self.photos):
             training_photos = "all of these photos were"
         return (
@@ -118,11 +117,9 @@ def read_subject(
         PhotoError: If the folder has no photo, or one that cannot be used.
         ValueError: If a caption's wildcards are not valid.
     """
-    paths, prompt = list_photos(folder), f"a photo of {with_article(trigger)}"
-    photos = [
-        replace(photo, caption=rules.plain(photo.caption))
-        for photo in read_photos(paths, prompt, per_line=rules.per_line)
-    ]
+    prompt = f"a photo of {with_article(trigger)}"
+    read = read_photos(list_photos(folder), prompt, per_line=rules.per_line)
+    photos = [replace(photo, caption=rules.plain(photo.caption)) for photo in read]
     return PhotoSubject(Path(folder).resolve().name, trigger, class_word, photos, trained_on)
 
 
@@ -157,22 +154,16 @@ def photo_requests(
                 f"the prompt {prompt!r} has no {{}}; put it where the subject is named"
             )
     class_noun = with_article(class_word) if class_word else "it"
-    subject_noun = with_article(trigger)
-    other_classes = [word for word in OTHERS if word not in class_word.split()]
-    specifications = [
-        ("subject", p.replace("{}", subject_noun), p.replace("{}", class_noun)) for p in prompts
-    ]
-    if class_word:
-        specifications += [
-            ("class", p.replace("{}", class_noun), p.replace("{}", class_noun)) for p in prompts
-        ]
-    specifications += [
-        ("others", text, text) for text in (f"a photo of a {word}" for word in other_classes)
-    ]
+    of_subject = [prompt.replace("{}", with_article(trigger)) for prompt in prompts]
+    of_class = [prompt.replace("{}", class_noun) for prompt in prompts]
+    others = [f"a photo of a {word}" for word in OTHERS if word not in class_word.split()]
+    texts = [("subject", *pair) for pair in zip(of_subject, of_class, strict=True)]
+    texts += [("class", text, text) for text in of_class if class_word]
+    texts += [("others", text, text) for text in others]
     return [
         PhotoRequest(group, prompt, number, 1000 * seed + k, meaning)
         for number, seed in enumerate(seeds)
-        for k, (group, prompt, meaning) in enumerate(specifications)
+        for k, (group, prompt, meaning) in enumerate(texts)
     ]
 
 

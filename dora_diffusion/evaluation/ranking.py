@@ -122,16 +122,13 @@ class Ranking:
 
         Empty if no row is significantly more similar than the base, or similarity is not measured.
         """
-        scores = {
-            row.name: row.similarity - row.drift
-            for row in self.rows
-            if row.similarity is not None and row.drift is not None and self._has_learned(row)
-        }
+        scores = dict[str, float]()
+        for row in self.rows:
+            gain = self.gain(row)
+            has_learned = gain is not None and gain.low is not None and gain.low > 0
+            if has_learned and row.similarity is not None and row.drift is not None:
+                scores[row.name] = row.similarity - row.drift
         return max(scores, key=lambda name: scores[name], default="")
-
-    def _has_learned(self, row: RankedCheckpoint) -> bool:
-        gain = self.gain(row)
-        return gain is not None and gain.low is not None and gain.low > 0
 
     @property
     def verdict(self) -> str:
@@ -193,9 +190,7 @@ def ask_photos(
         for subject in subjects
     ]
     # Prompts of other classes than the subjects'.
-    shared = set.intersection(
-        *({request.prompt for request in requests} for requests in candidates)
-    )
+    shared = set.intersection(*({request.prompt for request in rs} for rs in candidates))
     selected = [
         few_requests([r for r in requests if r.group == "subject" or r.prompt in shared])
         for requests in candidates
@@ -210,13 +205,9 @@ def ask_photos(
         start, rest = 0, sum(map(len, of_subject))
         for requests, photos in zip(of_subject, references, strict=True):
             end = start + len(requests)
-            row_images, row_base = (
-                [*source[start:end], *source[rest:]] for source in (images, base)
-            )
+            rows, base_rows = ([*all_[start:end], *all_[rest:]] for all_ in (images, base))
             start = end
-            values = measure_photos(
-                [*requests, *of_others], row_images, (), photos, [model], row_base
-            )
+            values = measure_photos([*requests, *of_others], rows, (), photos, [model], base_rows)
             for name, (value,) in values.items():
                 earlier = combined.get(name, ((),))[0] if name.startswith("subject_") else ()
                 combined[name] = ((*earlier, *value),)

@@ -112,33 +112,26 @@ class Evaluation:
         rows = [["measure", *columns]]
         for name in self.names:
             is_share = measure_of(name).kind == "share"
-            cells = [
-                shown(self.interval(column, name), is_share, signed=column == "change")
-                for column in columns
-            ]
+            intervals = {column: self.interval(column, name) for column in columns}
+            cells = [shown(i, is_share, signed=c == "change") for c, i in intervals.items()]
             rows.append([title_of(name), *cells])
-        notes = [LOSS_ROSE] if self._rose("denoising_loss", "subject_similarity") else []
+        changes = [self.interval("change", n) for n in ("denoising_loss", "subject_similarity")]
+        both_rose = all(change and change.low is not None and change.low > 0 for change in changes)
+        notes = [LOSS_ROSE] if both_rose else []
         notes += [f"caution: {caution}" for caution in self.cautions]
         notes += [f"not measured: {note}" for note in self.notes]
         return "\n".join([aligned(rows), "", METHOD + ".", *notes])
 
-    def _rose(self, *names: str) -> bool:
-        """Return whether all these figures are significantly larger than the base's."""
-        changes = [self.interval("change", name) for name in names]
-        return all(change and change.low is not None and change.low > 0 for change in changes)
-
     @check_arguments()
     def write(self, folder: str | Path) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
-        folder = Path(folder)
-        files = {
-            "scores": save_text(
-                folder / FILES["scores"], json.dumps(self.to_dict(), indent=2) + "\n"
-            ),
-            "table": save_text(folder / FILES["table"], f"# {self.subject}\n\n{self.table()}\n"),
-        }
-        if self.images:
-            files["images"] = save_image(sheet(self.images, self.labels), folder / FILES["images"])
+        files = {name: Path(folder) / file for name, file in FILES.items()}
+        save_text(files["scores"], json.dumps(self.to_dict(), indent=2) + "\n")
+        save_text(files["table"], f"# {self.subject}\n\n{self.table()}\n")
+        if not self.images:
+            del files["images"]
+        else:
+            save_image(sheet(self.images, self.labels), files["images"])
         return files
 
 

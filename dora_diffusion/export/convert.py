@@ -9,27 +9,30 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.export.files import ExportError, check_adapter_output, open_model
-from dora_diffusion.export.fit import (
-    FitSettings,
-    axis_of,
-    decomposed,
-    fit_to_adapters,
-    key_format_for,
-)
+from dora_diffusion.export.fit import FitSettings, axis_of, key_format_for
 from dora_diffusion.formats.adapter.embeddings import embedding_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
+from dora_diffusion.formats.adapter.inspect import stated_error
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES
 from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
-from dora_diffusion.formats.checkpoint.models import StoredModel
-from dora_diffusion.formats.checkpoint.weights import ModelWeights
-from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, PROGRAMS, TARGETS
+from dora_diffusion.formats.layouts import (
+    CONVERSIONS,
+    LORA_RANK,
+    NOT_TARGETS,
+    PROGRAMS,
+    TARGETS,
+    input_format,
+)
 from dora_diffusion.formats.layouts.kohya import needs_compensation
-from dora_diffusion.formats.layouts.layout import stated_approximation
-from dora_diffusion.numerics.merging import WeightedAdapter
+from dora_diffusion.formats.layouts.layout import denoiser_of, norm_axes, refuse_denoiser
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.checkpoint.models import StoredModel
 
 _OF_THE_UPDATE = (
     "the magnitudes are unchanged, and the error is that of the low-rank update; with --base the "
@@ -109,12 +112,8 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         ExportError: If the output exists or is an input, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot store it.
     """
-    _check_target(target)
     fit = fit or FitSettings()
-    if fit.method != "dora" or fit.norm_axis is not None:
-        raise ExportError(
-            f"fit is {fit}; convert keeps the adapter's method and norm axis, so give neither"
-        )
+    _check_arguments(target, fit)
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
         inputs += [model.path] if model else []
@@ -122,30 +121,32 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
         fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
         fit = _check_request(target, program, model, fit, adapter.metadata.base_model)
-        kind = CONVERSIONS[target].plain_lora_in or target
-        if CONVERSIONS[target].needs_rank:
-            kind = fit.key_format(None) if model else key_format_for(adapter.layers)
+        kind = _layout_to_write(target, adapter, fit, model)
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
         family = family or (model.family.name if model else "")
         adapter = _with_additions(adapter, family, tags, thumbnail)
         adapter, errors, total = _of_smaller_rank(adapter, target, fit, model)
         path = write_adapter(output, adapter, kind, dtype=fit.dtype, base=model)
     if target == "comfyui" and not needs_compensation(adapter.layers):
-        target = "kohya"
+        target = input_format(denoiser_of(adapter.layers))
     count = len(adapter.layers)
     notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
     return ConversionReport(path, target, count, errors, total, notes, embeddings, program, growth)
 
 
-def _check_target(target: str) -> None:
+def _check_arguments(target: str, fit: FitSettings) -> None:
     if target not in TARGETS:
         reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
         raise ExportError(f"unknown target {target!r}; {reason}")
+    if fit.method != "dora" or fit.norm_axis is not None:
+        raise ExportError(
+            f"fit is {fit}; convert keeps the adapter's method and norm axis, so give neither"
+        )
 
 
 def _read(
-    source: str | Path, target: str, model: ModelWeights | None, alpha: float | None
+    source: str | Path, target: str, model: StoredModel | None, alpha: float | None
 ) -> AdapterFile:
     """Read an adapter for a target; a LoRA added to a DoRA is read if the target can store both."""
     program = PROGRAMS.get(target)
@@ -154,11 +155,19 @@ def _read(
 
 
 def conversion_of(target: str, adapter: AdapterFile) -> str:
-    """Return the conversion of an adapter for a program; other targets are returned unchanged."""
+    """Return the conversion of an adapter for a program; other targets are returned unchanged.
+
+    Raises:
+        AdapterFormatError: If there is none for the adapter's denoiser.
+    """
+    denoiser = denoiser_of(adapter.layers)
     if target not in PROGRAMS:
+        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser)
         return target
-    axes = {w.norm_axis for w in adapter.layers.values() if w.magnitude is not None}
-    return PROGRAMS[target].conversion(axes, is_sum=bool(adapter.beside))
+    program = PROGRAMS[target]
+    refuse_denoiser(program.title, program.denoisers, denoiser)
+    axes = norm_axes(adapter.layers.values())
+    return program.conversion(axes, is_sum=bool(adapter.beside), denoiser=denoiser)
 
 
 def _check_request(
@@ -193,6 +202,15 @@ def _check_request(
     return settings
 
 
+def _layout_to_write(
+    target: str, adapter: AdapterFile, fit: FitSettings, model: StoredModel | None
+) -> str:
+    conversion = CONVERSIONS[target]
+    if not conversion.needs_rank:
+        return conversion.plain_lora_in or target
+    return fit.key_format(None, model.family.denoiser) if model else key_format_for(adapter.layers)
+
+
 def _of_smaller_rank(
     adapter: AdapterFile, target: str, settings: FitSettings, model: StoredModel | None
 ) -> tuple[AdapterFile, Mapping[str, float], float]:
@@ -200,10 +218,14 @@ def _of_smaller_rank(
     conversion, notes, extra = CONVERSIONS[target], adapter.notes, adapter.metadata.extra
     if not conversion.takes_rank:
         return adapter, {}, 0.0
+    from dora_diffusion.export.fitting import decomposed, fit_to_adapters
+
     if model is None or conversion.plain_lora_in:
         fitted = decomposed(adapter.layers, settings, model)
         how = f"singular values{'' if model else ' of the update'}, {settings.ranks}"
     else:
+        from dora_diffusion.numerics.merging import WeightedAdapter
+
         weighted = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
         fitted, how = fit_to_adapters(model, weighted, settings), str(settings)
     is_dora = any(layer.magnitude is not None for layer in adapter.layers.values())
@@ -211,9 +233,8 @@ def _of_smaller_rank(
         notes += (_OF_THE_UPDATE,)
     if conversion.plain_lora_in or fitted.total_error:
         of = ("" if conversion.plain_lora_in else "original ") + ("DoRA" if is_dora else "LoRA")
-        before = stated_approximation(extra)
-        error = before.error or 0.0 if before else 0.0
-        extra = fitted.stated(extra, extra.get(APPROXIMATES, of), how, error)
+        before = stated_error(extra) or 0.0
+        extra = fitted.stated(extra, extra.get(APPROXIMATES, of), how, before)
     metadata = dataclasses.replace(adapter.metadata, extra=extra)
     adapter = AdapterFile(fitted.layers, metadata, notes, tokens=adapter.tokens)
     return adapter, fitted.errors, fitted.total_error

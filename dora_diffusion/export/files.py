@@ -7,16 +7,19 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_diffusion import system
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
 from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
-from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder, StoredModel
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full, require_writable
 from dora_diffusion.formats.files.stream import PICKLED
-from dora_diffusion.formats.layouts.other import layout_named
+from dora_diffusion.formats.layouts.layout import layout_named
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.checkpoint.models import StoredModel
 
 # Called with (bytes written, total bytes).
 OnProgress = Callable[[int, int], None]
@@ -50,7 +53,8 @@ def open_model(model: AnyModel) -> Iterator[StoredModel]:
         TensorFileError: If its weights (of the variant) are missing, damaged or pickled.
         UnsupportedModelError, ModelNotFoundError: If it is another kind of model, or not a model.
     """
-    # A late import, since the model layer may import heavy libraries.
+    # Late imports: commands without a base need no model code.
+    from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder
     from dora_diffusion.models.locate import resolve_folder
 
     base = BaseModel.of(model)

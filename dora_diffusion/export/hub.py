@@ -51,9 +51,7 @@ def push(
     from huggingface_hub import errors
 
     api = huggingface_hub.HfApi()
-    operations = [
-        huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()
-    ]
+    operations = [huggingface_hub.CommitOperationAdd(*item) for item in files.items()]
     try:
         address = str(api.create_repo(repository, private=private, exist_ok=True))
         if private and not api.repo_info(repository).private:
@@ -112,9 +110,7 @@ def _files(folder: Path, adapter: Path | None, card: str | None) -> dict[str, Pa
         text: str = yaml.safe_dump(without_paths(values), sort_keys=False, allow_unicode=True)
         files["config.yaml"] = text.encode("utf-8")
     extra_files = [*sorted(folder.glob("samples/*.png")), *embeddings_of(file)]
-    return files | {
-        f"{path.parent.name}/{path.name}": path for path in extra_files if path.is_file()
-    }
+    return files | {f"{f.parent.name}/{f.name}": f for f in extra_files if f.is_file()}
 
 
 def _reason(error: Any) -> str:

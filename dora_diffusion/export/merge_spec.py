@@ -6,10 +6,11 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import product
 from pathlib import Path
 
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import (
     Vectors,
@@ -35,18 +36,21 @@ class MergeSpec:
     Attributes:
         adapters: One adapter, or several as ``[(adapter, strength), ...]``, or none.
         strengths: Strengths that apply to all adapters.
+        pairs: The adapters with their strengths.
         parts: File, strength and content of each adapter; empty before `read`.
 
     Raises:
         ValueError: If a strength is out of range.
     """
 
-    adapters: Adapters
+    adapters: InitVar[Adapters]
     strengths: MergeStrengths = field(default_factory=MergeStrengths)
+    pairs: list[tuple[str | Path, float]] = field(init=False)
     parts: list[tuple[Path, float, AdapterFile]] = field(default_factory=list, init=False)
 
-    def __post_init__(self) -> None:
-        for path, strength in self.pairs():
+    def __post_init__(self, adapters: Adapters) -> None:
+        self.pairs = [(adapters, 1.0)] if isinstance(adapters, (str, Path)) else [*adapters]
+        for path, strength in self.pairs:
             require_strength(f"the strength of {path}", strength)
 
     def require_adapter(self) -> None:
@@ -55,18 +59,12 @@ class MergeSpec:
         Raises:
             ExportError: If there is none.
         """
-        if not self.pairs():
+        if not self.pairs:
             raise ExportError("no adapter was given")
-
-    def pairs(self) -> list[tuple[str | Path, float]]:
-        """Return the adapters with their strengths."""
-        if isinstance(self.adapters, (str, Path)):
-            return [(self.adapters, 1.0)]
-        return list(self.adapters)
 
     def files(self) -> list[Path]:
         """Return the adapters' files, in order."""
-        return [find_adapter(path) for path, _ in self.pairs()]
+        return [find_adapter(path) for path, _ in self.pairs]
 
     def knobs(self) -> dict[str, float]:
         """Return the strengths that apply to all adapters, except ``strength``."""
@@ -97,9 +95,8 @@ class MergeSpec:
                 )
             for number in lacking:
                 adapters[number] = read_adapter(files[number], base, alpha=alpha, sums=True)
-        self.parts = list(
-            zip(files, (strength for _, strength in self.pairs()), adapters, strict=True)
-        )
+        self.parts = [(file, pair[1], adapter) for file, pair, adapter in
+                      zip(files, self.pairs, adapters, strict=True)]  # fmt: skip
         if not adapters and alpha is not None:
             warnings.warn("alpha has no effect because no adapter is given", stacklevel=3)
         for name, reason in self._without_effect().items():
@@ -116,19 +113,16 @@ class MergeSpec:
         names = {name.partition(".")[0] for group in layers for name in group}
         has_magnitude = any(w.magnitude is not None for group in layers for w in group.values())
         acts_on = (
-            ("unet_strength", "layer of a UNet", "unet" in names),
-            ("text_encoder_strength", "layer of a text encoder", names - {"unet"}),
+            ("unet_strength", "layer of a denoiser", names & set(DENOISERS)),
+            ("text_encoder_strength", "layer of a text encoder", names - set(DENOISERS)),
             ("magnitude_strength", "magnitude", has_magnitude),
         )
         return {name: f"no adapter has a {what}" for name, what, held in acts_on if not held}
 
     def assumptions(self) -> list[str]:
         """Return the assumptions about the adapters, one line each, with the file's name."""
-        return [
-            f"{file.name}: {text}"
-            for file, _, adapter in self.parts
-            for text in adapter.assumptions
-        ]
+        parts = self.parts
+        return [f"{file.name}: {text}" for file, _, part in parts for text in part.assumptions]
 
     def warn_of_assumptions(self) -> None:
         for assumption in self.assumptions():
@@ -165,8 +159,12 @@ class MergeSpec:
         all_of, weighted = self.strengths, []
         shares = ((True, all_of.unet_strength), (False, all_of.text_encoder_strength))
         for _, strength, adapter in self.parts:
-            for part, (is_unet, share) in product((adapter.layers, adapter.beside), shares):
-                layers = {n: w for n, w in part.items() if n.startswith("unet.") == is_unet}
+            for part, (is_denoiser, share) in product((adapter.layers, adapter.beside), shares):
+                layers = {
+                    n: w
+                    for n, w in part.items()
+                    if (n.partition(".")[0] in DENOISERS) == is_denoiser
+                }
                 total = strength * all_of.strength * share
                 strengths = Strengths(total, all_of.direction_strength, all_of.magnitude_strength)
                 weighted.append(WeightedAdapter(layers, strengths))
@@ -176,7 +174,7 @@ class MergeSpec:
         """Return a record of the merge: names, hashes and strengths, without paths."""
         knobs = {name: value for name, value in self.knobs().items() if value != 1.0}
         rows = list[dict[str, object]]()
-        for path, strength in self.pairs():
+        for path, strength in self.pairs:
             row = {"adapter": without_path(str(Path(path).resolve())), "sha256": adapter_hash(path)}
             rows.append({**row, "strength": strength * self.strengths.strength, **knobs})
         return rows

@@ -18,7 +18,7 @@ from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, open_model
 from dora_diffusion.formats.checkpoint.models import StoredModel, find_weights
 from dora_diffusion.formats.checkpoint.weights import (
-    VAE_PREFIX,
+    VAE_PREFIXES,
     Entry,
     ModelWeights,
     check_dtype,
@@ -90,12 +90,12 @@ class MergedModel:
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of each tensor to write."""
-        return {
-            name: spec
-            if self.dtype is None or name.startswith("vae.") or not spec.dtype.is_floating_point
-            else TensorSpec(self.dtype, spec.shape)
-            for name, spec in self.base.specs.items()
-        }
+        specs, dtype = self.base.specs, self.dtype
+        if dtype is None:
+            return specs
+        cast = {n: s for n, s in specs.items() if s.dtype.is_floating_point}
+        cast = {n: TensorSpec(dtype, s.shape) for n, s in cast.items() if not n.startswith("vae.")}
+        return {**specs, **cast}
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a merged tensor in the dtype to write."""
@@ -123,9 +123,8 @@ class MergedModel:
         if torch.equal(written, self.build(entry)):
             return True
         expected = self.build(entry, torch.float32)
-        layers = {name: layers_of(name, self.adapters) for name in entry.sources}
         errors = (
-            merge_error(self.base[name], merged_layers) for name, merged_layers in layers.items()
+            merge_error(self.base[name], layers_of(name, self.adapters)) for name in entry.sources
         )
         allowed = cast_error(expected, written.dtype) + 2 * entry.build(errors)
         # In this form, a NaN counts as a difference.
@@ -138,8 +137,7 @@ def check_sample(path: Path, entries: Sequence[Entry], merged: MergedModel) -> N
     Raises:
         ExportError: If one differs by more than its rounding.
     """
-    acts = merged.adapters
-    adapted = [e for e in entries if any(layers_of(name, acts) for name in e.sources)]
+    adapted = [e for e in entries if any(layers_of(n, merged.adapters) for n in e.sources)]
     step = max(1, len(adapted) // _CHECKED_TENSORS)
     with TensorReader(path) as reader:
         for entry in adapted[::step][:_CHECKED_TENSORS]:
@@ -161,7 +159,8 @@ class VaeFile:
     def __init__(self, reader: TensorReader, config: Path | None) -> None:
         self.reader, self.config = reader, config
         # A whole checkpoint has the autoencoder's tensors under a prefix.
-        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in reader.specs) else ""
+        prefixes = [p for p in VAE_PREFIXES if any(key.startswith(p) for key in reader.specs)]
+        prefix = prefixes[0] if prefixes else ""
         keys = [key for key in reader.specs if key.startswith(prefix)]
         names = vae_names(count_levels(key.removeprefix(prefix) for key in keys))
         self._key_of: dict[str, str] = {}

@@ -165,13 +165,10 @@ def merged_metadata(
         words: Trained words and their files.
         base: The base as the user named it.
     """
-    base_metadata, short = model.metadata, (TRAINED, TRIGGER, *(OWN + name for name in READING))
-    inherited = (
-        base_metadata.keys() - _NOT_OF_THE_OUTPUT
-        if model.is_single_file
-        else base_metadata.keys() & short
-    )
-    fields = {name: base_metadata[name] for name in inherited}
+    inherited = model.metadata.keys() - _NOT_OF_THE_OUTPUT
+    if not model.is_single_file:
+        inherited &= {TRAINED, TRIGGER, *(OWN + name for name in READING)}
+    fields = {name: model.metadata[name] for name in inherited}
     facts = [adapter.metadata for *_, adapter in spec.parts]
     reading = agreed_reading([fact.extra for fact in facts])
     fields |= {OWN + name: text for name, text in reading.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import print_json, progress
 from dora_diffusion.cli.settings import Alpha, RequiredBase, check_results
-from dora_diffusion.cluster.commands import WorkerFlags
+from dora_diffusion.cluster.settings import WorkerSettings
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.command import AsJob, CommandSettings
@@ -25,27 +25,7 @@ if TYPE_CHECKING:
     from dora_diffusion.evaluation.report import Evaluation
     from dora_diffusion.lab.study.config import Study
 
-QUICK: dict[str, Any] = {
-    "base": "embedded:tiny-sd",
-    "methods": {
-        "dora": {},
-        "lora": {"method": "lora"},
-        "full": {"method": "full", "full_weights": "targets", "learning_rate": 8e-4},
-    },
-    "subjects": ["star_teapot"],
-    "seeds": 1,
-    "common": {
-        "learning_rate": 4e-3,
-        "rank": 8,
-        "conv_rank": 8,
-        "train_batch_size": 5,
-        "max_train_steps": 30,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 3,
-    },
-    "asked": {"inference_steps": 10, "analysis_points": 2},
-}
-"""A study of two minutes, too short for conclusions about the methods."""
+QUICK = Path(__file__).with_name("study") / "quick.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +96,7 @@ class AnalyzeSettings(Alpha, RequiredBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings(WorkerFlags):
+class CompareSettings(WorkerSettings):
     """Settings of ``compare``."""
 
     job = AsJob("compare", "comparing", "Compare", is_listed=False)
@@ -137,7 +117,7 @@ class CompareSettings(WorkerFlags):
 
     def perform(self) -> int:
         """Run the trials without a record, and write the report."""
-        study, share = _study(self), self.share
+        study = _study(self)
 
         from dora_diffusion.lab.study.report import caution, figures_table, write_report
         from dora_diffusion.lab.study.run import run_study
@@ -153,7 +133,7 @@ class CompareSettings(WorkerFlags):
                 lambda done, total, record, known: show(done, total),
                 only_known=self.report_only,
                 address=self.address,
-                share=share,
+                share=self.share,
             )
         if not results.records:
             raise ConfigError(
@@ -176,11 +156,11 @@ def _study(args: CompareSettings) -> Study:
     Raises:
         ConfigError: If both or none of them are requested.
     """
-    from dora_diffusion.lab.study.config import Study, read_study
+    from dora_diffusion.lab.study.config import read_study
 
     if bool(args.study) == args.quick:
         raise ConfigError("give a study's YAML file, or --quick", "study")
-    return Study.from_dict(QUICK) if args.quick else read_study(args.study or "")
+    return read_study(args.study or QUICK)
 
 
 @dataclass(frozen=True, kw_only=True)

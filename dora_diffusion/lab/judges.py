@@ -101,22 +101,16 @@ def toy_requests(
         seeds: Seeds, one for each round of prompts.
         groups: Groups of requests.
     """
-    return [
-        ToyRequest(
-            group,
-            prompt,
-            number,
-            1000 * seed + 100 * GROUPS.index(group) + k,
-            scene,
-            attributes,
-            pose,
-        )
-        for number, seed in enumerate(seeds)
-        for group in groups
-        for k, (prompt, scene, attributes, pose) in enumerate(
-            _GROUP_REQUESTS[group](subject, trigger, seed)
-        )
-    ]
+    requests = list[ToyRequest]()
+    for number, seed in enumerate(seeds):
+        for group in groups:
+            first = 1000 * seed + 100 * GROUPS.index(group)
+            parts = _GROUP_REQUESTS[group](subject, trigger, seed)
+            requests += [
+                ToyRequest(group, prompt, number, first + k, scene, attributes, pose)
+                for k, (prompt, scene, attributes, pose) in enumerate(parts)
+            ]
+    return requests
 
 
 def _photo_of(phrase: str, *details: str) -> str:

@@ -15,12 +15,14 @@ from torch import nn
 
 from dora_diffusion.adapters.scope import NormCache
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import TITLES, Family
+from dora_diffusion.config.families import FLOW, TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleInfo
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families import FamilyCode, load_code
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
-from dora_diffusion.numerics.process import Diffusion
+from dora_diffusion.numerics.process import Diffusion, Flow
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Components:
 
     Attributes:
         family: Properties of the model family.
-        unet: UNet2DConditionModel.
+        denoiser: Module that predicts noise or velocity, such as a UNet2DConditionModel.
         vae: AutoencoderKL, in float32 if the family's autoencoder overflows in half precision.
         text_encoders: One text encoder, or the two of SDXL.
         tokenizers: Tokenizers of the text encoders.
@@ -48,7 +50,7 @@ class Components:
     """
 
     family: Family
-    unet: Any
+    denoiser: Any
     vae: Any
     text_encoders: tuple[Any, ...]
     tokenizers: tuple[Any, ...]
@@ -67,11 +69,11 @@ class Components:
 
     def __post_init__(self) -> None:
         """Check that the components belong together."""
-        channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
+        channels, latents = self.denoiser.config.in_channels, self.vae.config.latent_channels
         if channels != self.family.in_channels(latents):
             raise ValueError(
-                f"{self.name}: the UNet has {channels} input channels but the VAE has {latents} "
-                f"latent channels; use a base model of {TITLES} with its own VAE"
+                f"{self.name}: the {self.family.denoiser} has {channels} input channels but the "
+                f"VAE has {latents} latent channels; use a base model of {TITLES} with its own VAE"
             )
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             check_vocabulary(tokenizer, encoder, self.name)
@@ -101,6 +103,8 @@ class Components:
             UserWarning: If the family already skips a layer.
         """
         family = self.family
+        if "max_token_length" in family.without_effect:
+            max_token_length = None
         if clip_skip and family.skipped_layers and is_told:
             web = family.web_ui_clip_skip(0)
             warnings.warn(
@@ -112,6 +116,22 @@ class Components:
         skip = self.clip_skip if clip_skip is None else clip_skip
         length = self.max_token_length if max_token_length is None else max_token_length
         return replace(self, clip_skip=skip, max_token_length=length)
+
+    @property
+    def code(self) -> FamilyCode:
+        """Functions of the family."""
+        return load_code(self.family.code)
+
+    def predict(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        time_ids: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the prediction of noise or velocity ``(B, C, h, w)`` (`FamilyCode.predict`)."""
+        return self.code.predict(self, noisy_latents, timesteps, conditioning, time_ids, condition)
 
     @property
     def clip_skip_parameter(self) -> dict[str, int]:
@@ -126,12 +146,17 @@ class Components:
 
     @property
     def prediction_type(self) -> str:
-        """Prediction type of the UNet: "epsilon" or "v_prediction"."""
-        return str(self.scheduler.config.prediction_type)
+        """Prediction type of the denoiser: "epsilon", "v_prediction" or "flow_prediction"."""
+        return FLOW if self.family.is_flow else str(self.scheduler.config.prediction_type)
 
     @property
-    def process(self) -> Diffusion:
+    def process(self) -> Diffusion | Flow:
         """Noise process, on the compute device."""
+        config = self.scheduler.config
+        if self.family.is_flow:
+            # The pipeline chooses a dynamic shift by the size of an image. Training has none.
+            shift = 1.0 if config.use_dynamic_shifting else float(config.shift)
+            return Flow(config.num_train_timesteps, shift)
         return Diffusion(self.scheduler.alphas_cumprod.to(self.device), self.prediction_type)
 
     @property
@@ -140,30 +165,47 @@ class Components:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
+    def size_step(self) -> int:
+        """Number of pixels of which sides of images are multiples."""
+        return self.vae_factor * self.family.patch
+
+    @property
+    def bucket_step(self) -> int:
+        """Number of pixels of which sides of training images are multiples.
+
+        A UNet halves the latents at each level but the first.
+        """
+        levels = len(self.denoiser.config.get("block_out_channels", (0,)))
+        return self.size_step * int(2 ** (levels - 1))
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return int(self.vae.config.latent_channels)
 
     @property
     def default_resolution(self) -> int:
-        """Default side of an image in pixels, by the configuration of the UNet."""
-        size = self.unet.config.sample_size
+        """Default side of an image in pixels, by the configuration of UNet or autoencoder."""
+        if self.family.has_unet:
+            size, factor = self.denoiser.config.sample_size, self.vae_factor
+        else:
+            size, factor = self.vae.config.sample_size, 1
         if size is None:
             return self.family.default_resolution
-        return int(size if isinstance(size, int) else max(size)) * self.vae_factor
+        return int(size if isinstance(size, int) else max(size)) * factor
 
     @property
     def device(self) -> torch.device:
-        """Compute device: the device of the UNet, or the target device of offloaded modules."""
+        """Compute device: the device of the denoiser, or the target device of offloaded modules."""
         if self.offload_to is not None:
             return self.offload_to
-        weight: torch.Tensor = next(self.unet.parameters())
+        weight: torch.Tensor = next(self.denoiser.parameters())
         return weight.device
 
     def adaptable(self) -> dict[str, nn.Module]:
         """Return the modules that can have adapters, by component name."""
         encoders = zip(self.family.text_encoder_names, self.text_encoders, strict=True)
-        return {"unet": self.unet, **dict(encoders)}
+        return {self.family.denoiser: self.denoiser, **dict(encoders)}
 
     def modules(self) -> dict[str, nn.Module]:
         """Return all modules by component name."""
@@ -265,6 +307,10 @@ class Components:
         import diffusers
 
         config = {**self.scheduler.config, **self.scheduler_config}
+        if self.family.is_flow:
+            reason = self.family.without_effect["scheduler"]
+            require(name is None, f"{self.name} takes no scheduler: {reason}", "scheduler")
+            return type(self.scheduler).from_config(config)
         own_class = str(config.pop("_class_name", "DDIMScheduler"))
         if name is not None and name not in SCHEDULERS:
             raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")

@@ -50,7 +50,15 @@ def released_config(family: Family, prediction_type: str) -> dict[str, Any]:
     Args:
         family: Family of the model.
         prediction_type: Prediction type of the release.
+
+    Raises:
+        ValueError: If this package has no configuration of the family.
     """
+    if not family.configuration:
+        raise ValueError(
+            f"a single file of {family.title} has no configuration, tokenizer or other parts; set "
+            "--model_config to a Diffusers folder of the model"
+        )
     text = (RELEASED / f"{family.configuration}.json").read_text(encoding="utf-8")
     config: dict[str, Any] = json.loads(text)
     for kind in (EPSILON, V):
@@ -95,7 +103,7 @@ def released_folder(family: Family, prediction_type: str) -> Path:
 def module_classes(family: Family) -> dict[str, str]:
     """Return the class names of the modules (Diffusers and Transformers), by component."""
     encoders = zip(family.text_encoder_names, family.text_encoder_classes, strict=True)
-    return {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **dict(encoders)}
+    return {family.denoiser: family.denoiser_class, "vae": family.vae_class, **dict(encoders)}
 
 
 def is_released(folder: Path) -> bool:
@@ -119,7 +127,7 @@ def empty_module(folder: Path, kind: str) -> Any:
     with init_empty_weights(include_buffers=False), no_init_weights():
         if is_diffusers:
             return module_class.from_config(config)
-        return module_class(transformers.CLIPTextConfig(**config))
+        return module_class(module_class.config_class(**config))
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:

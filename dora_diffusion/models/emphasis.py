@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.config.wording import quoted
+from dora_diffusion.formats.parameters import network_tags
 from dora_diffusion.models.words import write_out_words
 
 BREAK = "BREAK"
@@ -58,7 +59,7 @@ def unread_syntax(prompt: str) -> list[str]:
         "[a:b:0.5] and [a|b], which change a prompt over the steps": has_editing(prompt),
         "AND, which combines prompts": re.search(r"\bAND\b", prompt),
         "embedding:NAME, a trained word of ComfyUI": re.search(r"\bembedding:\S", prompt),
-        "<lora:NAME>, which loads an adapter": re.search("<(lora|lyco|hypernet):", prompt),
+        "<lora:NAME>, which loads an adapter": network_tags(prompt),
     }
     return [kind for kind, is_in in kinds.items() if is_in]
 

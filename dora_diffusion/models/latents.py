@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
 
 from dora_diffusion.config.families import Family
 from dora_diffusion.models.offload import send
-from dora_diffusion.models.text import Conditioning
 
 
 def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
@@ -72,6 +72,11 @@ def latents_from_moments(
 
     posterior = DiagonalGaussianDistribution(moments[:, : 2 * vae.config.latent_channels])
     drawn: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
+    if (bn := getattr(vae, "bn", None)) is not None:  # FLUX.2: statistics of patches of 2 x 2.
+        statistics = (bn.running_mean, bn.running_var)
+        average, variance = (tensor.to(drawn).view(1, -1, 1, 1) for tensor in statistics)
+        patches: Tensor = (pixel_unshuffle(drawn, 2) - average) / (variance + bn.eps).sqrt()
+        return patches
     # Some autoencoders have one shift, others a mean and standard deviation per channel.
     mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
     shift = drawn.new_tensor(getattr(vae.config, "shift_factor", None) or 0.0)
@@ -79,35 +84,3 @@ def latents_from_moments(
     if mean is not None and std is not None:
         shift, divisor = (drawn.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     return (drawn - shift) / divisor * float(vae.config.scaling_factor)
-
-
-def predict(
-    unet: Any,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-    time_ids: Tensor | None = None,
-    condition: Tensor | None = None,
-) -> Tensor:
-    """Return the UNet's prediction of noise or velocity (by prediction type), ``(B, C, h, w)``.
-
-    Args:
-        unet: A ``UNet2DConditionModel``, with or without adapters. Inputs are cast to its dtype.
-        noisy_latents: ``(B, C, h, w)``.
-        timesteps: ``(B,)`` int64.
-        conditioning: Conditioning of B prompts.
-        time_ids: Size and crop conditioning of SDXL, ``(B, 6)``; None for other families.
-        condition: Further input channels (`condition_from_moments`), ``(B, n, h, w)``.
-    """
-    # The dtype of the first weight, since `unet.dtype` of Diffusers visits every module.
-    dtype = next(unet.parameters()).dtype
-    conditioning = conditioning.to(noisy_latents.device, dtype)
-    if condition is not None:
-        noisy_latents = torch.cat([noisy_latents, condition], dim=1)
-    prediction: Tensor = unet(
-        noisy_latents.to(dtype),
-        timesteps,
-        conditioning.encoder_hidden_states,
-        added_cond_kwargs=conditioning.added_cond_kwargs(time_ids),
-    ).sample
-    return prediction

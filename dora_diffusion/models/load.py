@@ -80,7 +80,7 @@ def load_components(
 
     Raises:
         ModelNotFoundError: If the model does not exist.
-        UnsupportedModelError: If the model is not Stable Diffusion 1, 2 or XL.
+        UnsupportedModelError: If the model is of no supported family.
         ValueError: If files are incomplete or do not belong together.
     """
     base = BaseModel.of(model)
@@ -151,12 +151,14 @@ def check_components(model: AnyModel) -> dict[str, str]:
         plan = _planned(file, source, base, ())
         names, modules = plan.family.text_encoder_names, dict[str, Any]()
         encoders = dict(zip(plan.family.tokenizer_names, names, strict=True))
-        for name in ("unet", "vae", *names, *encoders):
+        for name in (plan.family.denoiser, "vae", *names, *encoders):
             try:
                 if name not in encoders:
                     modules[name] = _module_of(file, plan, name, None, base)
                 elif encoder := modules.get(encoders[name]):
-                    check_vocabulary(_load_tokenizer(plan.folder / name), encoder, name)
+                    check_vocabulary(
+                        _load_tokenizer(plan.folder / name, plan.family), encoder, name
+                    )
                 problems[name] = ""
             except (ValueError, OSError) as error:
                 problems[name] = str(error)
@@ -193,6 +195,7 @@ def _planned(
     )
     stated = configured if file is None else file.statements()
     usual = [] if file is None else configured
+    family.refuse(str(base.path), vars(base))
     schedule = choose_schedule(str(base.path), statements_on(base, stated, usual, adapters))
     require_prediction(source.name, family, schedule)
     folder = configured_folder or released_folder(family, schedule.prediction_type)
@@ -206,7 +209,7 @@ def _module_of(
     folder, kind = plan.folder, module_classes(plan.family)[part]
     if part == "vae" and dtype is not None:
         dtype = _vae_dtype(folder / part, dtype, plan.family)
-    if file is not None:
+    if file is not None and part not in file.left_out:
         return _module_of_file(file, folder, part, kind, dtype, base)
     return _module_of_folder(folder / part, part, kind, dtype, base)
 
@@ -229,19 +232,19 @@ def _load(
     index, own_vae = read_json(folder / "model_index.json"), partial(load_vae, base.vae or "")
     return Components(
         family=family,
-        unet=load("unet", dtype, base),
+        denoiser=load(family.denoiser, dtype, base),
         vae=load("vae", dtype, base)
         if base.vae is None or dtype is None
         else own_vae(dtype=dtype, family=family),
         text_encoders=tuple(load(part, dtype, base) for part in family.text_encoder_names),
-        tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
+        tokenizers=tuple(_load_tokenizer(folder / part, family) for part in family.tokenizer_names),
         name=str(base.path),
         asked=base,
         zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
         source=str(source),
         stated=plan.stated,
-        **_schedulers(read_json(folder / _SCHEDULER), plan.schedule),
-        **_reading(source),
+        **_schedulers(read_json(folder / _SCHEDULER), plan.schedule, family),
+        **_reading(source, family),
     )
 
 
@@ -332,7 +335,10 @@ def _fill(
             rows = partial(weights.rows, name)
             state[key] = quantise_rows(rows, shapes[key], dtype, base.quantize)
         else:
-            state[key] = _without_shared_storage(weights[name].to(dtype))
+            tensor = weights[name]
+            # Counters of a batch normalization are integers.
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            state[key] = _without_shared_storage(tensor)
     module.load_state_dict(state, strict=False, assign=True)
     return ""
 
@@ -369,9 +375,11 @@ class BaseCache:
         return self._base.sharing_weights()
 
 
-def _reading(source: Path) -> dict[str, Any]:
+def _reading(source: Path, family: Family) -> dict[str, Any]:
     """Return the prompt settings that a model trained with this package states in its files."""
-    files = [source] if source.is_file() else sorted((source / "unet").glob("*.safetensors"))
+    files = (
+        [source] if source.is_file() else sorted((source / family.denoiser).glob("*.safetensors"))
+    )
     return dict(stated_reading(read_header(files[0]).metadata, OWN)) if files else {}
 
 
@@ -417,21 +425,28 @@ def reschedule(components: Components, adapters: Sequence[AdapterMetadata]) -> C
     base = components.asked or BaseModel(components.name)
     statements = statements_on(base, *components.stated, adapters)
     schedule = choose_schedule(components.name, statements)
-    return dataclasses.replace(components, **_schedulers(components.scheduler_config, schedule))
+    return dataclasses.replace(
+        components, **_schedulers(components.scheduler_config, schedule, components.family)
+    )
 
 
-def _schedulers(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
+def _schedulers(
+    config: Mapping[str, Any], schedule: NoiseSchedule, family: Family
+) -> dict[str, Any]:
     """Return the fields of `Components` that depend on scheduler configuration and schedule."""
     config = {**config, **schedule.settings}
     return {
-        "scheduler": training_scheduler(config),
+        "scheduler": training_scheduler(config, family),
         "scheduler_config": config,
         "schedule": schedule,
     }
 
 
-def training_scheduler(config: Mapping[str, Any]) -> Any:
-    """Build a DDPMScheduler with a model's noise schedule, regardless of its configured scheduler.
+def training_scheduler(config: Mapping[str, Any], family: Family) -> Any:
+    """Build a scheduler with a model's noise schedule, regardless of its configured scheduler.
+
+    Returns:
+        A DDPMScheduler, or a FlowMatchEulerDiscreteScheduler for models of a flow.
 
     Raises:
         UnsupportedModelError: If the configured scheduler has another kind of noise schedule.
@@ -439,25 +454,28 @@ def training_scheduler(config: Mapping[str, Any]) -> Any:
     import diffusers
 
     name = str(config.get("_class_name", ""))
-    if name.startswith(("EDM", "FlowMatch")):
+    if family.is_flow and name.startswith("FlowMatch"):
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    if family.is_flow or name.startswith(("EDM", "FlowMatch")):
         raise UnsupportedModelError(
-            f"the model's scheduler, {name}, has another kind of noise schedule than Stable "
-            "Diffusion 1, 2 and XL; such models are not supported"
+            f"the model's scheduler, {name}, has another kind of noise schedule than "
+            f"{family.title}; such models are not supported"
         )
     scheduler_class: Any = diffusers.DDPMScheduler
     return scheduler_class.from_config({**config, "clip_sample": False})
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    """Load a CLIP tokenizer from a folder.
+def _load_tokenizer(folder: Path, family: Family) -> Any:
+    """Load a tokenizer from a folder.
 
     Raises:
         ValueError: If files are missing.
     """
-    from transformers import CLIPTokenizer
+    import transformers
 
     with plain_errors(str(folder)):
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer_class: Any = getattr(transformers, family.tokenizer_class)
+        return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
 
 
 DETAIL_LIMIT = 300

@@ -51,9 +51,9 @@ def training_memory(
         gradient_checkpointing: Whether gradient checkpointing is on.
 
     Returns:
-        GiB; None for an unknown family.
+        GiB; None for an unknown family, or one that was not measured.
     """
-    if family not in FAMILIES:
+    if family not in FAMILIES or not FAMILIES[family].memory:
         return None
     entry = FAMILIES[family]
     rows = [row for row in entry.memory if row.gradient_checkpointing == gradient_checkpointing]
@@ -92,7 +92,9 @@ def gpu_training_memory(
     stays, trained = settings.get("offload") == "none", settings.get("train_text_encoder")
     has_words = settings.get("train_text_encoder_ti")
     is_whole = settings.get("quantize_convolutions")
-    gib = _weights(table.unet, table.unet if is_whole else table.unet_linear, settings, factor)
+    gib = _weights(
+        table.denoiser, table.denoiser if is_whole else table.denoiser_linear, settings, factor
+    )
     if trained or has_words or stays:
         gib += _weights(table.text_encoders, table.text_linear, settings, factor)
     if stays or not settings.get("cache_latents", True):
@@ -191,7 +193,8 @@ def fitting_settings(
     smallest settings at full resolution are returned.
 
     Args:
-        family: Family of the base model. An unknown family gets safe settings.
+        family: Family of the base model. A family that is unknown, or was not measured on such a
+            device, gets safe settings.
         resolution: Side in pixels.
         device: Device for training.
         batch: Number of images per step, including class images.
@@ -206,7 +209,7 @@ def fitting_settings(
         for precision in precisions
         for on in (False, True)
     ]
-    if training_memory(family, resolution) is None or device.free_gib is None:
+    if needed_memory(family, resolution, choices[0], device) is None or device.free_gib is None:
         return choices[1]
     if device.has_8bit_adam:
         choices.append(choices[-1] | {"optimizer": "adamw8bit"})

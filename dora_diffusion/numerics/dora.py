@@ -26,7 +26,7 @@ from dora_diffusion.numerics.fused import (
 )
 from dora_diffusion.numerics.operation import Operation, by_row
 from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis, out_in
 
 # Far below any pretrained norm, but large enough that m / NORM_FLOOR stays finite in float32. A
 # channel with a smaller norm is 0. It is a lower bound and is not added, so that no norm changes.
@@ -120,6 +120,12 @@ def adapted_weight(
     return adapted if strength == 1.0 else base + strength * (adapted - base)
 
 
+def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
+    """Compute ``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
+    weight = out_in(weight, layer.kind)
+    return adapted_weight(weight, layer) - upcast(weight)
+
+
 class Factors(NamedTuple):
     """Factors of a layer in its compute dtype, with gradients to A, B and m.
 
@@ -210,14 +216,17 @@ def dora_forward(
         factors: Factors, in the dtype of the weight.
         base: ``W x + b``. Default: it is computed.
     """
-    f, in_graph = factors, factors.gain_in_graph
+    f: Any = factors
+    in_graph = f.gain_in_graph
     if f.gain is not None and f.axis == "input":
         if f.norm_change is not None:
             x = _with_norms(op, x, None, f.norm_change)
         gx = op.scale_input(x, f.gain) if in_graph else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
     if base is None and _is_fused(op, f):
-        return _fused(op, x, weight, bias, f)
+        layer = FusedLayer(op, weight, bias, f.shift, f.mean, (f.down, f.up, f.gain))
+        output: Tensor = fused(op).apply(layer, None, x, *layer.factors)
+        return output
     base = op.apply(x, weight, bias) if base is None else base
     low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
     if f.gain is None or f.axis == "input":
@@ -242,13 +251,6 @@ def _is_fused(op: Operation, f: Factors) -> bool:
         and is_fusible(op)
         and not torch.compiler.is_compiling()
     )
-
-
-def _fused(op: Operation, x: Any, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
-    f: Any = factors
-    layer = FusedLayer(op, weight, bias, f.shift, f.mean, (f.down, f.up, f.gain))
-    y: Tensor = fused(op).apply(layer, None, x, *layer.factors)
-    return y
 
 
 def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor) -> Any:

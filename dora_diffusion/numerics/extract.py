@@ -183,9 +183,8 @@ def _alternate(rows: _Rows, rank: int, energy: float | None, start: Tensor | Non
             break
         tried = extrapolation.next(excess, step)
         error, new_step = search.iterate(tried)
-        if (
-            error >= least
-        ):  # The extrapolation was too long. A plain step never increases the error.
+        if error >= least:
+            # The extrapolation was too long. A plain step never increases the error.
             extrapolation = _Extrapolation()
             tried = excess + step
             error, new_step = search.iterate(tried)

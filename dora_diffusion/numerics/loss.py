@@ -169,7 +169,11 @@ def loss_weight(
     """
     if not weightings:
         return None
-    snr = alpha_bar / (1 - alpha_bar)
+    return weight_of_snr(alpha_bar / (1 - alpha_bar), prediction_type, weightings)
+
+
+def weight_of_snr(snr: Tensor, prediction_type: str, weightings: Mapping[str, float]) -> Tensor:
+    """Return the product of weightings for signal-to-noise ratios ``(B,)``."""
     weights = [WEIGHTINGS[name](snr, prediction_type, value) for name, value in weightings.items()]
     return prod(weights[1:], start=weights[0])
 

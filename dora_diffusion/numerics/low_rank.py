@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.dora import adapted_weight
+from dora_diffusion.numerics.dora import weight_change
 from dora_diffusion.numerics.precision import upcast
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, out_in
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 _OVERSAMPLING = 16
 # Power iterations per round, and the gain in squared singular values, as a share, that ends them.
@@ -31,12 +31,6 @@ _ITERATIONS, _PROGRESS = 2, 1e-7
 _MOST_TURNS = 30
 # Number of values that are converted to float64 at a time, chosen for the processor's cache.
 _BLOCK = 2**18
-
-
-def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
-    """Compute ``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
-    weight = out_in(weight, layer.kind)
-    return adapted_weight(weight, layer) - upcast(weight)
 
 
 def plain_lora(

@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.loss import add_noise, huber_delta, loss_weight, training_target
+from dora_diffusion.numerics.loss import (
+    add_noise,
+    huber_delta,
+    loss_weight,
+    training_target,
+    weight_of_snr,
+)
 
 
 class NoiseProcess(Protocol):
@@ -29,6 +36,12 @@ class NoiseProcess(Protocol):
 
     def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
         """Return deltas of the Huber loss, ``(B,)``."""
+
+    def spaced(self, count: int) -> Tensor:
+        """Return evenly spaced timesteps to measure at, ``(count,)`` int64."""
+
+    def level(self, timesteps: Tensor) -> Tensor:
+        """Return noise levels of T-LoRA, 0 to ``num_timesteps - 1``, ``(B,)`` int64."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +75,73 @@ class Diffusion:
     def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
         alpha_bar = self.alphas_cumprod[timesteps]
         return huber_delta(timesteps, alpha_bar, schedule, c, self.num_timesteps)
+
+    def spaced(self, count: int) -> Tensor:
+        return (_midpoints(count) * self.num_timesteps).long()
+
+    def level(self, timesteps: Tensor) -> Tensor:
+        return timesteps
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow (Liu et al., arXiv:2209.03003): straight paths from images to noise.
+
+    Timesteps increase with the noise, from 0 to ``num_timesteps - 1``.
+
+    Attributes:
+        num_timesteps: Length T of the schedule.
+        shift: Shift of the schedule towards noise (Esser et al., arXiv:2403.03206, equation 23).
+    """
+
+    num_timesteps: int
+    shift: float = 1.0
+
+    def time(self, timesteps: Tensor) -> Tensor:
+        """Return the share of noise s of each timestep in (0, 1], ``(B,)`` float32."""
+        share = (timesteps.float() + 1) / self.num_timesteps
+        return self.shift * share / (1 + (self.shift - 1) * share)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        share = self.time(timesteps).to(latents).view(-1, 1, 1, 1)
+        return (1 - share) * latents + share * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - latents
+
+    def weight(self, timesteps: Tensor, weightings: Mapping[str, float]) -> Tensor | None:
+        """Return loss weights ``(B,)`` of the velocity; None if all are 1.
+
+        Weights are defined for errors of the noise. An error of the velocity is an error of the
+        noise of ``1 - s`` times its size.
+        """
+        if not weightings:
+            return None
+        share = self.time(timesteps)
+        signal = (1 - share).square()
+        return signal * weight_of_snr(signal / share.square(), "epsilon", weightings)
+
+    def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
+        share = self.time(timesteps)
+        signal = (1 - share).square()
+        # The alpha bar with the same ratio of signal to noise.
+        alpha_bar = signal / (signal + share.square())
+        return huber_delta(timesteps, alpha_bar, schedule, c, self.num_timesteps)
+
+    def spaced(self, count: int) -> Tensor:
+        """Return timesteps with evenly spaced shares of noise.
+
+        With a shift of 3, half of the timesteps have a share above 0.75.
+        """
+        share = _midpoints(count)
+        share = share / (self.shift - (self.shift - 1) * share)
+        return (share * self.num_timesteps).long()
+
+    def level(self, timesteps: Tensor) -> Tensor:
+        """Return noise levels by the share of noise, which flow models have as their timestep."""
+        return (self.time(timesteps) * self.num_timesteps).round().long() - 1
+
+
+def _midpoints(count: int) -> Tensor:
+    """Return the middles of equal parts of [0, 1], ``(count,)``."""
+    return (torch.arange(count) + 0.5) / count

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -29,7 +30,7 @@ class SharedSwitch:
 
     Args:
         switch: Changes the setting, and returns a function that restores it; None if no change is
-            needed.
+            needed. It is called again for the next thread then.
     """
 
     def __init__(self, switch: Callable[[], Callable[[], None] | None]) -> None:
@@ -54,50 +55,34 @@ class SharedSwitch:
                 self._restore = None
 
 
-class _Cores:
-    """Number of cores per thread in torch: one, while any thread is inside `one_thread`."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._outside = 1
-
-    def enter(self) -> int:
-        """Limit this thread and new ones to one core. Returns the previous number of cores."""
-        with self._lock:
-            before = torch.get_num_threads()
-            self._outside = max(before, self._outside if self._users else 1)
-            self._users += 1
-            if before != 1:
-                torch.set_num_threads(1)
-        return before
-
-    def leave(self, before: int) -> None:
-        """Restore the number of cores of this thread and, if no other is inside, of new threads."""
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and self._outside != 1:
-                torch.set_num_threads(self._outside)
-            elif self._users and before != 1:
-                torch.set_num_threads(before)
-                # The call also affects new threads, which should still have one core. Calling it
-                # in another thread resets that without affecting this thread.
-                thread = threading.Thread(target=torch.set_num_threads, args=(1,))
-                thread.start()
-                thread.join()
+def _limit_cores() -> Callable[[], None] | None:
+    """Limit this thread and new ones to one core, if they have more."""
+    before = torch.get_num_threads()
+    if before == 1:
+        return None
+    torch.set_num_threads(1)
+    return partial(torch.set_num_threads, before)
 
 
-_CORES = _Cores()
+_ONE_CORE = SharedSwitch(_limit_cores)
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Limit this thread, and threads that start inside the block, to one core each."""
-    before = _CORES.enter()
-    try:
-        yield
-    finally:
-        _CORES.leave(before)
+    before = torch.get_num_threads()
+    with _ONE_CORE:
+        try:
+            torch.set_num_threads(1)
+            yield
+        finally:
+            if before != 1:
+                torch.set_num_threads(before)
+                # The call also affects new threads, which have one core while another thread is
+                # inside. Calling it in another thread resets that without affecting this thread.
+                thread = threading.Thread(target=torch.set_num_threads, args=(1,))
+                thread.start()
+                thread.join()
 
 
 def map_ahead(

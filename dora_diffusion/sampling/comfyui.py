@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dora_diffusion.formats.parameters import lora_tag
+
 # ComfyUI's samplers and schedulers -> A1111's.
 _SAMPLERS = {
     "ddim": "DDIM", "ddpm": "DDPM", "dpm_2": "DPM2", "dpm_2_ancestral": "DPM2 a",
@@ -97,7 +99,7 @@ class _Graph:
             unet, text = (self.input(number, f"strength_{n}") for n in ("model", "clip"))
             text = text if self.kind(number) == "LoraLoader" else 0
             strengths = [text] if text == unet else [text, unet]
-            tags.append(f"<lora:{name}:{':'.join(map(str, strengths))}>")
+            tags.append(lora_tag(name, *strengths))
             number = self.input(number, "model")
         if self.kind(number) != "CheckpointLoaderSimple":
             return tags[::-1], ""

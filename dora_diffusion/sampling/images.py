@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
-import re
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,6 +24,15 @@ from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.runs import ADAPTER_FILES, CHECKPOINT
 from dora_diffusion.formats.files.stream import file_hash
 from dora_diffusion.formats.layouts.dotted import PEFT_FILE
+from dora_diffusion.formats.parameters import (
+    fields_of,
+    lora_tag,
+    one_paragraph,
+    parameters_of,
+    split_strengths,
+    tag_name,
+    without_other_networks,
+)
 from dora_diffusion.models.emphasis import has_weights
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
@@ -45,17 +52,8 @@ LAYERS, SCHEDULE = "Layer strength", "Strength schedule"
 OWN_VERSION = "dora_diffusion "
 _CHUNK, _WORKFLOW = "parameters", "prompt"
 _THUMBNAIL_SIDE = 256
-_NEGATIVE = "Negative prompt:"
 _UNICODE = b"UNICODE\0"
 _LONGEST = 100_000
-# A name's length has a limit, since without one a line of spaces takes the cube of its length.
-_FIELD = re.compile(r'([\w-][\w /-]{0,63}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_TAG = re.compile(r" ?<lora:([^:<>]+)((?::[^:<>]+)*)>")
-# One number, or two: of text encoders and UNet; and what other programs add to them.
-_NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![^:])"
-_STRENGTHS = re.compile(rf"(?:{_NUMBER}(?::{_NUMBER})?)?:?(.*)", re.DOTALL)
-# Other networks that A1111 loads by a prompt.
-_OTHER_TAG = re.compile(r"<(?:hypernet|lyco):[^<>]+>")
 # Fields of a text -> the settings that they give.
 _SETTINGS: Mapping[str, tuple[str, type]] = {
     "Prompt": ("prompt", str), "Negative prompt": ("negative_prompt", str),
@@ -88,22 +86,6 @@ def adapter_name(path: str | Path) -> str:
         place = place.parent
     name = without_path(str(place)).removesuffix(".safetensors")
     return f"{place.parent.name}-{name}" if CHECKPOINT.fullmatch(place.name) else name
-
-
-def tag_name(name: str) -> str:
-    """A name without what separates names in texts."""
-    return re.sub(r"[<>:,\n]", "_", name)
-
-
-def split_tags(prompt: str) -> tuple[str, list[tuple[str, str]]]:
-    """A prompt without its ``<lora:NAME:STRENGTH>``, and of each the name and ``:STRENGTH``."""
-    return _TAG.sub("", prompt).strip(), _TAG.findall(prompt)
-
-
-def unread_options(shares: str) -> str:
-    """The part of a tag's ``:0.8:0.5:lbw=ALL`` that is not read: ``"lbw=ALL"``."""
-    match = _STRENGTHS.fullmatch(shares.removeprefix(":"))
-    return match[3] if match else shares
 
 
 class RecordedAdapter(NamedTuple):
@@ -140,7 +122,7 @@ class RecordedAdapter(NamedTuple):
         own = MergeStrengths.of(self.strengths)
         shares = [own.text_encoder_strength, own.unet_strength]
         numbers = [number_text(own.strength * share) for share in shares]
-        return f"<lora:{self.tag_name}:{':'.join(dict.fromkeys(numbers))}>"
+        return lora_tag(self.tag_name, *dict.fromkeys(numbers))
 
     @property
     def tag_name(self) -> str:
@@ -196,7 +178,7 @@ def parameters_text(
         extra: Further fields by name.
         hash_model: Add the hash of a base of one file, which is read whole once.
     """
-    shown = " ".join([_one_paragraph(row.prompt), *(adapter.tag for adapter in adapters)]).strip()
+    shown = " ".join([one_paragraph(row.prompt), *(adapter.tag for adapter in adapters)]).strip()
     fields: dict[str, object] = {"Steps": settings.steps}
     if settings.scheduler is not None:
         scheduler = SCHEDULERS[settings.scheduler]
@@ -227,14 +209,7 @@ def parameters_text(
     if known:
         fields[HASHES] = ", ".join(known)
     fields["Version"] = OWN_VERSION + __version__
-    return _written(shown, _one_paragraph(settings.negative_prompt), fields)
-
-
-def _written(prompt: str, negative: str, fields: Mapping[str, object]) -> str:
-    """The ``parameters`` text of prompts and fields."""
-    lines = [prompt, *[f"{_NEGATIVE} {negative}"] * bool(negative)]
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
-    return "\n".join(lines)
+    return parameters_of(shown, one_paragraph(settings.negative_prompt), fields)
 
 
 def painted_fields(settings: SamplingSettings) -> dict[str, str]:
@@ -289,12 +264,6 @@ def model_fields(
     return fields | {name: text for name, text in listed.items() if text}
 
 
-def _one_paragraph(text: str) -> str:
-    """Strip each line, as readers do, and join a line that they would take for another field."""
-    lines = "\n".join(line.strip() for line in text.strip().split("\n"))
-    return re.sub(rf"\n(?={_NEGATIVE})", " ", lines)
-
-
 def model_name(model: str) -> str:
     """The name of a model in texts: of a folder or file its own, of a hub id all of it."""
     path = Path(model).expanduser()
@@ -324,43 +293,9 @@ def _model_fields(model: str, is_hashed: bool) -> dict[str, str]:
     return {**({MODEL_HASH: digest} if digest else {}), "Model": model_name(model)}
 
 
-def _quoted(value: str) -> str:
-    """A value that holds a separator is a JSON string, as A1111 writes it; one in quotes too."""
-    is_apart = re.search(r'[,:\n]|^[\s"]|\s$', value)
-    return json.dumps(value, ensure_ascii=False) if is_apart else value
-
-
 def parse_parameters(text: str) -> dict[str, str]:
-    """Read a ``parameters`` text, ours or A1111's.
-
-    Returns:
-        ``"Prompt"`` without its ``<lora:NAME:STRENGTH>``, which are ``"Adapter"`` and ``"Adapter
-        strength"``, of several with commas between; ``"Negative prompt"``; and the fields of the
-        last line under their names. A scheduler that we have goes by our name.
-    """
-    body, _, last = text.strip().rpartition("\n")
-    if not re.match(r"Steps: \d", last):
-        body, last = text.strip(), ""
-    parts: list[list[str]] = [[], []]
-    for line in map(str.strip, body.split("\n")):
-        is_negative = line.startswith(_NEGATIVE)
-        if is_negative or parts[1]:
-            parts[1].append(line.removeprefix(_NEGATIVE).strip())
-        else:
-            parts[0].append(line)
-    prompt, negative = ("\n".join(lines).strip() for lines in parts)
-    prompt, tags = split_tags(prompt)
-    fields = {"Prompt": prompt, "Negative prompt": negative}
-    if tags:
-        fields["Adapter"] = ", ".join(tag_name(name) for name, _ in tags)
-        fields["Adapter strength"] = ", ".join(
-            re.sub(r",\s+", ",", shares[1:]) or "1" for _, shares in tags
-        )
-    for name, value in _FIELD.findall(last):
-        try:
-            fields[name] = str(json.loads(value)) if value.startswith('"') else value.strip()
-        except ValueError:  # quoted in another way
-            fields[name] = value.strip('"')
+    """Parse a parameters text as `fields_of`, and name known schedulers as in `SCHEDULERS`."""
+    fields = fields_of(text)
     if own := scheduler_of(fields.get("Sampler", ""), fields.get("Schedule type")):
         fields["Sampler"] = own
         fields.pop("Schedule type", None)
@@ -385,9 +320,9 @@ def adapters_of(fields: Mapping[str, str]) -> tuple[list[RecordedAdapter], list[
     adapters, unread = list[RecordedAdapter](), list[str]()
     names, texts = (fields.get(key, "") for key in ("Adapter", "Adapter strength"))
     for name, text in zip(names.split(", "), texts.split(", "), strict=True) if names else ():
-        first, second, other = _STRENGTHS.fullmatch(text).groups()  # type: ignore[union-attr]
+        first, second, other = split_strengths(text)
         if other:
-            unread.append(f"<lora:{name}:{text}>: {other}")
+            unread.append(f"{lora_tag(name, text)}: {other}")
         text_encoder = 1.0 if first is None else float(first)
         shares = {
             "text_encoder_strength": text_encoder,
@@ -406,7 +341,8 @@ def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     Args:
         fields: As `parse_parameters` returns them. Clip skip stays in the counting of web UIs.
     """
-    values, unread = dict[str, Any](), _OTHER_TAG.findall(fields.get("Prompt", ""))
+    prompt, unread = without_other_networks(fields.get("Prompt", ""))
+    values = dict[str, Any]()
     for name, text in fields.items():
         setting, kind = _SETTINGS.get(name, ("", str))
         try:
@@ -426,8 +362,7 @@ def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
         unread.remove("Emphasis: None")
     if "hires" in values and "denoise" in values:
         values["hires_denoise"] = values.pop("denoise")
-    values["prompt"] = _OTHER_TAG.sub("", values.get("prompt", ""))
-    return values, unread
+    return values | {"prompt": prompt}, unread
 
 
 def save_image(image: Image.Image, path: Path, parameters: str | None = None) -> Path:
@@ -481,7 +416,7 @@ def read_parameters(path: str | Path) -> str | None:
             from dora_diffusion.sampling.comfyui import workflow_parameters
 
             parameters = workflow_parameters(str(workflow))
-            text = _written(*parameters) if parameters else None
+            text = parameters_of(*parameters) if parameters else None
         return _comment(image) if text is None else str(text)
 
 

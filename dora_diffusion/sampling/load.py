@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.config.base import AnyModel
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.formats.adapter.metadata import READING, AdapterMetadata, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.components import Components
@@ -59,6 +61,9 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit.
         ConfigError: If the device does not compute so, or nothing compiles for it.
+
+    Warns:
+        UserWarning: For each setting without effect on the model.
     """
     device = default_device() if device is None else device
     require_computes(device, dtype)
@@ -69,15 +74,24 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
     uses = adapter or ()
     facts = [read_metadata(use.path) for use in uses]
     loaded = load_components(base, dtype=dtype, adapters=facts)
+    _warn_of_settings(loaded, max_token_length)
     components = place_model(loaded.reading(clip_skip, max_token_length), device, offload)
     if compile:
-        compile_blocks(components.unet)
+        compile_blocks(components.denoiser)
     if not uses:
         return components, AdapterMetadata()
     metadata = attach_stack(components, uses, alpha)
     for model in components.adaptable().values():
         model.eval()
     return as_stated(components, metadata, clip_skip, max_token_length), metadata
+
+
+def _warn_of_settings(components: Components, max_token_length: int | None) -> None:
+    """Warn of settings of the model without effect."""
+    length = max_token_length if max_token_length != TOKENS_PER_CHUNK else None
+    given = {"max_token_length": length, **vars(components.asked)}
+    for line in components.family.inactive([name for name in given if given[name]]).values():
+        warnings.warn(line, stacklevel=3)
 
 
 def load_model(base: AnyModel, adapter: Path | Sequence[AdapterUse] | None) -> Components:
@@ -118,7 +132,7 @@ def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str
     for name in adapters:
         if few := few_steps_of_name(name):
             return name, few
-    is_input = bool(components.unet.config.time_cond_proj_dim)
+    is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
     few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
     few = few or few_steps_of_name(Path(components.name).name)
     return few and (components.name, few)

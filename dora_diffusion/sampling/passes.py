@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.prompts import DENOISE, PIXELS
+from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.models.components import Components
 from dora_diffusion.sampling.conditioning import Rows, prompt_arguments
@@ -50,7 +50,7 @@ class Pass:
         pixels: np.ndarray = self.pipeline(
             **prompt_arguments(self.components, rows, self.settings, shared=shared),
             num_inference_steps=self.settings.steps,
-            guidance_scale=self.settings.guidance_scale,
+            guidance_scale=self.components.family.pipeline_guidance(self.settings.guidance_scale),
             generator=[torch.Generator().manual_seed(seed) for seed in rows.seeds],
             callback_on_step_end=report,
             output_type="np",
@@ -98,7 +98,7 @@ class Pass:
             options = {"strength": 1.0}
         elif settings.denoise is not None or not inpaints:
             options = {"strength": DENOISE if settings.denoise is None else settings.denoise}
-        multiple = self.components.vae_factor
+        multiple = self.components.size_step
         crop = plan_crop((image.height, image.width), size[::-1], multiple=multiple)
         if mask is not None:
             options["mask_image"] = [cut(mask.convert("L"), crop)] * count
@@ -111,6 +111,7 @@ def plan_passes(components: Components, settings: SamplingSettings) -> list[Pass
     Raises:
         ConfigError: If an inpainting model has an image and no mask, or a second pass.
     """
+    components.family.refuse(components.name, vars(settings))
     inpaints, task = _inpaints(components), ""
     lacks_mask = settings.image is not None and settings.mask_image is None
     require(
@@ -123,7 +124,8 @@ def plan_passes(components: Components, settings: SamplingSettings) -> list[Pass
         task = "Image2Image" if lacks_mask else "Inpainting"
     passes = [Pass(components, components.pipeline(settings.scheduler, task), settings)]
     if settings.hires:
-        width, height = (int(side * settings.hires) // PIXELS * PIXELS for side in passes[0].size)
+        step = components.size_step
+        width, height = (int(side * settings.hires) // step * step for side in passes[0].size)
         second = replace(
             settings, width=width, height=height, denoise=settings.hires_denoise, hires=None,
             steps=settings.hires_steps or settings.steps,
@@ -143,14 +145,15 @@ def sliced_decoding(vae: Any) -> Iterator[None]:
 
     Its dtype stays: pipelines that encode would round one that overflows to the UNet's.
     """
-    slices, upcasts = vae.use_slicing, vae.config.force_upcast
+    slices = vae.use_slicing
+    upcasts = {name: vae.config[name] for name in ("force_upcast",) if name in vae.config}
     vae.use_slicing = True
-    vae.register_to_config(force_upcast=False)
+    vae.register_to_config(**dict.fromkeys(upcasts, False))
     try:
         yield
     finally:
         vae.use_slicing = slices
-        vae.register_to_config(force_upcast=upcasts)
+        vae.register_to_config(**upcasts)
 
 
 @contextmanager
@@ -160,8 +163,8 @@ def any_latent_channels(components: Components) -> Iterator[None]:
     They recognize a UNet of a text-to-image model by its 4 input channels, and compute with the
     autoencoder's.
     """
-    unet, channels = components.unet, components.unet.config.in_channels
-    if not _inpaints(components):
+    unet, channels = components.denoiser, components.denoiser.config.in_channels
+    if components.family.has_unet and not _inpaints(components):
         unet.register_to_config(in_channels=4)
     try:
         yield

@@ -92,7 +92,7 @@ class AdapterPool:
         components.reading(clip_skip, max_token_length, is_told=False)  # or it raises
         self.components, self.budget = replace(components, norms=FixedNorms()), budget
         self._asked = clip_skip, max_token_length
-        self._width = components.unet.dtype.itemsize  # Which looks at every module.
+        self._width = components.denoiser.dtype.itemsize  # Which looks at every module.
         self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
         self._variants: dict[tuple[object, ...], Components] = {}
         self.loads = 0

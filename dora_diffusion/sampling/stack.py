@@ -17,6 +17,7 @@ from torch import nn
 from dora_diffusion.adapters.inject import DEFAULT_NAME, layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
 from dora_diffusion.adapters.state import attach_file
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import listing, number_text
 from dora_diffusion.formats.adapter.embeddings import Vectors, are_equal
@@ -216,7 +217,7 @@ def set_strengths(
                 for pattern in matching:
                     unmatched.pop(pattern, None)
                 own = MergeStrengths.of(use.strengths)
-                share = own.unet_strength if component == "unet" else own.text_encoder_strength
+                share = own.unet_strength if component in DENOISERS else own.text_encoder_strength
                 factor = math.prod(use.layers[pattern] for pattern in matching)
                 part = cast("LayerAdapter", layer.adapters[name])
                 part.strengths = Strengths(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ Rows = tuple[int, ...] | None
 """Indices of some rows of a batch; None: all rows."""
 
 
-@dataclass(frozen=True)
-class ModelInputs:
+class ModelInputs(NamedTuple):
     """Inputs of the UNet except its conditioning.
 
     Attributes:
@@ -45,22 +44,10 @@ class ModelInputs:
     time_ids: Tensor | None = None
     condition: Tensor | None = None
 
-    def select(self, index: Tensor) -> ModelInputs:
-        """Select rows by an index tensor."""
-        optional = (t if t is None else t[index] for t in (self.time_ids, self.condition))
-        return ModelInputs(self.noisy_latents[index], self.timesteps[index], *optional)
-
     @classmethod
     def cat(cls, inputs: Sequence[ModelInputs]) -> ModelInputs:
         """Concatenate inputs of the same size along the rows."""
-        if len(inputs) == 1:
-            return inputs[0]
-
-        def joined(name: str) -> Any:
-            tensors = [getattr(item, name) for item in inputs]
-            return None if tensors[0] is None else torch.cat(tensors)
-
-        return cls(**{field.name: joined(field.name) for field in fields(cls)})
+        return cls(*map(_cat, zip(*inputs, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +64,7 @@ class Batch:
         class_captions: Row -> caption without the subject, for photos with prior preservation
             without class images.
         mask: ``(B, 1, h, w)`` in [0, 1], 1 where the loss counts. None: the loss counts everywhere.
-        masked_rows: Rows whose mask is below 1 somewhere.
+        masked_rows: Rows whose mask is below 1 somewhere; empty if no term of the loss needs them.
         weights: ``(photos,)``, factor of each photo's loss. None: all factors are 1.
         generators: Generator of each row, for terms that draw random numbers themselves.
     """
@@ -101,7 +88,7 @@ class Batch:
 
     def inputs_of(self, rows: Rows) -> ModelInputs:
         """Select rows of the inputs."""
-        return self.inputs if rows is None else self.inputs.select(self.index_of(rows))
+        return ModelInputs(*(_optional(partial(self.select, rows), t) for t in self.inputs))
 
     def select(self, rows: Rows, tensor: Tensor) -> Tensor:
         """Select rows of a tensor."""
@@ -183,27 +170,34 @@ def draw_batch(
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
     noise = torch.stack([sample_noise(shape, g, config.noise_offset) for g in generators])
     conditions = [condition_from_moments(vae, family, *row) for row in rows]
-    mask = None if samples.mask is None else latent_mask(samples.mask, latents.shape[2:])
-
-    def sent(tensor: Tensor | None) -> Any:
-        return None if tensor is None else send(tensor, device)
-
-    tensors = (sent(latents), sent(noise), sent(timesteps))
-    ids = sent(time_ids(family, samples.crops))
-    condition = None if conditions[0] is None else sent(torch.cat(conditions))  # type: ignore[arg-type]
+    mask = _optional(latent_mask, samples.mask, latents.shape[2:])
+    latents, noise, timesteps = (send(t, device) for t in (latents, noise, timesteps))
+    ids, condition = time_ids(family, samples.crops), _cat(conditions)
+    ids, condition = (_optional(send, tensor, device) for tensor in (ids, condition))
     return Batch(
-        ModelInputs(process.add_noise(*tensors), tensors[2], ids, condition),
-        latents=tensors[0],
-        noise=tensors[1],
+        ModelInputs(process.add_noise(latents, noise, timesteps), timesteps, ids, condition),
+        latents=latents,
+        noise=noise,
         captions=tuple(samples.captions),
         photos=samples.photos,
         index=index,
         class_captions={row: c for row, c in enumerate(samples.class_captions) if c is not None},
-        mask=sent(mask),
-        masked_rows=() if mask is None else _excluding(mask),
-        weights=sent(samples.weights),
+        mask=_optional(send, mask, device),
+        masked_rows=_excluding(mask) if config.holds_unmasked and mask is not None else (),
+        weights=_optional(send, samples.weights, device),
         generators=generators,
     )
+
+
+def _optional(function: Callable[..., Any], tensor: Tensor | None, *args: Any) -> Any:
+    """Call a function with a tensor; return None without one."""
+    return None if tensor is None else function(tensor, *args)
+
+
+def _cat(tensors: Sequence[Any]) -> Any:
+    """Concatenate tensors along the rows; a single tensor, or None, is returned unchanged."""
+    first, *others = tensors
+    return first if first is None or not others else torch.cat([first, *others])
 
 
 def _draw_timesteps(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families import Tokens
 from dora_diffusion.models.offload import on_device, send
-from dora_diffusion.models.text import Conditioning, PromptTokens, tokenize_prompts
+from dora_diffusion.models.text import tokenize_prompts
 from dora_diffusion.models.words import has_words
 
 # For SDXL in half precision, each caption occupies a third of a megabyte.
@@ -28,10 +30,10 @@ class Tokenized(NamedTuple):
         empty: Tokens of the empty prompt, if it is encoded differently (clip skip).
     """
 
-    tokens: PromptTokens
+    tokens: Tokens
     zeros: Tensor | None = None
     kept: tuple[bool, ...] = ()
-    empty: PromptTokens | None = None
+    empty: Tokens | None = None
 
 
 class Reading(NamedTuple):

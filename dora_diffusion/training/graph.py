@@ -218,7 +218,7 @@ class GraphedStep(Step):
         if gradients.keys() == expected.keys():
             replayed = [gradients[parameter] for parameter in expected]
             error = _error([losses, *replayed], [loss, *expected.values()])
-        graph.is_checked = error <= ROUNDING[next(self.components.unet.parameters()).dtype]
+        graph.is_checked = error <= ROUNDING[next(self.components.denoiser.parameters()).dtype]
         if not graph.is_checked:
             self._turn_off(f"gradients of its first replay differ by {error:.2g} of their norm")
         return graph.is_checked
@@ -279,7 +279,7 @@ class GraphedStep(Step):
         """Tensors of the modules that a graph calls."""
         components = self.components
         encoders = components.text_encoders if self.config.encodes_in_steps else ()
-        modules = (components.unet, *encoders)
+        modules = (components.denoiser, *encoders)
         return [t for m in modules for t in (*m.parameters(), *m.buffers())]
 
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.stack import RankRoute
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.offload import send
-from dora_diffusion.models.text import Conditioning
 from dora_diffusion.training.conditioner import Reading
-from dora_diffusion.training.hooks.hook import RankRoute
 from dora_diffusion.training.prediction import Drawn, Question, encodings
 
 

@@ -16,6 +16,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.layout import join, split_like
 from dora_diffusion.adapters.targets import first_naming
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.config.wording import counted
 from dora_diffusion.numerics.devices import has_fused_optimizers
 from dora_diffusion.training.processes import (
@@ -106,10 +107,10 @@ def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> G
 
 def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
     """Return the learning rate and weight decay of a component."""
-    has_own_rate = component != "unet" and not config.is_prodigy
+    has_own_rate = component not in DENOISERS and not config.is_prodigy
     rate = config.text_encoder_lr if has_own_rate else config.unet_lr
     decay = config.adam_weight_decay
-    if component != "unet" and config.adam_weight_decay_text_encoder is not None:
+    if component not in DENOISERS and config.adam_weight_decay_text_encoder is not None:
         decay = config.adam_weight_decay_text_encoder
     return rate, decay
 
@@ -120,37 +121,31 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     Raises:
         ConfigError: If the optimizer's library is not installed.
     """
-    betas, name = (config.adam_beta1, config.adam_beta2), config.optimizer_name
-    library = optimizer_library(name)
+    name, library = config.optimizer_name, optimizer_library(config.optimizer_name)
+    options: dict[str, Any] = {"params": groups, "eps": config.adam_epsilon}
+    options["betas"] = config.adam_beta1, config.adam_beta2
     if name == "adamw":
         # For many small parameters, one kernel over all of them is the fastest.
         kinds = {parameter.device.type for group in groups for parameter in group["params"]}
-        kind = "fused" if all(map(has_fused_optimizers, kinds)) else "foreach"
-        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
+        options["fused" if all(map(has_fused_optimizers, kinds)) else "foreach"] = True
+        return torch.optim.AdamW(**options)
     if name == "adamw8bit":
-        return library.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)  # type: ignore[no-any-return]
+        return library.optim.AdamW8bit(**options)  # type: ignore[no-any-return]
     if name == "prodigy":
         return library.Prodigy(  # type: ignore[no-any-return]
-            groups,
-            betas=betas,
+            **options,
             beta3=config.prodigy_beta3,
-            eps=config.adam_epsilon,
             decouple=config.prodigy_decouple,
             use_bias_correction=config.prodigy_use_bias_correction,
             safeguard_warmup=config.prodigy_safeguard_warmup,
         )
     if name == "adamw-schedule-free":
-        optimizer: Any = library.AdamWScheduleFree(groups, betas=betas, eps=config.adam_epsilon)
+        optimizer: Any = library.AdamWScheduleFree(**options)
         optimizer.train()
         return optimizer  # type: ignore[no-any-return]
     if name == "prodigy-schedule-free":
-        return library.ProdigyPlusScheduleFree(  # type: ignore[no-any-return]
-            groups,
-            betas=betas,
-            beta3=config.prodigy_beta3,
-            eps=config.adam_epsilon,
-            split_groups=False,  # One step size for all groups, as in Prodigy.
-        )
+        options["split_groups"] = False  # One step size for all groups, as in Prodigy.
+        return library.ProdigyPlusScheduleFree(**options, beta3=config.prodigy_beta3)  # type: ignore[no-any-return]
     from transformers.optimization import Adafactor
 
     # Groups have their own rates. The polynomial schedule scales by this one, AdamW's default.
@@ -308,8 +303,59 @@ class SteppedParameters:
         return state
 
 
+class FlatGroup:
+    """Flat parameter of a parameter group. The members of the group become views of it.
+
+    Args:
+        in_group: Members in the order of the group.
+        members: The same members in the order in which they lie in memory.
+
+    Attributes:
+        flat: The flat parameter.
+        gradient: Memory for its gradient.
+        shares: Views of the gradient, by member.
+    """
+
+    def __init__(self, in_group: list[nn.Parameter], members: list[nn.Parameter]) -> None:
+        self.in_group, self.members = in_group, members
+        self.flat = nn.Parameter(join(members))
+        self.gradient = torch.zeros_like(self.flat)
+        self.shares = dict(zip(members, split_like(self.gradient, members), strict=True))
+        for member, view in zip(members, split_like(self.flat, members), strict=True):
+            member.data = view
+        self._addresses = _addresses_of(self.flat, members)
+
+    def take_gradients(self) -> list[nn.Parameter]:
+        """Copy the gradients of the members to the flat parameter.
+
+        Returns:
+            Members without a gradient if others have one.
+
+        Raises:
+            RuntimeError: If a member is no longer a view of the flat parameter, as after ``.to()``.
+        """
+        if _addresses_of(self.flat, self.members) != self._addresses:
+            raise RuntimeError(
+                "a trained parameter was moved or replaced during training, so that the optimizer "
+                "no longer reaches it; build the optimizer after moving the model"
+            )
+        self.flat.grad = self.gradient
+        # Gradients that lie in the shares need no copy.
+        pairs = [(share, member.grad) for member, share in self.shares.items()]
+        copies = [(share, g) for share, g in pairs if g is not None and g is not share]
+        if copies:
+            torch._foreach_copy_([share for share, _ in copies], [grad for _, grad in copies])
+        unused = [member for member in self.members if member.grad is None]
+        if unused:
+            torch._foreach_zero_([self.shares[member] for member in unused])
+        if len(unused) == len(self.members):
+            self.flat.grad = None
+            return []
+        return unused
+
+
 class FlatParameters(SteppedParameters):
-    """One flat parameter per group. The parameters of the group become views of it.
+    """One flat parameter per group.
 
     Clipping and AdamW are elementwise except for the total norm, so that their results do not
     change. Optimizers that depend on the shape of a parameter cannot use flat parameters.
@@ -322,73 +368,30 @@ class FlatParameters(SteppedParameters):
 
     def __init__(self, groups: Groups, order: Sequence[nn.Parameter] = ()) -> None:
         index = {parameter: number for number, parameter in enumerate(order)}
-        self._in_group: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
-        self._members = [
-            sorted(members, key=lambda member: index.get(member, len(index)))
-            for members in self._in_group
-        ]
-        self._flat = [nn.Parameter(join(members)) for members in self._members]
-        self._gradients = [torch.zeros_like(flat) for flat in self._flat]
-        self._shares = [
-            split_like(gradient, members)
-            for gradient, members in zip(self._gradients, self._members, strict=True)
-        ]
-        pairs = zip(self._members, self._shares, strict=True)
-        self.memory = {m: s for both in pairs for m, s in zip(*both, strict=True)}
+        self._flat = []
+        for group in groups:
+            in_memory = sorted(group["params"], key=lambda member: index.get(member, len(index)))
+            self._flat.append(FlatGroup(list(group["params"]), in_memory))
+        self.memory = {m: share for flat in self._flat for m, share in flat.shares.items()}
         self._unused: list[tuple[nn.Parameter, Tensor]] = []
-        flat_groups = zip(groups, self._flat, strict=True)
-        super().__init__([group | {"params": [flat]} for group, flat in flat_groups])
-        for flat, members in zip(self._flat, self._members, strict=True):
-            for member, view in zip(members, split_like(flat, members), strict=True):
-                member.data = view
-        self._addresses = [
-            _addresses_of(flat, members)
-            for flat, members in zip(self._flat, self._members, strict=True)
-        ]
+        pairs = zip(groups, self._flat, strict=True)
+        super().__init__([group | {"params": [of_group.flat]} for group, of_group in pairs])
 
     def take_gradients(self) -> None:
-        """Copy the gradients of the members to the flat parameters.
-
-        Raises:
-            RuntimeError: If a member is no longer a view of its flat parameter, as after ``.to()``.
-        """
-        self._unused = []
-        columns = zip(
-            self._flat, self._gradients, self._shares, self._members, self._addresses, strict=True
-        )
-        for flat, gradient, shares, members, addresses in columns:
-            if _addresses_of(flat, members) != addresses:
-                raise RuntimeError(
-                    "a trained parameter was moved or replaced during training, so that the "
-                    "optimizer no longer reaches it; build the optimizer after moving the model"
-                )
-            gradients, flat.grad = [member.grad for member in members], gradient
-            # Gradients that lie in `memory` need no copy.
-            moved = [pair for pair in zip(shares, gradients, strict=True) if pair[1] is not pair[0]]
-            if copies := [(share, grad) for share, grad in moved if grad is not None]:
-                torch._foreach_copy_([share for share, _ in copies], [grad for _, grad in copies])
-            if len(copies) < len(moved):
-                pairs = list(zip(members, gradients, strict=True))
-                unused = [member for member, grad in pairs if grad is None]
-                torch._foreach_zero_([share for share, grad in moved if grad is None])
-                if len(unused) == len(members):
-                    flat.grad = None
-                else:
-                    self._unused += [(member, member.detach().clone()) for member in unused]
+        """Copy the gradients of the members to the flat parameters."""
+        unused = [member for group in self._flat for member in group.take_gradients()]
+        self._unused = [(member, member.detach().clone()) for member in unused]
 
     def gather_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        pairs = zip(self._members, self._in_group, strict=True)
-        return _reordered(state, list(pairs))
+        return _reordered(state, [(group.members, group.in_group) for group in self._flat])
 
     def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        pairs = zip(self._in_group, self._members, strict=True)
-        return _reordered(state, list(pairs))
+        return _reordered(state, [(group.in_group, group.members) for group in self._flat])
 
     def share_gradients(self) -> None:
         """Make the gradients of the members views of the clipped flat gradients."""
-        for shares, members in zip(self._shares, self._members, strict=True):
-            for share, member in zip(shares, members, strict=True):
-                member.grad = None if member.grad is None else share
+        for member, share in self.memory.items():
+            member.grad = None if member.grad is None else share
 
     def finish(self) -> None:
         """Drop the members' gradients after the optimizer's step, and mark the members as modified.
@@ -399,11 +402,10 @@ class FlatParameters(SteppedParameters):
         for member, value in self._unused:
             member.data.copy_(value)
         self._unused = []
-        for members in self._members:
-            for member in members:
-                member.grad = None
-            # Views assigned to ``.data`` do not share the version counter of the flat parameter.
-            increment_version(members)
+        for trained in self.memory:
+            trained.grad = None
+        # Views assigned to ``.data`` do not share the version counter of the flat parameter.
+        increment_version(list(self.memory))
 
 
 def _reordered(

@@ -7,7 +7,6 @@ each other, so that the gradients of a run are the same as without the other run
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, zip_longest
@@ -17,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.adapters.stack import BASE, Masks
-from dora_diffusion.training.hooks.hook import RankRoute, Record
+from dora_diffusion.adapters.stack import Masks, RankRoute
+from dora_diffusion.training.hooks.hook import Record
 from dora_diffusion.training.prediction import Drawn, answer
 from dora_diffusion.training.step import Step, stack_of
 
@@ -89,20 +88,13 @@ class PackStep:
         # Backward stays inside the context: gradient checkpointing recomputes blocks.
         with self.stack.of(rows, *self._route(group)):
             with first.accelerator.autocast():
-                base = partial(self._base, [self.steps[k] for k in group])
-                answers = answer(first.components.unet, questions, base)
+                base = partial(first.base, self.stack)
+                answers = answer(first.components, questions, base)
                 losses = {k: self.steps[k].losses(drawn, answers) for k, drawn in group.items()}
             shares = [loss * (1 / self.steps[k].turns) for k, (loss, _) in losses.items()]
             first.accelerator.backward(torch.stack(shares).sum())
         for k, pair in losses.items():
             yield k, torch.stack([loss.detach() for loss in pair])
-
-    @contextlib.contextmanager
-    def _base(self, steps: Sequence[Step]) -> Iterator[None]:
-        with self.stack.of(BASE), contextlib.ExitStack() as stack:
-            for step in steps:
-                stack.enter_context(step.weights.base_weights())
-            yield
 
     def _route(self, group: Group) -> RankRoute:
         """Join the rank masks of the runs. Their adapters may have different ranks."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.models.latents import predict
-from dora_diffusion.models.text import Conditioning
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.training.batch import Batch, ModelInputs, Rows
 from dora_diffusion.training.conditioner import Conditioner
 
@@ -71,26 +71,29 @@ class Drawn(NamedTuple):
         return [question for question in self.distinct() if question.ask.of_base]
 
 
-def answer(unet: Any, questions: Sequence[Question], base: Base) -> dict[Question, Tensor]:
+def answer(
+    components: Components, questions: Sequence[Question], base: Base
+) -> dict[Question, Tensor]:
     """Predict the answers ``(rows, C, h, w)`` to questions on batches of the same size.
 
     Args:
-        unet: The UNet, with the adapters of the rows active.
+        components: The model, with the adapters of the rows active.
         questions: Questions, in the order of the rows of a forward pass.
         base: Returns a context in which the model is the base model.
     """
     answers: dict[Question, Tensor] = {}
     if of_base := [question for question in questions if question.ask.of_base]:
         with torch.no_grad(), base():
-            answers |= _pass(unet, of_base)
-    return answers | _pass(unet, [question for question in questions if not question.ask.of_base])
+            answers |= _pass(components, of_base)
+    return answers | _pass(
+        components, [question for question in questions if not question.ask.of_base]
+    )
 
 
-def _pass(unet: Any, questions: Sequence[Question]) -> dict[Question, Tensor]:
+def _pass(components: Components, questions: Sequence[Question]) -> dict[Question, Tensor]:
     inputs = ModelInputs.cat([q.batch.inputs_of(q.ask.rows) for q in questions])
     conditioning = _conditioning(questions)
-    predicted = predict(
-        unet,
+    predicted = components.predict(
         inputs.noisy_latents,
         inputs.timesteps,
         conditioning,

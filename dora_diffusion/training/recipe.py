@@ -10,7 +10,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.arguments import check_arguments
@@ -18,12 +17,12 @@ from dora_diffusion.config.learning import HOOKS
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.locate import known_family
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.folder import RunFolder, TrainResult
-from dora_diffusion.training.hooks.hook import Hook
 from dora_diffusion.training.inputs.base import (
     LoadBase,
     configure_reading,
@@ -31,6 +30,7 @@ from dora_diffusion.training.inputs.base import (
     move_step_modules,
 )
 from dora_diffusion.training.inputs.resolve import (
+    check_with_model,
     open_data,
     plan_run,
     resolve_settings,
@@ -51,6 +51,7 @@ from dora_diffusion.training.trainable.select import select_trainable, shard_tra
 from dora_diffusion.training.trainable.words import require_new
 
 if TYPE_CHECKING:
+    from dora_diffusion.training.hooks.hook import Hook
     from dora_diffusion.training.trainable.full import TrainedWeights
 
 __all__ = ["TrainResult", "TrainingError", "train"]
@@ -156,9 +157,14 @@ def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
         from dora_diffusion.export import hub
 
         hub.check(config.hub_model_id or "")
-    for reason in (*without_effect(config).values(), *unusual_rates(config)):
-        warnings.warn(reason, stacklevel=3)
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in subjects]
+    inactive = without_effect(config)
+    if family := known_family(base):
+        family.refuse(base, vars(config))
+        for name in inactive.keys() & family.without_effect.keys():
+            del inactive[name]  # The loaded model's family gives its reason.
+    for reason in (*inactive.values(), *unusual_rates(config)):
+        warnings.warn(reason, stacklevel=3)
     if toy := next(filter(None, (outside_toy_world(base, word) for word in words)), ""):
         warnings.warn(f"{toy} Name another pretrained_model_name_or_path.", stacklevel=3)
     return replace(config, mixed_precision=precision_of(config.mixed_precision)), subjects
@@ -187,11 +193,14 @@ def assemble(
         ConfigError, PhotoError, ModelNotFoundError, TargetError: If an input is invalid.
     """
     if config.compile:
+        from dora_diffusion.adapters.compiled import require_compiler
+
         require_compiler(accelerator.device)
     plan = plan_run(config, subjects)
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)
     require_new(components, config.words)
+    check_with_model(components, config)
     config = replace(config, resolution=run_resolution(config, components))
     start = plan.start.read(components, config) if plan.start else None
     data = open_data(config, subjects, plan.photos, components, accelerator, on_event)

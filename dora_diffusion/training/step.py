@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.inject import AdapterSet
-from dora_diffusion.adapters.stack import BASE, AdapterStack
+from dora_diffusion.adapters.stack import BASE, AdapterStack, RankRoute
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
-from dora_diffusion.training.hooks.hook import Hook, RankRoute, Record
 from dora_diffusion.training.metrics import skip_if_not_finite
 from dora_diffusion.training.optimizer import SteppedParameters, learning_rates
 from dora_diffusion.training.prediction import Drawn, Question, answer
@@ -26,6 +25,7 @@ from dora_diffusion.training.processes import average_gradients
 from dora_diffusion.training.terms import Term, mean_losses
 
 if TYPE_CHECKING:
+    from dora_diffusion.training.hooks.hook import Hook, Record
     from dora_diffusion.training.trainable.full import TrainedWeights
 
 
@@ -97,7 +97,8 @@ class Step:
         # Backward stays inside the context: gradient checkpointing recomputes blocks.
         with self.stack.of(0, *route):
             with self.accelerator.autocast():
-                answers = answer(self.components.unet, drawn.distinct(), self.base)
+                base = partial(self.base, self.stack)
+                answers = answer(self.components, drawn.distinct(), base)
                 loss, prior = self.losses(drawn, answers)
             self.accelerator.backward(loss * (1 / self.turns))
         return torch.stack([loss.detach(), prior.detach()])
@@ -143,14 +144,15 @@ class Step:
         losses = [
             term.losses(batch, *(answers[question] for question in questions))
             for term, questions in zip(self.terms, drawn.questions, strict=True)
+            if questions
         ]
         subject, prior = mean_losses(batch, losses)
         return subject + self.config.prior_loss_weight * prior, prior
 
     @contextmanager
-    def base(self) -> Iterator[None]:
-        """Restore the base model inside the block."""
-        with self.stack.of(BASE), self.weights.base_weights():
+    def base(self, stack: AdapterStack) -> Iterator[None]:
+        """Restore the base model inside the block, with the stack of all trained adapters."""
+        with stack.of(BASE), self.weights.base_weights():
             yield
 
     @cached_property

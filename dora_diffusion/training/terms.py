@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
 from typing import NamedTuple, Protocol
@@ -34,10 +35,14 @@ class Term(Protocol):
     """Term of the loss."""
 
     def asks(self, batch: Batch) -> list[Ask]:
-        """Return the predictions that the term needs. Called once per batch."""
+        """Return the predictions that the term needs, none if the batch has no loss of its kind."""
 
     def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
-        """Compute the losses from predictions in the order of `asks`."""
+        """Compute the losses from predictions in the order of `asks`, at least one."""
+
+
+def squared_error(timesteps: Tensor) -> None:
+    """Return the delta of a squared error, which has none (`RowLoss`)."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,12 @@ class RowLoss:
     Attributes:
         process: Noise process of the model.
         weightings: Loss weights by timestep (`loss_weight`).
-        huber: Function from timesteps to the delta of the Huber loss. None: squared error.
+        delta: Function from timesteps to the delta of the Huber loss. Default: squared error.
     """
 
     process: NoiseProcess
     weightings: Mapping[str, float]
-    huber: Callable[[Tensor], Tensor] | None = None
+    delta: Callable[[Tensor], Tensor | None] = squared_error
 
     def __call__(
         self,
@@ -66,8 +71,7 @@ class RowLoss:
         """Compute the losses of rows, ``(rows,)``."""
         timesteps = batch.select(rows, batch.inputs.timesteps)
         weight = self.process.weight(timesteps, self.weightings)
-        delta = None if self.huber is None else self.huber(timesteps)
-        return denoising_loss(predicted, target, weight, mask, delta)
+        return denoising_loss(predicted, target, weight, mask, self.delta(timesteps))
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,6 @@ class Prior:
         return [Ask.by_row(batch, captions), Ask.by_row(batch, captions, of_base=True)]
 
     def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
-        if not predictions:
-            return Losses()
         predicted, base = predictions
         rows = batch.rows(batch.class_captions)
         return Losses(prior=self.loss(batch, predicted, base, rows=rows))
@@ -119,8 +121,6 @@ class Unmasked:
         return [Ask(batch.captions), Ask.by_row(batch, captions, of_base=True)]
 
     def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
-        if not predictions:
-            return Losses()
         predicted, base = predictions
         assert batch.mask is not None
         rows, mask = batch.rows(batch.masked_rows), 1 - batch.mask
@@ -138,16 +138,18 @@ class Slider:
 
     Attributes:
         loss: Loss of each row.
-        pairs: Target prompts, each with its positive and its negative prompt.
+        pairs: Positive and negative prompts by target prompt. A row draws one of the pairs.
         guidance: Factor of the difference between positive and negative prediction.
     """
 
     loss: RowLoss
-    pairs: Sequence[tuple[str, tuple[str, str]]]
+    pairs: Mapping[str, Sequence[tuple[str, str]]]
     guidance: float
 
     def asks(self, batch: Batch) -> list[Ask]:
-        ends = [self._draw_ends(batch, row) for row in range(batch.photos)]
+        pairs = [self.pairs[caption] for caption in batch.captions[: batch.photos]]
+        rows = zip(pairs, batch.generators, strict=False)
+        ends = [of_row[int(torch.randint(len(of_row), (), generator=g))] for of_row, g in rows]
         positive, negative = (dict(enumerate(side)) for side in zip(*ends, strict=True))
         return [
             Ask(batch.captions),
@@ -155,11 +157,6 @@ class Slider:
             Ask.by_row(batch, positive, of_base=True),
             Ask.by_row(batch, negative, of_base=True),
         ]
-
-    def _draw_ends(self, batch: Batch, row: int) -> tuple[str, str]:
-        """Draw one of the prompt pairs for the target prompt of a row."""
-        pairs = [ends for prompt, ends in self.pairs if prompt == batch.captions[row]]
-        return pairs[int(torch.randint(len(pairs), (), generator=batch.generators[row]))]
 
     def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
         predicted, base, positive, negative = predictions
@@ -169,12 +166,15 @@ class Slider:
 
 def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
     """Build the terms of a run's loss."""
-    huber = None
+    loss = RowLoss(process, config.weightings)
     if config.loss_type == "huber":
-        huber = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
-    loss = RowLoss(process, config.weightings, huber)
+        delta = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
+        loss = replace(loss, delta=delta)
     if config.is_slider:  # Its target replaces that of all other terms.
-        return [Slider(loss, config.slider_pairs, config.slider_guidance)]
+        pairs = defaultdict[str, list[tuple[str, str]]](list)
+        for target, ends in config.slider_pairs:
+            pairs[target].append(ends)
+        return [Slider(loss, pairs, config.slider_guidance)]
     terms: list[Term] = [Denoising(loss)]
     if any(subject.is_image_free for subject in config.subjects):
         terms.append(Prior(loss))

@@ -158,7 +158,7 @@ def test_progress_is_the_same_after_a_reload_and_in_a_second_tab(
     for page in (first, second):
         page.tab("Train")
         page.wait_text("#status", "long[^]*training[^]*step 9 of 900")
-        page.wait_for("#loss polyline.dd-smooth")
+        page.wait_for("#loss-plots svg")
     first.reload()
     first.tab("Train")
     assert "step 9 of 900" in first.wait_text("#status", "step [1-9]")

@@ -128,6 +128,7 @@ def test_defaults_need_no_word(command: str) -> None:
         ("num_images", "num_images: 0\n", "line 1: num_images is 0"),
         ("output", "base: b\n", "output must be given"),
         ("base", "output: o.png\nbase:\n", "line 2: base is empty"),
+        ("step", "step: 3\nnum_images: 0\n", "{file}, line 2: num_images is 0"),
         ("steps", "steps: many\nbase: b\nsede: 3\n", "x.yaml, line 3: there is no setting sede"),
     ],
 )
@@ -135,7 +136,7 @@ def test_what_a_file_cannot_say_is_told_with_its_line(
     setting: str, text: str, words: str, tmp_path: Path
 ) -> None:
     (file := tmp_path / "x.yaml").write_text(text, encoding="utf-8")
-    with refused(setting, words):
+    with refused(setting, words.format(file=file)):
         parsed("generate", "--config", str(file))
 
 

@@ -58,6 +58,12 @@ def test_an_entry_of_several_folders_is_one_for_each(tmp_path: Path) -> None:
         ("- {repeats: many}", "entry 1: repeats is 'many'"),
         ("instance_data_dir: a", "must hold a list of subjects"),
         ("- {}\n- a", "entry 2: 'a' is not a subject"),
+        ("- {repeats: 0, rank: 2}\n- {weight: x}", "entry 1: repeats is 0; it must be greater than "
+         "0; rank is a setting of the whole run; give it outside of "
+         "dataset_config; dataset_config, entry 2: weight is 'x'"),
+        ("- {validation_split: 1.5}\n- {instance_prompt: a, caption_separator: ''}", "entry 1: "
+         "validation_split is 1.5; give a share below 1, or a whole number of photos; "
+         "dataset_config, entry 2: caption_separator is empty"),
         ("- {repeats: }", "entry 1: repeats is empty"),
         ("- {a: [}", "line 1: this is not valid YAML"),
     ],

@@ -17,13 +17,20 @@ from dora_diffusion.config import (
     unusual_rates,
     without_effect,
 )
-from dora_diffusion.config.derived import as_yaml, class_word_in, overridden, resolve
+from dora_diffusion.config.derived import (
+    as_yaml,
+    class_word_in,
+    overridden,
+    removed_settings,
+    resolve,
+)
+from dora_diffusion.config.families import FAMILIES
 from tests.every import every
 from tests.refusal import refused
 
 FACTS: dict[str, Any] = {
     "prediction_type": "epsilon", "resolution": 64, "total_steps": 12, "steps_per_epoch": 4,
-    "mixed_precision": "no",
+    "mixed_precision": "no", "family": FAMILIES["sd1"],
 }  # fmt: skip
 
 
@@ -180,7 +187,7 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"validation_steps": 0, "validation_epochs": 3}, "validation_epochs",
      "validation_steps is 0"),
     ({"text_encoder_lr": 1e-4}, "text_encoder_lr", "train_text_encoder is off"),
-    ({"learning_rate": 0.0}, "learning_rate", "it is 0: nothing of the UNet is trained"),
+    ({"learning_rate": 0.0}, "learning_rate", "it is 0: nothing of the denoiser is trained"),
     ({"text_encoder_lr": 0.0, "train_text_encoder": True}, "text_encoder_lr",
      "it is 0: no text encoder is trained"),
     ({"text_encoder_lr": 1e-4, "train_text_encoder": True, "optimizer": "prodigy",
@@ -355,6 +362,7 @@ def test_one_place_under_two_names_is_the_same(
 def test_a_checkpoint_without_derived_settings_is_not_refused_for_them() -> None:
     now = resolve(
         TrainConfig(instance_prompt="a sks dog"),
+        family=FAMILIES["sd1"],
         prediction_type="epsilon",
         resolution=64,
         total_steps=800,
@@ -369,6 +377,28 @@ def test_a_setting_that_the_checkpoint_does_not_know_had_its_default() -> None:
     before = TrainConfig().to_dict()
     del before["prodigy_decouple"]
     assert differences(before, TrainConfig()) == ({}, {})
+
+
+def test_any_unknown_setting_that_was_on_is_removed() -> None:
+    before = TrainConfig().to_dict()
+    values = {False: [False, None, 0, 0.0, "none", "", [], {}],
+              True: [True, 1, 0.5, -1, "random", ["attention"], {"to_k": 4}]}  # fmt: skip
+    with every() as case:
+        for is_on in values:
+            for value in values[is_on]:
+                with case(repr(value)):
+                    removed = removed_settings({**before, "unknown_setting": value})
+                    assert removed == ({"unknown_setting": value} if is_on else {})
+
+
+def test_defaults_of_removed_settings_changed_nothing() -> None:
+    former = {
+        "gradient_batches": 4, "precondition": False, "precondition_damping": 1e-2,
+        "nearest_noise": 1, "stratified_timesteps": 0,
+    }  # fmt: skip
+    assert removed_settings(TrainConfig().to_dict() | former) == {}
+    used = {"nearest_noise": 4, "init": "lora-one", "optimizer": "muon", "precondition": True}
+    assert removed_settings(TrainConfig().to_dict() | former | used) == used
 
 
 def test_derived_settings_are_compared_as_they_were_used() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from dora_diffusion.config import settings
 from dora_diffusion.config.families import (
-    COMPONENTS,
     FAMILIES,
+    TEXT_ENCODERS,
     UnsupportedModelError,
     detect_family,
     guess_family,
@@ -25,14 +25,15 @@ def test_what_tells_families_apart_differs() -> None:
     prefixes = {e.checkpoint_prefix for family in families for e in family.text_encoders}
     assert len(prefixes) == sum(len(family.text_encoders) for family in families)
     for family in families:
-        assert family.text_encoder_names == COMPONENTS[1 : 1 + len(family.text_encoders)]
+        assert family.text_encoder_names == TEXT_ENCODERS[: len(family.text_encoders)]
         assert family.text_encoder("vae") is None
 
 
 def test_the_default_number_of_steps_is_stated_as_it_is() -> None:
     usual, large = FAMILIES["sd1"].default_steps, FAMILIES["sdxl"].default_steps
-    text = f"{usual}, for SDXL {large}"
+    text = f"{usual}, for SDXL and flow models {large}"
     assert FAMILIES["sd2"].default_steps == usual
+    assert {f.default_steps for f in FAMILIES.values() if f.is_flow} == {large}
     [setting] = [setting for setting in settings() if setting.name == "max_train_steps"]
     assert setting.default_text == text
 
@@ -72,7 +73,7 @@ def test_shapes_tell_a_family() -> None:
 def index(*text_encoders: str) -> dict[str, list[str]]:
     """A pipeline's ``model_index.json`` with these text encoders."""
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-    parts |= dict(zip(COMPONENTS[1:], text_encoders, strict=False))
+    parts |= dict(zip(TEXT_ENCODERS, text_encoders, strict=False))
     return {name: ["library", kind] for name, kind in parts.items() if kind}
 
 

@@ -55,6 +55,8 @@ def test_a_dataset_file_is_no_file_of_settings(tmp_path: Path) -> None:
         ("rank: 4\nprompt: 'a\n", "line 3: this is not valid YAML"),
         ("rank: 4\n\trank: 5\n", "line 2: this is not valid YAML"),
         ("rank: 4\nrank: 5\n", "line 2: rank is already set in line 1; keep one of them"),
+        ("rank: 4\nseed: 1\nrank: 5\nseed: 2", "line 4: seed is already set in line 2"),
+        ("rank: 4\nseed: 1\nrank: 5\nseed: 2", "line 3: rank is already set in line 1"),
         ("rank: " + "[" * 200_000, "this is not valid YAML"),
         ("- " * 200_000, "this is not valid YAML"),
         ("rank: \x07", "this is not valid YAML"),

@@ -35,7 +35,7 @@ def test_options_are_read_as_sd_scripts_has_them() -> None:
         ("--h 8200", "--h is 8200; it must be at most 8192"),
         ("--s 1001", "--s is 1001; it must be at most 1000"),
         ("--d x", "--d is 'x'; it must be a whole number"),
-        ("--l nan", "--l is nan; it must be at least 0"),
+        ("--l nan", "--l is nan; it must be a finite number"),
         ("--s", "--s is ''; it must be a whole number"),
         ("--n", "--n needs a value"),
         ("--d 1 --d 2", "has --d twice"),

@@ -41,7 +41,7 @@ def test_it_is_the_mean_squared_error_of_the_prediction(family, request) -> None
             t = int(1000 * (k + 0.5) / TIMESTEPS)
             noise = torch.randn(latents.shape[1:], generator=generator_for("held out", 7, t))[None]
             a = components.scheduler.alphas_cumprod[t]
-            output = components.unet(
+            output = components.denoiser(
                 a.sqrt() * latents + (1 - a).sqrt() * noise,
                 t,
                 states,
@@ -58,14 +58,14 @@ def test_an_adapter_moves_it_and_the_base_is_exact(sd1_folder) -> None:
     before = HeldOutImages(components, images, captions).losses([[1, 2]])[0]
     assert before == HeldOutImages(components, images, captions).losses([[1, 2]])[0]
     assert before != HeldOutImages(components, images, captions).losses([[1, 3]])[0]
-    inject_adapters(components.unet, AdapterConfig(rank=2))
+    inject_adapters(components.denoiser, AdapterConfig(rank=2))
     with torch.no_grad():
-        for parameter in adapter_parameters(components.unet):
+        for parameter in adapter_parameters(components.denoiser):
             parameter.add_(0.1)
-    with disabled(components.unet):
+    with disabled(components.denoiser):
         assert HeldOutImages(components, images, captions).losses([[1, 2]])[0] == before
-    components.unet.train()
+    components.denoiser.train()
     assert HeldOutImages(components, images, captions).losses([[1, 2]])[0] != before
-    assert components.unet.training
+    assert components.denoiser.training
     with pytest.raises(ValueError, match="2 images, 1 captions"):
         HeldOutImages(components, images, captions[:1]).losses([[1, 2]])[0]

@@ -38,13 +38,13 @@ def adapters(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     found = {}
     for name, scale in (("checkpoint-1", 0.0), ("checkpoint-2", 0.5)):
         components, _ = load_adapted(sd1_folder)
-        inject_adapters(components.unet, AdapterConfig(targets=("attention",), rank=2))
+        inject_adapters(components.denoiser, AdapterConfig(targets=("attention",), rank=2))
         torch.manual_seed(0)
         with torch.no_grad():
-            for parameter in adapter_parameters(components.unet):
+            for parameter in adapter_parameters(components.denoiser):
                 parameter.add_(scale * torch.randn_like(parameter))
         folder = tmp_path_factory.mktemp(name)
-        found[name] = save_adapter(components.unet, folder / "a.safetensors")
+        found[name] = save_adapter(components.denoiser, folder / "a.safetensors")
     return found
 
 

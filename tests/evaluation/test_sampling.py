@@ -22,9 +22,9 @@ def test_the_base_is_the_model_without_its_adapters_and_steps_count_both(sd1_fol
     components = load_components(sd1_folder)
     prompts, seeds = [r.prompt for r in REQUESTS], [r.seed for r in REQUESTS]
     before = generate_images(components, prompts, seeds, SETTINGS, batch_size=2)
-    inject_adapters(components.unet, AdapterConfig(rank=2))
+    inject_adapters(components.denoiser, AdapterConfig(rank=2))
     with torch.no_grad():
-        for parameter in adapter_parameters(components.unet):
+        for parameter in adapter_parameters(components.denoiser):
             parameter.add_(0.1)
     steps: list[tuple[int, int]] = []
     answers = base_and_adapted(

@@ -21,9 +21,10 @@ from dora_diffusion.export.programs import (
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts import MODEL_VERDICTS
 from dora_diffusion.models.configuration import released_config
+from tests.families import UNETS
 
 V, EPSILON = "v_prediction", "epsilon"
-TOLD = {*((family, V) for family in FAMILIES), ("sd2", EPSILON)}
+TOLD = {*((family, V) for family in UNETS), ("sd2", EPSILON)}
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -166,7 +167,7 @@ def test_a1111_can_build_the_model_of_the_yaml(family: str, prediction: str) -> 
     assert (vae["ddconfig"], vae["embed_dim"]) == (yaml.safe_load("{" + VAE + "}"), 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 def test_the_yaml_says_what_the_model_predicts(family: str) -> None:
     """By the rules of A1111 and Forge: an attribute of the class, or the name of a scaling."""
     for prediction in (V, EPSILON) if family == "sd2" else (V,):

@@ -30,7 +30,7 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS
-from dora_diffusion.numerics.low_rank import weight_change
+from dora_diffusion.numerics.dora import weight_change
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import MakeAdapter
 from tests.formats.adapter.helpers import TABLE_HOLDS

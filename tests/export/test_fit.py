@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.export.fit import FitSettings, Fitted, decomposed
+from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import Fitted, decomposed
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import MakeAdapter

@@ -64,7 +64,7 @@ def test_no_strength_is_out_of_its_limits() -> None:
                 with case((name, value)), pytest.raises(ValueError, match=line):
                     given(name, value)
             for end in (-10, 10):
-                assert given(name, end).pairs()
+                assert given(name, end).pairs
 
 
 def test_the_hubs_name_of_a_file_is_its_hash(tmp_path: Path) -> None:

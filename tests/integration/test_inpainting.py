@@ -84,12 +84,13 @@ def difference(image: Image.Image, other: Image.Image) -> int:
 
 @torch.no_grad()
 def prediction(components: Any) -> Tensor:
-    """A UNet's prediction from nine channels of noise."""
+    """Prediction of a loaded model, or a pipeline, from nine channels of noise."""
     generator = torch.Generator().manual_seed(3)
-    config = components.unet.config
+    unet = getattr(components, "denoiser", None) or components.unet
+    config = unet.config
     states = torch.randn(1, 77, config.cross_attention_dim, generator=generator)
     added = {"text_embeds": torch.randn(1, 48, generator=generator), "time_ids": torch.ones(1, 6)}
-    predicted: Tensor = components.unet(
+    predicted: Tensor = unet(
         torch.randn(1, 9, 8, 8, generator=generator), torch.tensor([300]), states,
         added_cond_kwargs=added if config.addition_embed_type else None,
     ).sample  # fmt: skip
@@ -185,8 +186,8 @@ def test_a_single_file_becomes_a_folder_of_its_kind(family: str, folder: Path, t
     expected = load_components(folder)
     for found in (load_components(BaseModel(single, model_config=folder)), load_components(again)):
         assert found.family is expected.family
-        state = found.unet.state_dict()
-        assert all(torch.equal(state[k], v) for k, v in expected.unet.state_dict().items())
+        state = found.denoiser.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in expected.denoiser.state_dict().items())
 
 
 def test_modules_that_come_in_turns_paint_the_same(gpu: Any, sdxl_inpainting_folder: Path) -> None:
@@ -420,7 +421,7 @@ def test_held_out_losses_are_those_of_the_whole_image(sd1_inpainting_folder: Pat
     held_out = HeldOutImages(components, [noise((64, 64), 1)], [PROMPT])
     [[loss]] = held_out.losses([[3]], batch_size=4)
     read: list[Tensor] = []
-    components.unet.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    components.denoiser.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     again = HeldOutImages(components, [noise((64, 64), 1)], [PROMPT]).losses([[3]])[0]
     assert again == pytest.approx([loss])
     with torch.no_grad():

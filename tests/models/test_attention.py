@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_diffusion.models.latents import predict
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 
@@ -32,8 +31,8 @@ def test_every_attention_goes_through_scaled_dot_product_attention(
         calls.clear()
         latents = torch.zeros(1, components.latent_channels, 8, 8)
         ids = torch.zeros(1, 6) if components.family.has_time_ids else None
-        predict(components.unet, latents, torch.zeros(1, dtype=torch.int64), conditioning, ids)
-        assert len(calls) == len(components.unet.attn_processors) > 0
+        components.predict(latents, torch.zeros(1, dtype=torch.int64), conditioning, ids)
+        assert len(calls) == len(components.denoiser.attn_processors) > 0
         calls.clear()
         components.vae.decode(components.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode())
         assert len(calls) == len(components.vae.attn_processors) == 2

@@ -13,7 +13,7 @@ from dora_diffusion.models.load import load_components
 def test_no_part_is_replaced_in_place(sd1_folder) -> None:
     components = load_components(sd1_folder)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        components.vae = components.unet
+        components.vae = components.denoiser
 
 
 def test_parts_that_do_not_belong_together_are_refused_when_one_is_replaced(sd1_folder) -> None:
@@ -26,7 +26,7 @@ def test_parts_that_do_not_belong_together_are_refused_when_one_is_replaced(sd1_
 
 def test_evaluation_mode_ends_with_the_block_for_each_module_as_it_was(sd1_folder) -> None:
     components = load_components(sd1_folder)
-    components.unet.train()
+    components.denoiser.train()
 
     def fail_inside():
         with components.eval_mode():
@@ -41,9 +41,9 @@ def test_evaluation_mode_ends_with_the_block_for_each_module_as_it_was(sd1_folde
 
 def test_modules_are_moved_in_place(sd1_folder) -> None:
     components = load_components(sd1_folder)
-    unet = components.unet
+    unet = components.denoiser
     assert components.to("meta") is components
-    assert components.unet is unet
+    assert components.denoiser is unet
     devices = {p.device.type for m in components.modules().values() for p in m.parameters()}
     assert devices == {"meta"}
     assert components.device == torch.device("meta")

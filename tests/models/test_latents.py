@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import QUANTISATIONS, BaseModel
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families.stable_diffusion import predict_by_unet
 from dora_diffusion.models.latents import (
     encode_moments,
     latents_from_moments,
-    predict,
 )
 from dora_diffusion.models.load import load_components, load_vae
-from dora_diffusion.models.text import Conditioning
 from tests.refusal import refused
 
 
@@ -179,7 +179,7 @@ def test_in_half_precision_sizes_and_timesteps_stay_exact(dtype) -> None:
     """Half precision holds no odd number above 2048, bfloat16 none above 256."""
     unet = RecordingUNet(dtype)
     sizes = torch.tensor([[4001, 3003, 257, 0, 1023, 1025]], dtype=torch.float32)
-    predict(
+    predict_by_unet(
         unet,
         torch.ones(1, 4, 8, 8),
         torch.tensor([999]),
@@ -195,5 +195,5 @@ def test_in_half_precision_sizes_and_timesteps_stay_exact(dtype) -> None:
 def test_a_family_without_sizes_is_given_none() -> None:
     unet = RecordingUNet(torch.float32)
     hidden = Conditioning(torch.ones(2, 77, 8))
-    predict(unet, torch.ones(2, 4, 8, 8), torch.tensor([1, 2]), hidden)
+    predict_by_unet(unet, torch.ones(2, 4, 8, 8), torch.tensor([1, 2]), hidden)
     assert set(unet.given) == {"latents", "timesteps", "states"}

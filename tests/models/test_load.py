@@ -72,7 +72,7 @@ def test_folders_load_frozen_with_their_facts(
         assert not module.training
         assert not any(weight.requires_grad for weight in module.parameters())
     stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    loaded = components.unet.state_dict()
+    loaded = components.denoiser.state_dict()
     assert stored.keys() == loaded.keys()
     assert all(torch.equal(stored[key], loaded[key]) for key in stored)
 
@@ -105,7 +105,7 @@ def test_pipelines_sample_as_the_stock_pipeline_does(folder: Path, scheduler: st
         # The stock folder's scheduler leaves clipping at its class's default.
         config = dict(stock.scheduler.config, clip_sample=False, set_alpha_to_one=False)
         stock.scheduler = type(pipeline.scheduler).from_config(config)
-    assert pipeline.unet is components.unet
+    assert pipeline.unet is components.denoiser
     assert type(pipeline) is type(stock)
     assert type(pipeline.scheduler) is type(stock.scheduler)
     images = [
@@ -214,8 +214,8 @@ def test_variants(sd1_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(sd1_folder, tmp_path / "model")
     for path in list(folder.rglob("*.safetensors")):
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
-    expected = load_components(sd1_folder).unet.state_dict()
-    loaded = load_components(BaseModel(folder, variant="fp16")).unet.state_dict()
+    expected = load_components(sd1_folder).denoiser.state_dict()
+    loaded = load_components(BaseModel(folder, variant="fp16")).denoiser.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
     with pytest.raises(ValueError, match=r"unet could not be loaded \(it has no 'bf16' variant"):
         load_components(BaseModel(folder, variant="bf16"))
@@ -226,7 +226,7 @@ def test_half_precision_keeps_a_fragile_vae_in_float32(
     sdxl_folder: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     components = load_components(sdxl_folder, dtype=dtype)
-    assert components.unet.dtype == dtype
+    assert components.denoiser.dtype == dtype
     assert {encoder.dtype for encoder in components.text_encoders} == {dtype}
     assert components.vae.dtype == torch.float32
     stored = load_file(sdxl_folder / "vae" / "diffusion_pytorch_model.safetensors")
@@ -416,7 +416,9 @@ def test_a_schedule_of_another_kind_is_refused():
     from dora_diffusion.models.load import training_scheduler
 
     with pytest.raises(UnsupportedModelError, match="EDMDPMSolverMultistepScheduler"):
-        training_scheduler({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0})
+        training_scheduler(
+            {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0}, FAMILIES["sd1"]
+        )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -106,10 +106,10 @@ def test_a_gpu_holds_what_a_run_computes_with(family: str) -> None:
     size = table.resolution
     saving = {"gradient_checkpointing": True, "optimizer": "adamw8bit"}
     least = gpu_training_memory(family, size, saving)
-    parts = PROCESS_GIB + table.unet + table.adapter_8bit + table.recomputed
+    parts = PROCESS_GIB + table.denoiser + table.adapter_8bit + table.recomputed
     assert least == pytest.approx(parts)
     plain = gpu_training_memory(family, size, {})
-    assert plain == pytest.approx(PROCESS_GIB + table.unet + table.adapter + table.activations)
+    assert plain == pytest.approx(PROCESS_GIB + table.denoiser + table.adapter + table.activations)
 
     def more(batch: int = 1, precision: str = "bf16", **settings: object) -> float:
         found = gpu_training_memory(family, size, settings, batch=batch, precision=precision)
@@ -121,7 +121,7 @@ def test_a_gpu_holds_what_a_run_computes_with(family: str) -> None:
     assert more(train_text_encoder=True) == pytest.approx(trained)
     assert more(train_text_encoder=True, offload="none") == pytest.approx(trained + table.vae)
     assert more(batch=3) == pytest.approx(2 * table.activations)
-    assert more(precision="no") == pytest.approx(table.unet + table.activations)
+    assert more(precision="no") == pytest.approx(table.denoiser + table.activations)
     single = more(precision="no", offload="none") - more(precision="no")
     vae = table.vae * (1 if family == "sdxl" else 2)  # SDXL's is in float32 anyway.
     assert single == pytest.approx(2 * table.text_encoders + vae)
@@ -136,14 +136,15 @@ def test_weights_are_those_of_the_released_models() -> None:
     for family, ((unet, text_encoders, vae), width) in sizes.items():
         table = FAMILIES[family].gpu_memory
         for gib, millions, size in (
-            (table.unet, unet, 2), (table.text_encoders, text_encoders, 2), (table.vae, vae, width),
+            (table.denoiser, unet, 2), (table.text_encoders, text_encoders, 2),
+            (table.vae, vae, width),
         ):  # fmt: skip
             assert gib == pytest.approx(millions * 1e6 * size / 2**30, abs=0.006)
 
 
 def test_sdxl_at_1024_fits_a_card_of_8_gb() -> None:
     table = FAMILIES["sdxl"].gpu_memory
-    assert table.unet + table.adapter_8bit + table.recomputed <= 7
+    assert table.denoiser + table.adapter_8bit + table.recomputed <= 7
     settings = {**HALF, "gradient_checkpointing": True, "optimizer": "adamw8bit"}
     assert needed_memory("sdxl", 1024, settings, A100) <= 7.5
 
@@ -249,7 +250,7 @@ def test_a_quantised_base_takes_the_bytes_of_its_codes(family: str) -> None:
 
     for kind, bits in (("int8", 8), ("nf4", 4 + 8 / 64)):
         share = 1 - bits / 16
-        unet, whole = table.unet_linear, table.unet
+        unet, whole = table.denoiser_linear, table.denoiser
         assert saves(quantize=kind) == pytest.approx(share * unet, abs=0.02)
         every = saves(quantize=kind, quantize_convolutions=True)
         assert every == pytest.approx(share * whole, abs=0.02)

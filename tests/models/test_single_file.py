@@ -53,7 +53,7 @@ def test_a_single_file_loads_as_its_folder(
 def test_half_precision_keeps_the_fragile_vae_exact(sdxl_folder: Path, tmp_path: Path) -> None:
     file = single_file(sdxl_folder, tmp_path)
     loaded = load_components(BaseModel(file, model_config=sdxl_folder), dtype=torch.float16)
-    assert loaded.unet.dtype == torch.float16
+    assert loaded.denoiser.dtype == torch.float16
     assert {encoder.dtype for encoder in loaded.text_encoders} == {torch.float16}
     expected = load_components(sdxl_folder).vae.state_dict()
     assert all(torch.equal(loaded.vae.state_dict()[key], value) for key, value in expected.items())

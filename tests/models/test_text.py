@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from dora_diffusion.data.crops import CropRecord
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families.stable_diffusion import encode_tokens, tokenize
 from dora_diffusion.models.load import Components, load_components
 from dora_diffusion.models.text import (
-    Conditioning,
     encode_negative,
     encode_prompts,
-    encode_tokens,
     encode_unconditional,
     time_ids,
-    tokenize,
     truncated_text,
 )
 
@@ -54,7 +53,7 @@ def test_prompts_encode_as_in_the_pipeline(components: Components) -> None:
     hidden, _, pooled, _ = reference(components, PROMPTS)
     encoded = encode_prompts(components, PROMPTS)
     assert_same(encoded, hidden, pooled)
-    assert encoded.encoder_hidden_states.shape[-1] == components.unet.config.cross_attention_dim
+    assert encoded.encoder_hidden_states.shape[-1] == components.denoiser.config.cross_attention_dim
     assert_same(encode_prompts(components, [""]), *reference(components, [""])[0:4:2])
 
 
@@ -89,7 +88,7 @@ def test_long_prompts_are_cut_as_in_the_pipeline_and_say_what(components: Compon
     assert warning.filename == __file__
     hidden, _, pooled, _ = reference(components, [LONG, LONG, "a dog"])
     assert_same(encoded, hidden, pooled)
-    cut = truncated_text(components.tokenizers[0], LONG)
+    cut = truncated_text(components, LONG)
     assert repr(cut) in str(warning.message)
     assert LONG.strip().endswith(cut)
     assert len(cut.split()) == len(LONG.split()) - 75
@@ -99,7 +98,7 @@ def test_prompts_at_the_limit_do_not_warn(components: Components) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         encode_prompts(components, ["dog " * 75])
-    assert truncated_text(components.tokenizers[0], "dog " * 76) == "dog"
+    assert truncated_text(components, "dog " * 76) == "dog"
 
 
 def test_gradients_reach_every_encoder(components: Components) -> None:
@@ -164,7 +163,7 @@ def test_added_conditions_run_the_unet(components: Components) -> None:
     added = encoded.added_cond_kwargs(ids)
     assert (added is None) == (not components.family.has_time_ids)
     with torch.no_grad():
-        prediction = components.unet(
+        prediction = components.denoiser(
             torch.randn(2, 4, 8, 8),
             torch.tensor([3, 7]),
             encoded.encoder_hidden_states,
@@ -206,7 +205,7 @@ def test_long_prompts_are_read_in_chunks(components: Components) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             encoded = encode_prompts(reading, [long])
-        cut = truncated_text(components.tokenizers[0], long, reading.most_chunks)
+        cut = truncated_text(reading, long)
         assert cut.split() == words[kept:]
         assert [repr(cut)[:20] in str(each.message) for each in caught] == [True] * bool(limit)
         expected = by_hand(components, " ".join(words[:kept]))
@@ -230,7 +229,7 @@ def test_a_row_of_a_batch_does_not_depend_on_the_lengths_beside_it(components: C
         own = None if ids is None else ids.expand(len(encoded), -1)
         added = encoded.added_cond_kwargs(own)
         states = encoded.encoder_hidden_states
-        unet = components.unet
+        unet = components.denoiser
         return unet(latents[rows], torch.tensor(7), states, added_cond_kwargs=added).sample
 
     together = predict(slice(3), batch)

@@ -169,8 +169,8 @@ def test_every_reader_finds_all_vectors_of_a_word(
     assert is_named == (prompt in READINGS) or prompt == "a Zwq_1 dog"
     room = 75 - len(expected[0])
     full = prompt + " dog" * room
-    assert truncated_text(with_words.tokenizers[0], full) == ""
-    assert truncated_text(with_words.tokenizers[0], full + " cat") == "cat"
+    assert truncated_text(with_words, full) == ""
+    assert truncated_text(with_words, full + " cat") == "cat"
 
 
 BETWEEN = ["", *" ,.;:!?()[]{}|/\\'\"-_*+=&%$#@~^<>0a", "dog", "\xe9", ") (", "), (", "\n"]
@@ -210,8 +210,8 @@ def test_an_adapters_own_words_are_read_alike(
             torch.testing.assert_close(ours.tensors()[name], tensor, rtol=0, atol=1e-6)
     long = prompts[1]
     own = own_words(pooled.text_encoders[0], "mine")
-    cut = truncated_text(with_words.tokenizers[0], long)
-    assert truncated_text(pooled.tokenizers[0], long, own_tokens=own) == cut
+    cut = truncated_text(with_words, long)
+    assert truncated_text(pooled, long, own) == cut
 
 
 def test_gradients_are_those_of_a_table_that_grew(pair: tuple[Components, Components]) -> None:

@@ -48,7 +48,7 @@ def pixels(images):
 def make_adapter(components, path, *, text_encoders=False):
     """An adapter with random, noticeable weights, saved from a copy of the model."""
     generator = torch.Generator().manual_seed(7)
-    parts = components.adaptable() if text_encoders else {"unet": components.unet}
+    parts = components.adaptable() if text_encoders else {"unet": components.denoiser}
     for name, model in parts.items():
         targets = ("attention+conv",) if name == "unet" else ("text-encoder-attention",)
         inject_adapters(model, AdapterConfig(targets=targets, rank=2), generator=generator)
@@ -113,9 +113,9 @@ def test_prompts_are_read_as_the_adapter_says(family, clip_skip, request, tmp_pa
     base = load_components(folder)
     extra = {"max_token_length": "150", "clip_skip": str(clip_skip)}
     metadata = AdapterMetadata(base.family.name, extra=extra)
-    inject_adapters(base.unet, AdapterConfig(rank=2, targets=("cross-attention",)))
+    inject_adapters(base.denoiser, AdapterConfig(rank=2, targets=("cross-attention",)))
     components, _ = load_adapted(
-        folder, save_adapter({"unet": base.unet}, tmp_path, metadata=metadata)
+        folder, save_adapter({"unet": base.denoiser}, tmp_path, metadata=metadata)
     )
     assert (components.clip_skip, components.max_token_length) == (clip_skip, 150)
     prompt = PROMPT + " on the red backpack" * 20
@@ -196,11 +196,11 @@ def test_an_adapter_that_does_not_fit_is_refused(sdxl_folder, sd1_adapter):
 
 def test_training_mode_and_norm_caches_are_restored(sd1_folder, sd1_adapter):
     components, _ = load_adapted(sd1_folder, sd1_adapter)
-    components.unet.train()
+    components.denoiser.train()
     generate_images(components, PROMPT, [1], QUICK)
-    assert components.unet.training
+    assert components.denoiser.training
     assert not components.vae.training
-    routes = [getattr(module, "route", None) for module in components.unet.modules()]
+    routes = [getattr(module, "route", None) for module in components.denoiser.modules()]
     assert routes == [None] * len(routes)
 
     def fail(done, total):
@@ -208,7 +208,7 @@ def test_training_mode_and_norm_caches_are_restored(sd1_folder, sd1_adapter):
 
     with pytest.raises(KeyboardInterrupt):
         generate_images(components, PROMPT, [1], QUICK, on_step=fail)
-    assert components.unet.training
+    assert components.denoiser.training
 
 
 def test_the_global_generator_is_left_alone(sd1):
@@ -331,7 +331,7 @@ def test_zero_terminal_snr_samples_as_its_paper_says(sdxl_folder):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for number, t in enumerate(timesteps):
-            both = components.unet(
+            both = components.denoiser(
                 torch.cat([latents] * 2),
                 t,
                 torch.cat([0 * states, states]),

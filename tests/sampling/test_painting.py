@@ -130,7 +130,7 @@ def test_a_second_pass_is_image_to_image_over_the_enlarged_first(family, folder,
 def test_latents_of_any_channels_are_painted_into(name):
     """Under a white mask it is image to image; where the mask is black, the image stays."""
     components = load_components(name)
-    channels = components.unet.config.in_channels
+    channels = components.denoiser.config.in_channels
     assert channels != 4
     side = components.default_resolution
     settings = replace(SETTINGS, image=photo(side, side), denoise=0.6, width=side, height=side)
@@ -140,7 +140,7 @@ def test_latents_of_any_channels_are_painted_into(name):
     (all_of_it,) = generate_images(components, PROMPT, [5], replace(settings, mask_image=white))
     assert difference(over, all_of_it) <= 1
     (partly,) = generate_images(components, PROMPT, [5], replace(settings, mask_image=half))
-    assert components.unet.config.in_channels == channels
+    assert components.denoiser.config.in_channels == channels
     pixels = torch.from_numpy(np.asarray(photo(side, side), np.float32)).permute(2, 0, 1)[None]
     with torch.no_grad():
         latents = components.vae.encode(pixels / 127.5 - 1).latent_dist.mode()
@@ -171,9 +171,9 @@ def test_rows_of_several_adapters_are_painted_too(sd1_folder):
     for number, name in enumerate(("a", "b")):
         generator = torch.Generator().manual_seed(number)
         config = AdapterConfig(targets=("attention",), rank=2)
-        inject_adapters(components.unet, config, name=name, generator=generator)
+        inject_adapters(components.denoiser, config, name=name, generator=generator)
         with torch.no_grad():
-            for parameter in adapter_parameters(components.unet, name):
+            for parameter in adapter_parameters(components.denoiser, name):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     for changes in ({"image": photo()}, {"hires": 1.5}):
         settings = replace(SETTINGS, **changes)

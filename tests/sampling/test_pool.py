@@ -123,7 +123,7 @@ def test_what_is_asked_for_again_is_not_read_again(sdxl_folder, files, monkeypat
 def test_the_longest_unused_leave_when_the_budget_is_exceeded(sdxl_folder, files):
     sizes = [size_of(file) for file in files]
     components = load_components(sdxl_folder)
-    base = {name: p.clone() for name, p in components.unet.named_parameters()}
+    base = {name: p.clone() for name, p in components.denoiser.named_parameters()}
     pool = AdapterPool(components, budget=sizes[0] + sizes[1] + sizes[2] - 1)
     first = pool.names([files[0]])
     second = pool.names([files[1]])
@@ -132,7 +132,7 @@ def test_the_longest_unused_leave_when_the_budget_is_exceeded(sdxl_folder, files
     pool.names([files[2]])
     # The second was not asked for the longest.
     assert pool.size == sizes[0] + sizes[2]
-    assert not any(layer_adapters(components.unet, second[0]))
+    assert not any(layer_adapters(components.denoiser, second[0]))
     with pytest.raises(ValueError, match=r"take \d.* MB, and the pool may hold \d.* MB"):
         pool.names(files)
     assert pool.size <= pool.budget
@@ -141,10 +141,10 @@ def test_the_longest_unused_leave_when_the_budget_is_exceeded(sdxl_folder, files
     with pytest.raises(ValueError, match="larger budget"):
         pool.names([files[1]])
     assert pool.size == 0
-    assert {name: p.shape for name, p in components.unet.named_parameters()} == {
+    assert {name: p.shape for name, p in components.denoiser.named_parameters()} == {
         name: p.shape for name, p in base.items()
     }
-    assert all(torch.equal(p, base[name]) for name, p in components.unet.named_parameters())
+    assert all(torch.equal(p, base[name]) for name, p in components.denoiser.named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_norms_are_computed_when_an_adapter_is_first_used(sd1_folder, customers,
     pool.generate([ImageRow("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
     assert len(made) == other
     with torch.no_grad():
-        next(layer_adapters(pool.components.unet, "pool0")).up.mul_(2)
+        next(layer_adapters(pool.components.denoiser, "pool0")).up.mul_(2)
     changed = pixels(pool.generate(rows, QUICK))
     assert made[other:] == [1]
     assert np.array_equal(changed[0], first[0])

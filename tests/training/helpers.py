@@ -40,6 +40,7 @@ from dora_diffusion.training.terms import (
     Term,
     Unmasked,
     mean_losses,
+    squared_error,
 )
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -109,13 +110,17 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Run
             **settings,
         },
     )
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    return moved(assemble(config, subjects_of(config), make_accelerator(config)))
+
+
+def moved(run: Run) -> Run:
+    """A run whose weights are all moved: a fresh adapter is the base."""
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():  # A fresh adapter is the base: everything must have moved.
-        for parameter in session.weights.parameters().values():
+    with torch.no_grad():
+        for parameter in run.weights.parameters().values():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
-    return session
+    return run
 
 
 def terms_of(
@@ -128,10 +133,11 @@ def terms_of(
 ) -> list[Term]:
     """Terms of a loss, with the prior of class captions, or those of a slider."""
     process = components.process
-    delta = partial(process.huber_delta, schedule=huber, c=0.1) if huber else None
+    delta = partial(process.huber_delta, schedule=huber, c=0.1) if huber else squared_error
     loss = RowLoss(process, {"snr_gamma": snr_gamma} if snr_gamma else {}, delta)
     if slider is not None:
-        return [Slider(loss, slider.slider_pairs, slider.slider_guidance)]
+        pairs = {t: [e for p, e in slider.slider_pairs if p == t] for t in slider.target}
+        return [Slider(loss, pairs, slider.slider_guidance)]
     unmasked = [Unmasked(loss, unmasked_prior)] if unmasked_prior else []
     return [Denoising(loss), Prior(loss), *unmasked]
 
@@ -147,15 +153,15 @@ def losses_by(
     encode = Conditioner(components, train_text_encoder)
     drawn = Drawn(batch, [[Question(a, batch, encode) for a in t.asks(batch)] for t in terms])
     base = partial(disabled, *components.adaptable().values())
-    answers = answer(components.unet, drawn.distinct(), base)
-    parts = zip(terms, drawn.questions, strict=True)
+    answers = answer(components, drawn.distinct(), base)
+    parts = [(t, q) for t, q in zip(terms, drawn.questions, strict=True) if q]
     return mean_losses(batch, [t.losses(batch, *map(answers.__getitem__, q)) for t, q in parts])
 
 
 def predictions_of(step: Step, batch: Batch) -> torch.Tensor:
     """Predictions of a step's model, as it is, for all rows of a batch."""
     question = Question(Ask(batch.captions), batch, step.encode)
-    return answer(step.components.unet, [question], nullcontext)[question]
+    return answer(step.components, [question], nullcontext)[question]
 
 
 def hook_of(step: Step, kind: type[T]) -> T:

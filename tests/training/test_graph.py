@@ -29,6 +29,7 @@ from tests.training.helpers import accelerator_of_fp16, losses, needs_library, o
 from tests.training.test_every_setting import CASES as SETTINGS
 from tests.training.test_every_setting import USUAL, filled
 from tests.training.test_every_setting import places as places
+from tests.z_image import write_z_image
 
 STEPS = 6
 WAITS = {f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")}
@@ -163,6 +164,22 @@ def test_sdxl_and_new_words(opened: Callable[..., Run], sdxl_folder: Path) -> No
     assert len({key[0] for key in graphed.step._graphs}) == 2  # type: ignore[attr-defined]
 
 
+def test_captions_of_other_lengths_have_graphs_of_their_own(
+    opened: Callable[..., Run], shaped_photos: Path, tmp_path: Path
+) -> None:
+    """On a transformer, whose mask of attention depends on them."""
+    folder = write_z_image(tmp_path / "z")
+    for number, file in enumerate(sorted(shaped_photos.glob("*.txt"))):
+        file.write_text(f"sks mug{' on the red table' * (number % 2)}", encoding="utf-8")
+    settings = {"targets": ["attention+ff"], "rank_dropout": 0.5}
+    plain, graphed, expected, found = both(opened, folder=folder, **settings)
+    assert found == expected
+    assert Tape.replays >= 2
+    assert len(graphed.step._graphs) > 1  # type: ignore[attr-defined]
+    for own, other in zip(plain.step.parameters, graphed.step.parameters, strict=True):
+        assert torch.equal(own, other)
+
+
 def test_accumulated_gradients_are_the_sums_of_the_batches(opened: Callable[..., Run]) -> None:
     """Each batch has its graph. Rounding differs from sums in the buffers of one backward pass."""
     settings = {"gradient_accumulation_steps": 3, "caption_dropout": 0.5, "max_grad_norm": 0.0}
@@ -192,7 +209,7 @@ def test_nothing_moves_from_step_to_step(opened: Callable[..., Run]) -> None:
             for tensor in (*own._factors, own._gain, own._shift, *own._gradients, *own._sums)
         ]
         states = [v for state in step.optimizer.state.values() for v in state.values()]
-        flat = step.parameters._gradients  # type: ignore[attr-defined]
+        flat = [group.gradient for group in step.parameters._flat]  # type: ignore[attr-defined]
         every = [*buffers, *gradients, *flat, *step.parameters, *trained, *states]
         seen.append([tensor.data_ptr() for tensor in every])
         return record
@@ -233,12 +250,12 @@ def continued(runs: tuple[Run, Run], numbers: range) -> None:
 
 
 def moved_weight(run: Run) -> None:
-    norm = run.components.unet.conv_norm_out
+    norm = run.components.denoiser.conv_norm_out
     norm.weight.data = norm.weight.data * 1.1
 
 
 def other_layout(run: Run) -> None:
-    _, layer = next(adapted_layers(run.components.unet))
+    _, layer = next(adapted_layers(run.components.denoiser))
     layer.adapters["default"].alpha *= 3
 
 
@@ -411,8 +428,8 @@ def test_every_other_setting_is_the_same_with_graphs(
         needs_library("adamw8bit")
     if "keep_best" in values or "early_stopping_patience" in values:
         values["learning_rate"] = 1e-3  # With a larger one, norms have to be recomputed.
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.training.trainable.adapters.compile_blocks", lambda unet: 0)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", lambda unet: 0)
     runs = []
     for on in (False, True):
         config = TrainConfig(**filled({**values, "cuda_graph": on}, places))

@@ -41,7 +41,6 @@ from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results import effect
 from dora_diffusion.training.run import Run
-from dora_diffusion.training.trainable import adapters
 from tests.apple import DEVICE, AppleGPU
 from tests.refusal import refused
 from tests.training.helpers import assert_same_adapter, losses, make_config, warnings_of
@@ -388,10 +387,9 @@ def test_compiled_blocks_of_an_offloaded_model_train_the_same(
 
     monkeypatch.setattr(offload, "_move", move)
     counter = CompileCounterWithBackend("eager")  # without a C++ compiler
-    monkeypatch.setattr(
-        adapters, "compile_blocks", partial(compile_blocks, backend=counter, fullgraph=True)
-    )
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
+    backend = partial(compile_blocks, backend=counter, fullgraph=True)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()
     settings = {"num_validation_images": 1, "validation_steps": 1}

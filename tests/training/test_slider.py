@@ -90,7 +90,7 @@ def test_a_fresh_slider_has_the_whole_move_to_learn(sd1_folder: Path, tmp_path: 
     with torch.no_grad():
         for row in range(2):
             high, low = (
-                base.unet(
+                base.denoiser(
                     noisy[row : row + 1],
                     batch.inputs.timesteps[row],
                     pipeline.encode_prompt(prompt, "cpu", 1, False)[0],
@@ -305,7 +305,7 @@ def test_samples_are_a_strip_of_the_written_file(sd1_folder: Path, tmp_path: Pat
     sampling = SamplingSettings(steps=2, width=32, height=32)
     places = []
     for strength in SLIDER_STRENGTHS:
-        set_strength(components.unet, strength)
+        set_strength(components.denoiser, strength)
         for image in generate_images(components, TARGET, [3, 4], sampling):
             places.append(find(sheet, image, within=1)[0])
     columns, rows = (sorted({place[axis] for place in places}) for axis in (0, 1))
@@ -366,9 +366,9 @@ def test_a_merged_model_is_the_live_one_and_three_times_the_opposite_change(
     method, adapter = trained
     assert report_on(adapter).method.lower() == method
     export_checkpoint(sd1_folder, adapter, tmp_path / "merged", strength=-3.0)
-    merged = load_components(tmp_path / "merged").unet.state_dict()
-    live = load_adapted(sd1_folder, adapter, strength=-3.0)[0].unet
-    base = load_components(sd1_folder).unet.state_dict()
+    merged = load_components(tmp_path / "merged").denoiser.state_dict()
+    live = load_adapted(sd1_folder, adapter, strength=-3.0)[0].denoiser
+    base = load_components(sd1_folder).denoiser.state_dict()
     layers = dict(adapted_layers(live))
     merged_there = {name: layer.merged() for name, layer in layers.items()}
     set_strength(live, 1.0)

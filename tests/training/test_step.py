@@ -226,7 +226,7 @@ def test_compiled_blocks_learn_what_others_do_and_are_compiled_once(
     )
     torch._dynamo.reset()
     counters.clear()
-    compile_blocks(compiled.components.unet.mid_block, backend="aot_eager")
+    compile_blocks(compiled.components.denoiser.mid_block, backend="aot_eager")
     graphs = []
     for step in (1, 2, 3):
         records = plain.step(step), compiled.step(step)

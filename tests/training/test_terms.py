@@ -158,7 +158,8 @@ def adapted_components(folder: Any, case: Case) -> Components:
 def ours(components: Components, case: Case, samples: SampleBatch) -> tuple[Batch, Tensor, Tensor]:
     """Loss of subject and prior as training computes them; gradients are left behind."""
     slider = TrainConfig(**SLIDER) if case.prior == "slider" else None
-    config = TrainConfig(seed=SEED, noise_offset=case.noise_offset)
+    held = {"masked_loss": case.masked, "unmasked_prior": case.unmasked_prior}
+    config = TrainConfig(seed=SEED, noise_offset=case.noise_offset, **held)
     batch = draw_batch(components, components.process, samples, config, MICRO_STEP, FIRST_ROW)
     terms = terms_of(
         components,

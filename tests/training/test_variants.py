@@ -78,7 +78,7 @@ def test_a_checkpoint_holds_all_that_its_adapter_is_made_of(
     expected = adapter_state(session.weights.modules)
     other = open_run(sd1_folder, photos, tmp_path / "b", **settings)
     with torch.no_grad():
-        for _, layer in adapted_layers(other.components.unet):
+        for _, layer in adapted_layers(other.components.denoiser):
             for tensor in (*layer.adapters.parameters(), *layer.adapters.buffers()):
                 tensor.neg_()
     restore(other, state)
@@ -148,8 +148,8 @@ def test_a_fresh_pissa_has_the_leading_part_of_each_weight(
     sd1_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], init="pissa")
-    base = dict(load_components(sd1_folder).unet.named_parameters())
-    for path, layer in adapted_layers(session.components.unet):
+    base = dict(load_components(sd1_folder).denoiser.named_parameters())
+    for path, layer in adapted_layers(session.components.denoiser):
         weight = base[f"{path}.weight"]
         direction = layer.adapters["default"].parametrization
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)

@@ -52,7 +52,7 @@ def rows_of(name: str, weight: Tensor, tuned: Tensor) -> Rows:
 @torch.no_grad()
 def adapted_rows(adapter: Path) -> list[Rows]:
     """The rows of every layer of the UNet that an adapter of `BASE` changes, most changed first."""
-    weights = load_components(BASE).unet.state_dict()
+    weights = load_components(BASE).denoiser.state_dict()
     found = []
     for name, layer in read_adapter(adapter).layers.items():
         weight = weights.get(f"{name.removeprefix('unet.')}.weight")

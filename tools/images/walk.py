@@ -18,7 +18,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, read_photo
 from dora_diffusion.lab.analysis.plots import save_figure
 from dora_diffusion.models.embedded import samples_folder
-from dora_diffusion.models.latents import encode_moments, latents_from_moments, predict
+from dora_diffusion.models.latents import encode_moments, latents_from_moments
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import add_noise, denoising_loss, sample_noise, training_target
 
@@ -42,7 +42,7 @@ def walk() -> dict[str, Any]:
     alpha_bar = components.scheduler.alphas_cumprod[timesteps]
     noisy_latents = add_noise(latents, noise, alpha_bar)
     conditioning = encode_prompts(components, [photo.caption])
-    model_pred = predict(components.unet, noisy_latents, timesteps, conditioning)
+    model_pred = components.predict(noisy_latents, timesteps, conditioning)
     target = training_target(components.prediction_type, latents, noise, alpha_bar)
     return {
         "photo": photo, "record": record, "pixels": pixels, "latents": latents, "noise": noise,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dora_diffusion.config.families import Family
 from dora_diffusion.lab.toy.instrument import ATTRIBUTES
-from dora_diffusion.models.text import Conditioning, encode_tokens
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families.stable_diffusion import encode_tokens
 from dora_diffusion.numerics.loss import add_noise, denoising_loss, training_target
 from tools.pretrain.fit import FitSettings, Progress, fit
 from tools.pretrain.instrument import NO_NAME

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.models.embedded import model_folder
-from dora_diffusion.models.text import tokenize
+from dora_diffusion.models.families.stable_diffusion import tokenize
 
 if TYPE_CHECKING:
     from tools.pretrain.sdxl import TextToImageXL

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_diffusion.lab.toy.instrument import ATTRIBUTES
 from dora_diffusion.lab.toy.world import PLACES, Scene
-from dora_diffusion.models.text import tokenize
+from dora_diffusion.models.families.stable_diffusion import tokenize
 from tools.pretrain.captions import PATTERN_PHRASES, PATTERN_WORDS
 from tools.pretrain.corpus import CAPTIONS_PER_IMAGE, Corpus
 from tools.pretrain.data import to_pixels

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.models.latents import predict
-from dora_diffusion.models.text import tokenize
+from dora_diffusion.models.families.stable_diffusion import predict_by_unet, tokenize
 from tools.pretrain.diffusion import Denoiser, clip_text_config
 from tools.pretrain.pipeline import finish_folder
 from tools.pretrain.vae import LATENT_CHANNELS
@@ -51,7 +50,7 @@ class TextToImage(Denoiser):
         """See `Denoiser.forward`."""
         token_ids = torch.where(dropped[:, None], self.empty, token_ids)
         conditioning = self.encode_text(token_ids)
-        prediction = predict(self.unet, noisy_latents, timesteps, conditioning)
+        prediction = predict_by_unet(self.unet, noisy_latents, timesteps, conditioning)
         return prediction, conditioning.encoder_hidden_states
 
 

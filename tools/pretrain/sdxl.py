@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.models.latents import predict
-from dora_diffusion.models.text import Conditioning
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.families.stable_diffusion import predict_by_unet
 from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
 from tools.pretrain.pipeline import finish_folder
 from tools.pretrain.vae import LATENT_CHANNELS
@@ -63,7 +63,7 @@ class TextToImageXL(Denoiser):
         assert pooled is not None
         keep = (~dropped).to(states.dtype)
         kept = Conditioning(states * keep[:, None, None], pooled * keep[:, None])
-        return predict(self.unet, noisy_latents, timesteps, kept, time_ids), states
+        return predict_by_unet(self.unet, noisy_latents, timesteps, kept, time_ids), states
 
 
 def new_unet() -> Any:

@@ -24,7 +24,7 @@ VIRTUAL = "from tests.cluster.serving.helpers import run"
 # Ends a pause that would go on for ever where all is well: a slow machine makes it prove less.
 PAUSES = {"paused.wait(0.2)"}
 # Whose limits are what is tested.
-SETTINGS = {"deployment"}
+SETTINGS = {"serve_settings"}
 LIMITED = {
     "acquire", "communicate", "join", "set_default_timeout", "sleep", "wait", "wait_for_timeout",
 }  # fmt: skip

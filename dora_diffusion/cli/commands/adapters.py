@@ -99,9 +99,10 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
     to: str = flag(
         REQUIRED,
         f"Program that gets the format it needs of this adapter: {', '.join(PROGRAMS)}. Or a "
-        "format: diffusers, peft; kohya, for LyCORIS; for one --base: comfyui, dense (large), and "
-        "lora, lora-diffusers, which approximate it without magnitudes. Or smaller-rank: the same "
-        "method with --rank, --conv_rank or --energy, nearest with --base.",
+        "format: diffusers, peft; kohya, for LyCORIS; diffusion_model, for transformers; for one "
+        "--base: comfyui, dense (large), and lora, lora-diffusers, which approximate it without "
+        "magnitudes. Or smaller-rank: the same method with --rank, --conv_rank or --energy, "
+        "nearest with --base.",
         choices=TARGETS,
         refused=NOT_TARGETS,
     )
@@ -161,7 +162,8 @@ class Fit(Written, Limits, RequiredBase):
     )
     format: str | None = flag(
         None,
-        "Key format. Default: diffusers; on the input axis kohya, the only one that supports it.",
+        "Key format. Default: diffusers; on the input axis the only one that supports it: kohya, "
+        "or for transformers diffusion_model.",
         choices=KEY_FORMATS,
     )
 
@@ -178,9 +180,7 @@ class ExtractSettings(Fit):
         ".safetensors file.",
     )
     tuned_variant: str | None = flag(
-        None,
-        "Weight variant of --tuned, such as fp16.",
-        needs=(OfModel("tuned", "tuned model"),),
+        None, "Weight variant of --tuned, such as fp16.", needs=(OfModel("tuned", "tuned model"),)
     )
     tuned_revision: str | None = flag(
         None,
@@ -189,10 +189,7 @@ class ExtractSettings(Fit):
     )
     rank: int = flag(REQUIRED, "Largest rank; small layers get less.")
     norm_axis: str | None = flag(
-        None,
-        "Axis of the magnitudes. Default: output.",
-        choices=NORM_AXES,
-        needs=(magnitudes,),
+        None, "Axis of the magnitudes. Default: output.", choices=NORM_AXES, needs=(magnitudes,)
     )
 
     def perform(self) -> int:

@@ -83,10 +83,11 @@ def _facts_of_model(report: ModelReport) -> list[tuple[str, str]]:
 def _facts(report: AdapterReport) -> list[tuple[str, str]]:
     metadata, size = report.metadata, report.nbytes / 1e6
     family = FAMILIES.get(metadata.family)
+    kind = f"{report.key_format} key format".replace("other", "an unknown")
     axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
     reading = reading_in_words(stated_reading(metadata.extra), family or DEFAULT_FAMILY)
     rows = [
-        ("file", f"{report.path.name}, {_key_format(report.key_format)}, {size:.2f} MB"),
+        ("file", f"{report.path.name}, {kind}, {size:.2f} MB"),
         ("method", report.method + axis),
         ("family", f"{family.title} ({family.name})" if family else _UNKNOWN),
         ("rank", _one_or_range(report.rank)),
@@ -120,10 +121,6 @@ def _verdicts(report: AdapterReport | ModelReport) -> list[tuple[str, str]]:
     if fits := getattr(report, "fits", ""):
         rows.append(("fits", fits))
     return rows + [("note", note) for note in report.notes]
-
-
-def _key_format(name: str) -> str:
-    return "an unknown key format" if name == "other" else f"{name} key format"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

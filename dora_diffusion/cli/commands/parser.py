@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,60 +30,19 @@ _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 # Flags for files that may contain required settings.
 _SOURCES = ("--config", "--repeat")
-CONFIG_HELP = "YAML file of settings; flags given here take precedence over it."
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Help formatter that states the default of every optional flag."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        # A required flag has no default, even if a file may contain it.
-        has_default = not action.required and action.default is not argparse.SUPPRESS
-        takes_part = action.option_strings and has_default and text
-        if not takes_part or "Default:" in text or action.dest in ("help", "help_all", "version"):
-            return text
-        default = {False: "off", True: "on", None: "none", "": "none"}.get(
-            action.default if isinstance(action.default, bool | str | None) else "?", "%(default)s"
-        )
-        return f"{text} Default: {'none' if action.default == [] else default}."
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        return (
-            ""
-            if isinstance(action, SwitchAction)
-            else super()._format_args(action, default_metavar)
-        )
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if isinstance(action, SwitchAction):
-            return ", ".join(action.option_strings)
-        return super()._format_action_invocation(action)
+CONFIG_HELP = "YAML file of settings; flags given here take precedence over it. Default: none."
 
 
 class SwitchAction(argparse.Action):
-    """Switch ``--x`` or ``--no-x``; also ``--x true``, as in scripts with ``type=bool``."""
+    """Switch ``--x`` or ``--no-x``."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
         names = [*option_strings, *(f"--no-{name[2:]}" for name in option_strings)]
-        super().__init__(names, dest, nargs="?", **more)
+        super().__init__(names, dest, nargs=0, **more)
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         """Set the value."""
-        negated = str(option_string).startswith("--no-")
-        value = True if values is None else SWITCH_WORDS.get(str(values).lower())
-        if value is None or (negated and values is not None):
-            parser.error(
-                f"{option_string} takes no value {values!r}; write --{self.dest} or "
-                f"--no-{self.dest}"
-            )
-        setattr(namespace, self.dest, value != negated)
+        setattr(namespace, self.dest, not option.startswith("--no-"))
 
 
 class _HelpAllAction(argparse.Action):
@@ -110,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         # No abbreviations, since a new flag could make them ambiguous.
-        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
+        super().__init__(**{"allow_abbrev": False, **options})
         self.refusal: Callable[[str], str | None] = lambda name: None
         self.meant_by: Callable[[str], str | None] = self._near_flag
         self.first: Container[str] | None = None
@@ -151,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         self._refuse_unknown_flags(words if self._subparsers is None else words[:commands])
         has_source = self.has_file and any(word.partition("=")[0] in _SOURCES for word in words)
         with self._with_nothing_required() if has_source else nullcontext():
-            known, left = super().parse_known_args(self._closed(words), namespace)
+            known, left = super().parse_known_args(self._with_plain_switches(words), namespace)
         if left:
             what = counted(len(left), "word")
             self.error(f"{what} too many: {' '.join(left)}; put a value that has spaces in quotes")
@@ -160,28 +120,38 @@ class Parser(argparse.ArgumentParser):
     @contextmanager
     def _with_nothing_required(self) -> Iterator[None]:
         """Require no flag and no positional argument inside the block."""
-        saved = [(action, action.required, action.nargs) for action in self._actions]
-        for action in self._actions:
+        required = [action for action in self._actions if action.required]
+        for action in required:
             action.required = False
-            if not action.option_strings:
-                action.nargs = "*" if action.nargs == "+" else "?"
         try:
             yield
         finally:
-            for action, required, nargs in saved:
-                action.required, action.nargs = required, nargs
+            for action in required:
+                action.required = True
 
-    def _closed(self, words: Sequence[str]) -> list[str]:
-        """Return the words, with switches written so that they do not take the next as a value."""
-        if all(action.option_strings for action in self._actions):
-            return list(words)
-        closed = []
-        for word, after in zip(words, [*words, ""][1:], strict=True):
-            is_switch = isinstance(self._option_string_actions.get(word), SwitchAction)
-            if is_switch and after.lower() not in SWITCH_WORDS:
-                word = f"--{word[5:]}=false" if word.startswith("--no-") else f"{word}=true"
-            closed.append(word)
-        return closed
+    def _with_plain_switches(self, words: Sequence[str]) -> list[str]:
+        """Replace ``--x true`` and ``--x=no``, as in scripts with ``type=bool``, by the switch."""
+        has_positional = not all(action.option_strings for action in self._actions)
+        remaining, plain = deque(words), list[str]()
+        while remaining:
+            name, sign, value = (word := remaining.popleft()).partition("=")
+            if isinstance(self._option_string_actions.get(name), SwitchAction):
+                following = remaining[0] if remaining and not sign else "-"
+                # With positional arguments, another word than true or false is one of them.
+                if following.lower() in SWITCH_WORDS or not (
+                    has_positional or following[:1] == "-"
+                ):
+                    sign, value = "=", remaining.popleft()
+                word = self._switch(name, value) if sign else name
+            plain.append(word)
+        return plain
+
+    def _switch(self, name: str, value: str) -> str:
+        is_on = SWITCH_WORDS.get(value.lower())
+        if is_on is None or name.startswith("--no-"):
+            other = name.removeprefix("--no-").removeprefix("--")
+            self.error(f"{name} takes no value {value!r}; write --{other} or --no-{other}")
+        return name if is_on else f"--no-{name[2:]}"
 
     def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
         flags = [name for name in self._option_string_actions if name.startswith("--")]

@@ -41,8 +41,7 @@ class PrepareSettings(CommandSettings):
         "sub-folder each. Default: none, photos are only checked.",
     )
     similarity_model: str | None = flag(
-        None,
-        "Image-similarity model that finds more duplicates: efficientnet-lite0, CLIP or DINO.",
+        None, "Image-similarity model that finds more duplicates: efficientnet-lite0, CLIP or DINO."
     )
     caption_model: str | None = flag(
         None, "Write missing captions: image-to-text model or WD tagger, folder or hub id."

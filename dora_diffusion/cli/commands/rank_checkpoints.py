@@ -58,9 +58,7 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
         if self.base is not None:
             base = replace(base, path=self.base, variant=None, revision=None)
         base = replace(
-            base,
-            variant=self.variant or base.variant,
-            revision=self.revision or base.revision,
+            base, variant=self.variant or base.variant, revision=self.revision or base.revision
         )
         questions = _questions(config, self, str(base.path))
         tell(phase="loading the model")

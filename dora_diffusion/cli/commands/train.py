@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +29,15 @@ from dora_diffusion.config import (
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.elsewhere import notes
-from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
-from dora_diffusion.config.fields import require_choice
+from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES, Family
+from dora_diffusion.config.fields import Setting, require_choice
+from dora_diffusion.config.file import line_prefix
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
-from dora_diffusion.config.presets import preset_settings
-from dora_diffusion.config.problems import Problems
-from dora_diffusion.config.subject_list import subject_configs
+from dora_diffusion.config.presets import preset_advice, preset_settings
+from dora_diffusion.config.problems import Problems, read_values
+from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.config.wording import quoted
-from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.models.locate import is_embedded, known_family
 
 if TYPE_CHECKING:
     from dora_diffusion.training.recipe import TrainResult
@@ -72,7 +72,7 @@ class TrainSettings(CommandSettings):
             help="Train several subjects at once, each as a separate adapter in OUTPUT_DIR/NAME. "
             "PATH is a dataset file (see dataset_config) whose entries may have a name and most "
             "settings of a run, or a folder with a sub-folder of photos per subject. Other flags "
-            "apply to all subjects.",
+            "apply to all subjects. Default: none.",
         )
         add_settings(parser)
 
@@ -84,7 +84,11 @@ class TrainSettings(CommandSettings):
     def perform(self) -> int:
         """Train, with a progress bar. Returns the exit code."""
         args, config = self.args, train_config(self.args)
-        configs = subject_configs(args.pack, config) if args.pack else {}
+        configs: Mapping[str, TrainConfig | ConfigError] = {}
+        if args.pack:
+            from dora_diffusion.config.subject_list import subject_configs
+
+            configs = subject_configs(args.pack, config)
         if args.dry_run:
             return print_training_summary(configs or {"": config})
         warn_of_toy_model(config, args)
@@ -125,19 +129,21 @@ def add_settings(parser: Parser) -> None:
             f"{name}: {one.about} {one.measured}"
             + (f" It sets --token '{one.settings['token']}'." if "token" in one.settings else "")
             for name, one in PRESETS.items()
-        ),
+        )
+        + " Default: none.",
     )
     parser.add_argument(
         "--memory",
         metavar="GIB",
         help="Choose precision, gradient checkpointing, optimizer, quantised base and resolution "
         "to fit this memory, unless they are given: GiB of a GPU, or auto for the free memory of "
-        "this machine. By counted memory, not yet measured on GPUs.",
+        "this machine. By counted memory, not yet measured on GPUs. Default: none.",
     )
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="List the training images with their captions, and exit before the model is loaded.",
+        help="List the training images with their captions, and exit before the model is loaded. "
+        "Default: off.",
     )
     add_flags(parser, settings())
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
@@ -232,40 +238,38 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     Warns:
         UserWarning: If a flag has no effect, or a setting has another meaning in other trainers.
     """
-    names = {setting.name for setting in settings()}
+    known, problems = settings_by_name(), Problems()
     values, lines = read_config_lines(args.config) if args.config else ({}, {})
-    named, memory = values.pop("preset", None), values.pop("memory", None)
-    preset, memory = args.preset or named, args.memory or memory
-    values = _settings_of(args.config, values, lines, names)
-    flags = {name: value for name, value in vars(args).items() if name in names}
+    prefix = line_prefix(args.config, lines)
+    preset = args.preset or values.get("preset")
+    memory = args.memory or values.get("memory")
+    with problems.collect():
+        kept = {key: value for key, value in values.items() if not _is_ignored(key)}
+        values = read_values(kept, _setting_of_file, prefix)
+    flags = {name: value for name, value in vars(args).items() if name in known}
+    with problems.collect():
+        flags = read_values(flags, known.__getitem__)
+    problems.raise_all()
     # A file with all settings was written by a run, not typed.
-    typed = flags.keys() if names <= values.keys() else values.keys() | flags.keys()
+    typed = flags.keys() if known.keys() <= values.keys() else values.keys() | flags.keys()
     values = overridden(values, flags)
     if preset is not None:
         values = _preset(str(preset), values | flags) | values
+    elif family := _family_of(values | flags):
+        values = {**family.defaults, **values}
     if memory is not None:
         values = _fitting(str(memory), values | flags) | values
-    with _naming_lines(args.config, {n: line for n, line in lines.items() if n not in flags}):
+    try:
         config = TrainConfig.from_dict(values | flags)
+    except ConfigError as error:
+        line = "" if error.setting in flags else prefix(error.setting)
+        raise ConfigError(f"{line}{error}", error.setting) from error
     _warn_of_flags(args, config, flags)
     for line in notes(config, settings(), typed):
         warnings.warn(line, stacklevel=1)
     if preset is not None:
         _warn_of_photos(str(preset), config)
     return config
-
-
-@contextlib.contextmanager
-def _naming_lines(file: str | None, lines: Mapping[str, int]) -> Iterator[None]:
-    """Add the line of the file to errors about a file's settings inside the block."""
-    try:
-        yield
-    except ConfigError as error:
-        problems = Problems()
-        for part in error.parts or [error]:
-            line = lines.get(part.setting)
-            problems.add(part, "" if line is None else f"{file}, line {line}: ")
-        problems.raise_all()
 
 
 def _warn_of_photos(preset: str, config: TrainConfig) -> None:
@@ -281,13 +285,13 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a preset.
 
     Warns:
-        UserWarning: If the steps are a guess, since the model is not on this machine.
+        UserWarning: If the steps are a guess, since the model is not on this machine, or if the
+            preset is for other families.
     """
     from dora_diffusion.models.locate import model_info
 
     require_choice("preset", name, tuple(PRESETS))
-    default = TrainConfig.pretrained_model_name_or_path
-    model = str(values.get("pretrained_model_name_or_path", default))
+    model = _model_of(values)
     family = FAMILIES.get(model_info(model).family)
     preset = preset_settings(name, family or DEFAULT_FAMILY, is_embedded=is_embedded(model))
     if family is None and "max_train_steps" not in values:
@@ -296,7 +300,20 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             f"{preset['max_train_steps']} steps; give --max_train_steps for another family",
             stacklevel=1,
         )
+    if family and (advice := preset_advice(name, family)):
+        warnings.warn(advice, stacklevel=1)
     return preset
+
+
+def _model_of(values: Mapping[str, Any]) -> str:
+    """Return the name of the base model in settings."""
+    default = TrainConfig.pretrained_model_name_or_path
+    return str(values.get("pretrained_model_name_or_path", default))
+
+
+def _family_of(values: Mapping[str, Any]) -> Family | None:
+    """Return the family of the base model in settings; None while it is unknown."""
+    return known_family(_model_of(values))
 
 
 def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,10 +323,15 @@ def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: If the memory is neither.
 
     Warns:
-        UserWarning: If the model is embedded, and so fits anywhere.
+        UserWarning: If the model is embedded, and so fits anywhere; or if it was not measured.
     """
     from dora_diffusion.models.locate import model_info
-    from dora_diffusion.models.memory import describe_device, fitting_settings, gpu_of
+    from dora_diffusion.models.memory import (
+        describe_device,
+        fitting_settings,
+        gpu_of,
+        needed_memory,
+    )
 
     device = describe_device() if memory == "auto" else gpu_of(memory)
     current = {**TrainConfig().to_dict(), **values}
@@ -320,33 +342,38 @@ def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
     info = model_info(model)
     batch = int(current["train_batch_size"]) * (2 if current["with_prior_preservation"] else 1)
     family, size = info.family if info.has_released_shape else "", current["resolution"]
-    return fitting_settings(family, size or info.resolution, device, batch=batch)
+    size = size or info.resolution
+    fitting = fitting_settings(family, size, device, batch=batch)
+    if family and needed_memory(family, size, fitting, device, batch=batch) is None:
+        warnings.warn(
+            f"memory {memory} is not compared with training of {model} on {device.name}, which was "
+            "not measured; gradient checkpointing is on",
+            stacklevel=1,
+        )
+    return fitting
 
 
-def _settings_of(
-    file: str, values: Mapping[str, Any], lines: Mapping[str, int], names: set[str]
-) -> dict[str, Any]:
-    """Return the file's settings, with Diffusers' names replaced by this package's.
+def _is_ignored(key: str) -> bool:
+    """Return whether a key of a file is not a setting, with a warning if it has no effect here."""
+    answer = DIFFUSERS_FLAGS.get(key)
+    if answer and answer.status == "ignored":
+        _warn_ignored(key)
+        return True
+    return key in ("preset", "memory")
+
+
+def _setting_of_file(key: str) -> Setting:
+    """Look up a setting by its name or by Diffusers' name.
 
     Raises:
-        ConfigError: If a key is not a setting.
+        ConfigError: If there is none.
     """
-    known, unknown = {}, []
-    for key, value in values.items():
-        answer = DIFFUSERS_FLAGS.get(key)
-        if key in names:
-            known[key] = value
-        elif answer and answer.status == "renamed":
-            known[answer.setting] = value
-        elif answer and answer.status == "ignored":
-            _warn_ignored(key)
-        else:
-            hint = f" (did you mean {meant}?)" if (meant := meant_by(key)) else ""
-            what = refusal(key) or f"there is no setting {key}{hint}"
-            unknown.append(f"line {lines.get(key, '?')}: {what}")
-    if unknown:
-        raise ConfigError(f"{file}, {'; '.join(unknown)}")
-    return known
+    answer, known = DIFFUSERS_FLAGS.get(key), settings_by_name()
+    name = answer.setting if answer and answer.status == "renamed" else key
+    if name not in known:
+        hint = f" (did you mean {meant}?)" if (meant := meant_by(key)) else ""
+        raise ConfigError(refusal(key) or f"there is no setting {key}{hint}", key)
+    return known[name]
 
 
 def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, flags: Mapping[str, Any]) -> None:
@@ -359,7 +386,7 @@ def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, flags: Mapping
             _warn_ignored(name)
     defaults = {setting.name: setting.default for setting in settings()}
     at_default = {name for name in flags if getattr(config, name) == defaults[name]}
-    for reason in without_effect(config, at_default).values():
+    for reason in without_effect(config, at_default, _family_of(vars(config))).values():
         warnings.warn(reason, stacklevel=1)
 
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
@@ -25,7 +25,6 @@ from dora_diffusion.config.base import BaseModel
 
 _ROOT = Path(__file__).parents[3]
 _PROJECT = "dora-diffusion"
-_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?\s*([^;]*)(?:.*extra == ['\"]([\w-]+))?")
 # Extras for developers, and packages that are not required: listed, but not imported.
 _NOT_TRIED = ("test", "bare-test", "lint", "benchmarks", "none")
 # Module names that differ from the package name; a name to import, for packages with lazy imports.
@@ -35,6 +34,7 @@ _IMPORTED_AS = {
     "prodigy-plus-schedule-free": "prodigyplus",
 }  # fmt: skip
 _QUESTIONS = (
+    "psutil:virtual_memory", "torch.utils.collect_env:get_env_info",
     "dora_diffusion.numerics.devices:built_for", "torch.backends.cpu:get_cpu_capability",
     "torch:get_num_threads", "dora_diffusion.numerics.devices:describe_accelerators",
     "huggingface_hub.constants:HF_HUB_CACHE",
@@ -56,7 +56,7 @@ _HARMLESS = re.compile(
 )
 _SECRET = re.compile("TOKEN$|KEY|AUTH|SECRET|PASS", re.IGNORECASE)
 _CASE = re.IGNORECASE if os.name == "nt" else re.RegexFlag(0)
-_SECONDS, _IMPORT_SECONDS = 10, 180
+_IMPORT_SECONDS = 180
 _PACKAGES = "packages"
 _TRIAL = "dora_diffusion.cli.console.trial"
 _TRIALS = {f"{_TRIAL}:describe_device": "device", f"{_TRIAL}:train_and_sample": "training"}
@@ -192,31 +192,16 @@ def describe_environment(
     }
     model = "" if base is None else f"{_TRIAL}:check_components {json.dumps(asdict(base))}"
     answers = ask([*tried, *_QUESTIONS, *_TRIALS, *filter(None, [model])])
-    build, cpu, threads, devices, cache = (answers[name][1] for name in _QUESTIONS)
-    driver = _output("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
-    memory = "unknown (no psutil)"
-    with contextlib.suppress(ImportError):
-        from psutil import virtual_memory as now
-
-        memory = f"{now().total / 2**30:.1f} GiB, {now().available / 2**30:.1f} GiB free"
-    # A clone has the same version between releases, so add the commit.
-    is_clone = (_ROOT / ".git").exists()
-    commit = _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty") if is_clone else ""
-    facts = {
-        "dora-diffusion": f"{__version__} {commit}", "system": platform.platform(),
-        "Python": f"{platform.python_version()}: {sys.executable}",
-        "processor": f"{_processor()}, {os.cpu_count()} cores, {cpu}, {threads} threads",
-        "memory": memory, "torch for": build or "unknown",
-        "NVIDIA driver": "; ".join(driver.splitlines()),
-    }  # fmt: skip
-    folders = {"hub's cache": cache, "runs": runs_dir, "temporary files": tempfile.gettempdir()}
+    *values, devices, cache = (answers[name][1] for name in _QUESTIONS)
+    facts = _facts(*values)
+    paths = {"hub's cache": cache, "runs": runs_dir, "temporary files": tempfile.gettempdir()}
+    folders = {name: _examine_folder(name, path) for name, path in paths.items() if path}
     findings = _of_packages(installed, tried, answers)
-    if driver and build == "the CPU":
+    if facts["NVIDIA driver"] and facts["torch for"] == "the CPU":
         mend = "install the one for CUDA, as https://pytorch.org/get-started/locally shows"
         unused = "this torch is built for the CPU and cannot use the NVIDIA GPU"
         findings.append(Finding("device", unused, mend))
-    findings += _of_trials(answers)
-    findings += [f for name, path in folders.items() if path for f in _of_folder(name, path)]
+    findings += [*_of_trials(answers), *(finding for _, finding in folders.values())]
     if base is not None:
         findings += _of_base(base, *answers[model])
     return Environment(
@@ -224,7 +209,7 @@ def describe_environment(
         ("unknown",) if devices is None else tuple(devices),
         tuple(installed),
         tuple(replace(f, found=without_names(f.found)) for f in findings),
-        {name: _folder(path) for name, path in folders.items() if path},
+        {name: text for name, (text, _) in folders.items()},
         {
             # Hide values that may be private.
             name: value if _HARMLESS.fullmatch(value) and not _SECRET.search(name) else None
@@ -232,6 +217,43 @@ def describe_environment(
             if _VARIABLES.match(name.upper())
         },
     )
+
+
+def _facts(
+    memory: Mapping[str, int] | None, system: Mapping[str, str] | None,
+    build: str | None, cpu: str | None, threads: int | None,
+) -> dict[str, str]:  # fmt: skip
+    """Facts of this machine, from answers to `_QUESTIONS`; None where there is no answer."""
+    size = "unknown (no psutil)"
+    if memory is not None:
+        total, available = (f"{memory[key] / 2**30:.1f} GiB" for key in ("total", "available"))
+        size = f"{total}, {available} free"
+    system = system or {}
+    processor = system.get("cpu_info", "")  # on macOS the name alone
+    if name := re.search(r"^(?:Model name|Name): *(.+)", processor, re.MULTILINE):
+        processor = name[1]
+    elif "\n" in processor or not processor:
+        processor = platform.processor() or platform.machine()
+    driver, gpus = (system.get(f"nvidia_{name}") or "" for name in ("driver_version", "gpu_models"))
+    return {
+        "dora-diffusion": f"{__version__} {_commit()}",
+        "system": ", ".join(filter(None, [system.get("os"), platform.platform()])),
+        "Python": f"{platform.python_version()}: {sys.executable}",
+        "processor": f"{processor}, {os.cpu_count()} cores, {cpu}, {threads} threads",
+        "memory": size, "torch for": build or "unknown",
+        "NVIDIA driver": "; ".join(filter(None, [driver, *gpus.splitlines()])),
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    """Commit of a clone, whose version is the same between releases; empty for others."""
+    folder = ["--git-dir", str(_ROOT / ".git"), "--work-tree", str(_ROOT)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(
+            ["git", *folder, "describe", "--always", "--dirty"],
+            stderr=subprocess.DEVNULL, timeout=10, encoding="utf-8",
+        ).strip()  # fmt: skip
+    return ""
 
 
 def _of_packages(
@@ -260,7 +282,9 @@ def _of_base(base: BaseModel, problem: str, components: Mapping[str, str] | None
     """Return findings on a base model from the checks of its components, or from an error."""
     if components is None:
         kind, _, problem = problem.partition(": ")
-        if kind == "OfflineError" and not _is_offline():  # `ask` set HF_HUB_OFFLINE.
+        from dora_diffusion.models.locate import is_offline  # It imports the hub's library.
+
+        if kind == "OfflineError" and not is_offline():  # `ask` set HF_HUB_OFFLINE.
             reason = f"{base.path} is not downloaded yet; `train` downloads it"
             return [Finding("base model", reason)]
         mend = "give a folder, a file, or a model that is in the hub's cache"
@@ -274,46 +298,42 @@ def _of_base(base: BaseModel, problem: str, components: Mapping[str, str] | None
     return wrong or [Finding("base model", whole)]
 
 
-def _is_offline() -> bool:
-    from dora_diffusion.models.locate import is_offline  # It imports the hub's library.
-
-    return is_offline()
-
-
-def _of_folder(name: str, path: str | Path) -> Iterator[Finding]:
-    """Yield findings on a folder, or its nearest existing parent: write access and free space."""
-    where = Path(os.path.realpath(path))
-    there, mend = next((p for p in (where, *where.parents) if p.exists()), where), _ELSEWHERE[name]
+def _examine_folder(name: str, path: str | Path) -> tuple[str, Finding]:
+    """Describe a folder, and check its nearest existing parent: write access and free space."""
+    where, mend = Path(os.path.realpath(path)), _ELSEWHERE[name]
+    there = next((p for p in (where, *where.parents) if p.exists()), where)
+    free = shutil.disk_usage(there).free
+    size = f"{free / 2**30:.1f} GiB free"
+    finding = Finding(name, f"{there} can be written to")
     try:
         with tempfile.TemporaryFile(dir=there):
-            free = shutil.disk_usage(there).free
+            if free < _LITTLE:
+                finding = Finding(name, f"{there} has {size}", f"free some space, or {mend}")
     except OSError as error:
-        yield Finding(name, f"{there} cannot be written to: {error.strerror or error}", mend)
-        return
-    if free < _LITTLE:
-        reason = f"{there} has {free / 2**30:.1f} GiB free"
-        yield Finding(name, reason, f"free some space, or {mend}")
-    else:
-        yield Finding(name, f"{there} can be written to")
+        reason = f"{there} cannot be written to: {error.strerror or error}"
+        finding = Finding(name, reason, mend)
+    missing = "" if there == where else ", not there yet"
+    return f"{without_names(str(where))}, {size}{missing}", finding
 
 
 def packages() -> list[Package]:
     """Return the requirements of the package and its extras, from pip's record, and `_BESIDE`."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return [Package("packaging", "", "", None)]
     required = []
     with contextlib.suppress(metadata.PackageNotFoundError):  # a clone that was not installed
-        for line in metadata.requires(_PROJECT) or []:
-            name, bounds, extra = _REQUIREMENT.match(line).groups()  # type: ignore[union-attr]
+        extras = ["", *(metadata.metadata(_PROJECT).get_all("Provides-Extra") or [])]
+        for requirement in map(Requirement, metadata.requires(_PROJECT) or []):
+            name, marker = requirement.name, requirement.marker
+            needing = (e for e in extras if marker is None or marker.evaluate({"extra": e}))
+            extra = next(needing, None)  # None: for other systems or versions of Python
             # An extra may consist of other extras of this package, which are listed themselves.
-            if name != _PROJECT and not _is_of_older(line):
-                required.append(Package(name, extra or "", bounds.strip(), _version(name)))
+            if name != _PROJECT and extra is not None:
+                required.append(Package(name, extra, str(requirement.specifier), _version(name)))
     beside = [(name, version) for name in _BESIDE if (version := _version(name))]
     return required + [Package(name, "none", "", version) for name, version in beside]
-
-
-def _is_of_older(requirement: str) -> bool:
-    """Return whether only Pythons older than this one need a requirement."""
-    before = re.search(r"python_version\s*<\s*['\"]3\.(\d+)", requirement)
-    return before is not None and sys.version_info >= (3, int(before[1]))
 
 
 def _version(name: str) -> str | None:
@@ -337,7 +357,7 @@ def ask(names: Sequence[str]) -> Answers:
             done = subprocess.run(
                 [sys.executable, "-c", code, *left], capture_output=True,
                 stdin=subprocess.DEVNULL, timeout=_IMPORT_SECONDS, check=False,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "LANGUAGE": "en"},
             )  # fmt: skip
             printed, end = done.stdout, f"it ends Python, with exit code {done.returncode}"
         except subprocess.TimeoutExpired as error:
@@ -365,36 +385,12 @@ def _answer(name: str) -> tuple[str, Any]:
     try:
         value = import_module(module)
         value = getattr(value, attribute) if attribute else value
-        is_asked = target in _QUESTIONS or module == _TRIAL
-        return "", (value(*arguments) if callable(value) else value) if is_asked else None
+        if target not in _QUESTIONS and module != _TRIAL:
+            return "", None
+        value = value(*arguments) if callable(value) else value
+        return "", value._asdict() if hasattr(value, "_asdict") else value
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}", None
-
-
-def _output(*command: str) -> str:
-    """Return the output of a system program; empty if it is missing or fails."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            command, capture_output=True, timeout=_SECONDS, check=True, text=True,
-            encoding="utf-8", errors="replace", env={**os.environ, "LC_ALL": "C"},
-        )  # fmt: skip
-        return done.stdout.strip()
-    return ""
-
-
-def _processor() -> str:
-    """Return the processor's name, from a system program if possible."""
-    match = re.search(r"(?<=Model name:).+", _output("lscpu"))
-    name = match[0].strip() if match else _output("sysctl", "-n", "machdep.cpu.brand_string")
-    return name or platform.processor() or platform.machine()
-
-
-def _folder(path: str | Path) -> str:
-    """Return a folder's path without names, and its free space."""
-    where = Path(os.path.realpath(path))
-    there = next((p for p in (where, *where.parents) if p.is_dir()), where)
-    free = f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free"
-    return f"{without_names(str(where))}, {free}{'' if there == where else ', not there yet'}"
 
 
 def without_names(text: str) -> str:

@@ -216,12 +216,17 @@ def training_summary(config: TrainConfig) -> str:
         UserWarning: As in the run.
     """
     from dora_diffusion.data.photos import read_photos
+    from dora_diffusion.models.locate import known_family
     from dora_diffusion.training.inputs.dataset import check_subject, list_subjects
     from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
     from dora_diffusion.training.inputs.subject import caption_rules, subjects_of
     from dora_diffusion.training.results.folders import check_folders
 
-    for reason in (*without_effect(config).values(), *unusual_rates(config)):
+    family = known_family(config.pretrained_model_name_or_path)
+    if family is not None:
+        family.refuse(config.pretrained_model_name_or_path, vars(config))
+    inactive = without_effect(config, family=family)
+    for reason in (*inactive.values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)
     subjects, lines, an_epoch = subjects_of(config), list[str](), 0
     check_folders(config)
@@ -266,20 +271,25 @@ def _facts_of(settings: TrainConfig, photos: Sequence[Photo]) -> list[str]:
     from dora_diffusion.training.inputs.prior import class_folder, own_class_images
 
     masks = sum(mask_path(photo.path).is_file() for photo in photos) if settings.masked_loss else 0
-    facts = [counted(len(photos), "image")]
-    facts += [f"at {settings.resolution} px"] if settings.resolution else []
-    facts += [_in_buckets(settings, photos)] if settings.aspect_ratio_buckets else []
-    facts += [] if settings.center_crop else ["cut at random"]
-    facts += ["mirrored at random"] if settings.random_flip else []
-    facts += [f"{settings.repeats} times an epoch"] if settings.repeats > 1 else []
-    facts += [f"weight {settings.weight:g}"] if settings.weight != 1 else []
-    facts += [counted(masks, "mask file")] if masks else []
-    if settings.masked_loss and settings.unmasked_prior:
-        facts += [f"held outside of masks: weight {settings.unmasked_prior:g}"]
     fixed = f" after the first {settings.keep_tags}" if settings.keep_tags else ""
-    facts += [f"tags shuffled{fixed}"] if settings.shuffle_tags else []
-    facts += [f"tags left out: {settings.tag_dropout:g}"] if settings.tag_dropout else []
-    facts += [f"captions dropped: {settings.caption_dropout:g}"] if settings.caption_dropout else []
+    buckets = _in_buckets(settings, photos) if settings.aspect_ratio_buckets else ""
+    applies = {
+        counted(len(photos), "image"): True,
+        f"at {settings.resolution} px": settings.resolution,
+        buckets: buckets,
+        "cut at random": not settings.center_crop,
+        "mirrored at random": settings.random_flip,
+        f"{settings.repeats} times an epoch": settings.repeats > 1,
+        f"weight {settings.weight:g}": settings.weight != 1,
+        counted(masks, "mask file"): masks,
+        f"held outside of masks: weight {settings.unmasked_prior:g}": (
+            settings.masked_loss and settings.unmasked_prior
+        ),
+        f"tags shuffled{fixed}": settings.shuffle_tags,
+        f"tags left out: {settings.tag_dropout:g}": settings.tag_dropout,
+        f"captions dropped: {settings.caption_dropout:g}": settings.caption_dropout,
+    }
+    facts = [fact for fact in applies if applies[fact]]
     if settings.uses_class_images:
         folder, count = class_folder(settings), settings.num_class_images
         there = min(len(own_class_images(folder)), count)

@@ -29,33 +29,13 @@ from dora_diffusion.cluster.fleet.queue import (
     WorkerLocation,
     Workers,
 )
+from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import counted
 
 _WAIT_SECONDS = 1.0
 # Most consecutive workers that may fail to start.
 _MOST_FAILED = 3
-
-
-@dataclass(frozen=True)
-class Share:
-    """Share of a node that a worker takes.
-
-    Attributes:
-        num_cpus: Processors.
-        num_gpus: GPUs, or a fraction of one. Default: 1 if the cluster has GPUs.
-        workers: Most workers at once. Default: as many as fit.
-    """
-
-    num_cpus: float = 1.0
-    num_gpus: float | None = None
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_cpus", "num_gpus", "workers"):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or (name == "workers" and value < 1)):
-                raise ConfigError(f"{name} is {value:g}; it must be positive", name)
 
 
 class _Actor:

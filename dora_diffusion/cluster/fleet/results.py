@@ -260,6 +260,11 @@ class FleetResults:
         """Return the record of a subject."""
         return SubjectRecord.parse(self.read(f"{subject}/{RECORD_FILE}"))
 
+    def records(self) -> dict[str, SubjectRecord]:
+        """Return the records of the last call by name, without settings."""
+        lines = (self.read(RECORDS_FILE) or "").splitlines()
+        return {record.name: record for line in lines if (record := SubjectRecord.parse(line))}
+
     def save(self, record: SubjectRecord) -> None:
         """Write a subject's record, which marks its folder as this fleet's or as complete."""
         self.write(f"{record.name}/{RECORD_FILE}", record.text())

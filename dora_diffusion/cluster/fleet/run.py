@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.cluster.fleet.cluster import RayWorkers, Share
+from dora_diffusion.cluster.fleet.cluster import RayWorkers
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Work, Workers, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.results import (
     DONE,
@@ -27,6 +27,7 @@ from dora_diffusion.cluster.fleet.results import (
     settings_digest,
 )
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
+from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_positive
@@ -50,6 +51,7 @@ class Fleet:
         output: Folder or URL of the results.
         records: Records of ended subjects by name.
         known: Names of subjects that were done before.
+        unlisted: Records in the output of subjects that this call does not list.
         queue: Queue of the remaining subjects.
         workers: The workers.
         files: Paths of the records and the page by name.
@@ -60,6 +62,7 @@ class Fleet:
     workers: Workers
     records: dict[str, SubjectRecord] = field(default_factory=dict)
     known: frozenset[str] = frozenset()
+    unlisted: Mapping[str, SubjectRecord] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -93,8 +96,8 @@ def run_fleet(
     """Train an adapter for each of many subjects, except for subjects that are already done.
 
     If a worker or node is lost, another worker resumes its subject from the last checkpoint. A
-    failed subject is recorded with its cause, and the fleet continues. ``fleet.jsonl`` has all
-    records, ``index.html`` the images.
+    failed subject is recorded with its cause. ``fleet.jsonl`` has all records, ``index.html`` the
+    images, including those of subjects that only earlier calls listed.
 
     Args:
         configs: Settings of each subject by name, or the error in them
@@ -104,8 +107,7 @@ def run_fleet(
             subject after another in this process.
         share: Share of a node for each worker.
         retries: Number of further workers for a subject whose worker is lost.
-        pack: Most subjects that a worker trains at once (`training.pack.train_pack`), if their
-            settings allow it.
+        pack: Most subjects that a worker trains at once, if their settings allow it.
         on_change: Called regularly with the fleet.
 
     Raises:
@@ -128,6 +130,7 @@ def run_fleet(
     with results.locked():
         ended, left = _sorted_out(configs, results, output)
         fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
+        fleet.unlisted = {n: r for n, r in results.records().items() if n not in configs}
         fleet.queue.add(_packed(left, pack))
         recorder = _Recorder(fleet, results, list(configs), on_change)
         try:
@@ -138,8 +141,13 @@ def run_fleet(
                 run_tasks(fleet.queue, fleet.workers, recorder.end_task, changed)
         finally:
             recorder.write()
-        fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))
+        fleet.files["page"] = results.write(PAGE_FILE, _page(configs, fleet))
     return fleet
+
+
+def _page(configs: Iterable[str], fleet: Fleet) -> str:
+    """Return the page of all subjects, those of this call first."""
+    return fleet_page([*configs, *fleet.unlisted], {**fleet.unlisted, **fleet.records})
 
 
 @dataclass(frozen=True)
@@ -178,9 +186,10 @@ class _Recorder:
             self.end(completed)
 
     def write(self) -> None:
-        """Write all records, in the order of the subjects."""
+        """Write all records, in the order of the subjects, then those of unlisted subjects."""
         known = self.fleet.records
         records = [known[name] for name in self.names if name in known]
+        records += self.fleet.unlisted.values()
         self.fleet.files["records"] = self.results.write(RECORDS_FILE, records_text(records))
 
 

@@ -25,14 +25,7 @@ from dora_diffusion.cluster.fleet.results import (
 )
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.numerics import devices
-from dora_diffusion.training.events import (
-    CheckpointSaved,
-    Event,
-    ModelLoading,
-    StepDone,
-    SubjectLeft,
-    TrainingStarted,
-)
+from dora_diffusion.training import events
 from dora_diffusion.training.folder import TrainResult
 from dora_diffusion.training.pack import PackResult, train_pack
 from dora_diffusion.training.recipe import train
@@ -142,17 +135,17 @@ class _SubjectRun:
         self.results.fetch(name)
         self.config = _in_folder(subject.config, self.folder, resumes=resumes)
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: events.Event) -> None:
         """Record an event, and store new checkpoints."""
-        if isinstance(event, ModelLoading) and not self.has_left:
+        if isinstance(event, events.ModelLoading) and not self.has_left:
             # By now the folder was checked and does not belong to another run.
             self.results.save(self.subject.record)
-        self.has_left = self.has_left or isinstance(event, SubjectLeft)
-        if isinstance(event, TrainingStarted):
+        self.has_left = self.has_left or isinstance(event, events.SubjectLeft)
+        if isinstance(event, events.TrainingStarted):
             self.started, self.steps = time.perf_counter(), event.step
-        elif isinstance(event, StepDone):
+        elif isinstance(event, events.StepDone):
             self.steps = event.step
-        if isinstance(event, StepDone | CheckpointSaved):
+        if isinstance(event, events.StepDone | events.CheckpointSaved):
             self.keep()
 
     def keep(self) -> None:
@@ -228,8 +221,8 @@ def _train(runs: Mapping[str, _SubjectRun], worker: Worker) -> PackResult:
         KeyboardInterrupt: If a signal stopped the training.
     """
 
-    def on_event(name: str, event: Event) -> None:
-        if isinstance(event, StepDone):
+    def on_event(name: str, event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
             worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
         for run in [runs[name]] if name else runs.values():  # "" is the whole pack.
             run.on_event(event)

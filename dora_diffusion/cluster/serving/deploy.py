@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import platform
 import re
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,9 @@ from dora_diffusion.cluster.serving.batcher import WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue
 from dora_diffusion.cluster.serving.engine import BatchItem, Engine, Reply
 from dora_diffusion.cluster.serving.settings import ServingSettings
-from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.wording import counted
-from dora_diffusion.system import is_address, is_loopback, is_private
+from dora_diffusion.system import is_loopback, is_private
 
 TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
 SHORTEST_TOKEN = 16
@@ -40,59 +37,17 @@ _ENVIRONMENT = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _OBJECT_STORE = 256 * 1024**2
 
 
-@dataclass(frozen=True)
-class Deployment:
-    """A base model and the settings for serving it.
+def read_token(settings: ServingSettings) -> str | None:
+    """Read the token that requests must send, from a file or else from the environment.
 
-    Attributes:
-        base: The base model, with a path that is valid in replicas.
-        settings: Settings of ``serve``.
-        token: Token that requests must send; None to serve only this machine.
+    Returns:
+        The token; None if there is none, and only this machine can send requests.
 
     Raises:
-        ConfigError: If other machines could send requests without a token, or a value is invalid.
+        ConfigError: If the token is too short or malformed, or other machines could send requests
+            without a token.
     """
-
-    base: BaseModel
-    settings: ServingSettings
-    token: str | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        host, address, gpus = self.settings.host, self.settings.address, self.settings.replica_gpus
-        require(is_address(host), f"host is {host!r}; it must be an address or a name", "host")
-        require(
-            gpus is None or gpus <= 1 or gpus.is_integer(),
-            f"replica_gpus is {gpus}; it must be a share of one, such as 0.5, or a whole number",
-            "replica_gpus",
-        )
-        require(
-            "://" not in address,
-            f"address is {address}; run serve on a node of the cluster, with --address auto",
-            "address",
-        )
-        require(
-            self.token is not None or is_loopback(host),
-            f"host {host} lets others ask this server; give --token_file, or set {TOKEN_VARIABLE}",
-            "host",
-        )
-
-    @property
-    def url(self) -> str:
-        host, port = self.settings.host, self.settings.port
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    @property
-    def name(self) -> str:
-        """Name of the application, unique on a cluster because the port is exclusive."""
-        return f"dora-diffusion-{platform.node()}-{self.settings.port}"
-
-
-def read_token(file: Path | None) -> str | None:
-    """Read the token from a file, else from the environment.
-
-    Raises:
-        ConfigError: If the token is too short or malformed.
-    """
+    file, host = settings.token_file, settings.host
     text = file.read_text(encoding="utf-8") if file else os.environ.get(TOKEN_VARIABLE, "")
     token, where = text.strip(), file or TOKEN_VARIABLE
     if file and not is_private(file):
@@ -103,16 +58,21 @@ def read_token(file: Path | None) -> str | None:
         f"the token of {where} must have at least {SHORTEST_TOKEN} ASCII characters in one line",
         "token_file",
     )
+    require(
+        bool(token) or is_loopback(host),
+        f"host {host} lets others ask this server; give --token_file, or set {TOKEN_VARIABLE}",
+        "host",
+    )
     return token or None
 
 
 class Replica:
     """Ray Serve replica: a process with one base model."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, settings: ServingSettings) -> None:
         _close_door()
-        settings = deployment.settings
-        self._engine = Engine.load(deployment.base, settings.adapter_bytes, settings.model_options)
+        base, options = settings.base_model, settings.model_options
+        self._engine = Engine.load(base, settings.adapter_bytes, options)
         self._timeout = settings.timeout
 
     async def answer(self, batch: Sequence[BatchItem]) -> Reply:
@@ -180,7 +140,7 @@ class Replicas:
 
 
 @contextlib.contextmanager
-def deployed(deployment: Deployment) -> Iterator[Replicas]:
+def deployed(settings: ServingSettings) -> Iterator[Replicas]:
     """Start replicas, and yield them once they have loaded their model.
 
     Raises:
@@ -190,7 +150,7 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
     from dora_diffusion.models.locate import looks_local
 
     # Check the path first: Ray would start the replicas three times.
-    base, address = str(deployment.base.path), deployment.settings.address
+    base, address = settings.base, settings.address
     is_path = looks_local(base) and ":" not in base and address == "local"
     require(
         not is_path or Path(base).expanduser().exists(),
@@ -205,12 +165,12 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
             f"serving needs Ray Serve, which is not installed; run {INSTALL_RAY}"
         ) from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    name = deployment.name
+    name = settings.application
     leave = connect(address, _OBJECT_STORE)
     try:
         try:
             ray_serve.start(proxy_location="Disabled")
-            handle = ray_serve.run(_application(deployment), name=name, route_prefix=None)
+            handle = ray_serve.run(_application(settings), name=name, route_prefix=None)
         except RuntimeError as error:
             reason = _reason(ray_serve.status(), name) or _last_line(str(error))
             raise ConfigError(f"the service could not be started: {reason}") from error
@@ -222,12 +182,12 @@ def deployed(deployment: Deployment) -> Iterator[Replicas]:
         leave()
 
 
-def _application(deployment: Deployment) -> Any:
+def _application(settings: ServingSettings) -> Any:
     """Return the application, with the resources of each replica."""
     import ray
     from ray import serve
 
-    settings, resources = deployment.settings, ray.cluster_resources()
+    resources = ray.cluster_resources()
     count, gpus = settings.replicas, settings.replica_gpus
     if gpus is None:
         gpus = min(1.0, resources.get("GPU", 0) / count)
@@ -243,10 +203,10 @@ def _application(deployment: Deployment) -> Any:
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         **_CHECKS,
     )
-    return replica.bind(deployment)
+    return replica.bind(settings)
 
 
-def serve(deployment: Deployment, catalogue: Catalogue) -> None:
+def serve(settings: ServingSettings, token: str | None, catalogue: Catalogue) -> None:
     """Serve until a signal, with a line on stdout for each request.
 
     Raises:
@@ -255,20 +215,17 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
     from dora_diffusion.cluster.serving.api import Service, make_app
     from dora_diffusion.cluster.serving.server import listen, run
 
-    logger, handler = (
-        logging.getLogger("dora_diffusion.cluster.serving"),
-        logging.StreamHandler(sys.stdout),
-    )
+    logger = logging.getLogger("dora_diffusion.cluster.serving")
+    handler = logging.StreamHandler(sys.stdout)
     logger.setLevel(logging.INFO)
 
     def announce() -> None:
         count = counted(len(catalogue.scan()), "adapter")
-        print(f"{deployment.url} is ready: {count}; Ctrl-C ends it", flush=True)
+        print(f"{settings.url} is ready: {count}; Ctrl-C ends it", flush=True)
 
-    settings = deployment.settings
     with listen(settings.host, settings.port) as listening:
-        print(f"loading {deployment.base.path} ...", flush=True)
-        with deployed(deployment) as replicas:
+        print(f"loading {settings.base} ...", flush=True)
+        with deployed(settings) as replicas:
             logger.addHandler(handler)
             service = Service(
                 catalogue,
@@ -280,7 +237,7 @@ def serve(deployment: Deployment, catalogue: Catalogue) -> None:
                 capacity=settings.queue,
                 workers=settings.replicas,
             )
-            asyncio.run(run(make_app(service, deployment.token), service, listening, announce))
+            asyncio.run(run(make_app(service, token), service, listening, announce))
             logger.removeHandler(handler)
             print("ended", flush=True)
 

@@ -107,6 +107,24 @@ class ApiRequest(pydantic.BaseModel):
 
         return SamplingSettings(**self.model_dump(exclude=_OWN))
 
+    def without_effect(self, *, guidance_is_input: bool) -> list[str]:
+        """Return a note on each field that was changed but has no effect on the image.
+
+        Args:
+            guidance_is_input: True if the model takes the guidance scale as an input, instead of
+                a second pass with the negative prompt.
+        """
+        reasons = {} if self.adapter else {"strength": "no adapter is given"}
+        unguided = f"guidance_scale {self.guidance_scale:g} is no guidance"
+        if guidance_is_input:
+            unguided = "this model was distilled to work without a negative prompt"
+        if guidance_is_input or self.guidance_scale <= 1:
+            reasons |= {"negative_prompt": unguided, "guidance_rescale": unguided}
+        changed = self.model_dump(exclude_defaults=True)
+        return [
+            f"{name} has no effect because {reasons[name]}" for name in reasons if name in changed
+        ]
+
 
 class BatchItem(NamedTuple):
     """A request with its seed and the file of its adapter."""
@@ -216,26 +234,31 @@ class Engine:
             return {number: answer for result in results for number, answer in result.items()}
 
     def _answer(self, item: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
-        from dora_diffusion.models.text import token_limit, truncated_text
-        from dora_diffusion.sampling.conditioning import lacks_trigger
+        from dora_diffusion.models.text import truncated_text
+        from dora_diffusion.sampling.conditioning import inactive_messages, lacks_trigger
         from dora_diffusion.sampling.images import RecordedAdapter, image_bytes, parameters_text
         from dora_diffusion.sampling.pool import PinnedAdapter
 
         request, components = item.request, self.pool.components_for(row.adapter)
+        settings = request.settings()
         use, used = row.adapter, list[RecordedAdapter]()
         if isinstance(use, PinnedAdapter):
             used = [RecordedAdapter(request.adapter or "", use.strengths, use.hash)]
         text = parameters_text(
-            row, request.settings(), image.size, self.name, used,
+            row, settings.for_model(components), image.size, self.name, used,
             extra=components.clip_skip_parameter,
         )  # fmt: skip
-        notes, metadata = [], self.pool.metadata(row.adapter)
+        prompts = (row.prompt, request.negative_prompt)
+        is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
+        notes = request.without_effect(guidance_is_input=is_input)
+        notes += inactive_messages(components, settings, prompts)
+        metadata = self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):
             notes.append(f"the prompt lacks the adapter's trigger word, {metadata.trigger!r}")
         words = self.pool.own_words(row.adapter)
-        for field, prompt in (("prompt", row.prompt), ("negative prompt", request.negative_prompt)):
-            end = truncated_text(components.tokenizers[0], prompt, components.most_chunks, words)
+        for field, prompt in zip(("prompt", "negative prompt"), prompts, strict=True):
+            end = truncated_text(components, prompt, words)
             if end:
-                limit = token_limit(components)
+                limit = components.code.token_limit(components)
                 notes.append(f"the {field} is longer than {limit}; its end was not read: {end}")
         return ApiAnswer(image_bytes(image, text), row.seed, tuple(notes))

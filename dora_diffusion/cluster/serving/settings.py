@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.cli.settings import Model
-from dora_diffusion.config.fields import flag
+from dora_diffusion.config.fields import flag, require
+from dora_diffusion.system import is_address
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingSettings(Model):
-    """Settings of a server of images."""
+    """Settings of a server of images.
+
+    Raises:
+        ConfigError: If a value is invalid.
+    """
 
     adapters: list[Path] = flag(
         [],
@@ -46,6 +52,31 @@ class ServingSettings(Model):
         "Most MB that loaded adapters take in each replica; the least recently used are dropped.",
         above=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        host, address, gpus = self.host, self.address, self.replica_gpus
+        require(is_address(host), f"host is {host!r}; it must be an address or a name", "host")
+        require(
+            gpus is None or gpus <= 1 or gpus.is_integer(),
+            f"replica_gpus is {gpus}; it must be a share of one, such as 0.5, or a whole number",
+            "replica_gpus",
+        )
+        require(
+            "://" not in address,
+            f"address is {address}; run serve on a node of the cluster, with --address auto",
+            "address",
+        )
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def application(self) -> str:
+        """Name of the application, unique on a cluster because the port is exclusive."""
+        return f"dora-diffusion-{platform.node()}-{self.port}"
 
     @property
     def adapter_bytes(self) -> int:

@@ -22,7 +22,7 @@ from dora_diffusion.formats.adapter.alpha import (
     alpha_rule,
 )
 from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
-from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
+from dora_diffusion.formats.adapter.metadata import OWN, described
 from dora_diffusion.formats.adapter.stored import StoredFile
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, kinds_of, module_shapes
 from dora_diffusion.formats.layouts.dotted import PEFT_PREFIX
@@ -34,14 +34,8 @@ from dora_diffusion.formats.layouts.layout import (
     Shapes,
     factor_pair,
 )
-from dora_diffusion.formats.layouts.other import group_keys
-from dora_diffusion.formats.names.kohya import (
-    is_kohya_name,
-    is_sgm_path,
-    joined_parts,
-    name_resolver,
-)
-from dora_diffusion.formats.names.modules import UNetLayout, split_prefix
+from dora_diffusion.formats.names.kohya import is_kohya_name, is_sgm_path, joined_parts
+from dora_diffusion.formats.names.modules import split_prefix
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights
 
 Layers = dict[str, LayerWeights]
@@ -108,24 +102,17 @@ class Decoder:
         metadata = file.metadata
         says_alpha = self.layout.says_alpha
         alpha_of, without_alpha = alpha_rule(metadata, file.config, self.alpha, says_alpha)
-        groups = self.layout.group(tensors, metadata, self.shapes)
-        if not groups:
-            unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-            groups = group_keys(tensors, name_resolver(self.shapes, unet), component)
+        groups = self.layout.group(tensors, metadata, self.shapes, component)
         notes = key_notes(tensors) if component is None else []
         if without_alpha and any("alpha" not in group for group in groups.values()):
-            is_ai_toolkit = any(
-                k.is_ai_toolkit for group in groups.values() for k in group.values()
-            )
+            is_ai_toolkit = any(k.is_ai_toolkit for g in groups.values() for k in g.values())
             notes.append(AI_TOOLKIT if is_ai_toolkit else without_alpha)
         layers, magnitudes, beside = self._read_parts(tensors, groups, alpha_of)
         axes = resolve_axes(magnitudes, metadata.get(OWN + "norm_axis", ""), self.base, notes)
         for name, magnitude in magnitudes.items():
-            values = magnitude.tensor.flatten()
+            values, axis = magnitude.tensor.flatten(), axes[name]
             with _named(name):
-                layers[name] = dataclasses.replace(
-                    layers[name], magnitude=values, norm_axis=axes[name]
-                )
+                layers[name] = dataclasses.replace(layers[name], magnitude=values, norm_axis=axis)
         layers = {name: _without_padding(name, layer, metadata) for name, layer in layers.items()}
         return layers, beside, notes
 
@@ -135,12 +122,9 @@ class Decoder:
         """Return the layers without magnitudes, the magnitudes, and LoRA layers to add."""
         layers, magnitudes, beside = Layers(), dict[str, Magnitude](), Layers()
         for name, keys in groups.items():
-            layer_tensors = {
-                part: _numbers(key.text, part, tensors[key.text]) for part, key in keys.items()
-            }
-            kind: LayerKind = (
-                "embedding" if "down" in keys and keys["down"].is_embedding else "plain"
-            )
+            layer_tensors = {p: _numbers(key.text, p, tensors[key.text]) for p, key in keys.items()}
+            is_embedding = "down" in keys and keys["down"].is_embedding
+            kind: LayerKind = "embedding" if is_embedding else "plain"
             layer = self._factors(name, layer_tensors, alpha_of, kind)
             if any(key.is_ai_toolkit for key in keys.values()) and layer.scale != 1.0:
                 if not self.sums:
@@ -150,9 +134,8 @@ class Decoder:
                 layer = dataclasses.replace(layer, alpha=float(layer.rank))
             layers[name] = layer
             if "magnitude" in layer_tensors and "dora_scale" in layer_tensors:
-                raise AdapterFormatError(
-                    f"{name} has both a lora_magnitude_vector and a dora_scale"
-                )
+                problem = "has both a lora_magnitude_vector and a dora_scale"
+                raise AdapterFormatError(f"{name} {problem}")
             for part in ("magnitude", "dora_scale"):
                 if part in layer_tensors:
                     is_peft = part == "magnitude"
@@ -252,10 +235,8 @@ def fit_to_model(
     """
     if missing := [name for name in layers if name not in shapes]:
         raise AdapterFormatError(f"the model has no module for {listing(missing)}")
-    fitted = {
-        name: _as_module(layer, shapes[name], (kinds or {}).get(name))
-        for name, layer in layers.items()
-    }
+    kinds = kinds or {}
+    fitted = {n: _as_module(layer, shapes[n], kinds.get(n)) for n, layer in layers.items()}
     if wrong := [
         f"{name} {layer.stored_shape} on {tuple(shapes[name])}"
         for name, layer in fitted.items()
@@ -321,12 +302,11 @@ def key_notes(keys: Iterable[str]) -> list[str]:
     kohya = any(is_kohya_name(key) for key in keys)
     magnitudes = [key for key in keys if "lora_magnitude_vector" in key]
     if kohya and magnitudes:
-        notes.append(
-            AssumedAlpha(
-                f"{len(magnitudes)} magnitude keys were left half renamed by diffusers' own "
-                f"converter, which also writes the rank for alpha; {ALPHA_IS_RANK}"
-            )
+        note = (
+            f"{len(magnitudes)} magnitude keys were left half renamed by diffusers' own "
+            f"converter, which also writes the rank for alpha; {ALPHA_IS_RANK}"
         )
+        notes.append(AssumedAlpha(note))
     text = [key for key in keys if key.startswith("text_encoder")]
     if any(key.endswith(".lora_magnitude_vector") for key in text):
         notes.append(

@@ -24,9 +24,10 @@ from torch import Tensor
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import OWN
-from dora_diffusion.formats.adapter.stored import StoredFile
-from dora_diffusion.formats.files.stream import read_header, save_tensors
+from dora_diffusion.formats.adapter.stored import PIVOTAL, StoredFile
+from dora_diffusion.formats.files.stream import PICKLED, read_header, save_tensors
 from dora_diffusion.formats.layouts import FACTS
+from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, Note
 
 # Folder of such files in A1111 and ComfyUI, and the metadata field that lists them.
@@ -38,6 +39,7 @@ _ALONE = "emb_params"
 COMPONENTS = {key: component for component, key in _KEYS.items()} | {
     "clip_h": "text_encoder", _ALONE: "text_encoder"
 }  # fmt: skip
+_EMBEDDING = re.compile(r"(?:^|[_.-])(?:learned_)?(?:emb|embeds|embeddings?)(?=[_.-]|\d|$)")
 # Default file names of formats, as in a run's folder, which do not identify an adapter.
 _DEFAULT_STEMS = ("pytorch_lora_weights", "adapter_kohya", "dora_kohya")
 
@@ -47,6 +49,10 @@ Vectors = Mapping[str, Tensor]
 
 class MissingToken(Note):
     """Note that the file of a trained token is missing."""
+
+
+class UnreadFile(Note):
+    """Note on a file next to an adapter that seems to belong to it, but is not read."""
 
 
 def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[str, Path]:
@@ -91,13 +97,11 @@ def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
         AdapterFormatError: If the file is damaged.
     """
     stored = StoredFile(file)
-    file_token = stored.metadata.get(OWN + "token", file.stem)
+    own_token = stored.metadata.get(OWN + "token", file.stem)
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors().items():
-        token, component = (
-            (file_token, COMPONENTS[key]) if key in COMPONENTS else (key, "text_encoder")
-        )
-        tokens.setdefault(token, {})[component] = tensor
+        vectors = tokens.setdefault(own_token if key in COMPONENTS else key, {})
+        vectors[COMPONENTS.get(key, "text_encoder")] = tensor
     return tokens
 
 
@@ -128,9 +132,8 @@ def is_written(file: Path, token: str, vectors: Vectors) -> bool:
 
 def bundled(tokens: Mapping[str, Vectors], family: Family | None) -> dict[str, Tensor]:
     """Return the tensors of tokens, by their keys in a kohya file of a family."""
-    keys = dict(_KEYS)
-    if family is not None:
-        keys |= {encoder.component: encoder.embedding_key for encoder in family.text_encoders}
+    encoders = family.text_encoders if family else ()
+    keys = _KEYS | {encoder.component: encoder.embedding_key for encoder in encoders}
     return {
         f"bundle_emb.{token}.{keys[component]}": _rows(tensor)
         for token, vectors in tokens.items()
@@ -168,15 +171,13 @@ def embeddings_of(adapter: Path) -> list[Path]:
 
 
 def _named(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-    names: list[object] = []
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
+    try:
         names = list(json.loads(metadata.get(OWN + EMBEDDINGS, "[]")))
-    return [
-        folder / EMBEDDINGS / name
-        for name in names
-        # Other names were not written by this program.
-        if isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)
-    ]
+    except (ValueError, TypeError, RecursionError):
+        return []
+    # Other names were not written by this program.
+    known = (n for n in names if isinstance(n, str) and re.fullmatch(r"[^/\\]+\.safetensors", n))
+    return [folder / EMBEDDINGS / name for name in known]
 
 
 def read_embeddings(
@@ -202,6 +203,54 @@ def read_embeddings(
     return tokens
 
 
+def tokens_beside(adapter: Path, notes: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Return the tokens that Diffusers' advanced scripts have written next to an adapter.
+
+    Row n of ``clip_l``, and of SDXL's ``clip_g``, is the vector of the token ``<sn>``.
+
+    Args:
+        adapter: An adapter file that contains no tokens.
+        notes: List to which a line on unread files is appended.
+
+    Raises:
+        AdapterFormatError: If the tokens' file is damaged.
+    """
+    folder = adapter.parent
+    files = [*folder.iterdir(), *folder.glob(f"{EMBEDDINGS}/*")]
+    files = sorted(file for file in files if _belongs(file, adapter))
+    read = _pivotal_file(adapter, files)
+    if unread := [file.relative_to(folder).as_posix() for file in files if file != read]:
+        notes.append(UnreadFile(f"next to it and not read: {listing(unread, 5)}"))
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for key, rows in StoredFile(read).tensors().items() if read else ():
+        for number, row in enumerate(rows.view(-1, rows.shape[-1])):
+            tokens.setdefault(f"<s{number}>", {})[COMPONENTS[key]] = row
+    return tokens
+
+
+def _belongs(file: Path, adapter: Path) -> bool:
+    """Return whether a file has the adapter's name, or is an embedding for the adapter."""
+    if file.suffix not in (".safetensors", *PICKLED) or file == adapter:
+        return False
+    rest = file.stem.removeprefix(adapter.stem)
+    # An adapter with its format's default name has a separate folder.
+    if adapter.name == DIFFUSERS.file_name:
+        is_embedding = file.parent.name == EMBEDDINGS or _EMBEDDING.search(file.stem) is not None
+    else:
+        is_embedding = rest != file.stem and _EMBEDDING.match(rest) is not None
+    return not rest or is_embedding or file.stem.startswith("learned_embeds")
+
+
+def _pivotal_file(adapter: Path, files: list[Path]) -> Path | None:
+    """Return the scripts' file of tokens: named after adapter or folder, or the only one."""
+    known = [f for f in files if f.stem.endswith(PIVOTAL) and f.suffix == ".safetensors"]
+    known = [f for f in known if StoredFile(f).specs.keys() <= {"clip_l", "clip_g"}]
+    names = [adapter.stem, adapter.absolute().parent.name]
+    named = [file for name in names for file in known if file.stem == name + PIVOTAL]
+    only = known if len(known) == 1 and adapter.name == DIFFUSERS.file_name else []
+    return next(iter(named or only), None)
+
+
 def check_tokens(
     tokens: Mapping[str, Vectors], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> None:
@@ -214,9 +263,7 @@ def check_tokens(
     Raises:
         AdapterFormatError: If a token is damaged or has another width.
     """
-    entries = (
-        (t, name, tensor) for t, vectors in tokens.items() for name, tensor in vectors.items()
-    )
+    entries = ((t, *item) for t, vectors in tokens.items() for item in vectors.items())
     for token, component, tensor in entries:
         is_vector = tensor.is_floating_point() and tensor.ndim in (1, 2) and tensor.numel()
         if not is_vector or not torch.isfinite(tensor).all():
@@ -246,19 +293,13 @@ def embedding_notes(written: Path, files: Mapping[str, Path], program: str = "")
     keys = read_header(written).specs if written.is_file() else ()
     is_bundled = any(map(BUNDLED_TOKEN.fullmatch, keys))
     names = [f"{token} in {EMBEDDINGS}/{file.name}" for token, file in files.items()]
-    notes = [
-        f"its trained words are in separate files: {listing(names, 8)}",
+    is_read = is_bundled and program in ("", "a1111", "civitai")
+    where = "in the file, for A1111, and in" if is_read else "also in" if is_bundled else "in"
+    return [
+        f"its trained words are {where} separate files: {listing(names, 8)}",
         f"to use a word, {'; '.join(ways)}",
+        *(bundled_notes(files) if is_read else ()),
     ]
-    if is_bundled and program in ("", "a1111", "civitai"):
-        notes[0] = (
-            f"its trained words are in the file, for A1111, and in separate files: "
-            f"{listing(names, 8)}"
-        )
-        notes += bundled_notes(files)
-    elif is_bundled:
-        notes[0] = f"its trained words are also in separate files: {listing(names, 8)}"
-    return notes
 
 
 def bundled_notes(tokens: Iterable[str]) -> list[str]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dora_diffusion.config.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.alpha import AlphaOfTraining, AssumedAlpha
-from dora_diffusion.formats.adapter.beside import tokens_beside
 from dora_diffusion.formats.adapter.decode import Decoder
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
@@ -24,6 +23,7 @@ from dora_diffusion.formats.adapter.embeddings import (
     field_of,
     read_embeddings,
     take_bundled,
+    tokens_beside,
     write_embeddings,
 )
 from dora_diffusion.formats.adapter.metadata import (
@@ -37,7 +37,7 @@ from dora_diffusion.formats.adapter.stored import StoredAdapter, StoredFile
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.stream import PICKLED, write_tensors
-from dora_diffusion.formats.layouts import LAYOUTS
+from dora_diffusion.formats.layouts import CONVERSIONS, LAYOUTS
 from dora_diffusion.formats.layouts.dotted import (
     PEFT_CONFIG,
     PEFT_FILE,
@@ -49,8 +49,10 @@ from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     EncodedFile,
     WriteOptions,
+    denoiser_of,
+    layout_named,
+    refuse_denoiser,
 )
-from dora_diffusion.formats.layouts.other import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout, known_layout
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -127,9 +129,8 @@ def write_adapter(
     path = Path(path)
     embeddings = embeddings_beside(path, adapter)
     if path.suffix in PICKLED:
-        raise AdapterFormatError(
-            f"{path.name}: pickles are not written; use the suffix .safetensors"
-        )
+        problem = "pickles are not written; use the suffix .safetensors"
+        raise AdapterFormatError(f"{path.name}: {problem}")
     layout = _written_layout(target, adapter)
     file_name = layout.file_name
     if file_name is not None and path.suffix != ".safetensors":
@@ -158,6 +159,7 @@ def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(written)}")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
+    refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser_of(adapter.layers))
     if adapter.beside and target != "dense":
         raise AdapterFormatError(f"the {target} format cannot store the sum of a DoRA and a LoRA")
     return layout_named(target)
@@ -274,12 +276,11 @@ def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor])
 
 
 def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
-    parsed = parse_metadata(metadata)
-    trained = metadata.get(OWN + "alpha", "")
+    parsed, trained = parse_metadata(metadata), metadata.get(OWN + "alpha", "")
     # The alpha of an approximation is not the alpha of training.
-    if OWN + "approximation" in metadata:
+    if not trained or OWN + "approximation" in metadata:
         return parsed
-    if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):
+    if trained == describe({name: layer.alpha for name, layer in layers.items()}):
         return parsed
     # The scale was multiplied into the factors, so the layers no longer state the trained alpha.
     return dataclasses.replace(parsed, extra={**parsed.extra, TRAINED_ALPHA: trained})

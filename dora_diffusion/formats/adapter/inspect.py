@@ -17,6 +17,8 @@ from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, bundled_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import (
+    APPROXIMATES,
+    APPROXIMATION_ERROR,
     OWN,
     TRAINED_ALPHA,
     AdapterMetadata,
@@ -26,16 +28,19 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts.kohya import BaseSpecific
 from dora_diffusion.formats.layouts.layout import (
     BUNDLED_TOKEN,
+    EXACT,
     AdapterFormatError,
+    AdapterLayout,
     Shapes,
-    stated_approximation,
+    layout_named,
+    norm_axes,
 )
-from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 
+# Largest error of rounding alone; below it a file is exact.
+_ROUNDING = 1e-5
 # Dtypes that round numbers -> the largest relative error.
 _HALF = {torch.float16: "5e-4", torch.bfloat16: "4e-3"}
 
@@ -101,12 +106,12 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         AdapterFormatError: If it cannot be read as an adapter, with the reason.
     """
     stored = StoredAdapter.open(path)
-    if isinstance(stored.layout, BaseSpecific) and len(stored.files) == 1:
+    if stored.layout.form and len(stored.files) == 1:
         shapes = None if base is None else module_shapes(base)
         return _report_for_one_base(stored, stored.layout, shapes)
     adapter, fits = _decoded(stored, base)
     layers = adapter.layers
-    axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
+    axes = norm_axes(layers.values())
     axis = "mixed" if len(axes) > 1 else next(iter(axes), "")
     specs = {
         key: spec for file in stored.files for key, spec in file.specs.items()
@@ -114,10 +119,9 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     }  # fmt: skip
     fields = {key: text for file in stored.files for key, text in file.metadata.items()}
     meant = stored.layout.is_read_as_meant(layers, specs, fields)
-    readable = stored.layout if meant else OTHER
+    readable = stored.layout if meant else layout_named("other")
     tools = readable.judge(layers, axis, specs)
-    if approximation := stated_approximation(adapter.metadata.extra):
-        tools = approximation.qualify(tools, "DoRA" if axis else "LoRA")
+    tools = _qualified(tools, adapter.metadata.extra, "DoRA" if axis else "LoRA")
     is_bundled = any(map(BUNDLED_TOKEN.fullmatch, stored.files[0].specs))
     if is_bundled:
         tools["diffusers"] = "convert: it refuses tokens in the file; convert it to diffusers"
@@ -144,6 +148,29 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     )  # fmt: skip
 
 
+def stated_error(extra: Mapping[str, str]) -> float | None:
+    """Return the relative error that a file's metadata state; 0 if exact, None if unknown."""
+    if not extra.get(APPROXIMATES):
+        return 0.0
+    try:
+        error = float(extra.get(APPROXIMATION_ERROR, ""))
+    except ValueError:
+        return None
+    return error if error > _ROUNDING else 0.0
+
+
+def _qualified(tools: dict[str, str], extra: Mapping[str, str], method: str) -> dict[str, str]:
+    """Qualify exact verdicts on an approximation by its error."""
+    error, original = stated_error(extra), extra.get(APPROXIMATES, "")
+    if error == 0.0:
+        return tools
+    share = "less than 0.1%" if error is None or error < 0.001 else f"{error:.1%}"
+    off = f"approximates the {original}" if error is None else f"is off the {original} by {share}"
+    exact = f"exact for this {method}, which {off}"
+    is_exact = {program: text.partition(":")[0] == EXACT for program, text in tools.items()}
+    return {p: text.replace(EXACT, exact, 1) if is_exact[p] else text for p, text in tools.items()}
+
+
 def _notes(stored: StoredAdapter, adapter: AdapterFile, is_bundled: bool) -> list[str]:
     """Return notes on repairs, tokens and the precision of numbers."""
     notes = list(adapter.notes)
@@ -165,11 +192,8 @@ def _parameters(stored: StoredAdapter, adapter: AdapterFile) -> int:
     """Return the number of trained values; a compact file has fewer than its layers."""
     if stored.layout.is_compact:
         return sum(math.prod(spec.shape) for spec in stored.files[0].specs.values())
-    tensors = [
-        tensor
-        for layer in adapter.layers.values()
-        for tensor in (layer.down, layer.up, layer.magnitude)
-    ]
+    layers = adapter.layers.values()
+    tensors = [t for layer in layers for t in (layer.down, layer.up, layer.magnitude)]
     tensors += [tensor for vectors in adapter.tokens.values() for tensor in vectors.values()]
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
@@ -187,16 +211,16 @@ def _decoded(stored: StoredAdapter, base: ModelWeights | None) -> tuple[AdapterF
 
 
 def _report_for_one_base(
-    stored: StoredAdapter, layout: BaseSpecific, shapes: Shapes | None
+    stored: StoredAdapter, layout: AdapterLayout, shapes: Shapes | None
 ) -> AdapterReport:
     """Report from names, shapes and metadata, without reading layers."""
     [file] = stored.files
     metadata, parsed = file.metadata, parse_metadata(file.metadata)
     resolve, by_structure = name_resolver(shapes), name_resolver()
-    keys = {k: resolve(k.partition(".")[0]) for k in file.specs if k.endswith(layout.form)}
+    flat = {key: key.removesuffix(layout.form).replace(".", "_") for key in file.specs}
+    keys = {key: resolve(flat[key]) for key in file.specs if key.endswith(layout.form)}
     components = Counter(
-        (name or by_structure(key.partition(".")[0]) or "other").split(".")[0]
-        for key, name in keys.items()
+        (name or by_structure(flat[key]) or "other").split(".")[0] for key, name in keys.items()
     )
     weight_shapes = {key: _weight_shape(file.specs, key) for key in keys}
     sizes = ["x".join(map(str, shape[2:])) for shape in weight_shapes.values()]
@@ -213,7 +237,7 @@ def _report_for_one_base(
         parameters=sum(math.prod(spec.shape) for spec in file.specs.values()),
         nbytes=stored.nbytes,
         notes=(layout.note, f"for one base model: {parsed.base_model or 'unknown'}"),
-        tools=layout.judge({}, "", ()),
+        tools=layout.judge({}, "", file.specs),
         fits="" if shapes is None else _fits_one_base(weight_shapes, keys, shapes),
     )
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import described
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
-from dora_diffusion.numerics.dora import squared_norm, weight_norm
 from dora_diffusion.numerics.weights import NORM_AXES, NormAxis
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.checkpoint.weights import ModelWeights
 
 # Largest relative distance of magnitudes from the base's norms on their axis; the distance on the
 # other axis must be twice as large. Training moves magnitudes by a few percent.
@@ -149,6 +151,9 @@ def _axes_from_base(
 
 def _nearest(magnitudes: Mapping[str, Magnitude], base: ModelWeights) -> NormAxis | None:
     """Return the axis whose norms in the base are clearly nearer to the magnitudes, or None."""
+    from dora_diffusion.formats.checkpoint.weights import module_weight
+    from dora_diffusion.numerics.dora import squared_norm, weight_norm
+
     off = {"output": 0.0, "input": 0.0}
     size = 0.0
     for name, magnitude in magnitudes.items():

@@ -110,14 +110,8 @@ def agreed_reading(extras: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
     Settings in which the adapters differ are omitted.
     """
-    texts_by_name = {name: {extra.get(name, "") for extra in extras} for name in READING}
-    return {
-        name: text
-        for name, texts in texts_by_name.items()
-        if len(texts) == 1
-        for text in texts
-        if text
-    }
+    texts = {name: {extra.get(name, "") for extra in extras} for name in READING}
+    return {n: text for n, agreed in texts.items() if len(agreed) == 1 and (text := agreed.pop())}
 
 
 def reading_in_words(reading: Mapping[str, int], family: Family) -> str:
@@ -173,10 +167,7 @@ def own_fields(
 
 def describe(values: Mapping[str, object]) -> str:
     """Return the value as a text if all layers agree, else JSON of layer -> value."""
-    texts = {
-        name: f"{value:g}" if isinstance(value, float) else str(value)
-        for name, value in values.items()
-    }
+    texts = {n: f"{v:g}" if isinstance(v, float) else str(v) for n, v in values.items()}
     distinct = set(texts.values())
     return distinct.pop() if len(distinct) == 1 else json.dumps(dict(sorted(texts.items())))
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
-from dora_diffusion.formats.files.runs import pipeline_in
+from dora_diffusion.formats.files.runs import VERA_FILE, pipeline_in
 from dora_diffusion.formats.files.stream import PICKLED, TensorFileError, TensorReader, file_hash
 from dora_diffusion.formats.layouts.dotted import (
     DIFFUSERS,
@@ -22,9 +22,12 @@ from dora_diffusion.formats.layouts.dotted import (
     peft_config,
     peft_folders,
 )
-from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, AdapterLayout
-from dora_diffusion.formats.layouts.other import layout_of
-from dora_diffusion.formats.layouts.vera import VERA_FILE
+from dora_diffusion.formats.layouts.layout import (
+    BUNDLED_TOKEN,
+    AdapterFormatError,
+    AdapterLayout,
+    layout_of,
+)
 
 PIVOTAL = "_emb"
 """Suffix of the file of tokens of Diffusers' advanced scripts, ``NAME_emb.safetensors``."""

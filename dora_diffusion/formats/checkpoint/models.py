@@ -20,6 +20,7 @@ from torch import Tensor
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import (
     FAMILIES,
+    FLOW,
     TITLES,
     WEIGHT_COMPONENTS,
     Family,
@@ -46,9 +47,11 @@ from dora_diffusion.formats.checkpoint.schedule import (
 from dora_diffusion.formats.checkpoint.weights import (
     POSITIONS,
     UNET_PREFIX,
+    CheckpointLayoutError,
     Entry,
     SingleFile,
     entries_of_file,
+    module_shapes,
     names_of_configs,
     plan_checkpoint,
     standard_key,
@@ -71,6 +74,7 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 # Averaged copies (EMA) of the unmerged weights, which some loaders prefer to the merged ones.
 LEFT_OUT = ("model_ema.",)
+_DENOISER_KEYS = {family.denoiser_key for family in FAMILIES.values()} - {""}
 # Playground 2.5 and CosXL.
 _OTHER_SCHEDULES = {"edm_mean", "edm_vpred.sigma_max"}
 
@@ -111,12 +115,24 @@ class StoredModel(ABC):
         """Return the marker tensors of the model's single file, or of one written from it."""
 
     @abstractmethod
-    def single_file(self) -> SingleFile:
+    def single_file(self, *, complete: bool = True) -> SingleFile:
         """Return the source from which one file in the original layout is written.
+
+        Args:
+            complete: False: the denoiser alone.
 
         Raises:
             CheckpointLayoutError: If the model does not fit that layout.
         """
+
+    @property
+    def left_out(self) -> set[str]:
+        """Components that are in other files, if the family has separate files."""
+        family = self.family
+        if not family.has_separate_files:
+            return set()
+        components = {name.partition(".")[0] for name in self.specs}
+        return {family.denoiser, "vae", *family.text_encoder_names} - components
 
     def shards(self) -> dict[str, list[dict[str, str]]]:
         """Return the weight files of each component, each as current names -> canonical names.
@@ -179,9 +195,7 @@ class Component:
         for key in self.reader.specs:
             if (other := self.key_of.setdefault(canonical(name, key), key)) != key:
                 raise TensorFileError(f"{name} has one tensor twice, as {other} and {key}")
-        self.specs = {
-            tensor_name: self.reader.specs[key] for tensor_name, key in self.key_of.items()
-        }
+        self.specs = {n: self.reader.specs[key] for n, key in self.key_of.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.reader[self.key_of[name]]
@@ -234,17 +248,13 @@ class PipelineFolder(StoredModel):
         return self.components[name.partition(".")[0]][name]
 
     def shards(self) -> dict[str, list[dict[str, str]]]:
-        return {
-            name: [
-                {
-                    tensor_name.removeprefix(f"{name}."): tensor_name
-                    for tensor_name, key in component.key_of.items()
-                    if component.reader.file_of[key] == file
-                }
-                for file in component.reader.files
-            ]
-            for name, component in self.components.items()
-        }
+        shards: dict[str, list[dict[str, str]]] = {}
+        for name, component in self.components.items():
+            by_file: dict[Path, dict[str, str]] = {file: {} for file in component.reader.files}
+            for tensor, key in component.key_of.items():
+                by_file[component.reader.file_of[key]][tensor.removeprefix(f"{name}.")] = tensor
+            shards[name] = list(by_file.values())
+        return shards
 
     def config(self, component: str) -> dict[str, Any]:
         """Return a component's config; empty if it has none."""
@@ -258,20 +268,21 @@ class PipelineFolder(StoredModel):
     def markers(self) -> set[str]:
         return markers_for(self.family, self.schedule())
 
-    def single_file(self) -> SingleFile:
-        """Return all tensors in the original layout, and the markers of the prediction type."""
+    def single_file(self, *, complete: bool = True) -> SingleFile:
+        """Return the tensors in the original layout, and the markers of the prediction type."""
         configs = {name: self.config(name) for name in (*WEIGHT_COMPONENTS, "scheduler")}
-        names = names_of_configs(self.family, {n: c for n, c in configs.items() if c})
-        entries, schedule_tensors = (
-            plan_checkpoint(self.family, names, self.specs),
-            self._schedule_tensors(),
-        )
-        specs = {key: TensorSpec.of(tensor) for key, tensor in schedule_tensors.items()}
-        return SingleFile(entries, specs, schedule_tensors.__getitem__)
+        prefix = UNET_PREFIX if complete else ""
+        names = names_of_configs(self.family, {n: c for n, c in configs.items() if c}, prefix)
+        planned = self.specs if complete else self.components[self.family.denoiser].specs
+        entries, stated = plan_checkpoint(self.family, names, planned), self._schedule_tensors()
+        specs = {key: TensorSpec.of(tensor) for key, tensor in stated.items()}
+        return SingleFile(entries, specs, stated.__getitem__)
 
 
 def by_scheduler(config: Mapping[str, Any]) -> ScheduleInfo:
     """Return the schedule of a scheduler's configuration, with Diffusers' defaults."""
+    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+        return ScheduleInfo(CONFIGURED, {PREDICTION: FLOW})
     return ScheduleInfo(CONFIGURED, {PREDICTION: EPSILON, ZERO_SNR: False, **config})
 
 
@@ -406,18 +417,22 @@ class CheckpointFile(StoredModel):
             for key in self.reader.specs
             if standard_key(key) != key
         ]
-        if any(key.startswith(LEFT_OUT) for key in self.reader.specs):
-            problems.append(
-                "it contains averaged copies (model_ema), which some programs load instead"
-            )
-        return problems
+        averaged = "it contains averaged copies (model_ema), which some programs load instead"
+        return problems + [averaged] * any(key.startswith(LEFT_OUT) for key in self.reader.specs)
 
-    def single_file(self) -> SingleFile:
+    def single_file(self, *, complete: bool = True) -> SingleFile:
         """Return the same layout with standard names; tensors without a component are copied.
 
         Markers of the prediction type are corrected, and a text encoder's position ids become
         integers.
         """
+        if not complete:
+            return self._denoiser_alone()
+        if self.left_out:
+            raise CheckpointLayoutError(
+                f"{self.path.name} does not have the {' and '.join(sorted(self.left_out))}; leave "
+                "out --complete, or export a folder"
+            )
         entries = [replace(entry, key=standard_key(entry.key)) for entry in self.entries]
         stated = self._schedule_tensors()
         replaced = {*MARKERS, STEP} if self.family.has_two_predictions else {*MARKERS}
@@ -435,6 +450,15 @@ class CheckpointFile(StoredModel):
 
         return SingleFile(entries, specs, load)
 
+    def _denoiser_alone(self) -> SingleFile:
+        start = f"{self.family.denoiser}."
+        entries = [
+            replace(entry, key=entry.key.removeprefix(UNET_PREFIX))
+            for entry in self.entries
+            if entry.sources[0].startswith(start)
+        ]
+        return SingleFile(entries, {}, self.reader.__getitem__)
+
 
 def is_model(path: str | Path) -> bool:
     """Return whether a path is a whole model: a Diffusers folder or a single file."""
@@ -442,9 +466,19 @@ def is_model(path: str | Path) -> bool:
     if path.is_dir():
         return pipeline_in(path) is not None
     try:
-        return any(key.startswith(UNET_PREFIX) for key in read_header(path).specs)
+        keys = read_header(path).specs
+        return any(key.startswith(UNET_PREFIX) or key in _DENOISER_KEYS for key in keys)
     except (TensorFileError, OSError):
         return False
+
+
+def comparable_shapes(*models: StoredModel) -> list[dict[str, tuple[int, ...]]]:
+    """Return `module_shapes` of models, without components that one of them leaves out."""
+    left_out = set[str]().union(*(model.left_out for model in models))
+    return [
+        {n: shape for n, shape in module_shapes(m).items() if n.partition(".")[0] not in left_out}
+        for m in models
+    ]
 
 
 def base_name(metadata: Mapping[str, str]) -> str:
@@ -463,7 +497,7 @@ def detect_checkpoint_family(
     Raises:
         UnsupportedModelError: If no name identifies a supported family.
     """
-    names = {standard_key(key) for key in specs}
+    names = {standard_key(key).removeprefix(UNET_PREFIX) for key in specs}
     if other := names & _OTHER_SCHEDULES:
         raise UnsupportedModelError(
             f"{name} contains {min(other)}: it has another kind of noise schedule (EDM) than "

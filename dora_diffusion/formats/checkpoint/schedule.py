@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import PREDICTION_TYPES, Family
+from dora_diffusion.config.families import FLOW, PREDICTION_TYPES, Family
 from dora_diffusion.formats.adapter.metadata import ZERO_TERMINAL_SNR, AdapterMetadata, without_path
 
 PREDICTION, ZERO_SNR = "prediction_type", "rescale_betas_zero_snr"
@@ -59,7 +59,9 @@ class NoiseSchedule(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of a scheduler."""
+        """Settings of a scheduler; none of a flow's."""
+        if self.prediction_type == FLOW:
+            return {}
         return {PREDICTION: self.prediction_type, ZERO_SNR: self.zero_terminal_snr}
 
     @property
@@ -68,7 +70,7 @@ class NoiseSchedule(NamedTuple):
         return set(self.sources) == {CONFIGURED}
 
     def __str__(self) -> str:
-        says = {EPSILON: "epsilon prediction", V: "v-prediction"}
+        says = {EPSILON: "epsilon prediction", V: "v-prediction", FLOW: "flow prediction"}
         words = [says.get(self.prediction_type, self.prediction_type)]
         words += ["zero terminal SNR"] * self.zero_terminal_snr
         if len(set(self.sources)) == 1:
@@ -104,9 +106,7 @@ def choose_schedule(name: str, statements: Iterable[ScheduleInfo]) -> NoiseSched
     # Prefer the model's own statement as the source if it agrees.
     statement = _own_statement(statements, PREDICTION, prediction) or statement
     zero = (_own_statement(statements, ZERO_SNR, True) if is_zero else None) or zero
-    sources = (
-        (statement.source, zero.source) if zero is not None and is_zero else (statement.source,)
-    )
+    sources = (statement.source, *([zero.source] if zero is not None and is_zero else []))
     is_own = statement.is_own and (zero is None or zero.is_own)
     return NoiseSchedule(prediction, is_zero, sources, is_own)
 
@@ -138,14 +138,9 @@ def statements_on(
     settings = {PREDICTION: base.prediction_type, ZERO_SNR: base.zero_terminal_snr}
     of_this = [a for a in adapters if _file_or_name(a.base_model) == name]
     other_adapters = [a for a in adapters if a not in of_this]
+    by_adapter = [[*map(_by_adapter, group)] for group in (of_this, other_adapters)]
     requested = ScheduleInfo(_FLAGS, settings, False)
-    return [
-        requested,
-        *map(_by_adapter, of_this),
-        *own_statements,
-        *map(_by_adapter, other_adapters),
-        *usual,
-    ]
+    return [requested, *by_adapter[0], *own_statements, *by_adapter[1], *usual]
 
 
 def _file_or_name(model: str) -> str:
@@ -156,10 +151,8 @@ def _file_or_name(model: str) -> str:
 
 def _by_adapter(metadata: AdapterMetadata) -> ScheduleInfo:
     zero = metadata.extra.get(ZERO_TERMINAL_SNR)
-    settings = {
-        PREDICTION: metadata.extra.get("prediction_type"),
-        ZERO_SNR: zero == "True" if zero else None,
-    }
+    prediction = metadata.extra.get("prediction_type")
+    settings = {PREDICTION: prediction, ZERO_SNR: zero == "True" if zero else None}
     return ScheduleInfo("the adapter's metadata", settings, False)
 
 
@@ -194,7 +187,9 @@ def usual_of(family: Family) -> list[ScheduleInfo]:
     """Return the default for a model without a statement; none if releases of the family differ."""
     if family.has_two_predictions:
         return []
-    return [ScheduleInfo("the default: the file states nothing", {PREDICTION: EPSILON})]
+    return [
+        ScheduleInfo("the default: the file states nothing", {PREDICTION: family.prediction_type})
+    ]
 
 
 def markers_for(family: Family, settings: Mapping[str, Any]) -> set[str]:

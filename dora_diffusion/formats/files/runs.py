@@ -27,9 +27,9 @@ COMPARISON, BASE_NAME = "comparison.json", "base"
 MOST_COMPARED = 8
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 """Name of a checkpoint's folder, with its step."""
+KOHYA_FILE, VERA_FILE = "dora_kohya.safetensors", "vera.safetensors"
 # A checkpoint of VeRA has only the compact file.
-KOHYA_FILE = "dora_kohya.safetensors"
-ADAPTER_FILES = ("pytorch_lora_weights.safetensors", KOHYA_FILE, "vera.safetensors")
+ADAPTER_FILES = ("pytorch_lora_weights.safetensors", KOHYA_FILE, VERA_FILE)
 
 
 def runs_folder() -> Path:

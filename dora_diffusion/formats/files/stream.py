@@ -284,14 +284,10 @@ def _encode_header(
         header["__metadata__"] = dict(sorted(metadata.items()))
     offset = 0
     for name in order:
-        spec = specs[name]
-        end = offset + spec.nbytes
-        header[name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        spec, start = specs[name], offset
+        offset += spec.nbytes
+        facts = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+        header[name] = facts | {"data_offsets": [start, offset]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw

@@ -6,11 +6,13 @@ show the list in their help.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import re
+from collections.abc import Collection, Mapping, Sequence, Set
 from itertools import zip_longest
 from typing import NamedTuple
 
 from dora_diffusion.config.file import read_facts
+from dora_diffusion.config.wording import listing
 
 
 class Conversion(NamedTuple):
@@ -24,6 +26,8 @@ class Conversion(NamedTuple):
         for_one_base: Whether the result depends on the weights of one base model.
         title: Name in the app's list of targets.
         is_folder: Whether the result is a folder with a file for each component.
+        denoisers: Kinds of denoisers (`config.families.DENOISERS`) that programs read in it.
+        for_transformers: Conversion to use instead for adapters of a transformer.
     """
 
     summary: str
@@ -33,6 +37,8 @@ class Conversion(NamedTuple):
     for_one_base: bool = False
     title: str = ""
     is_folder: bool = False
+    denoisers: Sequence[str] = ("unet", "transformer")
+    for_transformers: str = ""
 
     @property
     def takes_rank(self) -> bool:
@@ -51,6 +57,7 @@ class Program(NamedTuple):
         input_axis: Conversion for magnitudes on the input axis.
         lora: Conversion for adapters without magnitudes.
         clip_skip: Name of the program's setting for clip skip.
+        denoisers: Kinds of denoisers whose adapters can be converted for it.
     """
 
     title: str
@@ -60,23 +67,27 @@ class Program(NamedTuple):
     input_axis: str = "kohya"
     lora: str = "kohya"
     clip_skip: str = ""
+    denoisers: Sequence[str] = ("unet",)
 
     @property
     def takes_dense(self) -> bool:
         """True if the program can add full differences to the base weights."""
         return self.output_axis in ("comfyui", "dense")
 
-    def conversion(self, axes: Set[str], *, is_sum: bool = False) -> str:
+    def conversion(self, axes: Set[str], *, is_sum: bool = False, denoiser: str = "unet") -> str:
         """Return the conversion that the program needs for an adapter.
 
         Args:
             axes: Norm axes of the magnitudes.
             is_sum: Whether a plain LoRA is added to the change, which only full differences can
                 represent.
+            denoiser: Kind of the adapter's denoiser.
         """
         if is_sum and self.takes_dense:
             return "dense"
-        return self.output_axis if "output" in axes else self.input_axis if axes else self.lora
+        name = self.output_axis if "output" in axes else self.input_axis if axes else self.lora
+        is_transformer = denoiser == "transformer"
+        return (is_transformer and CONVERSIONS[name].for_transformers) or name
 
 
 FACTS = read_facts("formats/layouts/programs")
@@ -107,6 +118,13 @@ CONVERSIONS: Mapping[str, Conversion] = {
     **{name: conversion for name, conversion in LAYOUTS.items() if conversion},
     **{name: Conversion(**entry) for name, entry in FACTS["conversions"].items()},
 }
+
+
+def input_format(denoiser: str) -> str:
+    """Return the key format that can store magnitudes on the input axis."""
+    return "kohya" if denoiser == "unet" else CONVERSIONS["kohya"].for_transformers
+
+
 PROGRAMS: Mapping[str, Program] = {
     name: Program(**entry) for name, entry in FACTS["programs"].items()
 }
@@ -132,3 +150,34 @@ VERDICTS = _table(COLUMNS, FACTS["verdicts"])
 """Kind of adapter file -> program -> verdict."""
 MODEL_VERDICTS = _table(FACTS["model_columns"], FACTS["model_verdicts"])
 """Kind of whole model -> program -> verdict."""
+
+_MERGE = "merge it with the program that trained it, and use the merged model"
+# Key prefixes of whole models, in the original layout and in Diffusers'.
+_MODEL_KEYS = (
+    "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
+    "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
+    "cap_embedder.1.weight",
+)  # fmt: skip
+_PREFIX_TWICE = re.compile(r"(lora_unet_unet|lora_te\d?_te\d?|lora_te\d?_text_encoder)_.*")
+
+
+def unknown_keys_message(keys: Collection[str]) -> str:
+    """Return the message on keys of no layout: of a model, another method or a broken converter."""
+
+    def has(pattern: str | re.Pattern[str]) -> bool:
+        return any(re.fullmatch(pattern, key) for key in keys)
+
+    patterns = {method: facts["keys"] for method, facts in FACTS["methods"].items()}
+    if any(key.startswith(_MODEL_KEYS) for key in keys):
+        return f"it is a model, not an adapter: {listing(keys, 3)}"
+    such = f"(keys such as {listing(keys, 3)})"
+    if has(_PREFIX_TWICE) and not has(patterns["embeddings bundled with the adapter"]):
+        return (
+            "its names have the component's prefix twice, as a broken converter wrote them, so "
+            f"that no program finds its layers; convert the file that it was made from again {such}"
+        )
+    for method, pattern in patterns.items():
+        if has(pattern):
+            advice = FACTS["methods"][method].get("advice", _MERGE)
+            return f"it holds {method}, which is not part of a LoRA or DoRA; {advice} {such}"
+    return f"{len(keys)} keys belong to no known module: {listing(keys)}"

@@ -68,12 +68,12 @@ class CloneOfSimo(AdapterLayout):
         marked = sorted(name for name, mark in metadata.items() if mark == _TOKEN_MARK)
         return [name for name in marked if name in keys]
 
-    def group(self, tensors: Tensors, metadata: Fields, shapes: Shapes | None) -> Groups:
+    def group(
+        self, tensors: Tensors, metadata: Fields, shapes: Shapes | None, component: str | None
+    ) -> Groups:
         if left_over := [text for text in tensors if not self.parse(text)]:
-            count = len(left_over)
-            raise AdapterFormatError(
-                f"{count} keys belong to no known module: {listing(left_over)}"
-            )
+            problem = f"{len(left_over)} keys belong to no known module"
+            raise AdapterFormatError(f"{problem}: {listing(left_over)}")
         last: dict[str, int] = {}
         for component, number, _ in (text.split(":") for text in tensors):
             last[component] = max(last.get(component, 0), int(number))
@@ -87,9 +87,7 @@ class CloneOfSimo(AdapterLayout):
             except ValueError as error:
                 raise AdapterFormatError(str(error)) from error
             for path, name in zip(paths, names, strict=True):
-                groups[name] = {
-                    part: Key(f"{path}:{part}", path, f":{part}", part) for part in _FACTORS
-                }
+                groups[name] = {p: Key(f"{path}:{p}", path, f":{p}", p) for p in _FACTORS}
         return groups
 
 
@@ -226,6 +224,5 @@ def _released_unet() -> Iterator[str]:
         for i in range(resnets):
             resnet = f"{block}.resnets.{i}"
             has_shortcut = block.startswith("up") or resnet in wider
-            yield from (
-                f"{resnet}.{leaf}" for leaf in _CLASSES["ResnetBlock2D"][: 4 if has_shortcut else 3]
-            )
+            leaves = _CLASSES["ResnetBlock2D"][: 4 if has_shortcut else 3]
+            yield from (f"{resnet}.{leaf}" for leaf in leaves)

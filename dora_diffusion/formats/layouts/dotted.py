@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dora_diffusion.config.families import COMPONENTS
+from dora_diffusion.config.families import COMPONENTS, DENOISERS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.alpha import json_object, refuse_changed_base
 from dora_diffusion.formats.adapter.metadata import OWN, own_fields, without_path
@@ -32,15 +32,17 @@ from dora_diffusion.formats.layouts.layout import (
     Layers,
     Part,
     WriteOptions,
+    by_component,
     factors,
+    is_mixed,
     unit_scale,
 )
 from dora_diffusion.formats.names.kohya import Resolve, component_of, is_kohya_name, is_sgm_path
 from dora_diffusion.formats.names.modules import (
     canonical,
     installed_path,
-    split_component,
     split_prefix,
+    transformer_paths,
 )
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -102,13 +104,16 @@ class Dotted(AdapterLayout):
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
         stated, path = split_prefix(key.path.removeprefix(PEFT_PREFIX))
         path = f"{path}.".replace(".processor.", ".")[:-1]
+        if stated == "unet" and component_of(path) == "transformer":
+            stated = "transformer"  # `diffusion_model.` is the prefix of both.
         component = stated or component or component_of(path)
+        if component == "transformer":
+            path = transformer_paths().get(path, path)
         if component == "unet" and is_sgm_path(path):
             return resolve("lora_unet_" + path.replace(".", "_"))
         return None if component is None else canonical(component, _modern_path(path, component))
 
     def check(self, layers: Layers) -> None:
-        kinds: dict[str, set[bool]] = {}
         for name, layer in layers.items():
             if layer.magnitude is not None and layer.norm_axis == "input":
                 raise AdapterFormatError(
@@ -123,8 +128,7 @@ class Dotted(AdapterLayout):
                     "PEFT's A sees the inputs of all groups, which fits no such weight. Write the "
                     "kohya format, or export a merged checkpoint"
                 )
-            kinds.setdefault(split_component(name)[0], set()).add(layer.magnitude is not None)
-        if mixed := [component for component, kind in kinds.items() if len(kind) == 2]:
+        if mixed := [name for name, group in by_component(layers).items() if is_mixed(group)]:
             raise AdapterFormatError(
                 f"the {self.name} format cannot hold LoRA and DoRA layers in one component "
                 f"({listing(mixed)}): PEFT makes all of them DoRA. Write the kohya format instead"
@@ -138,7 +142,7 @@ class Dotted(AdapterLayout):
 
 def _modern_path(path: str, component: str) -> str:
     parent, _, leaf = path.rpartition(".")
-    if component != "unet" and leaf in _OLD_TEXT_LEAVES:
+    if component not in DENOISERS and leaf in _OLD_TEXT_LEAVES:
         return f"{parent}.{_OLD_TEXT_LEAVES[leaf]}"
     # The first attention processors dropped the index of `to_out.0`.
     return f"{path}.0" if component == "unet" and leaf == "to_out" else path
@@ -180,6 +184,8 @@ class Diffusers(Dotted):
         # `dora_scale` and a text encoder's magnitude without `.weight`.
         if key.path.startswith(("text_encoder.", "text_encoder_2.")):
             return key.form in _TEXT_FORMS
+        if key.path.startswith("transformer."):
+            return key.form in (*PEFT_FORMS, _MAGNITUDE, f"{_MAGNITUDE}.weight")
         known = key.form in _UNET_FORMS or is_processor(key)
         return known and _UNET.fullmatch(key.path) is not None
 
@@ -195,14 +201,13 @@ class Diffusers(Dotted):
 
     def check(self, layers: Layers) -> None:
         super().check(layers)
-        adapted = {split_component(n)[0] for n, w in layers.items() if w.kind != "embedding"}
-        for name, layer in layers.items():
-            if layer.kind == "embedding" and split_component(name)[0] not in adapted:
+        for group in by_component(layers).values():
+            if all(layer.kind == "embedding" for layer in group.values()):
                 raise AdapterFormatError(
-                    f"the diffusers format cannot hold {name} alone: Diffusers does not take the "
-                    "keys of an Embedding for an adapter's unless another layer of its component "
-                    "is adapted too. Adapt one, write the peft format, or export a merged "
-                    "checkpoint"
+                    f"the diffusers format cannot hold {next(iter(group))} alone: Diffusers does "
+                    "not take the keys of an Embedding for an adapter's unless another layer of "
+                    "its component is adapted too. Adapt one, write the peft format, or export a "
+                    "merged checkpoint"
                 )
 
     def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
@@ -213,18 +218,16 @@ class Diffusers(Dotted):
         one component are padded with zeros to the same rank, since older versions scale all layers
         by the rank of one.
         """
-        ranks: dict[str, int] = {}
-        for name, layer in layers.items():
-            component = split_component(name)[0]
-            ranks[component] = max(ranks.get(component, 0), layer.rank)
         tensors: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            rank, padded = ranks[split_component(name)[0]], unit_scale(layer)
-            if extra := rank - layer.rank:
-                down = pad(padded.down, (0, 0) * (layer.down.ndim - 1) + (0, extra))
-                up = pad(padded.up, (0, 0) * (layer.up.ndim - 2) + (0, extra))
-                padded = dataclasses.replace(padded, down=down, up=up, alpha=float(rank))
-            tensors |= peft_tensors(name, padded, options, ".weight")
+        for group in by_component(layers).values():
+            rank = max(layer.rank for layer in group.values())
+            for name, layer in group.items():
+                padded = unit_scale(layer)
+                if extra := rank - layer.rank:
+                    down = pad(padded.down, (0, 0) * (layer.down.ndim - 1) + (0, extra))
+                    up = pad(padded.up, (0, 0) * (layer.up.ndim - 2) + (0, extra))
+                    padded = dataclasses.replace(padded, down=down, up=up, alpha=float(rank))
+                tensors |= peft_tensors(name, padded, options, ".weight")
         fields = {"format": "pt", **own_fields(options.metadata, layers, self.name)}
         return {self.file_name: EncodedFile.of(tensors, fields)}
 
@@ -279,10 +282,7 @@ class Peft(Dotted):
     def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
         """Encode a folder per component, for ``PeftModel.from_pretrained(component, folder)``."""
         files: dict[str, EncodedFile] = {}
-        components: dict[str, dict[str, LayerWeights]] = {}
-        for name, layer in layers.items():
-            components.setdefault(split_component(name)[0], {})[name] = layer
-        for component, selected in components.items():
+        for component, selected in by_component(layers).items():
             # Transformers flattened CLIPTextModel, but not CLIPTextModelWithProjection
             # (text_encoder_2).
             flat = component == "text_encoder"

@@ -1,17 +1,11 @@
-"""Key format of kohya and LyCORIS: names, metadata and the standard ``dora_scale``.
-
-Files for one base model have the same names. They are exact in programs that misread or ignore
-``dora_scale``.
-"""
+"""Key format of kohya and LyCORIS: names, metadata and the standard ``dora_scale``."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from functools import partial
 from statistics import mode
 
 import torch
@@ -26,8 +20,7 @@ from dora_diffusion.formats.adapter.metadata import (
     kohya_fields,
     own_fields,
 )
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
-from dora_diffusion.formats.files.stream import TensorSpec, data_hash
+from dora_diffusion.formats.files.stream import data_hash
 from dora_diffusion.formats.layouts import BYPASS, VERDICTS
 from dora_diffusion.formats.layouts.layout import (
     EXACT,
@@ -35,25 +28,21 @@ from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     EncodedFile,
     Fields,
-    Groups,
     Key,
     Layers,
     Part,
-    Shapes,
     Specs,
-    Tensors,
     WriteOptions,
+    by_component,
+    denoiser_of,
     factors,
+    norm_axes,
     some_layers,
     unit_scale,
     with_alpha,
 )
 from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES, Resolve, is_kohya_name, kohya_name
 from dora_diffusion.formats.names.modules import NAMES, TOP_MODULES, USUAL_LAYOUT, UNetLayout
-from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.low_rank import weight_change
-from dora_diffusion.numerics.norms import factored_norm
-from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights
 
 _FORMS: dict[str, Part] = NAMES["kohya_forms"]
@@ -102,13 +91,13 @@ class Kohya(AdapterLayout):
                 )
 
     def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
-        return {self.name: _file(layers, layers, options, "kohya")}
+        return {self.name: encode_file(layers, layers, options, "kohya")}
 
     def is_read_as_meant(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
         """Check the shapes of magnitudes, too. LoRA and DoRA layers may be mixed."""
         if not self.finds_alpha(layers, specs, metadata):
             return False
-        axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
+        axes = norm_axes(layers.values())
         along = int(axes == {"input"})
         shapes = [spec.shape for key, spec in specs.items() if key.endswith(".dora_scale")]
         return len(axes) > 1 or all(
@@ -116,6 +105,8 @@ class Kohya(AdapterLayout):
         )
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
+        if denoiser_of(layers) == "transformer":
+            return super().judge(layers, norm_axis, keys)
         if norm_axis:
             return dict(VERDICTS.get(f"kohya DoRA, {norm_axis} axis", {}))
         tools = dict(VERDICTS["kohya LoRA"])
@@ -149,8 +140,7 @@ def _lora_in_diffusers(layers: Layers) -> str:
     """
     lost: list[str] = []
     misread: list[str] = []
-    for component in dict.fromkeys(name.partition(".")[0] for name in layers):
-        selected = {name: w for name, w in layers.items() if name.startswith(f"{component}.")}
+    for component, selected in by_component(layers).items():
         alpha = mode(layer.alpha for layer in selected.values())
         misread += [n for n, w in selected.items() if w.alpha != alpha and _ALPHA_IS_LOST.search(n)]
         if component == "unet":
@@ -183,7 +173,7 @@ def _outside_of_blocks(layers: Iterable[str]) -> list[str]:
     return [name for name in layers if name in tops or name.endswith(".text_projection")]
 
 
-def _file(layers: Layers, trained: Layers, options: WriteOptions, target: str) -> EncodedFile:
+def encode_file(layers: Layers, trained: Layers, options: WriteOptions, target: str) -> EncodedFile:
     """Encode a file with kohya's names and the hash that A1111 and adapter managers use.
 
     Args:
@@ -205,7 +195,7 @@ def _file(layers: Layers, trained: Layers, options: WriteOptions, target: str) -
             by_suffix["dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
         tensors |= {f"{names[name]}.{suffix}": tensor for suffix, tensor in by_suffix.items()}
     tensors |= options.bundled
-    fields = _metadata(trained, options, target)
+    fields = metadata_of(trained, options, target)
     # The hash includes only the data.
     return EncodedFile.of(tensors, {**fields, "sshs_model_hash": data_hash(tensors)})
 
@@ -218,15 +208,20 @@ def _for_other_programs(layers: Layers, options: WriteOptions) -> Layers:
     alpha = rank, since versions of A1111 differ in whether ``alpha / rank`` is applied before the
     norm or to the whole change.
     """
-    alpha = _one_alpha([w for w in layers.values() if not _on_input(w)], options.dtype)
+    alpha = _one_alpha([w for w in layers.values() if not on_input(w)], options.dtype)
     return {
-        name: unit_scale(layer) if _on_input(layer) else with_alpha(layer, alpha)
+        name: unit_scale(layer) if on_input(layer) else with_alpha(layer, alpha)
         for name, layer in layers.items()
     }
 
 
-def _on_input(layer: LayerWeights) -> bool:
+def on_input(layer: LayerWeights) -> bool:
     return layer.magnitude is not None and layer.norm_axis == "input"
+
+
+def needs_compensation(layers: Layers) -> bool:
+    """Return whether ComfyUI would compute layers incorrectly from a standard kohya file."""
+    return "output" in norm_axes(layers.values())
 
 
 def _one_alpha(layers: Sequence[LayerWeights], dtype: torch.dtype | None) -> float:
@@ -262,7 +257,7 @@ def kohya_names(layers: Layers, options: WriteOptions) -> dict[str, str]:
     return {name: str(new) for name, new in names.items()}
 
 
-def _metadata(layers: Layers, options: WriteOptions, target: str) -> dict[str, str]:
+def metadata_of(layers: Layers, options: WriteOptions, target: str) -> dict[str, str]:
     """Return the metadata of a file in kohya's key format."""
     metadata, family = options.metadata, _known_family(layers, options.metadata)
     stored = _for_other_programs(layers, options)
@@ -286,111 +281,4 @@ def _known_family(layers: Layers, metadata: AdapterMetadata) -> Family:
     return FAMILIES[name]
 
 
-class BaseSpecific(Kohya):
-    """Base class of files with kohya's names for one base model, which are not read as adapters.
-
-    Attributes:
-        method: Name of the method in reports.
-        form: Suffix of the key whose tensor has the shape of the layer.
-        note: Note for users.
-    """
-
-    method = form = note = ""
-
-    def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
-        return dict(VERDICTS[self.name])
-
-    def base_of(self, options: WriteOptions) -> ModelWeights:
-        """Return the base model for which the file is written.
-
-        Raises:
-            AdapterFormatError: If no base model is given.
-        """
-        if options.base is None:
-            raise AdapterFormatError(
-                f"{self.name} files are made for one base model; give that model with --base"
-            )
-        return options.base
-
-
-class ComfyUI(BaseSpecific):
-    """Kohya file with output-axis magnitudes compensated for ComfyUI and Forge.
-
-    These programs compute ``m * (W + delta) / norm(W)``, so ``m`` is multiplied by
-    ``norm(W) / norm(W + delta)``. The input axis needs no compensation: an adapter with only that
-    axis is written as a standard kohya file, for any base model.
-    """
-
-    name, method, form = "comfyui", "DoRA", ".lora_down.weight"
-    file_name = "adapter_comfyui.safetensors"
-    note = (
-        "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
-        f"and there too if their formula changes; a merged checkpoint has none. {BYPASS}: "
-        "use its usual loader"
-    )
-
-    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
-        return metadata.get(OWN + "target") == self.name and not DENSE.matches(keys, metadata)
-
-    def group(self, tensors: Tensors, metadata: Fields, shapes: Shapes | None) -> Groups | None:
-        raise AdapterFormatError(
-            "its magnitudes are changed to be exact in ComfyUI on one base model, and wrong "
-            "elsewhere; use the adapter that it was converted from"
-        )
-
-    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
-        if not needs_compensation(layers):
-            return super().encode(layers, options)
-        base = self.base_of(options)
-        changed = {
-            name: _compensated(module_weight(base, name), layer) for name, layer in layers.items()
-        }
-        return {self.name: _file(changed, layers, options, self.name)}
-
-
-class Dense(BaseSpecific):
-    """Full differences ``W' - W`` with kohya's names: large files, exact on both axes."""
-
-    name, method, form = "dense", "full differences", ".diff"
-    file_name = "adapter_dense.safetensors"
-    note = "full differences: add them to the base's weights"
-
-    def matches(self, keys: Collection[str], metadata: Fields) -> bool:
-        return any(key.endswith(self.form) for key in keys)
-
-    def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
-        base = self.base_of(options)
-        names = kohya_names(layers, options)
-        dtype = options.dtype or torch.float32
-
-        def make(name: str) -> Tensor:
-            weight = module_weight(base, name)
-            change = weight_change(weight, layers[name])
-            if name in options.beside:
-                change += weight_change(weight, options.beside[name])
-            return change.to(dtype)
-
-        tensors = {
-            names[name] + self.form: (TensorSpec(dtype, layer.weight_shape), partial(make, name))
-            for name, layer in layers.items()
-        }
-        fields = _metadata(layers, options, self.name)
-        return {self.name: EncodedFile(tensors, fields)}
-
-
-KOHYA, COMFYUI, DENSE = Kohya(), ComfyUI(), Dense()
-
-
-def needs_compensation(layers: Layers) -> bool:
-    """Return whether ComfyUI would compute layers incorrectly from a standard kohya file."""
-    return any(w.magnitude is not None and w.norm_axis == "output" for w in layers.values())
-
-
-def _compensated(weight: Tensor, layer: LayerWeights) -> LayerWeights:
-    if layer.magnitude is None or _on_input(layer):
-        return layer
-    start = weight_norm(weight, "output")
-    norm = factored_norm(weight, layer.down, layer.up, layer.scale, layer.norm_axis)
-    # ComfyUI adds the epsilon of float32 to the norm.
-    factor = (start + torch.finfo(torch.float32).eps) / norm.clamp_min(1e-30)
-    return dataclasses.replace(layer, magnitude=upcast(layer.magnitude) * factor)
+KOHYA = Kohya()

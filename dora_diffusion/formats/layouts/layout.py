@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,17 +18,23 @@ from torch import Tensor
 
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.formats.adapter.metadata import (
-    APPROXIMATES,
-    APPROXIMATION_ERROR,
     DIFFUSERS_METADATA,
+    OWN,
+    UNET_LAYERS,
     AdapterMetadata,
 )
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts import COLUMNS, VERDICTS
-from dora_diffusion.formats.names.kohya import Resolve
-from dora_diffusion.formats.names.modules import UNetLayout
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.formats.layouts import (
+    COLUMNS,
+    FACTS,
+    LAYOUTS,
+    VERDICTS,
+    unknown_keys_message,
+)
+from dora_diffusion.formats.names.kohya import Resolve, name_resolver
+from dora_diffusion.formats.names.modules import UNetLayout, split_component, transformer_paths
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # down and up are A and B; mid is the core of a Tucker-decomposed convolution. `magnitude` is PEFT's
 # (always on the output axis); the shape of `dora_scale` determines its axis.
@@ -39,8 +47,11 @@ Fields = Mapping[str, str]
 BUNDLED_TOKEN = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<key>clip_[lhg])")
 """Key of a trained token's vectors in a file of layers."""
 EXACT = "exact"
-# Largest error of rounding alone; below it a file is exact.
-_ROUNDING = 1e-5
+# Modules of layouts that are not named after them. Each layout is a constant, such as `KOHYA`.
+_MODULES = {
+    "diffusers": "dotted", "peft": "dotted", "attn_procs": "dotted", "onetrainer": "dotted",
+    "comfyui": "one_base", "dense": "one_base",
+}  # fmt: skip
 # Joined attention projections, which only some programs split.
 _JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")
 
@@ -140,11 +151,15 @@ class AdapterLayout:
         file_name: Default file name; None for a folder of files.
         says_alpha: Whether the alpha of all layers is known without stored values.
         is_compact: Whether the file has fewer values than the layers that it represents.
+        form: For files for one base model: suffix of the key whose tensor has the layer's shape.
+        method: For these files: name of the method in reports.
+        note: For these files: note for users.
     """
 
     name = key_format = "other"
     file_name: str | None = ""
     says_alpha = is_compact = False
+    form = method = note = ""
 
     def parse(self, key: str) -> Key | None:
         """Parse a key, also in variants of other programs. None: the key is of another layout."""
@@ -167,19 +182,22 @@ class AdapterLayout:
         """Return the keys of trained tokens."""
         return []
 
-    def group(self, tensors: Tensors, metadata: Fields, shapes: Shapes | None) -> Groups | None:
-        """Group the keys of a file by layer, if keys do not name their layers.
-
-        The default returns None, and `group_keys` groups the keys.
+    def group(
+        self, tensors: Tensors, metadata: Fields, shapes: Shapes | None, component: str | None
+    ) -> Groups:
+        """Group the keys of a file by layer.
 
         Args:
             tensors: Tensors of the file without trained tokens.
             metadata: Metadata of the file.
             shapes: Weight shapes of the base model's modules, None if it is unknown.
+            component: Component of keys without a component, in a PEFT folder.
 
         Raises:
             AdapterFormatError: If the file cannot be read.
         """
+        unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+        return group_keys(tensors, name_resolver(shapes, unet), component)
 
     def decode(self, tensors: Tensors, metadata: Fields) -> tuple[Layers, str] | None:
         """Decode a file without A, B and m. Returns its layers and a note; the default is None."""
@@ -201,8 +219,7 @@ class AdapterLayout:
         No program reads alpha from the training metadata of kohya's scripts. PEFT treats either all
         layers of a component as DoRA, or none.
         """
-        kinds = {(n.split(".")[0], layer.magnitude is None) for n, layer in layers.items()}
-        is_uniform = len(kinds) == len({component for component, _ in kinds})
+        is_uniform = not any(map(is_mixed, by_component(layers).values()))
         return is_uniform and self.finds_alpha(layers, specs, metadata)
 
     def finds_alpha(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
@@ -221,12 +238,101 @@ class AdapterLayout:
         """
         # PEFT and Diffusers do not support magnitudes on the input axis.
         kind = f"{self.name} {'DoRA' if norm_axis else 'LoRA'}" if norm_axis != "input" else ""
-        unknown = "convert: its key format is not one that we have checked"
-        return dict(VERDICTS.get(kind) or dict.fromkeys(COLUMNS, unknown))
+        if denoiser_of(layers) == "transformer":
+            tools = dict(
+                VERDICTS.get(kind + OF_TRANSFORMERS) or VERDICTS[f"other{OF_TRANSFORMERS}"]
+            )
+            # Only these were checked in ComfyUI.
+            is_named = all(name.partition(".")[2] in transformer_paths() for name in layers)
+            return tools if is_named else {**tools, "ComfyUI and Forge": "-"}
+        return dict(VERDICTS.get(kind) or dict.fromkeys(COLUMNS, FACTS["words"]["unchecked"]))
 
     def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
         """Return advice on using a file of this layout."""
         return ["programs read few of such files as they are meant: convert it for yours"]
+
+
+@cache
+def layout_named(name: str) -> AdapterLayout:
+    """Return a layout by its name."""
+    module = import_module(f"{__package__}.{_MODULES.get(name, name)}")
+    layout: AdapterLayout = getattr(module, name.upper())
+    return layout
+
+
+def all_layouts() -> Iterator[AdapterLayout]:
+    """Yield the known layouts; the module of each is imported when it is reached."""
+    return map(layout_named, LAYOUTS)
+
+
+def layout_of(keys: Collection[str], metadata: Fields) -> AdapterLayout:
+    """Return the layout of a file; `Other` if it has no known layout."""
+    matching = (layout for layout in all_layouts() if layout.matches(keys, metadata))
+    return next(matching, None) or layout_named("other")
+
+
+def group_keys(keys: Collection[str], resolve: Resolve, component: str | None = None) -> Groups:
+    """Group keys by layer: canonical module name -> part -> key.
+
+    Each key is parsed by the first layout that recognizes it. Unknown keys are an error, since
+    skipping them would silently load half an adapter.
+
+    Args:
+        keys: Keys of the file, without trained tokens.
+        resolve: Function of `name_resolver`.
+        component: Component of keys without a component, in a PEFT folder.
+
+    Raises:
+        AdapterFormatError: If a key is unknown, or two keys are the same part of a layer.
+    """
+    if not keys:
+        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    layers: Groups = {}
+    left_over, twice = [], []
+    for text in keys:
+        parsed = ((layout, key) for layout in all_layouts() if (key := layout.parse(text)))
+        layout, key = next(parsed, (None, None))
+        name = layout.module(key, resolve, component) if layout and key else None
+        if name is None or key is None:
+            left_over.append(text)
+            continue
+        if key.part in layers.setdefault(name, {}):
+            twice.append(f"{layers[name][key.part].text} and {text}")
+        layers[name][key.part] = key
+    if twice:
+        raise AdapterFormatError(f"two keys for one tensor: {listing(twice)}")
+    if left_over:
+        raise AdapterFormatError(unknown_keys_message(left_over))
+    return layers
+
+
+OF_TRANSFORMERS = " of a transformer"
+"""End of the kinds of files in `VERDICTS` that are about transformers."""
+
+
+def denoiser_of(layers: Iterable[str]) -> str:
+    """Return the kind of denoiser that layers belong to; ``"unet"`` if they do not show it."""
+    is_transformer = any(name.startswith("transformer.") for name in layers)
+    return "transformer" if is_transformer else "unet"
+
+
+def refuse_denoiser(target: str, denoisers: Collection[str], denoiser: str) -> None:
+    """Check that a format or program supports adapters of a kind of denoiser.
+
+    Args:
+        target: Name of the format or program.
+        denoisers: Kinds of denoisers that it supports.
+        denoiser: Kind of the adapter's denoiser.
+
+    Raises:
+        AdapterFormatError: If it does not; names the formats that do.
+    """
+    if denoiser not in denoisers:
+        able = [name for name, one in LAYOUTS.items() if one and denoiser in one.denoisers]
+        raise AdapterFormatError(
+            f"no {target} file of a {denoiser} is known that its programs read; write one of "
+            f"{', '.join(able)}, or export a merged checkpoint"
+        )
 
 
 def factor_pair(name: str, tensors: Mapping[Part, Tensor]) -> tuple[Tensor, Tensor]:
@@ -243,6 +349,24 @@ def factor_pair(name: str, tensors: Mapping[Part, Tensor]) -> tuple[Tensor, Tens
             f"{name}: low-rank factors of shapes {tuple(down.shape)} and {tuple(up.shape)}"
         )
     return down, up
+
+
+def by_component(layers: Layers) -> dict[str, dict[str, LayerWeights]]:
+    """Group layers by component, each group by canonical name."""
+    groups: dict[str, dict[str, LayerWeights]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(split_component(name)[0], {})[name] = layer
+    return groups
+
+
+def is_mixed(layers: Layers) -> bool:
+    """Return whether some layers have a magnitude and others have none."""
+    return len({layer.magnitude is None for layer in layers.values()}) > 1
+
+
+def norm_axes(layers: Iterable[LayerWeights]) -> set[NormAxis]:
+    """Return the axes of the layers' magnitudes."""
+    return {layer.norm_axis for layer in layers if layer.magnitude is not None}
 
 
 def with_alpha(layer: LayerWeights, alpha: float) -> LayerWeights:
@@ -262,47 +386,6 @@ def factors(layer: LayerWeights, options: WriteOptions) -> tuple[Tensor, Tensor]
     dtype = options.dtype
     down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
     return (down, up) if dtype is None else (down.to(dtype), up.to(dtype))
-
-
-@dataclass(frozen=True)
-class Approximation:
-    """Approximation that a file contains.
-
-    Attributes:
-        of: Approximated original: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the
-            adapters"``.
-        error: Relative error of the change of all layers; None if the file does not state it.
-    """
-
-    of: str
-    error: float | None
-
-    def __str__(self) -> str:
-        if self.error is None:
-            return f"which approximates the {self.of}"
-        share = f"{self.error:.1%}" if self.error >= 0.001 else "less than 0.1%"
-        return f"which is off the {self.of} by {share}"
-
-    def qualify(self, tools: Mapping[str, str], method: str) -> dict[str, str]:
-        """Qualify exact verdicts on an approximation by its error."""
-        exact = f"exact for this {method}, {self}"
-        return {
-            program: exact + verdict.removeprefix(EXACT)
-            if verdict.partition(":")[0] == EXACT
-            else verdict
-            for program, verdict in tools.items()
-        }
-
-
-def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
-    """Return the approximation that the metadata of our file state; None if the file is exact."""
-    if not (of := extra.get(APPROXIMATES)):
-        return None
-    try:
-        error = float(extra.get(APPROXIMATION_ERROR, ""))
-    except ValueError:
-        return Approximation(of, None)
-    return Approximation(of, error) if error > _ROUNDING else None
 
 
 def some_layers(names: Collection[str]) -> str:

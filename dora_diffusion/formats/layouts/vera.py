@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.adapter.alpha import json_object
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, own_fields
+from dora_diffusion.formats.files.runs import VERA_FILE
 from dora_diffusion.formats.files.stream import data_hash, save_tensors
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
@@ -30,7 +31,6 @@ from dora_diffusion.formats.layouts.layout import (
 from dora_diffusion.numerics.projections import Kernel, Projections, scaled_rows
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
-VERA_FILE = "vera.safetensors"
 PROJECTIONS, SHAPES = "projections", "shapes"
 # Far above the size for any model. A damaged file must not exhaust the memory.
 _LARGEST = 2**27

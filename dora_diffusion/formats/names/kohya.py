@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family, transformer_family
 from dora_diffusion.formats.names.modules import (
     NAMES,
     TOP_MODULES,
@@ -22,17 +22,14 @@ from dora_diffusion.formats.names.modules import (
     released_layout,
     renamed,
     split_component,
+    transformer_paths,
     unet_names,
 )
 
-KOHYA_PREFIXES = {
-    "lora_unet_": "unet",
-    **{
-        encoder.kohya_prefix: encoder.component
-        for family in FAMILIES.values()
-        for encoder in family.text_encoders
-    },
-}
+# ComfyUI's prefix of transformers; it knows the names of Diffusers.
+TRANSFORMER_PREFIX = "diffusion_model."
+_ENCODERS = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
+KOHYA_PREFIXES = {"lora_unet_": "unet", **{e.kohya_prefix: e.component for e in _ENCODERS}}
 LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
 # Adaptable modules; `#` stands for a number.
 _ATTENTION = NAMES["attention"]
@@ -54,7 +51,10 @@ TEXT_MODULES = (
 _UNET_STARTS = {name.split(".")[0] for name in UNET_MODULES}
 _SGM_STARTS = {original.split(".")[0] for original in unet_names(USUAL_LAYOUT).canonical}
 
-_RELEASED_LAYOUTS = [USUAL_LAYOUT, *map(released_layout, FAMILIES.values())]
+_RELEASED_LAYOUTS = [
+    USUAL_LAYOUT,
+    *(released_layout(family) for family in FAMILIES.values() if family.has_unet),
+]
 
 Resolve = Callable[[str], "str | None"]
 
@@ -68,6 +68,8 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
         layout: Layout of the UNet, for families with names of the original blocks.
     """
     component, path = split_component(name)
+    if component == "transformer":
+        return TRANSFORMER_PREFIX + path if path in transformer_paths() else None
     if component != "unet":
         encoder = family.text_encoder(component)
         return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
@@ -83,8 +85,13 @@ def is_kohya_name(key: str) -> bool:
 
 
 def component_of(path: str) -> str | None:
-    """Return the component of a module path without prefix, by its first word; None if unknown."""
+    """Return the component of a module path without prefix; None if unknown.
+
+    UNets and text encoders are identified by the first word, transformers by the whole path.
+    """
     top = path.split(".")[0]
+    if path in transformer_paths() or transformer_family(path):
+        return "transformer"
     if top in _UNET_STARTS | _SGM_STARTS:
         return "unet"
     text = ("text_model", "encoder", "embeddings", "text_projection")
@@ -156,13 +163,16 @@ def _flat_names(names: list[str]) -> Iterable[tuple[str, str]]:
 
 
 def _by_vocabulary(flat: str, layouts: list[UNetLayout]) -> str | None:
-    prefixes = [*KOHYA_PREFIXES.items(), (LYCORIS_PREFIX, "unet"), (LYCORIS_PREFIX, "text_encoder")]
+    denoisers = [(LYCORIS_PREFIX, "unet"), (TRANSFORMER_PREFIX.replace(".", "_"), "unet")]
+    prefixes = [*KOHYA_PREFIXES.items(), *denoisers, (LYCORIS_PREFIX, "text_encoder")]
     for prefix, component in prefixes:
         if flat.startswith(prefix):
             path = flat.removeprefix(prefix)
             dotted = _unet_path(path, layouts) if component == "unet" else _dotted(path, _TEXT)
             if dotted:
                 return canonical(component, dotted)
+            if component == "unet" and (dotted := _flat_transformers().get(path)):
+                return canonical("transformer", dotted)
     return None
 
 
@@ -174,6 +184,11 @@ def _unet_path(flat: str, layouts: list[UNetLayout]) -> str | None:
 @lru_cache
 def _flat_blocks(layout: UNetLayout) -> dict[str, str]:
     return unet_names(layout).with_underscores().canonical
+
+
+@lru_cache
+def _flat_transformers() -> dict[str, str]:
+    return {path.replace(".", "_"): name for path, name in transformer_paths().items()}
 
 
 def _compile(templates: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:

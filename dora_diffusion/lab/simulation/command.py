@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 RESULTS = "simulation.json"
 SUBJECTS, SUBJECTS_AT_A_RATE = 1000, 10_000
 _FILE = "measured in --records, else 0"
-
-
+_subjects, _workers = partial(flag, group="Subjects"), partial(flag, group="Workers")
+_seconds = partial(_workers, metavar="SECONDS")
 _PACK = when(lambda plan: plan.pack != 1, "no --pack is given")
 _FAILURES = when(
     lambda plan: plan.failures or (plan.records is not None and plan.failures is None),
@@ -32,22 +33,20 @@ _FAILURES = when(
 class SimulateSettings(Overwrite):
     """Settings of ``simulate``."""
 
-    rate: float | None = flag(
+    rate: float | None = _subjects(
         None,
         "Arrivals per hour, at random (a Poisson process). Default: all subjects at once.",
-        group="Subjects",
         above=0,
     )
     arrivals: Path | None = flag(
         None,
         "File of arrival times instead: one per line, in seconds or as an ISO 8601 date.",
-        group="Subjects",
         metavar="FILE",
+        group="Subjects",
     )
-    subjects: int | None = flag(
+    subjects: int | None = _subjects(
         None,
         f"Number of arrivals. Default: {SUBJECTS:,}; with --rate {SUBJECTS_AT_A_RATE:,}.",
-        group="Subjects",
         above=0,
         needs=(when(lambda plan: plan.arrivals is None, "all arrivals of the file are simulated"),),
     )
@@ -55,84 +54,59 @@ class SimulateSettings(Overwrite):
         None,
         "Measured costs of a fleet: its file fleet.jsonl. Training times are drawn from it; starts "
         "and failures default to its figures.",
-        group="Subjects",
         metavar="FILE",
+        group="Subjects",
     )
-    seconds: float | None = flag(
-        None, "Mean training time of a subject alone, without its start.", group="Subjects"
+    seconds: float | None = _subjects(
+        None, "Mean training time of a subject alone, without its start."
     )
-    variation: float = flag(
+    variation: float = _subjects(
         0.0,
         "Standard deviation of training times over their mean: 0 constant, 1 exponential.",
-        group="Subjects",
         needs=(when(lambda plan: plan.records is None, "training times are drawn from --records"),),
     )
     workers: list[int] = flag(
-        [1], "Number of workers; several are compared.", group="Workers", least=1
+        [1], "Number of workers; several are compared.", least=1, group="Workers"
     )
-    cold_start: float | None = flag(
-        None,
-        f"Seconds to the first step in a new process. Default: {_FILE}.",
-        group="Workers",
-        metavar="SECONDS",
+    cold_start: float | None = _seconds(
+        None, f"Seconds to the first step in a new process. Default: {_FILE}."
     )
-    warm_start: float | None = flag(
-        None,
-        f"Seconds to the first step with the base in memory. Default: {_FILE}.",
-        group="Workers",
-        metavar="SECONDS",
+    warm_start: float | None = _seconds(
+        None, f"Seconds to the first step with the base in memory. Default: {_FILE}."
     )
-    keep_warm: float | None = flag(
-        None,
-        "Idle time after which a worker is released. Default: never.",
-        group="Workers",
-        metavar="SECONDS",
+    keep_warm: float | None = _seconds(
+        None, "Idle time after which a worker is released. Default: never."
     )
-    pack: int = flag(1, "Maximum number of subjects trained at once.", group="Workers", least=1)
+    pack: int = _workers(1, "Maximum number of subjects trained at once.", least=1)
     pack_throughput: list[str] = flag(
         [],
         "Subject-steps per second of packs, relative to one subject, such as 4:2.2 8:3.2.",
-        group="Workers",
         metavar="SIZE:FACTOR",
         needs=(_PACK,),
+        group="Workers",
     )
-    failures: float | None = flag(
+    failures: float | None = _workers(
         None,
         "Failures of a worker per hour, without notice; training resumes from the last checkpoint. "
         f"Default: {_FILE}.",
-        group="Workers",
     )
-    preemptions: float = flag(
-        0.0,
-        "Preemptions of a worker per hour, with notice: a checkpoint is saved.",
-        group="Workers",
+    preemptions: float = _workers(
+        0.0, "Preemptions of a worker per hour, with notice: a checkpoint is saved."
     )
-    window: float = flag(
-        0.0,
-        "Maximum time that a subject waits for its pack to fill.",
-        group="Workers",
-        metavar="SECONDS",
-        needs=(_PACK,),
+    window: float = _seconds(
+        0.0, "Maximum time that a subject waits for its pack to fill.", needs=(_PACK,)
     )
-    checkpoint_seconds: float = flag(
+    checkpoint_seconds: float = _seconds(
         0.0,
         "Training time between checkpoints; 0: a failure loses all progress.",
-        group="Workers",
-        metavar="SECONDS",
         needs=(_FAILURES,),
     )
-    recovery: float = flag(
-        0.0,
-        "Seconds from a failure to the new process.",
-        group="Workers",
-        metavar="SECONDS",
-        needs=(_FAILURES,),
+    recovery: float = _seconds(
+        0.0, "Seconds from a failure to the new process.", needs=(_FAILURES,)
     )
-    preempted_for: float = flag(
+    preempted_for: float = _seconds(
         0.0,
         "Seconds from a preemption to the next worker.",
-        group="Workers",
-        metavar="SECONDS",
         needs=(when(lambda plan: plan.preemptions, "no --preemptions are given"),),
     )
     price: float | None = flag(None, "Price of a GPU-hour, in any currency.", above=0)

@@ -230,9 +230,7 @@ def by_method(records: Sequence[Record]) -> Figure | None:
             color = "0.45" if row == BASE else ordered_color(position, len(rows))
             panel.plot(scale * estimate.mean, position, "o", color=color, markersize=6)
             if estimate.low is not None and estimate.high is not None:
-                panel.plot(
-                    [scale * estimate.low, scale * estimate.high], [position] * 2, color=color
-                )
+                panel.hlines(position, scale * estimate.low, scale * estimate.high, color=color)
         panel.set_xlabel(title, fontsize=8.5)
         tidy(panel)
     panels[0].set_yticks(range(len(rows)), rows, fontsize=9)

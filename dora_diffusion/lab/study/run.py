@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.cluster.fleet.cluster import Share
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Worker, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.run import absolute, workers_for
+from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel

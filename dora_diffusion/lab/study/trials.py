@@ -237,7 +237,8 @@ def perform(
     folder = work / "trials" / trial.digest[:20]
     shutil.rmtree(folder, ignore_errors=True)  # leftovers of a killed call
     try:
-        run = _open(trial, base, work, folder, load)
+        config = _settings(trial, base, work, folder)
+        run = assemble(config, subjects_of(config), make_accelerator(config), load=load)
         record: Record = {
             "digest": trial.digest,
             "row": trial.row,
@@ -299,11 +300,6 @@ def _settings(trial: Trial, base: str, work: Path, folder: Path) -> TrainConfig:
         output_dir=str(folder),
         **subject_settings,
     )
-
-
-def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Run:
-    config = _settings(trial, base, work, folder)
-    return assemble(config, subjects_of(config), make_accelerator(config), load=load)
 
 
 def _measure(run: Run, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:

@@ -163,11 +163,8 @@ def _paint_subject(scene: Scene, x: Grid, y: Grid, pixel: float, canvas: Canvas)
     x, y = (x - scene.position[0]) / scene.size, (y - scene.position[1]) / scene.size
     u, v = cos * x + sin * y, cos * y - sin * x
     u = -u if scene.flip else u
-    subject, shape, is_night = (
-        scene.subject,
-        find_shape(scene.subject.kind),
-        scene.background == "night",
-    )
+    subject, is_night = scene.subject, scene.background == "night"
+    shape = find_shape(subject.kind)
     light = np.array((0.75 * np.cos(scene.light), 0.75 * np.sin(scene.light), 0.66), np.float32)
     ambient = 0.45 if is_night else 0.6
     tint = np.array((0.86, 0.9, 1.08) if is_night else (1, 1, 1), np.float32)

@@ -29,10 +29,17 @@ _LAST_LINES = 6
 def template(name: str) -> Template:
     """Return a template of this folder, which escapes all text that is not from a template."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters["with_labels"] = with_labels
+    filters = {"with_labels": with_labels, "duration": duration, "size": _size, "image": image}
+    environment.filters |= filters
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     # A browser would show the line breaks between inline elements as spaces.
     return environment.from_string(re.sub(r"\n+(?=[<{])|(?<=[>}])\n+", "", text))
+
+
+def _size(gib: float | None) -> str:
+    if gib is None:
+        return "not known yet"
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
 class _Pieces:
@@ -44,6 +51,18 @@ class _Pieces:
 
 
 pieces = _Pieces()
+
+
+def address(path: Any) -> str:
+    """Return the URL of a file in a folder that the server may serve."""
+    return f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}"
+
+
+def image(path: Any, text: str) -> str:
+    """Return an image that the server may serve; empty if the file does not exist."""
+    return pieces.shown_image(address(path), text) if path.is_file() else ""
+
+
 heading, empty, note, notes, quiet = (
     pieces.heading, pieces.empty, pieces.note, pieces.notes, pieces.quiet,
 )  # fmt: skip
@@ -58,15 +77,9 @@ def image_card(path: Any, action: str, value: str, text: str, otherwise: str = "
 
 def header(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
     """Return the name of the app, its active job (None: not known yet), and its problems."""
-    now: list[tuple[str, ...]] = [("idle",)]
-    if jobs is None:
-        now = [("connecting", "connecting")]
-    elif active := next((job for job in jobs if job.is_active), None):
-        share = f" {active.step / active.total:.0%}" if active.total else ""
-        now = [(f"{active.title}{share}", "running")]
-    if waiting := sum(job.state == "waiting" for job in jobs or ()):
-        now.append((f"{waiting} waiting",))
-    return pieces.header(now, problems)
+    active = next((job for job in jobs or () if job.is_active), None)
+    waiting = sum(job.state == "waiting" for job in jobs or ())
+    return pieces.header(jobs is not None, active, waiting, problems)
 
 
 def state_pill(job: Job) -> str:
@@ -80,23 +93,13 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     done = f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
     if job.progress.unit == "B":
         done = f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
-    lines = [done] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
-    messages = [note(job.cause, "bad"), notes(job.damage, "bad")]
-    if job.cause and (last := printed(job.folder)[-_LAST_LINES:]):
-        messages.append(log_view("\n".join(last)))
-    messages.append(notes(log_warnings(job.folder), "warn"))
-    if job.state == "done" and job.settings.get("keep_best"):
-        text = (
-            f"The result is that of step {job.result_step}, where the validation loss was lowest."
-        )
-        messages.append(note(text))
-    if job.state == "done" and job.trigger:
-        triggers = [f"“{trigger}”" for trigger in split_triggers(job.trigger)]
-        which = "the subject" if len(triggers) == 1 else "that subject"
-        text = f"Write {' or '.join(triggers)} in a prompt to get {which}."
-        messages.append(note(text, "good"))
-    stops = stop and not job.has_ended
-    return pieces.status_card(job, state_pill(job), share, lines, messages, stops)
+    facts = [done] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
+    last = printed(job.folder)[-_LAST_LINES:] if job.cause else []
+    triggers = split_triggers(job.trigger) if job.state == "done" and job.trigger else []
+    return pieces.status_card(
+        job, state_pill(job), share, facts, "\n".join(last), log_warnings(job.folder), triggers,
+        stop=stop and not job.has_ended,
+    )  # fmt: skip
 
 
 def _live_facts(job: Job) -> list[str]:
@@ -127,70 +130,13 @@ def _live_facts(job: Job) -> list[str]:
 
 
 def queue_list(jobs: Sequence[Job]) -> str:
-    """Return a list of the newest jobs, one line each."""
-    return pieces.queue_list([(state_pill(job), job.title, _turn(job)) for job in jobs[:12]])
-
-
-def _turn(job: Job) -> tuple[str, str, str]:
-    """Return a job's position in the queue, its owner, and the time of its request."""
-    owner = "you" if job.record.owner == PERSON.get() else job.record.owner
-    position = f"number {job.position}" if job.position else ""
-    return position, owner if job.record.owner else "", job.made[5:]
+    """Return a list of the newest jobs, one line each: state, title, position, owner and time."""
+    return pieces.queue_list([(state_pill(job), job) for job in jobs[:12]], PERSON.get())
 
 
 def estimate_card(value: Estimate, steps: int | None) -> str:
     """Return the card of an estimate, with its source, and a warning if the run will not fit."""
-
-    def size(gib: float | None) -> str:
-        if gib is None:
-            return "not known yet"
-        return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
-
-    time = duration(value.seconds) if value.seconds is not None else "known after the first steps"
-    free = value.device.free_gib
-    details = {
-        "steps": str(steps or "the default of the model's family"),
-        "training time": time,
-        "device": value.device.name,
-        "memory": f"{size(value.memory)}, {size(free)} free",
-        "disk": f"{size(value.disk)}, {size(value.free_disk)} free",
-    }
-    too_much = ""
-    if value.will_not_fit:
-        otherwise = "Close other programs, or choose a smaller model."
-        too_much = note(
-            f"This will not fit: it takes about {size(value.memory)} of memory, and {size(free)} "
-            f"are free. {f'Set {value.change}.' if value.change else otherwise}",
-            "bad",
-        )
-    return pieces.definitions(details) + quiet(_source(value)) + too_much
-
-
-def _source(value: Estimate) -> str:
-    if value.runs:
-        runs = f"{value.runs} earlier run{'s' if value.runs != 1 else ''}"
-        return f"Measured in {runs} like this on this machine."
-    if value.memory is not None:
-        how = "with random weights on a CPU"
-        if has_own_memory(value.device.kind):
-            how = "counted without a GPU"
-        return (
-            f"Memory is from runs at full size {how}, with a tenth added; "
-            "time is measured as it goes."
-        )
-    if value.seconds is not None:
-        return "Time is that of a run like this on this machine; memory is known when one ends."
-    return "No run like this was made on this machine yet: time and memory are measured as it goes."
-
-
-def address(path: Any) -> str:
-    """Return the URL of a file in a folder that the server may serve."""
-    return f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}"
-
-
-def image(path: Any, text: str) -> str:
-    """Return an image that the server may serve; empty if the file does not exist."""
-    return pieces.shown_image(address(path), text) if path.is_file() else ""
+    return pieces.estimate(value, steps, has_own_memory(value.device.kind))
 
 
 def download(path: Any, label: str) -> str:
@@ -200,10 +146,15 @@ def download(path: Any, label: str) -> str:
     return pieces.file_link(address(path), path.name, label, size)
 
 
-def task_list(jobs: Sequence[Job]) -> str:
-    """Return cards of the newest jobs that process runs."""
+def task_list(jobs: Sequence[Job], run_id: str | None) -> str:
+    """Return cards of the newest jobs that process runs; ended ones only of the displayed run."""
     listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
-    return "".join(map(task_card, [job for job in jobs if job.kind in listed][:6]))
+    shown = [
+        job
+        for job in jobs
+        if job.kind in listed and (not job.has_ended or job.record.run in ("", run_id))
+    ]
+    return "".join(map(task_card, shown[:6]))
 
 
 def task_card(job: Job) -> str:

@@ -1,15 +1,13 @@
-"""Loss curves of a run, drawn by pieces.html."""
+"""Loss curves of a run, as data of Gradio's line plots."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from dora_diffusion.studio.app.html import empty, pieces
 
-# Edges of the plot area in the drawing of 640 x 240 in pieces.html.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 628, 14, 212
+RAW, SMOOTHED = "each step", "smoothed"
 _MOST_POINTS = 400
 
 
@@ -22,86 +20,38 @@ def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
     return result
 
 
-def loss_plot(
-    records: Sequence[Mapping[str, Any]], validation: Mapping[int, float] | None = None
+def loss_text(
+    run: str, records: Sequence[Mapping[str, Any]], validation: Mapping[int, float]
 ) -> str:
-    """Plot the raw and smoothed loss over steps, and below them the validation loss.
+    """Return the last smoothed loss and the lowest validation loss of a run.
 
-    Args:
-        records: Records of the steps.
-        validation: Validation losses by step; step 0 is the base model. They have a separate scale,
-            because the training loss weights timesteps.
+    The text differs between runs and after each step, so that the page redraws the plots.
     """
     if len(records) < 2:
         return empty("No loss yet", "The curve appears with the first steps.")
-    steps = [int(record["step"]) for record in records]
+    loss = smoothed([float(record["loss"]) for record in records])[-1]
+    best = min((step for step in validation if step), key=validation.__getitem__, default=0)
+    return pieces.losses(f"{run}-{len(records)}", loss, validation, best)
+
+
+def training_curves(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, str]]:
+    """Return the raw and smoothed loss over steps, as rows of step, loss and curve."""
     raw = [float(record["loss"]) for record in records]
-    smooth = smoothed(raw)
-    every = -(-len(steps) // _MOST_POINTS)
-    ordered = sorted(raw)
+    if len(raw) < 2:
+        return []
+    ordered, smooth = sorted(raw), smoothed(raw)
     # A few outliers (large noise levels) would flatten the rest.
     most = max(ordered[int(0.98 * (len(ordered) - 1))], max(smooth))
-    training = _Area(f"Loss over {len(steps)} steps", steps[0], steps[-1], ordered[0], most)
-    training.add_line("dd-raw", steps[::every], raw[::every])
-    training.add_line("dd-smooth", steps[::every], smooth[::every])
-    held_out = _validation_area(steps, validation) if validation else None
-    return pieces.plots(training, smooth[-1], held_out)
+    every = slice(None, None, -(-len(raw) // _MOST_POINTS))
+    steps = [int(record["step"]) for record in records]
+    return [
+        (step, min(loss, most), name)
+        for name, losses in ((RAW, raw), (SMOOTHED, smooth))
+        for step, loss in zip(steps[every], losses[every], strict=True)
+    ]
 
 
-def _validation_area(steps: Sequence[int], losses: Mapping[int, float]) -> _Area:
-    """Return the plot of the validation loss over the same steps, with a mark at its minimum."""
-    values, first = list(losses.values()), min(steps[0], *losses)
-    label = f"Validation loss, taken {len(values)} times"
-    area = _Area(label, first, max(steps[-1], *losses), min(values), max(values))
-    area.add_line("dd-smooth", list(losses), values)
-    area.best = min((step for step in losses if step), key=lambda step: losses[step], default=0)
-    area.losses = losses
-    return area
-
-
-@dataclass
-class _Area:
-    """Area of a plot, with its range of steps and losses.
-
-    Attributes:
-        label: Label for screen readers.
-        first: Step at the left edge.
-        last: Step at the right edge.
-        low: Loss at the bottom edge.
-        high: Loss at the top edge.
-        lines: CSS class -> points of a curve.
-        best: Step of the lowest validation loss.
-        losses: Validation losses by step.
-    """
-
-    label: str
-    first: int
-    last: int
-    low: float
-    high: float
-    lines: dict[str, str] = field(default_factory=dict)
-    best: int = 0
-    losses: Mapping[int, float] = field(default_factory=dict)
-
-    def point(self, step: int, loss: float) -> tuple[str, str]:
-        """Return the coordinates of a loss in the drawing."""
-        share = min(1.0, max(0.0, (loss - self.low) / ((self.high - self.low) or 1.0)))
-        way = (step - self.first) / max(1, self.last - self.first)
-        return f"{_LEFT + way * (_RIGHT - _LEFT):.1f}", f"{_BOTTOM - share * (_BOTTOM - _TOP):.1f}"
-
-    def add_line(self, name: str, steps: Sequence[int], losses: Sequence[float]) -> None:
-        """Add a curve with the CSS class ``name``."""
-        points = (self.point(*at) for at in zip(steps, losses, strict=True))
-        self.lines[name] = " ".join(f"{x},{y}" for x, y in points)
-
-    @property
-    def grid(self) -> list[tuple[int, str]]:
-        """Heights of the grid lines with their losses; a single line if all losses are equal."""
-        shares = (0.0, 0.5, 1.0) if self.high > self.low else (0.0,)
-        return [
-            (
-                round(_BOTTOM - share * (_BOTTOM - _TOP)),
-                f"{self.low + share * (self.high - self.low):.3f}",
-            )
-            for share in shares
-        ]
+def plot_data(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return rows of step, loss and curve in the format of `gradio.LinePlot`."""
+    types = {"step": "quantitative", "loss": "quantitative", "curve": "nominal"}
+    return {"columns": [*types], "data": [*map(list, rows)], "datatypes": types, "mark": "line"}

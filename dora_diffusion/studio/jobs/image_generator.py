@@ -21,7 +21,7 @@ from dora_diffusion.cli.image_settings import Prompts
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.command import group
-from dora_diffusion.config.fields import ConfigError, flag
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError, flag
 from dora_diffusion.config.prompts import MOST_CHARACTERS, Style
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.models.schedulers import SCHEDULERS
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
-MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID, MAX_GUIDANCE = 16, 200, 2048, 48, 30
+MAX_IMAGES, MAX_STEPS, MAX_SIDE, MAX_GRID, MAX_GUIDANCE = 16, 200, 2048, 48, 30
 SEED_LIMIT = 2**32
 Step = Callable[[int, int], None]
 
@@ -68,7 +68,8 @@ class GenerationRequest(RequestedImages):
     """Request for images: settings of ``generate`` within the app's limits.
 
     Attributes:
-        batch: Batch size and index, to repeat an image exactly: rounding depends on the batch.
+        batch_position: Size of the batch of a repeated image, and the image's index in it: its
+            rounding depends on them.
 
     Raises:
         UserError, ConfigError: If a value is outside its limits.
@@ -77,14 +78,14 @@ class GenerationRequest(RequestedImages):
     model: _Model = group(_Model)
     prompts: _Prompts = group(_Prompts)
     output: str = flag("", "Image file; each image of the app has its own.")
-    batch: tuple[int, int] = (1, 0)
+    batch_position: tuple[int, int] = (1, 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_prompt(self.styled("prompt"))
         denoising = self.denoising
         for name, value, low, high in (
-            ("images", self.num_images, 1, MAX_BATCH),
+            ("images", self.num_images, 1, MAX_IMAGES),
             ("steps", denoising.steps, 1, MAX_STEPS),
             ("steps of the second pass", self.second_pass.hires_steps, 1, MAX_STEPS),
             ("guidance", denoising.guidance_scale, 0, MAX_GUIDANCE),
@@ -174,39 +175,35 @@ class ImageGenerator:
         Raises:
             Withdrawn: If the request was withdrawn meanwhile.
         """
-        prepared = self._started(request)
-        rows = _rows(prepared)
-        with self._device(request):
-            with _untouched() as lines:
-                loaded = self._load(prepared, request.sampling)
-                images = self._sample(loaded, rows, on_step)
-            notes = _notes(loaded, [row.prompt for row in rows], lines)
-        pairs = enumerate(zip(rows, images, strict=True))
-        return [
-            self._write(loaded, row, image, notes, (index, len(rows)))
-            for index, (row, image) in pairs
-        ]
+        return self._made(request, on_step)[1]
 
     def compare(
         self, request: GenerationRequest, on_step: Step | None = None
     ) -> tuple[GeneratedImage, GeneratedImage]:
         """Generate the base model's image and the adapted model's at the same seed."""
+        (base,), (adapted,) = self._made(request, on_step, with_base=True)
+        return base, adapted
+
+    def _made(
+        self, request: GenerationRequest, on_step: Step | None, *, with_base: bool = False
+    ) -> tuple[list[GeneratedImage], list[GeneratedImage]]:
+        """Generate and save the images of a request; with ``with_base`` one, after the base's."""
         from dora_diffusion.adapters.inject import disabled
 
-        prepared = self._started(replace(request, num_images=1))
+        prepared = self._started(replace(request, num_images=1) if with_base else request)
         rows = _rows(prepared)
+        base_images: list[Image] = []
         with self._device(request):
             with _untouched() as lines:
                 loaded = self._load(prepared, request.sampling)
-                with disabled(*loaded.components.adaptable().values()):
-                    (base,) = self._sample(loaded, rows, on_step)
-                (adapted,) = self._sample(loaded, rows, on_step)
+                if with_base:
+                    with disabled(*loaded.components.adaptable().values()):
+                        base_images = self._sample(loaded, rows, on_step)
+                images = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows], lines)
         alone = prepared.changed(adapter=None, layer_strength=[], strength_schedule=[])
-        return (
-            self._write(loaded._replace(request=alone), rows[0], base, notes),
-            self._write(loaded, rows[0], adapted, notes),
-        )
+        base = self._write(loaded._replace(request=alone), rows, base_images, notes)
+        return base, self._write(loaded, rows, images, notes)
 
     def grid(
         self, request: GenerationRequest, axes: Sequence[str], on_step: Step
@@ -257,15 +254,15 @@ class ImageGenerator:
     def _started(self, request: GenerationRequest) -> GenerationRequest:
         """Return the request with a seed and a file name."""
         output = str(self.workspace.images / f"{new_id()}.png")
-        # A batch can only be repeated with a single prompt; drawn prompts are sampled one by one.
-        at_once = 1 if request.prompts.wildcards else request.batch_size
-        return replace(request, seed=_first_seed(request), output=output, batch_size=at_once)
+        # Only images of one prompt can be repeated exactly; drawn prompts are sampled one by one.
+        size = 1 if request.prompts.wildcards else request.batch_size
+        return replace(request, seed=_first_seed(request), output=output, batch_size=size)
 
     def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> LoadedRequest:
         uses = request.uses()
         components = self._model(request, uses)
         sampling, _ = request.distilled(sampling, components, uses)
-        return LoadedRequest(request, components, sampling, request.batch)
+        return LoadedRequest(request, components, sampling, request.batch_position)
 
     def _sample(
         self, loaded: LoadedRequest, rows: Sequence[ImageRow], on_step: Step | None
@@ -321,14 +318,17 @@ class ImageGenerator:
     def _write(
         self,
         loaded: LoadedRequest,
-        row: ImageRow,
-        image: Image,
+        rows: Sequence[ImageRow],
+        images: Sequence[Image],
         notes: tuple[str, ...],
-        position: tuple[int, int] = (0, 1),
-    ) -> GeneratedImage:
-        """Save the image of a row with its parameters; ``position`` is (index, number of rows)."""
-        path = self.workspace.images / f"{new_id()}-{row.seed}.png"
-        return GeneratedImage(path, row.seed, loaded.write(image, path, row, *position), notes)
+    ) -> list[GeneratedImage]:
+        """Save the images of rows with their parameters."""
+        saved = []
+        for index, (row, image) in enumerate(zip(rows, images, strict=False)):
+            path = self.workspace.images / f"{new_id()}-{row.seed}.png"
+            text = loaded.write(image, path, row, index, len(rows))
+            saved.append(GeneratedImage(path, row.seed, text, notes))
+        return saved
 
 
 @contextmanager
@@ -350,16 +350,20 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
     ``lines`` are appended.
     """
     from dora_diffusion.models.emphasis import plain_parts
-    from dora_diffusion.models.text import token_limit, truncated_text
+    from dora_diffusion.models.text import truncated_text
+    from dora_diffusion.sampling.conditioning import inactive_messages, reads_weights
     from dora_diffusion.sampling.images import adapter_name
     from dora_diffusion.sampling.load import few_steps
 
     request, components, sampling, _ = loaded
-    limit, notes = token_limit(components), prompt_messages(request, prompts)
+    limit, notes = components.code.token_limit(components), prompt_messages(request, prompts)
+    if request.model.max_token_length not in (None, TOKENS_PER_CHUNK):
+        notes += components.family.inactive({"max_token_length"}).values()
+    notes += inactive_messages(components, sampling, [*prompts, sampling.negative_prompt])
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
-        for part in plain_parts(prompt) if sampling.prompt_weights else [prompt]:
-            end = truncated_text(components.tokenizers[0], part, components.most_chunks)
+        for part in plain_parts(prompt) if reads_weights(components, sampling) else [prompt]:
+            end = truncated_text(components, part)
             if end:
                 notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
     distilled = few_steps(components, [adapter_name(use.path) for use in request.uses()])
@@ -385,7 +389,7 @@ def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[st
 
 
 def _first_seed(request: GenerationRequest) -> int:
-    return random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed is None else request.seed
+    return random.randrange(SEED_LIMIT - MAX_IMAGES) if request.seed is None else request.seed
 
 
 def _rows(request: GenerationRequest) -> list[ImageRow]:

@@ -26,6 +26,7 @@ from PIL.Image import DecompressionBombError
 
 from dora_diffusion.data.images import DECODE_ERRORS
 from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.formats.parameters import lora_tag
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.inputs import hashes_of
 from dora_diffusion.studio.jobs.store import UserError, Workspace, confined
@@ -84,7 +85,7 @@ class Search:
     def holds_text(self, text: str) -> bool:
         # The last line, with further settings, is not searched.
         body = text.rpartition("\n")[0].casefold()
-        return f"<lora:{self.run}" * bool(self.run) in body and all(
+        return lora_tag(self.run)[:-1] * bool(self.run) in body and all(
             word in body for word in self.words.casefold().split()
         )
 

@@ -244,6 +244,8 @@ def _read_job(folder: Path, position: int) -> Job:
         step = int(metrics[-1]["step"]) if metrics else 0
         total = int(progress.total_steps or settings.get("max_train_steps") or 0)
     checkpoints = runs.adapter_checkpoints(folder)
+    names = (*checkpoints, *([runs.RESULT_NAME] if state == "done" else []))
+    chosen = store.read_json(folder / records.CHOSEN).get("checkpoint")
     recent = [float(line["seconds"]) for line in metrics[-20:]]
     return Job(
         folder=folder,
@@ -261,7 +263,7 @@ def _read_job(folder: Path, position: int) -> Job:
         position=position,
         checkpoints=checkpoints,
         samples=_samples(folder),
-        chosen=_chosen_in(folder, (*checkpoints, *([runs.RESULT_NAME] if state == "done" else []))),
+        chosen=str(chosen) if chosen in names else "",
     )
 
 
@@ -359,12 +361,6 @@ def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
     except (ValueError, RecursionError) as error:
         return str(error).replace(str(path), path.name)
     return values or "it is empty"
-
-
-def _chosen_in(folder: Path, names: tuple[str, ...]) -> str:
-    """Return the selected checkpoint of a run if it is one of ``names``, else ``""``."""
-    name = store.read_json(folder / records.CHOSEN).get("checkpoint")
-    return str(name) if name in names else ""
 
 
 def choose(job: Job, name: object) -> int:

@@ -61,9 +61,33 @@ class DamagedFile(UserError):
         super().__init__(f"{path.name} is damaged ({reason}); fix or delete it")
 
 
+class _Below:
+    """Path below the runs folder, as a property of `Workspace`."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def __get__(self, workspace: Workspace, _: object) -> Path:
+        return workspace.root.joinpath(*self._names)
+
+
 @dataclass(frozen=True)
 class Workspace:
     """The runs folder.
+
+    Attributes:
+        root: Its path.
+        subjects: Folder of subjects.
+        images: Folder of generated images.
+        inputs: Folder of the input images and masks of inpainting and image-to-image.
+        favourites: Folder with an empty file for each image marked as a favourite.
+        thumbnails: Folder of small JPEGs of generated images.
+        exports: Folder of files for download.
+        styles: File of styles; missing until a user uploads one.
+        wildcards: Folder of wildcard files.
+        cache: Folder of Gradio's uploads.
+        device_lock: Lock on the compute device, held by a worker or the Generate tab.
+        queue_lock: Lock of the app that starts jobs.
 
     Example:
         >>> Workspace(Path("runs")).images.as_posix()
@@ -71,60 +95,17 @@ class Workspace:
     """
 
     root: Path
-
-    @property
-    def subjects(self) -> Path:
-        return self.root / "subjects"
-
-    @property
-    def images(self) -> Path:
-        """Folder of generated images."""
-        return self.root / "images"
-
-    @property
-    def inputs(self) -> Path:
-        """Folder of the input images and masks of inpainting and image-to-image."""
-        return self.images / "inputs"
-
-    @property
-    def favourites(self) -> Path:
-        """Folder with an empty file for each image marked as a favourite."""
-        return self.images / "favourites"
-
-    @property
-    def thumbnails(self) -> Path:
-        """Folder of small JPEGs of generated images."""
-        return self.images / "thumbnails"
-
-    @property
-    def exports(self) -> Path:
-        """Folder of files for download."""
-        return self.root / "exports"
-
-    @property
-    def styles(self) -> Path:
-        """File of styles; missing until a user uploads one."""
-        return self.root / "styles.csv"
-
-    @property
-    def wildcards(self) -> Path:
-        """Folder of wildcard files."""
-        return self.root / "wildcards"
-
-    @property
-    def cache(self) -> Path:
-        """Folder of Gradio's uploads."""
-        return self.root / "cache"
-
-    @property
-    def device_lock(self) -> Path:
-        """Lock on the compute device, held by a worker or the Generate tab."""
-        return self.root / ".device.lock"
-
-    @property
-    def queue_lock(self) -> Path:
-        """Lock of the app that starts jobs."""
-        return self.root / ".queue.lock"
+    subjects = _Below("subjects")
+    images = _Below("images")
+    inputs = _Below("images", "inputs")
+    favourites = _Below("images", "favourites")
+    thumbnails = _Below("images", "thumbnails")
+    exports = _Below("exports")
+    styles = _Below("styles.csv")
+    wildcards = _Below("wildcards")
+    cache = _Below("cache")
+    device_lock = _Below(".device.lock")
+    queue_lock = _Below(".queue.lock")
 
     def make(self) -> Workspace:
         """Create the folders."""

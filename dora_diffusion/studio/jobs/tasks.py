@@ -490,6 +490,6 @@ def start_study(
     Study.from_dict(values)
     output = str(workspace.exports / folder.name / "study")
     files[STUDY] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    settings = CompareSettings(study=str(folder / STUDY), output=output)
+    settings = CompareSettings.of(study=str(folder / STUDY), output=output)
     title = f"{', '.join(study['methods'])} on {', '.join(titles)}"
     return _start(folder, settings, title[:NAME_LIMIT], files, output=output, base=base)

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
-from dora_diffusion.adapters.stack import Masks
+from dora_diffusion.adapters.stack import RankRoute
 from dora_diffusion.training.prediction import Drawn
 
 Record = dict[str, Any]
 """Metrics of a step by name, still on the device."""
-
-
-class RankRoute(NamedTuple):
-    """Rank masks for the rows of a batch: arguments of `AdapterStack.of`.
-
-    Attributes:
-        masks: Factor of each rank by layer: ``(N, r)`` in the UNet and ``(1, r)`` in text encoders,
-            where N is the number of rows of all trained predictions. None: all factors of the layer
-            are 1. Empty: no layer has masks.
-        active: Ranks that the norm includes, by layer, in the same shapes.
-    """
-
-    masks: Masks = ()
-    active: Masks = ()
 
 
 class Hook:
@@ -47,7 +33,7 @@ class Hook:
     def gradients(self, number: int) -> None:
         """Act after the backward passes, before gradients are averaged and clipped.
 
-        The gradients are those of ``step.weights.parameters()``: scaled with fp16, and each
+        ``step.weights.parameters()`` have the gradients: scaled with fp16, and each
         process's own. ``step.parameters`` gets them afterwards.
         """
 

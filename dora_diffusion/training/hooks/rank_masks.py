@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.stack import Masks
+from dora_diffusion.adapters.stack import Masks, RankRoute
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.offload import send
 from dora_diffusion.numerics.operation import timestep_ranks
-from dora_diffusion.training.hooks.hook import Hook, RankRoute
+from dora_diffusion.training.hooks.hook import Hook
 from dora_diffusion.training.prediction import Drawn
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ class RankMasks(Hook):
 
     def __init__(self, step: Step) -> None:
         config, process = step.config, step.batches.process
-        unet = set(map(id, step.components.unet.modules()))
+        unet = set(map(id, step.components.denoiser.modules()))
         self._ranks = [adapter.down.shape[0] for adapter in step.adapters.trained()]
         self._has_rows = [id(layer) in unet for layer, _, _ in step.adapters.layers]
         self._dropout, self._least_rank = config.rank_dropout, config.least_rank
-        self._num_timesteps = process.num_timesteps
+        self._process = process
         self._seed = config.seed, step.accelerator.process_index
 
     def route(self, drawn: Drawn, route: RankRoute) -> RankRoute:
@@ -76,5 +76,6 @@ class RankMasks(Hook):
     def _active_ranks(self, drawn: Drawn, rank: int, least_rank: int) -> Tensor:
         batch, rows = drawn.batch, [question.ask.rows for question in drawn.trained()]
         timesteps = torch.cat([batch.select(part, batch.inputs.timesteps) for part in rows])
-        limits = timestep_ranks(timesteps, self._num_timesteps, rank, least_rank)
+        levels, process = self._process.level(timesteps), self._process
+        limits = timestep_ranks(levels, process.num_timesteps, rank, least_rank)
         return (torch.arange(rank, device=limits.device) < limits[:, None]).float()

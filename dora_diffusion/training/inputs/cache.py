@@ -29,7 +29,7 @@ def cache_inputs(run: Run, steps: int, on_event: OnEvent) -> None:
     components, dataset, config = run.components, run.dataset, run.config
     batches = islice(run.sampler, steps * config.gradient_accumulation_steps)
     indices = list(chain.from_iterable(batches))
-    with on_device(HOST, components.unet):
+    with on_device(HOST, components.denoiser):
         if dataset.encode is not None:
             with on_device(components.device, components.vae):
                 dataset.fill_cache(indices, lambda *done: on_event(CachingProgress(*done)))

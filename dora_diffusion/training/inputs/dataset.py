@@ -30,7 +30,7 @@ from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
-from dora_diffusion.models.text import encode_prompts, token_limit
+from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.inputs.subject import (
     Subject,
@@ -146,7 +146,7 @@ def _open_slider(
         SampleTransform(
             config.resolution or components.default_resolution,
             seed=config.seed,
-            multiple=components.vae_factor,
+            multiple=components.size_step,
         ),
         [image for image in images if image.caption in config.anchors],
     )
@@ -159,9 +159,10 @@ def _check_ends(components: Components, config: TrainConfig) -> None:
         for _, ends in config.slider_pairs:
             states = encode_prompts(components, ends).encoder_hidden_states
             if torch.allclose(*states):
+                limit = components.code.token_limit(components)
                 raise ConfigError(
                     f"{components.name} encodes {quoted(ends[0])} and {quoted(ends[1])} alike, as "
-                    f"it reads {token_limit(components)} tokens; use prompts that differ earlier",
+                    f"it reads {limit}; use prompts that differ earlier",
                     "negative",
                 )
 
@@ -227,7 +228,7 @@ def _sample_transform(config: TrainConfig, components: Components) -> SampleTran
     return SampleTransform(
         config.resolution or components.default_resolution,
         seed=config.seed,
-        multiple=components.vae_factor,
+        multiple=components.size_step,
         buckets=_buckets(config, components),
         center_crop=config.center_crop,
         random_flip=config.random_flip,
@@ -352,11 +353,10 @@ def _without_effect(
 
 
 def _buckets(config: TrainConfig, components: Components) -> Buckets | None:
-    """Return the crop sizes. The UNet can halve their sides at each of its levels."""
+    """Return the crop sizes."""
     if not config.aspect_ratio_buckets:
         return None
-    levels = len(components.unet.config.block_out_channels) - 1
-    step = components.vae_factor * 2**levels
+    step = components.bucket_step
     if config.bucket_reso_steps and config.bucket_reso_steps % step:
         raise ConfigError(
             f"bucket_reso_steps is {config.bucket_reso_steps}; {components.name} needs a multiple "

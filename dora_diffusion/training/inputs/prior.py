@@ -226,9 +226,8 @@ def ensure_class_images(
             stacklevel=3,
         )
     user_images = user_images[:count]
-    digest = hashlib.sha256("\n".join([identity, str(config.seed), *prompts]).encode()).hexdigest()[
-        :12
-    ]
+    text = "\n".join([identity, str(config.seed), *prompts])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     paths = [
         folder / f"{_GENERATED}{digest}" / f"class-{number:05d}.png"
         for number in range(count - len(user_images))

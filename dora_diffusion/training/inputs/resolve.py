@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
-from dora_diffusion.config.fields import TOKENS_PER_CHUNK
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
+from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.photos import read_photos
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
-from dora_diffusion.models.text import chunk_count
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.inputs.base import configure_reading
 from dora_diffusion.training.inputs.dataset import (
@@ -26,7 +26,6 @@ from dora_diffusion.training.inputs.dataset import (
     list_subjects,
     open_dataset,
 )
-from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
 from dora_diffusion.training.inputs.subject import Subject
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.trainable.adapters import (
@@ -42,7 +41,7 @@ class RunPlan(NamedTuple):
 
     Attributes:
         photos: Photos of each subject.
-        held_out: Held-out photos of each subject.
+        held_out: Held-out photos of each subject; empty if no subject has any.
         start: Adapter that the run starts from, or None.
     """
 
@@ -58,10 +57,15 @@ def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
         ConfigError, PhotoError, AdapterFormatError: If an input is invalid.
     """
     optimizer_library(config.optimizer_name)
-    photos, held_out = divide_all(subjects, list_subjects(subjects))
-    for subject, paths, excluded in zip(subjects, photos, held_out, strict=True):
+    photos, held_out = list_subjects(subjects), list[list[Path]]()
+    if any(subject.settings.holds_out for subject in subjects):
+        from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
+
+        photos, held_out = divide_all(subjects, photos)
+        for subject, excluded in zip(subjects, held_out, strict=True):
+            check_held_out(subject, excluded)
+    for subject, paths in zip(subjects, photos, strict=True):
         check_wildcards(subject.settings, paths)
-        check_held_out(subject, excluded)
     return RunPlan(photos, held_out, StartingAdapter.of(config))
 
 
@@ -86,6 +90,25 @@ def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Component
     require_new(components, config.words)
     if plan.start is not None:
         plan.start.read(components, config)
+    check_with_model(components, config)
+
+
+def check_with_model(components: Components, config: TrainConfig) -> None:
+    """Check the layers that a run trains, and the sizes of its samples, with the model.
+
+    Raises:
+        TargetError, ValueError: If a target matches no layer, or a rank exceeds a layer.
+        ConfigError: If the model cannot generate a sample of a size.
+    """
+    step = components.size_step
+    for prompt in config.prompts if config.num_validation_images else ():
+        for name, side in (("width", prompt.width or 0), ("height", prompt.height or 0)):
+            require(
+                side % step == 0,
+                f"{name} {side} of the sample prompt {quoted(prompt.text)} must be a multiple of "
+                f"{step} on {components.family.title}, such as {side // step * step or step}",
+                "validation_prompt",
+            )
     modules = components_that_train(components, config)
     if config.is_full:
         from dora_diffusion.training.trainable.full import check_weights
@@ -161,6 +184,7 @@ def resolve_settings(
         total_steps = max(1, -(-config.num_train_epochs * batches // accumulation))
     return resolve(
         config,
+        family=components.family,
         prediction_type=components.prediction_type,
         resolution=run_resolution(config, components),
         total_steps=total_steps,
@@ -185,7 +209,8 @@ def _warn_of_small_data(
     sides = [s or components.default_resolution for size in sampled for s in size]
     longest = max(sides + [side for size in dataset.groups for side in size])
     is_set = config.max_token_length != TOKENS_PER_CHUNK
-    if is_set and all(chunk_count(components, text) == 1 for text in texts):
+    is_set = is_set and "max_token_length" not in components.family.without_effect
+    if is_set and all(components.code.chunk_count(components, text) == 1 for text in texts):
         warnings.warn(
             f"max_token_length {config.max_token_length} has no effect because no caption or "
             f"sample prompt has more than {TOKENS_PER_CHUNK} tokens",

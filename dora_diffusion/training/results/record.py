@@ -28,7 +28,7 @@ _OF_SETTINGS = ("weights",)
 
 def conditions_of(components: Components, accelerator: Any) -> Conditions:
     """Return the conditions of bitwise reproducibility: versions, device, threads and flags."""
-    kind, weight = components.device.type, next(components.unet.parameters())
+    kind, weight = components.device.type, next(components.denoiser.parameters())
     name = device_name(kind)
     if kind == "cpu":
         name += f" with {torch.backends.cpu.get_cpu_capability()}"
@@ -76,6 +76,6 @@ def has_learned_nothing(folder: Path) -> bool:
     """Return whether a completed run in the folder had no effect according to its record."""
     try:
         figures = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))["effect"]
-        return figures is not None and Effect(**figures).is_nothing
+        return figures is not None and Effect(figures["prediction"], 0.0).is_nothing
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
-from dora_diffusion.config.derived import Changes, as_yaml, listed
+from dora_diffusion.config.derived import Changes, as_yaml, listed, removed_settings
+from dora_diffusion.config.fields import shown
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.learning import OptimizerSettings
 from dora_diffusion.config.paths import relative_paths
@@ -219,6 +220,14 @@ def check_same_run(
     Warns:
         UserWarning: If the order of the images differs, which changes the order of the batches.
     """
+    if removed := removed_settings(state["config"]):
+        values = ", ".join(f"{setting} {shown(value)}" for setting, value in removed.items())
+        raise ConfigError(
+            f"cannot resume {name}: it was trained with {values}, which this version of "
+            "dora-diffusion does not have; start over in another --output_dir, or resume with the "
+            "version that wrote it",
+            "resume_from_checkpoint",
+        )
     refused, _ = differences(state["config"], config)
     if refused:
         raise ConfigError(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_diffusion.adapters.compiled import uncompiled
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.images import open_photo
@@ -101,7 +99,7 @@ class Validation:
         """Measure the validation loss after a step. All processes must call this method."""
         values = torch.zeros(NUM_SEEDS, len(self.photos), dtype=torch.float64)
         # Another batch size without gradients would recompile each block.
-        with uncompiled() if self.config.compile else nullcontext():
+        with torch.compiler.set_stance("force_eager"):
             if self._images.captions:
                 losses = self._images.losses_by_seed(range(NUM_SEEDS), batch_size=_BATCH)
                 values[:, self._mine] = torch.tensor(losses, dtype=values.dtype)

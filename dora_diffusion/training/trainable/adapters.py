@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.fresh import InjectionReport
 from dora_diffusion.adapters.inject import (
     disabled,
@@ -35,9 +34,11 @@ from dora_diffusion.adapters.targets import (
     check_pattern,
     first_naming,
     match_targets,
+    require_rows,
 )
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.embeddings import Vectors
@@ -46,8 +47,7 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import StoredAdapter, adapter_hash
 from dora_diffusion.formats.files.runs import KOHYA_FILE
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
-from dora_diffusion.formats.layouts.other import layout_named
-from dora_diffusion.formats.layouts.vera import digest_of, write_vera
+from dora_diffusion.formats.layouts.layout import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import ModelNotFoundError, resolve_adapter
@@ -100,7 +100,10 @@ class TrainedAdapters:
 
     def projections(self) -> dict[str, str]:
         """Return digests of the random projections of VeRA, by component."""
-        layers = vera_state(self.modules)
+        if not (layers := vera_state(self.modules)):
+            return {}
+        from dora_diffusion.formats.layouts.vera import digest_of
+
         drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
         return {component: digest_of(projections) for component, projections in drawn.items()}
 
@@ -141,7 +144,7 @@ class TrainedAdapters:
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
             adapter = AdapterFile(layers, metadata, tokens=tokens)
             file = folder / (KOHYA_FILE if self.key_format == "kohya" else DIFFUSERS.file_name)
-            layout = UNetLayout.from_config(self.components.unet.config)
+            layout = UNetLayout.of(self.components.denoiser.config)
             return write_adapter(file, adapter, self.key_format, unet_layout=layout)
 
         return write
@@ -171,6 +174,8 @@ class TrainedAdapters:
     ) -> Path:
         """Write the compact file of VeRA. Command ``convert`` writes other formats."""
         if vectors := vera_state(self.modules):
+            from dora_diffusion.formats.layouts.vera import write_vera
+
             extra = {**metadata.extra, **self.words.write(folder)}
             return write_vera(folder, vectors, replace(metadata, extra=extra))
         return folder
@@ -270,12 +275,15 @@ def adapter_configs(
         TargetError: If a target matches no layer of a component, or a pattern no layer at all.
     """
     adapters = {
-        name: config.unet_adapter if name == "unet" else config.text_encoder_adapter
+        name: config.unet_adapter if name in DENOISERS else config.text_encoder_adapter
         for name in modules
     }
     layers = {}
     for name, model in modules.items():
         layers[name] = {path: model.get_submodule(path) for path in matched(name, model, config)}
+        for setting in ("rank_dropout", "tlora_min_rank"):
+            if getattr(config, setting):
+                require_rows(layers[name], setting)
     for setting in (*PATTERNS, "lr_pattern"):
         check_pattern(setting, getattr(config, setting), layers.values())
 
@@ -295,7 +303,7 @@ def matched(component: str, model: nn.Module, config: TrainConfig) -> list[str]:
     Raises:
         TargetError: If a target matches no layer.
     """
-    setting = "targets" if component == "unet" else "text_encoder_targets"
+    setting = "targets" if component in DENOISERS else "text_encoder_targets"
     try:
         return match_targets(model, getattr(config, setting))
     except TargetError as error:
@@ -348,9 +356,9 @@ def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) 
 
 
 def components_that_train(components: Components, config: TrainConfig) -> dict[str, nn.Module]:
-    """Return the UNet and, if they train, the text encoders by name."""
+    """Return the denoiser and, if they train, the text encoders by name."""
     models = components.adaptable().items()
-    return {name: m for name, m in models if name == "unet" or config.train_text_encoder}
+    return {name: m for name, m in models if name in DENOISERS or config.train_text_encoder}
 
 
 def enter_training(model: nn.Module, components: Components, config: TrainConfig) -> None:
@@ -371,7 +379,9 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
             module.gradient_checkpointing_enable(settings)
         else:
             module.enable_gradient_checkpointing(partial(checkpoint, **settings))
-    if config.compile and model is components.unet:
+    if config.compile and model is components.denoiser:
+        from dora_diffusion.adapters.compiled import compile_blocks
+
         compile_blocks(model)
 
 

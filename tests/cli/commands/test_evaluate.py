@@ -46,7 +46,7 @@ def adapter(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(base: str, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What an evaluation of a drawn subject prints, and the folder of its results."""
+    """Output of an evaluation of a drawn subject, and the folder of its results."""
     output = tmp_path_factory.mktemp("drawn")
     flags = ["--base", base, "--subject", "bolt_mug", "--num_seeds", "1", "--output", str(output)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -17,10 +17,10 @@ def test_it_writes_a_model_that_acts_like_the_adapter(
     merged = tmp_path / "merged"
     assert main([*argv, "--output", str(merged)]) == 0
     assert f"{merged} (reopened and checked)" in capsys.readouterr().out
-    base = load_components(sd1_folder).unet.state_dict()
+    base = load_components(sd1_folder).denoiser.state_dict()
     changed = [
         name
-        for name, value in load_components(merged).unet.state_dict().items()
+        for name, value in load_components(merged).denoiser.state_dict().items()
         if not torch.equal(value, base[name])
     ]
     layers = [name.removeprefix("unet.") for name in read_adapter(trained).layers]
@@ -41,7 +41,7 @@ def test_a_name_with_a_suffix_is_one_file_in_the_precision_that_is_asked_for(
     key = "model.diffusion_model.time_embed.0.weight"
     with safe_open(file, "pt") as tensors:
         written = tensors.get_tensor(key)
-    assert torch.equal(written, loaded.unet.time_embedding.linear_1.weight.half())
+    assert torch.equal(written, loaded.denoiser.time_embedding.linear_1.weight.half())
 
 
 def test_a_base_alone_is_written_in_another_layout(sd1_folder, tmp_path, capsys):

@@ -32,6 +32,7 @@ MISUSES = [
     ("train --rank", "--rank needs a value"),
     ("train --use_dora maybe", "--use_dora takes no value 'maybe'; write --use_dora or "
      "--no-use_dora"),
+    ("train --use_dora=maybe", "--use_dora takes no value 'maybe'"),
     ("train --no-use_dora true", "--no-use_dora takes no value 'true'"),
     ("train --hub_token x", "set the environment variable HF_TOKEN"),
     ("generate --model x --promt y", "there is no flag --model (did you mean --base?); there is no "
@@ -68,6 +69,15 @@ def test_a_mistake_is_answered_in_one_line(line, message, capsys):
 def test_precisions_are_taken_under_their_other_names(words, expected):
     args = cli.build_parser().parse_args(["train", *words.split()])
     assert train_config(args).mixed_precision == expected
+
+
+def test_a_switch_takes_a_value_as_in_scripts_with_type_bool():
+    for words, value in (
+        ("--use_dora", True), ("--no-use_dora", False), ("--use_dora TRUE", True),
+        ("--use_dora=1", True), ("--use_dora off", False), ("--use_dora=no --rank 4", False),
+    ):  # fmt: skip
+        args = cli.build_parser().parse_args(["train", *words.split()])
+        assert train_config(args).use_dora is value, words
 
 
 def test_a_tracker_may_be_none():

@@ -90,6 +90,15 @@ def test_flags_take_precedence_over_the_file(tmp_path):
             "rank: x\nseed: y",
             "line 1: rank is 'x'; it must be a whole number; {file}, line 2: seed",
         ),
+        (
+            "rnak: 4\nseed: -1\nscale_lr: true\nrank: many",
+            "line 1: there is no setting rnak (did you mean rank?); {file}, line 2: seed is -1; it "
+            "must not be negative; {file}, line 3: scale_lr of Diffusers' scripts is not here",
+        ),
+        (
+            "rnak: 4\nseed: -1\nscale_lr: true\nrank: many",
+            "{file}, line 4: rank is 'many'; it must be a whole number",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, last_line, text, message):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.markers import default_environment
 from packaging.specifiers import SpecifierSet
 
 from dora_diffusion import __version__
@@ -30,9 +31,12 @@ from dora_diffusion.config.base import BaseModel
 
 whole = packages  # `quick` replaces it
 ROOT = Path(__file__).parents[3]
-BUILD, CPU, THREADS, DEVICES, CACHE = module._QUESTIONS
+MEMORY, SYSTEM, BUILD, CPU, THREADS, DEVICES, CACHE = module._QUESTIONS
 DEVICE, TRAINING = module._TRIALS
 GOOD = {
+    MEMORY: {"total": 2**33, "available": 2**32},
+    SYSTEM: {"os": "Debian", "cpu_info": "Architecture: x86_64\nModel name:  Zen\n",
+             "nvidia_driver_version": None, "nvidia_gpu_models": None},
     BUILD: "the CPU", CPU: "AVX2", THREADS: 4, DEVICES: [], CACHE: "/hub",
     DEVICE: "cpu in float32", TRAINING: "one step",
 }  # fmt: skip
@@ -43,7 +47,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without packages to import, programs to ask, or variables."""
     answers(monkeypatch, {})
     monkeypatch.setattr(module, "packages", lambda: [Package("torch", "", ">=2", "2.5")])
-    monkeypatch.setattr(module, "_output", lambda *command: "")
     for name in os.environ:
         monkeypatch.delenv(name)
 
@@ -85,7 +88,9 @@ def test_each_fact_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row for row in shown if row[-1] == "OMP_NUM_THREADS=3"] != []
     assert [row for row in shown if row[-1] == "HF_HOME is set"] != []
     assert re.fullmatch(r".*, \d+\.\d GiB free", shown[names.index("runs")][1])
-    assert re.fullmatch(r"\d+\.\d GiB, \d+\.\d GiB free", shown[names.index("memory")][1])
+    assert shown[names.index("system")][1].startswith("Debian, ")
+    assert shown[names.index("processor")][1] == f"Zen, {os.cpu_count()} cores, AVX2, 4 threads"
+    assert shown[names.index("memory")][1] == "8.0 GiB, 4.0 GiB free"
     states = [row for row in names if row in ("ok", "note", "PROBLEM")]
     assert states == ["ok"]
     assert [finding.check for finding in describe_environment(tmp_path).findings] == [
@@ -115,7 +120,7 @@ def test_a_broken_torch_is_told_of_and_all_else_too(
     home = tmp_path / "ann"
     monkeypatch.setenv("HOME", str(home))
     broken = f"OSError: {home}/lib/libtorch.so: cannot open"
-    names = (BUILD, CPU, THREADS, DEVICES, DEVICE, TRAINING)
+    names = (SYSTEM, BUILD, CPU, THREADS, DEVICES, DEVICE, TRAINING)
     answers(monkeypatch, dict.fromkeys(("torch", *names), broken), dict.fromkeys(names))
     environment = describe_environment(tmp_path)
     assert wrong(environment) == [
@@ -139,21 +144,23 @@ def test_a_broken_torch_is_told_of_and_all_else_too(
 def test_an_nvidia_gpu_beside_a_torch_for_the_cpu_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = "570.1, NVIDIA GeForce RTX 3060, 12288 MiB"
-    monkeypatch.setattr(module, "_output", lambda *c: gpu if c[0] == "nvidia-smi" else "")
+    models = "GPU 0: NVIDIA GeForce RTX 3060\nGPU 1: NVIDIA A"
+    gpu = {SYSTEM: {"nvidia_driver_version": "570.1", "nvidia_gpu_models": models}}
+    answers(monkeypatch, {}, gpu)
     environment = describe_environment(tmp_path)
-    assert environment.facts["NVIDIA driver"] == gpu
+    driver = "570.1; GPU 0: NVIDIA GeForce RTX 3060; GPU 1: NVIDIA A"
+    assert environment.facts["NVIDIA driver"] == driver
     ((_, found, mend),) = wrong(environment)
     assert "built for the CPU and cannot use the NVIDIA GPU" in found
     assert mend.startswith("install the one for CUDA, as https://pytorch.org/")
-    answers(monkeypatch, {}, {BUILD: "CUDA 12.8"})
+    answers(monkeypatch, {}, {**gpu, BUILD: "CUDA 12.8"})
     assert wrong(describe_environment(tmp_path)) == []
 
 
 def test_no_psutil_is_no_reason_to_say_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "psutil", None)
+    answers(monkeypatch, {}, {MEMORY: None})
     memory = describe_environment(tmp_path).facts["memory"]
     assert memory == "unknown (no psutil)"
 
@@ -219,9 +226,10 @@ def test_what_only_older_pythons_need_is_no_requirement(
     python: tuple[int, int], named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    lines = ["torch>=2", 'tomli>=2; python_version < "3.11"', "x; extra == 'hub'"]
+    lines = ["torch>=2", 'tomli>=2; python_version < "3.11"', "x; extra == 'heic'"]
+    this = default_environment() | {"python_version": ".".join(map(str, python))}
     monkeypatch.setattr(module.metadata, "requires", lambda name: lines)
-    monkeypatch.setattr(module.sys, "version_info", python)
+    monkeypatch.setattr("packaging.markers.default_environment", lambda: this)
     listed = [package.name for package in module.packages() if package.extra != "none"]
     assert listed == ["torch", *(["tomli"] if named else []), "x"]
 
@@ -296,7 +304,8 @@ def test_each_package_is_tried_by_a_name_that_it_has() -> None:
 def test_requirements_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         "torch>=2.4",
-        "psutil>=6; sys_platform == 'win32'",
+        f"psutil>=6; sys_platform == '{sys.platform}'",
+        "colorama>=6; sys_platform == 'another'",
         'pillow-heif<9,>=0.1; extra == "heic"',
     ]
     monkeypatch.setattr(module.metadata, "requires", lambda name: lines)
@@ -307,6 +316,14 @@ def test_requirements_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch)
         Package("pillow-heif", "heic", "<9,>=0.1", None),
         Package("triton", "none", "", "3"),
     ]
+
+
+def test_without_packaging_it_alone_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    (finding,) = (finding for package in whole() for finding in package.findings)
+    assert (finding.found, finding.mend) == (
+        "packaging is not installed", "pip install 'packaging'"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -345,13 +362,15 @@ def test_a_folder_that_cannot_be_written_to_or_is_full_is_a_problem(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "not" / "there"
-    assert [f.state for f in module._of_folder(name, place)] == ["ok"]
+    text, found = module._examine_folder(name, place)
+    assert found.state == "ok"
+    assert re.fullmatch(r".*not.there, \d+\.\d GiB free, not there yet", text)
     assert list(tmp_path.iterdir()) == [], "nothing is left of the trial"
     monkeypatch.setattr(module, "_LITTLE", 2**80)
-    (full,) = module._of_folder(name, place)
+    _, full = module._examine_folder(name, place)
     assert (full.state, full.mend) == ("PROBLEM", f"free some space, or {module._ELSEWHERE[name]}")
     (tmp_path / "not").write_text("a file", encoding="utf-8")
-    (found,) = module._of_folder(name, place)
+    _, found = module._examine_folder(name, place)
     assert found.found.startswith(f"{tmp_path / 'not'} cannot be written to: ")
     assert (found.state, found.mend) == ("PROBLEM", module._ELSEWHERE[name])
 

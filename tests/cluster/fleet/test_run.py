@@ -16,7 +16,6 @@ import pytest
 
 from dora_diffusion.cluster.fleet import run as module
 from dora_diffusion.cluster.fleet import subject as worker_side
-from dora_diffusion.cluster.fleet.cluster import Share
 from dora_diffusion.cluster.fleet.connection import connect
 from dora_diffusion.cluster.fleet.queue import Worker
 from dora_diffusion.cluster.fleet.results import (
@@ -27,6 +26,7 @@ from dora_diffusion.cluster.fleet.results import (
 )
 from dora_diffusion.cluster.fleet.run import run_fleet
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
+from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.training.recipe import train
 from tests.cluster.fleet.helpers import DEADLY, NAMES, STEP, assert_same_results, losses
@@ -86,6 +86,25 @@ def test_what_is_done_is_not_repeated(serial, subjects, trained, tmp_path):
     again = run_fleet(subjects, output)
     assert trained == [NAMES[0]]
     assert again.records == fleet.records
+
+
+def test_records_of_subjects_that_are_no_longer_listed_are_kept(
+    serial, subjects, trained, tmp_path
+):
+    output = Path(shutil.copytree(serial.output, tmp_path / "out"))
+    before = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
+    for _ in range(2):
+        fleet = run_fleet({NAMES[1]: subjects[NAMES[1]]}, output)
+        assert (list(fleet.records), list(fleet.unlisted)) == ([NAMES[1]], [NAMES[0], NAMES[2]])
+        lines = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
+        assert lines == [before[1], before[0], before[2]]
+    assert not trained
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "3 subjects: 3 done, 0 failed." in page
+    assert f'src="{NAMES[-1]}/samples/' in page
+    assert list(run_fleet(subjects, output).unlisted) == []
+    lines = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines == before
 
 
 def test_what_a_worker_that_was_thought_lost_has_ended_is_not_trained_again(

@@ -24,7 +24,7 @@ from PIL import Image
 from dora_diffusion import SamplingSettings, generate_images
 from dora_diffusion.cluster.commands import ServeSettings
 from dora_diffusion.cluster.serving import deploy
-from dora_diffusion.cluster.serving.deploy import TOKEN_VARIABLE, Deployment, deployed, read_token
+from dora_diffusion.cluster.serving.deploy import TOKEN_VARIABLE, deployed, read_token
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.sampling.load import load_adapted
@@ -32,9 +32,8 @@ from tests.refusal import refused
 from tests.waiting import WAIT_SECONDS, wait_until
 
 
-def deployment(base: str = "base", token: str | None = None, **values: Any) -> Deployment:
-    settings = ServeSettings(base=base, **values)
-    return Deployment(settings.base_model, settings, token)
+def serve_settings(base: str = "base", **values: Any) -> ServeSettings:
+    return ServeSettings(base=base, **values)
 
 
 @pytest.mark.parametrize(
@@ -48,27 +47,28 @@ def deployment(base: str = "base", token: str | None = None, **values: Any) -> D
     ],
     ids=str,
 )  # fmt: skip
-def test_what_would_be_open_or_cannot_be_is_refused(setting, values, words):
+def test_what_would_be_open_or_cannot_be_is_refused(setting, values, words, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with refused(setting, words):
-        deployment(**values)
+        read_token(serve_settings(**values))
 
 
-def test_a_deployment_is_named_and_reached_by_its_settings():
-    shared = deployment(host="0.0.0.0", token="x" * 16)
-    assert shared.url == "http://0.0.0.0:8000"
-    assert "xxxx" not in repr(shared)
-    assert deployment(host="::1", port=9).url == "http://[::1]:9"
-    assert deployment(replica_gpus=2.0).name != deployment(port=9).name
+def test_an_application_is_named_and_reached_by_its_settings():
+    assert serve_settings(host="0.0.0.0").url == "http://0.0.0.0:8000"
+    assert serve_settings(host="::1", port=9).url == "http://[::1]:9"
+    assert serve_settings(replica_gpus=2.0).application != serve_settings(port=9).application
 
 
 def test_a_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
-    assert read_token(None) is None
+    assert read_token(serve_settings()) is None
     file = tmp_path / "token"
     file.touch(0o600)
     file.write_text("  file-token-of-20-char\n", encoding="utf-8")
     monkeypatch.setenv(TOKEN_VARIABLE, "environment-token")
-    assert (read_token(file), read_token(None)) == ("file-token-of-20-char", "environment-token")
+    tokens = [read_token(serve_settings(token_file=one)) for one in (file, None)]
+    assert tokens == ["file-token-of-20-char", "environment-token"]
+    assert read_token(serve_settings(host="0.0.0.0")) == "environment-token"
     for text, line in (
         ("", "is empty"),
         ("short", "at least 16 ASCII"),
@@ -76,7 +76,7 @@ def test_a_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
     ):
         file.write_text(text, encoding="utf-8")
         with refused("token_file", line):
-            read_token(file)
+            read_token(serve_settings(token_file=file))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes of files")
@@ -85,19 +85,19 @@ def test_a_token_that_others_can_read_is_said(tmp_path, recwarn):
     file.write_text("t" * 20, encoding="utf-8")
     for mode in (0o600, 0o400):
         file.chmod(mode)
-        assert read_token(file) == "t" * 20
+        assert read_token(serve_settings(token_file=file)) == "t" * 20
     assert [each for each in recwarn if each.category is UserWarning] == []
     for mode in (0o644, 0o640, 0o604, 0o620):
         file.chmod(mode)
         with pytest.warns(UserWarning, match="others can read .*token; run 'chmod 600"):
-            assert read_token(file) == "t" * 20
+            assert read_token(serve_settings(token_file=file)) == "t" * 20
 
 
 def test_without_ray_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(ConfigError, match=r'run pip install "ray\[serve\]"$'),
-        deployed(deployment()),
+        deployed(serve_settings()),
     ):
         pass
 
@@ -126,7 +126,7 @@ def test_on_ray_a_model_that_is_not_there_is_named():
         pytest.raises(
             ConfigError, match=r"not be started: no embedded model is called 'tiny': choose tiny-sd"
         ),
-        deployed(deployment("embedded:tiny")),
+        deployed(serve_settings("embedded:tiny")),
     ):
         pass
 
@@ -154,7 +154,7 @@ def test_a_replica_answers_in_a_thread_and_stops_for_nobody(monkeypatch, clock):
 
     monkeypatch.setattr(deploy, "_close_door", lambda: None)  # For all of this process.
     monkeypatch.setattr(deploy.Engine, "load", lambda *options: Model())
-    replica = deploy.Replica(deployment(timeout=60))
+    replica = deploy.Replica(serve_settings(timeout=60))
     assert asyncio.run(replica.answer([1, 2])) == [1, 2]
     asyncio.run(leave())
     time = clock(deploy)
@@ -178,7 +178,7 @@ def test_a_replica_has_no_port_that_unpickles_what_anybody_sends(monkeypatch):
         await found.stop(None)
 
     asyncio.run(start())
-    deploy.Replica(deployment())
+    deploy.Replica(serve_settings())
     asyncio.run(start())
     assert opened[0] > 0
     assert opened[1] == 0

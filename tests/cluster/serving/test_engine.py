@@ -96,7 +96,7 @@ def test_what_was_cut_is_counted_by_each_adapter_s_own_words(
     for (request, _, file), answer in zip(asked, engine.answer(asked).answers, strict=True):
         alone, _ = load_adapted(sd1_folder, file, device="cpu")
         texts = {"prompt": request.prompt, "negative prompt": request.negative_prompt}
-        ends = {what: truncated_text(alone.tokenizers[0], text) for what, text in texts.items()}
+        ends = {what: truncated_text(alone, text) for what, text in texts.items()}
         assert answer.notes == tuple(
             f"the {what} is longer than the model's 77 tokens; its end was not read: {end}"
             for what, end in ends.items()
@@ -110,7 +110,7 @@ def test_what_was_cut_is_counted_by_each_adapter_s_own_words(
     recwarn.clear()
     words = " <toy>" * 30  # 60 tokens with the word, and more of its letters without
     (answer,) = engine.answer([ask(files, "short", 2, f"a{words}", negative_prompt=words)]).answers
-    assert truncated_text(engine.pool.components.tokenizers[0], words)
+    assert truncated_text(engine.pool.components, words)
     assert answer.notes == ()
     assert [str(w.message) for w in recwarn if w.category is UserWarning] == []
 
@@ -156,6 +156,43 @@ def test_the_settings_of_a_request_are_those_of_sampling(sd1_folder):
     })  # fmt: skip
     assert other.shared() == request.shared()
     assert other.model_copy(update={"steps": 3}).shared() != request.shared()
+
+
+@pytest.mark.parametrize(
+    "common", [{"adapter": "dog"}, {"adapter": None}, {"adapter": "dog", "guidance_scale": 1.0}]
+)
+def test_each_field_of_a_request_acts_or_is_named(files, sd1_folder, common):
+    changes = {
+        "prompt": "a cat", "adapter": "cat", "strength": 2.0, "seed": 2, "negative_prompt": "dark",
+        "steps": 3, "guidance_scale": 3.0, "guidance_rescale": 0.7, "scheduler": "euler",
+        "width": 72, "height": 72,
+    }  # fmt: skip
+    assert changes.keys() == ApiRequest.model_fields.keys()
+    engine = Engine(AdapterPool(load_components(sd1_folder)), "base")
+    start = {"prompt": "a sks dog", "steps": 2, "width": 64, "height": 64, "seed": 1, **common}
+
+    def answer(values):
+        request = ApiRequest(**values)
+        return engine.answer([BatchItem(request, request.seed, files.get(request.adapter))])[0][0]
+
+    plain, idle = answer(start), set()
+    assert not any("no effect" in note for note in plain.notes)
+    for name, value in changes.items():
+        changed = answer({**start, name: value})
+        named = any(note.startswith(f"{name} has no effect because ") for note in changed.notes)
+        pixels = [np.asarray(Image.open(io.BytesIO(one.png))).tobytes() for one in (plain, changed)]
+        assert (pixels[0] == pixels[1]) == named, name
+        idle |= {name} if named else set()
+    guided = common.get("guidance_scale") != 1
+    expected = set() if guided else {"negative_prompt", "guidance_rescale"}
+    assert idle == expected | (set() if common["adapter"] else {"strength"})
+
+
+def test_a_model_with_guidance_as_an_input_has_no_negative_prompt():
+    request = ApiRequest(prompt="a", negative_prompt="b", guidance_scale=8)
+    assert request.without_effect(guidance_is_input=False) == []
+    (note,) = request.without_effect(guidance_is_input=True)
+    assert note.startswith("negative_prompt has no effect because this model was distilled")
 
 
 @pytest.mark.parametrize("trouble", ["deleted", "cut", "replaced", "locked"])

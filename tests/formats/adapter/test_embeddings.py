@@ -26,11 +26,12 @@ from dora_diffusion.formats.adapter.embeddings import (
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.layouts import FACTS, PROGRAMS
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.families import UNETS
 
 WIDTHS = {"sd1": [768], "sd2": [1024], "sdxl": [768, 1280]}
 # What ComfyUI's text encoders ask a file for, in their order.
 COMFYUI_KEYS = {"sd1": ["clip_l"], "sd2": ["clip_h"], "sdxl": ["clip_l", "clip_g"]}
-FAMILY_NAMES = sorted(FAMILIES)
+FAMILY_NAMES = sorted(UNETS)
 
 
 def kind_of(family: Family) -> str:

@@ -18,6 +18,7 @@ from dora_diffusion.formats.checkpoint.weights import (
 )
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.names.modules import NameTable, UNetLayout, canonical, released_layout
+from tests.families import UNETS as UNET_FAMILIES
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768},
@@ -108,7 +109,7 @@ def released_names(family: str) -> NameTable:
     return checkpoint_names(FAMILIES[family], released_layout(FAMILIES[family]), 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNET_FAMILIES)
 def test_every_tensor_of_a_released_model_goes_there_and_back(family: str) -> None:
     names, table = tensor_names(family), released_names(family)
     originals = {name: table.to_original(name) for name in names}
@@ -130,7 +131,7 @@ def test_known_names(family: str) -> None:
         assert table.to_canonical(original) == name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNET_FAMILIES)
 def test_the_layout_is_read_from_the_file(family: str) -> None:
     table = released_names(family)
     paths = [str(table.to_original(name)) for name in tensor_names(family)]

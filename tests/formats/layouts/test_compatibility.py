@@ -22,8 +22,8 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS, VERDICTS
-from dora_diffusion.formats.layouts.layout import some_layers
-from dora_diffusion.formats.layouts.other import OTHER, layout_named
+from dora_diffusion.formats.layouts.layout import layout_named, some_layers
+from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (

@@ -11,8 +11,7 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.layouts.kohya import kohya_names
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, WriteOptions
-from dora_diffusion.formats.layouts.other import group_keys
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, WriteOptions, group_keys
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (

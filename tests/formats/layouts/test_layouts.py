@@ -26,15 +26,18 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.files import stream
 from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, LAYOUTS, Conversion
-from dora_diffusion.formats.layouts.kohya import BaseSpecific
 from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     EncodedFile,
     Key,
     Layers,
     WriteOptions,
+    all_layouts,
+    layout_named,
+    layout_of,
 )
-from dora_diffusion.formats.layouts.other import OTHER, all_layouts, layout_named, layout_of
+from dora_diffusion.formats.layouts.one_base import BaseSpecific
+from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.layouts.vera import VeraLayer, write_vera
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.projections import Projections
@@ -61,13 +64,15 @@ def encoded(name: str, axis: str | None) -> list[tuple[set[str], Mapping[str, st
     return [(set(file.tensors), file.metadata) for file in files.values() if file.text is None]
 
 
-WRITTEN = [(name, axis) for name, conversion in LAYOUTS.items() if conversion
-           for axis in (None, "output", "input")
+WRITTEN = [(name, axis) for name, conversion in LAYOUTS.items()
+           if conversion and "unet" in conversion.denoisers for axis in (None, "output", "input")
            if not (name in ("diffusers", "peft") and axis == "input")]  # fmt: skip
-# Of what is read only, the keys that its program writes.
+# Of what is read only, or holds no UNet, the keys that its program writes.
 READ_ONLY = {
     "attn_procs": {f"{BLOCK}.attn1.processor.to_q_lora.{side}.weight" for side in ("down", "up")},
     "cloneofsimo": {"unet:0:down", "unet:0:up"},
+    "diffusion_model": {f"diffusion_model.layers.0.attention.to_q.{leaf}"
+                        for leaf in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")},
     "onetrainer": {f"unet.middle_block.1.transformer_blocks.0.attn1.to_q.{leaf}"
                    for leaf in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")},
     "vera": {f"{TO_Q}.vera_lambda_{part}" for part in "db"},
@@ -124,7 +129,7 @@ def test_inspect_and_the_reader_see_one_layout(path: Path) -> None:
         assert sum(report.layers.values()) == len(read_adapter(path).layers)
 
 
-@pytest.mark.parametrize("target", CONVERSIONS)
+@pytest.mark.parametrize("target", [n for n, one in CONVERSIONS.items() if "unet" in one.denoisers])
 def test_inspect_and_the_reader_see_one_layout_in_what_convert_writes(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, target: str
 ) -> None:

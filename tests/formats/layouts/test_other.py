@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from dora_diffusion.formats.layouts.layout import AdapterFormatError
-from dora_diffusion.formats.layouts.other import group_keys
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, group_keys
 from dora_diffusion.formats.names.kohya import name_resolver
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.names.modules import (
     TOP_MODULES,
     USUAL_LAYOUT,
@@ -12,12 +11,13 @@ from dora_diffusion.formats.names.modules import (
     released_layout,
     unet_names,
 )
+from tests.families import UNETS
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        *map(released_layout, FAMILIES.values()),
+        *map(released_layout, UNETS.values()),
         UNetLayout(1, (False, True)),
         UNetLayout(3, (True, False)),
     ],

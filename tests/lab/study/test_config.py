@@ -7,7 +7,7 @@ import yaml
 
 from dora_diffusion.config import ConfigError
 from dora_diffusion.lab.commands import QUICK
-from dora_diffusion.lab.study.config import Study, read_study
+from dora_diffusion.lab.study.config import read_study
 from dora_diffusion.lab.study.report import differences_table
 from dora_diffusion.lab.study.subjects import find_subject
 from dora_diffusion.lab.study.trials import trials_of
@@ -131,6 +131,6 @@ def test_a_setting_that_does_nothing_in_its_method_is_said():
 
 
 def test_the_quick_study_is_one():
-    quick = Study.from_dict(QUICK)
+    quick = read_study(QUICK)
     assert [method.learning_rates for method in quick.methods] == [(4e-3,), (4e-3,), (8e-4,)]
     assert not quick.reasons()

@@ -85,7 +85,7 @@ def test_a_trial_is_trained_measured_and_analyzed(performed):
     for name, values in measure(subject.subject, requests, answers).items():
         assert base["measures"][name] == pytest.approx(np.mean(values[0]), abs=1e-3)
     assert dora["measures"]["denoising_loss"] != base["measures"]["denoising_loss"]
-    layers = [m for n, m in components.unet.named_modules()
+    layers = [m for n, m in components.denoiser.named_modules()
               if "attn" in n and isinstance(m, torch.nn.Linear)]  # fmt: skip
     # Attention layers of the UNet have no bias but that of their output.
     assert full["parameters"] == sum(p.numel() for m in layers for p in m.parameters())

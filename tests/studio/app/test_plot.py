@@ -1,13 +1,23 @@
-"""The loss plot."""
+"""The loss curves."""
 
 from __future__ import annotations
 
+import json
 import math
-import re
 
 import pytest
 
-from dora_diffusion.studio.app.plot import loss_plot, smoothed
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio as gr
+
+from dora_diffusion.studio.app.plot import (
+    RAW,
+    SMOOTHED,
+    loss_text,
+    plot_data,
+    smoothed,
+    training_curves,
+)
 
 
 def test_smoothing_starts_without_bias() -> None:
@@ -16,35 +26,44 @@ def test_smoothing_starts_without_bias() -> None:
     assert (first, second) == pytest.approx((1.0, 1 / 3))
 
 
-def test_the_plot_says_when_there_is_nothing() -> None:
-    assert "No loss yet" in loss_plot([{"step": 1, "loss": 0.5}])
+def test_the_text_says_when_there_is_nothing() -> None:
+    records = [{"step": 1, "loss": 0.5}]
+    assert "No loss yet" in loss_text("run", records, {})
+    assert training_curves(records) == []
 
 
-def test_the_plot_has_a_bounded_size_and_finite_points() -> None:
+def test_the_curves_have_a_bounded_size_and_finite_points() -> None:
     records = [{"step": i, "loss": math.sin(i) ** 2} for i in range(1, 20_000)]
-    drawn = loss_plot(records)
-    assert len(drawn) < 30_000
-    assert "nan" not in drawn
-    assert "nan" not in loss_plot([{"step": i, "loss": 0.25} for i in range(1, 4)])
+    rows = training_curves(records)
+    assert len(json.dumps(plot_data(rows))) < 60_000
+    assert {name for *_, name in rows} == {RAW, SMOOTHED}
+    assert all(math.isfinite(loss) for _, loss, _ in rows)
+    constant = training_curves([{"step": i, "loss": 0.25} for i in range(1, 4)])
+    assert [(step, name) for step, _, name in constant] == [
+        (step, name) for name in (RAW, SMOOTHED) for step in (1, 2, 3)
+    ]
+    assert [loss for _, loss, _ in constant] == pytest.approx([0.25] * 6)
 
 
-def test_the_validation_loss_has_a_scale_of_its_own_and_a_mark_at_its_lowest() -> None:
+def test_an_outlier_does_not_flatten_the_rest() -> None:
+    records = [{"step": i, "loss": 1e6 if i == 99 else 0.5} for i in range(1, 100)]
+    raw = [loss for _, loss, name in training_curves(records) if name == RAW]
+    assert raw[:-1] == [0.5] * 98
+    assert raw[-1] == pytest.approx(smoothed([0.5] * 98 + [1e6])[-1])
+
+
+def test_the_lowest_validation_loss_is_named_and_each_step_is_another_text() -> None:
     records = [{"step": i, "loss": 0.01} for i in range(1, 5)]
-    assert loss_plot(records, {}) == loss_plot(records)
-    _, drawn = loss_plot(records, {0: 0.5, 2: 0.25, 4: 0.75}).split("Validation loss, ")
-    assert drawn.startswith("taken 3 times")
-    line = re.search(r"points='([^']*)'", drawn)
-    assert line is not None
-    heights = [float(point.split(",")[1]) for point in line[1].split()]
-    top, bottom = heights[2], heights[1]
-    assert heights[0] == pytest.approx(bottom + (top - bottom) / 2), "from 0.25 to 0.75"
-    assert f"cy='{bottom:.1f}'" in drawn
-    assert "lowest at step 2: <b>0.2500</b>, the base's is 0.5000" in drawn
+    text = loss_text("run", records, {0: 0.5, 2: 0.25, 4: 0.75})
+    assert "lowest at step 2: <b>0.2500</b>, the base's is 0.5000" in text
+    assert "Validation" not in loss_text("run", records, {})
+    texts = {loss_text(run, records[:n], {}) for run in ("a", "b") for n in (2, 3, 4)}
+    assert len(texts) == 6
 
 
-def test_one_loss_has_one_label() -> None:
-    records = [{"step": i, "loss": float(i)} for i in range(1, 4)]
-    training, held_out = loss_plot(records, {0: 0.5}).split("Validation loss, ")
-    labels = [re.findall(r"text-anchor='end'>([\d.]+)<", part) for part in (training, held_out)]
-    assert len(labels[0]) == 3
-    assert labels[1] == ["0.500"]
+def test_the_data_are_those_of_gradio_s_own_conversion() -> None:
+    pandas = pytest.importorskip("pandas")
+    rows = [(1, 0.5, RAW), (2, 0.25, SMOOTHED)]
+    frame = pandas.DataFrame(rows, columns=["step", "loss", "curve"])
+    expected = gr.LinePlot(x="step", y="loss", render=False).postprocess(frame)
+    assert expected.model_dump() == plot_data(rows)

@@ -184,7 +184,7 @@ def test_an_image_of_a_batch_is_made_again_in_its_batch(
     assert batches == [*(("4", str(n)) for n in range(4)), ("2", "0"), ("2", "1")]
     for place in (2, 5):
         size, position = (int(text or 0) for text in batches[place])
-        asked = ask(finished).changed(seed=six[place].seed, batch=(size, position))
+        asked = ask(finished).changed(seed=six[place].seed, batch_position=(size, position))
         (again,) = studio.make(asked)
         assert again.parameters == six[place].parameters
         assert pixels(again.path) == pixels(six[place].path)

@@ -74,7 +74,7 @@ def test_what_is_made_of_runs_is_listed(workspace: Workspace) -> None:
     for command in STATES:
         record = JobRecord((command,), f"{command} Dog")
         create_job(workspace.new_job(), record)
-    listed = task_list(snapshot(workspace.root))
+    listed = task_list(snapshot(workspace.root), None)
     shown = {command for command in STATES if f"<h3>{command} Dog</h3>" in listed}
     assert shown == {"export", "convert", "combine", "extract", "analyze", "push"}
 

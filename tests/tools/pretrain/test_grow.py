@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dora_diffusion.models.embedded import model_folder
-from dora_diffusion.models.text import tokenize
+from dora_diffusion.models.families.stable_diffusion import tokenize
 from tools.pretrain.grow import grow_from_sd
 from tools.pretrain.sdxl import POOLED, WIDTHS, TextToImageXL
 from tools.pretrain.views import training_captions

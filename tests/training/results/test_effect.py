@@ -62,7 +62,7 @@ def test_the_effect_is_that_of_a_dense_model(family, request, photos, tmp_path):
     components = load_components(str(model))
     side, factor = components.default_resolution, components.vae_factor
     size = min(16, side // factor)
-    shape = (3, components.unet.config.in_channels, size, size)
+    shape = (3, components.denoiser.config.in_channels, size, size)
     noise = torch.randn(shape, generator=generator_for("effect", shape))
     distinct = sorted({path.read_text("utf-8").strip() for path in photos.glob("*.txt")})
     hidden = encode_prompts(components, [distinct[k * len(distinct) // 3] for k in range(3)])
@@ -70,7 +70,7 @@ def test_the_effect_is_that_of_a_dense_model(family, request, photos, tmp_path):
 
     def predict() -> torch.Tensor:
         with torch.no_grad():
-            return components.unet(
+            return components.denoiser(
                 noise, torch.tensor([166, 500, 833]), hidden.encoder_hidden_states,
                 added_cond_kwargs=hidden.added_cond_kwargs(ids),
             ).sample  # fmt: skip
@@ -79,7 +79,7 @@ def test_the_effect_is_that_of_a_dense_model(family, request, photos, tmp_path):
     parts = load_file(Path(config.output_dir) / "pytorch_lora_weights.safetensors")
     ending = ".lora_A.weight"
     for name in (key.removesuffix(ending) for key in parts if key.endswith(ending)):
-        layer = components.unet.get_submodule(name.removeprefix("unet."))
+        layer = components.denoiser.get_submodule(name.removeprefix("unet."))
         own = (f"{name}.lora_{p}" for p in ("A.weight", "B.weight", "magnitude_vector.weight"))
         layer.weight.data = dense(layer.weight, *(parts[k] for k in own)).float()
     moved = float((predict() - before).norm() / before.norm())

@@ -309,6 +309,18 @@ def test_other_settings_that_change_the_training_are_refused(name, value, again)
         train(replace(again, **{name: value}))
 
 
+def test_a_checkpoint_of_a_removed_setting_is_refused():
+    config = TrainConfig()
+    state = {"config": {**config.to_dict(), "nearest_noise": 4, "init": "lora-one"}}
+    with refused("resume_from_checkpoint") as error:
+        check_same_run("checkpoint-2", state, config, {})
+    assert str(error.value) == (
+        "cannot resume checkpoint-2: it was trained with init lora-one, nearest_noise 4, which "
+        "this version of dora-diffusion does not have; start over in another --output_dir, or "
+        "resume with the version that wrote it"
+    )
+
+
 def test_photos_that_were_moved_and_renamed_resume_with_a_warning(again):
     photos = Path(again.instance_data_dir)
     (photos / "01.jpg").rename(photos / "zz.jpg")

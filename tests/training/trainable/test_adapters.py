@@ -52,8 +52,8 @@ def test_a_compiled_run_follows_the_other_in_few_graphs(
     # Without a C++ compiler, and the cheapest kind of block.
     counter = CompileCounterWithBackend("aot_eager")
     backend = partial(compile_blocks, backend=counter, fullgraph=True)
-    monkeypatch.setattr("dora_diffusion.training.trainable.adapters.compile_blocks", backend)
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()
     plain = make_config(
@@ -79,7 +79,7 @@ def test_a_machine_that_cannot_compile_is_refused_before_the_model_is_loaded(con
     def refuse(device):
         raise ConfigError("compile does not work", "compile")
 
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", refuse)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", refuse)
     monkeypatch.setattr("dora_diffusion.training.inputs.base.load_components", None)
     with refused("compile"):
         train(replace(config, compile=True))
@@ -130,10 +130,10 @@ def other(sd1_folder, tmp_path_factory):
 def predictions(components):
     """Outputs of text encoder and UNet."""
     ids, latents = torch.arange(77)[None] % 50, torch.linspace(-1, 1, 256).view(1, 4, 8, 8)
-    latents = latents.to(components.unet.dtype)
+    latents = latents.to(components.denoiser.dtype)
     with torch.no_grad(), norm_scope(*components.adaptable().values()), components.eval_mode():
         states = components.text_encoders[0](ids).last_hidden_state
-        return states, components.unet(latents, torch.tensor([30]), states).sample
+        return states, components.denoiser(latents, torch.tensor([30]), states).sample
 
 
 def opened(config):

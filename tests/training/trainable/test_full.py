@@ -30,7 +30,7 @@ from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.checkpoint import checkpoints_in
-from dora_diffusion.training.trainable import adapters, full
+from dora_diffusion.training.trainable import full
 from tests.emulation import OneDNN
 from tests.refusal import refused
 from tests.training.helpers import (
@@ -96,7 +96,7 @@ def test_three_steps_are_those_of_a_plain_loop(full_config, sd1_folder, tmp_path
     result = train(config)
     assert list(losses(result.output_dir).values()) == pytest.approx(expected, rel=1e-5)
     learned = load_components(result.model)
-    for ours, reference in ((learned.unet, unet), (learned.text_encoders[0], text)):
+    for ours, reference in ((learned.denoiser, unet), (learned.text_encoders[0], text)):
         wanted = dict(reference.named_parameters())
         for name, parameter in ours.named_parameters():
             torch.testing.assert_close(parameter, wanted[name], rtol=1e-4, atol=2e-5)
@@ -105,7 +105,7 @@ def test_three_steps_are_those_of_a_plain_loop(full_config, sd1_folder, tmp_path
 def test_the_weights_of_targets_leave_the_others_bit_identical(full_config, sd1_folder):
     config = replace(full_config, full_weights="targets", targets=["attention"])
     before, after = stored(sd1_folder), stored(train(config).model)
-    paths = match_targets(load_components(sd1_folder).unet, ["attention"])
+    paths = match_targets(load_components(sd1_folder).denoiser, ["attention"])
     moved = changed(before, after)
     assert moved
     assert moved == {
@@ -132,12 +132,12 @@ def test_no_learning_rate_gives_the_bits_of_the_base(full_config, sd1_folder, tm
 def test_weights_train_in_float32_whatever_is_computed_in(full_config, sd1_folder):
     session = session_of(replace(full_config, mixed_precision="bf16"))
     seen = set()
-    session.components.unet.conv_out.register_forward_hook(lambda *a: seen.add(a[2].dtype))
+    session.components.denoiser.conv_out.register_forward_hook(lambda *a: seen.add(a[2].dtype))
     session.step(1)
     assert seen == {torch.bfloat16}
     parameters = session.weights.parameters()
     assert {p.dtype for p in parameters.values()} == {torch.float32}
-    assert len(parameters) == len(list(session.components.unet.parameters()))
+    assert len(parameters) == len(list(session.components.denoiser.parameters()))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -159,8 +159,9 @@ def test_a_resumed_run_is_that_of_one_piece_bit_for_bit(full_config, tmp_path, o
 
 def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")  # without a C++ compiler
-    monkeypatch.setattr(adapters, "compile_blocks", partial(compile_blocks, backend=counter))
-    monkeypatch.setattr("dora_diffusion.training.recipe.require_compiler", lambda device: None)
+    backend = partial(compile_blocks, backend=counter)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()
     config = replace(

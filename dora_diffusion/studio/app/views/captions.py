@@ -110,6 +110,9 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
         text = f"{counted(count, 'caption')} changed" if count else "No caption changed"
         return [*shown(subject), html.note(text, "good" if count else "info")]
 
+    def tag(event: gr.EventData) -> str:
+        return ui.clicked(event)[1][: subjects.CAPTION_LIMIT]
+
     _connect_rows(context, tab, pick)
     in_turn = {**_IN_TURN, "js": "(...values) => window.ddCaptionsSaved(...values)"}
     outputs = [tab.tags, tab.rows, tab.message]
@@ -117,7 +120,7 @@ def connect(context: Context, tab: CaptionsView, pick: Any) -> None:
         inputs = [pick, *fields.values()]
         ui.on(button.click, change(*fields), inputs, outputs, show="minimal", **in_turn)
     ui.on(tab.undo.click, undo, [pick], outputs, show="minimal", **in_turn)
-    ui.on(tab.tags.click, _clicked_tag, None, [tab.tag])
+    ui.on(tab.tags.click, tag, None, [tab.tag])
     ui.on(tab.masks.change, None, [tab.masks], None, js="studio.showMasks")
 
 
@@ -150,10 +153,6 @@ def _connect_rows(context: Context, tab: CaptionsView, pick: Any) -> None:
     ui.on(saved.success, None, [tab.written], None, js="(done) => window.ddCaptionsWritten(done)")
     for ended in (saved.then, saved.failure):
         ui.on(ended, None, js="() => window.ddCaptionsAnswered()")
-
-
-def _clicked_tag(event: gr.EventData) -> str:
-    return ui.clicked(event)[1][: subjects.CAPTION_LIMIT]
 
 
 def shown(subject: subjects.StoredSubject | None) -> list[str]:

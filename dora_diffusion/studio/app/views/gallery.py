@@ -65,7 +65,7 @@ def refresh(images: ImageStore, jobs: Sequence[Job], run: str | None = None) -> 
     """Return the timer's update. A new stamp makes the script request the list again."""
     runs = [("any", ""), *((job.label, job.id) for job in jobs if job.stands)]
     count = len(images.entries())
-    text = f"<p class='dd-quiet' data-stamp='{images.stamp}'>{counted(count, 'image')}</p>"
+    text = html.pieces.count(counted(count, "image"), images.stamp)
     return {"history": text if count else _EMPTY, "find_run": ui.choosing(runs, run)}
 
 
@@ -104,7 +104,7 @@ def page_of(images: ImageStore, query: object) -> dict[str, Any]:
     listed = matches[page]
     if matches and search != Search() and not page.start:
         text = f"{len(matches):,} of {counted(len(images.entries()), 'image')}"
-        cards.append(f"<p class='dd-quiet dd-found'>{text}</p>")
+        cards.append(html.pieces.found(text))
     for entry in listed:
         prompt = parse_parameters(images.text(entry))["Prompt"] or entry.name
         star = "★ " if entry.name in marked else ""

@@ -16,8 +16,7 @@ from dora_diffusion.studio.app.settings import NAME_LIMIT, PROMPT_LIMIT
 from dora_diffusion.studio.app.views import gallery, grid, results, start, ui, words
 from dora_diffusion.studio.app.views.request import (
     BASE,
-    IN_SIGHT,
-    LABELS,
+    FORM,
     MERGED,
     MORE,
     OWN,
@@ -84,21 +83,21 @@ class GenerateTab:
             info="{subject} becomes the run's trigger words, of the first of several subjects.",
         )  # fmt: skip
         options: dict[str, Any] = {"max_lines": 2, "max_length": PROMPT_LIMIT}
-        self.fields["negative_prompt"] = gr.Textbox(label=LABELS["negative_prompt"], **options)
+        self.fields["negative_prompt"] = gr.Textbox(label=FORM["negative_prompt"].label, **options)
         with gr.Row():
             options = {"label": "Seed", "info": "-1 is random.", "elem_id": "seed"}
             self.fields["seed"] = gr.Number(-1, precision=0, min_width=110, **options)
-            options = {"value": 4, "label": LABELS["num_images"], "step": 1, "min_width": 165}
-            self.fields["num_images"] = gr.Slider(1, image_generator.MAX_BATCH, **options)
+            options = {"value": 4, "label": FORM["num_images"].label, "step": 1, "min_width": 165}
+            self.fields["num_images"] = gr.Slider(1, image_generator.MAX_IMAGES, **options)
 
     def _add_slider(self, name: str, low: float, high: float, step: float, **options: Any) -> None:
-        options = {"label": LABELS.get(name), **options}
-        self.fields[name] = gr.Slider(low, high, UNSET[name], step=step, **options)
+        options = {"label": FORM[name].label, "step": step, **options}
+        self.fields[name] = gr.Slider(low, high, UNSET[name], **options)
 
     def _add_line(self, name: str, unset: str, **options: Any) -> None:
         # Also for numbers: Gradio turns an empty number field into 0 when it is unfolded.
         options = {"max_length": 5, "min_width": 90, "placeholder": unset, **options}
-        self.fields[name] = ui.line(LABELS[name], name, **options)
+        self.fields[name] = ui.line(FORM[name].label, name, **options)
 
     def _add_strengths(self) -> None:
         ui.html_block(html.quiet("Adapter strength"))
@@ -113,11 +112,11 @@ class GenerateTab:
             text = "Several adapters act together, each at its own strength, on the same base."
             ui.html_block(html.quiet(text))
             self.more = {}
-            for name, (strength, word) in MORE.items():
+            for name, strength in MORE.items():
                 with gr.Row():
                     options: dict[str, Any] = {"elem_id": name, "min_width": 165}
-                    self.more[name] = ui.id_dropdown(label=f"{word} adapter", **options)
-                    self._add_slider(strength, -3, 3, 0.05, label=f"{word} strength", min_width=165)
+                    self.more[name] = ui.id_dropdown(label=FORM[name].label, **options)
+                    self._add_slider(strength, -3, 3, 0.05, min_width=165)
             self.fields |= self.more
             options = {"max_length": PROMPT_LIMIT, "info": "Factors by layers' names."}
             self._add_line("layer_strength", "unet.up_blocks.*:0.5 text_encoder*:0", **options)
@@ -143,7 +142,7 @@ class GenerateTab:
             self._add_slider("detail_padding", 16, 256, 8)
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
             self._add_slider("steps", 1, 100, 1)
-            options: dict[str, Any] = {"value": OWN, "label": LABELS["scheduler"]}
+            options: dict[str, Any] = {"value": OWN, "label": FORM["scheduler"].label}
             titled = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
             self.fields["scheduler"] = gr.Dropdown([(OWN, OWN), *titled], **options)
             for row in (
@@ -156,7 +155,7 @@ class GenerateTab:
                         self._add_line(name, unset)
             text = "Against overexposed images of models with zero terminal SNR; 0 disables it."
             self._add_slider("guidance_rescale", 0, 1, 0.05, info=text)
-            label = LABELS["prompt_weights"]
+            label = FORM["prompt_weights"].label
             self.fields["prompt_weights"] = gr.Checkbox(UNSET["prompt_weights"], label=label)
 
     def _add_actions(self) -> None:
@@ -238,7 +237,7 @@ def _connect_acting(
 
     # A folded field is not rendered and sends no change, so events that fill it are listed too.
     changed = ui.together(
-        "generate-form", [tab.fields[name] for name in tab.fields if name not in IN_SIGHT]
+        "generate-form", [tab.fields[name] for name in tab.fields if not FORM[name].is_visible]
     )
     left = (tab.fields["prompt"].blur, tab.adapter.change)
     for event in (changed, *left, *(event.then for event in filled)):
@@ -274,6 +273,7 @@ def refresh(
 ) -> dict[str, Any]:
     """Return the timer's update of this tab; ``more`` are further choices by name."""
     listed, adapters = choices(context, jobs), [("none", ""), *adapter_choices(jobs)]
+    busy = next((job for job in jobs if job.is_active), None)
     # Default: the newest result. A base model as default would stay selected after the first run.
     results = (value for _, value in listed if not value.startswith(f"{BASE}/"))
     # A run's id stands for its selected adapter, which may also have been chosen by name.
@@ -284,26 +284,10 @@ def refresh(
         "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
         **gallery.refresh(context.images, jobs, more.get("find_run")),
         **words.refresh(context.workspace, more.get("words_file"), more.get("style")),
-        "turn": _turn(next((job for job in jobs if job.is_active), None), context),
+        "turn": html.pieces.turn(context.generator.turn, busy),
     }
 
 
 def _given(context: Context, choice: str | None) -> str:
     """Return the choice, or the first one if nothing is selected yet."""
     return choice or choices(context, context.jobs())[0][1]
-
-
-def _turn(busy: Job | None, context: Context) -> str:
-    """Describe the wait for the device, with a button that cancels the user's images."""
-    turn = context.generator.turn
-    if turn == "making":
-        return html.note("Images are being made.") + html.button("Stop", "withdraw", "")
-    if busy is None and not turn:
-        return ""
-    left = busy.remaining_seconds if busy else None
-    end = f" (about {html.duration(left)})" if left is not None else ""
-    condition = f"until {busy.title} has ended{end}" if busy else "until the device is free"
-    if not turn:
-        return html.note(f"Images wait {condition}.")
-    text = f"Waiting {condition}. The images are made then, and are in the list of all images."
-    return html.note(text) + html.button("Stop waiting", "withdraw", "")

@@ -12,7 +12,7 @@ from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT
 from dora_diffusion.studio.app.views import ui
-from dora_diffusion.studio.app.views.request import LABELS
+from dora_diffusion.studio.app.views.request import FORM
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import UserError, clean_text
 
@@ -27,7 +27,7 @@ _SETTINGS = (
 AXES: Mapping[str, str] = {
     "": "None", CHECKPOINT: "Checkpoint", REPLACE: "Words of the prompt", SIZE: "Size",
     "unet_strength": "Strength of the UNet", "text_encoder_strength": "Strength of text encoders",
-    **{name: LABELS[name] for name in _SETTINGS},
+    **{name: FORM[name].label for name in _SETTINGS},
 }  # fmt: skip
 _FIRST = ((CHECKPOINT, "all"), ("strength", "0, 0.5, 1, 1.5"), ("", ""))
 _ABOUT = (

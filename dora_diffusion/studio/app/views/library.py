@@ -206,7 +206,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
                 if FORMS[command][1].with_other and arguments[0]:
                     arguments[0] = context.job(arguments[0], _OTHER)
                 tasks.start_task(command, workspace, context.job(job_id, _RUN), *arguments)
-            return html.task_list(context.queued())
+            return html.task_list(context.queued(), job_id)
 
         return run
 
@@ -295,19 +295,19 @@ def _connect_intake(context: Context, tab: LibraryTab) -> None:
         )
         return [None, *added(run)]
 
-    def extract(base: str, tuned: str, rank: str) -> str:
+    def extract(job_id: str | None, base: str, tuned: str, rank: str) -> str:
         if not (base or "").strip() or not (tuned or "").strip():
             raise UserError("name the fine-tuned model and its base model first")
         models = context.allowed_model(base), context.allowed_model(tuned)
         tasks.start_extraction(workspace, *models, rank)
-        return html.task_list(context.queued())
+        return html.task_list(context.queued(), job_id)
 
-    def press(event: gr.EventData) -> list[Any]:
+    def press(run_id: str | None, event: gr.EventData) -> list[Any]:
         """Stop a job, or add its output to the library."""
         action, job_id = ui.clicked(event)
         if action != "add":
             stop_job(workspace.job(job_id))
-            return [html.task_list(context.jobs(fresh=True)), *[gr.skip()] * 3]
+            return [html.task_list(context.jobs(fresh=True), run_id), *[gr.skip()] * 3]
         job = context.job(job_id)
         if job.state != "done" or not html.is_adapter(job):
             raise UserError("this job has made no adapter")
@@ -325,13 +325,14 @@ def _connect_intake(context: Context, tab: LibraryTab) -> None:
 
     outputs = [tab.file, tab.imported, tab.gallery, tab.run]
     ui.on(tab.file.upload, take, [tab.file, tab.base], outputs, show="minimal")
-    ui.on(tab.tasks.click, press, None, [tab.tasks, tab.imported, tab.gallery, tab.run])
-    tuned = [tab.tuned_base, tab.tuned, tab.tuned_rank]
+    ui.on(tab.tasks.click, press, [tab.run], [tab.tasks, tab.imported, tab.gallery, tab.run])
+    tuned = [tab.run, tab.tuned_base, tab.tuned, tab.tuned_rank]
     ui.on(tab.extract.click, extract, tuned, [tab.tasks], show="minimal")
 
 
 def _listed(jobs: Sequence[Job]) -> list[Job]:
-    return [job for job in jobs if job.stands and job.has_ended]
+    """Return the runs with an adapter, resumed runs included."""
+    return [job for job in jobs if job.stands]
 
 
 def refresh(
@@ -341,10 +342,11 @@ def refresh(
     runs = _listed(jobs)
     # A new stamp makes the page request the cards again (gallery.js).
     stamp = zlib.crc32(repr([(job.id, _card_text(job)) for job in runs]).encode())
-    count = f"<p class='dd-quiet' data-stamp='{stamp}'>{counted(len(runs), 'run')}</p>"
+    count = html.pieces.count(counted(len(runs), "run"), stamp)
     value = run_id or next((job.id for job in runs), None)
     selected = [job.id for job in runs if job.id == value]
     choices = [(f"{_starred(job, job.label)} · {job.shown_state}", job.id) for job in runs]
+    cards = task_list(jobs, value)
     return {
         "library": count if runs else "",
         "library_run": ui.choosing(choices, run_id, value, visible=bool(runs)),
@@ -352,8 +354,8 @@ def refresh(
             name: ui.choosing([c for c in choices if c[1] != value], more.get(name), known=selected)
             for name in ("library_other", "library_rival")
         },
-        "library_side": ui.changing(visible=bool(runs or task_list(jobs))),
-        "tasks": task_list(jobs),
+        "library_side": ui.changing(visible=bool(runs or cards)),
+        "tasks": cards,
     }
 
 
@@ -420,22 +422,9 @@ def _facts(job: Job) -> str:
 
     adapter = chosen_adapter(job)
     report = inspect_adapter(adapter)
-    axis = f", norm on the {report.norm_axis} axis" if report.norm_axis else ""
     exact, wrong = where_it_works(report.tools)
-    details = {
-        "name in images and downloads": adapter_name(adapter),
-        "trigger words": job.trigger,
-        "base model": job.base,
-        "method": f"{report.method}, rank {_range(report.rank)}{axis}",
-        "alpha": _range(report.alpha),
-        "layers": ", ".join(f"{count} {name}" for name, count in report.layers.items()),
-        "kinds": ", ".join(f"{count} {name}" for name, count in report.kinds.items()),
-        "parameters": f"{report.parameters:,}",
-        "steps": f"{job.step_of(job.stands)} of {job.total}" if job.total else "",
-        "size": f"{report.nbytes / 2**20:.1f} MB",
-        "format": report.key_format,
-        "programs": "; ".join([*exact, *([f"wrong in {wrong}"] if wrong else [])]),
-        "made": job.made,
-    }
-    details = {name: text for name, text in details.items() if text}
-    return html.pieces.adapter_card(job, html.state_pill(job), details, report.notes)
+    return html.pieces.adapter_card(
+        job, html.state_pill(job), adapter_name(adapter), report, rank=_range(report.rank),
+        alpha=_range(report.alpha),
+        programs="; ".join([*exact, *([f"wrong in {wrong}"] if wrong else [])]),
+    )  # fmt: skip

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.prompts import DENOISE, settings_line
+from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.formats.files.runs import RESULT_NAME
+from dora_diffusion.formats.parameters import network_tags, settings_line
 from dora_diffusion.models.locate import cached_models, looks_local
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
@@ -30,64 +31,94 @@ from dora_diffusion.studio.jobs.uploads import read_mask
 OWN = "the model's own"
 SUBJECT = "mug"
 BASE, MERGED = "base", "merged"
-# Labels of the fields, by the names of their settings in `GenerateSettings`.
-LABELS: Mapping[str, str] = {
-    "prompt": "Prompt", "negative_prompt": "Negative prompt", "seed": "Seed",
-    "num_images": "Images", "strength": "Strength", "direction_strength": "Direction",
-    "magnitude_strength": "Magnitude", "layer_strength": "Strength of layers",
-    "strength_schedule": "Strength over the steps", "steps": "Steps", "scheduler": "Scheduler",
-    "guidance_scale": "Guidance (CFG)", "guidance_rescale": "Guidance rescale", "width": "Width",
-    "height": "Height", "max_token_length": "Tokens read (75, 150, ...; 0: all)",
-    "clip_skip": "Clip skip, as Diffusers counts",
-    "prompt_weights": "Weights in prompts: (word:1.2), [word], BREAK",
-    "image": "Image to start from", "mask_image": "Mask", "denoise": "Denoising strength",
-    "hires": "Second pass, times as large", "hires_denoise": "Second pass denoising strength",
-    "hires_steps": "Second pass steps", "style": "Styles",
-    "wildcards": "Draw {a|b} and __file__ of the prompt, by each image's seed",
-    "detail": "Model that finds the face or subject", "detail_label": "Label that it finds",
-    "detail_prompt": "Prompt of the detail pass",
-    "detail_denoise": "Denoising strength of the detail pass",
-    "detail_padding": "Pixels around what is found",
-}  # fmt: skip
-# Further adapters: names of their fields -> names of the strengths' fields, and labels.
-MORE: Mapping[str, tuple[str, str]] = {
-    f"adapter_{word}": (f"strength_{word}", word.capitalize())
-    for word in ("second", "third", "fourth")
+
+
+class Field(NamedTuple):
+    """Field of the form.
+
+    Attributes:
+        label: Label of the field.
+        unset: Value of the unset field; None: the setting's default.
+        needs: Field without which this one has no effect.
+        is_visible: True if the field is visible when the tab opens; others are in folded sections.
+        is_omitted: True if the unset value is not a value of the setting.
+        separator: Separator of a list's items.
+    """
+
+    label: str
+    unset: Any = None
+    needs: str = ""
+    is_visible: bool = False
+    is_omitted: bool = False
+    separator: str = ""
+
+
+MORE: Mapping[str, str] = {
+    f"adapter_{word}": f"strength_{word}" for word in ("second", "third", "fourth")
 }
+"""Fields of further adapters, each with the field of its strength."""
+FORM: Mapping[str, Field] = {
+    "prompt": Field("Prompt", is_visible=True),
+    "negative_prompt": Field("Negative prompt", is_visible=True),
+    "seed": Field("Seed", -1, is_visible=True, is_omitted=True),
+    "num_images": Field("Images", is_visible=True),
+    "strength": Field("Strength", is_visible=True),
+    "direction_strength": Field("Direction", is_visible=True),
+    "magnitude_strength": Field("Magnitude", is_visible=True),
+    "layer_strength": Field("Strength of layers", separator=" "),
+    "strength_schedule": Field("Strength over the steps", separator=" | "),
+    "steps": Field("Steps", SampleSettings.validation_inference_steps),
+    "scheduler": Field("Scheduler", OWN, is_omitted=True),
+    "guidance_scale": Field("Guidance (CFG)"),
+    "guidance_rescale": Field("Guidance rescale"),
+    "width": Field("Width"),
+    "height": Field("Height"),
+    "max_token_length": Field("Tokens read (75, 150, ...; 0: all)"),
+    "clip_skip": Field("Clip skip, as Diffusers counts"),
+    "prompt_weights": Field("Weights in prompts: (word:1.2), [word], BREAK"),
+    "image": Field("Image to start from"),
+    "mask_image": Field("Mask", needs="image"),
+    "denoise": Field("Denoising strength", DENOISE, needs="image"),
+    "hires": Field("Second pass, times as large", 1, is_omitted=True),
+    "hires_denoise": Field("Second pass denoising strength", needs="hires"),
+    "hires_steps": Field("Second pass steps", needs="hires"),
+    "style": Field("Styles", []),
+    "wildcards": Field("Draw {a|b} and __file__ of the prompt, by each image's seed"),
+    "detail": Field("Model that finds the face or subject"),
+    "detail_label": Field("Label that it finds", needs="detail"),
+    "detail_prompt": Field("Prompt of the detail pass", needs="detail"),
+    "detail_denoise": Field("Denoising strength of the detail pass", needs="detail"),
+    "detail_padding": Field("Pixels around what is found", needs="detail"),
+    **{name: Field(f"{name[8:].capitalize()} adapter", "") for name in MORE},
+    **{
+        strength: Field(f"{name[8:].capitalize()} strength", 1, needs=name)
+        for name, strength in MORE.items()
+    },
+}
+"""The form: names of settings of ``generate``, and of further adapters, each with its field."""
+
+
+def _blank(default: Any) -> Any:
+    return "" if default in (None, []) else default
+
+
 _KNOWN = {setting.name: setting for setting in RequestedImages.settings()}
-_DEFAULTS = {name: setting.default for name, setting in _KNOWN.items()}
-# Settings that are the value of a field. Images are stored files, see `_inputs`.
-SETTINGS = {name: _KNOWN[name] for name in LABELS if name not in ("image", "mask_image")}
-# Values of unset fields.
 UNSET: Mapping[str, Any] = {
-    **{name: "" if _DEFAULTS[name] in (None, []) else _DEFAULTS[name] for name in LABELS},
-    "seed": -1, "steps": SampleSettings.validation_inference_steps, "scheduler": OWN,
-    "denoise": DENOISE, "hires": 1, "style": [],
-    **dict.fromkeys(MORE, ""), **{strength: 1 for strength, _ in MORE.values()},
-}  # fmt: skip
-# Values of fields that leave a setting at its default, and separators of lists.
-_NONE: Mapping[str, Any] = {"seed": -1, "scheduler": OWN, "hires": 1}
-_SEPARATORS: Mapping[str, str | None] = {"layer_strength": None, "strength_schedule": "|"}
-_NAME = re.compile(rf"(?:--|\b)({'|'.join(name for name in LABELS if '_' in name)})\b")
-
-
-# Fields that are visible when the tab opens; all others are in folded sections.
-IN_SIGHT = frozenset((
-    "prompt", "negative_prompt", "seed", "num_images", "strength", "direction_strength",
-    "magnitude_strength",
-))  # fmt: skip
-# Fields without effect unless another one is set.
-_DETAILS: Mapping[str, str] = {
-    "denoise": "image", "mask_image": "image", "hires_denoise": "hires", "hires_steps": "hires",
-    **{name: "detail" for name in LABELS if name.startswith("detail_")},
-    **{strength: name for name, (strength, _) in MORE.items()},
-}  # fmt: skip
+    name: _blank(_KNOWN[name].default) if field.unset is None else field.unset
+    for name, field in FORM.items()
+}
+"""Values of the form with all fields unset."""
+_NAME = re.compile(rf"(?:--|\b)({'|'.join(name for name in FORM if '_' in name)})\b")
 
 
 def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
     """Describe each active setting in a folded section by its label and value."""
-    changed = {n for n in form.keys() - IN_SIGHT if form[n] not in (None, "", [], UNSET[n])}
-    acts = [name for name in UNSET if name in changed and _DETAILS.get(name, name) in changed]
+    changed = {
+        name
+        for name, field in FORM.items()
+        if not field.is_visible and form[name] not in (None, "", [], UNSET[name])
+    }
+    acts = [name for name in FORM if name in changed and (FORM[name].needs or name) in changed]
     listed = adapter_choices(context.jobs()) if changed & MORE.keys() else []
     adapters = {value: label for label, value in listed}
     return [_described(name, form[name], adapters) for name in acts]
@@ -105,13 +136,13 @@ def prompt_notes(context: Context, choice: str | None, form: Mapping[str, Any]) 
 
 def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
     """Return the label of a setting with its value."""
-    if name in MORE:
-        return f"{MORE[name][1]} adapter: {adapters.get(value, value)}"
-    label = LABELS.get(name) or next(f"{w} strength" for s, w in MORE.values() if s == name)
+    label = FORM[name].label
     if name in ("image", "mask_image") or value is True:
         return label
     if name == "scheduler":
         value = SCHEDULERS[value].title if value in SCHEDULERS else value
+    elif name in MORE:
+        value = adapters.get(value, value)
     text = ", ".join(map(str, value)) if isinstance(value, list) else value
     # Without the label's hint about values.
     return f"{re.split(r':| [(]', label)[0]}: {'off' if value is False else text}"
@@ -121,7 +152,7 @@ def make_request(
     context: Context,
     choice: str | None,
     form: Mapping[str, Any],
-    batch: tuple[int, int] = (1, 0),
+    batch_position: tuple[int, int] = (1, 0),
 ) -> GenerationRequest:
     """Create a request from the fields.
 
@@ -129,7 +160,7 @@ def make_request(
         context: The app.
         choice: The run, checkpoint or model.
         form: The fields' values by name.
-        batch: Batch of a repeated image, see `GenerationRequest.batch`.
+        batch_position: Position of a repeated image, see `GenerationRequest`.
 
     Raises:
         UserError: If the run was deleted, or a value is outside its limits.
@@ -148,11 +179,12 @@ def make_request(
         values |= _adapters(context, source.adapter, form)
         request = GenerationRequest.of(
             base=str(base.path), **model, **values, styles=str(workspace.styles),
-            wildcard_dir=str(workspace.wildcards), subject=subject, batch=batch,
+            wildcard_dir=str(workspace.wildcards), subject=subject, batch_position=batch_position,
         )  # fmt: skip
         for name in ("prompt", "negative_prompt"):
-            clean_text(request.styled(name), PROMPT_LIMIT, LABELS[name].lower())
-        if "<lora:" in f"{request.styled('prompt')} {request.detail_pass.detail_prompt}":
+            clean_text(request.styled(name), PROMPT_LIMIT, FORM[name].label.lower())
+        prompts = f"{request.styled('prompt')} {request.detail_pass.detail_prompt}"
+        if any(tag.kind == "lora" for tag in network_tags(prompts)):
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"
@@ -172,23 +204,25 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
     values = dict[str, Any]()
     if GONE in (form["style"] or []):
         raise UserError("a style that was chosen is no longer here; choose another one")
-    for name in SETTINGS:
-        value = form[name]
-        if name in _SEPARATORS:
-            items = str(value or "").split(_SEPARATORS[name])
+    for name, field in FORM.items():
+        if name not in _KNOWN or name in ("image", "mask_image"):
+            continue
+        value, label = form[name], field.label.lower()
+        if field.separator:
+            items = str(value or "").split(field.separator.strip() or None)
             value = [item.strip() for item in items if item.strip()]
         elif name.endswith("prompt"):
             if line := settings_line(str(value or "")):
                 raise UserError(
-                    f"the {LABELS[name].lower()} holds the settings of an image ({quoted(line)}); "
+                    f"the {label} holds the settings of an image ({quoted(line)}); "
                     "load them by “Load settings from an image”, or paste its first line alone"
                 )
-            value = clean_text(value, PROMPT_LIMIT, LABELS[name].lower())
+            value = clean_text(value, PROMPT_LIMIT, label)
             value = value if name == "negative_prompt" else value.replace("{subject}", subject)
         elif isinstance(value, str):
             value = value.strip()
-        if value not in (None, "", [], _NONE.get(name)):
-            values[name] = SETTINGS[name].cast(value)
+        if value not in (None, "", [], field.unset if field.is_omitted else None):
+            values[name] = _KNOWN[name].cast(value)
     if "detail" in values:
         values["detail"] = _detail(context, values["detail"])
     inputs = _inputs(context, form)
@@ -207,15 +241,16 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
             strength is invalid.
     """
     adapters = [(adapter, form["strength"])] if adapter else []
-    for name, (strength, word) in MORE.items():
+    for name, strength in MORE.items():
         if form.get(name):
             run, _, checkpoint = str(form[name]).partition("/")
             try:
                 path = chosen_adapter(context.job(run), checkpoint)
             except UserError as error:
-                raise UserError(f"{word} adapter: {error}") from error
+                raise UserError(f"{FORM[name].label}: {error}") from error
             adapters.append((path, form[strength]))
-    if not adapters and any(str(form[name] or "").strip() for name in _SEPARATORS):
+    needs_adapter = (name for name, field in FORM.items() if field.separator)
+    if not adapters and any(str(form[name] or "").strip() for name in needs_adapter):
         raise UserError("no adapter is chosen; empty the strengths of layers and over the steps")
     strengths = [Strengths(_KNOWN["strength"].cast(value)).strength for _, value in adapters]
     words = [str(path) for path, _ in adapters]
@@ -227,7 +262,7 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
 
 def in_words(error: Exception) -> str:
     """Return an error's text with the labels of fields instead of settings' names."""
-    return _NAME.sub(lambda name: f"“{LABELS[name[1]]}”", str(error))
+    return _NAME.sub(lambda name: f"“{FORM[name[1]].label}”", str(error))
 
 
 def _detail(context: Context, name: str) -> str:

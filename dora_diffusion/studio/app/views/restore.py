@@ -18,7 +18,7 @@ from dora_diffusion.models.locate import model_info
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views.request import (
     BASE,
-    LABELS,
+    FORM,
     MERGED,
     MORE,
     UNSET,
@@ -26,7 +26,7 @@ from dora_diffusion.studio.app.views.request import (
     adapter_names,
     choices,
 )
-from dora_diffusion.studio.jobs.image_generator import MAX_BATCH
+from dora_diffusion.studio.jobs.image_generator import MAX_IMAGES
 from dora_diffusion.studio.jobs.inputs import input_path
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import GONE
@@ -40,13 +40,13 @@ class Restored:
         choice: The run, checkpoint or model; None if the image's model is missing, `GONE` if its
             first adapter is missing.
         form: Values of all fields by name; fields that the image does not state are unset.
-        batch: Size of the image's batch, and its index in the batch.
+        batch_position: Size of the image's batch, and its index in the batch.
         unread: A line for each parameter that could not be restored.
     """
 
     choice: str | None
     form: Mapping[str, Any]
-    batch: tuple[int, int]
+    batch_position: tuple[int, int]
     unread: tuple[str, ...]
 
 
@@ -63,7 +63,7 @@ def restore(context: Context, text: str) -> Restored:
     form["layer_strength"] = f"{form['layer_strength']} {layers}".strip()
     form["strength"] = adapters[0][1] if adapters else 1
     further = zip(MORE.items(), adapters[1:], strict=False)
-    for (name, (strength_name, _)), (adapter, strength) in further:
+    for (name, strength_name), (adapter, strength) in further:
         form |= {name: adapter, strength_name: strength}
     first = adapters[0][0] if adapters else ""
     choice = first if first not in ("", GONE) else _base_of(context, fields, unread)
@@ -79,17 +79,17 @@ def restore(context: Context, text: str) -> Restored:
     for name, key in (("image", images.INIT_IMAGE), ("mask_image", images.MASK_IMAGE)):
         form[name] = fields.get(key, "")
         if form[name] and input_path(context.workspace, form[name]) is None:
-            unread.append(f"{LABELS[name]}: it is not here, choose or paint it")
+            unread.append(f"{FORM[name].label}: it is not here, choose or paint it")
             form[name] = ""
     model = str(form["detail"])
     if model and not model.startswith("rembg") and "/" not in model:
-        unread.append(f"{LABELS['detail']}: {model} is a folder's name; give its path")
+        unread.append(f"{FORM['detail'].label}: {model} is a folder's name; give its path")
         form["detail"] = ""
     numbers = [fields.get(key, "") for key in (images.BATCH_SIZE, images.BATCH_POSITION)]
     size, position = (int(text) if text.isdecimal() else 0 for text in numbers)
-    is_batch = position < size <= MAX_BATCH and position <= form["seed"]
-    batch = (size, position) if is_batch else (1, 0)
-    return Restored(first if first == GONE else choice, form, batch, tuple(unread))
+    is_batch = position < size <= MAX_IMAGES and position <= form["seed"]
+    batch_position = (size, position) if is_batch else (1, 0)
+    return Restored(first if first == GONE else choice, form, batch_position, tuple(unread))
 
 
 def shown_value(name: str, value: Any) -> Any:
@@ -97,7 +97,7 @@ def shown_value(name: str, value: Any) -> Any:
     if name == "style":
         return value
     if isinstance(value, list):
-        return (" | " if name == "strength_schedule" else " ").join(value)
+        return FORM[name].separator.join(value)
     if isinstance(value, float):
         value = (
             UNSET[name] if not math.isfinite(value) else int(value) if value.is_integer() else value

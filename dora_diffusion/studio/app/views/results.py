@@ -169,11 +169,11 @@ def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
         def run(name: str, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
             known = _restored(context, name)
             values = dict(known.form)
-            batch = change(values) or known.batch
+            position = change(values) or known.batch_position
             filled = fill(context, form, replace(known, form=values))
             if known.unread:
                 return [*filled, *[gr.skip()] * len(tab.filled)]
-            request = make_request(context, known.choice, values, batch)
+            request = make_request(context, known.choice, values, position)
             images = context.generator.make(request, on_step(progress))
             return [*filled, *show_images(context, images)]
 

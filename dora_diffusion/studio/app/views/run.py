@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,14 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking
+from dora_diffusion.evaluation.ranking import Ranking
 from dora_diffusion.formats.files import runs
-from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app import html, plot
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.plot import loss_plot
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.app.views import ui
-from dora_diffusion.studio.jobs import tasks
+from dora_diffusion.studio.jobs import queue, tasks
 from dora_diffusion.studio.jobs.deletions import run_question
-from dora_diffusion.studio.jobs.queue import (
-    ask_job,
-    delete_job,
-    kill_job,
-    requeue_job,
-    stop_job,
-)
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics, read_validation
 from dora_diffusion.studio.jobs.snapshot import Job, choose, read_ranking
 from dora_diffusion.studio.jobs.store import GONE, REMAINS, DamagedFile
@@ -64,6 +56,11 @@ class RunView:
             self.more = gr.Number(100, label="More steps", precision=0, minimum=1, elem_id="more")
             self.extend_by = ui.button("Continue with more steps", "continue")
         self.loss = ui.html_block(elem_id="loss")
+        with gr.Row(elem_id="loss-plots"):
+            colors = {plot.RAW: "#9a8c8080", plot.SMOOTHED: "#e35d2b"}  # visible in both themes
+            self.training = _loss_plot("training loss", color="curve", color_map=colors)
+            # A separate scale, because the training loss weights timesteps.
+            self.validation = _loss_plot("validation loss")
         self.samples = ui.html_block(elem_id="samples", js_on_load="studio.flip(element, watch)")
         text = (
             "More steps raise the similarity to the subject, and language drift with it. Ranking "
@@ -88,12 +85,19 @@ class RunView:
                     self.remove = ui.button("Remove this run", "remove", visible=False)
 
 
+def _loss_plot(title: str, **options: Any) -> Any:
+    size: dict[str, Any] = {"height": 240, "min_width": 260}
+    return gr.LinePlot(
+        x="step", y="loss", y_title=title, color_title=" ", visible=False, **size, **options
+    )
+
+
 def connect(context: Context, view: RunView) -> None:
     """Connect the actions on the displayed run."""
     workspace = context.workspace
 
     def remove(folder: Path) -> str:
-        return "" if delete_job(workspace, folder.name) else REMAINS
+        return "" if queue.delete_job(workspace, folder.name) else REMAINS
 
     def rename(job_id: str | None, name: str) -> list[Any]:
         act = _act(context, lambda folder: tasks.rename_run(workspace, folder.name, name))
@@ -107,13 +111,22 @@ def connect(context: Context, view: RunView) -> None:
         name = gr.update(placeholder=job.title)
         return [_commands(job), "", name]
 
+    def draw(job_id: str | None) -> list[Any]:
+        """Return updates of the plots of training and validation loss."""
+        if not job_id or job_id == GONE:
+            return [gr.update(visible=False)] * 2
+        training, validation = _losses(workspace.job(job_id))
+        held_out = [(step, loss, "") for step, loss in validation.items()]
+        curves = [plot.training_curves(training), held_out]
+        return [gr.update(value=plot.plot_data(rows), visible=bool(rows)) for rows in curves]
+
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Stopping and resuming need no message: the card shows the state.
-    ui.on(view.stop.click, _act(context, stop_job), [view.run], outputs)
-    ui.on(view.resume.click, _act(context, requeue_job), [view.run], outputs)
-    ui.on(view.kill.click, _act(context, kill_job, "The run was killed"), [view.run], outputs)
+    ui.on(view.stop.click, _act(context, queue.stop_job), [view.run], outputs)
+    ui.on(view.resume.click, _act(context, queue.requeue_job), [view.run], outputs)
+    ui.on(view.kill.click, _act(context, queue.kill_job, "The run was killed"), [view.run], outputs)
     for button, name in ((view.save, runs.SAVE), (view.sample, runs.SAMPLE)):
-        asking = _act(context, functools.partial(ask_job, name=name))
+        asking = _act(context, functools.partial(queue.ask_job, name=name))
         ui.on(button.click, asking, [view.run], outputs)
     ui.on(view.extend_by.click, _act(context, tasks.continue_run), [view.run, view.more], outputs)
     question = functools.partial(run_question, workspace)
@@ -122,6 +135,7 @@ def connect(context: Context, view: RunView) -> None:
     named = [view.rename.click, view.name.submit]
     ui.on(named, rename, [view.run, view.name], [*outputs, view.name])
     ui.on(view.run.change, command, [view.run], [view.command, view.message, view.name])
+    ui.on([view.loss.change, view.run.change], draw, [view.run], [view.training, view.validation])
     _connect_chooser(context, view)
 
 
@@ -173,7 +187,7 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     return {
         "run": ui.choosing(choices, run, default and default.id, visible=bool(choices)),
         "status": html.status_card(job) if job else _GONE if training else _NOTHING,
-        "loss": loss_plot(read_metrics(job.folder), read_validation(job.folder)) if job else "",
+        "loss": plot.loss_text(job.id, *_losses(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": _flip(job.samples, context.workspace.cache) if job else "",
@@ -190,6 +204,11 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
         "details": ui.changing(visible=bool(jobs)),
         **_refresh_chooser(context, jobs, job),
     }
+
+
+def _losses(folder: Path) -> tuple[Sequence[Mapping[str, Any]], Mapping[int, float]]:
+    """Return the records of a run's steps, and its validation losses by step."""
+    return read_metrics(folder), read_validation(folder)
 
 
 def _never_began(job: Job) -> bool:
@@ -252,7 +271,7 @@ def _connect_chooser(context: Context, view: RunView) -> None:
         job = context.job(job_id)
         action, value = ui.clicked(event)
         if action == "stop":
-            stop_job(context.workspace.job(value))
+            queue.stop_job(context.workspace.job(value))
         else:
             where = "is now used for this run in Generate and in the Library."
             gr.Info(f"Step {choose(job, value)} {where}", title="")
@@ -295,26 +314,4 @@ def _cards(job: Job, ranking: Ranking | None, running: Job | None) -> str:
     elif running is not None:
         failed = f"The ranking failed: {running.cause}" if running.cause else ""
         status = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
-    if ranking is None:
-        return status
-    most = max((row.drift or 0 for row in ranking.rows), default=0) or 1
-    cards = [_card(job, row, ranking, most) for row in ranking.rows]
-    late = [f"step {job.step_of(name)}" for name in ranking.missing]
-    return html.pieces.ranking(status, late, ranking, cards)
-
-
-def _card(job: Job, row: RankedCheckpoint, ranking: Ranking, most_drift: float) -> str:
-    """Return the card of a checkpoint: images, two bars, and the button."""
-    in_use = row.name == job.stands
-    marks = html.pill("suggested", "running") if row.name == ranking.suggested else ""
-    if in_use:
-        marks += html.pill("in use", "done")
-    elif row.step:
-        marks += html.button("Use this", "use", row.name)
-    title = f"Step {row.step}" if row.step else "Base model"
-    images = [html.image(path, title) for path in row.images]
-    drift = row.drift if row.step else None
-    return html.pieces.checkpoint(
-        title, row, ranking.similar_to, drift, drift and drift / most_drift, marks=marks,
-        images=images, in_use=in_use,
-    )  # fmt: skip
+    return status if ranking is None else html.pieces.ranking(status, job, ranking)

@@ -12,7 +12,7 @@ from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
-from dora_diffusion.studio.app.views.request import LABELS
+from dora_diffusion.studio.app.views.request import FORM
 from dora_diffusion.studio.jobs.deletions import prompt_file_question
 from dora_diffusion.studio.jobs.inputs import (
     delete_prompt_file,
@@ -36,8 +36,10 @@ class WordsView:
             text = "In their order: a style's text takes the prompt at its {prompt}, or follows it."
             # Accept a name from the browser's draft until the timer sends the list.
             options: dict[str, Any] = {"multiselect": True, "allow_custom_value": True}
-            style = gr.Dropdown([], label=LABELS["style"], elem_id="style", info=text, **options)
-            wildcards = gr.Checkbox(label=LABELS["wildcards"], elem_id="wildcards")
+            style = gr.Dropdown(
+                [], label=FORM["style"].label, elem_id="style", info=text, **options
+            )
+            wildcards = gr.Checkbox(label=FORM["wildcards"].label, elem_id="wildcards")
             self.kept = ui.html_block(_NONE, elem_id="words-kept")
             with gr.Row(visible=False, elem_classes="dd-tool-row") as self.row:
                 self.file = ui.id_dropdown(label="Files that are kept", elem_id="words-file")

@@ -144,7 +144,7 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
                                                 (7, (1, 0), 1.5))):  # fmt: skip
         filled = find("run", "results", nth)(name)
         asked = made.pop()
-        assert (asked.seed, asked.batch, asked.sampling.hires) == (seed, batch, hires)
+        assert (asked.seed, asked.batch_position, asked.sampling.hires) == (seed, batch, hires)
         assert (asked.prompts.prompt, asked.sampling.negative_prompt) == (
             "a (red:1.2) mug",
             "blurred",
@@ -249,7 +249,7 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
     )
     assert known.unread == ()
     assert (known.choice, known.form["strength"]) == (f"{job.id}/checkpoint-4", 0.7)
-    (second, (strength, _)), *_ = MORE.items()
+    (second, strength), *_ = MORE.items()
     assert (known.form[second], known.form[strength]) == (job.id, -0.5)
     assert (known.form["direction_strength"], known.form["magnitude_strength"]) == (0.5, 1)
     assert known.form["layer_strength"] == "unet.*:0.5 *a:0"
@@ -374,7 +374,7 @@ def test_a_grid_is_of_a_base_with_further_adapters_too(
     monkeypatch.setattr(context.generator, "grid", grid)
     with gradio.Blocks():
         tab = generate.GenerateTab(context)
-    (second, (strength, _)), *_ = MORE.items()
+    (second, strength), *_ = MORE.items()
     form = {**UNSET, "prompt": "a {subject}", second: job.id, strength: 0.5}
     values = [form[name] for name in (*tab.fields, "image", "mask_image")]
     axes = ["strength", "0, 1", "prompt", "one {subject}", "", ""]

@@ -25,7 +25,7 @@ from dora_diffusion.studio.app.views.request import adapter_choices
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.image_store import PAGE
-from dora_diffusion.studio.jobs.queue import delete_job
+from dora_diffusion.studio.jobs.queue import delete_job, requeue_job
 from dora_diffusion.studio.jobs.store import write_json
 from tests.studio.app.views.helpers import handler, pressed, triggers
 from tests.studio.jobs.helpers import ended_run
@@ -126,7 +126,7 @@ def test_a_shared_app_takes_no_adapter_of_a_model_that_it_does_not_offer(
             handler(context, "take", "library")(str(KOHYA), base)
     assert context.jobs(fresh=True) == ()
     with pytest.raises(gradio.Error, match="offers only"):
-        handler(context, "extract", "library")("org/model", "/home/ann/model", "8")
+        handler(context, "extract", "library")(None, "org/model", "/home/ann/model", "8")
 
 
 def test_an_adapter_made_elsewhere_is_offered_without_steps(context: Context) -> None:
@@ -183,12 +183,12 @@ def test_what_was_combined_is_taken_into_the_library(context: Context) -> None:
     made = context.job(tasks.start_task("combine", context.workspace, first, *values))
     event = gradio.EventData(None, {"what": "add", "value": made.id})
     with pytest.raises(gradio.Error, match="has made no adapter"):
-        press(event)
+        press(None, event)
     Path(made.record.output).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(KOHYA, made.record.output)
     write_json(made.folder / records.RESULT, {"code": 0})
     assert "data-do='add'" in html.task_card(context.job(made.id))
-    assert "a and b, combined is in the library" in press(event)[1]
+    assert "a and b, combined is in the library" in press(None, event)[1]
     newest = context.jobs(fresh=True)[0]
     assert (newest.title, newest.base) == ("a and b, combined", "org/model")
     assert newest.stands == "result"
@@ -218,9 +218,28 @@ def test_a_download_has_a_link_and_a_model_card(context: Context, trained: str) 
     output.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(KOHYA, output)
     records.write_result(job.folder, records.JobResult(0))
-    shown = library.refresh(context.jobs(fresh=True), trained)["tasks"]
-    assert f"href='{html.address(output)}' download='{output.name}'" in shown
+    jobs = context.jobs(fresh=True)
+    link = f"href='{html.address(output)}' download='{output.name}'"
+    assert link in library.refresh(jobs, trained)["tasks"]
+    other = tasks.import_adapter(context.workspace, KOHYA, "b", "org/model", str)
+    jobs = context.jobs(fresh=True)
+    assert link not in library.refresh(jobs, other)["tasks"]
+    tasks.start_conversion(context.workspace, context.job(trained), "comfyui")
+    assert "waiting" in library.refresh(context.jobs(fresh=True), other)["tasks"]
     assert triggers(context, "card", "library") == {("convert", "click")}
+
+
+def test_a_run_that_was_resumed_stays_in_the_library(context: Context) -> None:
+    run = ended_run(context.workspace, (2,), 4)
+    library_run = library.refresh([run], run.id)["library_run"][0]
+    assert "value" not in library_run
+    requeue_job(run.folder)
+    (resumed,) = context.jobs(fresh=True)
+    assert resumed.state == "waiting"
+    waiting = library.refresh([resumed], run.id)["library_run"][0]
+    assert [value for _, value in waiting["choices"]] == [run.id]
+    assert "value" not in waiting
+    assert library.page_of(context, {})["total"] == 1
 
 
 def test_nothing_is_published_without_a_network(
@@ -250,6 +269,6 @@ def test_a_run_is_renamed_and_a_smaller_file_of_it_is_taken_in(
     records.write_result(job.folder, records.JobResult(0))
     assert "data-do='add'" in library.refresh(context.jobs(fresh=True), trained)["tasks"]
     event = gradio.EventData(None, {"what": "add", "value": job.id})
-    said = handler(context, "press", "library")(event)[1]
+    said = handler(context, "press", "library")(trained, event)[1]
     assert "Ann&#39;s &lt;mug&gt;, resized is in the library" in said
     assert context.jobs(fresh=True)[0].title == "Ann's <mug>, resized"

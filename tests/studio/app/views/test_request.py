@@ -139,7 +139,7 @@ def run(context: Context) -> SimpleNamespace:
 
 
 def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
-    from dora_diffusion.studio.app.views.request import LABELS, MORE, UNSET
+    from dora_diffusion.studio.app.views.request import FORM, MORE, UNSET
 
     # Of the file, the model and the machine, which are a run's and the app's own; and files of many
     # adapters, which are the command line's. Files of styles and wildcards are the runs folder's.
@@ -150,8 +150,9 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
         "wildcard_dir", "styles", "grid", "grid_limit", "adapter_dir",
     }  # fmt: skip
     settings = {setting.name: setting for setting in GenerateSettings.settings()}
-    assert {*LABELS} | others == {*settings}
-    assert not {*LABELS} & others
+    further = {*MORE, *MORE.values()}
+    assert {*FORM} - further | others == {*settings}
+    assert not {*FORM} & others
     for name in (
         "guidance_rescale", "prompt_weights", "hires_denoise", "strength", "style", "wildcards",
         "detail_denoise", "detail_padding",
@@ -160,11 +161,9 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     assert UNSET["denoise"] == DENOISE
     with gr.Blocks():
         tab = GenerateTab(SimpleNamespace())
-    assert {*tab.fields} == ({*LABELS} - {"image", "mask_image"}) | {*MORE} | {
-        strength for strength, _ in MORE.values()
-    }
-    labels = {name: field.label for name, field in tab.fields.items() if name in LABELS}
-    assert labels == {name: LABELS[name] for name in labels}
+    assert {*tab.fields} == {*FORM} - {"image", "mask_image"}
+    labels = {name: field.label for name, field in tab.fields.items()}
+    assert labels == {name: FORM[name].label for name in labels}
     # Schedulers by the names that users of A1111 know, none of them twice.
     (_, *titles) = tab.fields["scheduler"].choices
     assert [name for _, name in titles] == [*SCHEDULERS]
@@ -216,10 +215,10 @@ CHANGED: dict[str, tuple[object, Any]] = {
 
 
 def test_no_field_is_ignored(run: SimpleNamespace) -> None:
-    from dora_diffusion.studio.app.views.request import LABELS, MORE
+    from dora_diffusion.studio.app.views.request import FORM, MORE
 
-    details = {name for name in LABELS if name.startswith("detail")}
-    assert {*CHANGED} == {*LABELS} - {"image", "mask_image", "denoise"} - details
+    others = {name for name in FORM if name.startswith("detail")} | {*MORE, *MORE.values()}
+    assert {*CHANGED} == {*FORM} - {"image", "mask_image", "denoise"} - others
     run.context.workspace.styles.write_text(STYLES, encoding="utf-8")
     usual = run.asked()
     for name, (value, is_there) in CHANGED.items():
@@ -227,7 +226,7 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
         assert not is_there(usual), name
     second, third, _ = MORE
     several = run.asked(
-        **{second: f"{run.id}/checkpoint-4", MORE[second][0]: -0.5}, strength=0.7,
+        **{second: f"{run.id}/checkpoint-4", MORE[second]: -0.5}, strength=0.7,
         direction_strength=0.9, layer_strength="*:0.5", strength_schedule="0:1 | 0:0, 0.5:1",
     )  # fmt: skip
     uses = several.uses()
@@ -248,7 +247,7 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
 
 
 def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespace) -> None:
-    from dora_diffusion.studio.app.views.request import IN_SIGHT, LABELS, MORE, UNSET, acting
+    from dora_diffusion.studio.app.views.request import FORM, MORE, UNSET, acting
 
     with gr.Blocks() as page:
         tab = GenerateTab(run.context)
@@ -256,37 +255,38 @@ def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespac
         name for name, field in tab.fields.items()
         if any(isinstance(parent, gr.Accordion) and not parent.open for parent in _above(field))
     }  # fmt: skip
-    assert folded == {*tab.fields} - IN_SIGHT
+    visible = {name for name, field in FORM.items() if field.is_visible}
+    assert folded == {*tab.fields} - visible
     assert len(page.blocks) > len(folded) > 20
 
     def said(**changes: object) -> list[str]:
         return acting(run.context, {**UNSET, "prompt": "a {subject}", "seed": 1, **changes})
 
-    second, (strength, _) = next(iter(MORE.items()))
+    second, strength = next(iter(MORE.items()))
     other = f"{run.id}/checkpoint-4"
     changed = {name: value for name, (value, _) in CHANGED.items()} | {
         "image": "0" * 32, "mask_image": "1" * 32, "denoise": 0.5, "detail": "rembg", second: other,
         "detail_label": "face", "detail_prompt": "a face", "detail_denoise": 0.9,
-        "detail_padding": 64, **{strength: 0.5 for strength, _ in MORE.values()},
+        "detail_padding": 64, **dict.fromkeys(MORE.values(), 0.5),
         **dict.fromkeys([*MORE][1:], run.id),
     }  # fmt: skip
     # Each has a line with its label, and those that are in sight have none.
     assert {*changed} == {*UNSET}
-    assert said() == said(**{name: changed[name] for name in IN_SIGHT}) == []
+    assert said() == said(**{name: changed[name] for name in visible}) == []
     lines = said(**changed)
-    assert len(lines) == len({*UNSET} - IN_SIGHT) == len({*lines})
-    labels = [*LABELS.values(), *(field.label for field in tab.fields.values())]
+    assert len(lines) == len({*UNSET} - visible) == len({*lines})
+    labels = [field.label for field in (*FORM.values(), *tab.fields.values())]
     heads = {re.split(r":| [(]", line)[0] for line in lines}
     assert heads <= {re.split(r":| [(]", label)[0] for label in labels}
     # Alone, unless they do something to another one only; whoever empties a field sends nothing.
-    for name in {*UNSET} - IN_SIGHT:
+    for name in {*UNSET} - visible:
         is_detail = name in {"denoise", "mask_image"} or name.startswith(
             ("hires_", "detail_", "strength_") if name != "strength_schedule" else "none"
         )
         assert len(said(**{name: changed[name]})) == (not is_detail), name
         assert said(**{name: None}) == []
     assert said(style=["noir", "ink"], prompt_weights=False, wildcards=True) == [
-        "Weights in prompts: off", "Styles: noir, ink", LABELS["wildcards"],
+        "Weights in prompts: off", "Styles: noir, ink", FORM["wildcards"].label,
     ]  # fmt: skip
     assert said(scheduler="dpm++_karras", hires=1.5, hires_steps="3") == [
         "Scheduler: DPM++ 2M Karras", "Second pass, times as large: 1.5", "Second pass steps: 3",
@@ -368,7 +368,7 @@ def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> N
 def test_a_detail_pass_is_that_of_its_fields(
     run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dora_diffusion.studio.app.views.request import LABELS, make_request
+    from dora_diffusion.studio.app.views.request import FORM, make_request
     from dora_diffusion.studio.app.views.restore import restore
 
     opened = []
@@ -382,7 +382,7 @@ def test_a_detail_pass_is_that_of_its_fields(
         "detail": "rembg:isnet", "detail_label": "face", "detail_prompt": "a, {subject}",
         "detail_denoise": 0.6, "detail_padding": 40,
     }  # fmt: skip
-    assert {*values} == {name for name in LABELS if name.startswith("detail")}
+    assert {*values} == {name for name in FORM if name.startswith("detail")}
     assert run.asked(**{**values, "detail": " "}).sampling.detail is None
     assert opened == []
     settings = run.asked(**values).sampling
@@ -465,14 +465,14 @@ def test_how_prompts_are_read_is_the_run_s_unless_asked_for() -> None:
 
 def test_a_prompt_that_holds_an_image_s_text_is_refused() -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.request import LABELS
+    from dora_diffusion.studio.app.views.request import FORM
 
     for name in ("prompt", "negative_prompt", "detail_prompt"):
         for line in ("Steps: 12, Seed: 7", "Negative prompt: blurred"):
             with pytest.raises(UserError) as caught:
                 _asked(**{name: f"a mug\n {line}\nmore"})
             assert str(caught.value) == (
-                f"the {LABELS[name].lower()} holds the settings of an image ('{line}'); load them "
-                "by “Load settings from an image”, or paste its first line alone"
+                f"the {FORM[name].label.lower()} holds the settings of an image ('{line}'); load "
+                "them by “Load settings from an image”, or paste its first line alone"
             )
     assert _asked(prompt="a mug\nSteps: of stone").prompts.prompt == "a mug Steps: of stone"

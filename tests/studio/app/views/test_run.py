@@ -87,9 +87,17 @@ def test_the_held_out_loss_is_beside_that_of_training(context: Context) -> None:
     pretend_training(folder)
     parts = shown(context)
     assert "held-out loss 0.2500 at step 3" in parts["status"]
-    training, held_out = parts["loss"].removeprefix("<div class='dd-plots'>").split("</figure>")[:2]
-    assert "Loss over 3 steps" in training
-    assert "Validation loss, taken 2 times" in held_out
+    assert "lowest at step 3: <b>0.2500</b>, the base's is 0.5000" in parts["loss"]
+    training, held_out = handler(context, "draw", "run")(folder.name)
+    assert training["value"]["data"][:2] == [[1, 0.1, "each step"], [2, 0.2, "each step"]]
+    assert [row[0] for row in training["value"]["data"]] == [1, 2, 3] * 2
+    assert held_out["value"]["data"] == [[0, 0.5, ""], [3, 0.25, ""]]
+    assert training["visible"]
+    assert held_out["visible"]
+    hidden = {"visible": False}
+    assert [one.items() >= hidden.items() for one in handler(context, "draw", "run")(None)] == [
+        True, True,
+    ]  # fmt: skip
 
 
 def test_samples_are_flipped_through_in_the_order_of_their_steps(context: Context) -> None:

@@ -15,12 +15,11 @@ from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter, write_adapter
 from dora_diffusion.numerics.allocation import BudgetSchedule
-from dora_diffusion.training.hooks.allocation import Allocation
+from dora_diffusion.training.hooks.allocation import Allocation, RankAllocation
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.optimizer import FlatParameters
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
-from dora_diffusion.training.trainable.allocation import RankAllocation
 from tests.adapters.test_parametrizations import batches, merged_weights, two_linears
 from tests.training.helpers import accelerator_of_fp16, hook_of, open_run
 
@@ -98,7 +97,7 @@ def test_a_run_ends_with_its_budget_as_ranks_of_an_ordinary_dora(tiny_run, tmp_p
 def test_switched_off_rows_are_not_in_the_file_and_the_scale_stays(sd1_folder, photos, tmp_path):
     session = open_run(sd1_folder, photos, tmp_path, targets=["attention"],
                        parametrization="adalora", lora_alpha=3.0)  # fmt: skip
-    for number, (_, layer) in enumerate(adapted_layers(session.components.unet)):
+    for number, (_, layer) in enumerate(adapted_layers(session.components.denoiser)):
         adapter = layer.adapters["default"]
         expected = adapter.weights()
         with torch.no_grad():
@@ -119,7 +118,7 @@ def test_a_file_holds_the_factors_to_the_bit_where_their_scale_is_a_power_of_two
                        parametrization=parametrization, lora_alpha=alpha)  # fmt: skip
     session.step(1)
     live = {}
-    for number, (path, layer) in enumerate(adapted_layers(session.components.unet)):
+    for number, (path, layer) in enumerate(adapted_layers(session.components.denoiser)):
         adapter = layer.adapters["default"]
         on = torch.ones(4, dtype=torch.bool)
         if parametrization == "adalora":

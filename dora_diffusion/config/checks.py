@@ -1,0 +1,271 @@
+"""Contradictions between the settings of a training run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain, permutations
+from typing import Any
+
+from dora_diffusion.config.wording import counted, quoted, whole_word
+
+Contradiction = tuple[str, str]
+"""A setting and the error message."""
+
+
+def contradictions(config: Any) -> Iterator[Contradiction]:
+    """Yield the contradictions of a `TrainConfig`; later checks rely on the earlier ones."""
+    checks: dict[Callable[[Any], Iterator[Contradiction]], bool] = {
+        _method: True,
+        _hub: config.push_to_hub,
+        _masks_and_weights: True,
+        _validation: True,
+        _prodigy: config.is_prodigy,
+        _schedule_free: config.is_schedule_free,
+        _allocation: config.parametrization == "adalora" and not config.is_full,
+        _slider: config.is_slider,
+        _new_words: config.train_text_encoder_ti and not config.is_slider,
+    }
+    return chain.from_iterable(check(config) for check, applies in checks.items() if applies)
+
+
+def _method(config: Any) -> Iterator[Contradiction]:
+    if config.use_8bit_adam and config.optimizer not in ("adamw", "adamw8bit"):
+        yield (
+            "use_8bit_adam",
+            f"use_8bit_adam contradicts optimizer {config.optimizer}; leave one of them out",
+        )
+    if config.quantize != "none" and config.is_full:
+        yield (
+            "quantize",
+            f"quantize is {config.quantize}, but method full trains the weights themselves, which "
+            "cannot be quantised; leave it out, or train an adapter",
+        )
+
+
+def _hub(config: Any) -> Iterator[Contradiction]:
+    if "/" not in (config.hub_model_id or ""):
+        yield "push_to_hub", "push_to_hub needs --hub_model_id NAME/MODEL"
+    if config.is_full:
+        yield (
+            "push_to_hub",
+            "push_to_hub publishes adapters; upload the model of full fine-tuning with "
+            "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
+        )
+
+
+def _masks_and_weights(config: Any) -> Iterator[Contradiction]:
+    for name in ("rank_dropout", "tlora_min_rank"):
+        if config.compile and getattr(config, name):
+            yield (
+                name,
+                f"{name} masks ranks in each step, which compiled blocks would ignore; leave one "
+                f"of {name} and compile out",
+            )
+    ranks = max(config.rank, config.conv_rank, *config.rank_pattern.values())
+    if (config.least_rank or 0) >= ranks:
+        yield (
+            "tlora_min_rank",
+            f"tlora_min_rank is {config.tlora_min_rank}, but no layer has more than {ranks} ranks, "
+            "so none would be masked; lower it, or raise rank",
+        )
+    if len(config.weightings) > 1:
+        *_, last = config.weightings
+        yield (
+            last,
+            f"{' and '.join(config.weightings)} both weight the loss by timestep; leave one out",
+        )
+
+
+def _validation(config: Any) -> Iterator[Contradiction]:
+    if not config.caption_separator:
+        yield (
+            "caption_separator",
+            "caption_separator is empty; give a separator of tags, such as ','",
+        )
+    if config.validation_data_dir and config.validation_split:
+        yield (
+            "validation_split",
+            "validation_data_dir and validation_split both select held-out photos; leave one of "
+            "them out",
+        )
+    if config.validation_split > 1 and config.validation_split % 1:
+        yield (
+            "validation_split",
+            f"validation_split is {config.validation_split:g}; give a share below 1, or a whole "
+            "number of photos",
+        )
+
+
+def _prodigy(config: Any) -> Iterator[Contradiction]:
+    if config.unet_lr < 0.1:
+        yield (
+            "learning_rate",
+            f"learning_rate is {config.unet_lr}, but Prodigy estimates the rate and multiplies it "
+            "by learning_rate; use 1",
+        )
+    if config.magnitude_lr is not None or config.loraplus_ratio != 1 or config.lr_pattern:
+        yield (
+            "optimizer",
+            "Prodigy has one rate for all parameters; leave out magnitude_lr, loraplus_ratio and "
+            "lr_pattern",
+        )
+
+
+def _schedule_free(config: Any) -> Iterator[Contradiction]:
+    name = config.optimizer_name
+    if not config.lr_scheduler.startswith("constant"):
+        yield (
+            "lr_scheduler",
+            f"lr_scheduler is {config.lr_scheduler}, but {name} supports no schedule, only a "
+            "warm-up; leave it out",
+        )
+    if config.ema_decay is not None:
+        yield "ema_decay", f"{name} averages the weights itself; leave ema_decay out"
+    if config.adam_beta1 <= 0:
+        yield (
+            "adam_beta1",
+            f"adam_beta1 is {config.adam_beta1:g}; for {name} it must be greater than 0",
+        )
+    if config.parametrization == "adalora" and not config.is_full:
+        yield (
+            "optimizer",
+            f"AdaLoRA switches triplets off, but the average of {name} would restore them; use "
+            "optimizer adamw",
+        )
+    if config.limits_norms and not config.is_full:
+        yield (
+            "scale_weight_norms",
+            f"scale_weight_norms limits trained weights, but {name} averages weights that are not "
+            "limited; leave it out, or use optimizer adamw",
+        )
+
+
+def _allocation(config: Any) -> Iterator[Contradiction]:
+    if (config.target_rank or 0) > config.rank:
+        yield (
+            "target_rank",
+            f"target_rank is {config.target_rank}, more than the initial rank {config.rank}; raise "
+            "rank",
+        )
+    warmup, final = config.allocation_phases
+    if config.max_train_steps is not None and warmup + final >= config.max_train_steps:
+        yield (
+            "allocation_final",
+            f"allocation_warmup {warmup} and allocation_final {final} leave none of "
+            f"{config.max_train_steps} steps to allocate ranks in",
+        )
+
+
+def _slider(config: Any) -> Iterator[Contradiction]:
+    yield from _slider_prompts(config)
+    changed = {*config.target, *config.positive, *config.negative}
+    lowercase = {prompt.lower() for prompt in changed}
+    if both := [prompt for prompt in config.anchors if prompt.lower() in lowercase]:
+        yield (
+            "anchors",
+            f"anchors contains {quoted(both[0])}, which the slider changes; leave it out",
+        )
+    least = len({*changed, *config.anchors})
+    if config.num_class_images < least:
+        yield (
+            "num_class_images",
+            f"num_class_images is {config.num_class_images}, but each of this slider's {least} "
+            f"different prompts needs an image; give at least {least}",
+        )
+    for name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti"):
+        if getattr(config, name):
+            yield (
+                name,
+                f"{name} is set, but teach slider learns from prompts alone; leave it out, or "
+                "--teach subject",
+            )
+    if config.is_full:
+        yield (
+            "method",
+            "method is full, whose weights have no adjustable strength; train an adapter for "
+            "teach slider: lora or dora",
+        )
+
+
+def _slider_prompts(config: Any) -> Iterator[Contradiction]:
+    for name in ("target", "positive", "negative", "anchors"):
+        prompts = getattr(config, name)
+        if not prompts and name != "anchors":
+            yield (
+                name,
+                f"teach slider has no {name}; a slider needs --target, --positive and --negative, "
+                "each with a prompt",
+            )
+        if not all(prompts):
+            yield name, f"{name} has an empty prompt; write it, or leave it out"
+    count = len(config.positive)
+    if len(config.negative) != count:
+        yield (
+            "negative",
+            f"positive has {counted(count, 'prompt')} and negative {len(config.negative)}; give "
+            "one of each for every pair",
+        )
+    if len(config.target) not in (1, count):
+        yield (
+            "target",
+            f"target has {len(config.target)} prompts for {counted(count, 'pair')}; give one for "
+            "all or one for each",
+        )
+    for _, (positive, negative) in config.slider_pairs:
+        if positive.lower() == negative.lower():
+            yield (
+                "negative",
+                f"positive and negative are both {quoted(positive)}; give two prompts that differ "
+                "in the concept of the slider",
+            )
+
+
+def _new_words(config: Any) -> Iterator[Contradiction]:
+    words = config.words
+    if not words:
+        yield (
+            "token",
+            "train_text_encoder_ti trains a new word, but token is ''; name it with --token or "
+            "--new_words",
+        )
+    for word in words:
+        if not re.fullmatch(r"[^\s./\\]+", word) or word != word.lower():
+            yield (
+                "new_words",
+                f"the new word {word!r} must be in lower case, as tokenizers convert it, and "
+                "without spaces, dots and slashes, since it is part of names of files and keys",
+            )
+    for part, word in permutations(words, 2):
+        if part in word:
+            yield (
+                "new_words",
+                f"new word {word!r} contains the new word {part!r}, so tokenizers cannot separate "
+                "them; choose others",
+            )
+    adapts_table = config.train_text_encoder and not config.is_full
+    if adapts_table and "token-embedding" in config.text_encoder_targets:
+        yield (
+            "text_encoder_targets",
+            "train_text_encoder_ti adds rows to the token table, but text_encoder_targets adapts "
+            "the table; leave token-embedding out of text_encoder_targets",
+        )
+    yield from _initializers(words, config.initializer_concept)
+
+
+def _initializers(words: list[str], concepts: list[str]) -> Iterator[Contradiction]:
+    is_complete = all(concept.strip() for concept in concepts)
+    if len(concepts) not in (0, 1, len(words)) or not is_complete:
+        yield (
+            "initializer_concept",
+            f"initializer_concept has {len(concepts)} for {len(words)} new words; give one for "
+            "all or one for each, without empty ones",
+        )
+    for word in words:
+        if any(map(whole_word(word).search, concepts)):
+            yield (
+                "initializer_concept",
+                f"initializer_concept contains the new word {word!r}, which has no vectors yet; "
+                "give a word that the model has, or choose another new word, such as "
+                f"{f'<{word}>'!r}, with --token and in the prompts",
+            )

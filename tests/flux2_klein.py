@@ -1,0 +1,42 @@
+"""Tiny FLUX.2-klein pipelines with random weights, of the released classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.z_image import tokenizer
+
+
+def write_flux2_klein(folder: Path, *, seed: int = 0) -> Path:
+    """Write a pipeline for images of 64 pixels: 16 patches of 2 x 2 latents."""
+    torch.manual_seed(seed)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=24, timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
+    )  # fmt: skip
+    text_encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer()), hidden_size=8, intermediate_size=8, num_hidden_layers=28,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=4, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2,
+        sample_size=64,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipeline = Flux2KleinPipeline(scheduler, vae, text_encoder, tokenizer(), transformer)
+    pipeline.save_pretrained(folder)
+    return folder
