@@ -136,6 +136,10 @@ class Family:
         guidance_offset: Difference of guidance scales to those of the family's pipeline. 1 for
             pipelines that add the scaled difference to the conditional prediction.
         width: Name and value of the denoiser's width in the configuration of released models.
+        denoiser_key: Tensor that identifies the denoiser in a single file, with a row for each unit
+            of its width; empty if the text encoder identifies the family.
+        vae_prefix: Prefix of the autoencoder's tensor names in a single-file checkpoint.
+        has_separate_files: Programs load denoiser, text encoders and autoencoder from a file each.
         refused: Settings that would give wrong results, with the reason.
         without_effect: Settings without effect, with the reason.
         prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
@@ -202,6 +206,9 @@ class Family:
     most_tokens: int | None = None
     guidance_offset: float = 0.0
     width: tuple[str, int] = ("block_out_channels", 320)
+    denoiser_key: str = ""
+    vae_prefix: str = "first_stage_model."
+    has_separate_files: bool = False
     default_rate: float = 8e-5
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -304,7 +311,9 @@ class Family:
 
     @property
     def checkpoint_key(self) -> str:
-        """Name of a tensor that is only in this family's single-file checkpoints."""
+        """Name of a tensor that is only in this family's single files, without `UNET_PREFIX`."""
+        if self.denoiser_key:
+            return self.denoiser_key
         encoder = self.text_encoders[-1]
         norm = "ln_final" if encoder.is_open_clip else "text_model.final_layer_norm"
         return f"{encoder.checkpoint_prefix}{norm}.weight"

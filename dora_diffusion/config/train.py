@@ -25,7 +25,7 @@ from dora_diffusion.config.checks import contradictions
 from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.fields import ConfigError, Setting, require, require_token_length
 from dora_diffusion.config.file import PATHS
-from dora_diffusion.config.problems import Problems, find_setting, read_values
+from dora_diffusion.config.problems import Problems, find_setting, naming_entry, read_values
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import framed
 
@@ -67,7 +67,7 @@ class TrainConfig(
                 prompts = [" ".join(prompt.split()) for prompt in getattr(self, name)]
                 object.__setattr__(self, name, prompts)
         if self.dataset_config:
-            from dora_diffusion.config.dataset_file import checked_entries, naming_entry
+            from dora_diffusion.config.dataset_file import checked_entries
 
             entries = checked_entries(
                 self.dataset_config, settings_by_name(), self.train_batch_size

@@ -323,10 +323,15 @@ def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: If the memory is neither.
 
     Warns:
-        UserWarning: If the model is embedded, and so fits anywhere.
+        UserWarning: If the model is embedded, and so fits anywhere; or if it was not measured.
     """
     from dora_diffusion.models.locate import model_info
-    from dora_diffusion.models.memory import describe_device, fitting_settings, gpu_of
+    from dora_diffusion.models.memory import (
+        describe_device,
+        fitting_settings,
+        gpu_of,
+        needed_memory,
+    )
 
     device = describe_device() if memory == "auto" else gpu_of(memory)
     current = {**TrainConfig().to_dict(), **values}
@@ -337,7 +342,15 @@ def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
     info = model_info(model)
     batch = int(current["train_batch_size"]) * (2 if current["with_prior_preservation"] else 1)
     family, size = info.family if info.has_released_shape else "", current["resolution"]
-    return fitting_settings(family, size or info.resolution, device, batch=batch)
+    size = size or info.resolution
+    fitting = fitting_settings(family, size, device, batch=batch)
+    if family and needed_memory(family, size, fitting, device, batch=batch) is None:
+        warnings.warn(
+            f"memory {memory} is not compared with training of {model} on {device.name}, which was "
+            "not measured; gradient checkpointing is on",
+            stacklevel=1,
+        )
+    return fitting
 
 
 def _is_ignored(key: str) -> bool:
