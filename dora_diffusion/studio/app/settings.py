@@ -119,8 +119,9 @@ def preset_sentence(preset: str, model: str) -> str:
         " ".join([name.replace("_", " "), *([] if value is True else words_of(value))])
         for name, value in changed.items()
     ]
+    text = f"For this model: {', '.join(phrases)}."
     advice = preset_advice(preset, FAMILIES.get(_info_of(model).family, DEFAULT_FAMILY))
-    return ". ".join(filter(None, [f"For this model: {', '.join(phrases)}", advice])) + "."
+    return f"{text} {advice[0].upper()}{advice[1:]}." if advice else text
 
 
 def token_advice(preset: str) -> str:

@@ -139,7 +139,7 @@ def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None
     resolved = resolve(
         TrainConfig(with_prior_preservation=True, instance_prompt="a sks dog"),
         prediction_type="epsilon", resolution=512, total_steps=800, steps_per_epoch=5,
-        mixed_precision="bf16",
+        mixed_precision="bf16", family=FAMILIES["sd1"],
     )  # fmt: skip
     assert resolved.center_crop
     assert resolved.prior_preservation_mode == "image-free"
@@ -273,7 +273,9 @@ BASES = [*EMBEDDED_MODELS, *(family.released_id for family in FAMILIES.values())
 def test_a_preset_tells_what_it_sets_for_the_model_and_nothing_else(preset: str) -> None:
     usual = TrainConfig().to_dict()
     for base in BASES:
-        text = preset_sentence(preset, base)
+        text, _, advice = preset_sentence(preset, base).partition(". ")
+        family = next((f for f in FAMILIES.values() if f.released_id == base), FAMILIES["sd1"])
+        assert bool(advice) == family.is_flow
         first, *parts = text.removeprefix("For this model: ").removesuffix(".").split(", ")
         # As the fields are filled in; how a device is fitted is said beside its memory.
         values = preset_values(preset, base, Device())
