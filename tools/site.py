@@ -253,10 +253,24 @@ def measures() -> str:
 
 
 def adapter_verdicts() -> str:
-    """List the verdicts on adapter files, a few programs at a time."""
+    """List the verdicts on adapter files of UNets, a few programs at a time."""
+    return _adapter_verdicts(lambda kind: not _is_of_transformers(kind))
+
+
+def transformer_verdicts() -> str:
+    """List the verdicts on adapter files of transformers."""
+    return _adapter_verdicts(_is_of_transformers)
+
+
+def _is_of_transformers(kind: str) -> bool:
+    return kind.startswith("diffusion_model ") or kind.endswith(" of a transformer")
+
+
+def _adapter_verdicts(has: Callable[[str], bool]) -> str:
     from dora_diffusion.formats.layouts import COLUMNS, VERDICTS
 
-    return "\n\n".join(_verdicts("file", names, VERDICTS) for names in (COLUMNS[:3], COLUMNS[3:]))
+    kinds = {kind: row for kind, row in VERDICTS.items() if has(kind)}
+    return "\n\n".join(_verdicts("file", names, kinds) for names in (COLUMNS[:3], COLUMNS[3:]))
 
 
 def model_verdicts() -> str:
@@ -342,6 +356,7 @@ def routes() -> str:
 
 TEXTS: dict[str, Callable[[], str]] = {
     "adapter-verdicts": adapter_verdicts,
+    "transformer-verdicts": transformer_verdicts,
     "commands": commands,
     "differences-diffusers": partial(differences, "Diffusers"),
     "differences-kohya": partial(differences, "sd-scripts"),

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_facts
 
-# Folders of a pipeline: denoisers, which predict noise or velocity; text encoders; all that can
-# have adapters; all that have weights.
-DENOISERS = ("unet", "transformer")
+# Folders of a pipeline: denoisers, which predict noise or velocity, with their names in texts; text
+# encoders; all that can have adapters; all that have weights.
+DENOISERS = {"unet": "UNet", "transformer": "transformer"}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
 WEIGHT_COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)
@@ -136,6 +136,10 @@ class Family:
         guidance_offset: Difference of guidance scales to those of the family's pipeline. 1 for
             pipelines that add the scaled difference to the conditional prediction.
         width: Name and value of the denoiser's width in the configuration of released models.
+        denoiser_key: Tensor that identifies the denoiser in a single file, with a row for each unit
+            of its width; empty if the text encoder identifies the family.
+        vae_prefix: Prefix of the autoencoder's tensor names in a single-file checkpoint.
+        has_separate_files: Programs load denoiser, text encoders and autoencoder from a file each.
         refused: Settings that would give wrong results, with the reason.
         without_effect: Settings without effect, with the reason.
         prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
@@ -149,6 +153,8 @@ class Family:
         conditioning_latents: Number of images whose latents the UNet reads with the noisy latents.
         default_resolution: Training resolution of the released models, in pixels.
         default_steps: Default number of optimizer steps.
+        default_rate: Default learning rate of adapters.
+        defaults: Further settings of runs whose defaults are others for the family.
         released_id: Hub id of the released model.
         configuration: Name of the released models' configuration, for single files.
         has_two_predictions: One release predicts v and another the noise, so a single file must
@@ -200,6 +206,11 @@ class Family:
     most_tokens: int | None = None
     guidance_offset: float = 0.0
     width: tuple[str, int] = ("block_out_channels", 320)
+    denoiser_key: str = ""
+    vae_prefix: str = "first_stage_model."
+    has_separate_files: bool = False
+    default_rate: float = 8e-5
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
     without_effect: Mapping[str, str] = field(default_factory=dict, hash=False)
     uses_linear_projection: bool = False
@@ -225,6 +236,11 @@ class Family:
     def is_flow(self) -> bool:
         """True if the model is trained on a flow."""
         return self.prediction_type == FLOW
+
+    @property
+    def has_small_text_encoders(self) -> bool:
+        """True if the text encoders have less than half the size of the denoiser."""
+        return 2 * self.gpu_memory.text_encoders < self.gpu_memory.denoiser
 
     def fits(self, kinds: Mapping[str, str], config: Mapping[str, Any]) -> bool:
         """Return whether a pipeline belongs to the family.
@@ -295,7 +311,9 @@ class Family:
 
     @property
     def checkpoint_key(self) -> str:
-        """Name of a tensor that is only in this family's single-file checkpoints."""
+        """Name of a tensor that is only in this family's single files, without `UNET_PREFIX`."""
+        if self.denoiser_key:
+            return self.denoiser_key
         encoder = self.text_encoders[-1]
         norm = "ln_final" if encoder.is_open_clip else "text_model.final_layer_norm"
         return f"{encoder.checkpoint_prefix}{norm}.weight"

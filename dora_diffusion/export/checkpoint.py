@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     choose_schedule,
     usual_of,
 )
-from dora_diffusion.formats.checkpoint.weights import UNET_PREFIX, VAE_PREFIX, Entry, SingleFile
+from dora_diffusion.formats.checkpoint.weights import UNET_PREFIX, VAE_PREFIXES, Entry, SingleFile
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.stream import TensorSpec, write_tensors
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
@@ -60,13 +60,15 @@ from dora_diffusion.numerics.weights import MergeStrengths
 # Tensors of one weight file: name in the file -> canonical name.
 Shard = dict[str, str]
 
-WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
+WEIGHT_PREFIXES = (
+    UNET_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.",
+)  # fmt: skip
 # Stable Diffusion 2 folders lack the text encoder's last layer and projection.
 UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
 
 
 @check_arguments()
-def export_checkpoint(
+def export_checkpoint(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     adapters: Adapters,
     output: str | Path,
@@ -74,6 +76,7 @@ def export_checkpoint(
     strength: float | MergeStrengths = 1.0,
     alpha: float | None = None,
     dtype: torch.dtype | None = None,
+    complete: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -97,6 +100,8 @@ def export_checkpoint(
             warning.
         dtype: Dtype of the UNet and the text encoders; None keeps the base's. The VAE keeps its
             dtype, since SDXL's overflows in half precision.
+        complete: One file also has the text encoders and the autoencoder if programs expect these
+            in separate files (Z-Image). Files of other families are always complete.
         overwrite: Replace an existing output.
         on_progress: Called with (bytes written, total bytes).
 
@@ -104,7 +109,8 @@ def export_checkpoint(
         The output path.
 
     Raises:
-        ExportError: If the output exists, or the written file fails its check.
+        ExportError: If the output exists, the written file fails its check, or the base's ``vae``
+            would not be in it.
         MergeError, AdapterFormatError: If an adapter does not fit the base.
         DiskFullError: If there is not enough space. Nothing is changed then.
 
@@ -116,6 +122,12 @@ def export_checkpoint(
     inputs = [*spec.files(), *([Path(base.vae).expanduser()] if base.vae else [])]
     with open_base(base) as (model, weights, vae):
         check_model_output(output, model.path, inputs, overwrite)
+        complete = complete or not model.family.has_separate_files
+        if vae is not None and output.suffix == ".safetensors" and not complete:
+            raise ExportError(
+                f"{output.name} contains the diffusion model alone, without the VAE {base.vae}; "
+                "leave out --vae, give --complete, or export a folder"
+            )
         read = spec.read(weights, alpha)
         spec.warn_of_assumptions()
         model.override_schedule(base, [adapter.metadata for adapter in read])
@@ -125,7 +137,8 @@ def export_checkpoint(
         files = [(token, file) for file, token, _ in words]
         metadata = merged_metadata(model, spec, output, files, base)
         with contextlib.closing(metadata):
-            _Writer(merged, model, metadata, on_progress).write(output, base.model_config, vae)
+            writer = _Writer(merged, model, metadata, complete, on_progress)
+            writer.write(output, base.model_config, vae)
         for file, token, vectors in words:
             write_embeddings({token: file}, {token: vectors})
     for note in embedding_notes(output, dict(files)):
@@ -169,8 +182,9 @@ def export_trained(
         facts = replace(metadata, base_model=without_path(str(base.path)))
         model.override_schedule(base, [facts])
         described = trained_metadata(model, metadata, output, words or {})
+        complete = not model.family.has_separate_files
         with contextlib.closing(described):
-            _Writer(trained, model, described).write(output, base.model_config, vae)
+            _Writer(trained, model, described, complete).write(output, base.model_config, vae)
     return output
 
 
@@ -182,12 +196,14 @@ class _Writer:
         merged: Weights of the model.
         model: The base. It provides the layout of a file or the other files of a folder.
         metadata: Metadata of the model.
+        complete: Whether a single file has more than the denoiser.
         on_progress: Called with (bytes written, total bytes).
     """
 
     merged: MergedModel
     model: StoredModel
     metadata: ModelMetadata
+    complete: bool = True
     on_progress: OnProgress | None = None
 
     def write(self, output: Path, config: str | Path | None, vae: VaeFile | None) -> None:
@@ -214,7 +230,7 @@ class _Writer:
             self._folder(output.resolve(), source, shards, vae.config if vae else None)
             return
         check_a1111_config(output, self.model)
-        layout = self.model.single_file()
+        layout = self.model.single_file(complete=self.complete)
         total = sum(spec.nbytes for spec in self._specs(layout).values())
         check_space(output, total)
         with atomic_file(output) as temporary:
@@ -251,7 +267,7 @@ class _Writer:
             vae: Config that replaces the autoencoder's.
         """
         index = read_index(source)
-        other_files = _other_files(source, index)
+        other_files = _other_files(source, index, shards)
         # Settings to correct in the source's scheduler config.
         settings = self.model.schedule() if self.model.is_single_file else self.model.restated
         if settings.get(ZERO_SNR):
@@ -344,6 +360,7 @@ def _shards_of(checkpoint: StoredModel, config: Path) -> dict[str, list[Shard]]:
         if not key.endswith(BUFFERS)
     }
     stored_shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
+    shapes = {n: s for n, s in shapes.items() if n.partition(".")[0] not in checkpoint.left_out}
     missing = [name for name, shape in shapes.items() if stored_shapes.get(name) != shape]
     extra = [name for name in stored_shapes if name not in shapes and not name.startswith(UNUSED)]
     extra += weights_of_no_component(checkpoint.other_specs)
@@ -369,14 +386,14 @@ def _shard(component: str, names: Iterable[str]) -> Shard:
     return {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
 
 
-def _other_files(folder: Path, index: Mapping[str, Any]) -> list[Path]:
-    """Return the files of a pipeline to copy unchanged: all except the weights of components."""
+def _other_files(folder: Path, index: Mapping[str, Any], written: Collection[str]) -> list[Path]:
+    """Return the files of a pipeline to copy unchanged: all but weights of written components."""
     files = [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
     files = [file for file in files if not _is_weight(file)]
     for name, value in index.items():
         if isinstance(value, list) and (folder / name).is_dir():
             inside = [file for file in (folder / name).rglob("*") if file.is_file()]
-            files += [f for f in inside if name not in WEIGHT_COMPONENTS or not _is_weight(f)]
+            files += [f for f in inside if name not in written or not _is_weight(f)]
     return sorted(files)
 
 

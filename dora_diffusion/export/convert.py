@@ -20,9 +20,16 @@ from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write
 from dora_diffusion.formats.adapter.inspect import stated_error
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES
 from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
-from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, NOT_TARGETS, PROGRAMS, TARGETS
+from dora_diffusion.formats.layouts import (
+    CONVERSIONS,
+    LORA_RANK,
+    NOT_TARGETS,
+    PROGRAMS,
+    TARGETS,
+    input_format,
+)
 from dora_diffusion.formats.layouts.kohya import needs_compensation
-from dora_diffusion.formats.layouts.layout import norm_axes
+from dora_diffusion.formats.layouts.layout import denoiser_of, norm_axes, refuse_denoiser
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.checkpoint.models import StoredModel
@@ -114,16 +121,14 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
         fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
         fit = _check_request(target, program, model, fit, adapter.metadata.base_model)
-        kind = CONVERSIONS[target].plain_lora_in or target
-        if CONVERSIONS[target].needs_rank:
-            kind = fit.key_format(None) if model else key_format_for(adapter.layers)
+        kind = _layout_to_write(target, adapter, fit, model)
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
         family = family or (model.family.name if model else "")
         adapter = _with_additions(adapter, family, tags, thumbnail)
         adapter, errors, total = _of_smaller_rank(adapter, target, fit, model)
         path = write_adapter(output, adapter, kind, dtype=fit.dtype, base=model)
     if target == "comfyui" and not needs_compensation(adapter.layers):
-        target = "kohya"
+        target = input_format(denoiser_of(adapter.layers))
     count = len(adapter.layers)
     notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
     growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
@@ -150,11 +155,19 @@ def _read(
 
 
 def conversion_of(target: str, adapter: AdapterFile) -> str:
-    """Return the conversion of an adapter for a program; other targets are returned unchanged."""
+    """Return the conversion of an adapter for a program; other targets are returned unchanged.
+
+    Raises:
+        AdapterFormatError: If there is none for the adapter's denoiser.
+    """
+    denoiser = denoiser_of(adapter.layers)
     if target not in PROGRAMS:
+        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser)
         return target
+    program = PROGRAMS[target]
+    refuse_denoiser(program.title, program.denoisers, denoiser)
     axes = norm_axes(adapter.layers.values())
-    return PROGRAMS[target].conversion(axes, is_sum=bool(adapter.beside))
+    return program.conversion(axes, is_sum=bool(adapter.beside), denoiser=denoiser)
 
 
 def _check_request(
@@ -187,6 +200,15 @@ def _check_request(
     if conversion.needs_rank and not settings.limits:
         raise ExportError(f"{target} needs a rank: give --rank, --conv_rank or --energy")
     return settings
+
+
+def _layout_to_write(
+    target: str, adapter: AdapterFile, fit: FitSettings, model: StoredModel | None
+) -> str:
+    conversion = CONVERSIONS[target]
+    if not conversion.needs_rank:
+        return conversion.plain_lora_in or target
+    return fit.key_format(None, model.family.denoiser) if model else key_format_for(adapter.layers)
 
 
 def _of_smaller_rank(

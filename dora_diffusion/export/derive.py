@@ -39,14 +39,14 @@ from dora_diffusion.formats.adapter.metadata import (
     join_triggers,
     without_path,
 )
-from dora_diffusion.formats.checkpoint.models import StoredModel
+from dora_diffusion.formats.checkpoint.models import StoredModel, comparable_shapes
 from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.checkpoint.weights import module_shapes, module_weight
 from dora_diffusion.formats.names.modules import known_layout
 
 # Embedding tables of text encoders. Training changes the rows that captions look up, each in a
 # different direction, so the change is not of low rank. Only two key formats can store tables.
-_TABLES = (".token_embedding", ".position_embedding")
+_TABLES = (".token_embedding", ".position_embedding", ".embed_tokens")
 
 
 @check_arguments()
@@ -70,7 +70,7 @@ def extract_adapter(
         tuned: The model to approximate, of the same architecture, as a folder or a file.
         output: File (``.safetensors``) or folder to write.
         fit: Settings of the fit, with a rank. Layers that are smaller get a smaller rank.
-        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: one that can store it.
+        key_format: One of ``KEY_FORMATS``. None: one that can store it.
         overwrite: Replace an existing file.
         on_progress: Called with (bytes of the base compared, total bytes).
 
@@ -84,8 +84,9 @@ def extract_adapter(
     """
     if fit.rank is None:
         raise ExportError("rank is None; give the largest rank of the layers")
-    output, kind = Path(output).expanduser(), fit.key_format(key_format)
+    output = Path(output).expanduser()
     with open_model(base) as before, open_model(tuned) as after:
+        kind = fit.key_format(key_format, before.family.denoiser)
         inputs = [before.path, after.path]
         check_adapter_output(output, kind, AdapterFile({}), inputs, overwrite)
         fitted, notes = _fit_models(before, after, fit, on_progress)
@@ -121,7 +122,7 @@ def combine_adapters(
         adapters: ``[(adapter, strength), ...]``, or one adapter.
         output: File (``.safetensors``) or folder to write.
         fit: Settings of the fit. Without a rank, each layer gets the sum of the adapters' ranks.
-        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: one that can store it.
+        key_format: One of ``KEY_FORMATS``. None: one that can store it.
         alpha: Alpha of adapters whose files do not store it.
         overwrite: Replace an existing file.
         on_progress: Called with (bytes of the base's adapted weights done, total bytes).
@@ -139,7 +140,7 @@ def combine_adapters(
         weighted = spec.weighted()
         axis = fit.norm_axis or axis_of(w for part in weighted for w in part.layers.values())
         fit = dataclasses.replace(fit, norm_axis=axis)
-        kind = fit.key_format(key_format)
+        kind = fit.key_format(key_format, model.family.denoiser)
         inputs = [model.path, *spec.files()]
         adapter = AdapterFile({}, tokens=_tokens(read))
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
@@ -165,7 +166,11 @@ def _fit_models(
 ) -> tuple[Fitted, list[str]]:
     """Return the fitted layers, and notes on the other tensors."""
     _check_pair(base, tuned)
-    names = [name for name in module_shapes(base) if not name.endswith(_TABLES)]
+    # Adapters of some text encoders have no effect.
+    is_refused = "train_text_encoder" in base.family.refused
+    without = tuple(f"{name}." for name in base.family.text_encoder_names) if is_refused else ()
+    shapes, _ = comparable_shapes(base, tuned)
+    names = [n for n in shapes if not n.endswith(_TABLES) and not n.startswith(without)]
 
     def target_of(name: str) -> FitTarget | None:
         before, after = module_weight(base, name), module_weight(tuned, name)
@@ -195,7 +200,7 @@ def _check_pair(base: StoredModel, tuned: StoredModel) -> None:
             f"the base is {base.family.title} ({base.family.name}), {tuned.path.name} is "
             f"{tuned.family.title} ({tuned.family.name}); both must be of the same family"
         )
-    shapes, tuned_shapes = module_shapes(base), module_shapes(tuned)
+    shapes, tuned_shapes = comparable_shapes(base, tuned)
     both = shapes.keys() & tuned_shapes.keys()
     wrong = [
         f"{name} {tuned_shapes[name]} for {shapes[name]}" if name in both else f"no {name}"

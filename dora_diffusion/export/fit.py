@@ -11,8 +11,8 @@ import torch
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.export.files import ExportError
-from dora_diffusion.formats.layouts import KEY_FORMATS
-from dora_diffusion.formats.layouts.layout import is_mixed, norm_axes
+from dora_diffusion.formats.layouts import CONVERSIONS, KEY_FORMATS, input_format
+from dora_diffusion.formats.layouts.layout import denoiser_of, is_mixed, norm_axes, refuse_denoiser
 from dora_diffusion.numerics.weights import (
     LayerWeights,
     NormAxis,
@@ -68,23 +68,29 @@ class FitSettings:
         rank = self.conv_rank if len(shape) > 2 and self.conv_rank is not None else self.rank
         return default if rank is None else rank
 
-    def key_format(self, requested: str | None) -> str:
+    def key_format(self, requested: str | None, denoiser: str = "unet") -> str:
         """Return the key format to write: the requested one, else one that can store the layers.
+
+        Args:
+            requested: The requested key format.
+            denoiser: Kind of the model's denoiser.
 
         Raises:
             ExportError: If the requested one is unknown or cannot store them.
         """
         on_input = self.use_dora and self.axis == "input"
+        default = input_format(denoiser) if on_input else "diffusers"
         if requested is None:
-            return "kohya" if on_input else "diffusers"
+            return default
         if requested not in KEY_FORMATS:
             there_is = f"there is {', '.join(KEY_FORMATS)}"
             raise ExportError(f"unknown key format {requested!r}; {there_is}")
-        if on_input and requested != "kohya":
+        if on_input and requested != default:
             raise ExportError(
-                f"the {requested} format cannot store magnitudes on the input axis; choose kohya, "
-                "or the output axis"
+                f"the {requested} format cannot store magnitudes on the input axis; choose "
+                f"{default}, or the output axis"
             )
+        refuse_denoiser(requested, CONVERSIONS[requested].denoisers, denoiser)
         return requested
 
     @property
@@ -111,4 +117,5 @@ def axis_of(layers: Iterable[LayerWeights]) -> NormAxis:
 
 def key_format_for(layers: Mapping[str, LayerWeights]) -> str:
     """Return the key format that can store these layers: Diffusers', if possible."""
-    return "kohya" if is_mixed(layers) or "input" in norm_axes(layers.values()) else "diffusers"
+    is_uniform = not is_mixed(layers) and "input" not in norm_axes(layers.values())
+    return "diffusers" if is_uniform else input_format(denoiser_of(layers))

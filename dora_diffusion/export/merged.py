@@ -18,7 +18,7 @@ from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, open_model
 from dora_diffusion.formats.checkpoint.models import StoredModel, find_weights
 from dora_diffusion.formats.checkpoint.weights import (
-    VAE_PREFIX,
+    VAE_PREFIXES,
     Entry,
     ModelWeights,
     check_dtype,
@@ -159,7 +159,8 @@ class VaeFile:
     def __init__(self, reader: TensorReader, config: Path | None) -> None:
         self.reader, self.config = reader, config
         # A whole checkpoint has the autoencoder's tensors under a prefix.
-        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in reader.specs) else ""
+        prefixes = [p for p in VAE_PREFIXES if any(key.startswith(p) for key in reader.specs)]
+        prefix = prefixes[0] if prefixes else ""
         keys = [key for key in reader.specs if key.startswith(prefix)]
         names = vae_names(count_levels(key.removeprefix(prefix) for key in keys))
         self._key_of: dict[str, str] = {}

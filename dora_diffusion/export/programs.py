@@ -29,8 +29,6 @@ from dora_diffusion.formats.checkpoint.schedule import (
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.layouts import MODEL_VERDICTS
 
-WIDTH = 320
-"""Channels of the first level of released UNets. Web UIs load no other models."""
 A1111_HEAD = "# Written by dora_diffusion: A1111 builds the model of the same name by it.\n"
 
 
@@ -79,7 +77,8 @@ def inspect_model(path: str | Path) -> ModelReport:
     with open_model(path) as model:
         fields, specs = model.metadata, model.specs
         statements = [*model.statements(), *usual_of(model.family)]
-        counts = Counter(s.dtype for name, s in specs.items() if name.startswith("unet."))
+        start = f"{model.family.denoiser}."
+        counts = Counter(s.dtype for name, s in specs.items() if name.startswith(start))
         yaml_file = model.path.with_suffix(".yaml")
         notes = [*model.naming_problems(), *schedule_notes(model)]
         if model.is_single_file and a1111_config(model) and not yaml_file.is_file():
@@ -106,9 +105,14 @@ def kind_of(model: StoredModel) -> str:
     """Return a model's key of `MODEL_VERDICTS`; empty if its prediction type is unknown."""
     prediction = model.schedule().get(PREDICTION, "")
     what = "file" if model.is_single_file else "folder"
+    if not model.family.has_unet:
+        if not model.family.denoiser_key:
+            return "transformer folder without a single file"
+        is_complete = model.is_single_file and not model.left_out
+        what = f"{'complete ' * is_complete}transformer {what}"
     if not has_released_shape(model):
         return f"{what} of another shape"
-    if not model.is_single_file:
+    if not model.is_single_file or not model.family.has_unet:
         return what
     if model.family.has_two_predictions:
         return f"SD2 file, {'v-prediction' if prediction == V else EPSILON}" if prediction else ""
@@ -118,9 +122,10 @@ def kind_of(model: StoredModel) -> str:
 
 
 def has_released_shape(model: StoredModel) -> bool:
-    """Return whether the UNet has the width of released models."""
-    conv_in = model.specs.get("unet.conv_in.weight")
-    return conv_in is not None and conv_in.shape[0] == WIDTH
+    """Return whether the denoiser has the width of released models."""
+    family = model.family
+    tensor = model.specs.get(f"{family.denoiser}.{family.denoiser_key or 'conv_in.weight'}")
+    return tensor is not None and tensor.shape[0] == family.width[1]
 
 
 def schedule_notes(model: StoredModel) -> list[str]:

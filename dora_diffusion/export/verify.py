@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,8 +100,9 @@ def verify_checkpoint(
     with open_model(merged) as merged_model, open_base(base) as (model, weights, _):
         read = spec.read(weights, alpha)
         expected = MergedModel(weights, spec.weighted())
-        comparison, is_file = WeightComparison(merged_model, expected), model.is_single_file
-        report = comparison.run(on_progress, from_single_file=is_file)
+        left_out = merged_model.left_out | model.left_out
+        comparison = WeightComparison(merged_model, expected, left_out)
+        report = comparison.run(on_progress, from_single_file=model.is_single_file)
         model.override_schedule(base, [adapter.metadata for adapter in read])
         report.problems.extend(_problems_besides_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions())
@@ -117,16 +118,21 @@ class WeightComparison:
     Attributes:
         merged: The merged model.
         expected: The expected model.
+        left_out: Components that one of them does not have, which are not compared.
         report: The results so far.
     """
 
     merged: ModelWeights
     expected: MergedModel
+    left_out: Set[str] = frozenset()
     report: VerifyReport = field(default_factory=VerifyReport)
 
     def run(self, on_progress: OnProgress | None, *, from_single_file: bool) -> VerifyReport:
         """Compare all tensors. A folder made from a single file may lack unused tensors."""
-        base, merged = self.expected.base.specs, self.merged.specs
+        base, merged = (
+            {n: spec for n, spec in model.specs.items() if n.partition(".")[0] not in self.left_out}
+            for model in (self.expected.base, self.merged)
+        )
         for name in sorted(base.keys() ^ merged.keys()):
             is_unused = from_single_file and name in base and name.startswith(UNUSED)
             if not (name.endswith(BUFFERS) or (is_unused and not self._layers(name))):

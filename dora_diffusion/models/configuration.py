@@ -50,7 +50,15 @@ def released_config(family: Family, prediction_type: str) -> dict[str, Any]:
     Args:
         family: Family of the model.
         prediction_type: Prediction type of the release.
+
+    Raises:
+        ValueError: If this package has no configuration of the family.
     """
+    if not family.configuration:
+        raise ValueError(
+            f"a single file of {family.title} has no configuration, tokenizer or other parts; set "
+            "--model_config to a Diffusers folder of the model"
+        )
     text = (RELEASED / f"{family.configuration}.json").read_text(encoding="utf-8")
     config: dict[str, Any] = json.loads(text)
     for kind in (EPSILON, V):

@@ -209,7 +209,7 @@ def _module_of(
     folder, kind = plan.folder, module_classes(plan.family)[part]
     if part == "vae" and dtype is not None:
         dtype = _vae_dtype(folder / part, dtype, plan.family)
-    if file is not None:
+    if file is not None and part not in file.left_out:
         return _module_of_file(file, folder, part, kind, dtype, base)
     return _module_of_folder(folder / part, part, kind, dtype, base)
 

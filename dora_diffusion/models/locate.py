@@ -227,6 +227,14 @@ def model_info(name: str) -> ModelInfo:
     return next(released, UNKNOWN)
 
 
+def known_family(name: str) -> Family | None:
+    """Return the family of a model; None if it is not known before the model is loaded."""
+    try:
+        return FAMILIES.get(model_info(name).family)
+    except ValueError:
+        return None
+
+
 def _released_info(family: Family) -> ModelInfo:
     return ModelInfo(family.name, family.default_resolution, True)
 
@@ -261,6 +269,8 @@ def _file_info(path: Path, modified: int) -> ModelInfo:
 
     header = read_header(path)
     family = detect_checkpoint_family(header.specs, str(path))
+    if not family.configuration:
+        return _released_info(family)
     schedule = choose_schedule(path.name, stated_by_file(header.metadata, header.specs))
     side = released_config(family, schedule.prediction_type)["unet"]["sample_size"]
     return replace(_released_info(family), resolution=8 * side)

@@ -32,7 +32,7 @@ def predicting(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """Tiny models of a family with another prediction type, which are taken for released ones."""
-    monkeypatch.setattr(programs, "WIDTH", 32)
+    monkeypatch.setattr(programs, "has_released_shape", lambda model: True)
 
     def make(family: str, prediction: str, **more: Any) -> Path:
         base = tmp_path / f"{family}-{prediction}"

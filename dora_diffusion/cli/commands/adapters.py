@@ -99,9 +99,10 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
     to: str = flag(
         REQUIRED,
         f"Program that gets the format it needs of this adapter: {', '.join(PROGRAMS)}. Or a "
-        "format: diffusers, peft; kohya, for LyCORIS; for one --base: comfyui, dense (large), and "
-        "lora, lora-diffusers, which approximate it without magnitudes. Or smaller-rank: the same "
-        "method with --rank, --conv_rank or --energy, nearest with --base.",
+        "format: diffusers, peft; kohya, for LyCORIS; diffusion_model, for transformers; for one "
+        "--base: comfyui, dense (large), and lora, lora-diffusers, which approximate it without "
+        "magnitudes. Or smaller-rank: the same method with --rank, --conv_rank or --energy, "
+        "nearest with --base.",
         choices=TARGETS,
         refused=NOT_TARGETS,
     )
@@ -161,7 +162,8 @@ class Fit(Written, Limits, RequiredBase):
     )
     format: str | None = flag(
         None,
-        "Key format. Default: diffusers; on the input axis kohya, the only one that supports it.",
+        "Key format. Default: diffusers; on the input axis the only one that supports it: kohya, "
+        "or for transformers diffusion_model.",
         choices=KEY_FORMATS,
     )
 

@@ -69,6 +69,17 @@ class ExportSettings(Overwrite, Merge):
         "Precision of the result. auto: that of the base, on any machine.",
         choices=(AUTO, *DTYPES),
     )
+    complete: bool = flag(
+        False,
+        "One file with text encoders and VAE too, for models whose diffusion model is a file of "
+        "its own in most programs (Z-Image). Files of other models are always complete.",
+        needs=(
+            when(
+                lambda config: config.output.endswith(".safetensors"),
+                "the output is a folder, which is always complete",
+            ),
+        ),
+    )
     model_config: str | None = flag(
         None,
         "Diffusers folder with the configuration, for a folder made from a single file. Default: "
@@ -93,6 +104,7 @@ class ExportSettings(Overwrite, Merge):
                 self.adapters,
                 self.output,
                 dtype=None if self.dtype == AUTO else dtype_of(self.dtype),
+                complete=self.complete,
                 overwrite=self.overwrite,
                 on_progress=show,
                 **self.merge_options,

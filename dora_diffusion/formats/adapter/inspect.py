@@ -217,10 +217,10 @@ def _report_for_one_base(
     [file] = stored.files
     metadata, parsed = file.metadata, parse_metadata(file.metadata)
     resolve, by_structure = name_resolver(shapes), name_resolver()
-    keys = {k: resolve(k.partition(".")[0]) for k in file.specs if k.endswith(layout.form)}
+    flat = {key: key.removesuffix(layout.form).replace(".", "_") for key in file.specs}
+    keys = {key: resolve(flat[key]) for key in file.specs if key.endswith(layout.form)}
     components = Counter(
-        (name or by_structure(key.partition(".")[0]) or "other").split(".")[0]
-        for key, name in keys.items()
+        (name or by_structure(flat[key]) or "other").split(".")[0] for key, name in keys.items()
     )
     weight_shapes = {key: _weight_shape(file.specs, key) for key in keys}
     sizes = ["x".join(map(str, shape[2:])) for shape in weight_shapes.values()]
@@ -237,7 +237,7 @@ def _report_for_one_base(
         parameters=sum(math.prod(spec.shape) for spec in file.specs.values()),
         nbytes=stored.nbytes,
         notes=(layout.note, f"for one base model: {parsed.base_model or 'unknown'}"),
-        tools=layout.judge({}, "", ()),
+        tools=layout.judge({}, "", file.specs),
         fits="" if shapes is None else _fits_one_base(weight_shapes, keys, shapes),
     )
 

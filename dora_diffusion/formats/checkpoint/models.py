@@ -47,9 +47,11 @@ from dora_diffusion.formats.checkpoint.schedule import (
 from dora_diffusion.formats.checkpoint.weights import (
     POSITIONS,
     UNET_PREFIX,
+    CheckpointLayoutError,
     Entry,
     SingleFile,
     entries_of_file,
+    module_shapes,
     names_of_configs,
     plan_checkpoint,
     standard_key,
@@ -72,6 +74,7 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 # Averaged copies (EMA) of the unmerged weights, which some loaders prefer to the merged ones.
 LEFT_OUT = ("model_ema.",)
+_DENOISER_KEYS = {family.denoiser_key for family in FAMILIES.values()} - {""}
 # Playground 2.5 and CosXL.
 _OTHER_SCHEDULES = {"edm_mean", "edm_vpred.sigma_max"}
 
@@ -112,12 +115,24 @@ class StoredModel(ABC):
         """Return the marker tensors of the model's single file, or of one written from it."""
 
     @abstractmethod
-    def single_file(self) -> SingleFile:
+    def single_file(self, *, complete: bool = True) -> SingleFile:
         """Return the source from which one file in the original layout is written.
+
+        Args:
+            complete: False: the denoiser alone.
 
         Raises:
             CheckpointLayoutError: If the model does not fit that layout.
         """
+
+    @property
+    def left_out(self) -> set[str]:
+        """Components that are in other files, if the family has separate files."""
+        family = self.family
+        if not family.has_separate_files:
+            return set()
+        components = {name.partition(".")[0] for name in self.specs}
+        return {family.denoiser, "vae", *family.text_encoder_names} - components
 
     def shards(self) -> dict[str, list[dict[str, str]]]:
         """Return the weight files of each component, each as current names -> canonical names.
@@ -253,11 +268,13 @@ class PipelineFolder(StoredModel):
     def markers(self) -> set[str]:
         return markers_for(self.family, self.schedule())
 
-    def single_file(self) -> SingleFile:
-        """Return all tensors in the original layout, and the markers of the prediction type."""
+    def single_file(self, *, complete: bool = True) -> SingleFile:
+        """Return the tensors in the original layout, and the markers of the prediction type."""
         configs = {name: self.config(name) for name in (*WEIGHT_COMPONENTS, "scheduler")}
-        names = names_of_configs(self.family, {n: c for n, c in configs.items() if c})
-        entries, stated = plan_checkpoint(self.family, names, self.specs), self._schedule_tensors()
+        prefix = UNET_PREFIX if complete else ""
+        names = names_of_configs(self.family, {n: c for n, c in configs.items() if c}, prefix)
+        planned = self.specs if complete else self.components[self.family.denoiser].specs
+        entries, stated = plan_checkpoint(self.family, names, planned), self._schedule_tensors()
         specs = {key: TensorSpec.of(tensor) for key, tensor in stated.items()}
         return SingleFile(entries, specs, stated.__getitem__)
 
@@ -403,12 +420,19 @@ class CheckpointFile(StoredModel):
         averaged = "it contains averaged copies (model_ema), which some programs load instead"
         return problems + [averaged] * any(key.startswith(LEFT_OUT) for key in self.reader.specs)
 
-    def single_file(self) -> SingleFile:
+    def single_file(self, *, complete: bool = True) -> SingleFile:
         """Return the same layout with standard names; tensors without a component are copied.
 
         Markers of the prediction type are corrected, and a text encoder's position ids become
         integers.
         """
+        if not complete:
+            return self._denoiser_alone()
+        if self.left_out:
+            raise CheckpointLayoutError(
+                f"{self.path.name} does not have the {' and '.join(sorted(self.left_out))}; leave "
+                "out --complete, or export a folder"
+            )
         entries = [replace(entry, key=standard_key(entry.key)) for entry in self.entries]
         stated = self._schedule_tensors()
         replaced = {*MARKERS, STEP} if self.family.has_two_predictions else {*MARKERS}
@@ -426,6 +450,15 @@ class CheckpointFile(StoredModel):
 
         return SingleFile(entries, specs, load)
 
+    def _denoiser_alone(self) -> SingleFile:
+        start = f"{self.family.denoiser}."
+        entries = [
+            replace(entry, key=entry.key.removeprefix(UNET_PREFIX))
+            for entry in self.entries
+            if entry.sources[0].startswith(start)
+        ]
+        return SingleFile(entries, {}, self.reader.__getitem__)
+
 
 def is_model(path: str | Path) -> bool:
     """Return whether a path is a whole model: a Diffusers folder or a single file."""
@@ -433,9 +466,19 @@ def is_model(path: str | Path) -> bool:
     if path.is_dir():
         return pipeline_in(path) is not None
     try:
-        return any(key.startswith(UNET_PREFIX) for key in read_header(path).specs)
+        keys = read_header(path).specs
+        return any(key.startswith(UNET_PREFIX) or key in _DENOISER_KEYS for key in keys)
     except (TensorFileError, OSError):
         return False
+
+
+def comparable_shapes(*models: StoredModel) -> list[dict[str, tuple[int, ...]]]:
+    """Return `module_shapes` of models, without components that one of them leaves out."""
+    left_out = set[str]().union(*(model.left_out for model in models))
+    return [
+        {n: shape for n, shape in module_shapes(m).items() if n.partition(".")[0] not in left_out}
+        for m in models
+    ]
 
 
 def base_name(metadata: Mapping[str, str]) -> str:
@@ -454,7 +497,7 @@ def detect_checkpoint_family(
     Raises:
         UnsupportedModelError: If no name identifies a supported family.
     """
-    names = {standard_key(key) for key in specs}
+    names = {standard_key(key).removeprefix(UNET_PREFIX) for key in specs}
     if other := names & _OTHER_SCHEDULES:
         raise UnsupportedModelError(
             f"{name} contains {min(other)}: it has another kind of noise schedule (EDM) than "

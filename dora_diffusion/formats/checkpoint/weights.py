@@ -4,10 +4,12 @@ An `Entry` describes how a tensor of the file is built from component tensors. E
 from names alone, so a checkpoint can be read and written one tensor at a time. A plan uses each
 source tensor exactly once and writes each name once.
 
-model.diffusion_model.      the UNet, in sgm blocks
-first_stage_model.          the VAE; `decoder.up` is numbered from the output's side
+model.diffusion_model.      the UNet, in sgm blocks, or the transformer; a file of the latter alone
+                            may lack the prefix
+first_stage_model., vae.    the VAE; `decoder.up` is numbered from the output's side
 cond_stage_model.           SD1: CLIP; SD2: open_clip, with q, k, v in one matrix
 conditioner.embedders.0/1.  SDXL: CLIP, and open_clip with a transposed projection
+text_encoders.              Z-Image: Qwen3
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ from dora_diffusion.formats.names.modules import (
     NameTable,
     UNetLayout,
     below,
+    encoder_path,
+    transformer_names,
     unet_names,
-    with_text_model,
 )
 from dora_diffusion.numerics.weights import LayerKind, MergeError
 
 UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
+VAE_PREFIXES = tuple(dict.fromkeys(family.vae_prefix for family in FAMILIES.values()))
 _CLIP_PREFIXES = [
     encoder.checkpoint_prefix
     for family in FAMILIES.values()
@@ -59,10 +62,20 @@ _PROJECTION = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
 
 
 @lru_cache
-def checkpoint_names(family: Family, unet: UNetLayout, vae_levels: int) -> NameTable:
-    """Return the names of all tensors that a single file of a family may contain."""
-    pairs = unet_names(unet).below("unet.", UNET_PREFIX)
-    pairs += vae_names(vae_levels).below("vae.", VAE_PREFIX)
+def checkpoint_names(
+    family: Family, unet: UNetLayout | None, vae_levels: int, prefix: str = UNET_PREFIX
+) -> NameTable:
+    """Return the names of all tensors that a single file of a family may contain.
+
+    Args:
+        family: Family of the model.
+        unet: Layout of a UNet; None for transformers.
+        vae_levels: Number of the autoencoder's resolution levels.
+        prefix: Prefix of the denoiser's tensors.
+    """
+    denoiser = transformer_names(family.code) if unet is None else unet_names(unet)
+    pairs = denoiser.below(f"{family.denoiser}.", prefix)
+    pairs += vae_names(vae_levels).below("vae.", family.vae_prefix)
     for encoder in family.text_encoders:
         component, prefix = encoder.component, encoder.checkpoint_prefix
         if encoder.is_open_clip:
@@ -86,7 +99,7 @@ def standard_key(key: str) -> str:
     """
     for prefix in _CLIP_PREFIXES:
         if key.startswith(prefix):
-            return prefix + with_text_model(key.removeprefix(prefix))
+            return prefix + encoder_path(key.removeprefix(prefix))
     return key
 
 
@@ -215,19 +228,31 @@ def _without_data(spec: TensorSpec) -> Tensor:
     return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
 
-def names_of_configs(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> NameTable:
+def names_of_configs(
+    family: Family, configs: Mapping[str, Mapping[str, Any]], prefix: str = UNET_PREFIX
+) -> NameTable:
     """Return the names of all tensors of a pipeline, from its configs by component name.
+
+    Args:
+        family: Family of the model.
+        configs: The configs.
+        prefix: Prefix of the denoiser's tensors.
 
     Raises:
         CheckpointLayoutError: If a component is missing or the layout cannot number its blocks.
     """
-    if missing := [name for name in ("unet", "vae", "scheduler") if name not in configs]:
+    if not family.has_unet and family.code not in NAMES["transformers"]:
+        raise CheckpointLayoutError(
+            f"no layout of a single file is known for {family.title}; export a folder"
+        )
+    required = (family.denoiser, "vae", "scheduler")
+    if missing := [name for name in required if name not in configs]:
         raise CheckpointLayoutError(f"the pipeline has no {listing(missing)} config")
     try:
-        unet = UNetLayout.from_config(configs["unet"])
+        unet = UNetLayout.of(configs[family.denoiser])
     except ValueError as error:
         raise CheckpointLayoutError(str(error)) from error
-    return checkpoint_names(family, unet, len(configs["vae"]["block_out_channels"]))
+    return checkpoint_names(family, unet, len(configs["vae"]["block_out_channels"]), prefix)
 
 
 def plan_checkpoint(family: Family, table: NameTable, names: Iterable[str]) -> list[Entry]:
@@ -267,10 +292,14 @@ def entry_of(key: str, names: NameTable) -> Entry | None:
 
 
 def entries_of_file(family: Family, specs: Mapping[str, TensorSpec]) -> list[Entry]:
-    """Return entries for the file's UNet, text-encoder and VAE tensors; unknown names have none."""
-    unet = [key.removeprefix(UNET_PREFIX) for key in specs if key.startswith(UNET_PREFIX)]
-    levels = count_levels(key.removeprefix(VAE_PREFIX) for key in specs)
-    names = checkpoint_names(family, UNetLayout.from_original_names(unet), levels)
+    """Return entries for the file's denoiser, text-encoder and VAE tensors.
+
+    Unknown names have none.
+    """
+    denoiser = [key.removeprefix(UNET_PREFIX) for key in specs if key.startswith(UNET_PREFIX)]
+    levels = count_levels(key.removeprefix(family.vae_prefix) for key in specs)
+    unet = UNetLayout.from_original_names(denoiser) if family.has_unet else None
+    names = checkpoint_names(family, unet, levels, UNET_PREFIX if denoiser else "")
     entries = (
         entry_of(key, names)
         for key, spec in specs.items()

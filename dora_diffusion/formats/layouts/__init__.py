@@ -26,6 +26,8 @@ class Conversion(NamedTuple):
         for_one_base: Whether the result depends on the weights of one base model.
         title: Name in the app's list of targets.
         is_folder: Whether the result is a folder with a file for each component.
+        denoisers: Kinds of denoisers (`config.families.DENOISERS`) that programs read in it.
+        for_transformers: Conversion to use instead for adapters of a transformer.
     """
 
     summary: str
@@ -35,6 +37,8 @@ class Conversion(NamedTuple):
     for_one_base: bool = False
     title: str = ""
     is_folder: bool = False
+    denoisers: Sequence[str] = ("unet", "transformer")
+    for_transformers: str = ""
 
     @property
     def takes_rank(self) -> bool:
@@ -53,6 +57,7 @@ class Program(NamedTuple):
         input_axis: Conversion for magnitudes on the input axis.
         lora: Conversion for adapters without magnitudes.
         clip_skip: Name of the program's setting for clip skip.
+        denoisers: Kinds of denoisers whose adapters can be converted for it.
     """
 
     title: str
@@ -62,23 +67,27 @@ class Program(NamedTuple):
     input_axis: str = "kohya"
     lora: str = "kohya"
     clip_skip: str = ""
+    denoisers: Sequence[str] = ("unet",)
 
     @property
     def takes_dense(self) -> bool:
         """True if the program can add full differences to the base weights."""
         return self.output_axis in ("comfyui", "dense")
 
-    def conversion(self, axes: Set[str], *, is_sum: bool = False) -> str:
+    def conversion(self, axes: Set[str], *, is_sum: bool = False, denoiser: str = "unet") -> str:
         """Return the conversion that the program needs for an adapter.
 
         Args:
             axes: Norm axes of the magnitudes.
             is_sum: Whether a plain LoRA is added to the change, which only full differences can
                 represent.
+            denoiser: Kind of the adapter's denoiser.
         """
         if is_sum and self.takes_dense:
             return "dense"
-        return self.output_axis if "output" in axes else self.input_axis if axes else self.lora
+        name = self.output_axis if "output" in axes else self.input_axis if axes else self.lora
+        is_transformer = denoiser == "transformer"
+        return (is_transformer and CONVERSIONS[name].for_transformers) or name
 
 
 FACTS = read_facts("formats/layouts/programs")
@@ -109,6 +118,13 @@ CONVERSIONS: Mapping[str, Conversion] = {
     **{name: conversion for name, conversion in LAYOUTS.items() if conversion},
     **{name: Conversion(**entry) for name, entry in FACTS["conversions"].items()},
 }
+
+
+def input_format(denoiser: str) -> str:
+    """Return the key format that can store magnitudes on the input axis."""
+    return "kohya" if denoiser == "unet" else CONVERSIONS["kohya"].for_transformers
+
+
 PROGRAMS: Mapping[str, Program] = {
     name: Program(**entry) for name, entry in FACTS["programs"].items()
 }
@@ -140,6 +156,7 @@ _MERGE = "merge it with the program that trained it, and use the merged model"
 _MODEL_KEYS = (
     "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
     "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
+    "cap_embedder.1.weight",
 )  # fmt: skip
 _PREFIX_TWICE = re.compile(r"(lora_unet_unet|lora_te\d?_te\d?|lora_te\d?_text_encoder)_.*")
 

@@ -38,7 +38,12 @@ from dora_diffusion.formats.layouts.layout import (
     unit_scale,
 )
 from dora_diffusion.formats.names.kohya import Resolve, component_of, is_kohya_name, is_sgm_path
-from dora_diffusion.formats.names.modules import canonical, installed_path, split_prefix
+from dora_diffusion.formats.names.modules import (
+    canonical,
+    installed_path,
+    split_prefix,
+    transformer_paths,
+)
 from dora_diffusion.numerics.weights import LayerWeights
 
 PEFT_PREFIX = "base_model.model."
@@ -102,6 +107,8 @@ class Dotted(AdapterLayout):
         if stated == "unet" and component_of(path) == "transformer":
             stated = "transformer"  # `diffusion_model.` is the prefix of both.
         component = stated or component or component_of(path)
+        if component == "transformer":
+            path = transformer_paths().get(path, path)
         if component == "unet" and is_sgm_path(path):
             return resolve("lora_unet_" + path.replace(".", "_"))
         return None if component is None else canonical(component, _modern_path(path, component))

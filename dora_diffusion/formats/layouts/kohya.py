@@ -34,6 +34,7 @@ from dora_diffusion.formats.layouts.layout import (
     Specs,
     WriteOptions,
     by_component,
+    denoiser_of,
     factors,
     norm_axes,
     some_layers,
@@ -104,6 +105,8 @@ class Kohya(AdapterLayout):
         )
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
+        if denoiser_of(layers) == "transformer":
+            return super().judge(layers, norm_axis, keys)
         if norm_axis:
             return dict(VERDICTS.get(f"kohya DoRA, {norm_axis} axis", {}))
         tools = dict(VERDICTS["kohya LoRA"])

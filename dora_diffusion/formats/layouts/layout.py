@@ -25,9 +25,15 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts import COLUMNS, LAYOUTS, VERDICTS, unknown_keys_message
+from dora_diffusion.formats.layouts import (
+    COLUMNS,
+    FACTS,
+    LAYOUTS,
+    VERDICTS,
+    unknown_keys_message,
+)
 from dora_diffusion.formats.names.kohya import Resolve, name_resolver
-from dora_diffusion.formats.names.modules import UNetLayout, split_component
+from dora_diffusion.formats.names.modules import UNetLayout, split_component, transformer_paths
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # down and up are A and B; mid is the core of a Tucker-decomposed convolution. `magnitude` is PEFT's
@@ -232,8 +238,14 @@ class AdapterLayout:
         """
         # PEFT and Diffusers do not support magnitudes on the input axis.
         kind = f"{self.name} {'DoRA' if norm_axis else 'LoRA'}" if norm_axis != "input" else ""
-        unknown = "convert: its key format is not one that we have checked"
-        return dict(VERDICTS.get(kind) or dict.fromkeys(COLUMNS, unknown))
+        if denoiser_of(layers) == "transformer":
+            tools = dict(
+                VERDICTS.get(kind + OF_TRANSFORMERS) or VERDICTS[f"other{OF_TRANSFORMERS}"]
+            )
+            # Only these were checked in ComfyUI.
+            is_named = all(name.partition(".")[2] in transformer_paths() for name in layers)
+            return tools if is_named else {**tools, "ComfyUI and Forge": "-"}
+        return dict(VERDICTS.get(kind) or dict.fromkeys(COLUMNS, FACTS["words"]["unchecked"]))
 
     def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
         """Return advice on using a file of this layout."""
@@ -292,6 +304,35 @@ def group_keys(keys: Collection[str], resolve: Resolve, component: str | None = 
     if left_over:
         raise AdapterFormatError(unknown_keys_message(left_over))
     return layers
+
+
+OF_TRANSFORMERS = " of a transformer"
+"""End of the kinds of files in `VERDICTS` that are about transformers."""
+
+
+def denoiser_of(layers: Iterable[str]) -> str:
+    """Return the kind of denoiser that layers belong to; ``"unet"`` if they do not show it."""
+    is_transformer = any(name.startswith("transformer.") for name in layers)
+    return "transformer" if is_transformer else "unet"
+
+
+def refuse_denoiser(target: str, denoisers: Collection[str], denoiser: str) -> None:
+    """Check that a format or program supports adapters of a kind of denoiser.
+
+    Args:
+        target: Name of the format or program.
+        denoisers: Kinds of denoisers that it supports.
+        denoiser: Kind of the adapter's denoiser.
+
+    Raises:
+        AdapterFormatError: If it does not; names the formats that do.
+    """
+    if denoiser not in denoisers:
+        able = [name for name, one in LAYOUTS.items() if one and denoiser in one.denoisers]
+        raise AdapterFormatError(
+            f"no {target} file of a {denoiser} is known that its programs read; write one of "
+            f"{', '.join(able)}, or export a merged checkpoint"
+        )
 
 
 def factor_pair(name: str, tensors: Mapping[Part, Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from dora_diffusion.formats.layouts.kohya import (
     on_input,
 )
 from dora_diffusion.formats.layouts.layout import (
+    OF_TRANSFORMERS,
     AdapterFormatError,
     EncodedFile,
     Fields,
@@ -34,6 +35,7 @@ from dora_diffusion.formats.layouts.layout import (
     Tensors,
     WriteOptions,
 )
+from dora_diffusion.formats.names.kohya import TRANSFORMER_PREFIX
 from dora_diffusion.numerics.dora import weight_change, weight_norm
 from dora_diffusion.numerics.norms import factored_norm
 from dora_diffusion.numerics.precision import upcast
@@ -44,7 +46,8 @@ class BaseSpecific(Kohya):
     """Base class of these files, which are not read as adapters."""
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
-        return dict(VERDICTS[self.name])
+        is_transformer = any(key.startswith(TRANSFORMER_PREFIX) for key in keys)
+        return dict(VERDICTS[self.name + OF_TRANSFORMERS * is_transformer])
 
     def base_of(self, options: WriteOptions) -> ModelWeights:
         """Return the base model for which the file is written.

@@ -22,9 +22,12 @@ from dora_diffusion.formats.names.modules import (
     released_layout,
     renamed,
     split_component,
+    transformer_paths,
     unet_names,
 )
 
+# ComfyUI's prefix of transformers; it knows the names of Diffusers.
+TRANSFORMER_PREFIX = "diffusion_model."
 _ENCODERS = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
 KOHYA_PREFIXES = {"lora_unet_": "unet", **{e.kohya_prefix: e.component for e in _ENCODERS}}
 LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
@@ -66,7 +69,7 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
     """
     component, path = split_component(name)
     if component == "transformer":
-        return f"diffusion_model.{path}"  # ComfyUI's prefix; it knows the names of Diffusers.
+        return TRANSFORMER_PREFIX + path if path in transformer_paths() else None
     if component != "unet":
         encoder = family.text_encoder(component)
         return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
@@ -82,9 +85,12 @@ def is_kohya_name(key: str) -> bool:
 
 
 def component_of(path: str) -> str | None:
-    """Return the component of a module path without prefix, by its first word; None if unknown."""
+    """Return the component of a module path without prefix; None if unknown.
+
+    UNets and text encoders are identified by the first word, transformers by the whole path.
+    """
     top = path.split(".")[0]
-    if transformer_family(path):
+    if path in transformer_paths() or transformer_family(path):
         return "transformer"
     if top in _UNET_STARTS | _SGM_STARTS:
         return "unet"
@@ -157,13 +163,16 @@ def _flat_names(names: list[str]) -> Iterable[tuple[str, str]]:
 
 
 def _by_vocabulary(flat: str, layouts: list[UNetLayout]) -> str | None:
-    prefixes = [*KOHYA_PREFIXES.items(), (LYCORIS_PREFIX, "unet"), (LYCORIS_PREFIX, "text_encoder")]
+    denoisers = [(LYCORIS_PREFIX, "unet"), (TRANSFORMER_PREFIX.replace(".", "_"), "unet")]
+    prefixes = [*KOHYA_PREFIXES.items(), *denoisers, (LYCORIS_PREFIX, "text_encoder")]
     for prefix, component in prefixes:
         if flat.startswith(prefix):
             path = flat.removeprefix(prefix)
             dotted = _unet_path(path, layouts) if component == "unet" else _dotted(path, _TEXT)
             if dotted:
                 return canonical(component, dotted)
+            if component == "unet" and (dotted := _flat_transformers().get(path)):
+                return canonical("transformer", dotted)
     return None
 
 
@@ -175,6 +184,11 @@ def _unet_path(flat: str, layouts: list[UNetLayout]) -> str | None:
 @lru_cache
 def _flat_blocks(layout: UNetLayout) -> dict[str, str]:
     return unet_names(layout).with_underscores().canonical
+
+
+@lru_cache
+def _flat_transformers() -> dict[str, str]:
+    return {path.replace(".", "_"): name for path, name in transformer_paths().items()}
 
 
 def _compile(templates: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:

@@ -114,10 +114,15 @@ def language_path(path: str) -> str:
     return path if path.startswith(("layers.", "embed_tokens.", "norm.")) else ""
 
 
+def encoder_path(path: str) -> str:
+    """Return the canonical path of a module or tensor in a text encoder."""
+    return language_path(path) or with_text_model(path)
+
+
 def canonical(component: str, path: str) -> str:
     """Return the canonical name of a module or tensor, such as ``unet.conv_in.weight``."""
     if component.startswith("text_encoder"):
-        path = language_path(path) or with_text_model(path)
+        path = encoder_path(path)
     return f"{component}.{modern_vae_path(path) if component == 'vae' else path}"
 
 
@@ -275,6 +280,37 @@ def _pairs(layout: UNetLayout) -> Iterator[tuple[str, str]]:
                 yield f"{up}.attentions.{i}", f"output_blocks.{first + i}.1"
         slot = 2 if has_attention else 1
         yield f"{up}.upsamplers.0", f"output_blocks.{first + step - 1}.{slot}"
+
+
+# More blocks of one kind than the largest known transformer.
+MOST_BLOCKS = 64
+
+
+@lru_cache
+def transformer_names(code: str) -> NameTable:
+    """Return the name table of a family's transformer: Diffusers' names and the original ones."""
+    names = NAMES["transformers"][code]
+    pairs = [*names["top"].items()]
+    for block, original in names["blocks"].items():
+        for number in range(MOST_BLOCKS):
+            pairs += below(names["block"], f"{block}.{number}", f"{original}.{number}")
+    return NameTable(pairs)
+
+
+@lru_cache
+def transformer_paths() -> Mapping[str, str]:
+    """Return Diffusers' path of each module of the known transformers, by both of its names.
+
+    A joined matrix has Diffusers' parent and its own last word: ``layers.0.attention.qkv``.
+    """
+    paths: dict[str, str] = {}
+    for code in NAMES["transformers"]:
+        for name, original in transformer_names(code).original.items():
+            module, _, row = original.partition("#")
+            path, module = name.removesuffix(".weight"), module.removesuffix(".weight")
+            joined = f"{path.rpartition('.')[0]}.{module.rpartition('.')[2]}"
+            paths |= {path: path, module: joined if row else path}
+    return paths
 
 
 def known_layout(names: Iterable[str]) -> UNetLayout | None:

@@ -22,11 +22,15 @@ from dora_diffusion.export.metadata import trained_steps
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter
 from dora_diffusion.formats.adapter.metadata import parse_metadata
 from dora_diffusion.formats.adapter.stored import find_adapter
-from dora_diffusion.formats.checkpoint.models import PipelineFolder, StoredModel, is_model
+from dora_diffusion.formats.checkpoint.models import (
+    PipelineFolder,
+    StoredModel,
+    comparable_shapes,
+    is_model,
+)
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
     check_dtype,
-    module_shapes,
     module_weight,
 )
 from dora_diffusion.formats.files.runs import pipeline_in
@@ -317,7 +321,7 @@ class TunedModel:
 
     def __init__(self, model: StoredModel, base: StoredModel) -> None:
         self._model = model
-        shapes, base_shapes = module_shapes(model), module_shapes(base)
+        shapes, base_shapes = comparable_shapes(model, base)
         different = [name for name in base_shapes if shapes.get(name) != base_shapes[name]]
         if different or shapes.keys() - base_shapes.keys():
             examples = listing(different or shapes.keys() - base_shapes.keys(), 3)

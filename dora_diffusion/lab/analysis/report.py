@@ -18,6 +18,7 @@ from dora_diffusion.config.wording import aligned
 from dora_diffusion.evaluation import report
 from dora_diffusion.evaluation.statistics import Interval, correlation_interval
 from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.names.modules import MOST_BLOCKS
 from dora_diffusion.numerics.low_rank import Decomposition
 from dora_diffusion.numerics.weights import NormAxis
 
@@ -36,31 +37,54 @@ _COLUMNS = (
 # Number of reported singular values of a layer.
 LEADING = 16
 _PLACES = {"down_blocks": "UNet down", "mid_block": "UNet mid", "up_blocks": "UNet up"}
+_REFINERS = {"context_refiner": "context refiner", "noise_refiner": "noise refiner"}
+_STACKS = {
+    "layers": "layers", "transformer_blocks": "double blocks",
+    "single_transformer_blocks": "single blocks",
+}  # fmt: skip
 # In the order of the forward pass.
-PLACES = ("text encoder", "text encoder 2", "UNet in and time", *_PLACES.values(), "UNet out")
+PLACES = (
+    "text encoder", "text encoder 2", "UNet in and time", *_PLACES.values(), "UNet out",
+    "transformer in and time", *_REFINERS.values(),
+    *(f"{stack} {first} to {first + 9}" for stack in _STACKS.values()
+      for first in range(0, MOST_BLOCKS, 10)),
+    "transformer out",
+)  # fmt: skip
 KINDS = ("attention", "feed-forward", "convolution", "embedding", "other")
-_BLOCK = re.compile(r".*?\.(?:resnets|attentions|downsamplers|upsamplers|layers)\.\d+")
+_BLOCK = re.compile(
+    r".*?\.(?:resnets|attentions|downsamplers|upsamplers|layers|\w+_refiner|\w*transformer_blocks)\.\d+"
+)
 
 
 def place_of(name: str) -> str:
     """Return the part of the model that contains a layer: one of ``PLACES``."""
     component, _, path = name.partition(".")
+    first, _, rest = path.partition(".")
+    if component == "transformer":
+        return _place_in_transformer(first, rest)
     if component != "unet":
         return component.replace("_", " ")
-    first = path.partition(".")[0]
     return _PLACES.get(first, "UNet out" if first == "conv_out" else "UNet in and time")
+
+
+def _place_in_transformer(first: str, rest: str) -> str:
+    if stack := _STACKS.get(first):
+        start = int(rest.partition(".")[0]) // 10 * 10
+        return f"{stack} {start} to {start + 9}"
+    is_last = first in ("all_final_layer", "norm_out", "proj_out")
+    return _REFINERS.get(first, "transformer out" if is_last else "transformer in and time")
 
 
 def is_table(name: str) -> bool:
     """Return whether a layer is an Embedding of a text encoder."""
-    return name.endswith(("token_embedding", "position_embedding"))
+    return name.endswith(("token_embedding", "position_embedding", "embed_tokens"))
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
     """Return the kind of a layer with this weight shape: one of ``KINDS``."""
-    if re.search(r"\.(attn\d|self_attn)\.", name):
+    if re.search(r"\.(attn\d?|self_attn|attention)\.", name):
         return "attention"
-    if re.search(r"\.(ff|mlp)\.", name):
+    if re.search(r"(?<!t_embedder)\.(ff|ff_context|mlp|feed_forward)\.", name):
         return "feed-forward"
     if is_table(name):
         return "embedding"

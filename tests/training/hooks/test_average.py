@@ -243,9 +243,7 @@ def written(folder: Path) -> set[bytes]:
     return {tensor.numpy().tobytes() for tensor in tensors}
 
 
-@pytest.mark.parametrize(
-    ("average", "kind"), pairs(("adamw", "words"), ("ema", "full"))
-)
+@pytest.mark.parametrize(("average", "kind"), pairs(("adamw", "words"), ("ema", "full")))
 def test_what_is_used_is_what_is_saved(
     kind: str, average: str, run: Callable[..., TrainConfig], uses: Any, tmp_path: Path
 ) -> None:
