@@ -322,7 +322,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         config: The run's settings.
         written: The adapter file, or the folder of the model.
     """
-    from dora_diffusion.formats.files.runs import KOHYA_FILE
+    from dora_diffusion.formats.files.runs import INPUT_AXIS_FILES
     from dora_diffusion.training.inputs.subject import example_prompt
 
     folder = written.parent if written.parent.name else written.parent.resolve()
@@ -341,7 +341,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         adapted = ["--base", str(folder)]
         comfyui = _command("export", *adapted, "--output", single) + copy + "checkpoints"
         diffusers = f"DiffusionPipeline.from_pretrained({str(written)!r})"
-    elif written.name == KOHYA_FILE:
+    elif written.name in INPUT_AXIS_FILES.values():
         diffusers = _command("export", *adapted, "--output", merged)
         diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
     prompt = example_prompt(config)

@@ -41,7 +41,7 @@ COMPONENTS = {key: component for component, key in _KEYS.items()} | {
 }  # fmt: skip
 _EMBEDDING = re.compile(r"(?:^|[_.-])(?:learned_)?(?:emb|embeds|embeddings?)(?=[_.-]|\d|$)")
 # Default file names of formats, as in a run's folder, which do not identify an adapter.
-_DEFAULT_STEMS = ("pytorch_lora_weights", "adapter_kohya", "dora_kohya")
+_DEFAULT_STEMS = ("pytorch_lora_weights", "adapter_kohya", "dora_kohya", "dora_diffusion_model")
 
 Vectors = Mapping[str, Tensor]
 """A token's vectors ``(C,)``, or ``(n, C)``, by text encoder."""

@@ -29,7 +29,9 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 """Name of a checkpoint's folder, with its step."""
 KOHYA_FILE, VERA_FILE = "dora_kohya.safetensors", "vera.safetensors"
 # A checkpoint of VeRA has only the compact file.
-ADAPTER_FILES = ("pytorch_lora_weights.safetensors", KOHYA_FILE, VERA_FILE)
+INPUT_AXIS_FILES = {"kohya": KOHYA_FILE, "diffusion_model": "dora_diffusion_model.safetensors"}
+"""Files of a run with magnitudes on the input axis, by key format."""
+ADAPTER_FILES = ("pytorch_lora_weights.safetensors", *INPUT_AXIS_FILES.values(), VERA_FILE)
 
 
 def runs_folder() -> Path:

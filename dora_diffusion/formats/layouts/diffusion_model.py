@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.layouts import VERDICTS
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS, PEFT_FORMS
 from dora_diffusion.formats.layouts.kohya import Kohya
-from dora_diffusion.formats.layouts.layout import Key, Layers
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, Key, Layers
 from dora_diffusion.formats.names.kohya import TRANSFORMER_PREFIX, Resolve
 from dora_diffusion.formats.names.modules import NAMES, transformer_paths
 
@@ -33,6 +34,15 @@ class DiffusionModel(Kohya):
 
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
         return DIFFUSERS.module(key, resolve, component)
+
+    def check(self, layers: Layers) -> None:
+        super().check(layers)
+        paths = transformer_paths()
+        if unnamed := [name for name in layers if name.partition(".")[2] not in paths]:
+            raise AdapterFormatError(
+                f"the {self.name} format has no name for {listing(unnamed, 3)}; write diffusers or "
+                "peft, with magnitudes on the output axis"
+            )
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
         kind = f"DoRA, {norm_axis} axis" if norm_axis else "LoRA"

@@ -20,7 +20,7 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
     without_path,
 )
-from dora_diffusion.formats.files.runs import KOHYA_FILE
+from dora_diffusion.formats.files.runs import INPUT_AXIS_FILES
 from dora_diffusion.training.inputs.subject import Subject, example_prompt, subjects_of, triggers_of
 
 VALIDATION_LOSS = "validation_loss"
@@ -55,7 +55,7 @@ def model_card(
     )
     steps = metadata.extra["training_steps"]
     measured = _validation(config, metadata, written) + _as_sentence(effect)
-    library = "" if written.name == KOHYA_FILE else "\nlibrary_name: diffusers"
+    library = "" if written.name in INPUT_AXIS_FILES.values() else "\nlibrary_name: diffusers"
     tag, method = _method(config)
     family, size = FAMILIES[metadata.family], pixels(metadata.resolutions)
     stated = stated_reading(metadata.extra)
@@ -161,12 +161,14 @@ from diffusers import {family.auto_pipeline}{imports}
 pipeline = {family.auto_pipeline}.from_pretrained({source})
 {load}image = pipeline({call}).images[0]
 ```"""
-    if written.name == KOHYA_FILE:
+    if written.name in INPUT_AXIS_FILES.values():
+        programs = "kohya's key format, which ComfyUI 0.3.64, Forge and A1111 compute"
+        if not family.has_unet:
+            programs = "ComfyUI's names, which ComfyUI computes"
         example = (
             "The magnitudes are on the input axis, which Diffusers cannot load. "
-            f"`{written.name}` has kohya's key format, which ComfyUI 0.3.64, Forge and A1111 "
-            "compute as it was trained. Their handling of DoRA may change; the merged model of the "
-            "second command is exact in every program."
+            f"`{written.name}` has {programs} as it was trained. Their handling of DoRA may "
+            "change; the merged model of the second command is exact in every program."
         )
     return f"\n```bash\n{commands}\n```\n\n{example}\n"
 

@@ -45,7 +45,8 @@ from dora_diffusion.formats.adapter.embeddings import Vectors
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.stored import StoredAdapter, adapter_hash
-from dora_diffusion.formats.files.runs import KOHYA_FILE
+from dora_diffusion.formats.files.runs import INPUT_AXIS_FILES
+from dora_diffusion.formats.layouts import input_format
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS
 from dora_diffusion.formats.layouts.layout import layout_named
 from dora_diffusion.formats.names.modules import UNetLayout
@@ -67,8 +68,8 @@ class TrainedAdapters:
         components: The model.
         modules: Components with adapters, by name.
         report: Summary of the adapted layers.
-        key_format: Key format of the adapter file: Diffusers' format, or kohya's for magnitudes on
-            the input axis.
+        key_format: Key format of the adapter file: Diffusers' format, or for magnitudes on the
+            input axis `input_format`.
         words: New words that train with the adapters.
         origin: Metadata of the starting adapter: ``init_adapter`` and its SHA-256; empty if new.
     """
@@ -143,7 +144,7 @@ class TrainedAdapters:
 
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
             adapter = AdapterFile(layers, metadata, tokens=tokens)
-            file = folder / (KOHYA_FILE if self.key_format == "kohya" else DIFFUSERS.file_name)
+            file = folder / INPUT_AXIS_FILES.get(self.key_format, DIFFUSERS.file_name)
             layout = UNetLayout.of(self.components.denoiser.config)
             return write_adapter(file, adapter, self.key_format, unet_layout=layout)
 
@@ -336,7 +337,7 @@ def inject_trained(
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
     on_input = config.method_name == "dora" and config.norm_axis == "input"
-    key_format = "kohya" if on_input else "diffusers"
+    key_format = input_format(components.family.denoiser) if on_input else "diffusers"
     trained = TrainedAdapters(components, modules, report, key_format, origin=origin)
     # Check the key format now, not after hours of training.
     layout_named(trained.key_format).check(adapter_state(modules))

@@ -11,9 +11,10 @@ import pytest
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.formats.files.runs import KOHYA_FILE
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.recipe import train
-from dora_diffusion.training.results.card import KOHYA_FILE, model_card
+from dora_diffusion.training.results.card import model_card
 from tests.training.helpers import make_config
 
 
