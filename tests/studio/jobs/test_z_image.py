@@ -98,7 +98,8 @@ def test_memory_of_a_gpu_is_counted_and_that_of_a_cpu_unknown() -> None:
     usual = {"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw"}
     # A context, the transformer in bfloat16, its adapter with AdamW, and a step.
     gib = gpu_training_memory("z-image", 1024, usual | {"offload": "auto"})
-    assert gib == pytest.approx(0.4 + 11.46 + 0.13 + 2.18)
+    table = FAMILIES["z-image"].gpu_memory
+    assert gib == pytest.approx(0.4 + table.denoiser + table.adapter + table.recomputed)
     assert needed_memory("z-image", 1024, usual, Device()) is None
     on = {"mixed_precision": "no", "gradient_checkpointing": True, "optimizer": "adamw"}
     assert fitting_settings("z-image", 1024, Device(free_gib=500)) == on
