@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import flow_models
 import torch
 from common import (
     FROZEN,
@@ -47,7 +48,7 @@ OWN_LORA = "this LoRA"
 PEERS = (FROZEN, LORA, PEFT_DORA, *OUR_WAYS, OWN_LORA)
 PACK = "a pack of "
 PHASES = ("norms", "forward", "backward", "clip", "optimizer")
-LATENTS = {"sd1": 64, "sdxl": 128}
+LATENTS = {"sd1": 64, "sdxl": 128, "z-image": 128, "flux2-klein": 128}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -92,7 +93,11 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    unet = UNet2DConditionModel(**UNETS[family]).to(DEVICE, dtype)
+    if family in UNETS:
+        unet: nn.Module = UNet2DConditionModel(**UNETS[family])
+    else:
+        unet = flow_models.make_transformer(family)
+    unet = unet.to(DEVICE, dtype)
     encoders: list[nn.Module] = []
     if text:
         encoders.append(CLIPTextModel(CLIPTextConfig(vocab_size=49408, **CLIP_L)))
@@ -144,7 +149,9 @@ def subjects_of(name: str) -> int:
 
 
 def predict(models: Models, family: str, dtype: torch.dtype, latent: int, batch: int = 1) -> Tensor:
-    """The UNet's prediction for a batch, its prompts encoded where encoders train."""
+    """The denoiser's prediction for a batch, its prompts encoded where encoders train."""
+    if family not in UNETS:
+        return flow_models.predict(models.unet, family, dtype, 8 * latent, batch)
     states = torch.empty(
         batch, 77, UNETS[family]["cross_attention_dim"], device=DEVICE, dtype=dtype
     )
@@ -264,7 +271,7 @@ HEADER = (
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", nargs="+", choices=tuple(UNETS), default=list(UNETS))
+    parser.add_argument("--family", nargs="+", choices=tuple(LATENTS), default=list(UNETS))
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--packs", nargs="*", type=int, default=[], help="subjects in a pack")

@@ -37,6 +37,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import flow_models
 import torch
 from common import markdown
 from fake_gpu import DEVICE, Answers, fake_gpu
@@ -83,8 +84,8 @@ CARD_FLAGS = (
     f"{_SAVING} --quantize nf4 --sample_batch_size 1",
 )
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
-SIZES = {"sd1": (512, 768), "sdxl": (768, 1024)}
-TITLES = {"sd1": "SD1.5", "sdxl": "SDXL"}
+SIZES = {"sd1": (512, 768), "sdxl": (768, 1024), "z-image": (1024,), "flux2-klein": (1024,)}
+TITLES = {"sd1": "SD1.5", "sdxl": "SDXL", "z-image": "Z-Image", "flux2-klein": "FLUX.2-klein"}
 SWITCH = ("off", "on")
 
 
@@ -95,8 +96,8 @@ class Adam8bit(torch.optim.Optimizer):
     tensors of fewer than 4,096 numbers keep two float32 moments. Two tables of 256 float32.
     """
 
-    def __init__(self, groups: Any, betas: Any, eps: float) -> None:
-        super().__init__(groups, {"betas": betas, "eps": eps})
+    def __init__(self, params: Any, betas: Any, eps: float) -> None:
+        super().__init__(params, {"betas": betas, "eps": eps})
         self.tables: list[Tensor] = []
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -119,25 +120,31 @@ def make_components(family: str, dtype: torch.dtype, base: BaseModel | None = No
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     entry = FAMILIES[family]
-    wide = torch.float32 if entry.vae_overflows({}) else dtype
-    vae = AutoencoderKL(**VAE, scaling_factor=SCALING[family]).to(DEVICE, wide)
-    unet = UNet2DConditionModel(**UNETS[family]).to(DEVICE, dtype)
-    encoders = [CLIPTextModel(CLIPTextConfig(vocab_size=49408, **CLIP_L)).to(DEVICE, dtype)]
+    if entry.has_unet:
+        wide = torch.float32 if entry.vae_overflows({}) else dtype
+        vae = AutoencoderKL(**VAE, scaling_factor=SCALING[family]).to(DEVICE, wide)
+        denoiser: Any = UNet2DConditionModel(**UNETS[family]).to(DEVICE, dtype)
+        config = CLIPTextConfig(vocab_size=49408, **CLIP_L)
+        encoders: list[Any] = [CLIPTextModel(config).to(DEVICE, dtype)]
+        scheduler: Any = DDPMScheduler()
+    else:
+        denoiser, vae, encoders = flow_models.make_parts(family, dtype)
+        scheduler = flow_models.SCHEDULER
     if entry.has_pooled:
         config = CLIPTextConfig(vocab_size=49408, **CLIP_BIG_G)
         encoders.append(CLIPTextModelWithProjection(config).to(DEVICE, dtype))
-    for module in (unet, vae, *encoders):
+    for module in (denoiser, vae, *encoders):
         module.eval().requires_grad_(False)
     base = base or BaseModel("")
     set_tiles(vae, base.tile_size)
     # At once: there are no numbers that would stay in a cache.
     with mock.patch("dora_diffusion.numerics.quantised._CHUNK", sys.maxsize):
-        for layer in (m for module in (unet, *encoders) for m in module.modules()):
+        for layer in (m for module in (denoiser, *encoders) for m in module.modules()):
             if isinstance(layer, quantised_layers(base)):
                 layer.weight = nn.Parameter(quantise(layer.weight, base.quantize), False)
     with mock.patch("dora_diffusion.models.components.check_vocabulary"):
         tokenizers = (None,) * len(encoders)
-        return Components(entry, unet, vae, tuple(encoders), tokenizers, DDPMScheduler())
+        return Components(entry, denoiser, vae, tuple(encoders), tokenizers, scheduler)
 
 
 def accelerator() -> Any:
@@ -175,14 +182,21 @@ class OneBatch:
         """The batch, to which noise is added as a run does."""
         batch, timesteps = self.batch, self.batch.inputs.timesteps
         noisy = self.process.add_noise(batch.latents, batch.noise, timesteps)
-        return replace(batch, inputs=replace(batch.inputs, noisy_latents=noisy))
+        return replace(batch, inputs=batch.inputs._replace(noisy_latents=noisy))
+
+
+def latent_shape(components: Components, side: int) -> tuple[int, int, int]:
+    """Channels, height and width of the denoiser's latents, by the autoencoder's side."""
+    family = components.family
+    side //= family.patch if family.packs_patches else 1
+    return family.in_channels(components.latent_channels), side, side
 
 
 def batch_of(components: Components, side: int, config: TrainConfig) -> Batch:
     """A batch of photos, with class images or class captions where the prior asks for them."""
     photos = config.train_batch_size
     rows = photos * (2 if config.with_prior_preservation and not config.is_image_free else 1)
-    shape = (rows, components.latent_channels, side, side)
+    shape = (rows, *latent_shape(components, side))
     latents, noise = torch.empty(shape, device=DEVICE), torch.empty(shape, device=DEVICE)
     timesteps = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
     return Batch(
@@ -198,6 +212,8 @@ def batch_of(components: Components, side: int, config: TrainConfig) -> Batch:
 
 def encoded(components: Components, prompts: int) -> Conditioning:
     """Conditioning by the text encoders."""
+    if not components.family.has_unet:
+        return flow_models.encoded(components, prompts)
     ids = torch.zeros(prompts, 77, dtype=torch.int64, device=DEVICE)
     encoders = components.text_encoders
     return encode_tokens(components.family, encoders, [ids] * len(encoders))
@@ -206,6 +222,8 @@ def encoded(components: Components, prompts: int) -> Conditioning:
 def cached(components: Components, prompts: int) -> Conditioning:
     """Conditioning that was encoded before."""
     family, dtype = components.family, components.denoiser.dtype
+    if not family.has_unet:
+        return flow_models.states_of(family.name, family.prompt_width, prompts, dtype)
     hidden = torch.empty(prompts, 77, family.prompt_width, device=DEVICE, dtype=dtype)
     pooled = torch.empty(prompts, 1280, device=DEVICE, dtype=dtype)
     return Conditioning(hidden, pooled if family.has_pooled else None)
@@ -214,7 +232,7 @@ def cached(components: Components, prompts: int) -> Conditioning:
 def label_weights(count: LiveBytes, components: Components, text_encoders: bool) -> None:
     """Count the weights: those that a step computes with, and those that it does not."""
     for name, module in components.modules().items():
-        needed = name == "unet" or (text_encoders and name != "vae")
+        needed = name == components.family.denoiser or (text_encoders and name != "vae")
         count.label = "weights" if needed else "idle"
         count.add(module.state_dict(keep_vars=True).values())
 
@@ -283,12 +301,12 @@ def count_effect(family: str, resolution: int, config: TrainConfig) -> dict[str,
 
         def encode(components: Components, captions: Sequence[str]) -> Conditioning:
             hidden = encoded(components, len(captions))
-            note("text encoders", ["unet", "vae"])
+            note("text encoders", [components.family.denoiser, "vae"])
             return hidden
 
         with mock.patch.object(effect, "encode_prompts", encode):
             effect.Probe(components, weights, [""]).begin()
-        note("UNet", sizes.keys() - {"unet"})
+        note("denoiser", sizes.keys() - {components.family.denoiser})
     return peaks
 
 
@@ -336,13 +354,14 @@ def count_sampling(
         vae = components.vae
 
         def denoise() -> Any:
-            latents = torch.empty(rows, 4, side, side, device=DEVICE, dtype=dtype)
+            latents = torch.empty(rows, *latent_shape(components, side), device=DEVICE, dtype=dtype)
             timesteps = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
             conditioning, ids = cached(components, rows), time_ids(components, rows)
             return components.predict(latents, timesteps, conditioning, ids)
 
         def decode() -> Any:
-            return vae.decode(torch.empty(1, 4, side, side, device=DEVICE, dtype=vae.dtype))
+            shape = (1, components.latent_channels, side, side)
+            return vae.decode(torch.empty(shape, device=DEVICE, dtype=vae.dtype))
 
         def encode() -> Any:
             shape = (1, 3, resolution, resolution)
@@ -371,7 +390,8 @@ def print_steps(args: argparse.Namespace) -> None:
     rows: list[list[object]] = []
     for family in args.family:
         sizes = args.resolution or SIZES[family]
-        for size, text, on in product(sizes, args.text_encoders, args.checkpointing):
+        trained = args.text_encoders if FAMILIES[family].has_unet else ["off"]
+        for size, text, on in product(sizes, trained, args.checkpointing):
             row: list[object] = [TITLES[family], size, text, on]
             for optimizer in args.optimizer:
                 config = TrainConfig(
@@ -543,7 +563,7 @@ def print_resident(args: argparse.Namespace) -> None:
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", nargs="+", choices=tuple(UNETS), default=list(UNETS))
+    parser.add_argument("--family", nargs="+", choices=tuple(TITLES), default=list(TITLES))
     parser.add_argument("--resolution", nargs="+", type=int)
     parser.add_argument("--checkpointing", nargs="+", choices=SWITCH, default=SWITCH)
     parser.add_argument("--text-encoders", nargs="+", choices=SWITCH, default=SWITCH)

@@ -63,7 +63,7 @@ def require_compiler(device: torch.device | str) -> None:
 
 @check_arguments()
 def compile_blocks(model: nn.Module, **options: Any) -> int:
-    """Compile a UNet's transformer and residual blocks, in place, when they are first called.
+    """Compile a denoiser's transformer and residual blocks, in place, when they are first called.
 
     Blocks of one kind share compiled code. Sizes of images, prompts and batches become dynamic when
     they vary between calls. The keys of the state dict do not change. Adapters may be attached
@@ -72,7 +72,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     runs the blocks uncompiled.
 
     Args:
-        model: A ``UNet2DConditionModel`` of Diffusers, or any model with such blocks.
+        model: A denoiser of Diffusers, or any model with such blocks.
         options: Further arguments of ``torch.compile``.
 
     Returns:
@@ -85,11 +85,12 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
         >>> import torch
         >>> compile_blocks(torch.nn.Linear(8, 8))
         Traceback (most recent call last):
-        ValueError: Linear has no block to compile: BasicTransformerBlock or ResnetBlock2D
+        ValueError: Linear has no block to compile: one of BasicTransformerBlock, ...
     """
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no block to compile: {' or '.join(BLOCKS)}")
+        names = ", ".join(BLOCKS)
+        raise ValueError(f"{type(model).__name__} has no block to compile: one of {names}")
     # DDPOptimizer would split graphs by gradient buckets, but blocks are small already.
     torch._dynamo.config.optimize_ddp = False
     kinds: dict[Any, Callable[..., Any]] = {}

@@ -85,6 +85,23 @@ def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     ]
 
 
+def require_rows(paths: Iterable[str], feature: str) -> None:
+    """Check that all layers see each row of a batch by itself.
+
+    Args:
+        paths: Paths of the layers.
+        feature: Feature that treats rows differently, for the message.
+
+    Raises:
+        TargetError: If a layer sees the tokens of all rows in one dimension.
+    """
+    if layers := [path for path in paths if re.match(_TOKENS_OF_ALL_ROWS, path)]:
+        raise TargetError(
+            f"targets: {', '.join(layers)} cannot be trained with {feature}, since its input joins "
+            "the tokens of all rows of a batch; leave it out of targets"
+        )
+
+
 def first_naming(targets: Iterable[str], path: str, module: nn.Module) -> str:
     """Return the first target that matches a layer or the end of its path; empty if none does.
 
@@ -135,9 +152,11 @@ def _nearest(target: str, paths: Iterable[str]) -> list[str]:
 def _nothing_matches(target: str, model: nn.Module, paths: list[str]) -> str:
     kind = "preset" if target in _PATTERNS else "pattern"
     there = ", ".join(paths[:3]) + (f", ... ({len(paths)} in all)" if len(paths) > 3 else "")
+    layers = [(path, model.get_submodule(path)) for path in paths]
+    presets = [name for name in _PATTERNS if any(_matches(name, *layer) for layer in layers)]
     return (
         f"the {kind} {target!r} matches no layer of {type(model).__name__}; it has the layers "
-        f"{there or 'none that can be adapted'}. Presets are {', '.join(_PATTERNS)}."
+        f"{there or 'none that can be adapted'}. Its presets are {', '.join(presets) or 'none'}."
     )
 
 

@@ -104,7 +104,8 @@ class LoadedRequest(NamedTuple):
         loaded = loaded_text(request.model)
         extra |= {images.LOADED: loaded} if loaded else {}
         text = images.parameters_text(
-            row, self.sampling, self.size, request.model.base, images.recorded(uses), extra=extra
+            row, self.sampling.for_model(self.components), self.size, request.model.base,
+            images.recorded(uses), extra=extra,
         )  # fmt: skip
         images.save_image(image, path, text)
         return text

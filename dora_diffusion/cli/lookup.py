@@ -81,7 +81,7 @@ def base_and_adapters(
 def match_adapters(
     words: Sequence[str], adapters: Sequence[RecordedAdapter]
 ) -> tuple[list[str], list[str]]:
-    """Assign given adapters to those of an image: by hash, then by name, then in their order.
+    """Assign given adapters to the adapters of an image: by hash, by name, then in order.
 
     The order counts only where there are as many. One that an image has twice may be given once.
 
@@ -126,10 +126,10 @@ def _require_found(
     folders: Sequence[Path],
     files: Sequence[Path],
 ) -> None:
-    """Name what an image was made with and was not found, with the flags to give.
+    """Require that the base and all adapters of an image were found.
 
     Raises:
-        ConfigError: If there is such a thing.
+        ConfigError: If one is missing; names all of them, with the flags to give.
     """
     lost, flags = [], []
     if lacks_base:
@@ -228,7 +228,7 @@ def find_base(
 ) -> str | None:
     """Return the base model that an image's text names, or None.
 
-    Embedded models and those of the hub have their names. Others are looked up in the settings of
+    Embedded models and models of the hub are found by name. Others are looked up in the settings of
     the adapters' runs, then in folders; a file must have the stated hash, whatever its name.
 
     Args:

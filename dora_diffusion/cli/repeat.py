@@ -1,4 +1,4 @@
-"""An image's text: what made it is written there, and read to repeat the image."""
+"""Repetition of an image by the generation settings in its text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
-# Settings of a base that change the numbers, beside its name.
+# Settings of a base that change the numbers, besides its name.
 _LOADED = (
     "variant", "revision", "dtype", "compile", "quantize", "quantize_convolutions", "vae_tile_size",
     "prediction_type", "zero_terminal_snr", "alpha",
@@ -31,13 +31,13 @@ _MOST_REPEATED = 64
 
 
 def repeated_settings(file: str) -> tuple[dict[str, Any], list[RecordedAdapter]]:
-    """The settings that an image's text gives, and its adapters in their order.
+    """Read the settings in an image's text, and its adapters in their order.
 
     Raises:
-        PhotoError: If the file says nothing of how it was made.
+        PhotoError: If the file has no generation settings.
 
     Warns:
-        UserWarning: Of what has no meaning here.
+        UserWarning: If settings have no meaning here.
     """
     from dora_diffusion.sampling.images import (
         LOADED,
@@ -66,7 +66,7 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], list[RecordedAdapter]]
 
 
 def loaded_text(model: AdaptedModel | BaseModel) -> str:
-    """The way in which a base is loaded, in an image's text; empty: as usual."""
+    """Loading options of a base for an image's text; empty if all have their default."""
     known = [setting for setting in AdaptedModel.settings() if setting.name in _LOADED]
     values = {s.name: getattr(model, s.name, s.default) for s in known}
     moved = {s.name: values[s.name] for s in known if values[s.name] != s.default}
@@ -75,11 +75,11 @@ def loaded_text(model: AdaptedModel | BaseModel) -> str:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Facts of an image to repeat that no setting holds.
+    """Properties of an image to repeat that are not settings.
 
     Attributes:
-        fields: Its text; empty where none is to be repeated.
-        batch: Images of the batch that it is repeated in, and its position there.
+        fields: Fields of its text; empty if no image is repeated.
+        batch: Number of images in its batch, and its position there.
     """
 
     fields: Mapping[str, str]
@@ -87,10 +87,10 @@ class Repeated:
 
     @classmethod
     def of(cls, args: RequestedImages, settings: SamplingSettings) -> Repeated:
-        """Read the image, and warn of another base or adapter than it was made with.
+        """Read the image, and warn if base or adapters differ from the image's.
 
         Raises:
-            ConfigError: If it was made over an image, and none is given.
+            ConfigError: If the image needs an input image, and none is given.
         """
         if args.repeat is None:
             return cls({})
@@ -145,10 +145,10 @@ class Repeated:
     def load(
         self, args: RequestedImages, uses: Sequence[AdapterUse]
     ) -> tuple[Components, AdapterMetadata]:
-        """Load the model, which reads prompts as the image has it.
+        """Load the model, with the clip skip of the image.
 
         Raises:
-            ConfigError: If it is an inpainting model, and there is nothing to paint into.
+            ConfigError: If it is an inpainting model without an input image or mask.
         """
         components, metadata = args.model.load(uses, offload=args.offload)
         skip = self.fields.get("Clip skip", "")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dora_diffusion.config.arguments import check_arguments
-from dora_diffusion.config.fields import require, require_choice, require_positive
+from dora_diffusion.config.fields import Setting, require, require_positive
 
 PRESETS = (
     "cross-attention", "attention", "attention+conv", "attention+ff", "full", "b-lora-content",
@@ -18,6 +18,13 @@ INITS = ("random", "pissa")
 PARAMETRIZATIONS = ("low-rank", "vera", "adalora")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 """Settings that map targets to values for the layers that they match."""
+_CHECKED = (
+    *(Setting(name, float, above=0) for name in ("rank", "alpha", "conv_rank", "conv_alpha")),
+    Setting("norm_axis", str, choices=NORM_AXES),
+    Setting("init", str, choices=INITS),
+    Setting("parametrization", str, choices=PARAMETRIZATIONS),
+    Setting("dropout", float, least=0, below=1),
+)
 
 
 @check_arguments(targets=str | Sequence[str])
@@ -80,14 +87,11 @@ class AdapterConfig:
             "targets is empty; name a preset or a pattern of module paths",
             "targets",
         )
-        for name in ("rank", "alpha", "conv_rank", "conv_alpha"):
-            require_positive(name, getattr(self, name))
+        for setting in _CHECKED:
+            setting.check(getattr(self, setting.name))
         for name in PATTERNS:
             for pattern, value in getattr(self, name).items():
                 require_positive(f"{name} of {pattern}", value)
-        require_choice("norm_axis", self.norm_axis, NORM_AXES)
-        require_choice("init", self.init, INITS)
-        require_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
         require(
             self.init == "random" or self.parametrization == "low-rank",
             f"init {self.init} sets A and B of parametrization low-rank, but parametrization is "
@@ -101,9 +105,6 @@ class AdapterConfig:
         )
         if self.parametrization == "vera":
             self._check_vera()
-        require(
-            0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)", "dropout"
-        )
 
     def _check_vera(self) -> None:
         for name in PATTERNS:

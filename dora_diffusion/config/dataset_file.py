@@ -6,8 +6,7 @@ folders and sd-scripts' dataset file.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from typing import Any
 from dora_diffusion.config import kohya
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_yaml
-from dora_diffusion.config.problems import Problems, find_setting, prefixed, read_values
+from dora_diffusion.config.problems import (
+    Problems,
+    find_setting,
+    naming_entry,
+    prefixed,
+    read_values,
+)
 from dora_diffusion.config.subject import ENTRY_SETTINGS, Entry
 from dora_diffusion.config.wording import quoted
-
-
-@contextlib.contextmanager
-def naming_entry(index: int) -> Iterator[None]:
-    """Name the entry in errors of the block, counting from 1."""
-    with prefixed(f"dataset_config, entry {index + 1}: ", "dataset_config"):
-        yield
 
 
 def checked_entries(

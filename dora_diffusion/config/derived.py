@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.learning import WEIGHTINGS
@@ -112,6 +113,7 @@ def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
 def resolve(
     config: TrainConfig,
     *,
+    family: Family,
     prediction_type: str,
     resolution: int,
     total_steps: int,
@@ -122,6 +124,7 @@ def resolve(
 
     Args:
         config: Settings with unresolved defaults.
+        family: Family of the model.
         prediction_type: Prediction type of the model.
         resolution: Training resolution in pixels.
         total_steps: Optimizer steps of the run.
@@ -133,6 +136,8 @@ def resolve(
         for name, derive in DERIVED.items()
         if getattr(config, name) in (None, []) and (value := derive(config)) is not None
     }
+    if config.learning_rate is None and not config.is_full:
+        values["learning_rate"] = family.default_rate
     if config.snr_gamma is None:
         values["snr_gamma"] = usual_snr_gamma(config, prediction_type)
     if config.with_prior_preservation and not config.dataset_config:
@@ -199,21 +204,24 @@ def as_yaml(config: TrainConfig, folder: Path | None = None) -> str:
 
 
 @check_arguments()
-def without_effect(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, str]:
+def without_effect(
+    config: TrainConfig, given: Collection[str] | None = None, family: Family | None = None
+) -> dict[str, str]:
     """Find settings without effect, each with the reason.
 
     Args:
         config: The settings of a run.
         given: Names of the settings to check; None: all that differ from their default.
+        family: Family of the base model, whose reasons count too; None: unknown.
 
     Example:
         >>> without_effect(TrainConfig(keep_tags=3))
         {'keep_tags': 'keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0'}
     """
-    reasons, subjects = {}, config.subjects
+    names = changed_settings(config) if given is None else given
+    reasons, subjects = family.inactive(names) if family else {}, config.subjects
     for setting in settings():
-        is_changed = getattr(config, setting.name) != setting.default
-        if not (is_changed if given is None else setting.name in given):
+        if setting.name not in names or setting.name in reasons:
             continue
         inactive = [setting.inactive_reason(subject) for subject in subjects]
         overridden = [setting.name in entry for entry in config.dataset_config]
@@ -231,6 +239,11 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
         for name, text in without_effect(subjects[index], entry).items():
             reasons.setdefault(name, f"dataset_config, entry {index + 1}: {text}")
     return reasons
+
+
+def changed_settings(config: TrainConfig) -> set[str]:
+    """Return the names of settings that differ from their defaults."""
+    return {s.name for s in settings() if getattr(config, s.name) != s.default}
 
 
 @check_arguments()

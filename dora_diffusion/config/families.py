@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,9 @@ from typing import Any, Literal
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_facts
 
-# Folders of a pipeline: denoisers, which predict noise or velocity; text encoders; all that can
-# have adapters; all that have weights.
-DENOISERS = ("unet", "transformer")
+# Folders of a pipeline: denoisers, which predict noise or velocity, with their names in texts; text
+# encoders; all that can have adapters; all that have weights.
+DENOISERS = {"unet": "UNet", "transformer": "transformer"}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
 WEIGHT_COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)
@@ -153,6 +153,8 @@ class Family:
         conditioning_latents: Number of images whose latents the UNet reads with the noisy latents.
         default_resolution: Training resolution of the released models, in pixels.
         default_steps: Default number of optimizer steps.
+        default_rate: Default learning rate of adapters.
+        defaults: Further settings of runs whose defaults are others for the family.
         released_id: Hub id of the released model.
         configuration: Name of the released models' configuration, for single files.
         has_two_predictions: One release predicts v and another the noise, so a single file must
@@ -207,6 +209,8 @@ class Family:
     denoiser_key: str = ""
     vae_prefix: str = "first_stage_model."
     has_separate_files: bool = False
+    default_rate: float = 8e-5
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
     without_effect: Mapping[str, str] = field(default_factory=dict, hash=False)
     uses_linear_projection: bool = False
@@ -232,6 +236,11 @@ class Family:
     def is_flow(self) -> bool:
         """True if the model is trained on a flow."""
         return self.prediction_type == FLOW
+
+    @property
+    def has_small_text_encoders(self) -> bool:
+        """True if the text encoders have less than half the size of the denoiser."""
+        return 2 * self.gpu_memory.text_encoders < self.gpu_memory.denoiser
 
     def fits(self, kinds: Mapping[str, str], config: Mapping[str, Any]) -> bool:
         """Return whether a pipeline belongs to the family.
@@ -271,6 +280,14 @@ class Family:
                 f"{name} cannot be used with {model} ({self.title}): {reason}; leave it out",
                 name,
             )
+
+    def inactive(self, settings: Collection[str]) -> dict[str, str]:
+        """Return messages on settings without effect, by setting."""
+        return {
+            name: f"{name} has no effect on {self.title}: {reason}"
+            for name, reason in self.without_effect.items()
+            if name in settings
+        }
 
     def pipeline_guidance(self, guidance_scale: float) -> float:
         """Return the pipeline's value for a guidance scale, of which 1 is none."""

@@ -80,13 +80,13 @@ class AdapterSettings:
     )
     full_weights: str = flag(
         "all",
-        "Weights that full fine-tuning trains: all of the UNet, or only the layers in targets.",
+        "Weights that full fine-tuning trains: all of the denoiser, or only the layers in targets.",
         choices=FULL_WEIGHTS,
         needs=(_FULL,),
     )
     targets: list[str] = flag(
         ["attention+conv"],
-        f"UNet layers to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
+        f"Layers of the denoiser to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
         needs=(_TARGETED,),
     )
     text_encoder_targets: list[str] = flag(
@@ -163,10 +163,10 @@ class AdapterSettings:
     )
     tlora_min_rank: int | None = flag(
         None,
-        "T-LoRA (arXiv:2507.05964), for a subject with one photo: number of ranks of a UNet layer "
-        "that train at the noisiest timestep. It grows linearly to all ranks without noise. Each "
-        "row of a batch masks the last ranks by its own timestep. Only training masks ranks: "
-        "samples and files use all of them at every timestep.",
+        "T-LoRA (arXiv:2507.05964), for a subject with one photo: number of ranks of a layer of "
+        "the denoiser that train at the noisiest timestep. It grows linearly to all ranks without "
+        "noise. Each row of a batch masks the last ranks by its own timestep. Only training masks "
+        "ranks: samples and files use all of them at every timestep.",
         needs=(_ADAPTER, _LOW_RANK),
         above=0,
     )
@@ -197,7 +197,7 @@ class LengthSettings:
     heading: ClassVar = "Optimization"
 
     max_train_steps: int | None = free_flag(
-        None, "Optimizer steps.", derived="800, for SDXL 1000", above=0
+        None, "Optimizer steps.", derived="800, for SDXL and flow models 1000", above=0
     )
     num_train_epochs: int | None = free_flag(
         None,
@@ -220,9 +220,9 @@ class OptimizerSettings:
 
     learning_rate: float | None = free_flag(
         None,
-        "Learning rate of the UNet: of its adapter, or of its weights.",
-        derived="8e-5, for full fine-tuning 5e-6",
-        needs=(_rate("learning_rate", "nothing of the UNet"),),
+        "Learning rate of the denoiser: of its adapter, or of its weights.",
+        derived="8e-5, for flow models 1e-4, for full fine-tuning 5e-6",
+        needs=(_rate("learning_rate", "nothing of the denoiser"),),
         least=0,
     )
     text_encoder_lr: float = free_flag(
@@ -323,7 +323,7 @@ class LossSettings:
     snr_gamma: float | None = flag(
         None,
         "Gamma of min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.",
-        derived="5 if the model predicts the noise, 0 if it predicts v and for sliders",
+        derived="5 if the model predicts the noise, 0 if it predicts v or velocity and for sliders",
         least=0,
     )
     debiased_estimation_loss: bool = flag(

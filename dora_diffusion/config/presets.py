@@ -125,4 +125,21 @@ def preset_settings(name: str, family: Family, *, is_embedded: bool = False) -> 
         values = {**EMBEDDED, **preset.settings, **preset.embedded}
         return {**values, "max_train_steps": preset.embedded_steps}
     steps = round(preset.steps * family.default_steps)
-    return {**preset.settings, **preset.released, "max_train_steps": steps}
+    released = {n: value for n, value in preset.released.items() if n not in family.refused}
+    return {**family.defaults, **preset.settings, **released, "max_train_steps": steps}
+
+
+def preset_advice(name: str, family: Family) -> str:
+    """Return advice if presets are not for models of a family; else empty.
+
+    Example:
+        >>> from dora_diffusion.config.families import FAMILIES
+        >>> preset_advice("fast", FAMILIES["z-image"])
+        'preset fast was made for Stable Diffusion: its settings were not tried on Z-Image'
+    """
+    if family.has_unet:
+        return ""
+    return (
+        f"preset {name} was made for Stable Diffusion: its settings were not tried on "
+        f"{family.title}"
+    )

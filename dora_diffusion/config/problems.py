@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, Setting
@@ -128,3 +128,8 @@ def prefixed(prefix: str, setting: str = "") -> Iterator[None]:
     with problems.collect(prefix):
         yield
     problems.raise_all(setting)
+
+
+def naming_entry(index: int) -> AbstractContextManager[None]:
+    """Name the entry of ``dataset_config`` in errors of the block, counting from 1."""
+    return prefixed(f"dataset_config, entry {index + 1}: ", "dataset_config")

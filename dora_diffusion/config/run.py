@@ -57,7 +57,7 @@ class DeviceSettings:
     )
     compile: bool = free_flag(
         False,
-        "Compile the UNet's repeated blocks with torch.compile: faster steps on a GPU, but a "
+        "Compile the denoiser's repeated blocks with torch.compile: faster steps on a GPU, but a "
         "slower start. Samples run uncompiled.",
     )
     cuda_graph: bool = free_flag(

@@ -22,9 +22,10 @@ from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.checks import contradictions
+from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.fields import ConfigError, Setting, require, require_token_length
 from dora_diffusion.config.file import PATHS
-from dora_diffusion.config.problems import Problems, find_setting, read_values
+from dora_diffusion.config.problems import Problems, find_setting, naming_entry, read_values
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import framed
 
@@ -66,7 +67,7 @@ class TrainConfig(
                 prompts = [" ".join(prompt.split()) for prompt in getattr(self, name)]
                 object.__setattr__(self, name, prompts)
         if self.dataset_config:
-            from dora_diffusion.config.dataset_file import checked_entries, naming_entry
+            from dora_diffusion.config.dataset_file import checked_entries
 
             entries = checked_entries(
                 self.dataset_config, settings_by_name(), self.train_batch_size
@@ -204,13 +205,13 @@ class TrainConfig(
 
     @property
     def unet_lr(self) -> float:
-        """The UNet's learning rate."""
+        """Learning rate of the denoiser."""
         return self.usual_lr if self.learning_rate is None else self.learning_rate
 
     @property
     def usual_lr(self) -> float:
-        """Default learning rate of the UNet."""
-        return 5e-6 if self.is_full else 8e-5
+        """Default learning rate of the denoiser, of adapters for the default family."""
+        return 5e-6 if self.is_full else DEFAULT_FAMILY.default_rate
 
     @property
     def optimizer_name(self) -> str:

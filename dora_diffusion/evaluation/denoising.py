@@ -76,7 +76,8 @@ class HeldOutImages:
     def losses(self, seeds: Sequence[Sequence[int]], *, batch_size: int = 10) -> list[list[float]]:
         """Mean squared error of the prediction for each image, over evenly spaced timesteps.
 
-        The target follows the model's prediction type, without loss weighting. Adapters are left
+        The timesteps of a flow are evenly spaced by the share of noise (`NoiseProcess.spaced`). The
+        target follows the model's prediction type, without loss weighting. Adapters are left
         as they are. All noise comes from generators of the seeds.
 
         Args:
@@ -126,7 +127,7 @@ def _loss(
     components: Components, image: _Encoded, conditioning: Conditioning, seed: int, batch_size: int
 ) -> float:
     process = components.process  # Once: it copies its schedule to the device.
-    timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * process.num_timesteps).long()
+    timesteps = process.spaced(TIMESTEPS)
     shape = (image.latents.shape[1], image.latents.shape[2], image.latents.shape[3])
     noise = torch.stack(
         [sample_noise(shape, generator_for("held out", seed, int(t))) for t in timesteps]

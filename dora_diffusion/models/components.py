@@ -103,6 +103,8 @@ class Components:
             UserWarning: If the family already skips a layer.
         """
         family = self.family
+        if "max_token_length" in family.without_effect:
+            max_token_length = None
         if clip_skip and family.skipped_layers and is_told:
             web = family.web_ui_clip_skip(0)
             warnings.warn(

@@ -227,6 +227,14 @@ def model_info(name: str) -> ModelInfo:
     return next(released, UNKNOWN)
 
 
+def known_family(name: str) -> Family | None:
+    """Return the family of a model; None if it is not known before the model is loaded."""
+    try:
+        return FAMILIES.get(model_info(name).family)
+    except ValueError:
+        return None
+
+
 def _released_info(family: Family) -> ModelInfo:
     return ModelInfo(family.name, family.default_resolution, True)
 
@@ -241,14 +249,15 @@ def folder_of(name: str) -> Path | None:
 @functools.lru_cache(maxsize=256)
 def _folder_info(folder: Path, modified: int) -> ModelInfo:
     family = detect_folder_family(folder)
-    files = [folder / part / "config.json" for part in ("unet", "vae")]
-    unet, vae = (json.loads(file.read_text("utf-8")) if file.is_file() else {} for file in files)
-    side = unet.get("sample_size")
-    pixels = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+    files = [folder / part / "config.json" for part in (family.denoiser, "vae")]
+    config, vae = (json.loads(file.read_text("utf-8")) if file.is_file() else {} for file in files)
+    # As in `Components.default_resolution`: a UNet states its side in latents, a VAE in pixels.
+    levels = len(vae.get("block_out_channels", [0] * 4)) if family.has_unet else 1
+    side, pixels = (config if family.has_unet else vae).get("sample_size"), 2 ** (levels - 1)
     return ModelInfo(
         family.name,
         side * pixels if isinstance(side, int) else family.default_resolution,
-        unet.get("block_out_channels", [320])[0] == 320,
+        family.has_released_width(config),
     )
 
 

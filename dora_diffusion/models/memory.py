@@ -193,7 +193,8 @@ def fitting_settings(
     smallest settings at full resolution are returned.
 
     Args:
-        family: Family of the base model. An unknown family gets safe settings.
+        family: Family of the base model. A family that is unknown, or was not measured on such a
+            device, gets safe settings.
         resolution: Side in pixels.
         device: Device for training.
         batch: Number of images per step, including class images.
@@ -208,7 +209,7 @@ def fitting_settings(
         for precision in precisions
         for on in (False, True)
     ]
-    if training_memory(family, resolution) is None or device.free_gib is None:
+    if needed_memory(family, resolution, choices[0], device) is None or device.free_gib is None:
         return choices[1]
     if device.has_8bit_adam:
         choices.append(choices[-1] | {"optimizer": "adamw8bit"})

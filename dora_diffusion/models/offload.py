@@ -106,8 +106,8 @@ def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 def in_turns(components: Components, device: torch.device, scope: Scope) -> Iterator[None]:
     """Move each module of a model to a device when it is called, inside the block.
 
-    The other modules are moved to the host. The UNet stays on the device with text encoders, which
-    are small, and leaves only for the autoencoder. After the block, all modules are moved back.
+    The other modules are moved to the host. The denoiser stays on the device with small text
+    encoders, and leaves only for the autoencoder. After the block, all modules are moved back.
 
     Args:
         components: The model.
@@ -131,6 +131,7 @@ def _arrival(components: Components, device: torch.device, scope: Scope, stack: 
     from accelerate.hooks import ModelHook
 
     present: dict[nn.Module, ExitStack] = {}
+    small = components.text_encoders if components.family.has_small_text_encoders else ()
 
     class OffloadHook(ModelHook):
         """Hook that runs before the forward pass of a module and before decoding."""
@@ -140,7 +141,7 @@ def _arrival(components: Components, device: torch.device, scope: Scope, stack: 
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if module not in present:
                 for other in components.modules().values():
-                    stays = other is components.denoiser and module in components.text_encoders
+                    stays = other is components.denoiser and module in small
                     if other is not module and not stays:
                         if other in present:
                             present.pop(other).close()

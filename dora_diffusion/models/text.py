@@ -141,9 +141,10 @@ def warn_of_truncation(
                 warned.clear()
             warned.add((prompt, most))
             limit = components.code.token_limit(components)
+            more = "" if "max_token_length" in components.family.without_effect else MORE_TOKENS
             warnings.warn(
                 f"the prompt is longer than {limit}; the model will not see the end: "
-                f"{quoted(cut)}{MORE_TOKENS}",
+                f"{quoted(cut)}{more}",
                 stacklevel=4,
             )
 

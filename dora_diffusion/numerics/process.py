@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.loss import (
@@ -35,6 +36,12 @@ class NoiseProcess(Protocol):
 
     def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
         """Return deltas of the Huber loss, ``(B,)``."""
+
+    def spaced(self, count: int) -> Tensor:
+        """Return evenly spaced timesteps to measure at, ``(count,)`` int64."""
+
+    def level(self, timesteps: Tensor) -> Tensor:
+        """Return noise levels of T-LoRA, 0 to ``num_timesteps - 1``, ``(B,)`` int64."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,12 @@ class Diffusion:
     def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
         alpha_bar = self.alphas_cumprod[timesteps]
         return huber_delta(timesteps, alpha_bar, schedule, c, self.num_timesteps)
+
+    def spaced(self, count: int) -> Tensor:
+        return (_midpoints(count) * self.num_timesteps).long()
+
+    def level(self, timesteps: Tensor) -> Tensor:
+        return timesteps
 
 
 @dataclass(frozen=True)
@@ -114,3 +127,21 @@ class Flow:
         # The alpha bar with the same ratio of signal to noise.
         alpha_bar = signal / (signal + share.square())
         return huber_delta(timesteps, alpha_bar, schedule, c, self.num_timesteps)
+
+    def spaced(self, count: int) -> Tensor:
+        """Return timesteps with evenly spaced shares of noise.
+
+        With a shift of 3, half of the timesteps have a share above 0.75.
+        """
+        share = _midpoints(count)
+        share = share / (self.shift - (self.shift - 1) * share)
+        return (share * self.num_timesteps).long()
+
+    def level(self, timesteps: Tensor) -> Tensor:
+        """Return noise levels by the share of noise, which flow models have as their timestep."""
+        return (self.time(timesteps) * self.num_timesteps).round().long() - 1
+
+
+def _midpoints(count: int) -> Tensor:
+    """Return the middles of equal parts of [0, 1], ``(count,)``."""
+    return (torch.arange(count) + 0.5) / count

@@ -75,14 +75,36 @@ def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
     return bool(tokens) and not any(contains_token(prompt, token) for token in tokens)
 
 
-def warn_of_prompts(components: Components, rows: Rows, settings: SamplingSettings) -> None:
-    """Warn of the parts of prompts that are not read."""
+def inactive_messages(
+    components: Components, settings: SamplingSettings, prompts: Sequence[str]
+) -> list[str]:
+    """Describe the settings without effect on a model.
+
+    Args:
+        components: The model.
+        settings: Settings of the images.
+        prompts: All prompts, whose weights may have no effect.
+    """
+    weights = settings.prompt_weights and any(map(has_weights, prompts))
+    given = {"scheduler": settings.scheduler, "prompt_weights": weights}
+    return [*components.family.inactive([name for name in given if given[name]]).values()]
+
+
+def reads_weights(components: Components, settings: SamplingSettings) -> bool:
+    """Return whether weights in prompts are read."""
+    return settings.prompt_weights and "prompt_weights" not in components.family.without_effect
+
+
+def warn_of_settings(components: Components, rows: Rows, settings: SamplingSettings) -> None:
+    """Warn of settings without effect, and of the parts of prompts that are not read."""
     prompts = [str(rows.prompt)] if rows.is_shared else rows.prompts
     adapters = [*(rows.adapters or ()), *(rows.adapters or ())]
     prompts += [settings.negative_prompt] * len(rows.adapters or "1")
     if settings.detail is not None and settings.detail.prompt:
         prompts, adapters = [*prompts, settings.detail.prompt], [*adapters, None]
-    if settings.prompt_weights:
+    for line in inactive_messages(components, settings, prompts):
+        warnings.warn(line, stacklevel=3)
+    if reads_weights(components, settings):
         for text in dict.fromkeys(prompts):
             for kind in unread_syntax(text):
                 message = f"syntax of web UIs is read as text here ({kind}): {quoted(text)}"
@@ -112,7 +134,9 @@ def prompt_arguments(
         shared: Let the pipeline encode the one prompt of all rows once.
     """
     prompts, count, negative = rows.prompts, len(rows), settings.negative_prompt
-    is_weighted = settings.prompt_weights and any(map(has_weights, [*prompts, negative]))
+    is_weighted = reads_weights(components, settings) and any(
+        map(has_weights, [*prompts, negative])
+    )
     is_short = components.most_chunks == 1 or all(
         components.code.chunk_count(components, text) == 1
         for text in dict.fromkeys([*prompts, negative])

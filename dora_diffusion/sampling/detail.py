@@ -111,7 +111,9 @@ class Region(NamedTuple):
         return whole
 
 
-def find_region(image: Image.Image, detail: Detail, resolution: int) -> Region | None:
+def find_region(
+    image: Image.Image, detail: Detail, resolution: int, step: int = PIXELS
+) -> Region | None:
     """Find what is painted again; None where the mask is bright nowhere.
 
     The region is square where the image is large enough, and enlarged to the area that the model
@@ -121,6 +123,7 @@ def find_region(image: Image.Image, detail: Detail, resolution: int) -> Region |
         image: RGB.
         detail: What to find.
         resolution: Side in pixels that the model was trained at.
+        step: Number of pixels of which sides are multiples.
     """
     mask = detail.mask(image)
     found = mask.point([0] * 128 + [255] * 128).getbbox()
@@ -135,7 +138,7 @@ def find_region(image: Image.Image, detail: Detail, resolution: int) -> Region |
     (left, right), (top, bottom) = spans
     width, height = right - left, bottom - top
     scale = max(1.0, resolution / math.sqrt(width * height))
-    size = [max(PIXELS, round(side * scale / PIXELS) * PIXELS) for side in (width, height)]
+    size = [max(step, round(side * scale / step) * step) for side in (width, height)]
     box = (left, top, right, bottom)
     feather = mask.filter(ImageFilter.GaussianBlur(FEATHER)).crop(box)
     return Region(box, (size[0], size[1]), feather)

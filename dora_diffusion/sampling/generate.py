@@ -18,10 +18,11 @@ from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require_positive
+from dora_diffusion.config.prompts import PIXELS
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import quiet_libraries
 from dora_diffusion.models.offload import in_turns
-from dora_diffusion.sampling.conditioning import Rows, warn_of_prompts
+from dora_diffusion.sampling.conditioning import Rows, warn_of_settings
 from dora_diffusion.sampling.passes import any_latent_channels, plan_passes, sliced_decoding
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.sampling.stack import scheduled
@@ -68,13 +69,14 @@ def generate_images(
         BrokenImageError: If an image is refused.
 
     Warns:
-        UserWarning: Once for each prompt beyond the token limit, naming the text that was cut; and
-            once for each image in which the detail pass found nothing.
+        UserWarning: For each setting without effect on the model; once for each prompt beyond the
+            token limit, naming the text that was cut; and once for each image in which the detail
+            pass found nothing.
     """
     require_positive("batch_size", batch_size)
-    sampler = Sampler(components, settings or SamplingSettings(), batch_size, require_finite)
-    rows = Rows(prompt, seeds, adapters)
-    warn_of_prompts(components, rows, sampler.settings)
+    settings, rows = settings or SamplingSettings(), Rows(prompt, seeds, adapters)
+    sampler = Sampler(components, settings.for_model(components), batch_size, require_finite)
+    warn_of_settings(components, rows, settings)
     if sampler.settings.detail is None:
         return sampler.sample(rows, on_step)
     parts = 1 + len(rows)
@@ -125,7 +127,9 @@ class Sampler:
 
         detail = self.settings.detail
         assert detail is not None
-        region = find_region(image, detail, self.components.default_resolution)
+        components = self.components
+        step = max(PIXELS, components.size_step)
+        region = find_region(image, detail, components.default_resolution, step)
         if region is None:
             warnings.warn(
                 f"no {detail.label or 'subject'} was found in the image of seed {row.seeds[0]}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.config.base import AnyModel
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.formats.adapter.metadata import READING, AdapterMetadata, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.components import Components
@@ -59,6 +61,9 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit.
         ConfigError: If the device does not compute so, or nothing compiles for it.
+
+    Warns:
+        UserWarning: For each setting without effect on the model.
     """
     device = default_device() if device is None else device
     require_computes(device, dtype)
@@ -69,6 +74,7 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
     uses = adapter or ()
     facts = [read_metadata(use.path) for use in uses]
     loaded = load_components(base, dtype=dtype, adapters=facts)
+    _warn_of_settings(loaded, max_token_length)
     components = place_model(loaded.reading(clip_skip, max_token_length), device, offload)
     if compile:
         compile_blocks(components.denoiser)
@@ -78,6 +84,14 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
     for model in components.adaptable().values():
         model.eval()
     return as_stated(components, metadata, clip_skip, max_token_length), metadata
+
+
+def _warn_of_settings(components: Components, max_token_length: int | None) -> None:
+    """Warn of settings of the model without effect."""
+    length = max_token_length if max_token_length != TOKENS_PER_CHUNK else None
+    given = {"max_token_length": length, **vars(components.asked)}
+    for line in components.family.inactive([name for name in given if given[name]]).values():
+        warnings.warn(line, stacklevel=3)
 
 
 def load_model(base: AnyModel, adapter: Path | Sequence[AdapterUse] | None) -> Components:

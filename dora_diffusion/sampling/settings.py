@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -18,6 +18,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.sampling.detail import Detail
 
 if TYPE_CHECKING:
+    from dora_diffusion.models.components import Components
     from dora_diffusion.numerics.weights import Strengths
     from dora_diffusion.sampling.stack import AdapterUse
 
@@ -129,6 +130,24 @@ class SamplingSettings:
             resolution: The model's, for sides that are not set (`Components.default_resolution`).
         """
         return self.width or resolution, self.height or resolution
+
+    def for_model(self, components: Components) -> SamplingSettings:
+        """Return the settings that act on a model.
+
+        Raises:
+            ConfigError: If a side is not a multiple of the model's step in pixels.
+        """
+        step = components.size_step
+        for name, side in (("width", self.width or 0), ("height", self.height or 0)):
+            sizes = filter(None, (side // step * step, (side // step + 1) * step))
+            require(
+                side % step == 0,
+                f"{name} is {side}; on {components.family.title} it must be a multiple of {step}, "
+                f"such as {' or '.join(map(str, sizes))}",
+                name,
+            )
+        without = components.family.without_effect
+        return replace(self, scheduler=None) if "scheduler" in without else self
 
     @staticmethod
     def _check_whole(name: str, value: int | None) -> None:

@@ -47,8 +47,6 @@ class ModelInputs(NamedTuple):
     @classmethod
     def cat(cls, inputs: Sequence[ModelInputs]) -> ModelInputs:
         """Concatenate inputs of the same size along the rows."""
-        if len(inputs) == 1:
-            return inputs[0]
         return cls(*map(_cat, zip(*inputs, strict=True)))
 
 
@@ -197,8 +195,9 @@ def _optional(function: Callable[..., Any], tensor: Tensor | None, *args: Any) -
 
 
 def _cat(tensors: Sequence[Any]) -> Any:
-    """Concatenate tensors along the rows; return None for inputs that the model lacks."""
-    return None if tensors[0] is None else torch.cat(list(tensors))
+    """Concatenate tensors along the rows; a single tensor, or None, is returned unchanged."""
+    first, *others = tensors
+    return first if first is None or not others else torch.cat([first, *others])
 
 
 def _draw_timesteps(

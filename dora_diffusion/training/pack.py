@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.adapters.inject import AdapterSet
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.targets import require_rows
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, shown
@@ -230,6 +232,8 @@ class _Pack:
         """Assemble a run and begin it. Its adapters stay attached to the model."""
         show = partial(self._show, name)
         run = assemble(config, subjects, accelerator, show, base=base)
+        for model in run.weights.modules.values():
+            require_rows([path for path, _ in adapted_layers(model)], "a pack")
         run.activate = partial(self._attach, run.step.adapters)
         folder = RunFolder(run, show, self.stop)
         self._runs[name], self._attached = folder, run.step.adapters

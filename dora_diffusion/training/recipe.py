@@ -17,6 +17,7 @@ from dora_diffusion.config.learning import HOOKS
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.locate import known_family
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
@@ -29,6 +30,7 @@ from dora_diffusion.training.inputs.base import (
     move_step_modules,
 )
 from dora_diffusion.training.inputs.resolve import (
+    check_with_model,
     open_data,
     plan_run,
     resolve_settings,
@@ -155,9 +157,14 @@ def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
         from dora_diffusion.export import hub
 
         hub.check(config.hub_model_id or "")
-    for reason in (*without_effect(config).values(), *unusual_rates(config)):
-        warnings.warn(reason, stacklevel=3)
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in subjects]
+    inactive = without_effect(config)
+    if family := known_family(base):
+        family.refuse(base, vars(config))
+        for name in inactive.keys() & family.without_effect.keys():
+            del inactive[name]  # The loaded model's family gives its reason.
+    for reason in (*inactive.values(), *unusual_rates(config)):
+        warnings.warn(reason, stacklevel=3)
     if toy := next(filter(None, (outside_toy_world(base, word) for word in words)), ""):
         warnings.warn(f"{toy} Name another pretrained_model_name_or_path.", stacklevel=3)
     return replace(config, mixed_precision=precision_of(config.mixed_precision)), subjects
@@ -193,6 +200,7 @@ def assemble(
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)
     require_new(components, config.words)
+    check_with_model(components, config)
     config = replace(config, resolution=run_resolution(config, components))
     start = plan.start.read(components, config) if plan.start else None
     data = open_data(config, subjects, plan.photos, components, accelerator, on_event)

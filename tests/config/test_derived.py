@@ -24,12 +24,13 @@ from dora_diffusion.config.derived import (
     removed_settings,
     resolve,
 )
+from dora_diffusion.config.families import FAMILIES
 from tests.every import every
 from tests.refusal import refused
 
 FACTS: dict[str, Any] = {
     "prediction_type": "epsilon", "resolution": 64, "total_steps": 12, "steps_per_epoch": 4,
-    "mixed_precision": "no",
+    "mixed_precision": "no", "family": FAMILIES["sd1"],
 }  # fmt: skip
 
 
@@ -186,7 +187,7 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"validation_steps": 0, "validation_epochs": 3}, "validation_epochs",
      "validation_steps is 0"),
     ({"text_encoder_lr": 1e-4}, "text_encoder_lr", "train_text_encoder is off"),
-    ({"learning_rate": 0.0}, "learning_rate", "it is 0: nothing of the UNet is trained"),
+    ({"learning_rate": 0.0}, "learning_rate", "it is 0: nothing of the denoiser is trained"),
     ({"text_encoder_lr": 0.0, "train_text_encoder": True}, "text_encoder_lr",
      "it is 0: no text encoder is trained"),
     ({"text_encoder_lr": 1e-4, "train_text_encoder": True, "optimizer": "prodigy",
@@ -361,6 +362,7 @@ def test_one_place_under_two_names_is_the_same(
 def test_a_checkpoint_without_derived_settings_is_not_refused_for_them() -> None:
     now = resolve(
         TrainConfig(instance_prompt="a sks dog"),
+        family=FAMILIES["sd1"],
         prediction_type="epsilon",
         resolution=64,
         total_steps=800,

@@ -15,10 +15,12 @@ from dora_diffusion.adapters.state import load_adapter_state
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.models import offload
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
 from tests.apple import DEVICE, AppleGPU
+from tests.z_image import write_z_image
 
 HOST = torch.device("cpu")
 SETTINGS = SamplingSettings(2, 4.0, "ddim", 32, 32)
@@ -63,6 +65,20 @@ def test_an_offloaded_model_makes_the_same_images_and_goes_home(
     count = len(on_device) // 2
     assert on_device[:count] == [set(components.modules())] * count
     assert on_device[count:] == [{"unet"}] * count
+
+
+@pytest.mark.parametrize("family", ["sd1", "z-image"])
+def test_a_denoiser_makes_room_for_a_large_text_encoder(
+    gpu: AppleGPU, family: str, sd1_folder: Path, tmp_path: Path
+) -> None:
+    folder = sd1_folder if family == "sd1" else write_z_image(tmp_path / "z")
+    components = load_components(folder)
+    with offload.in_turns(components, DEVICE, nullcontext):
+        for module in (components.denoiser, *components.text_encoders):
+            module._hf_hook.pre_forward(module)
+        now = places(components)
+        assert now["text_encoder"] == {DEVICE}
+        assert now[components.family.denoiser] == {DEVICE if family == "sd1" else HOST}
 
 
 def test_modules_go_home_after_an_error_too(gpu: AppleGPU, sd1_folder: Path) -> None:

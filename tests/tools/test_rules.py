@@ -86,7 +86,7 @@ FINE = {
     code.devices_are_not_named: ["def f():\n    'on cuda'\n    return torch.accelerator"],
     code.functions_fit_on_a_screen: ["def f():\n" + "    pass\n" * 59],
     suite.tests_wait_for_events: [
-        "deployment(timeout=60)",
+        "serve_settings(timeout=60)",
         "process.wait(WAIT_SECONDS)\nbarrier.wait()\nopen(timeout=None, wait=True)",
         "page.set_default_timeout(0)\n', '.join('ab')\npage.wait('#x')",
     ],

@@ -110,13 +110,17 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Run
             **settings,
         },
     )
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    return moved(assemble(config, subjects_of(config), make_accelerator(config)))
+
+
+def moved(run: Run) -> Run:
+    """A run whose weights are all moved: a fresh adapter is the base."""
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():  # A fresh adapter is the base: everything must have moved.
-        for parameter in session.weights.parameters().values():
+    with torch.no_grad():
+        for parameter in run.weights.parameters().values():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
-    return session
+    return run
 
 
 def terms_of(

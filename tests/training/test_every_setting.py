@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.train import settings
+from dora_diffusion.models.load import BaseCache
 from dora_diffusion.training import events, processes
 from dora_diffusion.training.recipe import train
 from tests.conftest import shallow_config
@@ -283,15 +284,8 @@ def one_level(folder: Path, root: Path, family: str, in_channels: int = 4) -> Pa
     return made
 
 
-@pytest.fixture(scope="module")
-def places(
-    tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, sd2_folder: Path,
-    sd1_inpainting_folder: Path, dino_folder: Path,
-) -> dict[str, Path]:  # fmt: skip
-    """Files and folders that the cases name."""
-    root = tmp_path_factory.mktemp("places")
-    sd1, sd2 = (one_level(sd1_folder, root, "sd1"), one_level(sd2_folder, root, "sd2"))
-    inpainting = one_level(sd1_inpainting_folder, root, "sd1", 9)
+def write_photos(root: Path) -> dict[str, Path]:
+    """Photos, captions, masks and words that the cases name."""
     photos = root / "photos"
     photos.mkdir()
     for number, source in enumerate(sorted((SAMPLES / "bolt_mug").glob("*.jpg"))[:3]):
@@ -319,22 +313,34 @@ def places(
         (root / name).mkdir(exist_ok=True)
         (root / name / "where.txt").write_text(line, encoding="utf-8")
     (root / "prompts.txt").write_text("a red sks dog\n", encoding="utf-8")
-    variants = Path(shutil.copytree(sd1, root / "variants"))
+    found = {"photos": photos, "others": others, "bare": bare, "long": long}
+    return found | {"words": root / "words", "prompts": root / "prompts.txt"}
+
+
+def write_variants(model: Path, root: Path) -> dict[str, Path]:
+    """A variant of a model, and another autoencoder for it."""
+    variants = Path(shutil.copytree(model, root / "variants"))
     for path in [*variants.rglob("*.safetensors")]:
         moved = {name: tensor * 1.01 for name, tensor in load_file(path).items()}
         save_file(moved, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
-    vae = Path(shutil.copytree(sd1 / "vae", root / "vae"))
+    vae = Path(shutil.copytree(model / "vae", root / "vae"))
     [weights] = vae.glob("*.safetensors")
     save_file({n: t * 1.1 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    return {"variants": variants, "vae": vae}
+
+
+@pytest.fixture(scope="module")
+def places(
+    tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, sd2_folder: Path,
+    sd1_inpainting_folder: Path, dino_folder: Path,
+) -> dict[str, Path]:  # fmt: skip
+    """Files and folders that the cases name."""
+    root = tmp_path_factory.mktemp("places")
+    sd1, sd2 = (one_level(sd1_folder, root, "sd1"), one_level(sd2_folder, root, "sd2"))
+    inpainting = one_level(sd1_inpainting_folder, root, "sd1", 9)
+    found = write_photos(root)
     run = root / "run"
-    found = {
-        "photos": photos,
-        "others": others,
-        "bare": bare,
-        "long": long,
-        "words": root / "words",
-    }
-    found |= {"prompts": root / "prompts.txt", "variants": variants, "vae": vae, "run": run}
+    found |= {**write_variants(sd1, root), "run": run}
     found |= {"sd1": sd1, "sd2": sd2, "inpainting": inpainting}
     found |= {"metric": dino_folder, "adapter": run / "pytorch_lora_weights.safetensors"}
     steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
@@ -351,12 +357,16 @@ def filled(value: Any, places: Mapping[str, Path]) -> Any:
     return value.format_map(places) if isinstance(value, str) and value.startswith("{") else value
 
 
+LOAD = BaseCache()
+"""Loader of all runs here, most of which have the same model."""
+
+
 def seen(config: TrainConfig, said: list[str] | None = None) -> dict[str, Any]:
     """Train, and return what is left of it: losses, weights, images and files."""
     told: list[events.Event] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(config, told.append)
+        train(config, told.append, load=LOAD)
     if said is not None:
         said += [str(warning.message) for warning in caught]
     folder = Path(config.output_dir)
@@ -390,8 +400,7 @@ def usual_runs() -> dict[str, Any]:
     return {}
 
 
-@pytest.fixture
-def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def watched(monkeypatch: pytest.MonkeyPatch, denoiser: type) -> list[str]:
     """Calls of libraries where no number of a run changes, or which are not installed."""
     asked: list[str] = []
 
@@ -409,8 +418,8 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(place, name, wrapped)
 
-    note(UNet2DConditionModel, "enable_gradient_checkpointing")
-    note(UNet2DConditionModel, "forward", lambda unet, noisy, *_: len(noisy))
+    note(denoiser, "enable_gradient_checkpointing")
+    note(denoiser, "forward", lambda model, noisy, *_: len(noisy))
     note(AutoencoderKL, "encode", lambda *_: sum("encode" in each for each in asked))
     note(torch, "save", lambda state, file: len(asked))
     note(processes, "allow_tf32")
@@ -435,6 +444,12 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
     monkeypatch.setattr("dora_diffusion.export.hub.push", push)
     return asked
+
+
+@pytest.fixture
+def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls of libraries during a test."""
+    return watched(monkeypatch, UNet2DConditionModel)
 
 
 def test_each_setting_has_a_case() -> None:

@@ -29,6 +29,7 @@ from tests.training.helpers import accelerator_of_fp16, losses, needs_library, o
 from tests.training.test_every_setting import CASES as SETTINGS
 from tests.training.test_every_setting import USUAL, filled
 from tests.training.test_every_setting import places as places
+from tests.z_image import write_z_image
 
 STEPS = 6
 WAITS = {f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")}
@@ -155,6 +156,22 @@ def test_sdxl_and_new_words(opened: Callable[..., Run], sdxl_folder: Path) -> No
     assert found == expected
     # With the words, and for the captions without them.
     assert len({key[0] for key in graphed.step._graphs}) == 2  # type: ignore[attr-defined]
+
+
+def test_captions_of_other_lengths_have_graphs_of_their_own(
+    opened: Callable[..., Run], shaped_photos: Path, tmp_path: Path
+) -> None:
+    """On a transformer, whose mask of attention depends on them."""
+    folder = write_z_image(tmp_path / "z")
+    for number, file in enumerate(sorted(shaped_photos.glob("*.txt"))):
+        file.write_text(f"sks mug{' on the red table' * (number % 2)}", encoding="utf-8")
+    settings = {"targets": ["attention+ff"], "rank_dropout": 0.5}
+    plain, graphed, expected, found = both(opened, folder=folder, **settings)
+    assert found == expected
+    assert Tape.replays >= 2
+    assert len(graphed.step._graphs) > 1  # type: ignore[attr-defined]
+    for own, other in zip(plain.step.parameters, graphed.step.parameters, strict=True):
+        assert torch.equal(own, other)
 
 
 def test_accumulated_gradients_are_the_sums_of_the_batches(opened: Callable[..., Run]) -> None:

@@ -200,6 +200,23 @@ def test_a_signal_at_the_end_leaves_the_samples_out_and_the_result_whole(tiny_ru
     assert result.samples == {}
 
 
+@needs_hangup
+def test_the_output_to_a_closed_terminal_is_thrown_away(quiet_hangup):
+    """One that closes after it was written to; what follows would raise an error."""
+    pty = pytest.importorskip("pty")
+    master, terminal = pty.openpty()
+    with StopRequest() as stop:
+        stop._terminals = [terminal]
+        stop.answer_with("saving")
+        os.close(master)
+        with pytest.raises(OSError):
+            os.write(terminal, b"step 1")
+        signal.raise_signal(HANGUP)
+        assert os.write(terminal, b"step 2") == 6
+    os.close(terminal)
+
+
+@pytest.mark.slow
 def test_a_closed_terminal_leaves_a_checkpoint(tiny_run, tmp_path):
     """A real terminal that goes away: output to it fails from then on."""
     pty = pytest.importorskip("pty")

@@ -164,7 +164,7 @@ class GridRun:
         grid = plan_grid(args)
         first = next(iter(grid.cells.values()))
         self.repeated = Repeated.of(first, first.sampling)
-        self._load: Load = load or self._loaded
+        self._load: Load = load or (lambda *request: self.repeated.load(*request)[0])
         clip_skip = self.repeated.fields.get("Clip skip", "")
         cells = [_Cell.of(cell, self.folder, clip_skip) for cell in grid.cells.values()]
         self.record = GridRecord(
@@ -185,9 +185,6 @@ class GridRun:
         self.missing = sorted(missing, key=lambda cell: cell.order)
         self._batch_size, self._steps = args.batch_size, 0
         self._holding, self._is_held = ExitStack(), False
-
-    def _loaded(self, settings: RequestedImages, uses: Sequence[AdapterUse]) -> Components:
-        return self.repeated.load(settings, uses)[0]
 
     def _is_made(self, cell: _Cell) -> bool:
         """Return whether the cell's image is intact and records the expected parameters."""
@@ -242,7 +239,6 @@ class GridRun:
         uses = () if first.is_pooled else first.uses
         components = self._load(first.settings, uses)
         pool = AdapterPool(components, budget=None, **first.settings.model.reading)
-        sample = self._sample_mixed if first.is_pooled else self._sample_stack
         try:
             for batch in self._batches(cells, pool):
                 steps = sum(self.samplings[ready.cell.batch_key].steps for ready in batch)
@@ -252,7 +248,7 @@ class GridRun:
                     show(done + steps * now // of, total)
 
                 cells_of_batch = [ready.cell for ready in batch]
-                images = sample(cells_of_batch, batch[0].loaded.sampling, pool, on_step)
+                images = self._sample(cells_of_batch, batch[0].loaded.sampling, pool, on_step)
                 for ready, image in zip(batch, images, strict=True):
                     self._write(ready, image)
                 # Write the page after each batch, in case the process is killed.
@@ -277,26 +273,22 @@ class GridRun:
             group, size = list(alike), self._batch_size
             yield from (group[at : at + size] for at in range(0, len(group), size))
 
-    def _sample_mixed(
+    def _sample(
         self, batch: Sequence[_Cell], sampling: SamplingSettings, pool: AdapterPool, on_step: Show
     ) -> list[Image]:
         rows = [cell.row for cell in batch]
-        shared: dict[str, Any] = {"batch_size": len(rows), "require_finite": True}
-        return pool.generate(rows, sampling, on_step=on_step, **shared)
-
-    def _sample_stack(
-        self, batch: Sequence[_Cell], sampling: SamplingSettings, pool: AdapterPool, on_step: Show
-    ) -> list[Image]:
+        options: dict[str, Any] = {"batch_size": len(rows), "require_finite": True}
+        if batch[0].is_pooled:
+            return pool.generate(rows, sampling, on_step=on_step, **options)
         set_strengths(pool.components.adaptable(), batch[0].uses)
-        prompts = [cell.row.prompt for cell in batch]
+        prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
         return generate_images(
             replace(pool.components, norms=None),
             prompts if len(prompts) > 1 else prompts[0],
-            [cell.row.seed for cell in batch],
+            seeds,
             sampling,
-            batch_size=len(batch),
             on_step=on_step,
-            require_finite=True,
+            **options,
         )
 
     def _write(self, ready: _Ready, image: Image) -> None:

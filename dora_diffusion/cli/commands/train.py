@@ -29,15 +29,15 @@ from dora_diffusion.config import (
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.elsewhere import notes
-from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
+from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES, Family
 from dora_diffusion.config.fields import Setting, require_choice
 from dora_diffusion.config.file import line_prefix
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
-from dora_diffusion.config.presets import preset_settings
+from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.config.problems import Problems, read_values
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.config.wording import quoted
-from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.models.locate import is_embedded, known_family
 
 if TYPE_CHECKING:
     from dora_diffusion.training.recipe import TrainResult
@@ -255,6 +255,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     values = overridden(values, flags)
     if preset is not None:
         values = _preset(str(preset), values | flags) | values
+    elif family := _family_of(values | flags):
+        values = {**family.defaults, **values}
     if memory is not None:
         values = _fitting(str(memory), values | flags) | values
     try:
@@ -283,13 +285,13 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a preset.
 
     Warns:
-        UserWarning: If the steps are a guess, since the model is not on this machine.
+        UserWarning: If the steps are a guess, since the model is not on this machine, or if the
+            preset is for other families.
     """
     from dora_diffusion.models.locate import model_info
 
     require_choice("preset", name, tuple(PRESETS))
-    default = TrainConfig.pretrained_model_name_or_path
-    model = str(values.get("pretrained_model_name_or_path", default))
+    model = _model_of(values)
     family = FAMILIES.get(model_info(model).family)
     preset = preset_settings(name, family or DEFAULT_FAMILY, is_embedded=is_embedded(model))
     if family is None and "max_train_steps" not in values:
@@ -298,7 +300,20 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             f"{preset['max_train_steps']} steps; give --max_train_steps for another family",
             stacklevel=1,
         )
+    if family and (advice := preset_advice(name, family)):
+        warnings.warn(advice, stacklevel=1)
     return preset
+
+
+def _model_of(values: Mapping[str, Any]) -> str:
+    """Return the name of the base model in settings."""
+    default = TrainConfig.pretrained_model_name_or_path
+    return str(values.get("pretrained_model_name_or_path", default))
+
+
+def _family_of(values: Mapping[str, Any]) -> Family | None:
+    """Return the family of the base model in settings; None while it is unknown."""
+    return known_family(_model_of(values))
 
 
 def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,10 +323,15 @@ def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: If the memory is neither.
 
     Warns:
-        UserWarning: If the model is embedded, and so fits anywhere.
+        UserWarning: If the model is embedded, and so fits anywhere; or if it was not measured.
     """
     from dora_diffusion.models.locate import model_info
-    from dora_diffusion.models.memory import describe_device, fitting_settings, gpu_of
+    from dora_diffusion.models.memory import (
+        describe_device,
+        fitting_settings,
+        gpu_of,
+        needed_memory,
+    )
 
     device = describe_device() if memory == "auto" else gpu_of(memory)
     current = {**TrainConfig().to_dict(), **values}
@@ -322,7 +342,15 @@ def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
     info = model_info(model)
     batch = int(current["train_batch_size"]) * (2 if current["with_prior_preservation"] else 1)
     family, size = info.family if info.has_released_shape else "", current["resolution"]
-    return fitting_settings(family, size or info.resolution, device, batch=batch)
+    size = size or info.resolution
+    fitting = fitting_settings(family, size, device, batch=batch)
+    if family and needed_memory(family, size, fitting, device, batch=batch) is None:
+        warnings.warn(
+            f"memory {memory} is not compared with training of {model} on {device.name}, which was "
+            "not measured; gradient checkpointing is on",
+            stacklevel=1,
+        )
+    return fitting
 
 
 def _is_ignored(key: str) -> bool:
@@ -358,7 +386,7 @@ def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, flags: Mapping
             _warn_ignored(name)
     defaults = {setting.name: setting.default for setting in settings()}
     at_default = {name for name in flags if getattr(config, name) == defaults[name]}
-    for reason in without_effect(config, at_default).values():
+    for reason in without_effect(config, at_default, _family_of(vars(config))).values():
         warnings.warn(reason, stacklevel=1)
 
 

@@ -216,12 +216,17 @@ def training_summary(config: TrainConfig) -> str:
         UserWarning: As in the run.
     """
     from dora_diffusion.data.photos import read_photos
+    from dora_diffusion.models.locate import known_family
     from dora_diffusion.training.inputs.dataset import check_subject, list_subjects
     from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
     from dora_diffusion.training.inputs.subject import caption_rules, subjects_of
     from dora_diffusion.training.results.folders import check_folders
 
-    for reason in (*without_effect(config).values(), *unusual_rates(config)):
+    family = known_family(config.pretrained_model_name_or_path)
+    if family is not None:
+        family.refuse(config.pretrained_model_name_or_path, vars(config))
+    inactive = without_effect(config, family=family)
+    for reason in (*inactive.values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)
     subjects, lines, an_epoch = subjects_of(config), list[str](), 0
     check_folders(config)

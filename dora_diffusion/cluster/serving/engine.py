@@ -235,25 +235,28 @@ class Engine:
 
     def _answer(self, item: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
         from dora_diffusion.models.text import truncated_text
-        from dora_diffusion.sampling.conditioning import lacks_trigger
+        from dora_diffusion.sampling.conditioning import inactive_messages, lacks_trigger
         from dora_diffusion.sampling.images import RecordedAdapter, image_bytes, parameters_text
         from dora_diffusion.sampling.pool import PinnedAdapter
 
         request, components = item.request, self.pool.components_for(row.adapter)
+        settings = request.settings()
         use, used = row.adapter, list[RecordedAdapter]()
         if isinstance(use, PinnedAdapter):
             used = [RecordedAdapter(request.adapter or "", use.strengths, use.hash)]
         text = parameters_text(
-            row, request.settings(), image.size, self.name, used,
+            row, settings.for_model(components), image.size, self.name, used,
             extra=components.clip_skip_parameter,
         )  # fmt: skip
+        prompts = (row.prompt, request.negative_prompt)
         is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
         notes = request.without_effect(guidance_is_input=is_input)
+        notes += inactive_messages(components, settings, prompts)
         metadata = self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):
             notes.append(f"the prompt lacks the adapter's trigger word, {metadata.trigger!r}")
         words = self.pool.own_words(row.adapter)
-        for field, prompt in (("prompt", row.prompt), ("negative prompt", request.negative_prompt)):
+        for field, prompt in zip(("prompt", "negative prompt"), prompts, strict=True):
             end = truncated_text(components, prompt, words)
             if end:
                 limit = components.code.token_limit(components)

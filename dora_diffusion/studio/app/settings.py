@@ -19,13 +19,14 @@ from dora_diffusion.config import (
 from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import words_of
 from dora_diffusion.config.presets import EMBEDDED as SMALL
-from dora_diffusion.config.presets import preset_settings
+from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.models.embedded import MODELS
 from dora_diffusion.models.locate import (
     EMBEDDED_PREFIX,
     UNKNOWN,
     ModelInfo,
     is_embedded,
+    known_family,
     model_info,
 )
 from dora_diffusion.models.memory import Device, fitting_settings
@@ -118,7 +119,8 @@ def preset_sentence(preset: str, model: str) -> str:
         " ".join([name.replace("_", " "), *([] if value is True else words_of(value))])
         for name, value in changed.items()
     ]
-    return f"For this model: {', '.join(phrases)}."
+    advice = preset_advice(preset, FAMILIES.get(_info_of(model).family, DEFAULT_FAMILY))
+    return ". ".join(filter(None, [f"For this model: {', '.join(phrases)}", advice])) + "."
 
 
 def token_advice(preset: str) -> str:
@@ -151,7 +153,8 @@ def idle_settings(config: TrainConfig) -> list[str]:
         for name in ADVANCED
         if all(getattr(config, name) != values[name] for values in presets)
     ]
-    return [*without_effect(config, changed).values(), *unusual_rates(config)]
+    family = known_family(config.pretrained_model_name_or_path)
+    return [*without_effect(config, changed, family).values(), *unusual_rates(config)]
 
 
 def make_config(

@@ -100,15 +100,20 @@ def of_runs(workspace: Path) -> list[Base]:
 
 
 def in_hub_cache() -> list[Base]:
-    """Return downloaded pipelines of a supported family with UNet weights in safetensors."""
+    """Return downloaded pipelines of a supported family with weights in safetensors."""
     cached = []
     for name in locate.cached_models():
         snapshot = locate.cached_snapshot(name)
-        if snapshot is None or not any(snapshot.glob("unet/*.safetensors")):
+        if snapshot is None or not weight_files(snapshot):
             continue
         base = _base(name, "in the hub's cache")
         cached += [base] if base.family else []
     return cached
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files with the weights of a pipeline's denoiser."""
+    return [file for part in families.DENOISERS for file in folder.glob(f"{part}/*.safetensors")]
 
 
 def model_folders(
@@ -150,7 +155,7 @@ def _candidates(folder: Path, depth: int) -> Iterable[Path]:
                 yield from _candidates(Path(entry.path), depth - 1)
 
 
-_CONFIGS = ["model_index.json", "unet/config.json"]
+_CONFIGS = ["model_index.json", *(f"{part}/config.json" for part in families.DENOISERS)]
 
 
 def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:
@@ -196,15 +201,15 @@ def check_variant(name: str, variant: str | None) -> None:
     folder = locate.folder_of(name) if variant else None
     if folder is None:
         return
-    files = sorted(path.name for path in folder.glob("unet/*.safetensors"))
+    files = sorted(path.name for path in weight_files(folder))
     if files and not any(f".{variant}." in file or f".{variant}-" in file for file in files):
         raise UserError(
-            f"{name} has no weights of the variant {variant!r}; its UNet is {', '.join(files[:3])}"
+            f"{name} has no weights of the variant {variant!r}; it has {', '.join(files[:3])}"
         )
 
 
 def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
-    """Check before a run that its models and folders exist.
+    """Check before a run that its models and folders exist, and that the model fits its settings.
 
     Args:
         config: Settings of the run.
@@ -212,8 +217,13 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
 
     Raises:
         UserError: If one is missing, with the fix.
+        ConfigError: If the model's family refuses a setting.
     """
-    check_base(config.pretrained_model_name_or_path, config.revision, ask_hub=ask_hub)
+    name = config.pretrained_model_name_or_path
+    check_base(name, config.revision, ask_hub=ask_hub)
+    family = families.FAMILIES.get(locate.model_info(name).family)
+    if family is not None:
+        family.refuse(name, vars(config))
     vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     if vae and locate.looks_local(vae) and not Path(vae).expanduser().exists():
         raise UserError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
@@ -224,7 +234,7 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
     classes = config.class_data_dir
     if classes and Path(classes).exists() and not Path(classes).is_dir():
         raise UserError(f"class_data_dir {classes} is a file; give a folder of class images")
-    check_variant(config.pretrained_model_name_or_path, config.variant)
+    check_variant(name, config.variant)
 
 
 def path_here(base: BaseModel) -> str | None:

@@ -21,7 +21,7 @@ from dora_diffusion.cli.image_settings import Prompts
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.command import group
-from dora_diffusion.config.fields import ConfigError, flag
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError, flag
 from dora_diffusion.config.prompts import MOST_CHARACTERS, Style
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.models.schedulers import SCHEDULERS
@@ -351,14 +351,18 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
     """
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import truncated_text
+    from dora_diffusion.sampling.conditioning import inactive_messages, reads_weights
     from dora_diffusion.sampling.images import adapter_name
     from dora_diffusion.sampling.load import few_steps
 
     request, components, sampling, _ = loaded
     limit, notes = components.code.token_limit(components), prompt_messages(request, prompts)
+    if request.model.max_token_length not in (None, TOKENS_PER_CHUNK):
+        notes += components.family.inactive({"max_token_length"}).values()
+    notes += inactive_messages(components, sampling, [*prompts, sampling.negative_prompt])
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
-        for part in plain_parts(prompt) if sampling.prompt_weights else [prompt]:
+        for part in plain_parts(prompt) if reads_weights(components, sampling) else [prompt]:
             end = truncated_text(components, part)
             if end:
                 notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")

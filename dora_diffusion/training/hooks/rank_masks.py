@@ -35,7 +35,7 @@ class RankMasks(Hook):
         self._ranks = [adapter.down.shape[0] for adapter in step.adapters.trained()]
         self._has_rows = [id(layer) in unet for layer, _, _ in step.adapters.layers]
         self._dropout, self._least_rank = config.rank_dropout, config.least_rank
-        self._num_timesteps = process.num_timesteps
+        self._process = process
         self._seed = config.seed, step.accelerator.process_index
 
     def route(self, drawn: Drawn, route: RankRoute) -> RankRoute:
@@ -76,5 +76,6 @@ class RankMasks(Hook):
     def _active_ranks(self, drawn: Drawn, rank: int, least_rank: int) -> Tensor:
         batch, rows = drawn.batch, [question.ask.rows for question in drawn.trained()]
         timesteps = torch.cat([batch.select(part, batch.inputs.timesteps) for part in rows])
-        limits = timestep_ranks(timesteps, self._num_timesteps, rank, least_rank)
+        levels, process = self._process.level(timesteps), self._process
+        limits = timestep_ranks(levels, process.num_timesteps, rank, least_rank)
         return (torch.arange(rank, device=limits.device) < limits[:, None]).float()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.derived import changed_settings
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import move_frozen, place_model
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
+from dora_diffusion.models.schedulers import few_steps_of_name
 from dora_diffusion.training.processes import shards_model
 
 LoadBase = Callable[..., Components]
@@ -39,17 +42,30 @@ def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = Non
     )
     if not shards_model(accelerator):
         return place_model(loaded, accelerator.device, config.offload)
-    for module in (*loaded.text_encoders, loaded.vae):  # The UNet is moved block by block.
+    for module in (*loaded.text_encoders, loaded.vae):  # The denoiser is moved block by block.
         module.to(accelerator.device)
     return loaded
 
 
 def configure_reading(loaded: Components, config: TrainConfig) -> Components:
-    """Set the run's clip skip and prompt length.
+    """Check the settings for the family of a model, and set clip skip and prompt length.
+
+    Raises:
+        ConfigError: If the family refuses a setting.
 
     Warns:
-        UserWarning: If the model was trained with another clip skip.
+        UserWarning: If a setting has no effect on the family, or the model was trained with another
+            clip skip, or distilled to few steps.
     """
+    loaded.family.refuse(loaded.name, vars(config))
+    for message in loaded.family.inactive(changed_settings(config)).values():
+        warnings.warn(message, stacklevel=2)
+    if few := few_steps_of_name(Path(loaded.name).name):
+        warnings.warn(
+            f"{loaded.name} was distilled to few denoising steps ({few.kind}), which training may "
+            f"undo; train on a model that was not distilled, such as {loaded.family.released_id}",
+            stacklevel=2,
+        )
     components = loaded.reading(config.clip_skip, config.max_token_length)
     if loaded.clip_skip != config.clip_skip and loaded.clip_skip:
         warnings.warn(

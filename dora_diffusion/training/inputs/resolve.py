@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
-from dora_diffusion.config.fields import TOKENS_PER_CHUNK
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
+from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.photos import read_photos
 from dora_diffusion.data.sampler import EpochSampler
@@ -89,6 +90,25 @@ def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Component
     require_new(components, config.words)
     if plan.start is not None:
         plan.start.read(components, config)
+    check_with_model(components, config)
+
+
+def check_with_model(components: Components, config: TrainConfig) -> None:
+    """Check the layers that a run trains, and the sizes of its samples, with the model.
+
+    Raises:
+        TargetError, ValueError: If a target matches no layer, or a rank exceeds a layer.
+        ConfigError: If the model cannot generate a sample of a size.
+    """
+    step = components.size_step
+    for prompt in config.prompts if config.num_validation_images else ():
+        for name, side in (("width", prompt.width or 0), ("height", prompt.height or 0)):
+            require(
+                side % step == 0,
+                f"{name} {side} of the sample prompt {quoted(prompt.text)} must be a multiple of "
+                f"{step} on {components.family.title}, such as {side // step * step or step}",
+                "validation_prompt",
+            )
     modules = components_that_train(components, config)
     if config.is_full:
         from dora_diffusion.training.trainable.full import check_weights
@@ -164,6 +184,7 @@ def resolve_settings(
         total_steps = max(1, -(-config.num_train_epochs * batches // accumulation))
     return resolve(
         config,
+        family=components.family,
         prediction_type=components.prediction_type,
         resolution=run_resolution(config, components),
         total_steps=total_steps,
@@ -188,6 +209,7 @@ def _warn_of_small_data(
     sides = [s or components.default_resolution for size in sampled for s in size]
     longest = max(sides + [side for size in dataset.groups for side in size])
     is_set = config.max_token_length != TOKENS_PER_CHUNK
+    is_set = is_set and "max_token_length" not in components.family.without_effect
     if is_set and all(components.code.chunk_count(components, text) == 1 for text in texts):
         warnings.warn(
             f"max_token_length {config.max_token_length} has no effect because no caption or "

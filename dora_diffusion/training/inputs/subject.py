@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.dataset_file import naming_entry
 from dora_diffusion.config.derived import usual_class_word
+from dora_diffusion.config.problems import naming_entry
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.captions import (
     CaptionRules,

@@ -4,8 +4,8 @@ The inputs are noise at three timesteps, at most 128 pixels wide, and three capt
 predictions are computed in float32 regardless of the run's precision: in half precision, rounding
 alone changes a prediction by more than a short run does. For SDXL, a measurement takes 3% of the
 operations of a training step on one image of 1024 pixels. It needs less memory than a step: the
-weights are converted to float32 one layer at a time, and with offloading, text encoders and UNet
-are on the device at different times.
+weights are converted to float32 one layer at a time, and with offloading, text encoders and
+denoiser are on the device at different times.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 NOTHING = 1e-6
 """Largest relative change that float32 rounding explains."""
 
-_TIMESTEPS = (1 / 6, 1 / 2, 5 / 6)
+_TIMESTEPS = 3
 _MOST_LATENTS = 16
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -46,16 +46,18 @@ class Effect:
     """Relative changes at fixed inputs, as ``|after - before| / |before|``.
 
     Attributes:
-        prediction: Change of the UNet's predictions by all trained weights.
-        unet: Change of the UNet's predictions by its own weights, with the initial encodings.
+        prediction: Change of the denoiser's predictions by all trained weights.
+        denoiser: Change of the predictions by its own weights, with the initial encodings.
         text_encoders: Change of the text encoders' outputs by their weights; None if not trained.
         words: Change of the text encoders' outputs by new words; None if there are none.
+        component: Component name of the denoiser (`DENOISERS`).
     """
 
     prediction: float
-    unet: float
+    denoiser: float
     text_encoders: float | None = None
     words: float | None = None
+    component: str = "unet"
 
     @property
     def is_nothing(self) -> bool:
@@ -65,12 +67,20 @@ class Effect:
     @property
     def figures(self) -> dict[str, float]:
         """Changes that were measured, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        values = {
+            "prediction": self.prediction,
+            self.component: self.denoiser,
+            "text_encoders": self.text_encoders,
+            "words": self.words,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        names = {"unet": "UNet alone", "text_encoders": "text encoders' outputs", "words": "words'"}
+        denoiser = DENOISERS[self.component]
+        names = {self.component: f"{denoiser} alone", "text_encoders": "text encoders' outputs"}
+        names["words"] = "words'"
         changes = [f"{names[n]} {100 * v:.2g}%" for n, v in self.figures.items() if n in names]
-        moved = "training moved the UNet's predictions at fixed inputs by"
+        moved = f"training moved the {denoiser}'s predictions at fixed inputs by"
         details = f" ({', '.join(changes)})" if len(changes) > 1 else ""
         return f"{moved} {100 * self.prediction:.2g}%{details}"
 
@@ -97,7 +107,7 @@ class Probe:
     ) -> None:
         self.effect: Effect | None = None
         self._components, self._weights, self._is_sharded = components, weights, is_sharded
-        distinct, rows = sorted(set(captions)), len(_TIMESTEPS)
+        distinct, rows = sorted(set(captions)), _TIMESTEPS
         self._captions = [distinct[row * len(distinct) // rows] for row in range(rows)]
         self._before: dict[str, Tensor] = {}
 
@@ -131,19 +141,20 @@ class Probe:
         """Compute the effect of the model's present weights."""
         before, text, words = self._before, None, None
         hidden = self._encoded()
-        moved = unet = _relative(self._predicted(hidden), before["prediction"])
+        moved = alone = _relative(self._predicted(hidden), before["prediction"])
         if self._trains_text:
             names = ("encoder_hidden_states", "pooled")
             at_first = Conditioning(*map(before.get, names))  # type: ignore[arg-type]
             device = hidden.encoder_hidden_states.device
-            unet = _relative(self._predicted(at_first.to(device)), before["prediction"])
+            alone = _relative(self._predicted(at_first.to(device)), before["prediction"])
             with self._weights.words.at_start():
                 without = self._encoded()
             if self._weights.modules.keys() - set(DENOISERS):
                 text = _distance(without, at_first)
             if self._weights.words.tables:
                 words = _distance(hidden, without)
-        self.effect = Effect(moved, unet, text, words)
+        denoiser = self._components.family.denoiser
+        self.effect = Effect(moved, alone, text, words, component=denoiser)
         return self.effect
 
     @property
@@ -172,16 +183,15 @@ class Probe:
             return encode_prompts(components, self._captions)
 
     def _predicted(self, hidden: Conditioning) -> Tensor:
-        """Return the UNet's predictions ``(3, C, h, w)``."""
+        """Return the denoiser's predictions ``(3, C, h, w)``."""
         components, device = self._components, self._components.device
         config, side = components.denoiser.config, components.default_resolution
         size = min(_MOST_LATENTS, side // components.vae_factor)
-        shape = (len(_TIMESTEPS), config.in_channels, size, size)
+        shape = (_TIMESTEPS, config.in_channels, size, size)
         noise = torch.randn(shape, generator=generator_for("effect", shape))
-        steps = components.scheduler.config.num_train_timesteps
         crop = plan_crop((side, side), side, multiple=components.size_step)
-        ids = time_ids(components.family, [crop] * len(_TIMESTEPS))
-        timesteps = torch.tensor([int(fraction * steps) for fraction in _TIMESTEPS])
+        ids = time_ids(components.family, [crop] * _TIMESTEPS)
+        timesteps = components.process.spaced(_TIMESTEPS)
         with self._computing(components.denoiser):
             return components.predict(
                 noise.to(device),

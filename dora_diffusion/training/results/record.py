@@ -76,6 +76,6 @@ def has_learned_nothing(folder: Path) -> bool:
     """Return whether a completed run in the folder had no effect according to its record."""
     try:
         figures = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))["effect"]
-        return figures is not None and Effect(**figures).is_nothing
+        return figures is not None and Effect(figures["prediction"], 0.0).is_nothing
     except (OSError, ValueError, KeyError, TypeError):
         return False

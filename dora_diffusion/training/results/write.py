@@ -40,6 +40,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.modules import UNetLayout
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import MergeStrengths
+from dora_diffusion.sampling.conditioning import inactive_messages
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image, thumbnail
 from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
@@ -54,6 +55,7 @@ from dora_diffusion.training.signals import StopRequest
 from dora_diffusion.training.trainable.adapters import Writer
 
 if TYPE_CHECKING:
+    from dora_diffusion.models.components import Components
     from dora_diffusion.training.run import Run
 
 
@@ -249,6 +251,19 @@ class SampleRequest(NamedTuple):
         )
         return cls(prompt.text, range(seed, seed + config.num_validation_images), settings)
 
+    def for_model(self, components: Components) -> SampleRequest:
+        """Return the request with the settings that act on a model.
+
+        Raises:
+            ConfigError: If the model does not support its size.
+
+        Warns:
+            UserWarning: For each setting without effect.
+        """
+        for line in inactive_messages(components, self.settings, ()):
+            warnings.warn(line, stacklevel=2)
+        return self._replace(settings=self.settings.for_model(components))
+
 
 def check_prompts(config: TrainConfig) -> None:
     """Check the sample prompts before a model is loaded.
@@ -287,7 +302,8 @@ class SampleWriter:
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
         config = run.config
         self._with = "fine-tuned" if config.is_full else "with the adapter"
-        self._prompts = [SampleRequest.of(prompt, config) for prompt in config.prompts]
+        requests = (SampleRequest.of(prompt, config) for prompt in config.prompts)
+        self._prompts = [request.for_model(run.components) for request in requests]
         self._lines = config.validation_prompt or [prompt.text for prompt in self._prompts]
         self._strengths = SLIDER_STRENGTHS if config.is_slider else ()
         self._rules = prompt_rules(config)

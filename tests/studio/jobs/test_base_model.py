@@ -86,7 +86,7 @@ def test_a_variant_without_weights_is_refused(tmp_path: Path) -> None:
     folder = str(write_folder(tmp_path / "pipeline"))
     check_variant(folder, None)
     check_variant(folder, "fp16")
-    with pytest.raises(UserError, match=r"no weights of the variant 'bf16'; its UNet is .*fp16"):
+    with pytest.raises(UserError, match=r"no weights of the variant 'bf16'; it has .*fp16"):
         check_variant(folder, "bf16")
 
 

@@ -62,8 +62,10 @@ def test_a_waiting_job_can_be_taken_out_and_put_back(workspace: Workspace) -> No
     folder = make(workspace)
     jobs.stop_job(folder)
     assert seen(folder).state == "stopped"
+    (folder / records.STOP).touch()  # As where its worker was asked to stop.
     jobs.requeue_job(folder)
     assert seen(folder).state == "waiting"
+    assert not (folder / records.STOP).exists()
     # Without a checkpoint it begins again; with one it resumes.
     assert read_json(folder / records.JOB)["arguments"][-1] == "--overwrite_output_dir"
     (folder / "checkpoint-2").mkdir()

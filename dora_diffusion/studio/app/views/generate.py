@@ -273,6 +273,7 @@ def refresh(
 ) -> dict[str, Any]:
     """Return the timer's update of this tab; ``more`` are further choices by name."""
     listed, adapters = choices(context, jobs), [("none", ""), *adapter_choices(jobs)]
+    busy = next((job for job in jobs if job.is_active), None)
     # Default: the newest result. A base model as default would stay selected after the first run.
     results = (value for _, value in listed if not value.startswith(f"{BASE}/"))
     # A run's id stands for its selected adapter, which may also have been chosen by name.
@@ -283,26 +284,10 @@ def refresh(
         "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
         **gallery.refresh(context.images, jobs, more.get("find_run")),
         **words.refresh(context.workspace, more.get("words_file"), more.get("style")),
-        "turn": _turn(next((job for job in jobs if job.is_active), None), context),
+        "turn": html.pieces.turn(context.generator.turn, busy),
     }
 
 
 def _given(context: Context, choice: str | None) -> str:
     """Return the choice, or the first one if nothing is selected yet."""
     return choice or choices(context, context.jobs())[0][1]
-
-
-def _turn(busy: Job | None, context: Context) -> str:
-    """Describe the wait for the device, with a button that cancels the user's images."""
-    turn = context.generator.turn
-    if turn == "making":
-        return html.note("Images are being made.") + html.button("Stop", "withdraw", "")
-    if busy is None and not turn:
-        return ""
-    left = busy.remaining_seconds if busy else None
-    end = f" (about {html.duration(left)})" if left is not None else ""
-    condition = f"until {busy.title} has ended{end}" if busy else "until the device is free"
-    if not turn:
-        return html.note(f"Images wait {condition}.")
-    text = f"Waiting {condition}. The images are made then, and are in the list of all images."
-    return html.note(text) + html.button("Stop waiting", "withdraw", "")

@@ -331,7 +331,7 @@ def _connect_intake(context: Context, tab: LibraryTab) -> None:
 
 
 def _listed(jobs: Sequence[Job]) -> list[Job]:
-    """Return the runs with an adapter, including those that were resumed."""
+    """Return the runs with an adapter, resumed runs included."""
     return [job for job in jobs if job.stands]
 
 

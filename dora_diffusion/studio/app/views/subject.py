@@ -52,7 +52,7 @@ class SubjectTab:
             visible=False,
             elem_id="subject",
         )
-        self.place = ui.html_block(_place(None), elem_id="upload-to")
+        self.place = ui.html_block(html.pieces.place(None), elem_id="upload-to")
         self.upload = gr.File(
             file_count="multiple",
             file_types=["image", ".heic", ".heif", ".txt", ".zip"],
@@ -158,7 +158,7 @@ def _show(
     pick = ui.filled(_choices(context, subject_id))
     return [
         {**pick, "value": current.id} if current else pick,
-        _place(current),
+        html.pieces.place(current),
         *photo.subject_view(current, photo.side(context, *model_and_side), message),
     ]
 
@@ -285,16 +285,6 @@ def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> di
         return {"subject": pick, "looked": ""}
     looked = "".join(map(html.task_card, looks_at(jobs, subject)[:1]))
     return {"subject": pick, "looked": looked}
-
-
-def _place(subject: subjects.StoredSubject | None) -> str:
-    """Describe which subject added photos join."""
-    if subject is None:
-        return html.quiet("Photos that you add become a new subject.")
-    if not subject.sample:
-        return html.quiet(f"Photos that you add join {subject.title}.")
-    text = f"{subject.title} is a sample. Photos that you add become a new subject, unless you "
-    return html.pieces.sample_offer(subject.title, text + "choose to add them to the sample.")
 
 
 def _sample_cards(samples: Path) -> str:

@@ -25,6 +25,7 @@ from dora_diffusion.data.photos import mask_path
 from dora_diffusion.data.prepare import open_captioner
 from dora_diffusion.studio import app
 from dora_diffusion.studio.app.context import Context
+from dora_diffusion.studio.app.html import pieces
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import EMBEDDED
 from dora_diffusion.studio.app.views import captions
@@ -117,7 +118,7 @@ def test_photos_join_a_sample_only_where_that_was_asked_for(
     samples = Path(__file__).parents[4] / "samples"
     sample = take_sample(context.workspace, samples, "bolt_mug")
     file = make_photo(tmp_path / "dog.jpg")
-    place = tab._place(read_subject(context.workspace, sample))
+    place = pieces.place(read_subject(context.workspace, sample))
     assert "data-sample='Bolt mug'" in place
     assert "become a new subject" in place
     upload(context, "", file)  # declined
@@ -125,7 +126,7 @@ def test_photos_join_a_sample_only_where_that_was_asked_for(
     upload(context, sample, file)
     stored = read_subject(context.workspace, sample)
     assert (len(stored.photos), stored.sample) == (6, "")
-    assert "data-sample" not in tab._place(stored)
+    assert "data-sample" not in pieces.place(stored)
 
 
 def test_a_data_set_is_given_away_and_taken_in_by_the_page(

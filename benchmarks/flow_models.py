@@ -1,0 +1,106 @@
+"""Transformers of a flow at full size, for counts on fake tensors.
+
+Shapes of the transformers are the defaults of Diffusers' classes or those of its conversion
+scripts; of the text encoder, those of Qwen3-4B.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from fake_gpu import DEVICE
+from torch import Tensor, nn
+
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.conditioning import Conditioning
+
+QWEN3_4B = {
+    "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 40960,
+}  # fmt: skip
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "z-image": {},
+    "flux2-klein": {
+        "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+        "joint_attention_dim": 7680, "guidance_embeds": False,
+    },
+}  # fmt: skip
+VAES: dict[str, dict[str, Any]] = {
+    "z-image": {
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "sample_size": 1024,
+        "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "flux2-klein": {},
+}  # fmt: skip
+# Tokens of a caption with its chat template; FLUX.2-klein reads the padding, too.
+TOKENS = {"z-image": 64, "flux2-klein": 512}
+# Made outside of the fake device, since it reads numbers of its tensors.
+SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def make_transformer(family: str) -> nn.Module:
+    """Build the transformer of a family."""
+    import diffusers
+
+    from dora_diffusion.config.families import FAMILIES
+
+    model: nn.Module = getattr(diffusers, FAMILIES[family].denoiser_class)(**TRANSFORMERS[family])
+    return model
+
+
+def make_parts(family: str, dtype: torch.dtype) -> tuple[nn.Module, Any, list[nn.Module]]:
+    """Build transformer, autoencoder and text encoders on the fake device."""
+    import diffusers
+    from transformers import Qwen3Config, Qwen3Model
+
+    from dora_diffusion.config.families import FAMILIES
+
+    vae = getattr(diffusers, FAMILIES[family].vae_class)(**VAES[family])
+    if hasattr(vae, "bn"):
+        vae.bn.num_batches_tracked = None  # A number, which the fake device does not take.
+    vae = vae.to(DEVICE, dtype)
+    encoder = Qwen3Model(Qwen3Config(**QWEN3_4B)).to(DEVICE, dtype)
+    return make_transformer(family).to(DEVICE, dtype), vae, [encoder]
+
+
+def states_of(family: str, width: int, prompts: int, dtype: torch.dtype) -> Conditioning:
+    """Build the conditioning of prompts that were encoded before."""
+    tokens = TOKENS[family]
+    lengths = (tokens,) * prompts if family == "z-image" else None
+    hidden = torch.empty(prompts, tokens, width, device=DEVICE, dtype=dtype)
+    return Conditioning(hidden, None, lengths)
+
+
+def encoded(components: Components, prompts: int) -> Conditioning:
+    """Encode prompts of a fixed length."""
+    family = components.family
+    (encoder,) = components.text_encoders
+    ids = torch.zeros(prompts, TOKENS[family.name], dtype=torch.int64, device=DEVICE)
+    encoder(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    return states_of(family.name, family.prompt_width, prompts, encoder.dtype)
+
+
+def predict(model: nn.Module, family: str, dtype: torch.dtype, pixels: int, batch: int) -> Tensor:
+    """Predict for a batch. Inputs get gradients if no parameter of the model trains."""
+    from dora_diffusion.config.families import FAMILIES
+    from dora_diffusion.models.families import load_code
+    from dora_diffusion.numerics.process import Flow
+
+    facts, config = FAMILIES[family], model.config
+    side = pixels // 8 // (facts.patch if facts.packs_patches else 1)
+    latents = torch.empty(batch, config.in_channels, side, side, device=DEVICE, dtype=dtype)
+    latents.requires_grad_(not any(p.requires_grad for p in model.parameters()))
+
+    class Loaded:
+        denoiser, process = model, Flow(1000, 3.0)
+
+    conditioning = states_of(family, facts.prompt_width, batch, dtype)
+    timesteps = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    loaded: Any = Loaded
+    return load_code(facts.code).predict(loaded, latents, timesteps, conditioning)

@@ -1,0 +1,275 @@
+"""Every setting on Z-Image: it acts, has no effect and is named with the reason, or is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import ZImageTransformer2DModel
+
+from dora_diffusion.adapters.targets import TargetError
+from dora_diffusion.cli import main as cli
+from dora_diffusion.cli.commands.train import train_config
+from dora_diffusion.cli.console.training import training_summary
+from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.config.presets import PRESETS, preset_settings
+from dora_diffusion.config.train import settings
+from dora_diffusion.models.load import load_components
+from dora_diffusion.training import events, recipe
+from tests.refusal import check
+from tests.training import test_every_setting as every
+from tests.training.test_every_setting import CASES, ELSEWHERE, Case, filled, seen
+from tests.z_image import write_z_image
+
+FAMILY = FAMILIES["z-image"]
+USUAL = {
+    **every.USUAL, "pretrained_model_name_or_path": "{z_image}", "targets": ["attention"],
+}  # fmt: skip
+FULL = {**every.FULL, "targets": ["attention"]}
+# Values that differ from Stable Diffusion's: the names of layers are others.
+OWN = {
+    "pretrained_model_name_or_path": Case("{other}"),
+    "variant": Case("fp16", {"pretrained_model_name_or_path": "{variants}"}),
+    "targets": Case(["attention+ff"]),
+    "full_weights": Case("all", FULL),
+    "single_file": Case(True, FULL),
+    "save_precision": Case("float16", FULL),
+    "alpha_pattern": Case({"layers.0.*": 8.0}),
+    "lr_pattern": Case({"*refiner*": 2e-3}),
+    "prodigy_safeguard_warmup": Case(
+        False, {**every.PRODIGY, "lr_warmup_steps": 4, "max_train_steps": 12}
+    ),
+}
+# Settings of features that the family refuses.
+OF_REFUSED = {
+    "train_text_encoder": {
+        "text_encoder_targets", "text_encoder_lr", "adam_weight_decay_text_encoder",
+    },
+    "train_text_encoder_ti": {
+        "new_words", "num_new_tokens_per_abstraction", "initializer_concept", "embedding_lr",
+        "train_text_encoder_ti_frac",
+    },
+}  # fmt: skip
+# Without effect on every model that is no inpainting model, or has no adapted convolution.
+NO_LAYERS = {"conv_rank": 3, "conv_alpha": 8.0, "inpainting_mask": "subject"}
+REFUSED = {name: CASES[name].value for name in FAMILY.refused}
+INACTIVE = {name: CASES[name].value for name in FAMILY.without_effect if name in CASES}
+INACTIVE |= NO_LAYERS
+ACTING = set(CASES) - {*REFUSED, *INACTIVE}.union(*OF_REFUSED.values())
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, dino_folder: Path) -> dict[str, Path]:
+    """Files and folders that the cases name."""
+    root = tmp_path_factory.mktemp("places")
+    model, run = write_z_image(root / "z_image"), root / "run"
+    found = {**every.write_photos(root), **every.write_variants(model, root)}
+    found |= {"z_image": model, "other": write_z_image(root / "other", seed=1)}
+    found |= {"run": run, "adapter": run / "pytorch_lora_weights.safetensors"}
+    found |= {"metric": dino_folder}
+    steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
+    seen(TrainConfig(**filled({**USUAL, **steps}, found)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def usual_runs() -> dict[str, Any]:
+    """Outcomes of runs, by their settings."""
+    return {}
+
+
+@pytest.fixture
+def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls of libraries during a test."""
+    return every.watched(monkeypatch, ZImageTransformer2DModel)
+
+
+def test_each_setting_is_told_apart() -> None:
+    names = {setting.name for setting in settings()}
+    assert names == {*CASES, *ELSEWHERE}
+    assert set(FAMILY.refused) | set(FAMILY.defaults) <= names
+    assert set(INACTIVE).isdisjoint(REFUSED)
+    assert set(OF_REFUSED) <= set(REFUSED)
+    assert len(ACTING) > 100
+
+
+@pytest.mark.parametrize("name", sorted(ACTING))
+def test_a_setting_acts(
+    name: str, places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
+) -> None:
+    case = OWN.get(name, CASES[name])
+
+    def outcome(part: str, changes: dict[str, Any]) -> Any:
+        values = {**USUAL, **case.beside, **changes}
+        key = f"{sorted(values.items(), key=str)} {case.into}"
+        if key not in usual_runs:
+            output = tmp_path / part
+            if case.into:
+                shutil.copytree(places[case.into], output)
+            acts.clear()
+            config = TrainConfig(**filled({**values, "output_dir": str(output)}, places))
+            try:
+                usual_runs[key] = seen(config), sorted(set(acts))
+            except ConfigError:
+                if not case.into:
+                    raise
+                usual_runs[key] = "refused"
+        return usual_runs[key]
+
+    assert outcome("changed", {name: case.value}) != outcome("usual", {})
+
+
+def test_settings_without_effect_are_named_with_the_reason(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    """All of them together change nothing, to the bit."""
+    quantised = {"quantize": "int8", "max_train_steps": 1}
+
+    def run(part: str, **changes: Any) -> tuple[Any, list[str]]:
+        said = list[str]()
+        values = {**USUAL, **quantised, "output_dir": str(tmp_path / part), **changes}
+        return seen(TrainConfig(**filled(values, places)), said), said
+
+    usual, _ = run("usual")
+    changed, said = run("changed", **INACTIVE)
+    assert changed == usual
+    for name in INACTIVE:
+        [line] = [line for line in said if f"{name} has no effect" in f"{line} "]
+        if name in FAMILY.without_effect:
+            assert line == f"{name} has no effect on Z-Image: {FAMILY.without_effect[name]}"
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_setting_is_refused_before_weights_are_read(
+    name: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    values: dict[str, Any] = {**USUAL, "output_dir": str(tmp_path / "out")}
+    values |= {n: v for n, v in CASES[name].beside.items() if n not in REFUSED}
+    values[name] = REFUSED[name]
+    with pytest.raises(ConfigError, match=r"\(Z-Image\)") as error:
+        recipe.train(TrainConfig(**filled(values, places)))
+    check(error.value, name, FAMILY.refused[name])
+
+
+def test_the_family_of_a_model_that_is_not_here_is_asked_when_it_is(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "known_family", lambda name: None)
+    values = {**USUAL, "train_text_encoder": True, "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ConfigError) as error:
+        recipe.train(TrainConfig(**filled(values, places)), load=load_components)
+    check(error.value, "train_text_encoder", FAMILY.refused["train_text_encoder"])
+
+
+@pytest.mark.parametrize("feature", sorted(OF_REFUSED))
+def test_settings_of_a_refused_feature_are_named(feature: str) -> None:
+    for name in OF_REFUSED[feature]:
+        [line] = without_effect(TrainConfig(), {name}, FAMILY).values()
+        assert feature in line
+
+
+@pytest.mark.parametrize("target", ["cross-attention", "b-lora-content", "b-lora-style"])
+def test_presets_of_unets_name_those_of_the_transformer(
+    target: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before class images are generated and photos are encoded."""
+    monkeypatch.setattr(recipe, "open_data", lambda *_: pytest.fail("the photos were read"))
+    values = {**USUAL, "targets": [target], "output_dir": str(tmp_path / "out")}
+    with pytest.raises(TargetError) as error:
+        recipe.train(TrainConfig(**filled(values, places)))
+    assert f"targets: the preset {target!r} matches no layer of ZImageTransformer2DModel" in str(
+        error.value
+    )
+    assert str(error.value).endswith(
+        "Its presets are attention, attention+conv, attention+ff, full."
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("validation_prompt", {"validation_prompt": ["a mug --w 72"], "num_validation_images": 1}),
+        ("bucket_reso_steps", {"aspect_ratio_buckets": True, "bucket_reso_steps": 8}),
+        ("resolution", {"resolution": 40}),
+        ("clip_skip", {"clip_skip": 2}),
+    ],
+)
+def test_values_that_the_model_cannot_have_are_refused_before_training(
+    setting: str, values: dict[str, Any], places: dict[str, Path], tmp_path: Path
+) -> None:
+    values = {**USUAL, **values, "output_dir": str(tmp_path / "out")}
+    said = {"clip_skip": "choose 0 to 1"}.get(setting, "multiple of 16")
+    with pytest.raises(ValueError, match=rf"{said}") as error:
+        recipe.train(TrainConfig(**filled(values, places)), _no_step)
+    assert setting in (getattr(error.value, "setting", "") or str(error.value))
+
+
+def _no_step(event: events.Event) -> None:
+    assert not isinstance(event, events.StepDone)
+
+
+def test_defaults_of_the_family(places: dict[str, Path], tmp_path: Path) -> None:
+    config = TrainConfig(**filled({**USUAL, "learning_rate": None}, places))
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "out"))
+    done = list[events.Event]()
+    recipe.train(config, done.append)
+    records = [event.record for event in done if isinstance(event, events.StepDone)]
+    assert {record["lr"]["transformer/down"] for record in records} == {1e-4}
+
+
+def parsed(model: Path, *flags: str) -> TrainConfig:
+    words = ["train", "--pretrained_model_name_or_path", str(model), *flags]
+    return train_config(cli.build_parser().parse_args(words))
+
+
+def test_a_command_line_starts_from_the_familys_settings(places: dict[str, Path]) -> None:
+    model, defaults = places["z_image"], dict(FAMILY.defaults)
+    assert defaults == {"validation_guidance_scale": 6.0, "validation_inference_steps": 50}
+    for config in (parsed(model), parsed(model, "--validation_inference_steps", "7")):
+        assert config.validation_guidance_scale == 6.0
+    assert config.validation_inference_steps == 7
+    with pytest.warns(UserWarning, match="quantize_convolutions has no effect on Z-Image"):
+        parsed(model, "--no-quantize_convolutions")
+    assert summary_of(parsed(model, "--quantize", "int8", "--quantize_convolutions")) == [
+        f"quantize_convolutions has no effect on Z-Image: "
+        f"{FAMILY.without_effect['quantize_convolutions']}"
+    ]
+    with pytest.raises(ConfigError, match="train_text_encoder cannot be used"):
+        summary_of(parsed(model, "--train_text_encoder"))
+
+
+def summary_of(config: TrainConfig) -> list[str]:
+    """Lines on settings without effect of the summary of a run, which loads no model."""
+    config = dataclasses.replace(
+        config, instance_data_dir=str(every.SAMPLES / "bolt_mug"), instance_prompt="a sks mug"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training_summary(config)
+    return [str(w.message) for w in caught if "has no effect" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_is_said_to_be_made_for_stable_diffusion(
+    name: str, places: dict[str, Path]
+) -> None:
+    """It is not refused, but for the settings that are the point of it."""
+    words = ["--instance_prompt", "a <sks> sks mug"]
+    if name == "slider":
+        words = ["--target", "a mug", "--positive", "a red mug", "--negative", "a blue mug"]
+    with pytest.warns(UserWarning, match="made for Stable Diffusion") as caught:
+        config = parsed(places["z_image"], "--preset", name, *words)
+    assert [str(w.message) for w in caught if "preset" in str(w.message)] == [
+        f"preset {name} was made for Stable Diffusion: its settings were not tried on Z-Image"
+    ]
+    values = preset_settings(name, FAMILY)
+    assert values["validation_guidance_scale"] == config.validation_guidance_scale == 6.0
+    assert values["max_train_steps"] == round(PRESETS[name].steps * FAMILY.default_steps)
+    refused = {setting for setting in FAMILY.refused if values.get(setting)}
+    assert refused == ({"train_text_encoder_ti"} if name == "fast-word" else set())
