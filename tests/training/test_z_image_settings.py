@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from dora_diffusion.config.presets import PRESETS, preset_settings
 from dora_diffusion.config.train import settings
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training import events, recipe
+from tests.flux2_klein import write_flux2_klein
 from tests.refusal import check
 from tests.training import test_every_setting as every
 from tests.training.test_every_setting import CASES, ELSEWHERE, Case, filled, seen
@@ -58,7 +60,9 @@ OF_REFUSED = {
 }  # fmt: skip
 # Without effect on every model that is no inpainting model, or has no adapted convolution.
 NO_LAYERS = {"conv_rank": 3, "conv_alpha": 8.0, "inpainting_mask": "subject"}
-REFUSED = {name: CASES[name].value for name in FAMILY.refused}
+REFUSED = {name: CASES[name].value for name in FAMILY.refused if name in CASES}
+FLOWS = {"z-image": "{z_image}", "flux2-klein": "{klein}"}
+REFUSALS = [(flow, name) for flow in FLOWS for name in FAMILIES[flow].refused if name in CASES]
 INACTIVE = {name: CASES[name].value for name in FAMILY.without_effect if name in CASES}
 INACTIVE |= NO_LAYERS
 ACTING = set(CASES) - {*REFUSED, *INACTIVE}.union(*OF_REFUSED.values())
@@ -71,6 +75,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, dino_folder: Path) -> dict[
     model, run = write_z_image(root / "z_image"), root / "run"
     found = {**every.write_photos(root), **every.write_variants(model, root)}
     found |= {"z_image": model, "other": write_z_image(root / "other", seed=1)}
+    found |= {"klein": write_flux2_klein(root / "klein")}
     found |= {"run": run, "adapter": run / "pytorch_lora_weights.safetensors"}
     found |= {"metric": dino_folder}
     steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
@@ -154,17 +159,22 @@ def test_settings_without_effect_are_named_with_the_reason(
             assert line == f"{name} has no effect on Z-Image: {FAMILY.without_effect[name]}"
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize(("flow", "name"), REFUSALS)
 def test_a_setting_is_refused_before_weights_are_read(
-    name: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flow: str,
+    name: str,
+    places: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(recipe, "load_base", lambda *_: pytest.fail("the model was loaded"))
-    values: dict[str, Any] = {**USUAL, "output_dir": str(tmp_path / "out")}
-    values |= {n: v for n, v in CASES[name].beside.items() if n not in REFUSED}
-    values[name] = REFUSED[name]
-    with pytest.raises(ConfigError, match=r"\(Z-Image\)") as error:
+    family, case = FAMILIES[flow], CASES[name]
+    values: dict[str, Any] = {**USUAL, "pretrained_model_name_or_path": FLOWS[flow]}
+    values |= {n: v for n, v in case.beside.items() if n not in family.refused}
+    values |= {name: case.value, "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ConfigError, match=rf"\({re.escape(family.title)}\)") as error:
         recipe.train(TrainConfig(**filled(values, places)))
-    check(error.value, name, FAMILY.refused[name])
+    check(error.value, name, family.refused[name])
 
 
 def test_the_family_of_a_model_that_is_not_here_is_asked_when_it_is(
