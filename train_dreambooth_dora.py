@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Teach Stable Diffusion or SDXL a subject from a handful of photos, with DoRA.
+r"""Teach Stable Diffusion, SDXL or Z-Image a subject from a handful of photos, with DoRA.
 
     python train_dreambooth_dora.py --config samples/bolt_mug/config.yaml
     accelerate launch train_dreambooth_dora.py --pretrained_model_name_or_path MODEL \

@@ -1,4 +1,4 @@
-"""DreamBooth training of Stable Diffusion and SDXL with DoRA, for use in any program.
+"""DreamBooth training of Stable Diffusion, SDXL and Z-Image with DoRA, for use in any program.
 
 The whole Python interface::
 

@@ -274,13 +274,14 @@ class DenoisingSettings(CommandSettings):
 
     steps: int | None = flag(
         None,
-        f"Denoising steps. Default: {SampleSettings.validation_inference_steps}; of LCM, Turbo and "
-        "Lightning models and adapters what they are for, as of guidance and scheduler.",
+        f"Denoising steps. Default: {SampleSettings.validation_inference_steps}, of Z-Image and "
+        "FLUX.2-klein 50; of LCM, Turbo and Lightning models and adapters what they are for, as of "
+        "guidance and scheduler.",
     )
     guidance_scale: float | None = flag(
         None,
         "Guidance scale (CFG scale); 1 is none. Default: "
-        f"{SampleSettings.validation_guidance_scale}.",
+        f"{SampleSettings.validation_guidance_scale}, of Z-Image 6, of FLUX.2-klein 4.",
     )
     guidance_rescale: float = flag(
         0.0,

@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     """Return the parser of all commands, with flags for the commands in ``filled`` only."""
     parser = Parser(
-        prog="dora-diffusion", description="Teach Stable Diffusion or SDXL your subject with DoRA."
+        prog="dora-diffusion",
+        description="Teach Stable Diffusion, SDXL or Z-Image your subject with DoRA.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -116,20 +116,24 @@ class RequestedImages(CommandSettings):
     ) -> tuple[SamplingSettings, str]:
         """Replace settings that are not given by the values of a distilled model or adapter.
 
+        Without one, the defaults of the model's family are used.
+
         Returns:
-            The settings, and a line that reports the values; empty if none was replaced.
+            The settings, and a line that reports the values of a distilled model or adapter; else
+            empty.
         """
         from dora_diffusion.sampling.images import adapter_name
-        from dora_diffusion.sampling.load import few_steps
+        from dora_diffusion.sampling.load import few_steps, sampling_defaults
 
         distilled = few_steps(components, [adapter_name(use.path) for use in uses])
-        if distilled is None:
-            return settings, ""
-        name, few = distilled
         stated = {
             "steps": self.denoising.steps, "guidance_scale": self.denoising.guidance_scale,
             "scheduler": self.scheduler,
         }  # fmt: skip
+        if distilled is None:
+            defaults = sampling_defaults(components.family)
+            return replace(settings, **{n: v for n, v in defaults.items() if stated[n] is None}), ""
+        name, few = distilled
         chosen = {n: getattr(few, n) for n, v in stated.items() if v is None and getattr(few, n)}
         if not chosen:
             return settings, ""

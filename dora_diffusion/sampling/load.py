@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.config.base import AnyModel
+from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.formats.adapter.metadata import READING, AdapterMetadata, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
@@ -136,3 +138,18 @@ def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str
     few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
     few = few or few_steps_of_name(Path(components.name).name)
     return few and (components.name, few)
+
+
+def sampling_defaults(family: Family) -> dict[str, Any]:
+    """Return the steps and the guidance scale of a family, where they differ from the usual ones.
+
+    Example:
+        >>> from dora_diffusion.config.families import FAMILIES
+        >>> sampling_defaults(FAMILIES["z-image"])
+        {'steps': 50, 'guidance_scale': 6.0}
+    """
+    names = {
+        "steps": "validation_inference_steps",
+        "guidance_scale": "validation_guidance_scale",
+    }
+    return {n: family.defaults[name] for n, name in names.items() if name in family.defaults}

@@ -329,7 +329,9 @@ def test_transformers_without_known_names_are_refused(tmp_path: Path) -> None:
     """ComfyUI's names of FLUX.2 were not checked."""
     layer = LayerWeights(torch.ones(2, 8), torch.ones(6, 2), None, 2.0)
     adapter = AdapterFile({"transformer.transformer_blocks.0.attn.to_q": layer})
-    with pytest.raises(AdapterFormatError, match=r"has no name for transformer\.transformer_blocks"):
+    with pytest.raises(
+        AdapterFormatError, match=r"has no name for transformer\.transformer_blocks"
+    ):
         write_adapter(tmp_path / "a.safetensors", adapter, "diffusion_model")
     file = write_adapter(tmp_path / "b.safetensors", adapter)
     tools = inspect_adapter(file).tools

@@ -406,6 +406,14 @@ def test_a_grid_has_a_cell_for_each_value(folder, inputs, adapters):
     assert difference(whole, expected) <= 1
 
 
+def test_the_familys_steps_and_guidance_are_used_where_none_is_given(folder, generate):
+    fields = read_fields(generate(steps=None, guidance_scale=None))
+    assert (fields["Steps"], fields["CFG scale"]) == ("50", "6")
+    case = Case({}, {"num_inference_steps": 50, "guidance_scale": 5.0})
+    assert difference(Path("image.png"), by_hand(folder, case)[0]) <= 1
+    assert read_fields(generate("few.png", steps=2, guidance_scale=None))["CFG scale"] == "6"
+
+
 def test_a_turbo_model_is_known_by_its_name(tmp_path, folder, generate):
     turbo = tmp_path / "Z-Image-Turbo"
     turbo.symlink_to(folder)

@@ -13,7 +13,12 @@ FOUND = messages.messages()
 def test_known_messages_are_in_it_with_their_placeholders() -> None:
     texts = {(message.room, message.kind, message.text) for message in FOUND}
     assert {
-        ("config", "ConfigError", "{name} is {value}; it must be greater than 0"),
+        (
+            "config",
+            "ConfigError",
+            "max_token_length is {value}; it must be a multiple of {TOKENS_PER_CHUNK}, such as 75, "
+            "150 or 225, or 0 for no limit",
+        ),
         ("config", "ConfigError", "{self.name} is {value}; it must {problem}"),
         ("config", "warning", "{name} has no effect because {reason}"),
     } - texts == set()

@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader
 
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.train import settings
-from dora_diffusion.models.load import BaseCache
 from dora_diffusion.training import events, processes
 from dora_diffusion.training.recipe import train
 from tests.conftest import shallow_config
@@ -357,16 +356,12 @@ def filled(value: Any, places: Mapping[str, Path]) -> Any:
     return value.format_map(places) if isinstance(value, str) and value.startswith("{") else value
 
 
-LOAD = BaseCache()
-"""Loader of all runs here, most of which have the same model."""
-
-
 def seen(config: TrainConfig, said: list[str] | None = None) -> dict[str, Any]:
     """Train, and return what is left of it: losses, weights, images and files."""
     told: list[events.Event] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(config, told.append, load=LOAD)
+        train(config, told.append)
     if said is not None:
         said += [str(warning.message) for warning in caught]
     folder = Path(config.output_dir)

@@ -136,7 +136,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Of these, a graph holds nothing that it does not hold of a plain run.
+LONG = ("lora", "input axis")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG)) for case in CASES]
+)
 def test_a_step_by_a_graph_is_the_ordinary_one(case: str, opened: Callable[..., Run]) -> None:
     """To the bit: losses, norms of gradients, and all parameters after some steps."""
     plain, graphed, expected, found = both(opened, **CASES[case])
@@ -389,8 +395,8 @@ def test_a_whole_run_and_a_resumed_one_are_as_without_graphs(
 ) -> None:
     """Samples, validation, averages and checkpoints between the steps."""
     config = tiny_run(
-        max_train_steps=8, checkpointing_steps=6, num_validation_images=1, validation_steps=4,
-        validation_split=1, ema_decay=0.5, lora_dropout=0.2, targets=["attention+conv"],
+        max_train_steps=6, checkpointing_steps=4, num_validation_images=1, validation_steps=3,
+        validation_split=1, ema_decay=0.5, lora_dropout=0.2,
     )  # fmt: skip
     plain, graphed, again = (
         replace(config, output_dir=str(tmp_path / name), cuda_graph=name != "plain")
@@ -399,10 +405,10 @@ def test_a_whole_run_and_a_resumed_one_are_as_without_graphs(
     folders = [Path(c.output_dir) for c in (plain, graphed)]
     for each in (plain, graphed):
         train(each)
-    assert Tape.replays >= 5
+    assert Tape.replays >= 3
     assert losses(folders[0]) == losses(folders[1])
     assert same(*(folder / "pytorch_lora_weights.safetensors" for folder in folders))
-    train(replace(again, resume_from_checkpoint=str(folders[1] / "checkpoint-6")))
+    train(replace(again, resume_from_checkpoint=str(folders[1] / "checkpoint-4")))
     assert same(folders[0], Path(again.output_dir))
 
 

@@ -29,6 +29,7 @@ from tests.training.test_every_setting import CASES, ELSEWHERE, Case, filled, se
 from tests.z_image import write_z_image
 
 FAMILY = FAMILIES["z-image"]
+SLOW = pytest.mark.slow
 USUAL = {
     **every.USUAL, "pretrained_model_name_or_path": "{z_image}", "targets": ["attention"],
 }  # fmt: skip
@@ -103,7 +104,16 @@ def test_each_setting_is_told_apart() -> None:
     assert len(ACTING) > 100
 
 
-@pytest.mark.parametrize("name", sorted(ACTING))
+# Quickly those that the family computes in its own way; the others once more at length.
+QUICK = {
+    "targets", "rank", "snr_gamma", "huber_schedule", "timestep_distribution", "clip_skip",
+    "tlora_min_rank", "train_batch_size", "quantize", "gradient_checkpointing", "single_file",
+    "caption_dropout", "aspect_ratio_buckets", "norm_axis",
+}  # fmt: skip
+ONCE = [name if name in QUICK else pytest.param(name, marks=SLOW) for name in sorted(ACTING)]
+
+
+@pytest.mark.parametrize("name", ONCE)
 def test_a_setting_acts(
     name: str, places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
 ) -> None:

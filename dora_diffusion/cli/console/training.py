@@ -323,8 +323,10 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         written: The adapter file, or the folder of the model.
     """
     from dora_diffusion.formats.files.runs import INPUT_AXIS_FILES
+    from dora_diffusion.models.locate import known_family
     from dora_diffusion.training.inputs.subject import example_prompt
 
+    family = known_family(config.pretrained_model_name_or_path)
     folder = written.parent if written.parent.name else written.parent.resolve()
     base = ["--base", config.pretrained_model_name_or_path]
     for name in ("variant", "revision"):
@@ -339,7 +341,8 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
     )
     if config.is_full:
         adapted = ["--base", str(folder)]
-        comfyui = _command("export", *adapted, "--output", single) + copy + "checkpoints"
+        comfyui = _command("export", *adapted, "--output", single) + copy
+        comfyui += "diffusion_models" if family and family.has_separate_files else "checkpoints"
         diffusers = f"DiffusionPipeline.from_pretrained({str(written)!r})"
     elif written.name in INPUT_AXIS_FILES.values():
         diffusers = _command("export", *adapted, "--output", merged)
@@ -347,7 +350,9 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
     prompt = example_prompt(config)
     adapted += ["--strength", "3"] if config.is_slider else []
     images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
-    return [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
+    lines = [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
+    is_known = family is None or family.has_unet or family.has_separate_files
+    return lines if is_known else [line for line in lines if not line.startswith("ComfyUI")]
 
 
 def _command(*words: str) -> str:

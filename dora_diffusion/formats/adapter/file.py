@@ -37,7 +37,7 @@ from dora_diffusion.formats.adapter.stored import StoredAdapter, StoredFile
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.stream import PICKLED, write_tensors
-from dora_diffusion.formats.layouts import CONVERSIONS, LAYOUTS
+from dora_diffusion.formats.layouts import LAYOUTS
 from dora_diffusion.formats.layouts.dotted import (
     PEFT_CONFIG,
     PEFT_FILE,
@@ -154,12 +154,12 @@ def write_adapter(
 
 
 def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
-    written = [name for name, conversion in LAYOUTS.items() if conversion]
+    written = {name: conversion for name, conversion in LAYOUTS.items() if conversion}
     if target not in written:
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(written)}")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
-    refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser_of(adapter.layers))
+    refuse_denoiser(target, written[target].denoisers, denoiser_of(adapter.layers))
     if adapter.beside and target != "dense":
         raise AdapterFormatError(f"the {target} format cannot store the sum of a DoRA and a LoRA")
     return layout_named(target)

@@ -247,7 +247,13 @@ def kohya_names(layers: Layers, options: WriteOptions) -> dict[str, str]:
     trained = UNetLayout.from_text(options.metadata.extra.get(UNET_LAYERS, ""))
     layout = options.unet_layout or trained or USUAL_LAYOUT
     names = {name: kohya_name(name, family, layout) for name in layers}
-    if missing := [name for name, new in names.items() if new is None]:
+    missing = [name for name, new in names.items() if new is None]
+    if missing and not family.has_unet:
+        raise AdapterFormatError(
+            f"the kohya format has no names for {family.title}; write the diffusers or peft "
+            "format, or export a merged model"
+        )
+    if missing:
         raise AdapterFormatError(f"modules without a name in the kohya format: {listing(missing)}")
     counts = Counter(names.values())
     if repeated := [name for name, new in names.items() if counts[new] > 1]:

@@ -142,8 +142,9 @@ def token_advice(preset: str) -> str:
 
 def default_guidance(model: str) -> float:
     """Return the default guidance scale of a base model's samples."""
-    usual = TrainConfig.validation_guidance_scale
-    return float(SMALL["validation_guidance_scale"] if is_embedded(model) else usual)
+    name, family = "validation_guidance_scale", known_family(model)
+    values = {**vars(TrainConfig()), **(family.defaults if family else {})}
+    return float((SMALL if is_embedded(model) else values)[name])
 
 
 def idle_settings(config: TrainConfig) -> list[str]:

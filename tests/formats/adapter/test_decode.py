@@ -121,7 +121,7 @@ def mutated(edits: list[tuple[str, int, bytes]]) -> bytes:
     return bytes(data)
 
 
-@at_least(400)
+@at_least(1500)
 @given(edits=EDITS)
 def test_no_damage_gets_past_the_readers(
     edits: list[tuple[str, int, bytes]], tmp_path_factory: pytest.TempPathFactory
@@ -181,7 +181,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-@at_least(200)
+@at_least(600)
 @given(
     good=st.booleans(), tensors=st.dictionaries(KEY, TENSOR, max_size=4),
     fields=st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=2), with_model=st.booleans(),

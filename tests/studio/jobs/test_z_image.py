@@ -11,6 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.locate import model_info, resolve_folder
 from dora_diffusion.models.memory import (
@@ -20,6 +21,7 @@ from dora_diffusion.models.memory import (
     gpu_training_memory,
     needed_memory,
 )
+from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.studio.jobs.bases import (
     Base,
     check_base,
@@ -28,7 +30,8 @@ from dora_diffusion.studio.jobs.bases import (
     in_folder,
     in_hub_cache,
 )
-from dora_diffusion.studio.jobs.store import UserError
+from dora_diffusion.studio.jobs.image_generator import GenerationRequest, ImageGenerator
+from dora_diffusion.studio.jobs.store import UserError, Workspace
 from tests.refusal import refused
 from tests.z_image import write_z_image
 
@@ -95,7 +98,8 @@ def test_memory_of_a_gpu_is_counted_and_that_of_a_cpu_unknown() -> None:
     usual = {"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw"}
     # A context, the transformer in bfloat16, its adapter with AdamW, and a step.
     gib = gpu_training_memory("z-image", 1024, usual | {"offload": "auto"})
-    assert gib == pytest.approx(0.4 + 11.46 + 0.13 + 2.18)
+    table = FAMILIES["z-image"].gpu_memory
+    assert gib == pytest.approx(0.4 + table.denoiser + table.adapter + table.recomputed)
     assert needed_memory("z-image", 1024, usual, Device()) is None
     on = {"mixed_precision": "no", "gradient_checkpointing": True, "optimizer": "adamw"}
     assert fitting_settings("z-image", 1024, Device(free_gib=500)) == on
@@ -108,3 +112,18 @@ def test_train_says_that_a_cpu_was_not_measured(tmp_path: Path, capsys, monkeypa
     words = ["train", "--memory=auto", f"--pretrained_model_name_or_path={NAME}", "--dry_run"]
     main([*words, f"--output_dir={tmp_path / 'run'}", "--instance_data_dir=samples/bolt_mug"])
     assert "memory auto is not compared with training of Tongyi-MAI" in capsys.readouterr().err
+
+
+def test_images_of_the_app_note_settings_without_effect(folder: Path, tmp_path: Path) -> None:
+    generator = ImageGenerator(Workspace(tmp_path / "runs").make())
+    request = GenerationRequest.of(
+        base=str(folder), prompt="a (dog:1.2)", steps=1, seed=1, scheduler="euler",
+        max_token_length=150,
+    )  # fmt: skip
+    (image,) = generator.make(request)
+    reasons = FAMILIES["z-image"].without_effect
+    assert list(image.notes) == [
+        f"{name} has no effect on Z-Image: {reasons[name]}"
+        for name in ("max_token_length", "prompt_weights", "scheduler")
+    ]
+    assert not parse_parameters(image.parameters).keys() & {"Sampler", "Max token length"}

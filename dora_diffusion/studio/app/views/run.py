@@ -22,7 +22,7 @@ from dora_diffusion.studio.jobs import queue, tasks
 from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics, read_validation
 from dora_diffusion.studio.jobs.snapshot import Job, choose, read_ranking
-from dora_diffusion.studio.jobs.store import GONE, REMAINS, DamagedFile
+from dora_diffusion.studio.jobs.store import GONE, REMAINS, DamagedFile, MissingError
 
 _NOTHING = html.empty(
     "Nothing trained yet",
@@ -113,9 +113,10 @@ def connect(context: Context, view: RunView) -> None:
 
     def draw(job_id: str | None) -> list[Any]:
         """Return updates of the plots of training and validation loss."""
-        if not job_id or job_id == GONE:
+        try:
+            training, validation = _losses(workspace.job(job_id))
+        except MissingError:  # none is chosen, or it was deleted just now
             return [gr.update(visible=False)] * 2
-        training, validation = _losses(workspace.job(job_id))
         held_out = [(step, loss, "") for step, loss in validation.items()]
         curves = [plot.training_curves(training), held_out]
         return [gr.update(value=plot.plot_data(rows), visible=bool(rows)) for rows in curves]
