@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def losses_of(run: Run) -> tuple[Batch, Tensor, Tensor, list[Tensor]]:
     step = run.step
     drawn, rows = step.draw(), list[Tensor]()
     with step.stack.scope(), step.stack.of(0, *step.route(drawn)), torch.no_grad():
-        answers = answer(run.components, drawn.distinct(), step.base)
+        answers = answer(run.components, drawn.distinct(), partial(step.base, step.stack))
         for term, questions in zip(step.terms, drawn.questions, strict=True):
             found = term.losses(drawn.batch, *(answers[question] for question in questions))
             rows += [tensor for tensor in found if tensor is not None]
