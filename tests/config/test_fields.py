@@ -118,9 +118,9 @@ TRAINING = {
 }  # fmt: skip
 COMMANDS = {
     "(0, inf)": "adapter_memory rate price gpus_per_worker",
-    "[0, inf)": "clip_skip vae_tile_size replica_gpus",
+    "[0, inf)": "clip_skip vae_tile_size replica_gpus num_cpus num_gpus",
     "[1, inf)":
-        "batch_size grid_limit replicas queue num_seeds simulate.workers pack subjects",
+        "batch_size grid_limit replicas queue num_seeds workers pack subjects",
     "(0, 1]": "detail_denoise",
     "(0, 86400]": "timeout",
     "[0, 10]": "serve.window",
