@@ -82,7 +82,8 @@ def encoded(components: Components, prompts: int) -> Conditioning:
     family = components.family
     (encoder,) = components.text_encoders
     ids = torch.zeros(prompts, TOKENS[family.name], dtype=torch.int64, device=DEVICE)
-    encoder(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    mask = torch.ones_like(ids)
+    encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return states_of(family.name, family.prompt_width, prompts, encoder.dtype)
 
 

@@ -66,8 +66,9 @@ class PaddedTokens(NamedTuple):
         (encoder,) = components.text_encoders
         device = computing_device(encoder)
         ids, mask = send(self.ids, device), send(self.mask, device)
-        hidden = encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        return Conditioning(torch.cat([hidden[layer] for layer in LAYERS], dim=-1))
+        output = encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        states = [output.hidden_states[layer] for layer in LAYERS]
+        return Conditioning(torch.cat(states, dim=-1))
 
 
 def tokenize_prompts(

@@ -52,7 +52,9 @@ class ChatTokens(NamedTuple):
         (encoder,) = components.text_encoders
         device = computing_device(encoder)
         mask = send(self.mask, device)
-        output = encoder(send(self.ids, device), attention_mask=mask, output_hidden_states=True)
+        output = encoder(
+            send(self.ids, device), attention_mask=mask, output_hidden_states=True, use_cache=False
+        )
         states = output.hidden_states[-2 - skip]
         states = states.masked_fill(mask[:, :, None] == 0, 0)
         return Conditioning(states, None, tuple(self.mask.sum(dim=1).tolist()))
