@@ -85,12 +85,12 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
         >>> import torch
         >>> compile_blocks(torch.nn.Linear(8, 8))
         Traceback (most recent call last):
-        ValueError: Linear has no block to compile: one of BasicTransformerBlock, ...
+        ValueError: Linear has no block that is compiled, such as BasicTransformerBlock
     """
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
     if not blocks:
-        names = ", ".join(BLOCKS)
-        raise ValueError(f"{type(model).__name__} has no block to compile: one of {names}")
+        name = type(model).__name__
+        raise ValueError(f"{name} has no block that is compiled, such as {BLOCKS[0]}")
     # DDPOptimizer would split graphs by gradient buckets, but blocks are small already.
     torch._dynamo.config.optimize_ddp = False
     kinds: dict[Any, Callable[..., Any]] = {}

@@ -86,7 +86,7 @@ class AdapterSettings:
     )
     targets: list[str] = flag(
         ["attention+conv"],
-        f"Layers of the denoiser to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
+        f"Layers to adapt: {', '.join(PRESETS)}, or glob patterns.",
         needs=(_TARGETED,),
     )
     text_encoder_targets: list[str] = flag(
@@ -220,7 +220,7 @@ class OptimizerSettings:
 
     learning_rate: float | None = free_flag(
         None,
-        "Learning rate of the denoiser: of its adapter, or of its weights.",
+        "Learning rate of the denoiser's adapter or weights.",
         derived="8e-5, for flow models 1e-4, for full fine-tuning 5e-6",
         needs=(_rate("learning_rate", "nothing of the denoiser"),),
         least=0,

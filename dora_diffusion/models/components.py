@@ -15,7 +15,7 @@ from torch import nn
 
 from dora_diffusion.adapters.scope import NormCache
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import FLOW, TITLES, Family
+from dora_diffusion.config.families import DENOISERS, FLOW, TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleInfo
 from dora_diffusion.models.conditioning import Conditioning
@@ -72,8 +72,9 @@ class Components:
         channels, latents = self.denoiser.config.in_channels, self.vae.config.latent_channels
         if channels != self.family.in_channels(latents):
             raise ValueError(
-                f"{self.name}: the {self.family.denoiser} has {channels} input channels but the "
-                f"VAE has {latents} latent channels; use a base model of {TITLES} with its own VAE"
+                f"{self.name}: the {DENOISERS[self.family.denoiser]} has {channels} input channels "
+                f"but the VAE has {latents} latent channels; use a base model of {TITLES} with its "
+                "own VAE"
             )
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             check_vocabulary(tokenizer, encoder, self.name)

@@ -321,7 +321,7 @@ def test_formats_and_programs_without_transformers_are_refused(
                if "transformer" not in one.denoisers}  # fmt: skip
     assert refused == {"kohya", "lora", "forge", "a1111", "invokeai", "sd-scripts", "civitai"}
     unet = {"unet.conv_in": LayerWeights(torch.ones(1, 4, 3, 3), torch.ones(8, 1, 1, 1), None, 1.0)}
-    with pytest.raises(AdapterFormatError, match="no diffusion_model file of a unet is known"):
+    with pytest.raises(AdapterFormatError, match="no diffusion_model file of a UNet is known"):
         write(tmp_path / "u", unet, "diffusion_model")
 
 

@@ -26,6 +26,7 @@ from dora_diffusion.export.convert import convert_adapter
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
+from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import BaseCache, load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES
 from dora_diffusion.training import conditioner, recipe
@@ -286,14 +287,14 @@ def test_the_effect_is_measured_with_one_module_on_the_device_at_a_time(
     config = run(sd1_folder, "out")
     session = assemble(config, subjects_of(config), make_accelerator(config))
     seen: list[tuple[str, set[str]]] = []
-    for name in ("encode_prompts", "predict"):
-        original = getattr(effect, name)
+    for home, name in ((effect, "encode_prompts"), (Components, "predict")):
+        original = getattr(home, name)
 
         def note(*args: Any, name: str = name, original: Any = original) -> Any:
             seen.append((name, on_gpu(session)))
             return original(*args)
 
-        monkeypatch.setattr(effect, name, note)
+        monkeypatch.setattr(home, name, note)
     session.probe.begin()
     session.probe.measure()
     assert seen == [("encode_prompts", {"text_encoder"}), ("predict", {"unet"})] * 2

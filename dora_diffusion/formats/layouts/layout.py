@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.formats.adapter.metadata import (
     DIFFUSERS_METADATA,
@@ -330,8 +331,8 @@ def refuse_denoiser(target: str, denoisers: Collection[str], denoiser: str) -> N
     if denoiser not in denoisers:
         able = [name for name, one in LAYOUTS.items() if one and denoiser in one.denoisers]
         raise AdapterFormatError(
-            f"no {target} file of a {denoiser} is known that its programs read; write one of "
-            f"{', '.join(able)}, or export a merged checkpoint"
+            f"no {target} file of a {DENOISERS[denoiser]} is known that its programs read; write "
+            f"one of {', '.join(able)}, or export a merged checkpoint"
         )
 
 

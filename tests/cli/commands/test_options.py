@@ -196,7 +196,7 @@ def test_export_and_verify_are_given_the_same_merge(command):
         ("combine RUN --output OUT/a.safetensors", "export.derive.fit_to_adapters"),
         (
             "convert RUN OUT/a.safetensors --to smaller-rank --rank 1",
-            "export.convert.fit_to_adapters",
+            "export.fitting.fit_to_adapters",
         ),
         ("convert RUN OUT --to peft", "export.convert.write_adapter"),
         ("rank-checkpoints RUN --output OUT/a", "sampling.load.load_model"),

@@ -71,10 +71,9 @@ def test_it_serves_until_it_is_interrupted(tmp_path, monkeypatch, capsys):
     command = ["serve", "--base", "embedded:tiny-sd", "--adapters", str(tmp_path), "--queue", "9"]
     command += ["--adapter_memory", "1.5", "--clip_skip", "1"]
     assert main([*command, "--host", "::1", "--port", "8123"]) == 0
-    (deployment,) = served
-    settings = deployment.settings
+    (settings,) = served
     assert (settings.queue, settings.adapter_bytes) == (9, 1_500_000)
-    assert (deployment.token, settings.model_options["clip_skip"]) == ("t" * 20, 1)
+    assert (deploy.read_token(settings), settings.model_options["clip_skip"]) == ("t" * 20, 1)
     assert start == [("::1", 8123), "::1"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == ["http://[::1]:8123 is ready: 0 adapters; Ctrl-C ends it", "ended"]
