@@ -86,7 +86,7 @@ class AdapterSettings:
     )
     targets: list[str] = flag(
         ["attention+conv"],
-        f"Layers to adapt: {', '.join(PRESETS)}, or glob patterns.",
+        f"Denoiser layers to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
         needs=(_TARGETED,),
     )
     text_encoder_targets: list[str] = flag(
