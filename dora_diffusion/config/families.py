@@ -140,7 +140,8 @@ class Family:
             of its width; empty if the text encoder identifies the family.
         vae_prefix: Prefix of the autoencoder's tensor names in a single-file checkpoint.
         has_separate_files: Programs load denoiser, text encoders and autoencoder from a file each.
-        refused: Settings that would give wrong results, with the reason.
+        refused: Settings, or values of settings (``"name=value"``), that would give wrong results,
+            with the reason.
         without_effect: Settings without effect, with the reason.
         prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
         up_attention: For each up level of the UNet, whether it has attention.
@@ -274,10 +275,12 @@ class Family:
         Raises:
             ConfigError: If one of `refused` is on.
         """
-        for name, reason in self.refused.items():
+        for key, reason in self.refused.items():
+            name, _, value = key.partition("=")
+            is_on = settings.get(name) == value if value else bool(settings.get(name))
             require(
-                not settings.get(name),
-                f"{name} cannot be used with {model} ({self.title}): {reason}; leave it out",
+                not is_on,
+                f"{key} cannot be used with {model} ({self.title}): {reason}; leave it out",
                 name,
             )
 

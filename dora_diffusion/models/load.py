@@ -396,11 +396,16 @@ def load_vae(
 
     Raises:
         ModelNotFoundError: If the autoencoder does not exist.
+        ValueError: If it is of another class than the family's, or a single file for a family
+            whose single files have no known configuration.
     """
     from diffusers import AutoencoderKL
 
+    kind = (family or DEFAULT_FAMILY).vae_class
     path = Path(name).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
+        if family is not None and not family.has_unet:
+            raise ValueError(f"{path}: an autoencoder of {family.title} is given as a folder")
         overflows = family is not None and family.vae_overflows({})
         with plain_errors(str(name)):
             return AutoencoderKL.from_single_file(
@@ -411,8 +416,11 @@ def load_vae(
                 local_files_only=True,
             )
     folder = vae_folder(name)
+    own = read_json(folder / "config.json").get("_class_name", kind)
+    if own != kind:
+        raise ValueError(f"{name} is an {own}, which does not fit this model; it needs an {kind}")
     return _module_of_folder(
-        folder, "vae", "AutoencoderKL", _vae_dtype(folder, dtype, family), BaseModel(folder)
+        folder, "vae", kind, _vae_dtype(folder, dtype, family), BaseModel(folder)
     )
 
 

@@ -404,19 +404,19 @@ def watched(monkeypatch: pytest.MonkeyPatch, denoiser: type) -> list[str]:
             asked.append("AdamW8bit")
             super().__init__(*args, **kwargs)
 
-    def note(place: Any, name: str, told: Callable[..., object] = lambda *args: "") -> None:
+    def note(place: Any, name: str, told: Callable[..., object] = lambda *_, **__: "") -> None:
         real = getattr(place, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            asked.append(f"{name} {told(*args)}")
+            asked.append(f"{name} {told(*args, **kwargs)}")
             return real(*args, **kwargs)
 
         monkeypatch.setattr(place, name, wrapped)
 
     note(denoiser, "enable_gradient_checkpointing")
-    note(denoiser, "forward", lambda model, noisy, *_: len(noisy))
-    note(AutoencoderKL, "encode", lambda *_: sum("encode" in each for each in asked))
-    note(torch, "save", lambda state, file: len(asked))
+    note(denoiser, "forward", lambda _, *given, **named: len((*given, *named.values())[0]))
+    note(AutoencoderKL, "encode", lambda *_, **__: sum("encode" in each for each in asked))
+    note(torch, "save", lambda *_, **__: len(asked))
     note(processes, "allow_tf32")
 
     def loader(self: Any, *args: Any, real: Any = DataLoader.__init__, **kwargs: Any) -> None:

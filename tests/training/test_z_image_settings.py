@@ -6,11 +6,12 @@ import dataclasses
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import ZImageTransformer2DModel
+from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 
 from dora_diffusion.adapters.targets import TargetError
 from dora_diffusion.cli import main as cli
@@ -62,7 +63,12 @@ OF_REFUSED = {
 NO_LAYERS = {"conv_rank": 3, "conv_alpha": 8.0, "inpainting_mask": "subject"}
 REFUSED = {name: CASES[name].value for name in FAMILY.refused if name in CASES}
 FLOWS = {"z-image": "{z_image}", "flux2-klein": "{klein}"}
-REFUSALS = [(flow, name) for flow in FLOWS for name in FAMILIES[flow].refused if name in CASES]
+REFUSALS = [
+    (flow, key)
+    for flow in FLOWS
+    for key in FAMILIES[flow].refused
+    if key.partition("=")[0] in CASES
+]
 INACTIVE = {name: CASES[name].value for name in FAMILY.without_effect if name in CASES}
 INACTIVE |= NO_LAYERS
 ACTING = set(CASES) - {*REFUSED, *INACTIVE}.union(*OF_REFUSED.values())
@@ -72,15 +78,30 @@ ACTING = set(CASES) - {*REFUSED, *INACTIVE}.union(*OF_REFUSED.values())
 def places(tmp_path_factory: pytest.TempPathFactory, dino_folder: Path) -> dict[str, Path]:
     """Files and folders that the cases name."""
     root = tmp_path_factory.mktemp("places")
-    model, run = write_z_image(root / "z_image"), root / "run"
+    found = places_of("z-image", write_z_image, root, dino_folder)
+    return found | {"klein": write_flux2_klein(root / "klein")}
+
+
+@pytest.fixture(scope="module")
+def klein_places(tmp_path_factory: pytest.TempPathFactory, dino_folder: Path) -> dict[str, Path]:
+    """The same for FLUX.2-klein."""
+    root = tmp_path_factory.mktemp("klein")
+    return places_of("flux2-klein", write_flux2_klein, root, dino_folder)
+
+
+def places_of(flow: str, write: Callable[..., Path], root: Path, metric: Path) -> dict[str, Path]:
+    """Models of a family, photos, and a run on it."""
+    model, run = write(root / "model"), root / "run"
     found = {**every.write_photos(root), **every.write_variants(model, root)}
-    found |= {"z_image": model, "other": write_z_image(root / "other", seed=1)}
-    found |= {"klein": write_flux2_klein(root / "klein")}
+    found |= {FLOWS[flow][1:-1]: model, "other": write(root / "other", seed=1), "metric": metric}
     found |= {"run": run, "adapter": run / "pytorch_lora_weights.safetensors"}
-    found |= {"metric": dino_folder}
     steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
-    seen(TrainConfig(**filled({**USUAL, **steps}, found)))
+    seen(TrainConfig(**filled({**usual_of(flow), **steps}, found)))
     return found
+
+
+def usual_of(flow: str) -> dict[str, Any]:
+    return {**USUAL, "pretrained_model_name_or_path": FLOWS[flow]}
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +139,49 @@ def test_a_setting_acts(
     name: str, places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
 ) -> None:
     case = OWN.get(name, CASES[name])
+    check_acting(name, case, "z-image", places, tmp_path, acts, usual_runs)
+
+
+ACTING_ON_KLEIN = ACTING.difference(
+    FAMILIES["flux2-klein"].without_effect, {"single_file", "norm_axis"}
+)
+KLEIN = {
+    **OWN,
+    "pretrained_vae_model_name_or_path": Case("{other}/vae"),
+    # More images of a prompt at once than rows of a step.
+    "sample_batch_size": Case(1, {**every.CLASS_IMAGES, "num_class_images": 12}),
+    "alpha_pattern": Case({"transformer_blocks.0.*": 8.0}),
+    "lr_pattern": Case({"single_*": 2e-3}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ACTING_ON_KLEIN))
+def test_a_setting_acts_on_flux2_klein(
+    name: str,
+    klein_places: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    usual_runs: dict[str, Any],
+) -> None:
+    acts = every.watched(monkeypatch, Flux2Transformer2DModel)
+    case = KLEIN.get(name, CASES[name])
+    check_acting(name, case, "flux2-klein", klein_places, tmp_path, acts, usual_runs)
+
+
+def check_acting(
+    name: str,
+    case: Case,
+    flow: str,
+    places: dict[str, Path],
+    tmp_path: Path,
+    acts: list[str],
+    usual_runs: dict[str, Any],
+) -> None:
+    """Check that a run with a setting differs from one without it, or is refused on resuming."""
 
     def outcome(part: str, changes: dict[str, Any]) -> Any:
-        values = {**USUAL, **case.beside, **changes}
+        values = {**usual_of(flow), **case.beside, **changes}
         key = f"{sorted(values.items(), key=str)} {case.into}"
         if key not in usual_runs:
             output = tmp_path / part
@@ -159,14 +220,15 @@ def test_settings_without_effect_are_named_with_the_reason(
             assert line == f"{name} has no effect on Z-Image: {FAMILY.without_effect[name]}"
 
 
-@pytest.mark.parametrize(("flow", "name"), REFUSALS)
+@pytest.mark.parametrize(("flow", "key"), REFUSALS)
 def test_a_setting_is_refused_before_weights_are_read(
     flow: str,
-    name: str,
+    key: str,
     places: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    name = key.partition("=")[0]
     monkeypatch.setattr(recipe, "load_base", lambda *_: pytest.fail("the model was loaded"))
     family, case = FAMILIES[flow], CASES[name]
     values: dict[str, Any] = {**USUAL, "pretrained_model_name_or_path": FLOWS[flow]}
@@ -174,7 +236,7 @@ def test_a_setting_is_refused_before_weights_are_read(
     values |= {name: case.value, "output_dir": str(tmp_path / "out")}
     with pytest.raises(ConfigError, match=rf"\({re.escape(family.title)}\)") as error:
         recipe.train(TrainConfig(**filled(values, places)))
-    check(error.value, name, family.refused[name])
+    check(error.value, name, family.refused[key])
 
 
 def test_the_family_of_a_model_that_is_not_here_is_asked_when_it_is(
