@@ -197,7 +197,7 @@ class LengthSettings:
     heading: ClassVar = "Optimization"
 
     max_train_steps: int | None = free_flag(
-        None, "Optimizer steps.", derived="800, for SDXL and flow models 1000", above=0
+        None, "Optimizer steps.", derived="800; SDXL and flows 1000", above=0
     )
     num_train_epochs: int | None = free_flag(
         None,
@@ -220,7 +220,7 @@ class OptimizerSettings:
 
     learning_rate: float | None = free_flag(
         None,
-        "Learning rate of the denoiser's adapter or weights.",
+        "Learning rate of the denoiser.",
         derived="8e-5, for flow models 1e-4, for full fine-tuning 5e-6",
         needs=(_rate("learning_rate", "nothing of the denoiser"),),
         least=0,

@@ -83,9 +83,8 @@ class Conditioning:
         """Concatenate batches of conditioning.
 
         Sequences with lengths are padded. Other shorter sequences are repeated until all have the
-        same length. Repeating all states k times
-        does not change attention to them, so that no row depends on the other rows. Padding would
-        change it.
+        same length. Repeating all states k times does not change attention to them, so that no row
+        depends on the other rows. Padding would change it.
         """
         if len(batches) == 1:
             return batches[0]

@@ -68,11 +68,13 @@ def encode_weighted(
     """Encode prompts with weights (`models.emphasis`), otherwise as `encode_prompts`.
 
     The pooled output is that of the first chunk without weights. The token limit applies to each
-    segment between breaks.
+    segment between breaks. Families that do not read weights encode brackets as text.
 
     Raises:
         ConfigError: If a weight is not a number.
     """
+    if "prompt_weights" in components.family.without_effect:
+        return encode_prompts(components, prompts, clip_skip=clip_skip, adapters=adapters)
     skip = components.clip_skip if clip_skip is None else clip_skip
     adapters = adapters or [None] * len(prompts)
     return components.code.encode_weighted(components, prompts, skip, adapters)

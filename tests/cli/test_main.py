@@ -73,7 +73,7 @@ class TestHelp:
         for words in (
             "Alpha of Linear layers. Default: rank, or init_adapter's.",
             "Training resolution in pixels. Default: the base model's own.",
-            "Optimizer steps. Default: 800, for SDXL and flow models 1000.",
+            "Optimizer steps. Default: 800; SDXL and flows 1000.",
             "Learning rate of magnitudes. Default: their layer's.",
         ):
             assert words in text

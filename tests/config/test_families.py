@@ -31,7 +31,7 @@ def test_what_tells_families_apart_differs() -> None:
 
 def test_the_default_number_of_steps_is_stated_as_it_is() -> None:
     usual, large = FAMILIES["sd1"].default_steps, FAMILIES["sdxl"].default_steps
-    text = f"{usual}, for SDXL and flow models {large}"
+    text = f"{usual}; SDXL and flows {large}"
     assert FAMILIES["sd2"].default_steps == usual
     assert {f.default_steps for f in FAMILIES.values() if f.is_flow} == {large}
     [setting] = [setting for setting in settings() if setting.name == "max_train_steps"]

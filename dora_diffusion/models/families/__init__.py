@@ -77,12 +77,12 @@ class FamilyCode(Protocol):
         clip_skip: int,
         adapters: Sequence[str | None],
     ) -> Conditioning:
-        """Encode prompts with the weights of web UIs.
+        """Encode prompts with the weights of web UIs, for families that read them.
 
         The token limit applies to each segment between breaks.
 
         Raises:
-            ConfigError: If a weight is not a number, or the family has no weights.
+            ConfigError: If a weight is not a number.
         """
 
     def chunk_count(self, components: LoadedModel, prompt: str, adapter: str | None = None) -> int:

@@ -79,16 +79,6 @@ def tokenize_prompts(
     return PaddedTokens(tokens.input_ids, tokens.attention_mask)
 
 
-def encode_weighted(
-    components: LoadedModel,
-    prompts: Sequence[str],
-    clip_skip: int,
-    adapters: Sequence[str | None],
-) -> Conditioning:
-    """Encode prompts with their brackets as text."""
-    return tokenize_prompts(components, prompts, adapters).encode(components)
-
-
 def truncated_text(
     components: LoadedModel, prompt: str, own_tokens: Mapping[str, str] | None = None
 ) -> str:
