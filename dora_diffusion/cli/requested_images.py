@@ -157,6 +157,7 @@ class RequestedImages(CommandSettings):
         Raises:
             ConfigError, ValueError, OSError: If a value cannot work, or a file cannot be read.
         """
+        from dora_diffusion.models.locate import known_family, model_info
         from dora_diffusion.sampling.settings import SamplingSettings
         from dora_diffusion.sampling.stack import name_of
 
@@ -166,4 +167,7 @@ class RequestedImages(CommandSettings):
         stated |= {"detail": self.detail_pass.opened()}
         stated["negative_prompt"] = self.styled("negative_prompt")
         schedules = {name_of(n): use.schedule for n, use in enumerate(self.uses()) if use.schedule}
-        return SamplingSettings(**stated, strength_schedules=schedules)
+        settings = SamplingSettings(**stated, strength_schedules=schedules)
+        if (family := known_family(base := str(self.model.base))) is not None:
+            settings.check_sides(model_info(base).size_step, family.title)
+        return settings

@@ -26,12 +26,14 @@ class Difference(NamedTuple):
         needs: Conditions, any of which makes the same value differ in effect; empty: every value
             but the default does.
         least: Least value that differs in effect; None: any.
+        usual: Value that other trainers use with the meaning it has here, which needs no note.
     """
 
     trainer: str
     text: str
     needs: tuple[Need, ...] = ()
     least: float | None = None
+    usual: float | None = None
 
 
 def _difference(
@@ -39,9 +41,10 @@ def _difference(
     text: str,
     only_with: Mapping[str, Sequence[Any]] | None = None,
     least: float | None = None,
+    usual: float | None = None,
 ) -> Difference:
     needs = (Need(name, tuple(values)) for name, values in (only_with or {}).items())
-    return Difference(trainer, text, tuple(needs), least)
+    return Difference(trainer, text, tuple(needs), least, usual)
 
 
 DIFFERENCES = {name: _difference(**facts) for name, facts in read_facts("config/elsewhere").items()}
@@ -59,8 +62,8 @@ def notes(config: Any, known: Iterable[Setting], names: Iterable[str]) -> list[s
     lines = []
     changed = {s.name: v for s in known if (v := getattr(config, s.name)) and v != s.default}
     for name in sorted(changed.keys() & DIFFERENCES.keys() & set(names)):
-        trainer, text, needs, least = DIFFERENCES[name]
-        if least is not None and changed[name] < least:
+        trainer, text, needs, least, usual = DIFFERENCES[name]
+        if changed[name] == usual or (least is not None and changed[name] < least):
             continue
         # Other commands do not have the settings of training that it depends on.
         differs = (hasattr(config, need.setting) and need(config) is None for need in needs)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from dora_diffusion.config.fields import require
+from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.config.file import read_facts
+from dora_diffusion.config.problems import Problems
 
 # Folders of a pipeline: denoisers, which predict noise or velocity, with their names in texts; text
 # encoders; all that can have adapters; all that have weights.
@@ -30,6 +31,9 @@ FLOW = "flow_prediction"
 
 # Language models whose head is not read, by their classes with it.
 WITHOUT_HEAD = {"Qwen3ForCausalLM": "Qwen3Model"}
+
+# Settings of images that act only with classifier-free guidance.
+GUIDANCE = ("guidance_scale", "guidance_rescale", "negative_prompt")
 
 HiddenState = Literal["last", "penultimate"]
 
@@ -156,6 +160,11 @@ class Family:
         default_steps: Default number of optimizer steps.
         default_rate: Default learning rate of adapters.
         defaults: Further settings of runs whose defaults are others for the family.
+        distilled: Those of models that were distilled to few denoising steps.
+        distilled_name: Regular expression for the beginning of their names.
+        distilled_option: Option of ``model_index.json`` that is true for them; their pipeline then
+            computes no guidance.
+        is_distilled: The model was distilled to few steps (`of_model`).
         released_id: Hub id of the released model.
         configuration: Name of the released models' configuration, for single files.
         has_two_predictions: One release predicts v and another the noise, so a single file must
@@ -212,6 +221,10 @@ class Family:
     has_separate_files: bool = False
     default_rate: float = 8e-5
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    distilled: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    distilled_name: str = ""
+    distilled_option: str = ""
+    is_distilled: bool = False
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
     without_effect: Mapping[str, str] = field(default_factory=dict, hash=False)
     uses_linear_projection: bool = False
@@ -259,6 +272,26 @@ class Family:
             self.denoiser_class, self.vae_class, own, self.has_time_ids,
         )  # fmt: skip
 
+    def of_model(self, name: str, index: Mapping[str, Any]) -> Family:
+        """Return the family of a model, with the defaults of distilled models if it is one.
+
+        Args:
+            name: Path or hub id of the model.
+            index: Content of its ``model_index.json``.
+        """
+        pattern = self.distilled_name
+        is_named = pattern and re.match(pattern, PurePath(name).name, re.IGNORECASE)
+        if not (is_named or index.get(self.distilled_option) is True):
+            return self
+        without_effect = dict(self.without_effect)
+        if self.distilled_option:  # Its pipeline ignores guidance.
+            reason = "the model was distilled to work without guidance"
+            without_effect |= dict.fromkeys(GUIDANCE, reason)
+        return replace(
+            self, is_distilled=True, defaults={**self.defaults, **self.distilled},
+            without_effect=without_effect,
+        )  # fmt: skip
+
     def has_released_width(self, config: Mapping[str, Any]) -> bool:
         """Return whether a denoiser has the width of released models, by its configuration."""
         name, width = self.width
@@ -273,16 +306,16 @@ class Family:
             settings: Values by setting; None and False are off.
 
         Raises:
-            ConfigError: If one of `refused` is on.
+            ConfigError: If some of `refused` are on, with all of them.
         """
+        problems = Problems()
         for key, reason in self.refused.items():
             name, _, value = key.partition("=")
             is_on = settings.get(name) == value if value else bool(settings.get(name))
-            require(
-                not is_on,
-                f"{key} cannot be used with {model} ({self.title}): {reason}; leave it out",
-                name,
-            )
+            if is_on:
+                text = f"{key} cannot be used with {model} ({self.title}): {reason}; leave it out"
+                problems.add(ConfigError(text, name))
+        problems.raise_all()
 
     def inactive(self, settings: Collection[str]) -> dict[str, str]:
         """Return messages on settings without effect, by setting."""
@@ -341,7 +374,8 @@ class Family:
     def pipeline_options(self, zeros_for_empty_prompt: bool) -> dict[str, Any]:
         """Return the pipeline's other arguments: no safety checker and no watermark."""
         if not self.has_unet:
-            return {}
+            option = self.distilled_option
+            return {option: self.is_distilled} if option else {}
         if self.has_pooled:
             zeros = {"force_zeros_for_empty_prompt": zeros_for_empty_prompt}
             return {**zeros, "add_watermarker": False}

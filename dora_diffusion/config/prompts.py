@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_text
 from dora_diffusion.config.problems import prefixed
@@ -17,6 +18,8 @@ from dora_diffusion.config.wording import did_you_mean, listing, quoted
 
 PIXELS = 8
 """Width and height are multiples of this number of pixels."""
+SAFE_STEP = PIXELS * max(family.patch for family in FAMILIES.values())
+"""Number of pixels whose multiples are sides of images of every family."""
 MOST_SIDE, MOST_STEPS = 8192, 1000
 """Limits of an image's sides in pixels, and of denoising steps."""
 DENOISE = 0.75
@@ -28,8 +31,8 @@ DETAIL_PADDING, LEAST_PADDING = 32, 16
 # Option -> attribute, and the option as a setting.
 _NUMBERS: dict[str, tuple[str, Setting]] = {
     "d": ("seed", Setting("--d", int, least=0)),
-    "w": ("width", Setting("--w", int, least=PIXELS, most=MOST_SIDE)),
-    "h": ("height", Setting("--h", int, least=PIXELS, most=MOST_SIDE)),
+    "w": ("width", Setting("--w", int, least=SAFE_STEP, most=MOST_SIDE)),
+    "h": ("height", Setting("--h", int, least=SAFE_STEP, most=MOST_SIDE)),
     "s": ("steps", Setting("--s", int, least=1, most=MOST_STEPS)),
     "l": ("guidance_scale", Setting("--l", float, least=0)),
 }
@@ -109,9 +112,15 @@ def _option(key: str, value: str) -> tuple[str, Any]:
     number = setting.read(value)
     require(
         name not in ("width", "height") or number % PIXELS == 0,
-        f"--{key} is {value}; it must be a multiple of {PIXELS}",
+        f"--{key} is {value}; it must be a multiple of {PIXELS}, such as "
+        f"{near_side(number, SAFE_STEP)}",
     )
     return name, number
+
+
+def near_side(side: int, step: int) -> int:
+    """Return the nearest side of an image that is a multiple of a step, in pixels."""
+    return min(max(round(side / step), 1), MOST_SIDE // step) * step
 
 
 def read_prompts(file: str | Path) -> list[str]:

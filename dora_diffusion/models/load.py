@@ -195,6 +195,8 @@ def _planned(
     )
     stated = configured if file is None else file.statements()
     usual = [] if file is None else configured
+    index = read_json(source / "model_index.json") if file is None else {}
+    family = family.of_model(str(base.path), index)
     family.refuse(str(base.path), vars(base))
     schedule = choose_schedule(str(base.path), statements_on(base, stated, usual, adapters))
     require_prediction(source.name, family, schedule)

@@ -9,8 +9,10 @@ import functools
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dora_diffusion.config.base import EMBEDDED_PREFIX, AnyModel, BaseModel
 from dora_diffusion.config.families import (
@@ -21,6 +23,7 @@ from dora_diffusion.config.families import (
     UnsupportedModelError,
     detect_folder_family,
 )
+from dora_diffusion.config.prompts import PIXELS
 from dora_diffusion.formats.checkpoint.schedule import choose_schedule, stated_by_file
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.models import embedded
@@ -196,11 +199,15 @@ class ModelInfo:
         family: Name of the `Family`; empty if the model is not on this machine.
         resolution: Default training resolution in pixels.
         has_released_shape: Whether the model is as large as the released models of its family.
+        index: Content of its ``model_index.json``; empty for a single file.
+        size_step: Number of pixels of which sides of images are multiples.
     """
 
     family: str
     resolution: int
     has_released_shape: bool
+    index: Mapping[str, Any] = field(default_factory=dict)
+    size_step: int = PIXELS
 
 
 UNKNOWN = ModelInfo("", DEFAULT_FAMILY.default_resolution, False)
@@ -227,16 +234,28 @@ def model_info(name: str) -> ModelInfo:
     return next(released, UNKNOWN)
 
 
+def family_of(name: str) -> Family | None:
+    """Return the family of a model; None if the model is not on this machine.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError: As `model_info`.
+    """
+    info = model_info(name)
+    family = FAMILIES.get(info.family)
+    return family and family.of_model(name, info.index)
+
+
 def known_family(name: str) -> Family | None:
     """Return the family of a model; None if it is not known before the model is loaded."""
     try:
-        return FAMILIES.get(model_info(name).family)
+        return family_of(name)
     except ValueError:
         return None
 
 
 def _released_info(family: Family) -> ModelInfo:
-    return ModelInfo(family.name, family.default_resolution, True)
+    step = PIXELS * family.patch
+    return ModelInfo(family.name, family.default_resolution, True, size_step=step)
 
 
 def folder_of(name: str) -> Path | None:
@@ -249,15 +268,19 @@ def folder_of(name: str) -> Path | None:
 @functools.lru_cache(maxsize=256)
 def _folder_info(folder: Path, modified: int) -> ModelInfo:
     family = detect_folder_family(folder)
-    files = [folder / part / "config.json" for part in (family.denoiser, "vae")]
-    config, vae = (json.loads(file.read_text("utf-8")) if file.is_file() else {} for file in files)
+    names = (f"{family.denoiser}/config.json", "vae/config.json", "model_index.json")
+    files = [folder / name for name in names]
+    config, vae, index = (json.loads(f.read_text("utf-8")) if f.is_file() else {} for f in files)
     # As in `Components.default_resolution`: a UNet states its side in latents, a VAE in pixels.
-    levels = len(vae.get("block_out_channels", [0] * 4)) if family.has_unet else 1
-    side, pixels = (config if family.has_unet else vae).get("sample_size"), 2 ** (levels - 1)
+    factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+    stated, pixels = (config, factor) if family.has_unet else (vae, 1)
+    size = stated.get("sample_size")
     return ModelInfo(
         family.name,
-        side * pixels if isinstance(side, int) else family.default_resolution,
+        size * pixels if isinstance(size, int) else family.default_resolution,
         family.has_released_width(config),
+        index,
+        factor * family.patch,
     )
 
 

@@ -131,7 +131,6 @@ _RELEASED: Mapping[str, FewSteps] = {
     r"lcm[-_]lora": FewSteps("LCM", scheduler="lcm"),
     r"sdxl[-_]turbo|sd_xl_turbo": FewSteps("Turbo", scheduler="euler_a_trailing"),
     r"sd[-_]turbo": FewSteps("Turbo", scheduler="euler_trailing"),
-    r"z[-_]image[-_]turbo": FewSteps("Turbo", steps=8),
     r"sdxl[-_]lightning[-_]([248])step": FewSteps("Lightning", scheduler="euler_trailing"),
 }
 

@@ -86,7 +86,11 @@ def inactive_messages(
         prompts: All prompts, whose weights may have no effect.
     """
     weights = settings.prompt_weights and any(map(has_weights, prompts))
-    given = {"scheduler": settings.scheduler, "prompt_weights": weights}
+    given = {
+        "scheduler": settings.scheduler, "prompt_weights": weights,
+        "guidance_scale": settings.guidance_scale > 1, "negative_prompt": settings.negative_prompt,
+        "guidance_rescale": settings.guidance_rescale,
+    }  # fmt: skip
     return [*components.family.inactive([name for name in given if given[name]]).values()]
 
 

@@ -136,6 +136,8 @@ def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str
             return name, few
     is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
     few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
+    if components.family.is_distilled:
+        few = FewSteps("distilled", **sampling_defaults(components.family))
     few = few or few_steps_of_name(Path(components.name).name)
     return few and (components.name, few)
 

@@ -12,7 +12,15 @@ from PIL import Image
 
 from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.prompts import DENOISE, HIRES_DENOISE, MOST_SIDE, MOST_STEPS, PIXELS
+from dora_diffusion.config.prompts import (
+    DENOISE,
+    HIRES_DENOISE,
+    MOST_SIDE,
+    MOST_STEPS,
+    PIXELS,
+    SAFE_STEP,
+    near_side,
+)
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.sampling.detail import Detail
@@ -137,17 +145,23 @@ class SamplingSettings:
         Raises:
             ConfigError: If a side is not a multiple of the model's step in pixels.
         """
-        step = components.size_step
-        for name, side in (("width", self.width or 0), ("height", self.height or 0)):
-            sizes = filter(None, (side // step * step, (side // step + 1) * step))
-            require(
-                side % step == 0,
-                f"{name} is {side}; on {components.family.title} it must be a multiple of {step}, "
-                f"such as {' or '.join(map(str, sizes))}",
-                name,
-            )
+        self.check_sides(components.size_step, components.family.title)
         without = components.family.without_effect
         return replace(self, scheduler=None) if "scheduler" in without else self
+
+    def check_sides(self, step: int, model: str) -> None:
+        """Check that the sides are multiples of a model's step in pixels.
+
+        Raises:
+            ConfigError: If one is not.
+        """
+        for name, side in (("width", self.width or 0), ("height", self.height or 0)):
+            require(
+                side % step == 0,
+                f"{name} is {side}; on {model} it must be a multiple of {step}, such as "
+                f"{near_side(side, step)}",
+                name,
+            )
 
     @staticmethod
     def _check_whole(name: str, value: int | None) -> None:
@@ -155,12 +169,14 @@ class SamplingSettings:
         if value is None:
             return
         is_side = "steps" not in name
-        most, more = MOST_SIDE if is_side else MOST_STEPS, (value // PIXELS + 1) * PIXELS
-        require(value >= 1, f"{name} is {value}; it must be at least 1", name)
+        most = MOST_SIDE if is_side else MOST_STEPS
+        least = SAFE_STEP if is_side else 1
+        require(value >= least, f"{name} is {value}; it must be at least {least}", name)
         require(value <= most, f"{name} is {value}; it must be at most {most}", name)
         require(
             not is_side or value % PIXELS == 0,
-            f"{name} is {value}; it must be a multiple of {PIXELS}, such as {more}",
+            f"{name} is {value}; it must be a multiple of {PIXELS}, such as "
+            f"{near_side(value, SAFE_STEP)}",
             name,
         )
 

@@ -29,7 +29,7 @@ from dora_diffusion.config import (
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.elsewhere import notes
-from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES, Family
+from dora_diffusion.config.families import DEFAULT_FAMILY, Family
 from dora_diffusion.config.fields import Setting, require_choice
 from dora_diffusion.config.file import line_prefix
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
@@ -288,11 +288,11 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         UserWarning: If the steps are a guess, since the model is not on this machine, or if the
             preset is for other families.
     """
-    from dora_diffusion.models.locate import model_info
+    from dora_diffusion.models.locate import family_of
 
     require_choice("preset", name, tuple(PRESETS))
     model = _model_of(values)
-    family = FAMILIES.get(model_info(model).family)
+    family = family_of(model)
     preset = preset_settings(name, family or DEFAULT_FAMILY, is_embedded=is_embedded(model))
     if family is None and "max_train_steps" not in values:
         warnings.warn(

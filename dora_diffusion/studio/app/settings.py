@@ -98,7 +98,7 @@ def _info_of(model: str) -> ModelInfo:
 
 
 def _preset_settings(preset: str, model: str) -> dict[str, Any]:
-    family = FAMILIES.get(_info_of(model).family, DEFAULT_FAMILY)
+    family = known_family(model) or DEFAULT_FAMILY
     return preset_settings(preset, family, is_embedded=is_embedded(model))
 
 

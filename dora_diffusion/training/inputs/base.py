@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import move_frozen, place_model
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
-from dora_diffusion.models.schedulers import few_steps_of_name
+from dora_diffusion.sampling.load import few_steps
 from dora_diffusion.training.processes import shards_model
 
 LoadBase = Callable[..., Components]
@@ -60,10 +59,11 @@ def configure_reading(loaded: Components, config: TrainConfig) -> Components:
     loaded.family.refuse(loaded.name, vars(config))
     for message in loaded.family.inactive(changed_settings(config)).values():
         warnings.warn(message, stacklevel=2)
-    if few := few_steps_of_name(Path(loaded.name).name):
+    if few := few_steps(loaded):
+        name, (kind, *_) = few
         warnings.warn(
-            f"{loaded.name} was distilled to few denoising steps ({few.kind}), which training may "
-            f"undo; train on a model that was not distilled, such as {loaded.family.released_id}",
+            f"{name} was distilled to few denoising steps ({kind}), which training may undo; train "
+            f"on a model that was not distilled, such as {loaded.family.released_id}",
             stacklevel=2,
         )
     components = loaded.reading(config.clip_skip, config.max_token_length)

@@ -12,6 +12,7 @@ from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
+from dora_diffusion.config.prompts import near_side
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.photos import read_photos
@@ -106,7 +107,7 @@ def check_with_model(components: Components, config: TrainConfig) -> None:
             require(
                 side % step == 0,
                 f"{name} {side} of the sample prompt {quoted(prompt.text)} must be a multiple of "
-                f"{step} on {components.family.title}, such as {side // step * step or step}",
+                f"{step} on {components.family.title}, such as {near_side(side, step)}",
                 "validation_prompt",
             )
     modules = components_that_train(components, config)
