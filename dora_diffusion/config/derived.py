@@ -211,14 +211,17 @@ def without_effect(
 
     Args:
         config: The settings of a run.
-        given: Names of the settings to check; None: all that differ from their default.
+        given: Names of the settings to check; None: all that differ from their default, which may
+            be the family's.
         family: Family of the base model, whose reasons count too; None: unknown.
 
     Example:
         >>> without_effect(TrainConfig(keep_tags=3))
         {'keep_tags': 'keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0'}
     """
+    defaults = family.defaults if family and given is None else {}
     names = changed_settings(config) if given is None else given
+    names = {n for n in names if n not in defaults or getattr(config, n) != defaults[n]}
     reasons, subjects = family.inactive(names) if family else {}, config.subjects
     for setting in settings():
         if setting.name not in names or setting.name in reasons:

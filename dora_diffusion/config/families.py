@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -502,14 +503,26 @@ def transformer_family(path: str) -> str:
     return next(own, "")
 
 
+def denoiser_family(names: Iterable[str]) -> str:
+    """Return the name of the family with most of these layers of transformers; ``""`` if none.
+
+    Args:
+        names: Paths of layers, with or without the prefix of their component.
+    """
+    paths = (
+        re.sub(r"^(base_model\.model\.)?((diffusion_model|transformer)\.)?", "", n) for n in names
+    )
+    votes = Counter(filter(None, map(transformer_family, paths)))
+    return votes.most_common(1)[0][0] if votes else ""
+
+
 def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Guess the name of the family from the shapes of adapted weights; ``""`` if it is unclear.
 
     A second text encoder decides, otherwise the width of the encoder hidden states.
     """
-    for name in (name for name in shapes if name.startswith("transformer.")):
-        if family := transformer_family(name.removeprefix("transformer.")):
-            return family
+    if family := denoiser_family(name for name in shapes if name.startswith("transformer.")):
+        return family
     if any(name.startswith("text_encoder_2.") for name in shapes):
         return next(name for name, f in FAMILIES.items() if len(f.text_encoders) == 2)
     widths = {

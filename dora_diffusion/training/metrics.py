@@ -91,13 +91,13 @@ def skip_if_not_finite(
 
 @contextlib.contextmanager
 def naming_step(noun: str, step: int) -> Iterator[None]:
-    """Convert a `ValueError` about weights that are not finite to a `TrainingError`."""
+    """Convert a `ValueError` of weights that cannot be written to a `TrainingError`."""
     try:
         yield
     except ValueError as error:
         raise TrainingError(
-            f"the {noun} is not finite after step {step}, and is not written ({error}); resume "
-            "from an earlier checkpoint, or start over, with a lower learning rate"
+            f"the {noun} after step {step} is not written: {error}. If numbers are not finite, "
+            "resume from an earlier checkpoint, or start over, with a lower learning rate"
         ) from error
 
 

@@ -158,8 +158,9 @@ def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
 
         hub.check(config.hub_model_id or "")
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in subjects]
-    inactive = without_effect(config)
-    if family := known_family(base):
+    family = known_family(base)
+    inactive = without_effect(config, family=family)
+    if family is not None:
         family.refuse(base, vars(config))
         for name in inactive.keys() & family.without_effect.keys():
             del inactive[name]  # The loaded model's family gives its reason.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from dora_diffusion.config.families import denoiser_family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.layouts import VERDICTS
 from dora_diffusion.formats.layouts.dotted import DIFFUSERS, PEFT_FORMS
@@ -37,7 +38,7 @@ class DiffusionModel(Kohya):
 
     def check(self, layers: Layers) -> None:
         super().check(layers)
-        paths = transformer_paths()
+        paths = transformer_paths(denoiser_family(layers))
         if unnamed := [name for name in layers if name.partition(".")[2] not in paths]:
             raise AdapterFormatError(
                 f"the {self.name} format has no name for {listing(unnamed, 3)}; write diffusers or "

@@ -42,7 +42,6 @@ from dora_diffusion.formats.names.modules import (
     canonical,
     installed_path,
     split_prefix,
-    transformer_paths,
 )
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -108,7 +107,7 @@ class Dotted(AdapterLayout):
             stated = "transformer"  # `diffusion_model.` is the prefix of both.
         component = stated or component or component_of(path)
         if component == "transformer":
-            path = transformer_paths().get(path, path)
+            path = resolve.paths.get(path, path)
         if component == "unet" and is_sgm_path(path):
             return resolve("lora_unet_" + path.replace(".", "_"))
         return None if component is None else canonical(component, _modern_path(path, component))

@@ -16,13 +16,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.families import DENOISERS
+from dora_diffusion.config.families import DENOISERS, denoiser_family
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.formats.adapter.metadata import (
     DIFFUSERS_METADATA,
     OWN,
     UNET_LAYERS,
     AdapterMetadata,
+    parse_metadata,
 )
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.formats.files.stream import TensorSpec
@@ -198,7 +199,8 @@ class AdapterLayout:
             AdapterFormatError: If the file cannot be read.
         """
         unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-        return group_keys(tensors, name_resolver(shapes, unet), component)
+        family = denoiser_family(tensors) or parse_metadata(metadata).family
+        return group_keys(tensors, name_resolver(shapes, unet, family), component)
 
     def decode(self, tensors: Tensors, metadata: Fields) -> tuple[Layers, str] | None:
         """Decode a file without A, B and m. Returns its layers and a note; the default is None."""
@@ -244,7 +246,8 @@ class AdapterLayout:
                 VERDICTS.get(kind + OF_TRANSFORMERS) or VERDICTS[f"other{OF_TRANSFORMERS}"]
             )
             # Only these were checked in ComfyUI.
-            is_named = all(name.partition(".")[2] in transformer_paths() for name in layers)
+            paths = transformer_paths(denoiser_family(layers))
+            is_named = all(name.partition(".")[2] in paths for name in layers)
             return tools if is_named else {**tools, "ComfyUI and Forge": "-"}
         return dict(VERDICTS.get(kind) or dict.fromkeys(COLUMNS, FACTS["words"]["unchecked"]))
 

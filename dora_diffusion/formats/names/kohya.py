@@ -8,10 +8,17 @@ Stable Diffusion UNet and the CLIP text model, in which each name is unambiguous
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
-from dora_diffusion.config.families import COMPONENTS, FAMILIES, Family, transformer_family
+from dora_diffusion.config.families import (
+    COMPONENTS,
+    FAMILIES,
+    Family,
+    denoiser_family,
+    transformer_family,
+)
 from dora_diffusion.formats.names.modules import (
     NAMES,
     TOP_MODULES,
@@ -56,7 +63,20 @@ _RELEASED_LAYOUTS = [
     *(released_layout(family) for family in FAMILIES.values() if family.has_unet),
 ]
 
-Resolve = Callable[[str], "str | None"]
+
+class Resolve(NamedTuple):
+    """Names of a file's modules.
+
+    Attributes:
+        flat: Function from a name in kohya's key format to the canonical name; None if unknown.
+        paths: Diffusers' path of each module of the file's transformer, by both of its names.
+    """
+
+    flat: Callable[[str], str | None]
+    paths: Mapping[str, str]
+
+    def __call__(self, name: str) -> str | None:
+        return self.flat(name)
 
 
 def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> str | None:
@@ -69,7 +89,7 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
     """
     component, path = split_component(name)
     if component == "transformer":
-        return TRANSFORMER_PREFIX + path if path in transformer_paths() else None
+        return TRANSFORMER_PREFIX + path if path in transformer_paths(family.name) else None
     if component != "unet":
         encoder = family.text_encoder(component)
         return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
@@ -109,28 +129,33 @@ def joined_parts(name: str) -> list[str]:
     return [f"{parent}.{part}" for part in NAMES["joined"].get(leaf, ())]
 
 
-def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
-    """Return a function from kohya's module names to canonical names (None if unknown).
+def name_resolver(
+    known: Iterable[str] | None = None, layout: UNetLayout | None = None, family: str = ""
+) -> Resolve:
+    """Return the canonical names of modules by their names in files.
 
     Args:
         known: Canonical module names of the model. They have precedence over the vocabulary.
         layout: UNet layout for original block names. Default: the layout of the known names or of
             the released models.
+        family: Name of the file's family. Default: that of the known names; else all.
     """
     names = {name for name in known or () if name.partition(".")[0] in COMPONENTS}
     layout = layout or known_layout(names)
     layouts = [layout] if layout else _RELEASED_LAYOUTS
+    paths = transformer_paths(denoiser_family(names) or family)
+    flat_paths = _with_underscores(paths)
     if known is None:
-        return lambda flat: _by_vocabulary(flat, layouts)
+        return Resolve(lambda flat: _by_vocabulary(flat, layouts, flat_paths), paths)
     table = kohya_table(names)
 
     def resolve(flat: str) -> str | None:
-        name = table.get(flat) or _by_vocabulary(flat, layouts)
+        name = table.get(flat) or _by_vocabulary(flat, layouts, flat_paths)
         projections = joined_parts(name) if name else []
         is_joined = projections and names.issuperset(projections)
         return name if name in names or is_joined else None
 
-    return resolve
+    return Resolve(resolve, paths)
 
 
 def kohya_table(names: Iterable[str]) -> dict[str, str]:
@@ -162,7 +187,7 @@ def _flat_names(names: list[str]) -> Iterable[tuple[str, str]]:
         yield from ((prefix + p.replace(".", "_"), name) for prefix in prefixes for p in paths)
 
 
-def _by_vocabulary(flat: str, layouts: list[UNetLayout]) -> str | None:
+def _by_vocabulary(flat: str, layouts: list[UNetLayout], paths: Mapping[str, str]) -> str | None:
     denoisers = [(LYCORIS_PREFIX, "unet"), (TRANSFORMER_PREFIX.replace(".", "_"), "unet")]
     prefixes = [*KOHYA_PREFIXES.items(), *denoisers, (LYCORIS_PREFIX, "text_encoder")]
     for prefix, component in prefixes:
@@ -171,7 +196,7 @@ def _by_vocabulary(flat: str, layouts: list[UNetLayout]) -> str | None:
             dotted = _unet_path(path, layouts) if component == "unet" else _dotted(path, _TEXT)
             if dotted:
                 return canonical(component, dotted)
-            if component == "unet" and (dotted := _flat_transformers().get(path)):
+            if component == "unet" and (dotted := paths.get(path)):
                 return canonical("transformer", dotted)
     return None
 
@@ -186,9 +211,8 @@ def _flat_blocks(layout: UNetLayout) -> dict[str, str]:
     return unet_names(layout).with_underscores().canonical
 
 
-@lru_cache
-def _flat_transformers() -> dict[str, str]:
-    return {path.replace(".", "_"): name for path, name in transformer_paths().items()}
+def _with_underscores(paths: Mapping[str, str]) -> dict[str, str]:
+    return {path.replace(".", "_"): name for path, name in paths.items()}
 
 
 def _compile(templates: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:

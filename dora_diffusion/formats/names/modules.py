@@ -298,13 +298,17 @@ def transformer_names(code: str) -> NameTable:
 
 
 @lru_cache
-def transformer_paths() -> Mapping[str, str]:
-    """Return Diffusers' path of each module of the known transformers, by both of its names.
+def transformer_paths(family: str = "") -> Mapping[str, str]:
+    """Return Diffusers' path of each module of a family's transformer, by both of its names.
 
     A joined matrix has Diffusers' parent and its own last word: ``layers.0.attention.qkv``.
+
+    Args:
+        family: Name of the family. Default: the transformers of all families.
     """
     paths: dict[str, str] = {}
-    for code in NAMES["transformers"]:
+    codes = {FAMILIES[family].code} if family else NAMES["transformers"].keys()
+    for code in codes & NAMES["transformers"].keys():
         for name, original in transformer_names(code).original.items():
             module, _, row = original.partition("#")
             path, module = name.removesuffix(".weight"), module.removesuffix(".weight")

@@ -1,0 +1,80 @@
+"""Names of transformers' layers in every layout that holds them, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.config.families import FAMILIES, denoiser_family, guess_family
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.checkpoint.models import PipelineFolder
+from dora_diffusion.formats.layouts import LAYOUTS
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
+from dora_diffusion.numerics.weights import LayerWeights
+from tests.flux2_klein import write_flux2_klein
+from tests.z_image import write_z_image
+
+Layers = dict[str, LayerWeights]
+WRITERS = {"z-image": write_z_image, "flux2-klein": write_flux2_klein}
+WRITTEN = {
+    "z-image": {"diffusers", "peft", "diffusion_model"},
+    "flux2-klein": {"diffusers", "peft"},
+}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A family's name and a tiny model of it."""
+    return request.param, WRITERS[request.param](tmp_path_factory.mktemp("model") / request.param)
+
+
+def test_every_family_with_a_transformer_is_tried() -> None:
+    assert WRITERS.keys() == {name for name, family in FAMILIES.items() if not family.has_unet}
+
+
+@pytest.mark.parametrize("has_metadata", [True, False])
+def test_every_layer_is_read_again_in_every_layout(
+    model: tuple[str, Path],
+    has_metadata: bool,
+    tmp_path: Path,
+    random_adapter: Callable[..., Layers],
+    assert_same_layers: Callable[..., None],
+) -> None:
+    """All layers at once; a colliding name in two families' tables once was read as the other's."""
+    family, folder = model
+    layers = random_adapter(folder, components=["transformer"])
+    assert guess_family(dict.fromkeys(layers, (1, 1))) == denoiser_family(layers) == family
+    adapter = AdapterFile(layers, AdapterMetadata(family if has_metadata else ""))
+    done = set()
+    for layout in LAYOUTS:
+        try:
+            suffix = "" if layout == "peft" else ".safetensors"
+            path = write_adapter(tmp_path / f"{layout}{suffix}", adapter, layout)
+        except (AdapterFormatError, ValueError):
+            continue
+        done.add(layout)
+        assert_same_layers(read_adapter(path).layers, layers)
+        with PipelineFolder.open(folder) as base:
+            assert_same_layers(read_adapter(path, base).layers, layers)
+    assert WRITTEN[family] <= done
+
+
+def test_each_layer_alone_is_read_again(
+    model: tuple[str, Path], tmp_path: Path, random_adapter: Callable[..., Layers]
+) -> None:
+    family, folder = model
+    for number, (name, layer) in enumerate(
+        random_adapter(folder, components=["transformer"]).items()
+    ):
+        file = AdapterFile({name: layer}, AdapterMetadata(family))
+        path = write_adapter(tmp_path / f"{number}.safetensors", file, "diffusers")
+        assert list(read_adapter(path).layers) == [name]
+        with PipelineFolder.open(folder) as base:
+            assert list(read_adapter(path, base).layers) == [name]
