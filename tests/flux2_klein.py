@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.z_image import tokenizer
 
 
-def write_flux2_klein(folder: Path, *, seed: int = 0) -> Path:
+def write_flux2_klein(folder: Path, *, seed: int = 0, is_distilled: bool = False) -> Path:
     """Write a pipeline for images of 64 pixels: 16 patches of 2 x 2 latents."""
     torch.manual_seed(seed)
     transformer = Flux2Transformer2DModel(
@@ -37,6 +37,8 @@ def write_flux2_klein(folder: Path, *, seed: int = 0) -> Path:
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipeline = Flux2KleinPipeline(scheduler, vae, text_encoder, tokenizer(), transformer)
+    pipeline = Flux2KleinPipeline(
+        scheduler, vae, text_encoder, tokenizer(), transformer, is_distilled=is_distilled
+    )
     pipeline.save_pretrained(folder)
     return folder

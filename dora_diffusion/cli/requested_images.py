@@ -131,7 +131,7 @@ class RequestedImages(CommandSettings):
             "scheduler": self.scheduler,
         }  # fmt: skip
         if distilled is None:
-            defaults = sampling_defaults(components.family)
+            defaults = sampling_defaults(components)
             return replace(settings, **{n: v for n, v in defaults.items() if stated[n] is None}), ""
         name, few = distilled
         chosen = {n: getattr(few, n) for n, v in stated.items() if v is None and getattr(few, n)}

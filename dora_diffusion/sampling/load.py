@@ -137,19 +137,24 @@ def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str
     is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
     few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
     if components.family.is_distilled:
-        few = FewSteps("distilled", **sampling_defaults(components.family))
+        few = FewSteps("distilled", **_family_defaults(components.family))
     few = few or few_steps_of_name(Path(components.name).name)
     return few and (components.name, few)
 
 
-def sampling_defaults(family: Family) -> dict[str, Any]:
-    """Return the steps and the guidance scale of a family, where they differ from the usual ones.
+def sampling_defaults(components: Components) -> dict[str, Any]:
+    """Return the settings of a model's images that differ from the defaults of `SamplingSettings`.
 
-    Example:
-        >>> from dora_diffusion.config.families import FAMILIES
-        >>> sampling_defaults(FAMILIES["z-image"])
-        {'steps': 50, 'guidance_scale': 6.0}
+    Returns:
+        Steps, guidance scale and scheduler, as far as a distilled model or the family has others.
     """
+    if few := few_steps(components):
+        names = ("steps", "guidance_scale", "scheduler")
+        return {name: value for name in names if (value := getattr(few[1], name)) is not None}
+    return _family_defaults(components.family)
+
+
+def _family_defaults(family: Family) -> dict[str, Any]:
     names = {
         "steps": "validation_inference_steps",
         "guidance_scale": "validation_guidance_scale",

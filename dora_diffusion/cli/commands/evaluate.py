@@ -64,7 +64,11 @@ class EvaluateSettings(Sampling, AdaptedModel):
     wildcard_dir: str | None = flag(
         None, "Folder of the wildcard files that captions name, as in training."
     )
-    steps: int = flag(SampleSettings.validation_inference_steps, "Denoising steps.")
+    steps: int | None = flag(
+        None,
+        f"Denoising steps. Default: {SampleSettings.validation_inference_steps}; of Z-Image, "
+        "FLUX.2-klein and distilled models what they are for, as of guidance.",
+    )
     num_seeds: int = flag(4, "Images per prompt, one per seed.", least=1)
     seed: int = flag(0, "Random seed of the first image.")
     guidance_scale: float | None = flag(
@@ -86,12 +90,12 @@ class EvaluateSettings(Sampling, AdaptedModel):
                 evaluation = measure(
                     components,
                     seeds=range(self.seed, self.seed + self.num_seeds),
-                    settings=self.sampling(source),
+                    settings=self.sampling(source, components),
                     batch_size=self.batch_size,
                     on_step=show,
                     base_model=base_model,
                 )
-            details = _details(self, trigger, self.sampling(source))
+            details = _details(self, trigger, self.sampling(source, components))
             evaluation = dataclasses.replace(evaluation, details=details)
             files = evaluation.write(output)
             reports.append(evaluation.to_dict())
@@ -104,16 +108,25 @@ class EvaluateSettings(Sampling, AdaptedModel):
             print_json(reports if len(sources) > 1 else reports[0])
         return 0
 
-    def sampling(self, source: SubjectSource) -> SamplingSettings:
+    def sampling(
+        self, source: SubjectSource, components: Components | None = None
+    ) -> SamplingSettings:
         """Return the sampling settings of a subject's images.
+
+        Args:
+            source: The subject.
+            components: The model, whose defaults are used; None: not loaded yet.
 
         Raises:
             ConfigError: If they are not valid.
         """
+        from dora_diffusion.sampling.load import sampling_defaults
         from dora_diffusion.sampling.settings import SamplingSettings
 
-        guidance = source.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        return SamplingSettings(self.steps, guidance, self.scheduler)
+        values: dict[str, Any] = {"guidance_scale": source.guidance_scale}
+        values |= sampling_defaults(components) if components else {}
+        stated = {name: getattr(self, name) for name in ("steps", "guidance_scale", "scheduler")}
+        return SamplingSettings(**values | {n: v for n, v in stated.items() if v is not None})
 
 
 def _outputs(args: EvaluateSettings) -> list[Path]:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,6 @@ from pydantic import Field, field_validator
 
 from dora_diffusion.cli.console.errors import explain, explain_to_all, is_out_of_memory
 from dora_diffusion.config.base import AnyModel, BaseModel
-from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 MAX_STEPS, MAX_SIDE = 200, 2048
 # Fields that may differ within a batch.
 _OWN = {"prompt", "adapter", "strength", "seed"}
+_DEFAULT = "null is the model's own."
 
 
 class ApiAnswer(NamedTuple):
@@ -79,12 +79,12 @@ class ApiRequest(pydantic.BaseModel):
     strength: float = Field(1.0, ge=-3, le=3, description="Adapter strength; 0 is the base.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="null draws one.")
     negative_prompt: str = Field("", max_length=4000)
-    steps: int = Field(SampleSettings.validation_inference_steps, ge=1, le=MAX_STEPS)
-    guidance_scale: float = Field(SampleSettings.validation_guidance_scale, ge=0, le=100)
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description=_DEFAULT)
+    guidance_scale: float | None = Field(None, ge=0, le=100, description=_DEFAULT)
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     scheduler: str | None = Field(
         None,
-        description="null is the model's own.",
+        description=_DEFAULT,
         json_schema_extra={"enum": [None, *SCHEDULERS]},
     )
     width: int | None = Field(None, ge=64, le=MAX_SIDE, multiple_of=8)
@@ -101,24 +101,26 @@ class ApiRequest(pydantic.BaseModel):
         """Return the settings that all requests of a batch share."""
         return tuple(self.model_dump(exclude=_OWN).values())
 
-    def settings(self) -> SamplingSettings:
-        """Return the sampling settings of the request."""
+    def settings(self, defaults: Mapping[str, Any]) -> SamplingSettings:
+        """Return the sampling settings of the request, with a model's defaults."""
         from dora_diffusion.sampling.settings import SamplingSettings
 
-        return SamplingSettings(**self.model_dump(exclude=_OWN))
+        stated = self.model_dump(exclude=_OWN, exclude_none=True)
+        return SamplingSettings(**{**defaults, **stated})
 
-    def without_effect(self, *, guidance_is_input: bool) -> list[str]:
+    def without_effect(self, guidance_scale: float, *, guidance_is_input: bool) -> list[str]:
         """Return a note on each field that was changed but has no effect on the image.
 
         Args:
+            guidance_scale: Guidance scale of the image.
             guidance_is_input: True if the model takes the guidance scale as an input, instead of
                 a second pass with the negative prompt.
         """
         reasons = {} if self.adapter else {"strength": "no adapter is given"}
-        unguided = f"guidance_scale {self.guidance_scale:g} is no guidance"
+        unguided = f"guidance_scale {guidance_scale:g} is no guidance"
         if guidance_is_input:
             unguided = "this model was distilled to work without a negative prompt"
-        if guidance_is_input or self.guidance_scale <= 1:
+        if guidance_is_input or guidance_scale <= 1:
             reasons |= {"negative_prompt": unguided, "guidance_rescale": unguided}
         changed = self.model_dump(exclude_defaults=True)
         return [
@@ -149,11 +151,15 @@ class Engine:
         name: Name of the model in the images' parameters.
 
     Attributes:
+        defaults: Sampling settings of the model for fields that a request leaves out.
         busy_since: Start of the current batch by the monotonic clock; None while idle.
     """
 
     def __init__(self, pool: AdapterPool, name: str) -> None:
+        from dora_diffusion.sampling.load import sampling_defaults
+
         self.pool, self.name = pool, name
+        self.defaults = sampling_defaults(pool.components)
         self.busy_since: float | None = None
         # A cancelled batch may still be running when the next one arrives.
         self._lock = threading.Lock()
@@ -217,7 +223,7 @@ class Engine:
             show(0, 0)
             images = self.pool.generate(
                 list(rows.values()),
-                batch[next(iter(rows))].request.settings(),
+                batch[next(iter(rows))].request.settings(self.defaults),
                 batch_size=len(rows),
                 on_step=show,
                 require_finite=True,
@@ -240,7 +246,7 @@ class Engine:
         from dora_diffusion.sampling.pool import PinnedAdapter
 
         request, components = item.request, self.pool.components_for(row.adapter)
-        settings = request.settings()
+        settings = request.settings(self.defaults)
         use, used = row.adapter, list[RecordedAdapter]()
         if isinstance(use, PinnedAdapter):
             used = [RecordedAdapter(request.adapter or "", use.strengths, use.hash)]
@@ -250,7 +256,7 @@ class Engine:
         )  # fmt: skip
         prompts = (row.prompt, request.negative_prompt)
         is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
-        notes = request.without_effect(guidance_is_input=is_input)
+        notes = request.without_effect(settings.guidance_scale, guidance_is_input=is_input)
         notes += inactive_messages(components, settings, prompts)
         metadata = self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):

@@ -62,7 +62,7 @@ def test_each_answer_is_its_adapter_s_and_a_wrong_one_is_one_line(files, sd1_fol
     for number in (0, 2, 4):
         request, seed, file = asked[number]
         alone, _ = load_adapted(sd1_folder, file, strength=request.strength, device="cpu")
-        (expected,) = generate_images(alone, request.prompt, [seed], request.settings())
+        (expected,) = generate_images(alone, request.prompt, [seed], request.settings({}))
         assert abs(image(answers[number]) - np.asarray(expected, np.int16)).max() <= 1
     facts = parse_parameters(Image.open(io.BytesIO(answers[2].png)).info["parameters"])
     assert (facts["Seed"], facts["Adapter"], facts["Model"]) == ("3", "cat", "a/base")
@@ -147,7 +147,7 @@ def test_a_row_that_breaks_its_batch_and_a_budget_for_one_alone(files, sd1_folde
 
 def test_the_settings_of_a_request_are_those_of_sampling(sd1_folder):
     request = ApiRequest(prompt="a", scheduler="euler", guidance_scale=3, negative_prompt="b")
-    settings = request.settings()
+    settings = request.settings({})
     assert (settings.scheduler, settings.guidance_scale, settings.negative_prompt) == (
         "euler", 3, "b",
     )  # fmt: skip
@@ -190,8 +190,8 @@ def test_each_field_of_a_request_acts_or_is_named(files, sd1_folder, common):
 
 def test_a_model_with_guidance_as_an_input_has_no_negative_prompt():
     request = ApiRequest(prompt="a", negative_prompt="b", guidance_scale=8)
-    assert request.without_effect(guidance_is_input=False) == []
-    (note,) = request.without_effect(guidance_is_input=True)
+    assert request.without_effect(7.5, guidance_is_input=False) == []
+    (note,) = request.without_effect(7.5, guidance_is_input=True)
     assert note.startswith("negative_prompt has no effect because this model was distilled")
 
 
