@@ -31,7 +31,7 @@ def test_options_are_read_as_sd_scripts_has_them() -> None:
     ("options", "message"),
     [
         ("--w 700", "--w is 700; it must be a multiple of 8"),
-        ("--h 0", "--h is 0; it must be at least 8"),
+        ("--h 0", "--h is 0; it must be at least 16"),
         ("--h 8200", "--h is 8200; it must be at most 8192"),
         ("--s 1001", "--s is 1001; it must be at most 1000"),
         ("--d x", "--d is 'x'; it must be a whole number"),

@@ -19,8 +19,6 @@ RELEASED: dict[str, tuple[int, str]] = {
     "sdxl-turbo": (4, "euler_a_trailing"),
     "sd_xl_turbo_1.0_fp16": (4, "euler_a_trailing"),
     "sd-turbo": (4, "euler_trailing"),
-    "Z-Image-Turbo": (8, None),
-    "z_image_turbo_bf16": (8, None),
     "sd_turbo": (4, "euler_trailing"),
     "sdxl_lightning_2step_lora": (2, "euler_trailing"),
     "sdxl_lightning_4step": (4, "euler_trailing"),
@@ -29,7 +27,7 @@ RELEASED: dict[str, tuple[int, str]] = {
 OTHERS = (
     "", "lcm", "lightning", "lightning_mcqueen", "my-lcm-lora", "turbo", "dog-turbo", "sks",
     "sdxl_lightning", "sdxl_lightning_16step", "sd_xl_base_1.0", "stable-diffusion-xl-base-1.0",
-    "Z-Image",
+    "Z-Image-Turbo",  # By its family.
     "sdxl_lightning_1step_x0",  # It predicts the image, which is not supported.
 )  # fmt: skip
 

@@ -14,9 +14,11 @@ from diffusers import Flux2KleinPipeline
 from torch import Tensor
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.derived import without_effect
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.locate import known_family
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.training.pack import train_pack
@@ -139,3 +141,23 @@ def test_a_pack_of_two_is_each_alone(
 def test_what_it_refuses_is_said(name: str, config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ConfigError, match=f"{name} cannot be used with .*FLUX.2-klein"):
         train(config("out", **{name: True}))
+
+
+def test_all_that_it_refuses_is_said_at_once(config: Callable[..., TrainConfig]) -> None:
+    names = ("zero_terminal_snr", "train_text_encoder", "train_text_encoder_ti")
+    with pytest.raises(ConfigError) as info:
+        train(config("out", **dict.fromkeys(names, True)))
+    for name in names:
+        assert str(info.value).count(f"{name} cannot be used with ") == 1
+
+
+def test_the_familys_defaults_are_not_called_without_effect(
+    config: Callable[..., TrainConfig], folder: Path
+) -> None:
+    family = known_family(str(folder))
+    assert family is not None
+    own = config("out", **family.defaults)
+    assert without_effect(own, family=family) == {}
+    for name, value in family.defaults.items():
+        changed = config("out", **{**family.defaults, name: value + 1})
+        assert list(without_effect(changed, family=family)) == [name]

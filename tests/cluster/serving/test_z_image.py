@@ -59,5 +59,5 @@ def test_a_batch_of_adapters_is_answered(
     (refusal,) = engine.answer([BatchItem(small, 1, None)]).answers
     assert isinstance(refusal, Refusal)
     assert (refusal.status, refusal.line) == (
-        422, "width is 72; on Z-Image it must be a multiple of 16, such as 64 or 80",
+        422, "width is 72; on Z-Image it must be a multiple of 16, such as 64",
     )  # fmt: skip
