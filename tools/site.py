@@ -327,7 +327,7 @@ def diffusers_flags() -> str:
 def differences(*trainers: str) -> str:
     """List the settings whose name has another meaning in other trainers."""
     rows = ["| setting | what differs |", "|---|---|"]
-    for name, (trainer, text, needs, _) in DIFFERENCES.items():
+    for name, (trainer, text, needs, *_) in DIFFERENCES.items():
         only = f" Only with {_need(AnyOf(needs))}." if needs else ""
         if trainer in trainers:
             rows.append(f"| `--{name}` | {trainer} {plain(text)}.{only} |")
