@@ -217,6 +217,8 @@ def test_an_advised_size_suits_every_family(models: dict[str, Path], sd1_folder:
             )  # fmt: skip
             check_with_model(components, config)
 
+        with pytest.raises(ValueError, match=r"such as 64$"):
+            SamplingSettings(width=16).check_sides(64, "a model")
         values = [str(side) for side in (1, 9, 70, 100, 500, MOST_SIDE + 1)]
         values += [str(side) for side in (72, 88, 24) if side % step]
         for value in values:

@@ -120,7 +120,7 @@ def _option(key: str, value: str) -> tuple[str, Any]:
 
 def near_side(side: int, step: int) -> int:
     """Return the nearest side of an image that is a multiple of a step, in pixels."""
-    return min(max(round(side / step), 1), MOST_SIDE // step) * step
+    return max(round(side / step), 1) * step
 
 
 def read_prompts(file: str | Path) -> list[str]:
