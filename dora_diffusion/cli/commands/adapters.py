@@ -301,7 +301,10 @@ def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
     if report.growth >= 2:
         line += f"; {report.growth:.0f} times as large as the adapter"
     if "which is off" in line:
-        line += "; a merged model is exact (dora-diffusion export)"
+        line += (
+            "; a merged model is exact: 'dora-diffusion export --base MODEL --adapter ADAPTER "
+            "--output MERGED'"
+        )
     return line
 
 
