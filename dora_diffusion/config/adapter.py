@@ -33,7 +33,7 @@ _HERE = {"method": "use_dora=False for lora", "lora_alpha": "alpha", "lora_dropo
 
 def _of_training(name: str) -> str:
     """Return where a setting of training alone belongs; empty for other names."""
-    from dora_diffusion.config.train import settings
+    from dora_diffusion.config import settings  # A late import, since it imports this module.
 
     if name not in {setting.name for setting in settings()}:
         return ""

@@ -31,7 +31,7 @@ _ADVICE = {
 
 
 def check_arguments(
-    elsewhere: Callable[[str], str] | None = None, **accepted: Any
+    elsewhere: Callable[[str], str] | None = None, /, **accepted: Any
 ) -> Callable[[T], T]:
     """Decorate a function or a class with checks of its arguments' types by their annotations.
 

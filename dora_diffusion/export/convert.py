@@ -128,11 +128,7 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
         fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
         fit = _check_request(target, program, model, fit, adapter.metadata.base_model)
-        if strength != 1 and model is None and norm_axes(adapter.layers.values()):
-            raise ExportError(
-                f"strength {strength:g} of a DoRA depends on the base's weights; give that model "
-                "with --base" + _trained_on(adapter.metadata.base_model)
-            )
+        _check_strength(strength, adapter, model)
         kind = _layout_to_write(target, adapter, fit, model)
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
         family = family or (model.family.name if model else "")
@@ -216,6 +212,14 @@ def _check_request(
     if conversion.needs_rank and not settings.limits:
         raise ExportError(f"{target} needs a rank: give --rank, --conv_rank or --energy")
     return settings
+
+
+def _check_strength(strength: float, adapter: AdapterFile, model: StoredModel | None) -> None:
+    if strength != 1 and model is None and norm_axes(adapter.layers.values()):
+        raise ExportError(
+            f"strength {strength:g} of a DoRA depends on the base's weights; give that model "
+            "with --base" + _trained_on(adapter.metadata.base_model)
+        )
 
 
 def _trained_on(base: str) -> str:

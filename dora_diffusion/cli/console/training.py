@@ -216,7 +216,6 @@ def training_summary(config: TrainConfig) -> str:
     from dora_diffusion.models.locate import known_family
     from dora_diffusion.training.inputs.dataset import check_subject, list_subjects
     from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
-    from dora_diffusion.training.inputs.prior import class_folder
     from dora_diffusion.training.inputs.subject import caption_rules, subjects_of
     from dora_diffusion.training.results.folders import check_folders
 
@@ -231,11 +230,7 @@ def training_summary(config: TrainConfig) -> str:
     if config.is_slider:
         lines += [f"{prompt}: from {low} to {high}" for prompt, (high, low) in config.slider_pairs]
         lines += [f"{anchor}: does not move" for anchor in config.anchors]
-        folder = class_folder(config)
-        lines.append(
-            f"the base model first generates {config.num_class_images} images of them in {folder}, "
-            "unless a run has done so"
-        )
+        lines.append(_slider_images(config))
         return "\n".join(lines)
     trained_on, held_out = divide_all(subjects, list_subjects(subjects))
     for subject, paths, held_out_paths in zip(subjects, trained_on, held_out, strict=True):
@@ -265,6 +260,15 @@ def training_summary(config: TrainConfig) -> str:
         seen = config.max_train_steps * batch / an_epoch
         lines[-1] += f"; {config.max_train_steps} steps of {batch} are {seen:.3g} epochs"
     return "\n".join(lines)
+
+
+def _slider_images(config: TrainConfig) -> str:
+    from dora_diffusion.training.inputs.prior import class_folder
+
+    return (
+        f"the base model first generates {config.num_class_images} images of them in "
+        f"{class_folder(config)}, unless a run has done so"
+    )
 
 
 def _facts_of(settings: TrainConfig, photos: Sequence[Photo]) -> list[str]:

@@ -141,7 +141,7 @@ COLUMNS: tuple[str, ...] = (*FACTS["columns"],)
 BYPASS: str = FACTS["words"]["bypass"]
 COMFYUI_FORMULA: str = FACTS["words"]["comfyui_formula"]
 COMFYUI_CHANGE: str = FACTS["words"]["comfyui_change"]
-"""What to do with a file for ComfyUI if it changes `COMFYUI_FORMULA`."""
+"""Advice on files for ComfyUI after a change of `COMFYUI_FORMULA`."""
 
 
 def _table(columns: Sequence[str], kinds: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:

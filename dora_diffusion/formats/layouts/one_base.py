@@ -96,8 +96,8 @@ class ComfyUI(BaseSpecific):
             name: _compensated(module_weight(base, name), layer) for name, layer in layers.items()
         }
         file = encode_file(changed, layers, options, self.name)
-        formula = {OWN + "comfyui_formula": COMFYUI_FORMULA}
-        return {self.name: dataclasses.replace(file, metadata=file.metadata | formula)}
+        fields = {**file.metadata, OWN + "comfyui_formula": COMFYUI_FORMULA}
+        return {self.name: dataclasses.replace(file, metadata=fields)}
 
 
 class Dense(BaseSpecific):

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -126,10 +126,7 @@ def class_images(
         height=side,
     )
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `ensure_class_images` repeats them.
-        missing = missing_class_images(config)
-    announcer = _Announcer(on_event, config.sample_batch_size, missing.folder, missing.advice)
+    announcer = _Announcer.of(config, on_event)
 
     def generate(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
         if shards_model(accelerator):
@@ -180,6 +177,14 @@ class _Announcer:
     missing: int = 0
     begun: float = 0.0
     is_timed: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig, on_event: OnEvent) -> _Announcer:
+        """Build the announcer of a subject's class images."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `ensure_class_images` repeats them.
+            missing = missing_class_images(config)
+        return cls(on_event, config.sample_batch_size, missing.folder, missing.advice)
 
     def on_image(self, done: int, total: int) -> None:
         """Report the number of existing images, first before any is generated."""
@@ -275,7 +280,8 @@ def generated_folder(config: TrainConfig) -> Path:
     return folder if is_shared else Path(config.output_dir).expanduser() / CLASS_IMAGES
 
 
-class MissingClassImages(NamedTuple):
+@dataclass(frozen=True)
+class MissingClassImages:
     """Class images that a subject lacks.
 
     Attributes:
