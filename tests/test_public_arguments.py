@@ -137,6 +137,20 @@ def test_an_unknown_keyword_names_the_nearest() -> None:
                 value(**{f"{names[-1]}x": 1})
 
 
+def test_a_setting_of_training_that_an_adapter_lacks_points_to_its_place() -> None:
+    """Never to another name that is spelled alike."""
+    fields = inspect.signature(AdapterConfig).parameters
+    here = {"method": "use_dora=False for lora", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    lacking = [one.name for one in settings() if one.name not in fields]
+    assert len(lacking) > 100
+    for name in lacking:
+        end = f"; here: {here[name]})" if name in here else ")"
+        with pytest.raises(ConfigError) as error:
+            AdapterConfig(**{name: 1})
+        assert str(error.value) == f"AdapterConfig has no {name} (a setting of TrainConfig{end}"
+        assert error.value.setting == name
+
+
 @pytest.mark.parametrize("name", sorted(PER_STEP))
 def test_scopes_name_what_is_no_model(name: str) -> None:
     more: dict[str, Any] = {"rows": [None]} if name == "row_scope" else {}

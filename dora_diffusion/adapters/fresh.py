@@ -166,7 +166,8 @@ def _check_start_ranks(
         configured = listing([f"{name} {rank}" for name, rank in have.items()])
         raise ValueError(
             f"it has {' and '.join(larger)}, more than {configured}; set {' and '.join(larger)} or "
-            "more, or make it smaller with dora-diffusion convert --to smaller-rank"
+            "more, or make it smaller with 'dora-diffusion convert ADAPTER SMALLER --to "
+            f"smaller-rank --rank {min(have.values())}'"
         )
 
 

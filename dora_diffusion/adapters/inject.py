@@ -244,7 +244,8 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     if any(isinstance(layer.weight, PackedWeight) for layer in layers):
         raise ValueError(
             "the model is quantised, and an update would be lost in its rounding; load it "
-            "unquantised, or merge into its files: dora-diffusion export"
+            "unquantised, or merge into its files with 'dora-diffusion export --base MODEL "
+            "--adapter ADAPTER --output MERGED'"
         )
 
     def merged(layer: AdaptedLayer) -> torch.Tensor | None:

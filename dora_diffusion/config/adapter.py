@@ -27,7 +27,21 @@ _CHECKED = (
 )
 
 
-@check_arguments(targets=str | Sequence[str])
+# Settings of training -> the field that has their effect here.
+_HERE = {"method": "use_dora=False for lora", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+
+
+def _of_training(name: str) -> str:
+    """Return where a setting of training alone belongs; empty for other names."""
+    from dora_diffusion.config import settings  # A late import, since it imports this module.
+
+    if name not in {setting.name for setting in settings()}:
+        return ""
+    here = f"; here: {_HERE[name]}" if name in _HERE else ""
+    return f" (a setting of TrainConfig{here})"
+
+
+@check_arguments(_of_training, targets=str | Sequence[str])
 @dataclass(frozen=True)
 class AdapterConfig:
     """Configuration of an adapter.

@@ -30,10 +30,13 @@ _ADVICE = {
 }
 
 
-def check_arguments(**accepted: Any) -> Callable[[T], T]:
+def check_arguments(
+    elsewhere: Callable[[str], str] | None = None, /, **accepted: Any
+) -> Callable[[T], T]:
     """Decorate a function or a class with checks of its arguments' types by their annotations.
 
     Args:
+        elsewhere: Returns the text after an unknown name that belongs elsewhere; empty for others.
         accepted: Types of arguments that accept more than their annotations allow.
 
     Example:
@@ -48,17 +51,21 @@ def check_arguments(**accepted: Any) -> Callable[[T], T]:
 
     def decorate(target: T) -> T:
         if not inspect.isclass(target):
-            wrapper: T = _wrapped(target, target.__name__, accepted, [target.__module__])
+            modules = [target.__module__]
+            wrapper: T = _wrapped(target, target.__name__, accepted, modules, elsewhere)
             return wrapper
         kind: Any = target
         modules = [base.__module__ for base in kind.__mro__]
-        kind.__init__ = _wrapped(kind.__init__, kind.__name__, accepted, modules)
+        kind.__init__ = _wrapped(kind.__init__, kind.__name__, accepted, modules, elsewhere)
         return target
 
     return decorate
 
 
-def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Sequence[str]) -> Any:
+def _wrapped(
+    function: Any, name: str, accepted: Mapping[str, Any], modules: Sequence[str],
+    elsewhere: Callable[[str], str] | None,
+) -> Any:  # fmt: skip
     known, hints = inspect.signature(function).parameters, dict[str, Any]()
     positional = [
         key for key, parameter in known.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
@@ -75,7 +82,10 @@ def _wrapped(function: Any, name: str, accepted: Mapping[str, Any], modules: Seq
         args = tuple(map(_python_number, args))
         values = {key: _python_number(value) for key, value in values.items()}
         if not has_keywords and (unknown := [word for word in values if word not in known]):
-            names = [f"{word}{did_you_mean(word, known)}" for word in unknown]
+            names = [
+                word + ((elsewhere and elsewhere(word)) or did_you_mean(word, known))
+                for word in unknown
+            ]
             raise ConfigError(f"{name} has no {listing(names)}", unknown[0])
         if not hints:
             annotations = {

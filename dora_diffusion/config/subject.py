@@ -391,7 +391,8 @@ class PriorSettings:
     )
     class_data_dir: str | None = flag(
         None,
-        "Folder of class images, or of kohya's '1_dog' folders; missing images are generated.",
+        "Folder of class images, or of kohya's '1_dog' folders. Missing images are generated: in a "
+        "new folder, or if it has images of yours, in OUTPUT_DIR/class_images.",
         derived="OUTPUT_DIR/class_images",
         resume="ignored",  # its images are compared by content
         needs=_CLASS_IMAGES,

@@ -37,6 +37,7 @@ COMPANIONS = (".txt", MASK_SUFFIX, WEIGHT_SUFFIX)
 _OTHER_CAPTIONS = (".caption",)
 # Suffixes of images that are skipped with a warning.
 OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 # Limit of files of a sub-folder in the search for photos that are not read.
 _MOST_SEARCHED = 5000
 
@@ -288,8 +289,9 @@ def list_photos(
         PhotoError: If the folder is missing or contains no photos.
 
     Warns:
-        UserWarning: If the folder has images in other formats, broken links, captions, masks or
-            weights without a photo, caption files of other programs, or sub-folders with photos.
+        UserWarning: If the folder has images in other formats, videos, broken links, captions,
+            masks or weights without a photo, caption files of other programs, or sub-folders with
+            photos.
     """
     folder = _photo_folder(folder, setting)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -311,7 +313,6 @@ def list_photos(
         if path.name.endswith(suffix) and path.name.removesuffix(suffix) not in stems
     ]
     captions = [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]
-    images = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
     for applies, message in (
         (nested and warn_of_nested,
          f"left out {nested}; sub-folders are not read, move the photos up to use them"),
@@ -319,11 +320,21 @@ def list_photos(
         (orphans, f"without effect, since no photo has their name: {listing(orphans, 5)}"),
         (captions, f"without effect: {listing(captions, 5)}; rename them to .txt to use them as "
          "captions"),
-        (images, f"left out {', '.join(images)}; convert them to JPEG or PNG to use them"),
+        *((True, message) for message in left_out([path.name for path in entries])),
     ):  # fmt: skip
         if applies:
             warnings.warn(f"{folder}: {message}", stacklevel=2)
     return photos
+
+
+def left_out(names: Sequence[str]) -> list[str]:
+    """Return a message on the images of other formats among files, and one on the videos."""
+    advice = {
+        OTHER_SUFFIXES: "convert them to JPEG or PNG to use them",
+        VIDEO_SUFFIXES: "save frames of these videos as JPEG or PNG to use them",
+    }
+    found = {kind: [n for n in names if n.lower().endswith(kind)] for kind in advice}
+    return [f"left out {', '.join(found[kind])}; {advice[kind]}" for kind in advice if found[kind]]
 
 
 def nested_photos(entries: Sequence[Path]) -> str:

@@ -47,8 +47,8 @@ from dora_diffusion.sampling.settings import SamplingSettings
 SEED, SUBJECTS, OTHERS = 0, 5, 6
 _SHOWN_OTHERS, _SIDE = 3, 160
 _COPYING = (
-    "Similarity is measured to the training photos, so copying them also scores high; use "
-    "dora-diffusion evaluate with held-out photos to avoid that."
+    "Similarity is measured to the training photos, so copying them also scores high; with "
+    "held-out photos, 'dora-diffusion evaluate ADAPTER --base MODEL --subject PHOTOS' avoids that."
 )
 
 Images = Sequence[Image.Image]

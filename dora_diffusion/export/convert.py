@@ -18,8 +18,9 @@ from dora_diffusion.export.fit import FitSettings, axis_of, key_format_for
 from dora_diffusion.formats.adapter.embeddings import embedding_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.inspect import stated_error
-from dora_diffusion.formats.adapter.metadata import APPROXIMATES
+from dora_diffusion.formats.adapter.metadata import APPROXIMATES, STRENGTH
 from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
+from dora_diffusion.formats.checkpoint.weights import module_weight
 from dora_diffusion.formats.layouts import (
     CONVERSIONS,
     LORA_RANK,
@@ -30,6 +31,8 @@ from dora_diffusion.formats.layouts import (
 )
 from dora_diffusion.formats.layouts.kohya import needs_compensation
 from dora_diffusion.formats.layouts.layout import denoiser_of, norm_axes, refuse_denoiser
+from dora_diffusion.numerics.dora import at_strength
+from dora_diffusion.numerics.weights import LayerWeights, require_strength
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.checkpoint.models import StoredModel
@@ -88,6 +91,7 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel | None = None,
     family: str | None = None,
     alpha: float | None = None,
+    strength: float = 1.0,
     tags: Sequence[str] = (),
     thumbnail: str | Path | None = None,
     overwrite: bool = False,
@@ -104,6 +108,8 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
             ``smaller-rank`` has a smaller error with it.
         family: Name of a `Family`, for files that do not store it.
         alpha: Alpha of training, for a file without it.
+        strength: Strength of the written adapter, ``W + strength * (W' - W)``. A DoRA requires the
+            base. Trained tokens are unchanged.
         tags: Tags for adapter managers and web UIs.
         thumbnail: An image for adapter managers and web UIs.
         overwrite: Replace an existing output.
@@ -111,9 +117,10 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     Raises:
         ExportError: If the output exists or is an input, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot store it.
+        MergeError: If no adapter has this strength.
     """
     fit = fit or FitSettings()
-    _check_arguments(target, fit)
+    _check_arguments(target, fit, strength)
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
         inputs += [model.path] if model else []
@@ -121,10 +128,12 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
         fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
         fit = _check_request(target, program, model, fit, adapter.metadata.base_model)
+        _check_strength(strength, adapter, model)
         kind = _layout_to_write(target, adapter, fit, model)
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)
         family = family or (model.family.name if model else "")
         adapter = _with_additions(adapter, family, tags, thumbnail)
+        adapter = _at_strength(adapter, strength, model)
         adapter, errors, total = _of_smaller_rank(adapter, target, fit, model)
         path = write_adapter(output, adapter, kind, dtype=fit.dtype, base=model)
     if target == "comfyui" and not needs_compensation(adapter.layers):
@@ -135,7 +144,10 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     return ConversionReport(path, target, count, errors, total, notes, embeddings, program, growth)
 
 
-def _check_arguments(target: str, fit: FitSettings) -> None:
+def _check_arguments(target: str, fit: FitSettings, strength: float) -> None:
+    require_strength("strength", strength)
+    if strength <= 0:
+        raise ExportError(f"strength is {strength:g}; it must be greater than 0")
     if target not in TARGETS:
         reason = NOT_TARGETS.get(target.lower(), f"there is {', '.join(TARGETS)}")
         raise ExportError(f"unknown target {target!r}; {reason}")
@@ -185,7 +197,7 @@ def _check_request(
             files = f"{PROGRAMS[program].title} needs this adapter as a {target} file, which is"
         raise ExportError(
             f"{files} made for one base model; give that model with --base"
-            + (f" (it was trained on {trained_on})" if trained_on else "")
+            + _trained_on(trained_on)
         )
     limits, reason = list(settings.limits), ""
     if not conversion.takes_rank:
@@ -202,6 +214,18 @@ def _check_request(
     return settings
 
 
+def _check_strength(strength: float, adapter: AdapterFile, model: StoredModel | None) -> None:
+    if strength != 1 and model is None and norm_axes(adapter.layers.values()):
+        raise ExportError(
+            f"strength {strength:g} of a DoRA depends on the base's weights; give that model "
+            "with --base" + _trained_on(adapter.metadata.base_model)
+        )
+
+
+def _trained_on(base: str) -> str:
+    return f" (it was trained on {base})" if base else ""
+
+
 def _layout_to_write(
     target: str, adapter: AdapterFile, fit: FitSettings, model: StoredModel | None
 ) -> str:
@@ -209,6 +233,32 @@ def _layout_to_write(
     if not conversion.needs_rank:
         return conversion.plain_lora_in or target
     return fit.key_format(None, model.family.denoiser) if model else key_format_for(adapter.layers)
+
+
+def _at_strength(adapter: AdapterFile, strength: float, model: StoredModel | None) -> AdapterFile:
+    """Return the adapter whose full effect is that of an adapter at a strength."""
+    if strength == 1:
+        return adapter
+
+    def scaled(name: str, layer: LayerWeights) -> LayerWeights:
+        if layer.magnitude is None or model is None:
+            return dataclasses.replace(layer, alpha=strength * layer.alpha)
+        return at_strength(module_weight(model, name), layer, strength)
+
+    layers, beside = (
+        {name: scaled(name, layer) for name, layer in part.items()}
+        for part in (adapter.layers, adapter.beside)
+    )
+    total = strength * float(adapter.metadata.extra.get(STRENGTH, 1))
+    metadata = dataclasses.replace(
+        adapter.metadata, extra={**adapter.metadata.extra, STRENGTH: f"{total:g}"}
+    )
+    notes = adapter.notes
+    if adapter.tokens:
+        notes += (f"strength {strength:g} does not change its trained words",)
+    return dataclasses.replace(
+        adapter, layers=layers, beside=beside, metadata=metadata, notes=notes
+    )
 
 
 def _of_smaller_rank(

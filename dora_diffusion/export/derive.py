@@ -233,7 +233,10 @@ def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]
             f"(biases, norms, embeddings): {listing(outside_vae, 3)}"
         )
     if len(outside_vae) < len(different):
-        notes.append("the VAE differs, which no adapter can represent: export it with --vae")
+        notes.append(
+            "the VAE differs, which no adapter can represent; a merged model can have it: "
+            "'dora-diffusion export --base MODEL --adapter ADAPTER --vae TUNED --output MERGED'"
+        )
     return notes
 
 

@@ -102,7 +102,7 @@ class ModelMetadata:
         words = " and ".join(f"**`{trigger}`**" for trigger in self._triggers)
         ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
         if reading := reading_in_words(stated_reading(self._fields, OWN), self._family):
-            ask += f"\nIt reads prompts {reading}; `dora-diffusion generate` does so by itself.\n"
+            ask += f"\nIt reads prompts {reading}; `generate` does so by itself.\n"
         rows = "\n".join(map(_row, self._record))
         text = self._text or _TEXTS["unchanged"]
         text = text.format(linked=linked, ask=ask + self._words, rows=rows)

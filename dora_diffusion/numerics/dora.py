@@ -11,6 +11,7 @@ Norms and weights are computed in float32 (float64 for float64 weights). Merges 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ from dora_diffusion.numerics.fused import (
     scaled_gradient,
 )
 from dora_diffusion.numerics.operation import Operation, by_row
-from dora_diffusion.numerics.precision import full_precision, upcast, upcast_dtype
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, out_in
+from dora_diffusion.numerics.precision import full_precision, to_float64, upcast, upcast_dtype
+from dora_diffusion.numerics.weights import LayerWeights, MergeError, NormAxis, out_in
 
 # Far below any pretrained norm, but large enough that m / NORM_FLOOR stays finite in float32. A
 # channel with a smaller norm is 0. It is a lower bound and is not added, so that no norm changes.
@@ -118,6 +119,39 @@ def adapted_weight(
         g = gain(interpolated_magnitude(base, layer, magnitude_strength), norm)
         adapted = adapted * per_channel(g, weight.ndim, layer.norm_axis)
     return adapted if strength == 1.0 else base + strength * (adapted - base)
+
+
+@torch.no_grad()
+def at_strength(weight: Tensor, layer: LayerWeights, strength: float) -> LayerWeights:
+    """Return the layer whose merged weight is that of a DoRA layer at a strength.
+
+    ``W + t (W' - W) = h W + t g s B A`` with ``h = 1 - t + t g`` per channel, which is a DoRA of
+    the same rank: its update is ``t g / h`` times ``s B A``, and its magnitude is ``h`` times the
+    norm. The factors are float32.
+
+    Args:
+        weight: Base weight as the model stores it.
+        layer: The layer, with a magnitude.
+        strength: The strength t.
+
+    Raises:
+        MergeError: If ``h`` is 0 for a channel, whose weight would not contain W.
+    """
+    assert layer.magnitude is not None
+    base, axis = to_float64(out_in(weight, layer.kind)), layer.norm_axis
+    wide = dataclasses.replace(layer, down=to_float64(layer.down), up=to_float64(layer.up))
+    g = gain(to_float64(layer.magnitude), adapted_norm(base, wide))
+    h = 1 - strength + strength * g
+    name = "up" if axis == "output" else "down"
+    factor = getattr(wide, name) * per_channel(strength * g / h, layer.down.ndim, axis)
+    if not factor.isfinite().all():
+        raise MergeError(
+            f"strength {strength:g} removes the base weight from a channel of a layer, which no "
+            "DoRA can represent; use another strength, or export a merged model"
+        )
+    scaled = dataclasses.replace(wide, **{name: factor}).to(torch.float32)
+    magnitude = h * adapted_norm(base, scaled.to(torch.float64))
+    return dataclasses.replace(scaled, magnitude=magnitude.to(torch.float32))
 
 
 def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:

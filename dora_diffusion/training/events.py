@@ -28,10 +28,19 @@ class ModelLoading(Event):
 
 @dataclass(frozen=True)
 class ClassImagesAnnounced(Event):
-    """Number of class images to generate before training; sent again with an estimate of time."""
+    """Number of class images to generate before training; sent again with an estimate of time.
+
+    Attributes:
+        count: The number.
+        seconds: Estimated time of all; None before the first image is generated.
+        folder: Folder that they are written to.
+        advice: Setting that needs fewer of them; may be empty.
+    """
 
     count: int
     seconds: float | None = None
+    folder: str = ""
+    advice: str = ""
 
 
 @dataclass(frozen=True)

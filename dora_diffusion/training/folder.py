@@ -286,9 +286,11 @@ class RunFolder:
             fix = "All gradients were 0: check the masks of the photos and mixed_precision"
         elif self.log.largest_norm == math.inf:
             fix = "fp16 skipped every step: use --mixed_precision bf16 or no"
+        start = self.run.weights.origin.get("init_adapter")
+        has = f"equals init_adapter {start}, from which it started" if start else "has no effect"
         raise TrainingError(
-            f"nothing was learned: {effect}, within rounding. {written} was written but has no "
-            f"effect. {fix}"
+            f"nothing was learned: {effect}, within rounding. {written} was written but {has}. "
+            f"{fix}"
         )
 
     def _best_step(self, steps: int) -> int:

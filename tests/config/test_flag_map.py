@@ -148,8 +148,9 @@ def check_sd_scripts_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[
         assert last == f"error: there is no flag --{name} (did you mean --{OTHER_NAMES[name]}?)"
     else:
         assert last == f"error: --{text}"
+        text = re.sub(r"'dora-diffusion [^']*'", "", text)  # tests/tools parses these commands
         named = {flag for flag in re.findall(r"--(?:no-)?([a-z_\d]+)", text) if flag != "prodigy_"}
-        assert named <= {*known, name, "config", "dry_run", "to", "base"}
+        assert named <= {*known, name, "config", "dry_run"}
 
 
 def test_what_the_page_for_kohyas_users_names_is_answered_alike() -> None:

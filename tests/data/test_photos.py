@@ -20,6 +20,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.dataset import SampleTransform
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.data.photos import (
+    VIDEO_SUFFIXES,
     MaskError,
     Photo,
     list_photos,
@@ -174,6 +175,14 @@ def test_images_that_are_left_out_are_named(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.bmp", "c.TIF", "d.gif", "notes.txt"):
         (tmp_path / name).touch()
     with pytest.warns(UserWarning, match=r"left out b\.bmp, c\.TIF, d\.gif; convert them"):
+        assert [path.name for path in list_photos(tmp_path)] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+def test_videos_that_are_left_out_are_named(suffix: str, tmp_path: Path) -> None:
+    for name in ("a.jpg", f"clip{suffix.upper()}"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=f"left out clip{re.escape(suffix.upper())}; save frames"):
         assert [path.name for path in list_photos(tmp_path)] == ["a.jpg"]
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,15 +32,17 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
-from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS
+from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS, TARGETS
 from dora_diffusion.numerics.dora import weight_change
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from tests.export.helpers import MakeAdapter
 from tests.formats.adapter.helpers import TABLE_HOLDS
 from tests.formats.layouts.helpers import (
     assert_close_to_merge,
     load_pipeline,
     module_at,
+    weights_of,
 )
 from tests.formats.layouts.test_compatibility import a1111, comfyui, meant, plain_lora
 from tests.formats.layouts.test_kohya import load_metadata
@@ -362,3 +367,82 @@ def test_a_program_without_the_base_that_it_needs(dora: Path, tmp_path: Path) ->
         with pytest.raises(ExportError, match=needs):
             convert_adapter(dora, tmp_path / name, name)
         assert not (tmp_path / name).exists()
+
+
+def written(source: Path, output: Path, target: str, **options: Any) -> Path | str:
+    """The file that a conversion writes, or the reason why the target has none."""
+    fit = FitSettings(rank=10_000)  # of a layer's own size it approximates nothing
+    try:
+        return convert_adapter(source, output, target, fit, overwrite=True, **options).path
+    except (AdapterFormatError, ExportError) as error:
+        return str(error)
+
+
+def assert_has_the_strength(
+    file: Path, folder: Path, layers: dict[str, LayerWeights], strength: float
+) -> None:
+    """Compare each layer with what `export --strength` merges; a fit is less exact."""
+    is_fit = "approximation" in inspect_adapter(file).metadata.extra
+    try:
+        found = read_adapter(file).layers
+    except AdapterFormatError:  # It is made for one base model: as ComfyUI computes it.
+        found = {}
+        in_file = parts_by_layer(file, layers)
+    for name, layer in layers.items():
+        weight = weights_of(folder)[f"{name}.weight"]
+        expected = merge_tensor(weight, [(layer, Strengths(strength))]).double()
+        weight = weight.double()
+        got = meant(weight, found[name]) if found else comfyui(weight, in_file[name])
+        error = (got - expected).abs().max() / expected.abs().max()
+        assert error <= (1e-5 if is_fit else 1e-6), name
+
+
+@pytest.mark.filterwarnings("ignore:rank has no effect")
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_weaker_file_is_the_adapter_at_that_strength(
+    target: str, of_axes: tuple[Path, dict[str, LayerWeights]], sd1_folder: Path, tmp_path: Path
+) -> None:
+    """Refused where the whole adapter is; without the base where nothing needs it."""
+    source, layers = of_axes
+    for base in (sd1_folder, None):
+        whole = written(source, tmp_path / "whole", target, base=base)
+        weaker = written(source, tmp_path / "weaker", target, base=base, strength=0.7)
+        if base is None and any(layer.magnitude is not None for layer in layers.values()):
+            needs = (
+                "strength 0.7 of a DoRA depends on the base's weights; give that model with --base"
+            )
+            assert weaker in ([whole, needs] if isinstance(whole, str) else [needs])
+        elif isinstance(whole, str):
+            assert weaker == whole
+        else:
+            assert isinstance(weaker, Path)
+            assert_has_the_strength(weaker, sd1_folder, layers, 0.7)
+            assert inspect_adapter(weaker).metadata.extra["strength"] == "0.7"
+
+
+def test_a_weaker_file_keeps_what_is_beside_its_layers(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Strengths multiply, half precision is not rounded again, and trained words are kept."""
+    layers = random_adapter(sd1_folder, every=7)
+    tokens = {"<mug>": {"text_encoder": torch.ones(32)}}
+    source = write_adapter(
+        tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1"), tokens=tokens),
+        dtype=torch.float16,
+    )  # fmt: skip
+    layers = read_adapter(source).layers
+    paths = [str(tmp_path / name / "a.safetensors") for name in ("half", "quarter")]
+    for path, into in zip([str(source), paths[0]], paths, strict=True):
+        command = ["convert", path, into, "--to", "diffusers", "--base", str(sd1_folder)]
+        assert main([*command, "--strength", "0.5"]) == 0
+        assert "note: strength 0.5 does not change its trained words" in capsys.readouterr().out
+    assert main(["inspect", paths[1]]) == 0
+    assert re.search(r"^strength +0.25$", capsys.readouterr().out, re.MULTILINE)
+    assert read_adapter(paths[1]).tokens["<mug>"]["text_encoder"].flatten().tolist() == [1.0] * 32
+    assert_has_the_strength(Path(paths[1]), sd1_folder, layers, 0.25)
+    for strength, message in (("0", "must be greater than 0"), ("11", "between -10 and 10")):
+        assert main([*command, "--strength", strength, "--overwrite"]) != 0
+        assert message in capsys.readouterr().err
+    with pytest.raises(ExportError, match="strength is -1; it must be greater than 0"):
+        convert_adapter(source, tmp_path / "b", "diffusers", base=sd1_folder, strength=-1)

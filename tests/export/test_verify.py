@@ -42,7 +42,7 @@ def test_verify_finds_the_merged_model_behind_the_adapters(
         assert main(["verify", *command]) == 0, command
         assert capsys.readouterr().out.splitlines()[-1] == "verified"
     assert main(["verify", *base, "--adapter", adapters[0]]) == 1
-    assert "the merged model is missing: dora-diffusion verify MERGED" in capsys.readouterr().err
+    assert "the merged model is missing: 'dora-diffusion verify MERGED" in capsys.readouterr().err
     assert main(["verify", *base, "--adapter", *adapters]) == 1
     assert "an adapter" in capsys.readouterr().err.splitlines()[-1]
     exported = tmp_path / "n.safetensors"

@@ -19,6 +19,7 @@ from dora_diffusion.export import (
     convert_adapter,
     export_checkpoint,
     extract_adapter,
+    inspect_adapter,
     inspect_model,
     verify_checkpoint,
 )
@@ -33,11 +34,15 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.checkpoint.weights import CheckpointLayoutError
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts import MODEL_VERDICTS
+from dora_diffusion.formats.layouts import MODEL_VERDICTS, TARGETS
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.models.load import check_components, load_components
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.merging import merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from dora_diffusion.sampling.load import load_adapted
+from tests.export.test_convert import written
+from tests.formats.layouts.helpers import weights_of
+from tests.formats.test_z_image import by_module, comfyui, meant
 from tests.z_image import write_z_image
 
 Layers = dict[str, LayerWeights]
@@ -254,3 +259,33 @@ def test_adapters_are_combined_and_resized(tmp_path: Path, folder: Path, adapter
     small = convert_adapter(adapter, tmp_path / "b.safetensors", "smaller-rank", fit, base=folder)
     assert {layer.rank for layer in read_adapter(small.path).layers.values()} == {2}
     assert 0.01 < small.total_error < 0.9
+
+
+@pytest.mark.filterwarnings("ignore:rank has no effect")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("axis", [None, "output", "input"])
+def test_a_weaker_file_is_the_adapter_at_that_strength(
+    axis: Any, target: str, random_adapter: Callable[..., Layers], folder: Path, tmp_path: Path
+) -> None:
+    """Refused where the whole adapter is."""
+    layers = random_adapter(folder, axis=axis, components=["transformer"], every=5)
+    key_format = "diffusion_model" if axis == "input" else "diffusers"
+    file = AdapterFile(layers, AdapterMetadata("z-image"))
+    source = write_adapter(tmp_path / "source.safetensors", file, key_format)
+    whole = written(source, tmp_path / "whole", target, base=folder)
+    weaker = written(source, tmp_path / "weaker", target, base=folder, strength=0.5)
+    if isinstance(whole, str) or isinstance(weaker, str):
+        assert weaker == whole
+        return
+    most = 1e-5 if "approximation" in inspect_adapter(weaker).metadata.extra else 1e-6
+    try:
+        found = read_adapter(weaker).layers
+    except AdapterFormatError:  # It is made for one base model.
+        found, modules = {}, by_module(weaker)
+    for name, layer in layers.items():
+        weight = weights_of(folder)[f"{name}.weight"]
+        expected = merge_tensor(weight, [(layer, Strengths(0.5))]).double()
+        weight = weight.double()
+        path = name.removeprefix("transformer.")
+        got = meant(weight, found[name]) if found else comfyui(weight, modules[path])
+        assert (got - expected).abs().max() <= most * expected.abs().max(), name

@@ -15,6 +15,7 @@ from dora_diffusion.adapters.plan import make_scales
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,
+    at_strength,
     dora_forward,
     factors_of,
     gain,
@@ -24,7 +25,7 @@ from dora_diffusion.numerics.dora import (
     weight_norm,
 )
 from dora_diffusion.numerics.operation import ConvOperation, Operation
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, MergeError, out_in
 
 AXES = ("output", "input")
 
@@ -439,3 +440,31 @@ def test_a_channel_of_zeros_stays_zero_whatever_its_magnitude(dtype):
     assert torch.equal(adapted[:, 2], model[0].bias[2].expand(2))
     merge_adapters(model)
     torch.testing.assert_close(model(x), adapted, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("strength", [-1.0, 0.25, 0.7, 1.5])
+@pytest.mark.parametrize("kind", ["plain", "embedding", "conv1d", "conv"])
+@pytest.mark.parametrize("axis", AXES)
+def test_a_layer_at_a_strength_is_a_layer_of_the_same_rank(axis, kind, strength):
+    """A zero channel stays zero, and a channel whose norm is lost has the rest of W."""
+    generator = torch.Generator().manual_seed(0)
+    kernel = (3, 3) if kind == "conv" else ()
+    weight = torch.randn(6, 5, *kernel, generator=generator)
+    weight.select(0 if axis == "output" else 1, 2).zero_()
+    down = torch.randn(2, 5, *kernel, generator=generator)
+    up = torch.randn(6, 2, *[1] * len(kernel), generator=generator)
+    magnitude = weight_norm(weight, axis) * 1.3
+    magnitude[1] = 0
+    layer = LayerWeights(down, up, magnitude, 3.0, axis, "plain" if kind == "conv" else kind)
+    stored = out_in(weight, layer.kind)
+    scaled = at_strength(stored, layer, strength)
+    assert (scaled.rank, scaled.norm_axis, scaled.kind) == (2, axis, layer.kind)
+    expected = adapted_weight(weight, layer, strength=strength)
+    torch.testing.assert_close(adapted_weight(weight, scaled), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_strength_that_takes_the_base_away_is_refused():
+    weight, down, up = torch.eye(2), torch.ones(1, 2), torch.tensor([[0.0], [1.0]])
+    layer = LayerWeights(down, up, torch.tensor([0.5, 1.0]), 1.0)
+    with pytest.raises(MergeError, match="strength 2 removes the base weight from a channel"):
+        at_strength(weight, layer, 2.0)

@@ -285,7 +285,8 @@ def test_a_dry_run_lists_the_prompts(sd1_folder: Path, tmp_path: Path) -> None:
     assert said.splitlines() == [
         f"{TARGET}: from {LOW} to {HIGH}",
         "the cat in a backpack: does not move",
-        "the base model first generates 6 images of them",
+        f"the base model first generates 6 images of them in {tmp_path}/class_images, unless a run "
+        "has done so",
     ]
 
 

@@ -112,6 +112,12 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
     rank: int | None = flag(
         None, f"Largest rank, for smaller-rank and the lora targets. Default: {LORA_RANK} for lora."
     )
+    strength: float = flag(
+        1.0,
+        "Strength of the written adapter: 0.7 makes a weaker file with the effect of this one at "
+        "0.7. A DoRA needs --base. Trained words are unchanged.",
+        above=0,
+    )
     tags: list[str] = flag([], "Tags that adapter managers show.")
     thumbnail: str | None = flag(None, "An image that adapter managers show.")
 
@@ -123,7 +129,7 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
         is_packed = self.to in FOLDERS and output.suffix == ".zip"
         if is_packed and output.exists() and not self.overwrite:
             raise ConfigError(f"{output} exists; choose another output, or --overwrite", "output")
-        names = ("family", "alpha", "tags", "thumbnail", "overwrite")
+        names = ("family", "alpha", "strength", "tags", "thumbnail", "overwrite")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         tell(phase="converting")
         with tempfile.TemporaryDirectory() as scratch:
@@ -295,7 +301,10 @@ def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
     if report.growth >= 2:
         line += f"; {report.growth:.0f} times as large as the adapter"
     if "which is off" in line:
-        line += "; a merged model is exact (dora-diffusion export)"
+        line += (
+            "; a merged model is exact: 'dora-diffusion export --base MODEL --adapter ADAPTER "
+            "--output MERGED'"
+        )
     return line
 
 

@@ -24,7 +24,9 @@ _SHOWN = (
     "trained_alpha", "prediction_type", "approximates", "approximation_error",
     "unet_layers_per_block", "embeddings", *READING,
 )  # fmt: skip
-_UNKNOWN = "unknown; convert with --family"
+_UNKNOWN = (
+    "unknown; 'dora-diffusion convert ADAPTER OUTPUT --to diffusers --family FAMILY' stores it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

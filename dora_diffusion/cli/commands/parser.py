@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,12 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 # Flags for files that may contain required settings.
 _SOURCES = ("--config", "--repeat")
 CONFIG_HELP = "YAML file of settings; flags given here take precedence over it. Default: none."
+
+
+def nearest_name(name: str, known: Collection[str]) -> str | None:
+    """Return the known name of a setting that an unknown one probably means, or None."""
+    meant = OTHER_NAMES.get(name)
+    return meant if meant in known else closest(name, known)
 
 
 class SwitchAction(argparse.Action):
@@ -175,8 +181,7 @@ class Parser(argparse.ArgumentParser):
     def _near_flag(self, name: str) -> str | None:
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         known = [flag[2:] for flag in flags if not flag.startswith("--no-")]
-        meant = OTHER_NAMES.get(name)
-        return meant if meant in known else closest(name, known)
+        return nearest_name(name, known)
 
     def error(self, message: str) -> NoReturn:
         """Print the error in one line and exit with code 2."""

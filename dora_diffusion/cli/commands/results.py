@@ -170,7 +170,8 @@ def _merged_and_adapters(merged: str | None, adapters: list[str]) -> tuple[str, 
         return merged, adapters
     if len(adapters) < 2:
         raise ConfigError(
-            "the merged model is missing: dora-diffusion verify MERGED --base BASE --adapter FILE"
+            "the merged model is missing: 'dora-diffusion verify MERGED --base MODEL --adapter "
+            "ADAPTER'"
         )
     return adapters[-1], adapters[:-1]
 

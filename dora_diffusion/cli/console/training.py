@@ -62,13 +62,8 @@ class TrainProgress:
                 tell(phase="loading the model", device_name=device_name(default_device()))
             case TrainingStarted():
                 self._start(event)
-            case ClassImagesAnnounced(count, None):
-                say(
-                    f"{counted(count, 'class image')} to generate before the first step; "
-                    "--prior_preservation_mode image-free is a prior without class images"
-                )
-            case ClassImagesAnnounced(count, seconds):
-                say(f"{counted(count, 'class image')}: about {duration(seconds)}")
+            case ClassImagesAnnounced():
+                say(_class_images_text(event))
             case ClassImagesProgress(done, total):
                 self._count_images("class images", done, total)
             case CachingProgress(done, total):
@@ -187,6 +182,8 @@ class PackProgress:
                 photos = counted(event.photos, "photo")
                 resumed = f"; resumed from {event.resumed_from}" if event.resumed_from else ""
                 say(f"{name}: {photos} at {pixels(event.resolutions)}, {event.adapter}{resumed}")
+            case ClassImagesAnnounced():
+                say(f"{name}: {_class_images_text(event)}")
             case StepDone():
                 self._done[name] = event.step
                 done, total = sum(self._done.values()), sum(self._totals.values())
@@ -233,7 +230,7 @@ def training_summary(config: TrainConfig) -> str:
     if config.is_slider:
         lines += [f"{prompt}: from {low} to {high}" for prompt, (high, low) in config.slider_pairs]
         lines += [f"{anchor}: does not move" for anchor in config.anchors]
-        lines.append(f"the base model first generates {config.num_class_images} images of them")
+        lines.append(_slider_images(config))
         return "\n".join(lines)
     trained_on, held_out = divide_all(subjects, list_subjects(subjects))
     for subject, paths, held_out_paths in zip(subjects, trained_on, held_out, strict=True):
@@ -265,10 +262,19 @@ def training_summary(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
+def _slider_images(config: TrainConfig) -> str:
+    from dora_diffusion.training.inputs.prior import class_folder
+
+    return (
+        f"the base model first generates {config.num_class_images} images of them in "
+        f"{class_folder(config)}, unless a run has done so"
+    )
+
+
 def _facts_of(settings: TrainConfig, photos: Sequence[Photo]) -> list[str]:
     """Return the settings of a subject that affect the training on its images, as texts."""
     from dora_diffusion.data.photos import mask_path
-    from dora_diffusion.training.inputs.prior import class_folder, own_class_images
+    from dora_diffusion.training.inputs.prior import class_folder, missing_class_images
 
     masks = sum(mask_path(photo.path).is_file() for photo in photos) if settings.masked_loss else 0
     fixed = f" after the first {settings.keep_tags}" if settings.keep_tags else ""
@@ -291,10 +297,16 @@ def _facts_of(settings: TrainConfig, photos: Sequence[Photo]) -> list[str]:
     }
     facts = [fact for fact in applies if applies[fact]]
     if settings.uses_class_images:
-        folder, count = class_folder(settings), settings.num_class_images
-        there = min(len(own_class_images(folder)), count)
+        missing, folder = missing_class_images(settings), class_folder(settings)
+        images = counted(settings.num_class_images, "class image")
         prompt = f" ({quoted(settings.class_prompt)})" if settings.class_prompt else ""
-        return [*facts, f"prior: {there} of {counted(count, 'class image')} in {folder}{prompt}"]
+        facts.append(f"prior: {missing.present} of {images} in {folder}{prompt}")
+        if missing.count:
+            facts.append(
+                f"{missing.count} to generate in {missing.folder} unless a run has done so "
+                f"({missing.advice})"
+            )
+        return facts
     return facts + ([f"prior: {settings.prior_mode}"] if settings.with_prior_preservation else [])
 
 
@@ -357,6 +369,14 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
 
 def _command(*words: str) -> str:
     return shown_command([["dora-diffusion", *words]])
+
+
+def _class_images_text(event: ClassImagesAnnounced) -> str:
+    images = counted(event.count, "class image")
+    if event.seconds is not None:
+        return f"{images}: about {duration(event.seconds)}"
+    advice = f"; {event.advice}" if event.advice else ""
+    return f"{images} to generate before the first step, in {event.folder}{advice}"
 
 
 def _checkpoint_text(event: CheckpointSaved) -> str:

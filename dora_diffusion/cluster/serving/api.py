@@ -11,13 +11,14 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 
+from dora_diffusion.cli.commands.parser import nearest_name
 from dora_diffusion.cluster.serving.batcher import Batcher, QueueFullError, WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue, twin_problem
 from dora_diffusion.cluster.serving.engine import (
@@ -28,9 +29,14 @@ from dora_diffusion.cluster.serving.engine import (
     Reply,
     refusal_of,
 )
+from dora_diffusion.config.wording import counted
 from dora_diffusion.formats.adapter.metadata import READING, ZERO_TERMINAL_SNR
+from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION
 from dora_diffusion.system import is_loopback, split_host
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.checkpoint.weights import ModelWeights
 
 # Routes without authentication.
 _OPEN = ("/health", "/ready", "/openapi.json")
@@ -88,6 +94,7 @@ class Service:
         run: Runs a batch on a free worker.
         count_workers: Returns the number of healthy workers.
         timeout: Seconds until a request times out.
+        base: The base model's weights, to check adapters against; None checks only their files.
         queue: ``batch_size``, ``window``, ``capacity`` and ``workers`` of the `Batcher`.
 
     Attributes:
@@ -101,10 +108,12 @@ class Service:
         run: Run,
         count_workers: Callable[[], Awaitable[int]],
         timeout: float,
+        base: ModelWeights | None = None,
         **queue: Any,
     ) -> None:
         self.catalogue, self.timeout, self.metrics = catalogue, timeout, Metrics()
-        self.is_ending = False
+        self.is_ending, self._base = False, base
+        self._problems: dict[tuple[object, ...], str | None] = {}
         self._run_batch, self._count_workers = run, count_workers
         self._pending: set[asyncio.Task[ApiAnswer]] = set()
         queued: Batcher[BatchItem, ApiAnswer] = Batcher(self._run, **queue)
@@ -159,12 +168,13 @@ class Service:
         return file, tuple("" if extra.get(n) in _USUAL else extra.get(n, "") for n in _READ)
 
     def adapters(self) -> list[dict[str, str | None]]:
-        """List the current adapters; unreadable ones have a ``problem``."""
+        """List the current adapters; the ones that no request can use have a ``problem``."""
         listed: list[dict[str, str | None]] = []
         for name, file in self.catalogue.scan().items():
             row: dict[str, str | None] = dict.fromkeys(("name", "trigger", "family", "problem"))
             try:
                 metadata = self.catalogue.metadata(file)
+                row["problem"] = self._problem(file)
             except FileNotFoundError:
                 continue  # deleted meanwhile
             except Exception as error:
@@ -176,6 +186,32 @@ class Service:
             problem = twin_problem(name, served.parent.name)
             listed.append({"name": name, "trigger": None, "family": None, "problem": problem})
         return listed
+
+    def counted_adapters(self) -> str:
+        """Return the number of adapters that serve, and of those with a problem, as a text."""
+        problems = [row["problem"] for row in self.adapters()]
+        unusable = len(problems) - problems.count(None)
+        others = f" ({unusable} more with a problem: see /v1/adapters)" if unusable else ""
+        return counted(problems.count(None), "adapter") + others
+
+    def _problem(self, file: Path) -> str | None:
+        """Return why no request can use an adapter; each version of a file is read once.
+
+        Raises:
+            OSError: If it cannot be opened now.
+        """
+        from dora_diffusion.formats.adapter.file import read_adapter
+
+        found = find_adapter(file)
+        status = found.stat()
+        key = found, status.st_mtime_ns, status.st_size
+        if key not in self._problems:
+            try:
+                read_adapter(found, self._base)
+                self._problems[key] = None
+            except ValueError as error:
+                self._problems[key] = refusal_of(error, file).line
+        return self._problems[key]
 
     async def start(self) -> None:
         """Wait until a worker responds."""
@@ -264,7 +300,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/adapters")
     def list_adapters() -> list[dict[str, str | None]]:
-        """List the current adapters; unreadable ones have a `problem`."""
+        """List the current adapters; the ones that no request can use have a `problem`."""
         return service.adapters()
 
     @app.head("/health", include_in_schema=False)
@@ -294,7 +330,11 @@ def value_line(error: Mapping[str, Any]) -> str:
     _, *field = error["loc"]
     if error["type"] == "json_invalid":
         return f"the body is not JSON: {error['ctx']['error']}, at character {field[0]}"
-    return f"{'.'.join(map(str, field)) or 'the body'}: {error['msg']}"
+    name = ".".join(map(str, field))
+    if error["type"] == "extra_forbidden":
+        meant = nearest_name(name, ApiRequest.model_fields)
+        return f"there is no field {name}" + (f" (did you mean {meant}?)" if meant else "")
+    return f"{name or 'the body'}: {error['msg']}"
 
 
 def _notes_header(notes: Sequence[str]) -> str:

@@ -13,16 +13,19 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cluster.fleet.connection import INSTALL_RAY, connect
 from dora_diffusion.cluster.serving.batcher import WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue
 from dora_diffusion.cluster.serving.engine import BatchItem, Engine, Reply
 from dora_diffusion.cluster.serving.settings import ServingSettings
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.fields import ConfigError, require
-from dora_diffusion.config.wording import counted
 from dora_diffusion.system import is_loopback, is_private
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.checkpoint.models import StoredModel
 
 TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
 SHORTEST_TOKEN = 16
@@ -219,27 +222,44 @@ def serve(settings: ServingSettings, token: str | None, catalogue: Catalogue) ->
     handler = logging.StreamHandler(sys.stdout)
     logger.setLevel(logging.INFO)
 
-    def announce() -> None:
-        count = counted(len(catalogue.scan()), "adapter")
-        print(f"{settings.url} is ready: {count}; Ctrl-C ends it", flush=True)
-
     with listen(settings.host, settings.port) as listening:
         print(f"loading {settings.base} ...", flush=True)
-        with deployed(settings) as replicas:
+        with deployed(settings) as replicas, _weights_here(settings.base_model) as base:
             logger.addHandler(handler)
             service = Service(
                 catalogue,
                 replicas.answer,
                 replicas.count,
                 settings.timeout,
+                base,
                 batch_size=settings.batch_size,
                 window=settings.window,
                 capacity=settings.queue,
                 workers=settings.replicas,
             )
+
+            def announce() -> None:
+                count = service.counted_adapters()
+                print(f"{settings.url} is ready: {count}; Ctrl-C ends it", flush=True)
+
             asyncio.run(run(make_app(service, token), service, listening, announce))
             logger.removeHandler(handler)
             print("ended", flush=True)
+
+
+@contextlib.contextmanager
+def _weights_here(base: BaseModel) -> Iterator[StoredModel | None]:
+    """Open the base's files, to check adapters; None if only other machines have them."""
+    from dora_diffusion.export.files import open_model
+    from dora_diffusion.models.locate import resolve_folder
+
+    with contextlib.ExitStack() as stack:
+        model = None
+        with contextlib.suppress(ValueError, OSError):
+            is_file = Path(base.path).expanduser().is_file()
+            path = base.path if is_file else resolve_folder(base, local_only=True)
+            model = stack.enter_context(open_model(BaseModel(str(path), base.variant)))
+        yield model
 
 
 def _reason(status: Any, application: str) -> str:

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from dora_diffusion.cli.console.errors import explain, explain_to_all, is_out_of_memory
 from dora_diffusion.config.base import AnyModel, BaseModel
+from dora_diffusion.config.wording import did_you_mean
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ class ApiRequest(pydantic.BaseModel):
     @classmethod
     def _is_known(cls, name: str | None) -> str | None:
         if name is not None and name not in SCHEDULERS:
-            raise ValueError(f"it must be one of {', '.join(SCHEDULERS)}")
+            near = did_you_mean(name, SCHEDULERS)
+            raise ValueError(f"it must be one of {', '.join(SCHEDULERS)}{near}")
         return name
 
     def shared(self) -> Hashable:

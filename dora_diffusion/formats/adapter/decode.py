@@ -180,8 +180,10 @@ def _ai_toolkit_problem(layer: LayerWeights) -> str:
     return (
         f"ai-toolkit applies alpha / rank ({layer.alpha:g} / {layer.rank}) outside of the norm, "
         "m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which is not a DoRA, and which no "
-        "other program computes; with that alpha, export merges it exactly, and convert --to dense "
-        "writes its differences for one base model"
+        "other program computes; with that alpha, 'dora-diffusion export --base MODEL --adapter "
+        f"ADAPTER --alpha {layer.alpha:g} --output MERGED' merges it exactly, and 'dora-diffusion "
+        f"convert ADAPTER OUTPUT --to dense --base MODEL --alpha {layer.alpha:g}' writes its "
+        "differences for one base model"
     )
 
 

@@ -35,6 +35,8 @@ ZERO_TERMINAL_SNR = "zero_terminal_snr"
 # Target of an approximation ("DoRA", "LoRA", "tuned model", "sum of the adapters"), and its
 # relative error.
 APPROXIMATES, APPROXIMATION_ERROR = "approximates", "approximation_error"
+# Strength with which a conversion was written, if not 1.
+STRENGTH = "strength"
 # Prompt settings other than the defaults (`Components.reading`).
 READING = ("clip_skip", "max_token_length")
 # Rules by which captions were made from files next to photos (`stated_rules`).

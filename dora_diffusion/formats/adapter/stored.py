@@ -149,7 +149,7 @@ def find_adapter(path: str | Path) -> Path:
         what = "is a model" if model == path else "contains a model whose weights were trained"
         raise AdapterFormatError(
             f"{path} {what}, not an adapter: give it as --base, or make an adapter from it with "
-            "dora-diffusion extract"
+            "'dora-diffusion extract --base BASE --tuned MODEL --rank RANK --output ADAPTER'"
         )
     files = sorted(path.glob("*.safetensors"))
     # The VeRA file is a second copy of the ordinary file's adapter.

@@ -139,6 +139,9 @@ NOT_TARGETS: Mapping[str, str] = {
 COLUMNS: tuple[str, ...] = (*FACTS["columns"],)
 """Programs with a verdict on adapter files."""
 BYPASS: str = FACTS["words"]["bypass"]
+COMFYUI_FORMULA: str = FACTS["words"]["comfyui_formula"]
+COMFYUI_CHANGE: str = FACTS["words"]["comfyui_change"]
+"""Advice on files for ComfyUI after a change of `COMFYUI_FORMULA`."""
 
 
 def _table(columns: Sequence[str], kinds: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:

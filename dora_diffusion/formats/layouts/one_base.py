@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.stream import TensorSpec
-from dora_diffusion.formats.layouts import BYPASS, VERDICTS
+from dora_diffusion.formats.layouts import BYPASS, COMFYUI_CHANGE, COMFYUI_FORMULA, VERDICTS
 from dora_diffusion.formats.layouts.kohya import (
     Kohya,
     encode_file,
@@ -73,9 +73,8 @@ class ComfyUI(BaseSpecific):
     name, method, form = "comfyui", "DoRA", ".lora_down.weight"
     file_name = "adapter_comfyui.safetensors"
     note = (
-        "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
-        f"and there too if their formula changes; a merged checkpoint has none. {BYPASS}: "
-        "use its usual loader"
+        f"its magnitudes are changed for the formula {COMFYUI_FORMULA}: wrong elsewhere. "
+        f"{COMFYUI_CHANGE} {BYPASS}: use its usual loader"
     )
 
     def matches(self, keys: Collection[str], metadata: Fields) -> bool:
@@ -96,7 +95,9 @@ class ComfyUI(BaseSpecific):
         changed = {
             name: _compensated(module_weight(base, name), layer) for name, layer in layers.items()
         }
-        return {self.name: encode_file(changed, layers, options, self.name)}
+        file = encode_file(changed, layers, options, self.name)
+        fields = {**file.metadata, OWN + "comfyui_formula": COMFYUI_FORMULA}
+        return {self.name: dataclasses.replace(file, metadata=fields)}
 
 
 class Dense(BaseSpecific):

@@ -204,14 +204,14 @@ def add_report(context: Context) -> None:
         if context.launch.is_open:
             raise UserError(
                 "a shared app does not describe the machine that it runs on; its operator can call "
-                "dora-diffusion doctor there"
+                "'dora-diffusion doctor' there"
             )
         return str(describe_environment(context.workspace.root))
 
     with gr.Accordion("For a bug report", open=False, elem_id="bug-report") as box:
         text = (
-            "What this installation is, as dora-diffusion doctor prints it: no token, no password, "
-            "no name of yours. Add the traceback, or the end of the run's log."
+            "What this installation is, as 'dora-diffusion doctor' prints it: no token, no "
+            "password, no name of yours. Add the traceback, or the end of the run's log."
         )
         ui.html_block(html.quiet(text))
         # The copy button needs a label.

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from dora_diffusion.data.images import PhotoError, decode_photo
-from dora_diffusion.data.photos import MASK_SUFFIX, PHOTO_SUFFIXES, mask_path
+from dora_diffusion.data.photos import MASK_SUFFIX, PHOTO_SUFFIXES, left_out, mask_path
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.runs import file_stem
 from dora_diffusion.studio.jobs import subjects
@@ -66,6 +66,8 @@ def import_dataset(workspace: Workspace, file: Path) -> tuple[str, Upload]:
         try:
             with zipfile.ZipFile(file) as archive:
                 files = list(_extracted(archive, Path(folder)))
+                paths = map(_path_of, archive.infolist())
+                others = left_out([path.name for path in paths if not _is_hidden(path)])
         except _UNREADABLE as error:
             raise UserError(f"{shown(file.name)}: not a zip that can be read: {error}") from error
         masks = {f.name[: -len(MASK_SUFFIX)]: f for f in files if f.name.endswith(MASK_SUFFIX)}
@@ -74,14 +76,18 @@ def import_dataset(workspace: Workspace, file: Path) -> tuple[str, Upload]:
         try:
             upload = subjects.add_photos(workspace, subject_id, photos_and_texts)
             if not upload.accepted:
-                reason = f": {upload.refused[0]}" if upload.refused else ""
+                refused = [*upload.refused, *others]
+                reason = f": {refused[0]}" if refused else ""
                 raise UserError(f"{shown(file.name)} holds no photo that can be taken{reason}")
         except BaseException:
             subjects.delete_subject(workspace, subject_id)
             raise
         refused = [line for p in upload.accepted if (line := _add_mask(p, upload, masks))]
     return subject_id, Upload(
-        upload.accepted, (*upload.refused, *refused), upload.names, upload.captions
+        upload.accepted,
+        (*upload.refused, *refused, *map(shown, others)),
+        upload.names,
+        upload.captions,
     )
 
 
@@ -113,14 +119,13 @@ def _extracted(archive: zipfile.ZipFile, folder: Path) -> Iterator[Path]:
         raise UserError(f"the zip holds {len(entries)} files; at most {_MOST_ENTRIES} are taken")
     left = MAX_FILE
     for entry in entries:
-        path = PurePosixPath(entry.filename.replace("\\", "/"))
+        path = _path_of(entry)
         name, suffix = path.name, path.suffix.lower()
         if ".." in path.parts or path.is_absolute() or ":" in entry.filename:
             raise UserError(f"the zip names {shown(entry.filename)}, which leads out of it")
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise UserError(f"the zip holds {shown(entry.filename)}, which is a link")
-        is_hidden = name.startswith((".", "__")) or "__MACOSX" in path.parts
-        if is_hidden or suffix not in (*PHOTO_SUFFIXES, ".txt"):
+        if _is_hidden(path) or suffix not in (*PHOTO_SUFFIXES, ".txt"):
             continue
         target = folder / f"{shown(path.stem, 100).replace('?', '_')}{suffix}"
         if target.exists():
@@ -134,3 +139,11 @@ def _extracted(archive: zipfile.ZipFile, folder: Path) -> Iterator[Path]:
         left -= len(content)
         target.write_bytes(content)
         yield target
+
+
+def _path_of(entry: zipfile.ZipInfo) -> PurePosixPath:
+    return PurePosixPath(entry.filename.replace("\\", "/"))
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    return path.name.startswith((".", "__")) or "__MACOSX" in path.parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +107,15 @@ def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
     An image takes two UNet passes (guidance) per denoising step. A training step takes about three
     (one forward, two for backward) per image.
     """
-    count = sum(s.num_class_images for s in config.subjects if s.uses_class_images or s.is_slider)
-    if not count:
+    from dora_diffusion.training.inputs.prior import missing_class_images
+
+    needed = [s for s in config.subjects if s.uses_class_images or s.is_slider]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The run repeats them.
+        missing = [one for s in needed if (one := missing_class_images(s)).count]
+    if not missing:
         return ""
+    count = sum(one.count for one in missing)
     passes = count * config.validation_inference_steps * 2
     steps = passes / (3 * 2 * config.train_batch_size)
     about = f"as long as {steps:.0f} training steps"
@@ -116,9 +123,13 @@ def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
         about = duration(cost.seconds / config.max_train_steps * steps)
     if config.is_slider:
         return f"{count} images of the slider's prompts come first, which takes about {about}."
+    own = Path(config.output_dir)
+    places = ["the run's folder" if own in one.folder.parents else one.folder for one in missing]
+    folders = " and ".join(dict.fromkeys(map(str, places)))
+    advice = "; ".join(dict.fromkeys(one.advice.removeprefix("--") for one in missing))
     return (
-        f"{count} class images come first, which takes about {about}, unless "
-        "class_data_dir has them; prior_preservation_mode image-free needs none."
+        f"{count} class images come first, in {folders}, which takes about {about}, unless a run "
+        f"has generated them; {advice}."
     )
 
 

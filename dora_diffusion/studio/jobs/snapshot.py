@@ -393,7 +393,8 @@ def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
     if path is None and fine_tuned:
         raise UserError(
             f"this run fine-tuned the model itself, which is in {fine_tuned}; it has no adapter. "
-            "Train offers it as a base model, and 'dora-diffusion generate --base' takes it"
+            "Train offers it as a base model; for images, 'dora-diffusion generate --base MODEL "
+            "--prompt PROMPT --output IMAGES'"
         )
     if path is None:
         raise UserError("this run has no adapter yet; wait until it is done, or take a checkpoint")

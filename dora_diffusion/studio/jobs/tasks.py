@@ -367,33 +367,49 @@ def targets() -> dict[str, str]:
     return titles | {name: one.title for name, one in CONVERSIONS.items() if one.title}
 
 
-def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
+def start_conversion(workspace: Workspace, run: Job, target: str, strength: str = "") -> str:
     """Queue a job that converts a run's adapter for a program. Returns its id.
 
     The conversion never downloads the base model.
 
+    Args:
+        workspace: The runs folder.
+        run: The run.
+        target: A key of `targets`.
+        strength: Strength of the written adapter; empty: 1.
+
     Raises:
-        UserError: If the run has no adapter, the program is unknown, or its format needs a base
+        UserError: If the run has no adapter, the program is unknown, or the conversion needs a base
             model that is not on this machine.
+        ConfigError: If the strength is not a number above 0.
     """
     from dora_diffusion.export.convert import conversion_of
     from dora_diffusion.formats.adapter.file import read_adapter
+    from dora_diffusion.formats.layouts.layout import norm_axes
     from dora_diffusion.sampling.images import adapter_name
 
     if target not in targets():
         raise UserError("there is no such program; choose one of the list")
-    adapter = str(chosen_adapter(run))
+    path = str(chosen_adapter(run))
+    [setting] = (one for one in ConvertSettings.settings() if one.name == "strength")
+    factor = setting.cast(strength or str(setting.default))
+    end = f"-strength-{factor:g}" if factor != 1 else ""
     # PEFT has a folder per component; other formats are a single file.
-    name = f"{adapter_name(adapter)}.{'zip' if target in FOLDERS else 'safetensors'}"
+    name = f"{adapter_name(path)}{end}.{'zip' if target in FOLDERS else 'safetensors'}"
     output = str(workspace.exports / run.id / target / name)
-    values: Any = {"input": adapter, "output": output, "to": target}
+    values: Any = {"input": path, "output": output, "to": target, "strength": factor}
     base = path_here(run.base_model) if run.base else None
-    if base is None and CONVERSIONS[conversion_of(target, read_adapter(adapter))].for_one_base:
+    adapter = read_adapter(path)
+    needs = ""
+    if CONVERSIONS[conversion_of(target, adapter)].for_one_base:
+        needs = f"a file for {target} is made for one base model"
+    elif factor != 1 and norm_axes(adapter.layers.values()):
+        needs = f"strength {factor:g} of a DoRA depends on its base model"
+    if base is None and needs:
         words = _words(ConvertSettings(**values, **_of_base(run)))
         raise UserError(
-            f"a file for {target} is made for one base model, and {run.base or 'this one'} is not "
-            "on this machine as the run loaded it. This downloads it, and converts the adapter: "
-            f"{records.JobRecord(words).command}"
+            f"{needs}, and {run.base or 'this one'} is not on this machine as the run loaded it. "
+            f"This downloads it, and converts the adapter: {records.JobRecord(words).command}"
         )
     variant = run.base_model.variant if base else None
     settings = ConvertSettings(**values, base=base, variant=variant, overwrite=True)

@@ -30,8 +30,8 @@ from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProg
 from dora_diffusion.training.inputs.subject import Subject, caption_rules
 from dora_diffusion.training.processes import shards_model
 
-# Prefix of the names of folders with generated class images.
-_GENERATED = "generated-"
+# Folder of class images in the output folder, and prefix of the names of folders of generated ones.
+CLASS_IMAGES, _GENERATED = "class_images", "generated-"
 # Prompt and seeds -> one image per seed.
 Generate = Callable[[str, Sequence[int]], list[Image.Image]]
 
@@ -126,7 +126,7 @@ def class_images(
         height=side,
     )
 
-    announcer = _Announcer(on_event, config.sample_batch_size)
+    announcer = _Announcer.of(config, on_event)
 
     def generate(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
         if shards_model(accelerator):
@@ -172,15 +172,26 @@ class _Announcer:
 
     on_event: OnEvent
     batch_size: int
+    folder: Path
+    advice: str = ""
     missing: int = 0
     begun: float = 0.0
     is_timed: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig, on_event: OnEvent) -> _Announcer:
+        """Build the announcer of a subject's class images."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `ensure_class_images` repeats them.
+            missing = missing_class_images(config)
+        return cls(on_event, config.sample_batch_size, missing.folder, missing.advice)
 
     def on_image(self, done: int, total: int) -> None:
         """Report the number of existing images, first before any is generated."""
         if not self.missing:
             self.missing = total - done
-            self.on_event(ClassImagesAnnounced(self.missing))
+            folder, advice = str(self.folder), self.advice
+            self.on_event(ClassImagesAnnounced(self.missing, folder=folder, advice=advice))
         self.on_event(ClassImagesProgress(done, total))
 
     def on_step(self, step: int, steps: int) -> None:
@@ -190,7 +201,7 @@ class _Announcer:
         if step > 1:
             batches = math.ceil(self.missing / self.batch_size)
             seconds = (time.perf_counter() - self.begun) * steps * batches
-            self.on_event(ClassImagesAnnounced(self.missing, seconds))
+            self.on_event(ClassImagesAnnounced(self.missing, seconds, str(self.folder)))
             self.is_timed = True
         self.begun = time.perf_counter()
 
@@ -204,9 +215,10 @@ def ensure_class_images(
 ) -> dict[Path, str]:
     """Ensure that ``num_class_images`` exist, generating missing ones.
 
-    Images of the user (`own_class_images`) are used first. Generated images go into a sub-folder
-    named by a hash of everything that they depend on, so that images of other prompts or another
-    model are never reused. Each image has its own seed, so that an interrupted run can continue.
+    Images of the user (`own_class_images`) are used first. Generated images go into a sub-folder of
+    `generated_folder` named by a hash of everything that they depend on, so that images of other
+    prompts or another model are never reused. Each image has its own seed, so that an interrupted
+    run can continue.
 
     Args:
         config: Settings of a subject: class folder, number of images, seed and batch size.
@@ -228,10 +240,8 @@ def ensure_class_images(
     user_images = user_images[:count]
     text = "\n".join([identity, str(config.seed), *prompts])
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    paths = [
-        folder / f"{_GENERATED}{digest}" / f"class-{number:05d}.png"
-        for number in range(count - len(user_images))
-    ]
+    new_folder = generated_folder(config) / f"{_GENERATED}{digest}"
+    paths = [new_folder / f"class-{number:05d}.png" for number in range(count - len(user_images))]
     missing: dict[str, list[int]] = {}
     for number, path in enumerate(paths):
         if not path.is_file():
@@ -254,7 +264,51 @@ def ensure_class_images(
 
 def class_folder(config: TrainConfig) -> Path:
     """Return the folder of a subject's class images."""
-    return Path(config.class_data_dir or Path(config.output_dir) / "class_images").expanduser()
+    return Path(config.class_data_dir or Path(config.output_dir) / CLASS_IMAGES).expanduser()
+
+
+def generated_folder(config: TrainConfig) -> Path:
+    """Return the folder into which the class images of a subject are generated.
+
+    It is the folder of class images if it is new or contains only generated ones, so that several
+    runs can share them. A folder with other files is the user's, and only read: then the images go
+    into the output folder.
+    """
+    folder = class_folder(config)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    is_shared = all(name.startswith(_GENERATED) for name in names)
+    return folder if is_shared else Path(config.output_dir).expanduser() / CLASS_IMAGES
+
+
+@dataclass(frozen=True)
+class MissingClassImages:
+    """Class images that a subject lacks.
+
+    Attributes:
+        present: Number of the user's images that are used.
+        count: Number of images that a run generates, unless it has done so before.
+        folder: Folder that they are written to.
+        advice: Setting that needs fewer of them; may be empty.
+    """
+
+    present: int
+    count: int
+    folder: Path
+    advice: str
+
+
+def missing_class_images(config: TrainConfig) -> MissingClassImages:
+    """Return the class images that a subject lacks, without the base model.
+
+    Warns:
+        UserWarning: As `own_class_images`.
+    """
+    present = min(len(own_class_images(class_folder(config))), config.num_class_images)
+    advice = "--prior_preservation_mode image-free is a prior without class images"
+    if present:
+        advice = f"--num_class_images {present} uses only the {present} that are there"
+    folder, advice = generated_folder(config), "" if config.is_slider else advice
+    return MissingClassImages(present, config.num_class_images - present, folder, advice)
 
 
 def own_class_images(folder: Path) -> list[tuple[Path, str]]:

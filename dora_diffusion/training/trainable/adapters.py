@@ -234,7 +234,10 @@ class StartingAdapter:
             ConfigError, AdapterFormatError: If they cannot.
         """
         live, trained = components.adaptable(), components_that_train(components, config)
-        remedy = "set the right one first (dora-diffusion convert --alpha)"
+        remedy = (
+            "set the right one first with 'dora-diffusion convert ADAPTER OUTPUT --to diffusers "
+            "--alpha ALPHA'"
+        )
         adapter = read_for(live, self.path, remedy, family=components.family.name)
         if lost := [token for token in adapter.tokens if token not in config.words]:
             raise ConfigError(

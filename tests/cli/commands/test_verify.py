@@ -38,5 +38,5 @@ def test_another_strength_is_not_proven(merged, sd1_folder, trained, capsys):
 def test_a_model_that_is_missing_is_asked_for(sd1_folder, trained, last_line):
     assert main(["verify", "--base", str(sd1_folder), "--adapter", str(trained)]) == 1
     assert last_line().startswith(
-        "error: the merged model is missing: dora-diffusion verify MERGED"
+        "error: the merged model is missing: 'dora-diffusion verify MERGED"
     )

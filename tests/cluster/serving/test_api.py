@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import re
 from typing import get_args
 
@@ -15,7 +16,13 @@ from dora_diffusion.cluster.serving.api import Service, make_app
 from dora_diffusion.cluster.serving.batcher import WorkerLostError
 from dora_diffusion.cluster.serving.catalogue import Catalogue
 from dora_diffusion.cluster.serving.engine import ApiAnswer, ApiRequest, Refusal, Reply
-from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.export.files import open_model
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
 from tests.cluster.serving.helpers import run, serving_log
 
 pytest.importorskip("prometheus_client", reason="it comes with the extra ray")
@@ -160,7 +167,7 @@ def test_readiness_is_that_of_the_replicas_now(folder):
         ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
         ({"width": 65}, "width: Input should be a multiple of 8"),
         ({"scheduler": "fast"}, "scheduler: Value error, it must be one of ddim"),
-        ({"step": 3}, "step: Extra inputs are not permitted"),
+        ({"step": 3}, "there is no field step (did you mean steps?)"),
         ({"strength": 9}, "strength: Input should be less than or equal to 3"),
         *(({name: text}, f"{name}: Input should be a valid") for name, text in NUMBERS.items()),
         ({"prompt": "x" * 70000}, "a request has a Content-Length, of at most 65536 bytes"),
@@ -185,6 +192,10 @@ def test_wrong_values_are_one_line(folder, values, line):
         (b"prompt=a", "the body is not JSON: Expecting value, at character 0"),
         (b'{"prompt": "a",}', "the body is not JSON: Illegal trailing comma|the body is not JSON: "
                               "Expecting property name"),
+        (b'{"prompt": "a", "stepz": 1}', r"there is no field stepz \(did you mean steps\?\)$"),
+        (b'{"prompt": "a", "sampler": "x"}', r"there is no field sampler \(did you mean scheduler"),
+        (b'{"prompt": "a", "wombat": 1}', "there is no field wombat$"),
+        (b'{"prompt": "a", "scheduler": "eular"}', r"scheduler: .*\(did you mean euler\?\)$"),
     ],
 )  # fmt: skip
 def test_a_body_that_is_no_request_is_one_line(folder, body, line):
@@ -296,6 +307,49 @@ def test_each_request_is_a_line_of_the_log_without_prompts_and_tokens(folder, ca
         ("POST /v1/images", 401, None), ("GET /ready", 503, None),
     ]  # fmt: skip
     assert {*lines[0]} == {"time", "client", "request", "status", "seconds"}
+
+
+def test_an_adapter_that_no_request_can_use_has_its_problem_and_is_not_counted(
+    folder, sd1_folder, random_adapter, monkeypatch
+):
+    """Checked against the base as for a request, and each version of a file once."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    layers = random_adapter(sd1_folder, components=["unet"], every=9)
+    good = write_adapter(folder / "good.safetensors", AdapterFile(layers, AdapterMetadata("sd1")))
+    first, last = min(layers), max(layers)
+    other = {"transformer.layers.0.attention.to_q": layers[first]}
+    strange = {first: layers[last]}
+    assert layers[first].weight_shape != layers[last].weight_shape
+    for name, family, part in (("other", "z-image", other), ("strange", "sd1", strange)):
+        write_adapter(folder / f"{name}.safetensors", AdapterFile(part, AdapterMetadata(family)))
+    (folder / "torn.safetensors").write_bytes(good.read_bytes()[:-9])
+    (folder / "new").mkdir()
+    (folder / "new" / "good.safetensors").write_bytes(good.read_bytes())
+    read = []
+    monkeypatch.setattr(
+        "dora_diffusion.formats.adapter.file.read_adapter",
+        lambda path, base: read.append(path) or read_adapter(path, base),
+    )
+    catalogue = Catalogue([folder, folder / "new"])
+    with open_model(sd1_folder) as base:
+        service = Service(catalogue, Workers(), None, 1.0, base)
+        assert service.counted_adapters() == (
+            "2 adapters (4 more with a problem: see /v1/adapters)"
+        )
+        listed = [(row["name"], row["problem"]) for row in service.adapters()]
+        assert len(read) == len(set(read))
+        os.utime(good, ns=(1, 1))
+        assert service.counted_adapters()[:10] == "2 adapters"
+        assert read.count(good) == 2
+    assert listed[0] == ("good", None)
+    assert "was made for Z-Image" in dict(listed)["other"]
+    assert first in dict(listed)["strange"]
+    assert "torn.safetensors" in dict(listed)["torn"]
+    assert listed[-1][1].startswith("there is another good in")
+    assert str(folder) not in str([problem for _, problem in listed])
+    alone = Service(Catalogue([folder]), Workers(), None, 1.0)
+    assert alone.counted_adapters() == "4 adapters (1 more with a problem: see /v1/adapters)"
 
 
 def test_an_adapter_whose_name_is_taken_is_listed_with_its_problem(folder):

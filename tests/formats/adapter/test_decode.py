@@ -428,6 +428,10 @@ def test_the_dora_of_ai_toolkit_is_merged_with_its_alpha(
     assert main(["convert", str(path), str(dense), "--to", "dense", *base]) == 0
     found = weight + load_file(dense)[f"{prefix}.diff"]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    weaker = ["convert", str(path), str(dense), "--to", "dense", *base, "--strength", "0.5"]
+    assert main([*weaker, "--overwrite"]) == 0
+    half = load_file(dense)[f"{prefix}.diff"]
+    torch.testing.assert_close(half, (expected - weight) / 2, rtol=0, atol=1e-6)
     capsys.readouterr()
     # ComfyUI takes full differences, which hold it.
     for target in ("kohya", "diffusers", "lora"):
@@ -435,7 +439,7 @@ def test_the_dora_of_ai_toolkit_is_merged_with_its_alpha(
         assert main(["convert", str(path), output, "--to", target, *base]) == 1
         error = capsys.readouterr().err
         assert "outside of the norm" in error
-        assert "export merges it exactly, and convert --to dense" in error
+        assert "--output MERGED' merges it exactly, and 'dora-diffusion convert ADAPTER" in error
     adapter = read_adapter(path, alpha=1.0, sums=True)
     with pytest.raises(
         AdapterFormatError, match="kohya format cannot store the sum of a DoRA and a LoRA"

@@ -38,5 +38,7 @@ def test_it_is_made_when_it_is_opened_and_can_be_copied(monkeypatch: pytest.Monk
 def test_others_are_not_told_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "describe_environment", lambda runs: pytest.fail("told"))
     _, describe = handler(Launch(host="0.0.0.0", auth="ann:long enough"))
-    with pytest.raises(gr.Error, match="its operator can call dora-diffusion doctor there"):
+    with pytest.raises(
+        gr.Error, match="its operator can call &#x27;dora-diffusion doctor&#x27; there"
+    ):
         describe()

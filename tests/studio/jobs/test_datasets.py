@@ -59,12 +59,20 @@ def test_folders_of_other_programs_are_taken_photo_by_photo(
     file = zipped(tmp_path / "My dog.zip", {
         "10_sks dog/a.JPG": good, "10_sks dog/a.txt": b"a sks dog", "10_sks dog/b.jpg": b"text",
         "__MACOSX/10_sks dog/._a.JPG": b"x", ".DS_Store": b"x", "readme.md": b"x",
+        "10_sks dog/c.mov": b"x", "d.MP4": b"x", "__MACOSX/._d.MP4": b"x", "e.gif": b"x",
         "10_sks dog/a.mask.png": photo(tmp_path / "m.png", (40, 40)).read_bytes(),
     })  # fmt: skip
     made, upload = import_dataset(workspace, file)
     assert captions_of(read_subject(workspace, made)) == {"001.jpg": "a sks dog"}
     assert "b.jpg: not a JPEG" in upload.refused[0]
-    assert upload.refused[1:] == ("a.mask.png: of another shape than its photo; left out",)
+    assert upload.refused[1:] == (
+        "a.mask.png: of another shape than its photo; left out",
+        "left out e.gif; convert them to JPEG or PNG to use them",
+        "left out c.mov, d.MP4; save frames of these videos as JPEG or PNG to use them",
+    )
+    clip = zipped(tmp_path / "clip.zip", {"clip.mp4": b"x"})
+    with pytest.raises(UserError, match=r"no photo that can be taken: left out clip\.mp4; save"):
+        import_dataset(workspace, clip)
 
 
 def link(path: Path) -> Path:

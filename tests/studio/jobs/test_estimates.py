@@ -64,8 +64,11 @@ def test_class_images_are_announced_with_their_number_and_time(workspace: Worksp
     images = TrainConfig(with_prior_preservation=True, prior_preservation_mode="images")
     cost = estimate(images, (), workspace.root, Device())
     said = announced_class_images(images, cost)
-    assert said.startswith("100 class images come first, which takes about as long as 833 training")
-    assert said.endswith("prior_preservation_mode image-free needs none.")
+    assert said == (
+        "100 class images come first, in the run's folder, which takes about as long as 833 "
+        "training steps, unless a run has generated them; prior_preservation_mode image-free is a "
+        "prior without class images."
+    )
     measured = dataclasses.replace(cost, seconds=200.0)
     told = dataclasses.replace(images, max_train_steps=100)
     assert "takes about 27 min 47 s," in announced_class_images(told, measured)

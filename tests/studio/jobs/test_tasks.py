@@ -325,8 +325,15 @@ def test_a_download_is_named_and_lies_in_the_exports(
     assert Path(args.output) == workspace.exports / run.id / target / name
     assert (args.input, args.to) == (str(chosen_adapter(run)), target)
     assert (args.base, args.overwrite) == (run.base, True)
+    weaker = parsed(tasks.start_conversion(workspace, run, target, " 0.70 "), workspace)
+    assert (weaker.strength, args.strength) == (0.7, 1.0)
+    name = f"{adapter_name(chosen_adapter(run))}-strength-0.7.{suffix}"
+    assert Path(weaker.output) == workspace.exports / run.id / target / name
     with pytest.raises(UserError, match="there is no such program"):
         tasks.start_conversion(workspace, run, "../../etc")
+    for text, problem in (("strong", "must be a number"), ("0", "must be greater than 0")):
+        with refused("strength", problem):
+            tasks.start_conversion(workspace, run, target, text)
 
 
 def test_no_conversion_downloads_a_base(
@@ -359,6 +366,8 @@ def test_no_conversion_downloads_a_base(
             assert args.input == str(chosen_adapter(run))
         args = parsed(tasks.start_conversion(workspace, run, "kohya"), workspace)
         assert (args.base, args.revision) == (None, None)
+        with pytest.raises(UserError, match=r"strength 0\.5 of a DoRA depends on its"):
+            tasks.start_conversion(workspace, run, "kohya", "0.5")
     cached[:] = [sd1_folder]
     args = parsed(tasks.start_conversion(workspace, run, "a1111"), workspace)
     assert (args.base, args.revision) == (str(sd1_folder), None)  # what the revision stood for

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.cli.console.training import TrainProgress, training_summary
+from dora_diffusion.cli.console.training import PackProgress, TrainProgress, training_summary
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.models.memory import Device
 from dora_diffusion.sampling.generate import BrokenImageError
+from dora_diffusion.studio.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.training.events import (
     ClassImagesAnnounced,
     ClassImagesProgress,
@@ -28,7 +31,7 @@ from tests.refusal import refused
 from tests.training.helpers import make_config
 
 
-def make(folder, count, told, stop_at=None):
+def make(folder, count, told, stop_at=None, output="out"):
     made = []
 
     def generate(prompt, seeds):
@@ -38,8 +41,9 @@ def make(folder, count, told, stop_at=None):
         return [Image.new("RGB", (8, 8), "red") for _ in seeds]
 
     config = TrainConfig(
-        class_data_dir=str(folder), num_class_images=count, seed=1, sample_batch_size=2
-    )
+        class_data_dir=str(folder), num_class_images=count, seed=1, sample_batch_size=2,
+        output_dir=str(folder.parent / output),
+    )  # fmt: skip
     prompts = ["a dog", "a dog on grass"]
     ensure_class_images(config, prompts, "x", generate, lambda *numbers: told.append(numbers))
 
@@ -56,6 +60,85 @@ def test_progress_begins_at_what_is_there_and_ends_at_all(tmp_path):
     told.clear()
     make(tmp_path, 8, told)
     assert told == [], "nothing to wait for"
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+FOLDERS = {
+    "absent": [], "generated": ["generated-0/x.png"], "photos": ["own.png"],
+    "kohya": ["1_dog/own.png"], "mixed": ["own.png", "generated-0/x.png"], "notes": ["notes.txt"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_generated_images_go_into_no_folder_with_files_of_the_user(kind, tmp_path):
+    """A second run generates none of them again where both have the folder."""
+    reg = tmp_path / "reg"
+    for name in FOLDERS[kind]:
+        (reg / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(reg / name, "PNG")
+    before, told = files_in(reg), []
+    make(reg, 3, told)
+    own = sum(not name.startswith(("generated", "notes")) for name in FOLDERS[kind])
+    assert told[0] == (own, 3)
+    is_shared = kind in ("absent", "generated")
+    generated = tmp_path / ("reg" if is_shared else "out/class_images")
+    assert len(files_in(generated).keys() - before.keys()) == 2 * (3 - own)
+    assert is_shared or files_in(reg) == before
+    told.clear()
+    make(reg, 3, told)
+    assert told == []
+    make(reg, 3, told, output="other")
+    assert bool(told) != is_shared
+
+
+@pytest.mark.parametrize("own", [0, 2])
+def test_plan_and_run_announce_the_same_images(own, tiny_run, photos, tmp_path, capsys):
+    """Count, folder, and the setting that needs fewer; a resumed run generates none."""
+    reg = tmp_path / "reg"
+    reg.mkdir()
+    for number, photo in enumerate(sorted(photos.glob("*.jpg"))[:own]):
+        with Image.open(photo) as image:
+            image.rotate(180).save(reg / f"{number}.png")
+    before = files_in(reg)
+    config = tiny_run(
+        with_prior_preservation=True, class_data_dir=str(reg), num_class_images=5,
+        max_train_steps=1, checkpointing_steps=1, class_word="mug",
+    )  # fmt: skip
+    folder = f"{config.output_dir}/class_images" if own else str(reg)
+    advice = "--prior_preservation_mode image-free is a prior without class images"
+    if own:
+        advice = "--num_class_images 2 uses only the 2 that are there"
+    (planned, *_) = training_summary(config).splitlines()
+    assert (
+        f"prior: {own} of 5 class images in {reg}, {5 - own} to generate in {folder} unless a run "
+        f"has done so ({advice})" in planned
+    )
+    place = "the run's folder" if own else str(reg)
+    in_app = announced_class_images(config, estimate(config, (), tmp_path, Device()))
+    assert in_app.startswith(f"{5 - own} class images come first, in {place}, which takes about")
+    assert in_app.endswith(f"unless a run has generated them; {advice[2:]}.")
+    show = TrainProgress()
+    train(config, show)
+    show.close()
+    line = f"{5 - own} class images to generate before the first step, in {folder}; {advice}\n"
+    assert line in capsys.readouterr().out
+    assert not own or files_in(reg) == before
+    told = []
+    train(replace(config, max_train_steps=2, resume_from_checkpoint="latest"), told.append)
+    assert not [event for event in told if isinstance(event, ClassImagesAnnounced)]
+
+
+def test_a_pack_announces_the_class_images_of_each_subject(capsys):
+    show = PackProgress()
+    show("mug", ClassImagesAnnounced(3, None, "out/class_images", ""))
+    show("dog", ClassImagesAnnounced(1, 75.0, "out/class_images"))
+    assert capsys.readouterr().out.splitlines() == [
+        "mug: 3 class images to generate before the first step, in out/class_images",
+        "dog: 1 class image: about 1 min 15 s",
+    ]
 
 
 def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
@@ -83,10 +166,8 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
     assert events.index(timed) < events.index(ClassImagesProgress(4, 6))
     captured = capsys.readouterr()
     assert "class images: 100%" in captured.err
-    assert (
-        "6 class images to generate before the first step; --prior_preservation_mode"
-        in captured.out
-    )
+    folder = tiny_run().output_dir + "/class_images"
+    assert f"6 class images to generate before the first step, in {folder}; " in captured.out
     assert "\n6 class images: about " in captured.out
 
 
@@ -96,13 +177,13 @@ def test_the_time_of_class_images_is_that_of_the_second_step_for_all(monkeypatch
         "dora_diffusion.training.inputs.prior.time.perf_counter", lambda: next(clock)
     )
     told = []
-    announcer = _Announcer(told.append, batch_size=4)
+    announcer = _Announcer(told.append, 4, Path("class"), "--num_class_images 1")
     announcer.on_image(1, 10)
     for step in (1, 2, 3, 4):
         announcer.on_step(step, 25)
     # 9 are missing: three batches of 25 steps. The clock is read at the ends of steps 1 and 2 ...
-    assert told[0] == ClassImagesAnnounced(9)
-    assert told[-1] == ClassImagesAnnounced(9, 0.5 * 25 * 3)
+    assert told[0] == ClassImagesAnnounced(9, None, "class", "--num_class_images 1")
+    assert told[-1] == ClassImagesAnnounced(9, 0.5 * 25 * 3, "class")
 
 
 def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):

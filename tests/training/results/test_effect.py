@@ -175,8 +175,13 @@ def test_a_start_that_is_not_moved_is_nothing_whatever_it_does_to_the_base(tiny_
     first = tiny_run(output_dir=str(tmp_path / "first"), learning_rate=1e-2)
     assert effect_of(first).prediction > 1e-2
     again = tiny_run(init_adapter=str(tmp_path / "first"), learning_rate=TINY)
-    with pytest.raises(TrainingError, match="nothing was learned"):
+    with pytest.raises(TrainingError, match="nothing was learned") as error:
         train(again)
+    written = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    has = f"{written} was written but equals init_adapter first, from which it started. Raise "
+    assert has in str(error.value)
+    with pytest.raises(TrainingError, match=r"was written but has no effect\. Raise "):
+        train(replace(again, init_adapter=None, overwrite_output_dir=True))
     moved = replace(again, learning_rate=1e-3, overwrite_output_dir=True)
     assert 1e-3 < effect_of(moved).prediction < 0.1
 

@@ -119,6 +119,8 @@ class LibraryTab:
             info="It gets the file that it needs of this adapter, with a line on what that costs.",
             elem_id="format",
         )
+        [strength] = (one for one in tasks.ConvertSettings.settings() if one.name == "strength")
+        self.strength = ui.setting_field(strength, strength.default, "Strength of the file")
         self.convert = ui.button("Prepare the download", "convert", variant="primary", size="lg")
         self.files = ui.html_block(elem_id="files")
 
@@ -221,7 +223,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
     question = functools.partial(run_question, workspace)
     ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
     ui.on(tab.convert.click, card, [tab.run], [tab.files])
-    buttons = {"convert": (tab.convert, [tab.target]), **tab.buttons}
+    buttons = {"convert": (tab.convert, [tab.target, tab.strength]), **tab.buttons}
     for command, (button, fields) in buttons.items():
         ui.on(button.click, task(command), [tab.run, *fields], [tab.tasks], show="minimal")
     for connect_part in (_connect_comparison, _connect_thoughts, _connect_intake):

@@ -225,7 +225,8 @@ def test_the_plan_announces_class_images(context: Context, subject: str) -> None
         values = asked(context, subject, EMBEDDED, **changes)
         return html.unescape(handler(context, "plan")(*values)[0])
 
-    assert "100 class images come first, which takes about as long as" in said("images")
+    announced = "100 class images come first, in the run's folder, which takes about as long as"
+    assert announced in said("images")
     assert "class images" not in said("image-free")
     assert "class images" not in said("")  # the default
 
