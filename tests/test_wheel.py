@@ -305,7 +305,12 @@ def test_a_user_s_program_passes_mypy_strictly(kind, config, request):
     installed = request.getfixturevalue(kind)
     shutil.copy(ROOT / "tests" / "user_program.py", installed.empty)
     (installed.empty / "mypy.ini").write_text(config, encoding="utf-8")
-    wrong = 'import dora_diffusion as dd\n\ndd.nothing\ndd.TrainConfig(rank="8")\n'
+    wrong = """import dora_diffusion as dd
+dd.nothing
+dd.TrainConfig(rank="8")
+dd.TrainConfig(output_dir=3)
+dd.TrainConfig().rank = 8
+"""
     (installed.empty / "wrong.py").write_text(wrong, encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable"]
     done = subprocess.run(
@@ -317,4 +322,5 @@ def test_a_user_s_program_passes_mypy_strictly(kind, config, request):
         encoding="utf-8",
     )
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]
-    assert [line.partition(": error: ")[0] for line in errors] == ["wrong.py:3", "wrong.py:4"]
+    places = [line.partition(": error: ")[0] for line in errors]
+    assert places == [f"wrong.py:{number}" for number in range(2, 6)]

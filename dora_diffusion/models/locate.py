@@ -10,6 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 from dora_diffusion.config.base import EMBEDDED_PREFIX, AnyModel, BaseModel
@@ -77,7 +78,7 @@ def resolve_folder(model: AnyModel, *, local_only: bool = False) -> Path:
     return _checked_folder(fetch_snapshot(text, base.revision, allow, ignore, local_only))
 
 
-def vae_folder(name: str | Path) -> Path:
+def vae_folder(name: str | PathLike[str]) -> Path:
     """Find the folder of an autoencoder.
 
     Args:
