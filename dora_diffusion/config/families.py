@@ -157,6 +157,7 @@ class Family:
         default_rate: Default learning rate of adapters.
         defaults: Further settings of runs whose defaults are others for the family.
         released_id: Hub id of the released model.
+        released_license: The hub's name of its license.
         configuration: Name of the released models' configuration, for single files.
         has_two_predictions: One release predicts v and another the noise, so a single file must
             state its prediction type. False: a file without one predicts the noise.
@@ -184,6 +185,7 @@ class Family:
     default_resolution: int
     default_steps: int
     released_id: str
+    released_license: str
     configuration: str
     kohya_base_version: str
     architecture: str
