@@ -1,4 +1,4 @@
-"""What required packages cost an install: disk space, and processor time from pip's cache.
+"""Costs of required packages in an install: disk space, and processor time from pip's cache.
 
     python benchmarks/install_cost.py --without gradio matplotlib
 

@@ -125,8 +125,7 @@ def run_fleet(
         'done'
     """
     require_positive("pack", pack)
-    output = fspath(output)
-    output = output if "://" in output else str(Path(output).expanduser().absolute())
+    output = url if "://" in (url := fspath(output)) else str(Path(url).expanduser().absolute())
     results = FleetResults(output)
     fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
     with results.locked():

@@ -59,7 +59,7 @@ def model_card(
     )
     steps = metadata.extra["training_steps"]
     measured = _validation(config, metadata, written) + _as_sentence(effect)
-    tag, method = _method(config)
+    _, method = _method(config)
     family, size = FAMILIES[metadata.family], pixels(metadata.resolutions)
     stated = stated_reading(metadata.extra)
     reading, skip = reading_in_words(stated, family), stated.get("clip_skip", 0)
@@ -70,17 +70,7 @@ def model_card(
     if other := metadata.extra.get("init_adapter"):
         method += f", started from `{other}` (SHA-256 {metadata.extra['init_adapter_sha256'][:12]})"
     title = trigger or Path(config.output_dir).name
-    fields = {
-        "library_name": "" if written.name in INPUT_AXIS_FILES.values() else "diffusers",
-        "instance_prompt": first.instance_prompt,
-        "tags": _tags(config, tag),
-        # The first image is the result's.
-        "widget": [{"text": prompt or title, "output": {"url": p}} for p in samples.values()][:1],
-        "model-index": _model_index(title, metadata, config),
-    }
-    source = Path(metadata.base_model)
-    name = model_name(source) if source.exists() else metadata.base_model
-    head = front_matter(name, family, "finetune" if config.is_full else "adapter", fields)
+    head = _head(config, first, metadata, written, title, samples)
     return f"""{head}
 # {title}
 
@@ -97,10 +87,28 @@ machine are in `run.json`.{measured}
 """
 
 
-def _tags(config: TrainConfig, method: str) -> list[str]:
-    """Return the hub's tags; its template shows an adapter's samples and instance prompt."""
-    tags = ["text-to-image", method, "slider" if config.is_slider else "dreambooth"]
-    return tags if config.is_full else [*tags, "template:sd-lora"]
+def _head(
+    config: TrainConfig,
+    subject: TrainConfig,
+    metadata: AdapterMetadata,
+    written: Path,
+    title: str,
+    samples: Mapping[str, str],
+) -> str:
+    """Return the front matter. The hub's template shows an adapter's sample and prompt."""
+    text = example_prompt(config) or title
+    tags = ["text-to-image", _method(config)[0], "slider" if config.is_slider else "dreambooth"]
+    fields = {
+        "library_name": "" if written.name in INPUT_AXIS_FILES.values() else "diffusers",
+        "instance_prompt": subject.instance_prompt,
+        "tags": tags if config.is_full else [*tags, "template:sd-lora"],
+        # The first image is the result's.
+        "widget": [{"text": text, "output": {"url": path}} for path in samples.values()][:1],
+        "model-index": _model_index(title, metadata, config),
+    }
+    source, family = Path(metadata.base_model), FAMILIES[metadata.family]
+    name = model_name(source) if source.exists() else metadata.base_model
+    return front_matter(name, family, "finetune" if config.is_full else "adapter", fields)
 
 
 def _model_index(
