@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -42,10 +43,13 @@ def repository_url() -> str | None:
 if __name__ == "__main__":
     # Two builds have one digest: a wheel gives its files this time, the first of a .zip.
     os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")
+    # The samples lie at the top, where people find them, and are a part of the package. An editable
+    # install finds them there: without a folder of another name it is a path file, which type
+    # checkers read; else setuptools writes an import hook, which they do not.
+    samples = {} if "editable_wheel" in sys.argv else {"dora_diffusion.samples": "samples"}
     setup(
-        # The samples lie at the top, where people find them, and are a part of the package.
-        packages=[*find_packages(include=["dora_diffusion*"]), "dora_diffusion.samples"],
-        package_dir={"dora_diffusion.samples": "samples"},
+        packages=[*find_packages(include=["dora_diffusion*"]), *samples],
+        package_dir={"": ".", **samples},
         package_data={
             "dora_diffusion": [
                 "py.typed",

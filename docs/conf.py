@@ -61,7 +61,7 @@ LEFT_OUT = [
 # that autodoc splits at a comma.
 nitpick_ignore_regex = [
     ("py:class", rf"(dora_diffusion(\.\w+)*\.)?({'|'.join(LEFT_OUT)})"),
-    ("py:class", r"(collections\.abc|dataclasses|numpy|pathlib|torch|PIL)(\.\w+)+"),
+    ("py:class", r"(collections\.abc|dataclasses|numpy|os|pathlib|torch|PIL)(\.\w+)+"),
     ("py:class", r"(collections\.abc\.Mapping|dict|tuple)\[(int|str)"),
 ]
 napoleon_use_rtype = False

@@ -15,7 +15,7 @@ import urllib.request
 import venv
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email import message_from_bytes
 from pathlib import Path
 
@@ -36,6 +36,14 @@ follow_imports = skip
 ignore_missing_imports = True
 """
 
+# Types of settings alone, in three seconds.
+QUICK_CONFIG = """[mypy]
+[mypy-dora_diffusion.*,torch.*]
+follow_imports = skip
+[mypy-dora_diffusion,dora_diffusion.config.*]
+follow_imports = normal
+"""
+
 pytest.importorskip("setuptools", minversion="77")
 
 
@@ -43,6 +51,7 @@ pytest.importorskip("setuptools", minversion="77")
 class Installed:
     """A built source distribution, the wheel built from it, and where that is installed."""
 
+    source: Path
     sdist: Path
     wheel: Path
     bin: Path
@@ -99,15 +108,28 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     shutil.unpack_archive(sdist, folder / "unpacked")
     (unpacked,) = (folder / "unpacked").iterdir()
     wheel = build("wheel", unpacked, folder / "dist")
-    home = folder / "venv"
+    (folder / "empty").mkdir()
+    bin = install(wheel, folder / "venv")
+    return Installed(folder / "source", sdist, wheel, bin, folder / "empty")
+
+
+def install(wheel: Path, home: Path) -> Path:
+    """Install a wheel into a new environment that sees this one's other packages."""
     venv.create(home, symlinks=True)
     (packages,) = home.glob("lib/python3*/site-packages")
     found = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "others.pth").write_text("\n".join(found), encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--python", str(home), "install", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--no-compile", str(wheel)], check=True, capture_output=True)
-    (folder / "empty").mkdir()
-    return Installed(sdist, wheel, home / "bin", folder / "empty")
+    return home / "bin"
+
+
+@pytest.fixture(scope="module")
+def editable(installed: Installed) -> Installed:
+    """The copied tree, installed by ``pip install --editable``."""
+    folder = installed.sdist.parents[1]
+    wheel = build("editable", installed.source, folder / "editable")
+    return replace(installed, wheel=wheel, bin=install(wheel, folder / "editable-venv"))
 
 
 def test_the_source_distribution_is_the_repository(installed):
@@ -153,10 +175,9 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
 
 def test_another_build_gives_the_same_wheel(installed, tmp_path):
     """From the tree itself, at another time, with files of other times."""
-    source = installed.sdist.parent.parent / "source"
-    for number, path in enumerate(source.rglob("*")):
+    for number, path in enumerate(installed.source.rglob("*")):
         os.utime(path, (1.6e9 + number, 1.6e9 + number))
-    again = build("wheel", source, tmp_path)
+    again = build("wheel", installed.source, tmp_path)
     assert again.name == installed.wheel.name
     assert again.read_bytes() == installed.wheel.read_bytes()
 
@@ -263,11 +284,33 @@ def test_the_app_opens_from_an_empty_folder_with_the_samples(installed, app):
     assert app.wait(WAIT_SECONDS) == 0
 
 
-def test_a_user_s_program_passes_mypy_strictly(installed):
+def test_an_editable_install_is_the_tree_with_its_samples(editable):
+    code = "from dora_diffusion.models import embedded as e; print(e.__file__, e.samples_folder())"
+    home, samples = editable.run("python", "-c", code).split()
+    assert Path(home).is_relative_to(editable.source)
+    assert Path(samples) == editable.source / "samples"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("editable", QUICK_CONFIG),
+        pytest.param("editable", MYPY_CONFIG, marks=pytest.mark.slow),
+        pytest.param("installed", MYPY_CONFIG, marks=pytest.mark.slow),
+    ],
+    ids=["editable-quick", "editable", "wheel"],
+)
+def test_a_user_s_program_passes_mypy_strictly(kind, config, request):
     pytest.importorskip("mypy")
+    installed = request.getfixturevalue(kind)
     shutil.copy(ROOT / "tests" / "user_program.py", installed.empty)
-    (installed.empty / "mypy.ini").write_text(MYPY_CONFIG, encoding="utf-8")
-    wrong = 'import dora_diffusion as dd\n\ndd.nothing\ndd.TrainConfig(rank="8")\n'
+    (installed.empty / "mypy.ini").write_text(config, encoding="utf-8")
+    wrong = """import dora_diffusion as dd
+dd.nothing
+dd.TrainConfig(rank="8")
+dd.TrainConfig(output_dir=3)
+dd.TrainConfig().rank = 8
+"""
     (installed.empty / "wrong.py").write_text(wrong, encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable"]
     done = subprocess.run(
@@ -279,4 +322,5 @@ def test_a_user_s_program_passes_mypy_strictly(installed):
         encoding="utf-8",
     )
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]
-    assert [line.partition(": error: ")[0] for line in errors] == ["wrong.py:3", "wrong.py:4"]
+    places = [line.partition(": error: ")[0] for line in errors]
+    assert places == [f"wrong.py:{number}" for number in range(2, 6)]

@@ -17,3 +17,6 @@ components = dd.load_components("embedded:tiny-sd")
 with dd.disabled(components.denoiser):
     images = dd.generate_images(components, "a dog", [0], dd.SamplingSettings(steps=20))
 dd.export_checkpoint("embedded:tiny-sd", path, "merged").resolve()
+dd.TrainConfig(instance_data_dir=path, output_dir=path, dataset_config="subjects.yaml")
+text: str = dd.TrainConfig(output_dir=path).output_dir
+dd.ImageRow("a dog", 0, (path, 0.5))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -155,7 +156,7 @@ def by_component(
 @check_arguments()
 def save_adapter(
     components: nn.Module | LiveModules,
-    path: str | Path,
+    path: str | PathLike[str],
     target: str = "diffusers",
     *,
     metadata: AdapterMetadata | None = None,
@@ -187,13 +188,13 @@ def save_adapter(
         'pytorch_lora_weights.safetensors'
     """
     layers = adapter_state(_as_components(components), name)
-    return write_adapter(path, AdapterFile(layers, metadata or AdapterMetadata()), target)
+    return write_adapter(Path(path), AdapterFile(layers, metadata or AdapterMetadata()), target)
 
 
 @check_arguments()
 def load_adapter(
     components: nn.Module | LiveModules,
-    path: str | Path,
+    path: str | PathLike[str],
     *,
     name: str = DEFAULT_NAME,
     family: str = "",
@@ -228,6 +229,7 @@ def load_adapter(
         >>> load_adapter(model, file).format_version
         '1'
     """
+    path = Path(path)
     adapter = attach_file(_as_components(components), path, name=name, family=family, alpha=alpha)
     if adapter.tokens:
         warnings.warn(

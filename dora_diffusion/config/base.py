@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,11 +54,11 @@ class BaseModel:
         ConfigError: If a value cannot work.
     """
 
-    path: str | Path
+    path: str | PathLike[str]
     variant: str | None = None
     revision: str | None = None
-    model_config: str | Path | None = None
-    vae: str | Path | None = None
+    model_config: str | PathLike[str] | None = None
+    vae: str | PathLike[str] | None = None
     prediction_type: str | None = None
     zero_terminal_snr: bool | None = None
     quantize: str = "none"
@@ -65,6 +66,9 @@ class BaseModel:
     vae_tile_size: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("path", "model_config", "vae"):
+            if isinstance(value := getattr(self, name), PathLike):
+                object.__setattr__(self, name, Path(value))
         require_choice("quantize", self.quantize, ("none", *QUANTISATIONS))
         require_tile_size(self.vae_tile_size)
         if self.prediction_type is not None:
@@ -88,7 +92,7 @@ class BaseModel:
         return cls(**{f.name: values.get(f.name, f.default) for f in fields(cls)})
 
 
-AnyModel = str | Path | BaseModel
+AnyModel = str | PathLike[str] | BaseModel
 
 
 def quantize_flag() -> Any:

@@ -167,6 +167,7 @@ class Family:
             computes no guidance.
         is_distilled: The model was distilled to few steps (`of_model`).
         released_id: Hub id of the released model.
+        released_license: The hub's name of its license.
         configuration: Name of the released models' configuration, for single files.
         has_two_predictions: One release predicts v and another the noise, so a single file must
             state its prediction type. False: a file without one predicts the noise.
@@ -194,6 +195,7 @@ class Family:
     default_resolution: int
     default_steps: int
     released_id: str
+    released_license: str
     configuration: str
     kohya_base_version: str
     architecture: str

@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from dora_diffusion.config.wording import did_you_mean
 
@@ -53,9 +55,30 @@ WANTED: dict[type, str] = {
     float: "a number",
     bool: "true or false",
     Path: "a path",
+    PathLike: "a path",
 }
 REQUIRED: Any = dataclasses.MISSING
 """Default of a setting without a default value."""
+T = TypeVar("T")
+
+
+class TextOrPath(Generic[T]):
+    """Annotation of a setting that is given as text or as a path, and is text afterwards."""
+
+    if TYPE_CHECKING:  # Types of the field and of the argument, which dataclasses tell apart so.
+
+        @overload
+        def __get__(self, instance: None, owner: Any) -> Any: ...
+        @overload
+        def __get__(self, instance: object, owner: Any) -> T: ...
+        def __get__(self, instance: Any, owner: Any) -> Any: ...
+        def __set__(self, instance: Any, value: T | str | PathLike[str]) -> None: ...
+    else:
+
+        def __class_getitem__(cls, kind):
+            return kind | str | PathLike[str]
+
+
 TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in WANTED}}
 
 
@@ -368,7 +391,7 @@ def setting_type(source: dataclasses.Field[Any]) -> tuple[type, bool, bool]:
 
     ``list[str]`` -> ``(str, True, False)``; ``dict[str, int]`` -> ``(int, True, True)``.
     """
-    name = str(source.type).removesuffix(" | None")
+    name = re.sub(r"^TextOrPath\[(.*)\]$", r"\1", str(source.type)).removesuffix(" | None")
     is_map = name.startswith("dict[str, ")
     plain = name.removeprefix("dict[str, ").removeprefix("list[").removesuffix("]")
     return TYPES[plain], is_map or name.startswith("list["), is_map

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def read_facts(name: str) -> dict[str, Any]:
 
 
 @check_arguments()
-def read_config_file(path: str | Path) -> dict[str, Any]:
+def read_config_file(path: str | PathLike[str]) -> dict[str, Any]:
     """Read the settings in a YAML file.
 
     Relative paths in it start at the working directory, in the ``config.yaml`` of a run at its
@@ -46,12 +47,13 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 @check_arguments()
-def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, int]]:
+def read_config_lines(path: str | PathLike[str]) -> tuple[dict[str, Any], Mapping[str, int]]:
     """Read the settings in a YAML file, and the line of each, counting from 1.
 
     Raises:
         ConfigError: As `read_config_file` does.
     """
+    path = Path(path)
     is_toml = str(path).lower().endswith(".toml")
     require(not is_toml, f"{path}: this is TOML; a dataset file is given as --dataset_config")
     values, keys = _parse(path)

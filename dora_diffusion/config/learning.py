@@ -14,7 +14,7 @@ from dora_diffusion.config.adapter import (
     PRESETS,
     TEXT_ENCODER_PRESETS,
 )
-from dora_diffusion.config.fields import AnyOf, Condition, Need, flag, free_flag
+from dora_diffusion.config.fields import AnyOf, Condition, Need, TextOrPath, flag, free_flag
 
 METHODS = ("dora", "lora", "full")
 FULL_WEIGHTS = ("all", "targets")
@@ -71,7 +71,7 @@ class AdapterSettings:
         derived="dora; for a slider lora, whose strength is the same in every program",
         choices=METHODS,
     )
-    init_adapter: str | None = _adapter_flag(
+    init_adapter: TextOrPath[str | None] = _adapter_flag(
         None,
         "Adapter to start from: a file, the folder of a run, or a hub id, in any key format, of "
         "this rank or a smaller one. A LoRA can start a DoRA. Its scale is kept if no alpha is "

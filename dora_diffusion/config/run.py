@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from dora_diffusion.config.fields import DTYPES, PRECISIONS, AnyOf, Need, flag, free_flag, when
+from dora_diffusion.config.fields import (
+    DTYPES,
+    PRECISIONS,
+    AnyOf,
+    Need,
+    TextOrPath,
+    flag,
+    free_flag,
+    when,
+)
 from dora_diffusion.config.prompts import MOST_STEPS
 from dora_diffusion.config.subject import prior_or_slider
 
@@ -111,7 +120,7 @@ class SampleSettings:
         derived="the instance prompt",
         needs=(_SAMPLES,),
     )
-    sample_prompts: str | None = flag(
+    sample_prompts: TextOrPath[str | None] = flag(
         None,
         "File of further validation prompts, one per line.",
         resume="ignored",  # its lines are validation prompts of the run
@@ -159,7 +168,7 @@ class ValidationSettings:
 
     heading: ClassVar = "Validation"
 
-    validation_data_dir: str | None = flag(
+    validation_data_dir: TextOrPath[str | None] = flag(
         None,
         "Folder of held-out photos of the subject, with optional .txt captions, to compute the "
         "validation loss on.",
@@ -178,7 +187,7 @@ class ValidationSettings:
         derived="validation_steps, or 200 if it is 0",
         above=0,
     )
-    validation_metric_model: str | None = free_flag(
+    validation_metric_model: TextOrPath[str | None] = free_flag(
         None,
         "Image-similarity model that compares samples with the held-out photos: folder or hub id "
         "of CLIP, DINO or DINOv2, or efficientnet-lite0.",
@@ -206,7 +215,7 @@ class OutputSettings:
     heading: ClassVar = "Output"
     common: ClassVar = {"resume": "ignored"}  # attributes of all its settings
 
-    output_dir: str = flag("dreambooth-output", "Output folder.", is_path=True)
+    output_dir: TextOrPath[str] = flag("dreambooth-output", "Output folder.", is_path=True)
     overwrite_output_dir: bool = flag(
         False, "Replace an earlier result in output_dir, and delete its checkpoints."
     )
@@ -230,7 +239,7 @@ class OutputSettings:
         needs=(_checkpoints,),
         above=0,
     )
-    resume_from_checkpoint: str | None = flag(
+    resume_from_checkpoint: TextOrPath[str | None] = flag(
         None, "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.", is_path=True
     )
     single_file: bool = flag(
@@ -248,7 +257,7 @@ class OutputSettings:
         needs=(Need("method", ("full",)),),
     )
     report_to: str | None = flag(None, "Experiment tracker.", choices=("tensorboard", "wandb"))
-    logging_dir: str = flag(
+    logging_dir: TextOrPath[str] = flag(
         "logs", "Folder of the tracker's logs, in OUTPUT_DIR.", needs=(Need("report_to"),)
     )
     push_to_hub: bool = flag(

@@ -14,7 +14,7 @@ from dora_diffusion.config.base import (
     vae_tile_size_flag,
 )
 from dora_diffusion.config.families import PREDICTION_TYPES
-from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, TextOrPath, flag
 
 TAUGHT = ("subject", "slider")
 SLIDER_STRENGTHS = (-3.0, -1.5, 0.0, 1.5, 3.0)
@@ -74,19 +74,19 @@ class ModelSettings:
 
     heading: ClassVar = "Model"
 
-    pretrained_model_name_or_path: str = flag(
+    pretrained_model_name_or_path: TextOrPath[str] = flag(
         "embedded:tiny-sd",
         BASE_HELP,
         derived="embedded:tiny-sd, a toy model of drawn scenes",
         is_path=True,
     )
-    pretrained_vae_model_name_or_path: str | None = flag(
+    pretrained_vae_model_name_or_path: TextOrPath[str | None] = flag(
         None,
         "Another VAE: folder or hub id (for SDXL in fp16, a VAE that does not overflow).",
         derived="the base model's",
         is_path=True,
     )
-    model_config: str | None = flag(
+    model_config: TextOrPath[str | None] = flag(
         None,
         "Diffusers folder with configuration and tokenizers of a single-file checkpoint.",
         derived="the released model's",
@@ -126,7 +126,7 @@ class SubjectSettings:
 
     heading: ClassVar = "Subject"
 
-    dataset_config: list[Entry] = flag(
+    dataset_config: TextOrPath[list[Entry]] = flag(
         [],
         "Several subjects in one run: a YAML file with a list of subjects, each with its folder, "
         "token, class word and any other setting of images, captions and prior. Also reads "
@@ -135,7 +135,7 @@ class SubjectSettings:
         resume="ignored",  # its entries are compared
         is_path=True,
     )
-    instance_data_dir: str | None = flag(
+    instance_data_dir: TextOrPath[str | None] = flag(
         None,
         "Folder with images of the subject and optional .txt captions; sub-folders are not read.",
         derived="none, required",
@@ -318,7 +318,7 @@ class ImageSettings:
         "Wildcards: draw {a|b} and __file__ again for captions in every epoch, and for sample "
         "prompts with every seed; \\{ is a brace.",
     )
-    wildcard_dir: str | None = flag(
+    wildcard_dir: TextOrPath[str | None] = flag(
         None,
         "Folder of wildcard files: __colours__ draws a line of its colours.txt.",
         resume="ignored",  # its lines are compared by content
@@ -389,7 +389,7 @@ class PriorSettings:
         choices=PRIOR_MODES,
         needs=(_PRIOR,),
     )
-    class_data_dir: str | None = flag(
+    class_data_dir: TextOrPath[str | None] = flag(
         None,
         "Folder of class images, or of kohya's '1_dog' folders. Missing images are generated: in a "
         "new folder, or if it has images of yours, in OUTPUT_DIR/class_images.",

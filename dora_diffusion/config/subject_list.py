@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ SHARED = frozenset((
 """Settings that all subjects share."""
 
 
-@check_arguments(source=str | Path | Sequence[Any])
+@check_arguments(source=str | PathLike[str] | Sequence[Any])
 def subject_configs(
-    source: str | Path | Sequence[Entry], config: TrainConfig
+    source: str | PathLike[str] | Sequence[Entry], config: TrainConfig
 ) -> dict[str, TrainConfig | ConfigError]:
     """Make the settings of a training for each subject, by name.
 
@@ -64,6 +65,7 @@ def subject_configs(
         "its own adapter",
         "dataset_config",
     )
+    source = fspath(source) if isinstance(source, PathLike) else source
     entries = _entries(source, config)
     require(bool(entries), f"{source or 'the list'} holds no subject", "subjects")
     _warn_overridden(source, [located.entry for located in entries], config)

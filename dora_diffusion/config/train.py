@@ -12,10 +12,9 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
@@ -29,9 +28,16 @@ from dora_diffusion.config.problems import Problems, find_setting, naming_entry,
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import framed
 
+if TYPE_CHECKING:
+    # In a frozen class, mypy gives inherited fields the types of the arguments of `__init__`. The
+    # fields are read-only in their own classes.
+    from dataclasses import dataclass as frozen_dataclass
+else:
+    frozen_dataclass = partial(dataclasses.dataclass, frozen=True)
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(
+
+@frozen_dataclass(kw_only=True)
+class TrainConfig(  # type: ignore[misc]
     subject.ModelSettings,
     subject.SubjectSettings,
     subject.WordSettings,
@@ -89,8 +95,8 @@ class TrainConfig(
         problems = Problems()
         for setting in settings():
             value = getattr(self, setting.name)
-            if isinstance(value, Path):  # as in a YAML file
-                object.__setattr__(self, setting.name, str(value))
+            if isinstance(value, PathLike):  # as in a YAML file
+                object.__setattr__(self, setting.name, fspath(value))
             try:
                 setting.check(value)
             except ConfigError as error:
@@ -354,11 +360,4 @@ def settings_by_name() -> dict[str, Setting]:
     return {setting.name: setting for setting in settings()}
 
 
-check_arguments(
-    dataset_config=str | Path | Sequence[Any],
-    **{
-        s.name: str | Path | None if s.default is None else str | Path
-        for s in settings()
-        if s.is_path and s.kind is str
-    },
-)(TrainConfig)
+check_arguments(dataset_config=str | PathLike[str] | Sequence[Any])(TrainConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -98,7 +99,7 @@ class PhotoSubject:
 
 @check_arguments()
 def read_subject(
-    folder: str | Path,
+    folder: str | PathLike[str],
     trigger: str,
     class_word: str,
     trained_on: Collection[str] = (),
@@ -118,7 +119,7 @@ def read_subject(
         ValueError: If a caption's wildcards are not valid.
     """
     prompt = f"a photo of {with_article(trigger)}"
-    read = read_photos(list_photos(folder), prompt, per_line=rules.per_line)
+    read = read_photos(list_photos(Path(folder)), prompt, per_line=rules.per_line)
     photos = [replace(photo, caption=rules.plain(photo.caption)) for photo in read]
     return PhotoSubject(Path(folder).resolve().name, trigger, class_word, photos, trained_on)
 

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,7 @@ class Evaluation:
         return "\n".join([aligned(rows), "", METHOD + ".", *notes])
 
     @check_arguments()
-    def write(self, folder: str | Path) -> dict[str, Path]:
+    def write(self, folder: str | PathLike[str]) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
         files = {name: Path(folder) / file for name, file in FILES.items()}
         save_text(files["scores"], json.dumps(self.to_dict(), indent=2) + "\n")

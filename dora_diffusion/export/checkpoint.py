@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.laye
 def export_checkpoint(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     adapters: Adapters,
-    output: str | Path,
+    output: str | PathLike[str],
     *,
     strength: float | MergeStrengths = 1.0,
     alpha: float | None = None,
@@ -206,7 +207,7 @@ class _Writer:
     complete: bool = True
     on_progress: OnProgress | None = None
 
-    def write(self, output: Path, config: str | Path | None, vae: VaeFile | None) -> None:
+    def write(self, output: Path, config: str | PathLike[str] | None, vae: VaeFile | None) -> None:
         """Write a ``.safetensors`` file, or a folder, atomically.
 
         Args:
@@ -321,7 +322,7 @@ class _Writer:
             _update(config, dict.fromkeys(noted, str(dtype).removeprefix("torch.")))
 
 
-def _configuration(config: str | Path | None, checkpoint: StoredModel) -> Path:
+def _configuration(config: str | PathLike[str] | None, checkpoint: StoredModel) -> Path:
     """Return the folder with configuration and tokenizers: the given one or the released model's.
 
     Raises:

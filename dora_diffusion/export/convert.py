@@ -8,6 +8,7 @@ import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,8 +84,8 @@ class ConversionReport:
 
 @check_arguments()
 def convert_adapter(  # noqa: PLR0913 - keywords, each documented
-    source: str | Path,
-    output: str | Path,
+    source: str | PathLike[str],
+    output: str | PathLike[str],
     target: str,
     fit: FitSettings | None = None,
     *,
@@ -93,7 +94,7 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     alpha: float | None = None,
     strength: float = 1.0,
     tags: Sequence[str] = (),
-    thumbnail: str | Path | None = None,
+    thumbnail: str | PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> ConversionReport:
     """Read an adapter in any known key format and write it for another program.
@@ -121,7 +122,8 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     """
     fit = fit or FitSettings()
     _check_arguments(target, fit, strength)
-    output, inputs = Path(output).expanduser(), [find_adapter(source)]
+    source, output = find_adapter(Path(source)), Path(output).expanduser()
+    inputs = [source]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
         inputs += [model.path] if model else []
         adapter = _read(source, target, model, alpha)
@@ -291,14 +293,14 @@ def _of_smaller_rank(
 
 
 def _with_additions(
-    adapter: AdapterFile, family: str, tags: Sequence[str], thumbnail: str | Path | None
+    adapter: AdapterFile, family: str, tags: Sequence[str], thumbnail: str | PathLike[str] | None
 ) -> AdapterFile:
     """Return the adapter with the user's additions to its metadata; a stored family is kept."""
     old, image = adapter.metadata, adapter.metadata.thumbnail
     if thumbnail:
         from dora_diffusion.sampling.images import thumbnail as make_thumbnail
 
-        image = make_thumbnail(thumbnail)
+        image = make_thumbnail(fspath(thumbnail))
     counts = dict(old.tag_frequency)
     metadata = dataclasses.replace(
         old,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ _TABLES = (".token_embedding", ".position_embedding", ".embed_tokens")
 def extract_adapter(
     base: AnyModel,
     tuned: AnyModel,
-    output: str | Path,
+    output: str | PathLike[str],
     fit: FitSettings,
     *,
     key_format: str | None = None,
@@ -103,7 +104,7 @@ def extract_adapter(
 def combine_adapters(
     base: AnyModel,
     adapters: Adapters,
-    output: str | Path,
+    output: str | PathLike[str],
     fit: FitSettings | None = None,
     *,
     key_format: str | None = None,

@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ def open_model(model: AnyModel) -> Iterator[StoredModel]:
 
 
 @check_arguments()
-def inspect_adapter(path: str | Path, base: AnyModel | None = None) -> AdapterReport:
+def inspect_adapter(path: str | PathLike[str], base: AnyModel | None = None) -> AdapterReport:
     """Report the method, layers, metadata and compatible programs of an adapter.
 
     Args:
@@ -83,9 +84,9 @@ def inspect_adapter(path: str | Path, base: AnyModel | None = None) -> AdapterRe
         AdapterFormatError: If it cannot be read as an adapter, with the reason.
     """
     if base is None:
-        return report_on(path)
+        return report_on(Path(path))
     with open_model(base) as model:
-        return report_on(path, model)
+        return report_on(Path(path), model)
 
 
 class ProgressReporter:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from itertools import product
+from os import PathLike
 from pathlib import Path
 
 from dora_diffusion.config.families import DENOISERS
@@ -25,7 +26,7 @@ from dora_diffusion.formats.checkpoint.weights import ModelWeights
 from dora_diffusion.numerics.merging import WeightedAdapter
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths, require_strength
 
-Adapters = str | Path | Sequence[tuple[str | Path, float]]
+Adapters = str | PathLike[str] | Sequence[tuple[str | PathLike[str], float]]
 _KNOBS = ("unet_strength", "text_encoder_strength", "direction_strength", "magnitude_strength")
 
 
@@ -45,11 +46,12 @@ class MergeSpec:
 
     adapters: InitVar[Adapters]
     strengths: MergeStrengths = field(default_factory=MergeStrengths)
-    pairs: list[tuple[str | Path, float]] = field(init=False)
+    pairs: list[tuple[Path, float]] = field(init=False)
     parts: list[tuple[Path, float, AdapterFile]] = field(default_factory=list, init=False)
 
     def __post_init__(self, adapters: Adapters) -> None:
-        self.pairs = [(adapters, 1.0)] if isinstance(adapters, (str, Path)) else [*adapters]
+        pairs = [(adapters, 1.0)] if isinstance(adapters, (str, PathLike)) else adapters
+        self.pairs = [(Path(path), strength) for path, strength in pairs]
         for path, strength in self.pairs:
             require_strength(f"the strength of {path}", strength)
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -214,7 +215,7 @@ def open_base(base: BaseModel) -> Iterator[tuple[StoredModel, ModelWeights, VaeF
 
 
 @contextlib.contextmanager
-def _open_vae(name: str | Path) -> Iterator[VaeFile]:
+def _open_vae(name: str | PathLike[str]) -> Iterator[VaeFile]:
     """Open an autoencoder and close its file afterwards.
 
     Args:

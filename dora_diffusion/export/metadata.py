@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.families import Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import model_name
 from dora_diffusion.export.merge_spec import MergeSpec
@@ -94,11 +95,11 @@ class ModelMetadata:
         if not (self._text or self._words) and old:
             return old
         name, base_fields = self._name, _front_matter(old)
-        fields: dict[str, Any] = {"base_model": name} if _HUB_ID.fullmatch(name) else {}
-        linked = f"[{name}](https://huggingface.co/{name})" if fields else f"`{name}`"
-        fields |= {"library_name": "diffusers", "tags": ["text-to-image"]}
-        fields |= {name: value for name, value in base_fields.items() if name in _LICENSE_FIELDS}
-        head = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        is_on_hub = _HUB_ID.fullmatch(name)
+        linked = f"[{name}](https://huggingface.co/{name})" if is_on_hub else f"`{name}`"
+        fields = {name: value for name, value in base_fields.items() if name in _LICENSE_FIELDS}
+        relation = "finetune" if self._text else ""
+        head = front_matter(name, self._family, relation, {**fields, "tags": ["text-to-image"]})
         words = " and ".join(f"**`{trigger}`**" for trigger in self._triggers)
         ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
         if reading := reading_in_words(stated_reading(self._fields, OWN), self._family):
@@ -106,7 +107,7 @@ class ModelMetadata:
         rows = "\n".join(map(_row, self._record))
         text = self._text or _TEXTS["unchanged"]
         text = text.format(linked=linked, ask=ask + self._words, rows=rows)
-        return f"---\n{head}---\n\n# {self._title}\n\n{text}"
+        return f"{head}\n# {self._title}\n\n{text}"
 
     def draft(self) -> dict[str, str]:
         """Return the metadata with zeros for the base's hashes."""
@@ -123,6 +124,24 @@ class ModelMetadata:
     def _with(self, hashes: Mapping[str, str]) -> dict[str, str]:
         base = {"name": self._name} | ({"sha256": dict(hashes)} if hashes else {})
         return {**self._fields, BASE: json.dumps(base)}
+
+
+def front_matter(name: str, family: Family, relation: str, fields: Mapping[str, Any]) -> str:
+    """Return the YAML header of a card as the hub reads it, without what is unknown.
+
+    Args:
+        name: Base model. Only a hub id is written.
+        family: Its family.
+        relation: The hub's word for the relation to the base: ``adapter`` or ``finetune``.
+        fields: Further fields, and others in place of the usual ones. Empty ones are left out.
+    """
+    head: dict[str, Any] = {}
+    if _HUB_ID.fullmatch(name):
+        head = {"base_model": name, "base_model_relation": relation}
+        head["license"] = family.released_license if name == family.released_id else ""
+    head |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", **fields}
+    known = {key: value for key, value in head.items() if value}
+    return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def word_section(words: Sequence[tuple[str, Path]], folder: Path) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class ModelReport:
 
 
 @check_arguments()
-def inspect_model(path: str | Path) -> ModelReport:
+def inspect_model(path: str | PathLike[str]) -> ModelReport:
     """Report the family, schedule, metadata and compatible programs of a whole model.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class VerifyReport:
 
 @check_arguments()
 def verify_checkpoint(
-    merged: str | Path,
+    merged: str | PathLike[str],
     base: AnyModel,
     adapters: Adapters,
     *,

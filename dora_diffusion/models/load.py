@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -386,7 +387,7 @@ def _reading(source: Path, family: Family) -> dict[str, Any]:
 
 
 def load_vae(
-    name: str | Path, *, dtype: torch.dtype = torch.float32, family: Family | None = None
+    name: str | PathLike[str], *, dtype: torch.dtype = torch.float32, family: Family | None = None
 ) -> Any:
     """Load an autoencoder without the rest of a model.
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def resolve_folder(model: AnyModel, *, local_only: bool = False) -> Path:
     return _checked_folder(fetch_snapshot(text, base.revision, allow, ignore, local_only))
 
 
-def vae_folder(name: str | Path) -> Path:
+def vae_folder(name: str | PathLike[str]) -> Path:
     """Find the folder of an autoencoder.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -292,7 +293,7 @@ def _reference(adapter: AdapterRef) -> PinnedAdapter:
         return adapter
     if not isinstance(adapter, AdapterUse):
         path, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        adapter = AdapterUse(cast("str | Path", path), MergeStrengths.of(strength))
+        adapter = AdapterUse(Path(cast("str | PathLike[str]", path)), MergeStrengths.of(strength))
     return PinnedAdapter(**vars(adapter), key=_key(adapter))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from PIL import Image
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from dora_diffusion.numerics.weights import Strengths
     from dora_diffusion.sampling.stack import AdapterUse
 
-    AdapterRef: TypeAlias = str | Path | tuple[str | Path, float | Strengths] | AdapterUse | None
+    AdapterRef: TypeAlias = (
+        str | PathLike[str] | tuple[str | PathLike[str], float | Strengths] | AdapterUse | None
+    )
     """An adapter file or a run's folder; a pair of it and its strength or `Strengths`; or an
     `AdapterUse`, with strengths of layers too. None is the base."""
 

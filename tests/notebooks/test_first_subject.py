@@ -35,21 +35,29 @@ def test_it_is_kept_without_results_and_one_line_chooses_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "source"),
+    ("files", "address", "source"),
     [
-        ((), ".."),
-        (("dora_diffusion-0.1.0.whl",), "dora_diffusion-0.1.0.whl"),
+        (("../pyproject.toml",), "", ".."),
+        (("../pyproject.toml", "dora_diffusion-0.1.0.whl"), "", "dora_diffusion-0.1.0.whl"),
+        ((), "https://example.org/repo", "git+https://example.org/repo"),
+        ((), "", ""),
     ],
 )
 def test_its_first_cell_installs_the_wheel_beside_it_or_the_clone_around_it(
-    files: tuple[str, ...], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: tuple[str, ...],
+    address: str,
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     transform: Any = pytest.importorskip("IPython.core.inputtransformer2")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
     for name in files:
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
+        Path(name).touch()
     monkeypatch.setitem(sys.modules, "dora_diffusion", None)
-    program = transform.TransformerManager().transform_cell(code()["install"])
+    cell = code()["install"].replace('REPOSITORY = ""', f'REPOSITORY = "{address}"')
+    program = transform.TransformerManager().transform_cell(cell)
     calls: list[str] = []
     names: dict[str, Any] = {}
 
@@ -57,8 +65,13 @@ def test_its_first_cell_installs_the_wheel_beside_it_or_the_clone_around_it(
         calls.append(f"{name} {line.format(**names)}")
 
     names["get_ipython"] = lambda: SimpleNamespace(run_line_magic=magic)
-    exec(program, names)
-    assert calls == [f"pip install --quiet {source}"]
+    if source:
+        exec(program, names)
+        assert calls == [f"pip install --quiet {source}"]
+    else:  # Colab, where nobody has uploaded the wheel.
+        with pytest.raises(FileNotFoundError, match=r"upload the wheel .*run this cell again"):
+            exec(program, names)
+        assert calls == []
     assert (ROOT / "notebooks" / ".." / "pyproject.toml").is_file()
 
 

@@ -123,3 +123,32 @@ def test_a_reason_to_skip_needs_a_row() -> None:
     assert found[0].startswith("tests/here.py:1: 'torchao is not so' is in no row of docs/")
     assert all("no test has the reason" in problem for problem in found[1:])
     assert not any("could not import ..." in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("address", "badge"),
+    [
+        ("https://github.com/somebody/project", "https://colab.research.google.com/github/somebody/"
+         "project/blob/HEAD/notebooks/first_subject.ipynb"),
+        ("https://example.org/project", ""),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_the_notebook_opens_from_the_address_alone(address: str, badge: str) -> None:
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    line = f"[![Open in Colab]({image})]({badge})" if badge else ""
+    toml = f'[project.urls]\nRepository = "{address}"\n' if address else ""
+    right = {
+        "pyproject.toml": toml,
+        "README.md": f"# Title\n\n{line}\n",
+        project.NOTEBOOK: f'"{line}" "REPOSITORY = \\"{address}\\""',
+    }
+    rule = project.notebook_follows_the_address
+    assert list(rule(Repository(right))) == []
+    other = f"[![Open in Colab]({image})](https://colab.research.google.com/github/an/other)"
+    for name in ("README.md", project.NOTEBOOK):
+        [problem] = rule(Repository(right | {name: right[name] + other}))
+        assert problem.startswith(f"{name}:1: its badge must be {line or 'left out'}")
+    wrong = right | {project.NOTEBOOK: f'"{line}" "REPOSITORY = \\"https://example.org\\""'}
+    [problem] = rule(Repository(wrong))
+    assert problem.startswith(f"{project.NOTEBOOK}:1: REPOSITORY must be {address!r}")

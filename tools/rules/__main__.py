@@ -30,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     project.documents_and_code_speak_the_words_of_the_field,
     project.printed_commands_install_what_there_is,
     project.extras_stand_in_one_table,
+    project.notebook_follows_the_address,
     project.makefile_names_what_there_is,
     project.make_offers_what_documents_say,
     project.ci_runs_what_the_readme_says,

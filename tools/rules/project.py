@@ -13,6 +13,7 @@ from tools.pages import DOCS, PAGES
 from tools.rules.requirements import BY_HAND, DEVELOPERS, EXTRAS, all_extras, stated
 from tools.rules.sources import PACKAGE, ROOT, Repository, Source
 
+NOTEBOOK = "notebooks/first_subject.ipynb"
 # What a message or page may name that we do not require: trackers, file systems, compilers.
 OTHERS = {*BY_HAND, "s3fs", "triton", "triton-windows", "pytorch-triton-xpu"}
 INSTALL = re.compile(
@@ -59,6 +60,27 @@ def extras_stand_in_one_table(repository: Repository) -> Iterator[str]:
             for match in re.finditer(r"pip install .*dora-diffusion", source.text):
                 message = "installs from a registry; install the clone"
                 yield source.problem(source.line_of(match.start()), message)
+
+
+def colab_badge(address: str) -> str:
+    """The notebook in Colab, which opens files of GitHub; nothing for another address."""
+    path = address.removeprefix("https://github.com/")
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    link = f"https://colab.research.google.com/github/{path}/blob/HEAD/{NOTEBOOK}"
+    return "" if path == address else f"[![Open in Colab]({image})]({link})"
+
+
+def notebook_follows_the_address(repository: Repository) -> Iterator[str]:
+    """The badge and the first cell need a public address: no other one, and none before."""
+    stated = re.search(r'^Repository = "(.+?)/?"$', repository.text("pyproject.toml"), re.MULTILINE)
+    address = stated[1] if stated else ""
+    for name in ("README.md", NOTEBOOK):
+        text, badge = repository.text(name), colab_badge(address)
+        badges = re.findall(r"\[!\[[^]]*\]\([^)]*\)\]\(https://colab\.[^)]*\)", text)
+        if badges != [badge] * bool(badge):
+            yield f"{name}:1: its badge must be {badge or 'left out'}, as Repository says"
+    if f'REPOSITORY = \\"{address}\\"' not in repository.text(NOTEBOOK):
+        yield f"{NOTEBOOK}:1: REPOSITORY must be {address!r}, as in pyproject.toml"
 
 
 def makefile_names_what_there_is(repository: Repository) -> Iterator[str]:

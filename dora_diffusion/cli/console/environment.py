@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ class Environment:
 
 @check_arguments()
 def describe_environment(
-    runs_dir: str | Path = "runs", base: BaseModel | None = None
+    runs_dir: str | PathLike[str] = "runs", base: BaseModel | None = None
 ) -> Environment:
     """Examine the environment: versions, machine, devices, folders, a base model, and one step.
 
@@ -194,7 +195,11 @@ def describe_environment(
     answers = ask([*tried, *_QUESTIONS, *_TRIALS, *filter(None, [model])])
     *values, devices, cache = (answers[name][1] for name in _QUESTIONS)
     facts = _facts(*values)
-    paths = {"hub's cache": cache, "runs": runs_dir, "temporary files": tempfile.gettempdir()}
+    paths = {
+        "hub's cache": cache,
+        "runs": fspath(runs_dir),
+        "temporary files": tempfile.gettempdir(),
+    }
     folders = {name: _examine_folder(name, path) for name, path in paths.items() if path}
     findings = _of_packages(installed, tried, answers)
     if facts["NVIDIA driver"] and facts["torch for"] == "the CPU":

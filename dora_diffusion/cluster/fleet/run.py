@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def workers_for(work: Work, address: str | None, share: Share | None = None) -> 
 @check_arguments()
 def run_fleet(
     configs: Mapping[str, TrainConfig | ConfigError],
-    output: str | Path,
+    output: str | PathLike[str],
     address: str | None = None,
     share: Share | None = None,
     *,
@@ -124,7 +125,7 @@ def run_fleet(
         'done'
     """
     require_positive("pack", pack)
-    output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
+    output = url if "://" in (url := fspath(output)) else str(Path(url).expanduser().absolute())
     results = FleetResults(output)
     fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
     with results.locked():

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from os import PathLike, fspath
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ Progress = Callable[[int, int], None]
 
 @check_arguments()
 def analyze_weights(
-    sources: str | Path | Sequence[str | Path],
+    sources: str | PathLike[str] | Sequence[str | PathLike[str]],
     base: AnyModel,
     *,
     norm_axis: NormAxis = "output",
@@ -103,10 +104,10 @@ def analyze_weights(
             ...
         dora_diffusion.export.files.ExportError: embedded:tiny-sd: no layer differs from the base's
     """
-    paths = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    paths = [sources] if isinstance(sources, (str, PathLike)) else list(sources)
     if not paths:
         raise ExportError("no run, adapter or model to analyze was given")
-    saved_runs = [find_run(path) for path in paths]
+    saved_runs = [find_run(fspath(path)) for path in paths]
     names = [source.name for source in saved_runs]
     total = sum(len(source.checkpoints) for source in saved_runs)
     with open_model(base) as model:

@@ -10,6 +10,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -394,7 +395,7 @@ class Analysis:
         return text.getvalue()
 
     @check_arguments()
-    def write(self, folder: str | Path) -> dict[str, Path]:
+    def write(self, folder: str | PathLike[str]) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
         folder = Path(folder)
         texts = {

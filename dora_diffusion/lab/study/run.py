@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Worker, WorkQueue, run_tasks
@@ -35,7 +36,7 @@ OnTrial = Callable[[int, int, Record, bool], None]
 @check_arguments()
 def run_study(
     study: Study,
-    output: str | Path,
+    output: str | PathLike[str],
     on_trial: OnTrial | None = None,
     *,
     only_known: bool = False,

@@ -6,12 +6,15 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.wording import pixels
+from dora_diffusion.export.files import model_name
+from dora_diffusion.export.metadata import front_matter, word_section
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
 from dora_diffusion.formats.adapter.metadata import (
     AdapterMetadata,
@@ -22,6 +25,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.files.runs import INPUT_AXIS_FILES
 from dora_diffusion.training.inputs.subject import Subject, example_prompt, subjects_of, triggers_of
+from dora_diffusion.training.results.folders import METRICS_NAME
 
 VALIDATION_LOSS = "validation_loss"
 """Metadata key of the validation loss at the step of the result."""
@@ -55,8 +59,7 @@ def model_card(
     )
     steps = metadata.extra["training_steps"]
     measured = _validation(config, metadata, written) + _as_sentence(effect)
-    library = "" if written.name in INPUT_AXIS_FILES.values() else "\nlibrary_name: diffusers"
-    tag, method = _method(config)
+    _, method = _method(config)
     family, size = FAMILIES[metadata.family], pixels(metadata.resolutions)
     stated = stated_reading(metadata.extra)
     reading, skip = reading_in_words(stated, family), stated.get("clip_skip", 0)
@@ -66,13 +69,10 @@ def model_card(
     read = f"\nPrompts were read {reading}; `generate` does so by itself.\n" if reading else ""
     if other := metadata.extra.get("init_adapter"):
         method += f", started from `{other}` (SHA-256 {metadata.extra['init_adapter_sha256'][:12]})"
-    return f"""---
-base_model: {base}
-instance_prompt: {json.dumps(first.instance_prompt, ensure_ascii=False)}{library}
-tags: [text-to-image, {tag}, {"slider" if config.is_slider else "dreambooth"}]
----
-
-# {trigger or Path(config.output_dir).name}
+    title = trigger or Path(config.output_dir).name
+    head = _head(config, first, metadata, written, title, samples)
+    return f"""{head}
+# {title}
 
 {_trigger_sentence(config, trigger, prompt)}
 {read}{images}
@@ -85,6 +85,53 @@ trained with dora_diffusion {__version__} at {size} for {steps} steps: {report}.
 All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`, versions and
 machine are in `run.json`.{measured}
 """
+
+
+def _head(
+    config: TrainConfig,
+    subject: TrainConfig,
+    metadata: AdapterMetadata,
+    written: Path,
+    title: str,
+    samples: Mapping[str, str],
+) -> str:
+    """Return the front matter. The hub's template shows an adapter's sample and prompt."""
+    text = example_prompt(config) or title
+    tags = ["text-to-image", _method(config)[0], "slider" if config.is_slider else "dreambooth"]
+    fields = {
+        "library_name": "" if written.name in INPUT_AXIS_FILES.values() else "diffusers",
+        "instance_prompt": subject.instance_prompt,
+        "tags": tags if config.is_full else [*tags, "template:sd-lora"],
+        # The first image is the result's.
+        "widget": [{"text": text, "output": {"url": path}} for path in samples.values()][:1],
+        "model-index": _model_index(title, metadata, config),
+    }
+    source, family = Path(metadata.base_model), FAMILIES[metadata.family]
+    name = model_name(source) if source.exists() else metadata.base_model
+    return front_matter(name, family, "finetune" if config.is_full else "adapter", fields)
+
+
+def _model_index(
+    title: str, metadata: AdapterMetadata, config: TrainConfig
+) -> list[dict[str, Any]]:
+    """Return the figures that the run measured, in the hub's form; empty if there are none."""
+    figures = {}
+    if VALIDATION_LOSS in metadata.extra:
+        figures["Validation loss"] = float(metadata.extra[VALIDATION_LOSS])
+    steps = int(metadata.extra["training_steps"])
+    log = Path(config.output_dir) / METRICS_NAME
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    for row in map(json.loads, filter(None, lines)):
+        if row.get("step") == steps and "validation_similarity" in row:
+            figures["Similarity to the photos"] = row["validation_similarity"]
+    metrics = [
+        {"type": name.lower().replace(" ", "_"), "name": name, "value": value}
+        for name, value in figures.items()
+    ]
+    task = {"type": "text-to-image", "name": "Text-to-Image"}
+    dataset = {"type": "imagefolder", "name": "Held-out photos"}
+    results = [{"task": task, "dataset": dataset, "metrics": metrics}]
+    return [{"name": title, "results": results}] if metrics else []
 
 
 def _as_sentence(effect: object) -> str:
@@ -177,8 +224,6 @@ def _words(config: TrainConfig, written: Path) -> str:
     """Return the section on loading new words; empty if there are none."""
     if not config.words:
         return ""
-    from dora_diffusion.export.metadata import word_section
-
     folder = written if config.is_full else written.parent
     files = embedding_files(folder, "", config.words)
     section = word_section(list(files.items()), written.parent)
