@@ -32,7 +32,7 @@ RULES: tuple[Rule, ...] = (
     project.extras_stand_in_one_table,
     project.makefile_names_what_there_is,
     project.make_offers_what_documents_say,
-    project.ci_runs_what_the_readme_says,
+    project.ci_runs_what_contributing_says,
     project.version_is_written_once,
     project.pages_are_short,
     project.pages_have_words_to_be_found_by,
