@@ -4,15 +4,15 @@
 (() => {
   "use strict";
 
-  // Words that say nothing of what is asked.
+  // Words that say nothing of what is asked, in any form.
   const STOP = new Set(
-    `a about actual add after all also am an and any anyone are as at be been best bug but by ca can could do
+    `a about actual add after all also am an and another any anyone are as at be been best bug but by ca can could do
     doc does doing done else ever feat feature first for from get gets getting give gives good got had has
     have help here how i if in into is issue it its just latest like make me mean my need new no not nothing
     of on one or other our out own please possible question quick request should since so some someone still
     such support than that the their them then theory there these they this to too try up update us use used
-    user using version want was way we were what whatever when where which why will with without wo would
-    you your`.split(/\s+/),
+    user using version want was way we were what whatever when where which while why will with without wo would
+    you your`.split(/\s+/).map(stem),
   );
   // One word for what is one thing here, on both sides: pages and questions.
   const SAME = Object.fromEntries(
@@ -31,6 +31,7 @@
       "guidance cfg",
       "rank dim",
       "photo picture pic",
+      "image img",
     ].flatMap((line) => line.split(" ").map((word) => [stem(word), stem(line.split(" ")[0])])),
   );
 
@@ -59,6 +60,7 @@
     [/\b([a-z])-(?=[a-z])/g, "$1"], // b-lora, v-pred
     [/\bv ?pred(?:iction)?\b/g, "vpred"],
     [/(\d)\s?(gi?b)\b/g, "$1 $2"], // 8gb
+    [/\bhow (many|much)\b/g, "quantity"], // no question about several
   ];
   const words = (text) =>
     REWRITES.reduce((rest, [pattern, by]) => rest.replace(pattern, by), text.toLowerCase()).match(WORD) ?? [];
@@ -92,8 +94,10 @@
   index.addAll(sections.map((section, id) => ({ id, ...section })));
 
   const asked = (query) => {
-    const all = [...new Set(words(query))];
-    const some = all.filter((word) => !STOP.has(word) && !/^[a-z]$/.test(word));
+    // A name that no page has is asked by its parts: flux2klein9b, rtx3090.
+    const parts = (word) => (known.has(term(word)) ? [word] : (word.match(/\d+|[^\d]+/g) ?? []));
+    const all = [...new Set(words(query).flatMap(parts))];
+    const some = all.filter((word) => !STOP.has(stem(word)) && !/^[a-z]$/.test(word));
     return some.length ? some : all;
   };
 

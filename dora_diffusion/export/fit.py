@@ -100,7 +100,7 @@ class FitSettings:
 
     @property
     def ranks(self) -> str:
-        """The limits as a text: ``"rank 8, energy 0.95"``."""
+        """The limits as a text, such as ``"rank 8, energy 0.95"``."""
         limits = [f"{name} {value:g}" for name, value in self.limits.items()]
         return ", ".join(limits) or "sum of the ranks"
 

@@ -79,6 +79,23 @@ SHORT = {
     "noobai vpred": "howto/v-prediction",
     "python api": "howto/own-loop",
     "make the file smaller": "howto/extract",
+    "two dogs": "howto/several-subjects",
+    "change trigger word later": "howto/captions",
+    "learning rate halfway": "howto/resume",
+    "train text encoder or not": "howto/layers",
+    "windows defender": "start/install",
+    "hands are bad": "howto/troubleshooting",
+    "merge two loras": "howto/extract",
+    "difference between lora and dora": "understand/dora",
+    "safetensors to diffusers": "howto/diffusers",
+    "png with transparency": "howto/masks",
+    "which gpu": "howto/out-of-memory",
+    "everyone looks like my face": "howto/troubleshooting",
+    "pony": "howto/pony-illustrious",
+    "illustrious lora": "howto/pony-illustrious",
+    "flux 2 klein": "howto/flux2-klein",
+    "klein lora comfyui": "howto/flux2-klein",
+    "rtx3090 sdxl": "howto/out-of-memory",
 }
 PARTS = ["Start", "How to", "Understand", "Reference", "Contribute"]
 

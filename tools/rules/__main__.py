@@ -33,7 +33,7 @@ RULES: tuple[Rule, ...] = (
     project.notebook_follows_the_address,
     project.makefile_names_what_there_is,
     project.make_offers_what_documents_say,
-    project.ci_runs_what_the_readme_says,
+    project.ci_runs_what_contributing_says,
     project.version_is_written_once,
     project.pages_are_short,
     project.pages_have_words_to_be_found_by,
