@@ -47,9 +47,9 @@ def build_page(context: Context) -> gr.Blocks:
             with gr.Tab("Compare", id="compare", render_children=True):
                 comparing = compare.CompareTab(context)
         add_report(context)
-        size = [training.model, training.advanced["resolution"]]
+        preview = [training.model, *(training.advanced[n] for n in ("resolution", "masked_loss"))]
         restored = ui.keep_draft(blocks, {"class": training.class_word, "token": training.token})
-        subject.connect(context, subjects, restored, size)
+        subject.connect(context, subjects, restored, preview)
         train.connect(context, training, subjects, train_tab.select, restored)
         generate.connect(context, generating, restored)
         library.connect(context, stored)
