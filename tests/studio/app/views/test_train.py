@@ -602,3 +602,12 @@ def test_a_start_says_the_place_in_the_queue(context: Context, subject: str) -> 
         assert re.search(rf"Queued Mug [0-9:]{{5}}: number {number} in the queue", said)
         shown = run.refresh(context, context.jobs(fresh=True), chosen["value"])
         assert f"number {number} in the queue" in shown["status"]
+
+
+def test_the_label_of_a_preset_is_its_name_or_what_it_does(context: Context) -> None:
+    [field] = [one for one in built_page(context).blocks.values() if one.elem_id == "preset"]
+    labels = {name: label for label, name in field.choices}
+    assert [*labels] == [*PRESETS]
+    assert labels["fast-word"] == "Fast, with a trained word"
+    for name, label in labels.items():
+        assert label.startswith(name.partition("-")[0].capitalize())
