@@ -70,7 +70,8 @@ PRESETS: Mapping[str, Preset] = {
         0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2}, label="Fast, with a trained word",
     ),
     "balanced": Preset(
-        "The usual number of steps, for any subject.", _PRACTICE, 1, 300, released={"with_prior_preservation": True}
+        "The usual number of steps, for any subject.", _PRACTICE, 1, 300,
+        released={"with_prior_preservation": True},
     ),
     "quality": Preset(
         "More steps than balanced.", _PRACTICE, 1.5, 600,

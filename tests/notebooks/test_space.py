@@ -37,7 +37,10 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_its_front_matter_is_what_a_space_reads_and_requirements_are_the_package_s() -> None:
     _, text, _ = (SPACE / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    front, project = yaml.safe_load(text), tomllib.loads((ROOT / "pyproject.toml").read_text())
+    front, project = (
+        yaml.safe_load(text),
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")),
+    )
     assert {"title", "emoji", "license", "tags", "short_description"} < set(front)
     assert {front["colorFrom"], front["colorTo"]} <= COLORS
     assert len(front["short_description"]) <= 60

@@ -123,7 +123,7 @@ def test_a_slider_is_widened_to_what_an_image_or_an_earlier_visit_says(blocks: g
 
 
 def opened(blocks: gr.Blocks, kept: dict[str, Any], query: dict[str, str]) -> dict[Any, Any]:
-    """What a page that is loaded with an address gets: the tab, and values by field."""
+    """The tab, and values by field, of a page that is loaded with an address."""
     restore = restoring(blocks)
     updates = restore.fn(kept, SimpleNamespace(query_params=query))
     return {
