@@ -22,6 +22,7 @@ class Preset:
         settings: Settings for every model.
         released: Further settings for models that are not embedded.
         embedded: Further settings for embedded models, over `EMBEDDED`.
+        label: Label in the app, which tells what the preset does; empty: its name.
     """
 
     about: str
@@ -32,6 +33,7 @@ class Preset:
     released: Mapping[str, Any] = field(default_factory=dict)
     embedded: Mapping[str, Any] = field(default_factory=dict)
     is_of_one: bool | None = False
+    label: str = ""
 
     def photos_advice(self, count: int) -> str:
         """Return advice if the preset does not suit the number of photos; else empty."""
@@ -60,17 +62,19 @@ _TINY = (
     "On an embedded model, measured on tiny-sd and a twin that predicts the noise; not on others."
 )
 PRESETS: Mapping[str, Preset] = {
-    "fast": Preset("Half the steps.", _TINY, 0.5, 50, embedded=_FAST),
+    "fast": Preset("Fewer steps than balanced.", _TINY, 0.5, 50, embedded=_FAST),
     "fast-word": Preset(
-        "Fast with a new word of one vector, which starts from sks.",
+        "Fewer steps than balanced, and the trigger word is trained too: a new word of one "
+        "vector, which starts from sks.",
         f"{_TINY} On the twin, the word gains nothing, but one of eight trainings learned little.",
-        0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2},
+        0.5, 50, _WORD, embedded={**_FAST, "embedding_lr": 1e-2}, label="Fast, with a trained word",
     ),
     "balanced": Preset(
-        "The usual number of steps.", _PRACTICE, 1, 300, released={"with_prior_preservation": True}
+        "The usual number of steps, for any subject.", _PRACTICE, 1, 300,
+        released={"with_prior_preservation": True},
     ),
     "quality": Preset(
-        "More steps.", _PRACTICE, 1.5, 600,
+        "More steps than balanced.", _PRACTICE, 1.5, 600,
         released={"with_prior_preservation": True, "rank": 16},
     ),
     "style": Preset(
@@ -81,7 +85,7 @@ PRESETS: Mapping[str, Preset] = {
     "slider": Preset(
         "More or less of something, from prompts without images.",
         "Measured on tiny-sd; not on real weights.", 0.5, 100,
-        {"teach": "slider", "method": "lora"}, is_of_one=None,
+        {"teach": "slider", "method": "lora"}, is_of_one=None, label="Slider, from words alone",
     ),
     "object": Preset(
         "A thing or a product.", _PRACTICE, 0.75, 300,
@@ -91,7 +95,7 @@ PRESETS: Mapping[str, Preset] = {
         released={"with_prior_preservation": True, "random_flip": True},
     ),
     "face": Preset(
-        "A person: more steps.", _PRACTICE, 1.5, 600,
+        "A person: more steps than balanced.", _PRACTICE, 1.5, 600,
         released={
             "rank": 16, "train_text_encoder": True, "with_prior_preservation": True,
             "prior_preservation_mode": "images", "num_class_images": 200,

@@ -47,6 +47,8 @@ SIMILAR = 0.85
 # more; photos blurred by 1.5 pixels have 0.15 at most.
 _SOFT = 0.2
 _SIDE = 160
+_WHITE, _MASKED = "learned as white", "masked, not learned"
+_WHITE_IN_MASK = f"{_WHITE} where the mask is bright"
 
 
 class PhotoWarning(NamedTuple):
@@ -64,12 +66,15 @@ class PhotoWarning(NamedTuple):
     message: str
 
 
-def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]:
+def check_photos(
+    photos: Sequence[Photo], resolution: int, *, uses_masks: bool | None = None
+) -> list[PhotoWarning]:
     """Check photos for common problems; none of them stops a run.
 
     Args:
         photos: The photos, read with ``measure=True``.
         resolution: Training resolution in pixels.
+        uses_masks: Whether the run uses masks (masked_loss); None: not known yet.
 
     Raises:
         ValueError: If a photo was not measured.
@@ -96,12 +101,14 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
         listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 7 else listing(names, 5)
         message = f"{listed} are nearly the same photo; keep one of them"
         problems.append(PhotoWarning("duplicate", names, message))
-    if message := transparency_message(photos):
-        names = tuple(photo.path.name for photo in photos if photo.has_transparency)
-        message += (
-            "; if masks are used (masked_loss, or a mask file for any photo), these parts are only "
-            "learned for photos with their own mask file"
-        )
+    by_use: dict[str, list[str]] = {}
+    for photo in photos:
+        by_use.setdefault(transparency_use(photo, uses_masks), []).append(photo.path.name)
+    by_use.pop("", None)
+    for use, names in by_use.items():
+        count, advice = counted(len(names), "image"), "; use masked_loss to exclude them"
+        message = f"transparent parts of {count} are {use}: {listing(names, 5)}"
+        message += advice if use == _WHITE else ""
         problems.append(PhotoWarning("transparent", names, message))
     return problems
 
@@ -146,6 +153,21 @@ def too_few(photos: Sequence[Photo]) -> str:
         f"only {counted(count, 'photo')}: the background will be learned with the subject, and "
         f"images will repeat the photos; use {WANTED}"
     )
+
+
+def transparency_use(photo: Photo, uses_masks: bool | None) -> str:
+    """Return what becomes of a photo's transparent parts in training; empty without any.
+
+    Args:
+        photo: The photo.
+        uses_masks: Whether the run uses masks (masked_loss); None: not known yet.
+    """
+    if not photo.has_transparency:
+        return ""
+    masked = _WHITE_IN_MASK if mask_path(photo.path).is_file() else _MASKED
+    if uses_masks is None:
+        return f"{_WHITE} (with masked_loss: {masked})"
+    return masked if uses_masks else _WHITE
 
 
 def transparency_message(photos: Sequence[Photo]) -> str:

@@ -286,7 +286,7 @@ class Visit:
         self.act(lambda limit: field.fill(value, timeout=limit))
 
     def check(self, label: str) -> None:
-        box = self.page.get_by_label(label).first  # "Fast", not "Fast word"
+        box = self.page.get_by_label(label).first  # "Fast", not "Fast, with a trained word"
         self.act(lambda limit: box.check(timeout=limit))
 
     def choose(self, selector: str, text: str = "", nth: int = 0) -> None:
@@ -322,6 +322,10 @@ class Visit:
 
     def tab(self, name: str) -> None:
         self.press("tab", name)
+
+    def opened(self) -> str:
+        """The name of the tab that is open."""
+        return self.text("[role=tab][aria-selected=true]")
 
     def text(self, selector: str) -> str:
         return str(self.page.locator(selector).first.inner_text())

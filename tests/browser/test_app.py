@@ -156,11 +156,11 @@ def test_progress_is_the_same_after_a_reload_and_in_a_second_tab(
 ) -> None:
     first, second = visit(), visit()
     for page in (first, second):
-        page.tab("Train")
+        assert page.opened() == "Train"
         page.wait_text("#status", "long[^]*training[^]*step 9 of 900")
         page.wait_for("#loss-plots svg")
     first.reload()
-    first.tab("Train")
+    assert first.opened() == "Train"
     assert "step 9 of 900" in first.wait_text("#status", "step [1-9]")
     first.page.focus("#samples input")
     for key, title in (("Home", "the base model"), ("ArrowRight", "step 4")):

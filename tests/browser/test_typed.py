@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
@@ -178,6 +180,69 @@ class Form:
                 chosen.append({**about, "other": other})
             self.page.tab(tab)
             self.page.page.evaluate(CHOOSE, chosen)
+
+
+# Of each tab, the field of what is looked at.
+LOOKED_AT = {
+    "Subject": "#subject", "Train": "#run", "Generate": "#adapter", "Library": "#library-run",
+    "Compare": "#compare-Comparison",
+}  # fmt: skip
+
+
+def test_a_reload_opens_the_tab_and_what_was_looked_at(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    """In each window its own; what was deleted meanwhile is left out without a word."""
+    page = visit()
+
+    def shown(tab: str) -> str:
+        page.wait("field => document.querySelector(`${field} input`)?.value", LOOKED_AT[tab])
+        page.settle()
+        return str(page.page.locator(f"{LOOKED_AT[tab]} input").input_value())
+
+    def choose_other(tab: str) -> str:
+        page.tab(tab)
+        before = shown(tab)
+        page.page.evaluate(CHOOSE, [{"selector": LOOKED_AT[tab], "kind": "dropdown"}])
+        page.settle()
+        assert shown(tab) != before
+        return shown(tab)
+
+    first = {}
+    for tab in LOOKED_AT:
+        page.tab(tab)
+        first[tab] = shown(tab)
+    chosen = {}
+    for tab in LOOKED_AT:
+        chosen[tab] = choose_other(tab)
+        page.reload()
+        assert (page.opened(), shown(tab)) == (tab, chosen[tab])
+    # Another window begins with the first tab, and takes none of the others with it.
+    window, page.page = page.page, page.context.new_page()
+    page.open()
+    assert page.opened() == "Subject"
+    assert choose_other("Train") != chosen["Train"]
+    page.page.close()
+    page.page = window
+    page.reload()
+    assert page.opened() == "Compare"
+    for tab in LOOKED_AT:
+        page.tab(tab)
+        assert shown(tab) == chosen[tab]
+    # Today's default is shown in place of what is gone.
+    address = dict(parse_qsl(urlsplit(page.page.url).query))
+    assert address.keys() == {"tab", "subject", "run", "adapter", "library", "study"}
+    gone = {"subjects": "subject", "": "run", ".": "study"}
+    for folder, name in gone.items():
+        shutil.rmtree(app.runs / folder / address[name])
+    app.ask("api/v1/queue")
+    page.reload()
+    first["Generate"] = chosen["Generate"]  # A base model, which is still here.
+    for tab in LOOKED_AT:
+        page.tab(tab)
+        page.wait("([field, text]) => document.querySelector(`${field} input`)?.value === text",
+                  [LOOKED_AT[tab], first[tab]])  # fmt: skip
+    assert page.page.evaluate("messages.length") == 0
 
 
 def test_every_field_keeps_what_is_typed_and_chosen(visit: Callable[..., Visit], app: App) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageFilter
@@ -15,11 +16,11 @@ from dora_diffusion.data.checks import (
     too_few,
 )
 from dora_diffusion.data.images import open_photo
-from dora_diffusion.data.photos import list_photos, read_photo, read_photos
+from dora_diffusion.data.photos import list_photos, mask_path, read_photo, read_photos
 
 
-def check(paths: list[Path], resolution: int = 512) -> list[PhotoWarning]:
-    return check_photos(read_photos(paths, "a dog", measure=True), resolution)
+def check(paths: list[Path], resolution: int = 512, **options: Any) -> list[PhotoWarning]:
+    return check_photos(read_photos(paths, "a dog", measure=True), resolution, **options)
 
 
 @pytest.mark.parametrize("subject", ["bolt_mug", "heart_teapot", "ring_robot"])
@@ -98,10 +99,22 @@ def test_transparent_parts_are_said_with_what_becomes_of_them(tmp_path: Path, wr
             image = Image.open(path).convert("RGBA")
             image.putpixel((3, 5), (0, 0, 0, alpha))
             image.save(path)
-    (found,) = [w for w in check(paths, 8) if w.kind == "transparent"]
-    assert found.names == ("01.png", "02.png")
-    assert found.message.startswith("transparent parts of 2 images are white: 01.png, 02.png; ")
-    assert "masked_loss" in found.message
+    Image.new("L", (20, 20), 255).save(mask_path(paths[2]))
+    said = {
+        uses_masks: [w for w in check(paths, 8, uses_masks=uses_masks) if w.kind == "transparent"]
+        for uses_masks in (None, False, True)
+    }
+    image, where = "transparent parts of 1 image are", "learned as white where the mask is bright"
+    assert [[tuple(w.names) for w in found] for found in said.values()] == [
+        [("01.png",), ("02.png",)], [("01.png", "02.png")], [("01.png",), ("02.png",)]
+    ]  # fmt: skip
+    assert [[w.message for w in found] for found in said.values()] == [
+        [f"{image} learned as white (with masked_loss: masked, not learned): 01.png",
+         f"{image} learned as white (with masked_loss: {where}): 02.png"],
+        ["transparent parts of 2 images are learned as white: 01.png, 02.png; use masked_loss to "
+         "exclude them"],
+        [f"{image} masked, not learned: 01.png", f"{image} {where}: 02.png"],
+    ]  # fmt: skip
 
 
 def test_groups_join_photos_that_are_near_to_one_of_them() -> None:

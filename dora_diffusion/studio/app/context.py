@@ -17,7 +17,6 @@ from dora_diffusion.cli.console.errors import asking_for_report, explain, explai
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.data.images import PhotoError
-from dora_diffusion.data.photos import mask_path
 from dora_diffusion.models.locate import model_info
 from dora_diffusion.models.memory import Device, describe_device, fitting_settings, needed_memory
 from dora_diffusion.studio.app.launch import Launch
@@ -49,7 +48,7 @@ from dora_diffusion.studio.jobs.store import (
     Workspace,
     ids_in,
 )
-from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject
+from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject, uses_masks
 from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
 from dora_diffusion.training.results.write import check_prompts
 
@@ -196,11 +195,13 @@ class Context:
         Raises:
             UserError, ConfigError: If the run cannot start with these settings.
         """
-        masked = any(mask_path(photo).exists() for subject in learned for photo in subject.photos)
+        masked = [uses_masks(subject, advanced["masked_loss"]) for subject in learned]
+        masked = masked or [advanced["masked_loss"]]
         entries = [
             {"instance_data_dir": str(subject.folder), "token": subject.token,
-             "class_word": subject.class_word}
-            for subject in learned[1:]
+             "class_word": subject.class_word,
+             **({} if is_masked is masked[0] else {"masked_loss": is_masked})}
+            for subject, is_masked in zip(learned[1:], masked[1:], strict=True)
         ]  # fmt: skip
         config = make_config(
             self.allowed_model(model), learned[0].folder if learned else Path(),
@@ -208,8 +209,8 @@ class Context:
             {
                 **advanced,
                 "init_adapter": self.starting_adapter(advanced["init_adapter"]),
-                # A painted mask implies masked_loss.
-                "masked_loss": masked or advanced["masked_loss"],
+                # A painted mask implies masked_loss, for the photos of its subject.
+                "masked_loss": masked[0],
             },
             entries,
         )  # fmt: skip

@@ -159,8 +159,21 @@ window.studio = {
         sessionStorage.setItem('dora-studio-typed', JSON.stringify(now));
       });
     window.ddRestored = true;
+    studio.locate();
     ddActs();
     return {...kept, ...studio.typed()};
+  },
+
+  // The address names the open tab and what is selected: a reload of this window shows it again. Until
+  // the page has got that back from the address, what it shows first is no choice.
+  located: {},
+  locate(name, value) {
+    if (name) studio.located[name] = value;
+    if (!window.ddRestored) return;
+    const address = new URL(location);
+    for (const [name, value] of Object.entries(studio.located))
+      address.searchParams[value ? 'set' : 'delete'](name, value);
+    history.replaceState(history.state, '', address);
   },
 
   // Those who wait for fields, by name, are told once of all that change together.

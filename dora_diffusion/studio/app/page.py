@@ -14,9 +14,19 @@ from dora_diffusion.cli.console.environment import describe_environment
 from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, Handler
-from dora_diffusion.studio.app.views import compare, generate, library, run, subject, train, ui
+from dora_diffusion.studio.app.views import (
+    compare,
+    draft,
+    generate,
+    library,
+    run,
+    subject,
+    train,
+    ui,
+)
 from dora_diffusion.studio.app.views.request import MORE
-from dora_diffusion.studio.jobs.store import UserError
+from dora_diffusion.studio.app.views.request import choices as model_choices
+from dora_diffusion.studio.jobs.store import UserError, ids_in
 
 TICK_SECONDS = 2.0
 CHOOSERS = (
@@ -47,19 +57,20 @@ def build_page(context: Context) -> gr.Blocks:
             with gr.Tab("Compare", id="compare", render_children=True):
                 comparing = compare.CompareTab(context)
         add_report(context)
-        size = [training.model, training.advanced["resolution"]]
-        restored = ui.keep_draft(blocks, {"class": training.class_word, "token": training.token})
-        subject.connect(context, subjects, restored, size)
+        preview = [training.model, *(training.advanced[n] for n in ("resolution", "masked_loss"))]
+        run_view, words = training.shown, {"class": training.class_word, "token": training.token}
+        address = _address(context, tabs, {
+            "subject": subjects.pick, "run": run_view.run, "adapter": generating.adapter,
+            "library": stored.run, "study": comparing.study,
+        })  # fmt: skip
+        restored = draft.keep_draft(blocks, words, address)
+        subject.connect(context, subjects, restored, preview)
         train.connect(context, training, subjects, train_tab.select, restored)
         generate.connect(context, generating, restored)
         library.connect(context, stored)
         compare.connect(context, comparing)
-        run_view = training.shown
         ui.on(subjects.to_train.click, lambda: gr.Tabs(selected="train"), None, [tabs])
-        # Select the displayed run in the opened tab.
-        to_generate, to_library = [tabs, generating.adapter], [tabs, stored.run]
-        ui.on(run_view.to_generate.click, _open_with_run("generate"), [run_view.run], to_generate)
-        ui.on(run_view.to_library.click, _open_with_run("library"), [run_view.run], to_library)
+        _connect_run(run_view, tabs, {"generate": generating.adapter, "library": stored.run})
         # The fields that a refresh may change, by their names in the tabs' `refresh`.
         fields = {
             "header": header, "run": run_view.run, "status": run_view.status,
@@ -88,8 +99,34 @@ def build_page(context: Context) -> gr.Blocks:
     return blocks
 
 
-def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
-    return lambda run_id: [gr.Tabs(selected=tab), run_id]
+def _address(context: Context, tabs: gr.Tabs, fields: dict[str, Any]) -> draft.Address:
+    """Return the parts of the page that its address names, with ``fields`` by name."""
+
+    def existing() -> dict[str, list[str]]:
+        jobs = context.jobs()
+        with_adapter = [job for job in jobs if job.stands]
+        # A run's id denotes its selected adapter, which may also be chosen by name.
+        named = [f"{job.id}/{job.stands}" for job in with_adapter]
+        return {
+            "subject": ids_in(context.workspace.subjects),
+            "run": [value for _, value in run.run_choices(jobs)],
+            "adapter": [*(value for _, value in model_choices(context, jobs)), *named],
+            "library": [job.id for job in with_adapter],
+            "study": [job.id for job in jobs if job.kind == "compare"],
+        }
+
+    def default_tab() -> str:
+        is_training = any(job.is_active and job.kind == "train" for job in context.jobs())
+        return "train" if is_training else "subject"
+
+    return draft.Address(tabs, fields, existing, default_tab)
+
+
+def _connect_run(view: run.RunView, tabs: gr.Tabs, fields: dict[str, Any]) -> None:
+    """Connect the buttons that open a tab with the displayed run selected in its field."""
+    for tab, button in (("generate", view.to_generate), ("library", view.to_library)):
+        opened = functools.partial(lambda tab, run_id: [gr.Tabs(selected=tab), run_id], tab)
+        ui.on(button.click, opened, [view.run], [tabs, fields[tab]])
 
 
 def _connect_clock(context: Context, restored: Any, fields: dict[str, Any]) -> None:

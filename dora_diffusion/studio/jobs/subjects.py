@@ -25,7 +25,7 @@ from PIL import Image
 from dora_diffusion.cli.console.errors import explain
 from dora_diffusion.config import read_config_file
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.checks import PhotoWarning, check_photos
+from dora_diffusion.data.checks import PhotoWarning, check_photos, transparency_use
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import mask_path, photos_in, read_photos
@@ -313,38 +313,61 @@ def _crop(
     return cut(image, record), mask
 
 
-def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[str]]:
-    """Return warnings by photo name; the key ``""`` has the warnings about all photos."""
+def uses_masks(subject: StoredSubject, masked_loss: object) -> bool:
+    """Return whether a run masks the loss of a subject: if it is asked to, or a mask is painted."""
+    return bool(masked_loss) or any(mask_path(photo).exists() for photo in subject.photos)
+
+
+def photo_warnings(
+    subject: StoredSubject, resolution: int, masked_loss: object = False
+) -> dict[str, list[str]]:
+    """Return warnings by photo name; the key ``""`` has the warnings about all photos.
+
+    Args:
+        subject: The subject.
+        resolution: Training resolution in pixels.
+        masked_loss: Whether the run is asked to mask the loss.
+    """
     warnings: dict[str, list[str]] = {}
-    for warning in _warnings(subject, resolution):
+    for warning in _checked(subject, resolution, masked_loss)[0]:
         for name in warning.names or ("",):
             warnings.setdefault(name, []).append(warning.message)
     return warnings
 
 
-def mask_labels(subject: StoredSubject, resolution: int) -> dict[str, str]:
+def mask_labels(
+    subject: StoredSubject, resolution: int, masked_loss: object = False
+) -> dict[str, str]:
     """Return labels by photo name for photos that are masked in training or have transparency.
 
-    One painted mask enables masked_loss, and then transparency masks all other photos.
+    The arguments are as in `photo_warnings`.
     """
-    labels = {photo.name: "masked" for photo in subject.photos if mask_path(photo).exists()}
-    transparent = "masked by its transparency" if labels else "transparent parts white"
-    for warning in _warnings(subject, resolution):
-        if warning.kind == "transparent":
-            labels = dict.fromkeys(warning.names, transparent) | labels
+    transparent = _checked(subject, resolution, masked_loss)[1]
+    labels = {}
+    for photo in subject.photos:
+        use = transparent.get(photo.name)
+        label = ["masked"] * mask_path(photo).exists() + [f"transparent parts {use}"] * bool(use)
+        if label:
+            labels[photo.name] = ", ".join(label)
     return labels
 
 
-def _warnings(subject: StoredSubject, resolution: int) -> list[PhotoWarning]:
-    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in subject.photos)
-    return _check(stamps, resolution)
+def _checked(
+    subject: StoredSubject, resolution: int, masked_loss: object
+) -> tuple[list[PhotoWarning], dict[str, str]]:
+    """Return warnings about photos, and the use of transparent parts by photo name."""
+    stamps = tuple((str(path), *_stamps(path)) for path in subject.photos)
+    return _check(stamps, resolution, uses_masks(subject, masked_loss))
 
 
 @functools.lru_cache(maxsize=32)
-def _check(stamps: tuple[tuple[str, int], ...], resolution: int) -> list[PhotoWarning]:
-    paths = [Path(path) for path, _ in stamps]
+def _check(
+    stamps: tuple[tuple[str, int, int], ...], resolution: int, is_masked: bool
+) -> tuple[list[PhotoWarning], dict[str, str]]:
+    paths = [Path(path) for path, *_ in stamps]
     try:
         photos = read_photos(paths, "", skip_unreadable=True, measure=True)
     except (ValueError, OSError) as error:  # no readable photo, or a damaged caption
-        return [PhotoWarning("unreadable", (), str(error))]
-    return check_photos(photos, resolution)
+        return [PhotoWarning("unreadable", (), str(error))], {}
+    uses = {photo.path.name: transparency_use(photo, is_masked) for photo in photos}
+    return check_photos(photos, resolution, uses_masks=is_masked), uses

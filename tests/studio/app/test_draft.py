@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +15,14 @@ import gradio as gr
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import ADVANCED, LABELS
-from dora_diffusion.studio.app.views.ui import LIMIT, can_hold, kept_fields
+from dora_diffusion.studio.app.views.draft import can_hold, kept_fields
+from dora_diffusion.studio.app.views.ui import LIMIT
+from dora_diffusion.studio.jobs import records
+from dora_diffusion.studio.jobs.queue import start_time
+from dora_diffusion.studio.jobs.store import GONE, write_json
+from dora_diffusion.studio.jobs.subjects import new_subject
 from tests.studio.app.views.helpers import built_page
+from tests.studio.jobs.helpers import about, ended_run, started_run
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +120,81 @@ def test_a_slider_is_widened_to_what_an_image_or_an_earlier_visit_says(blocks: g
         if "value" in update
     }
     assert limits == {"Strength": (-3, 2.5, 3), "Direction": (-1, -1, 2), "Magnitude": (0, 0.5, 2)}
+
+
+def opened(blocks: gr.Blocks, kept: dict[str, Any], query: dict[str, str]) -> dict[Any, Any]:
+    """The tab, and values by field, of a page that is loaded with an address."""
+    restore = restoring(blocks)
+    updates = restore.fn(kept, SimpleNamespace(query_params=query))
+    return {
+        field: update.selected if isinstance(update, gr.Tabs) else update["value"]
+        for field, update in zip(restore.outputs, updates, strict=True)
+        if update != gr.skip()
+    }
+
+
+def test_an_address_names_the_tab_that_a_reload_opens(tmp_path: Path) -> None:
+    context = Context(Launch(runs_dir=tmp_path / "runs"))
+    blocks = built_page(context)
+    [tabs] = [one for one in blocks.blocks.values() if isinstance(one, gr.Tabs)]
+    ids = [tab.id for tab in tabs.children]
+    assert ids == ["subject", "train", "generate", "library", "compare"]
+    shown = {tab: {} if tab == "subject" else {tabs: tab} for tab in ids}
+    other = ({}, {"tab": "none"}, {"tab": ""})
+    for tab in ids:
+        assert opened(blocks, {}, {"tab": tab}) == shown[tab]
+    assert [opened(blocks, {}, query) for query in other] == [{}] * 3
+    # While a run trains, a page without a tab of its own shows it.
+    folder = started_run(context.workspace, 4)
+    write_json(folder / records.WORKER, {"pid": os.getpid(), "start": start_time(os.getpid())})
+    assert [job.is_active for job in context.jobs(fresh=True)] == [True]
+    for tab in ids[1:]:
+        assert opened(blocks, {}, {"tab": tab})[tabs] == tab
+    assert tabs not in opened(blocks, {}, {"tab": "subject"})
+    assert [opened(blocks, {}, query)[tabs] for query in other] == ["train"] * 3
+    # Each tab that is opened is written there.
+    selecting = {
+        part: one.js for one in blocks.fns.values() for part, event in one.targets
+        if event == "select" and "locate" in str(one.js)
+    }  # fmt: skip
+    assert selecting == {tab._id: f"() => studio.locate('tab', '{tab.id}')"
+                         for tab in tabs.children}  # fmt: skip
+
+
+def test_an_address_names_what_is_selected_and_what_is_gone_is_left_out(tmp_path: Path) -> None:
+    context = Context(Launch(runs_dir=tmp_path / "runs"))
+    workspace, blocks = context.workspace, built_page(context)
+    first, second = (ended_run(workspace, (2,), 2).id for _ in range(2))
+    studies = [about(workspace.root / run, "compare").name for run in (first, second)]
+    subjects = [new_subject(workspace, title) for title in ("Mug", "Cat")]
+    context.jobs(fresh=True)
+    pairs = {
+        "subject": subjects, "run": [first, second], "library": [first, second], "study": studies,
+        "adapter": [f"{first}/checkpoint-2", second],
+    }  # fmt: skip
+    labels = {"subject": "subject/Subject", "run": "train/Run", "library": "library/Run",
+              "adapter": "generate/Run or checkpoint", "study": "compare/Comparison"}  # fmt: skip
+    fields = {name: kept_fields(blocks)[label] for name, label in labels.items()}
+    gone = ("20260101-000000-abcdef", GONE, "../x", "")
+    for name, (one, other) in pairs.items():
+
+        def shown(query: str | None, kept: Any, name: str = name) -> Any:
+            address = {} if query is None else {name: query}
+            values = opened(blocks, {labels[name]: kept}, address)
+            assert set(values) <= {fields[name]}
+            return values.get(fields[name])
+
+        assert [shown(one, None), shown(other, None), shown(None, one)] == [one, other, one]
+        assert shown(one, other) == one  # Another window's choice is in the draft.
+        assert [shown(value, other) for value in gone] == [other] * 4
+        assert [shown(None, value) for value in (*gone, [one], 3)] == [None] * 6
+        assert [shown(value, value) for value in gone] == [None] * 4
+        # Each choice is written there.
+        [js] = [
+            one.js for one in blocks.fns.values()
+            if (fields[name]._id, "change") in one.targets and "locate" in str(one.js)
+        ]  # fmt: skip
+        assert js.startswith(f"(id) => studio.locate('{name}', ")
+    assert opened(blocks, {}, {name: pair[0] for name, pair in pairs.items()}) == {
+        fields[name]: pair[0] for name, pair in pairs.items()
+    }

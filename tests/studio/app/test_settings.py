@@ -300,6 +300,21 @@ def test_the_purpose_of_a_preset_holds_for_every_model() -> None:
         assert not re.search("mirror|prior|class|encoder|rank|parameter|token|<", preset.about)
 
 
+def test_what_a_preset_says_of_its_steps_holds_for_every_model() -> None:
+    """In relation to a preset that is named."""
+    said, usual = {}, PRESETS["balanced"]
+    for name, preset in PRESETS.items():
+        pairs = ((preset.steps, usual.steps), (preset.embedded_steps, usual.embedded_steps))
+        more, fewer = all(a > b for a, b in pairs), all(a < b for a, b in pairs)
+        text = preset.about.lower()
+        assert ("more steps than balanced" in text) <= more, name
+        assert ("fewer steps than balanced" in text) <= fewer, name
+        if found := re.search("(more|fewer) steps", text):
+            said[name] = found[1]
+            assert f"{found[0]} than balanced" in text, name
+    assert said == {"fast": "fewer", "fast-word": "fewer", "quality": "more", "face": "more"}
+
+
 def test_a_preset_with_a_token_of_its_own_says_what_to_type_in_the_app() -> None:
     assert {name: token_advice(name) for name in PRESETS if token_advice(name)} == {
         "fast-word": "Type a new word such as <sks> as Token.",

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.photos import mask_path, photos_in
+from dora_diffusion.data.crops import plan_crop
+from dora_diffusion.data.photos import mask_path, open_mask, photos_in, read_photo
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
@@ -27,6 +28,7 @@ from dora_diffusion.studio.jobs.subjects import (
     take_sample,
     training_crop,
     undo_captions,
+    uses_masks,
     write_captions,
 )
 from tests.studio.jobs.helpers import photo
@@ -99,26 +101,52 @@ def test_warnings_name_the_photo(workspace: Workspace, subject: str) -> None:
     assert any("smaller than the training size" in line for line in found["001.jpg"])
 
 
-def test_one_painted_mask_makes_transparency_a_mask(workspace: Workspace, tmp_path: Path) -> None:
-    """Of another photo too: the run takes the loss where masks are bright, for all of them."""
+@pytest.mark.parametrize("masked_loss", [False, True])
+@pytest.mark.parametrize("painted", [(), ("opaque",), ("cut",), ("cut", "opaque")])
+def test_each_photo_s_label_and_warning_are_what_a_run_does_with_it(
+    workspace: Workspace, tmp_path: Path, painted: tuple[str, ...], masked_loss: bool
+) -> None:
+    """One painted mask, or masked_loss, has transparency mask the photos without a mask file."""
     subject = new_subject(workspace, "x")
-    for name, alpha in (("a", 255), ("b", 9), ("c", None)):
-        image = Image.effect_noise((60, 60), 50).convert("RGB")
-        if alpha is not None:
-            image.putalpha(alpha)
+    for name, alpha in (("cut", 0), ("opaque", 255)):
+        image = Image.effect_noise((60, 60), 50).convert("RGBA")
+        image.paste((0, 0, 0, alpha), (0, 0, 30, 60))
         image.save(tmp_path / f"{name}.png")
-    stored = add_photos(workspace, subject, [tmp_path / f"{name}.png" for name in "abc"]).accepted
-    assert [path.suffix for path in stored] == [".png", ".png", ".jpg"]
-    assert mask_labels(read_subject(workspace, subject), 32) == {
-        "002.png": "transparent parts white"
-    }
-    Image.new("L", (60, 60), 255).save(mask_path(stored[2]))
-    assert mask_labels(read_subject(workspace, subject), 32) == {
-        "002.png": "masked by its transparency",
-        "003.jpg": "masked",
-    }
-    said = photo_warnings(read_subject(workspace, subject), 32)
-    assert any("transparent parts of 1 image are white: 002.png" in t for t in said["002.png"])
+    names = ("cut", "opaque")
+    stored = add_photos(workspace, subject, [tmp_path / f"{name}.png" for name in names]).accepted
+    for name, path in zip(names, stored, strict=True):
+        if name in painted:
+            Image.new("L", (60, 60), 255).save(mask_path(path))
+    used = uses_masks(read_subject(workspace, subject), masked_loss)
+    assert used == (masked_loss or bool(painted))
+    # As a run reads them.
+    plan = plan_crop((60, 60), 56)
+    photos = [read_photo(path, "", mask_crops=(lambda _: [plan]) if used else None)
+              for path in stored]  # fmt: skip
+    labels, said = {}, {}
+    for shown in photos:
+        mask = open_mask(shown)
+        corner = mask is None or mask.getpixel((5, 30)) == 255
+        use = "learned as white" if corner else "masked, not learned"
+        use += " where the mask is bright" if shown.mask_path == mask_path(shown.path) else ""
+        text = ["masked"] * (shown.mask_path == mask_path(shown.path))
+        name = shown.path.name
+        if shown.has_transparency:
+            text += [f"transparent parts {use}"]
+            said[name] = f"transparent parts of 1 image are {use}: {name}"
+            said[name] += "" if used else "; use masked_loss to exclude them"
+        if text:
+            labels[name] = ", ".join(text)
+    assert list(said) == [stored[0].name]
+    before = read_subject(workspace, subject)
+    assert mask_labels(before, 32, masked_loss) == labels
+    lines = [
+        (name, line)
+        for name, group in photo_warnings(before, 32, masked_loss).items()
+        for line in group
+        if "transparent" in line
+    ]
+    assert lines == [*said.items()]
 
 
 @pytest.mark.skipif(not (SAMPLES / "bolt_mug").is_dir(), reason="the samples are not there")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -42,16 +42,16 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
     Args:
         context: The app.
         tab: The fields.
-        about: Fields of the subject's id, the base model and the resolution.
+        about: Fields of the subject's id, and of `Preview`.
         view: Outputs of `subject_view`.
     """
     workspace = context.workspace
-    subject, *size = about
+    subject, *of_preview = about
     gallery, _, names, *_ = view
 
-    def show(subject_id: str, model_and_side: Sequence[Any], message: str, kind: str) -> list[Any]:
+    def show(subject_id: str, form: Sequence[Any], message: str, kind: str) -> list[Any]:
         now = subjects.read_subject(workspace, subject_id)
-        return subject_view(now, side(context, *model_and_side), html.note(message, kind))
+        return subject_view(now, preview(context, *form), html.note(message, kind))
 
     def choose(subject_id: str, listed: list[str], event: gr.SelectData) -> list[Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(listed):
@@ -59,31 +59,31 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
         path = subjects.photo_path(workspace, subject_id, listed[event.index])
         return [path.name, gr.update(visible=True), html.pieces.photo_title(path.name), ""]
 
-    def drop(subject_id: str, photo: str, *model_and_side: Any) -> list[Any]:
+    def drop(subject_id: str, photo: str, *form: Any) -> list[Any]:
         subjects.remove_photo(workspace, subject_id, photo)
-        return show(subject_id, model_and_side, f"{photo} removed", "info")
+        return show(subject_id, form, f"{photo} removed", "info")
 
     def edit(subject_id: str, photo: str) -> str:
         return _editor(subjects.photo_path(workspace, subject_id, photo), str(subject_id))
 
-    def change(subject_id: str, photo: str, event: gr.EventData, *model_and_side: Any) -> list[Any]:
+    def change(subject_id: str, photo: str, event: gr.EventData, *form: Any) -> list[Any]:
         path = subjects.photo_path(workspace, subject_id, photo)
         if ui.clicked(event)[0] == "restore":
             uploads.restore_original(path)
-            return show(subject_id, model_and_side, f"{photo} restored", "good")
+            return show(subject_id, form, f"{photo} restored", "good")
         crop = getattr(event, "crop", None)
         mask = uploads.read_mask(getattr(event, "mask", None))
         uploads.edit_photo(path, crop if isinstance(crop, list) else None, mask)
-        return show(subject_id, model_and_side, f"Crop and mask of {photo} saved", "good")
+        return show(subject_id, form, f"Crop and mask of {photo} saved", "good")
 
     about_photo, photo_fields = [subject, tab.chosen], [tab.chosen, tab.box, tab.title, tab.editor]
     ui.on(gallery.select, choose, [subject, names], photo_fields)
     ui.on(
-        tab.drop.click, drop, [*about_photo, *size], view,
+        tab.drop.click, drop, [*about_photo, *of_preview], view,
         confirm=lambda subject_id, photo, *_: photo_question(workspace, subject_id, photo),
     )  # fmt: skip
     ui.on(tab.edit.click, edit, about_photo, [tab.editor])
-    ui.on(tab.editor.click, change, [*about_photo, *size], view, show="minimal")
+    ui.on(tab.editor.click, change, [*about_photo, *of_preview], view, show="minimal")
 
 
 def _editor(photo: Path, subject_id: str) -> str:
@@ -95,28 +95,45 @@ def _editor(photo: Path, subject_id: str) -> str:
     return tools.render(photo=uploads.data_uri(open_photo(photo)), version=version)
 
 
-def side(context: Context, model: object, resolution: object) -> int:
-    """Return the training resolution in pixels: the typed one, else the model's default."""
+class Preview(NamedTuple):
+    """Settings of the Train tab that matter for the photos' warnings.
+
+    Attributes:
+        side: Training resolution in pixels: the typed one, else the model's default.
+        masked_loss: Whether the run is asked to mask the loss.
+    """
+
+    side: int
+    masked_loss: bool
+
+
+def preview(
+    context: Context, model: object, resolution: object, masked_loss: object = False
+) -> Preview:
+    """Return the settings in the fields of the Train tab."""
     text = str(resolution or "").strip()
     if text.isdecimal() and 0 < int(text) <= _LARGEST_SIDE:
-        return int(text)
+        return Preview(int(text), bool(masked_loss))
     try:
-        return model_info(context.allowed_model(model)).resolution
+        side = model_info(context.allowed_model(model)).resolution
     except ValueError:
-        return model_info(EMBEDDED).resolution
+        side = model_info(EMBEDDED).resolution
+    return Preview(side, bool(masked_loss))
 
 
-def subject_view(subject: subjects.StoredSubject | None, side: int, message: str = "") -> list[Any]:
+def subject_view(
+    subject: subjects.StoredSubject | None, preview: Preview, message: str = ""
+) -> list[Any]:
     """Return updates of gallery, empty state, names, report, next button, photo and captions.
 
     Args:
         subject: The subject; None for no photos.
-        side: Training resolution in pixels, for warnings about smaller photos.
+        preview: Settings that matter for warnings.
         message: HTML before the warnings.
     """
     photos = subject.photos if subject else ()
-    warnings = subjects.photo_warnings(subject, side) if subject and photos else {}
-    masked = subjects.mask_labels(subject, side) if subject and photos else {}
+    warnings = subjects.photo_warnings(subject, *preview) if subject and photos else {}
+    masked = subjects.mask_labels(subject, *preview) if subject and photos else {}
     crops = []
     for photo in photos:
         label = f"{'⚠ ' if photo.name in warnings else ''}{photo.name}"

@@ -90,53 +90,57 @@ class SubjectTab:
         self.looked = ui.html_block(elem_id="looked", js_on_load=ui.CLICKS)
 
 
-def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -> None:
+def connect(context: Context, tab: SubjectTab, restored: Any, preview: list[Any]) -> None:
     """Connect the fields to their actions.
 
     Args:
         context: The app.
         tab: The fields.
         restored: Event after the page was loaded and its draft restored.
-        size: Fields of base model and resolution.
+        preview: Fields of base model, resolution and masked_loss, see `photo.Preview`.
     """
     workspace = context.workspace
     view = [
         tab.gallery, tab.blank, tab.names, tab.report, tab.to_train, tab.editing.box,
         tab.editing.chosen, tab.captions.box, tab.captions.tags, tab.captions.rows,
     ]  # fmt: skip
-    inputs, outputs = [tab.pick, *size], [tab.pick, tab.place, *view]
+    inputs, outputs = [tab.pick, *preview], [tab.pick, tab.place, *view]
 
-    def load(subject_id: str | None, *model_and_side: Any) -> list[Any]:
-        return _show(context, subject_id, model_and_side)
+    def load(subject_id: str | None, *form: Any) -> list[Any]:
+        return _show(context, subject_id, form)
 
-    def select(subject_id: str | None, *model_and_side: Any) -> list[Any]:
+    def select(subject_id: str | None, *form: Any) -> list[Any]:
         workspace.subject(subject_id)  # It may have been deleted meanwhile.
-        return _show(context, subject_id, model_and_side)[1:]
+        return _show(context, subject_id, form)[1:]
 
-    def resize(subject_id: str | None, *model_and_side: Any) -> str:
-        return str(_show(context, subject_id, model_and_side)[outputs.index(tab.report)])
+    def relabel(subject_id: str | None, *form: Any) -> list[Any]:
+        shown = _show(context, subject_id, form)
+        return [shown[outputs.index(field)] for field in (tab.gallery, tab.report)]
 
-    def remove(subject_id: str, *model_and_side: Any) -> list[Any]:
+    def remove(subject_id: str, *form: Any) -> list[Any]:
         is_gone = subjects.delete_subject(workspace, subject_id)
         message = html.note("Subject deleted" + ("" if is_gone else REMAINS), "info")
-        return _show(context, subject_id, model_and_side, message)
+        return _show(context, subject_id, form, message)
 
-    def leave(subject_id: str | None, *model_and_side: Any) -> list[Any]:
+    def leave(subject_id: str | None, *form: Any) -> list[Any]:
         """Show no photos once the selected subject was deleted."""
         if subject_id == GONE:
-            return _show(context, GONE, model_and_side)[1:]
+            return _show(context, GONE, form)[1:]
         return [gr.skip()] * (len(outputs) - 1)
 
     # `input`, not `change`: updates from other events must not run this again.
     ui.on(tab.pick.input, select, inputs, outputs[1:])
     ui.on(tab.pick.change, leave, inputs, outputs[1:])
-    ui.on([field.change for field in size], resize, inputs, [tab.report])
+    *size, masked_loss = preview
+    changes = [field.change for field in size]
+    ui.on(changes, lambda *form: relabel(*form)[-1], inputs, [tab.report])
+    ui.on(masked_loss.change, relabel, inputs, [tab.gallery, tab.report])
     ui.on(
         tab.remove.click, remove, inputs, outputs,
         confirm=lambda subject_id, *_: subject_question(workspace, subject_id),
     )  # fmt: skip
     ui.on(restored.then, load, inputs, outputs)
-    _connect_new(context, tab, size, outputs)
+    _connect_new(context, tab, preview, outputs)
     _connect_look(context, tab, inputs)
 
     def export(subject_id: str | None) -> str:
@@ -149,7 +153,7 @@ def connect(context: Context, tab: SubjectTab, restored: Any, size: list[Any]) -
 
 
 def _show(
-    context: Context, subject_id: str | None, model_and_side: Sequence[Any], message: str = ""
+    context: Context, subject_id: str | None, form: Sequence[Any], message: str = ""
 ) -> list[Any]:
     """Return all outputs for the selected subject, or for the newest if none is selected."""
     known = subjects.subjects_in(context.workspace)
@@ -159,7 +163,7 @@ def _show(
     return [
         {**pick, "value": current.id} if current else pick,
         html.pieces.place(current),
-        *photo.subject_view(current, photo.side(context, *model_and_side), message),
+        *photo.subject_view(current, photo.preview(context, *form), message),
     ]
 
 
@@ -171,40 +175,38 @@ def _choices(context: Context, subject_id: str | None) -> Any:
     return ui.choosing(choices, subject_id, newest, visible=bool(choices))
 
 
-def _connect_new(context: Context, tab: SubjectTab, size: list[Any], outputs: list[Any]) -> None:
+def _connect_new(context: Context, tab: SubjectTab, preview: list[Any], outputs: list[Any]) -> None:
     """Connect the ways to new subjects: by name, from a sample, and by an upload."""
     workspace = context.workspace
 
-    def create(title: str, *model_and_side: Any) -> list[Any]:
+    def create(title: str, *form: Any) -> list[Any]:
         title = clean_text(title, 60, "name")
         if not title:
             raise UserError("give the new subject a name first")
-        return ["", *_show(context, subjects.new_subject(workspace, title), model_and_side)]
+        return ["", *_show(context, subjects.new_subject(workspace, title), form)]
 
-    def take(event: gr.EventData, *model_and_side: Any) -> list[Any]:
+    def take(event: gr.EventData, *form: Any) -> list[Any]:
         subject_id = subjects.take_sample(workspace, samples_folder(), ui.clicked(event)[1])
         message = html.note("A sample subject, ready to train.", "good")
-        return _show(context, subject_id, model_and_side, message)
+        return _show(context, subject_id, form, message)
 
-    def upload(
-        files: list[str] | None, subject_id: str | None, name: str, *model_and_side: Any
-    ) -> list[Any]:
+    def upload(files: list[str] | None, subject_id: str | None, name: str, *form: Any) -> list[Any]:
         if not files:
             return [gr.skip()] * (2 + len(outputs))
         subject_id, message, is_kept = _upload(workspace, files, subject_id, name)
         return [
             None,
             "" if is_kept else gr.skip(),
-            *_show(context, subject_id, model_and_side, message),
+            *_show(context, subject_id, form, message),
         ]
 
     ui.on(
-        tab.upload.upload, upload, [tab.upload, tab.pick, tab.name, *size],
+        tab.upload.upload, upload, [tab.upload, tab.pick, tab.name, *preview],
         [tab.upload, tab.name, *outputs], js="studio.join", show="minimal",
     )  # fmt: skip
     new = [tab.create.click, tab.name.submit]
-    ui.on(new, create, [tab.name, *size], [tab.name, *outputs])
-    ui.on(tab.samples.click, take, size, outputs, show="minimal")
+    ui.on(new, create, [tab.name, *preview], [tab.name, *outputs])
+    ui.on(tab.samples.click, take, preview, outputs, show="minimal")
 
 
 def _upload(
@@ -247,16 +249,16 @@ def _connect_look(context: Context, tab: SubjectTab, inputs: list[Any]) -> None:
     def looked(subject_id: str | None) -> str:
         return str(refresh(context, context.queued(), subject_id)["looked"])
 
-    def look(subject_id: str | None, *model_and_side: Any, model: str = "") -> str:
+    def look(subject_id: str | None, *form: Any, model: str = "") -> str:
         subject = subjects.read_subject(context.workspace, subject_id)
-        start_look(context.workspace, subject, photo.side(context, *model_and_side), model)
+        start_look(context.workspace, subject, photo.preview(context, *form).side, model)
         return looked(subject_id)
 
-    def automatic(subject_id: str | None, model: str, *model_and_side: Any) -> str:
+    def automatic(subject_id: str | None, model: str, *form: Any) -> str:
         name = str(model or "").strip()
         if not name:
             raise UserError("name a captioning model first: a folder, or a hub id")
-        return look(subject_id, *model_and_side, model=context.allowed_model(name))
+        return look(subject_id, *form, model=context.allowed_model(name))
 
     def reread(subject_id: str | None) -> list[Any]:
         """Return the captions after a job has written some."""
@@ -269,8 +271,8 @@ def _connect_look(context: Context, tab: SubjectTab, inputs: list[Any]) -> None:
         return looked(subject_id)
 
     ui.on(tab.look.click, look, inputs, [tab.looked], show="minimal")
-    view, (pick, *size) = tab.captions, inputs
-    named = [pick, view.model, *size]
+    view, (pick, *preview) = tab.captions, inputs
+    named = [pick, view.model, *preview]
     ui.on(view.automatic.click, automatic, named, [tab.looked], show="minimal")
     ui.on(tab.looked.click, stop, [tab.pick], [tab.looked])
     ui.on(tab.looked.change, reread, [tab.pick], [view.tags, view.rows])

@@ -96,7 +96,10 @@ class TrainTab:
         )  # fmt: skip
 
     def _add_model(self, context: Context) -> None:
-        presets = [(name.replace("-", " ").capitalize(), name) for name in PRESETS]
+        presets = [
+            (preset.label or name.replace("-", " ").capitalize(), name)
+            for name, preset in PRESETS.items()
+        ]
         self.preset = gr.Radio(presets, value="balanced", label="Preset", elem_id="preset")
         self.about = ui.html_block(_about(context, "balanced"), elem_id="preset-about")
         cards = [(f"a GPU of {gib} GB", str(gib)) for gib in (4, 6, 8, 10, 12, 16, 24)]

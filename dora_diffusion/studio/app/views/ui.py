@@ -1,17 +1,11 @@
-"""Helpers for all tabs: event handlers, fields, and the draft that the browser stores.
-
-The draft belongs to the user, not to the server, and includes all fields of the page. Captions and
-the words of a subject are stored separately (captions.js), because they change with the photo or
-subject.
-"""
+"""Helpers for all tabs: event handlers, fields, and values that the browser stores."""
 
 from __future__ import annotations
 
 import functools
-import json
 import re
 from abc import ABCMeta
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -223,79 +217,11 @@ def clicked(event: gr.EventData) -> tuple[str, str]:
 LIMIT = 4000
 # Key of the browser's storage. It is not secret; without it, each start would use a new one.
 _SECRET = "kept in this browser"
-_KINDS = (
-    gr.Textbox, gr.Number, gr.Slider, gr.Checkbox, gr.CheckboxGroup, gr.Radio, gr.Dropdown,
-)  # fmt: skip
-
-
-def kept_fields(blocks: gr.Blocks, besides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return all input fields of the page by tab and label.
-
-    Args:
-        blocks: The page.
-        besides: Fields to exclude, which are stored separately.
-    """
-    excluded = {id(field) for field in (besides or {}).values()}
-    return {
-        _name(field): field
-        for field in blocks.blocks.values()
-        if isinstance(field, _KINDS)
-        and field.interactive is not False
-        and id(field) not in excluded
-    }
-
-
-def _name(field: Any) -> str:
-    parent = field.parent
-    while parent is not None and not isinstance(parent, gr.Tab):
-        parent = parent.parent
-    return f"{parent.id if parent else ''}/{field.label}"
 
 
 def storage(name: str, value: Any) -> Any:
     """Create a value that the browser stores."""
     return gr.BrowserState(value, storage_key=f"dora-studio-{name}", secret=_SECRET)
-
-
-def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any]) -> Any:
-    """Store a draft of the page's fields, and restore it on load. Returns the event after that.
-
-    Args:
-        blocks: The page.
-        besides: Fields to exclude, which are stored separately.
-    """
-    named = kept_fields(blocks, besides)
-    fields, draft = list(named.values()), storage("page", {})
-    for name, field in named.items():  # The script finds fields by id.
-        field.elem_id = field.elem_id or re.sub(r"\W+", "-", name).strip("-")
-
-    def restore(stored: Any) -> list[Any]:
-        values = stored if isinstance(stored, dict) else {}
-        updates = []
-        for name, field in named.items():
-            value = values.get(name)
-            if value and isinstance(value, str) and _lacks_choice(field, value):
-                gr.Warning(f"{field.label}: {value[:_BLANK]} is no longer a choice; choose again")
-                updates.append(gr.update(value=None))
-            elif value != field.value and can_hold(field, value):
-                updates.append(holding(field, value))
-            else:
-                updates.append(gr.skip())
-        return updates
-
-    on(
-        together("draft", fields), None, [draft, *fields], [draft],
-        js=f"(kept, ...values) => studio.keep(kept, {json.dumps(list(named))}, values)",
-    )  # fmt: skip
-    typed_fields = {
-        field.elem_id: name
-        for name, field in named.items()
-        if isinstance(field, gr.Dropdown) and field.allow_custom_value and not field.multiselect
-    }
-    typed = "(kept) => ({...kept, ...studio.typed()})"
-    restored = on(blocks.load, restore, [draft], fields, js=typed)
-    restore_typed = f"(kept) => studio.restored(kept, {json.dumps(typed_fields)})"
-    return on(restored.then, None, [draft], [draft], js=restore_typed)
 
 
 def together(name: str, fields: Sequence[Any]) -> Any:
@@ -314,28 +240,6 @@ def together(name: str, fields: Sequence[Any]) -> Any:
     return element.input
 
 
-def can_hold(field: Any, value: object) -> bool:
-    """Return whether a value from a browser's draft, maybe of another version, fits a field."""
-    if isinstance(field, gr.Checkbox):
-        return isinstance(value, bool)
-    if isinstance(field, (gr.Number, gr.Slider)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        if isinstance(field, gr.Slider):  # see `holding`
-            return True
-        least, most = field.minimum, field.maximum
-        return (least is None or value >= least) and (most is None or value <= most)
-    if isinstance(field, gr.CheckboxGroup) or getattr(field, "multiselect", False):
-        return isinstance(value, list) and all(_is_choice(field, item) for item in value)
-    return _is_choice(field, value)
-
-
-def _lacks_choice(field: Any, value: str) -> bool:
-    """Return whether a browser's stored value is missing from a list of fixed choices."""
-    is_one = isinstance(field, (gr.Radio, gr.Dropdown)) and not getattr(field, "multiselect", False)
-    return is_one and not _is_choice(field, value)
-
-
 def holding(field: Any, value: Any) -> Any:
     """Return an update that sets a field's value, and extends a slider's range if needed.
 
@@ -345,11 +249,3 @@ def holding(field: Any, value: Any) -> Any:
         return gr.update(value=value)
     low, high = min(field.minimum, value), max(field.maximum, value)
     return gr.update(value=value, minimum=low, maximum=high)
-
-
-def _is_choice(field: Any, value: object) -> bool:
-    """Return whether a value is a short text, and one of the choices if they are fixed."""
-    if not isinstance(value, str) or len(value) > (getattr(field, "max_length", None) or LIMIT):
-        return False
-    choices = [choice for _, choice in getattr(field, "choices", None) or ()]
-    return not choices or getattr(field, "allow_custom_value", False) or value in choices

@@ -364,3 +364,19 @@ def test_sizes_are_judged_by_the_model_that_is_chosen(context: Context, tmp_path
     assert "200 x 200 is smaller than the training size 256" in resize(subject, EMBEDDED, "256")
     fields = {("base-model", "change"), ("train-resolution", "change")}
     assert triggers(context, "resize", "subject") == fields
+
+
+def test_a_photo_s_label_follows_masked_loss_of_the_train_tab(
+    context: Context, tmp_path: Path
+) -> None:
+    cut = new_subject(context.workspace, "Cut")
+    Image.new("RGBA", (80, 64), (200, 0, 0, 0)).save(tmp_path / "cut.png")
+    add_photos(context.workspace, cut, [tmp_path / "cut.png"])
+    relabel = handler(context, "relabel", "subject")
+    for masked_loss, use in ((False, "learned as white"), (True, "masked, not learned")):
+        gallery, report = relabel(cut, EMBEDDED, "", masked_loss)
+        [(_, label)] = gallery["value"]
+        assert label.endswith(f"001.png (transparent parts {use})")
+        assert f"transparent parts of 1 image are {use}: 001.png" in report
+    assert {event for _, event in triggers(context, "relabel", "subject")} == {"change"}
+    assert [name for name, _ in triggers(context, "relabel", "subject")] == ["train-masked_loss"]

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.config import PRESETS, TrainConfig
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -36,6 +37,7 @@ from dora_diffusion.studio.jobs.subjects import (
     read_subject,
     save_caption,
 )
+from dora_diffusion.training.inputs.subject import subjects_of
 from tests.studio.app.views.helpers import built_page, handler
 from tests.studio.jobs.helpers import photo
 
@@ -442,11 +444,11 @@ def test_a_shared_app_looks_at_no_other_model(
     from dora_diffusion.studio.app.views import photo
 
     sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
-    assert photo.side(context, sdxl, "") == 1024
+    assert photo.preview(context, sdxl, "").side == 1024
     shared = Launch(share=True, auth="ann:correct horse")
     monkeypatch.setattr(context, "launch", shared)
-    assert photo.side(context, sdxl, "") == 64
-    assert photo.side(context, sdxl, "300") == 300
+    assert photo.preview(context, sdxl, "").side == 64
+    assert photo.preview(context, sdxl, "300").side == 300
     with pytest.raises(gradio.Error, match="offers only"):
         handler(context, "use_preset")("fast", sdxl, "", *FILLED)
 
@@ -474,6 +476,23 @@ def test_several_subjects_are_one_run_each_with_its_own_words(
     ]  # fmt: skip
     with pytest.raises(gradio.Error, match="same photos and settings is number 1 in the queue"):
         handler(context, "start")("", *asked)
+
+
+@pytest.mark.parametrize("painted", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("masked_loss", [False, True])
+def test_a_painted_mask_masks_the_loss_of_its_own_subject(
+    context: Context, subject: str, tmp_path: Path, painted: tuple[int, ...], masked_loss: bool
+) -> None:
+    """A run refuses a subject whose masks are to be used, but that has none."""
+    other = new_subject(context.workspace, "Cat", "cat", "zwx")
+    add_photos(context.workspace, other, [photo(tmp_path / "b.png")])
+    for number, name in enumerate((subject, other)):
+        for path in read_subject(context.workspace, name).photos if number in painted else ():
+            Image.new("L", Image.open(path).size, 255).save(mask_path(path))
+    form = [*asked(context, subject, EMBEDDED, masked_loss=masked_loss), [other]]
+    config, _ = train.read_form(context, *form)
+    used = [one.settings.masked_loss for one in subjects_of(config)]
+    assert used == [masked_loss or number in painted for number in range(2)]
 
 
 def test_a_photo_of_two_subjects_is_said_before_the_start(
@@ -584,3 +603,12 @@ def test_a_start_says_the_place_in_the_queue(context: Context, subject: str) -> 
         assert re.search(rf"Queued Mug [0-9:]{{5}}: number {number} in the queue", said)
         shown = run.refresh(context, context.jobs(fresh=True), chosen["value"])
         assert f"number {number} in the queue" in shown["status"]
+
+
+def test_the_label_of_a_preset_is_its_name_or_what_it_does(context: Context) -> None:
+    [field] = [one for one in built_page(context).blocks.values() if one.elem_id == "preset"]
+    labels = {name: label for label, name in field.choices}
+    assert [*labels] == [*PRESETS]
+    assert labels["fast-word"] == "Fast, with a trained word"
+    for name, label in labels.items():
+        assert label.startswith(name.partition("-")[0].capitalize())
