@@ -51,7 +51,11 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
 
     Raises:
         ConfigError: As `read_config_file` does.
+        ForeignFileError: If it is a file of another trainer.
     """
+    from dora_diffusion.config.foreign import require_own
+
+    require_own(path)
     is_toml = str(path).lower().endswith(".toml")
     require(not is_toml, f"{path}: this is TOML; a dataset file is given as --dataset_config")
     values, keys = _parse(path)

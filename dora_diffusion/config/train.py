@@ -25,7 +25,7 @@ from dora_diffusion.config.checks import contradictions
 from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.fields import ConfigError, Setting, require, require_token_length
 from dora_diffusion.config.file import PATHS
-from dora_diffusion.config.problems import Problems, find_setting, naming_entry, read_values
+from dora_diffusion.config.problems import Problems, naming_entry, read_values
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import framed
 
@@ -318,7 +318,9 @@ class TrainConfig(
             ConfigError: If a key is not a setting, or a value has the wrong type.
         """
         require(PATHS not in values, f"{PATHS} is of a file; read_config_file resolves its paths")
-        return cls(**read_values(values, lambda name: find_setting(name, settings_by_name())))
+        from dora_diffusion.config.flag_map import find_training_setting
+
+        return cls(**read_values(values, find_training_setting))
 
 
 def framed_prompt(config: TrainConfig) -> str:

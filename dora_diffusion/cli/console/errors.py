@@ -45,7 +45,8 @@ class Outcome:
 def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
     """Convert errors to an exit code and a last line on stderr, and warnings to lines.
 
-    Errors that a user can fix (`ValueError`, `OSError` and their subclasses) are one line. Other
+    Errors that a user can fix (`ValueError`, `OSError` and their subclasses) are one line, except
+    for the settings of another trainer's file. Other
     errors are defects: their line comes below the traceback and asks for a report.
 
     Args:
@@ -110,6 +111,8 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
             f"{_one_line(str(error))}; a package is missing or does not fit the others: run "
             "`dora-diffusion doctor` to find it, and install it again"
         )
+    if type(error).__name__ == "ForeignFileError":  # It has lines of YAML to copy.
+        return FAILED, str(error)
     known = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingError"
     return FAILED, _one_line(str(error)) if known and str(error) else None
 
