@@ -75,7 +75,7 @@ def rules(trainer: str) -> Mapping[str, Any]:
     facts = trainers()[trainer]
     own = {name: rule for names, rule in facts["settings"].items() for name in names.split()}
     if trainer == "Diffusers":
-        return {name: answer.setting or answer.text for name, answer in DIFFUSERS_FLAGS.items()} | own
+        own = {name: a.setting or a.text for name, a in DIFFUSERS_FLAGS.items()} | own
     if trainer == "sd-scripts":
         own = _sd_scripts() | own
     return rules(facts["base"]) | own if "base" in facts else own

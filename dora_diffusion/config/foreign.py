@@ -63,7 +63,11 @@ def require_own(path: str | Path) -> None:
         ForeignFileError: If it is one.
     """
     if file := foreign_file(path):
-        raise ForeignFileError(f"{path} is {Answers(file).text}")
+        answers = Answers(file)
+        raise ForeignFileError(
+            f"{path} is {answers.title}. Copy these lines into a YAML file, and give that as "
+            f"--config:\n{answers.text}"
+        )
 
 
 def foreign_file(path: str | Path) -> ForeignFile | None:
@@ -137,7 +141,8 @@ def _of_text(text: str) -> ForeignFile | None:
             match = _SCRIPT.search(words[script])
             is_kohyas = match and not match[1].startswith(("train_dreambooth", "train_text"))
             launch = [(f"accelerate.{name}", value) for name, value in _flags(words[:script])]
-            return ForeignFile("sd-scripts" if is_kohyas else "Diffusers", [*launch, *flags])
+            values = [*launch, *(pair for name, value in flags for pair in _flat(value, name))]
+            return ForeignFile("sd-scripts" if is_kohyas else "Diffusers", values)
         if match := _VARIABLE.match(line):
             variables[match[1]] = " ".join(_words(match[2]))
     keys = trainers()["SimpleTuner"]["keys"].split()
@@ -179,14 +184,16 @@ class Answers:
     """Answers to the settings of a file of another trainer.
 
     Attributes:
+        title: Name of the file's kind, with its article.
         values: Settings here with the values that carry over.
-        text: The name of the file's kind, and its settings as YAML; the others are comments.
+        text: The same as YAML; the file's other settings are comments.
     """
 
     def __init__(self, file: ForeignFile) -> None:
         self.values: dict[str, Any] = {}
         self._file = file
         self._facts = trainers()[file.trainer]
+        self.title = str(self._facts["title"])
         self._rules = rules(file.trainer)
         self._given = {_key(name): value for name, value in file.values}
         self._sources: dict[str, str] = {}
@@ -248,9 +255,6 @@ class Answers:
     def _lines(self) -> Iterator[str]:
         import yaml
 
-        yield (
-            f"{self._facts['title']}. Copy these lines into a YAML file, and give that as --config:"
-        )
         for setting, value in self.values.items():
             is_flow = isinstance(value, (list, dict))
             text = yaml.safe_dump(
@@ -332,10 +336,9 @@ def _typed(setting: str, value: Any) -> Any:
     """Value of a setting from the text of another program, such as ``512,512`` or ``"true"``."""
     known = settings_by_name()[setting]
     if setting == "resolution":
-        sides = value if isinstance(value, list) else re.findall(r"[\d.]+", str(value))
-        flat = {str(side) for pair in sides for side in (pair if isinstance(pair, list) else [pair])}
-        if len(flat) == 1 and float(side := flat.pop()) >= 64:
-            return int(float(side))
+        sides = {float(side) for side in re.findall(r"\d[\d.]*", str(value))}
+        if len(sides) == 1 and (side := sides.pop()) >= 64:
+            return int(side)
         raise ConfigError("resolution is one number here, the side of a square in pixels")
     if known.kind is bool and isinstance(value, str):
         return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
