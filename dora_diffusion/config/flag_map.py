@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 
 from dora_diffusion.config.fields import ConfigError, Setting
 from dora_diffusion.config.file import read_facts
-from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.config.wording import closest
 
 _FACTS = read_facts("config/flags")
@@ -93,8 +92,6 @@ def _sd_scripts() -> dict[str, str]:
 
 def refusal(name: str) -> str | None:
     """Return the refusal of another trainer's setting, with advice; None for other names."""
-    if name in settings_by_name():
-        return None
     answer = DIFFUSERS_FLAGS.get(name)
     if answer is not None and answer.status == "absent":
         return f"{name} of Diffusers' scripts is not here: {answer.text}"
@@ -110,32 +107,22 @@ def refusal(name: str) -> str | None:
 def advice(rule: Any) -> str:
     """Return what a rule advises, as a text with flags."""
     setting = next(iter(rule)) if isinstance(rule, dict) else rule.removeprefix("-")
-    return f"use --{setting}" if setting in settings_by_name() else setting
+    return f"use --{setting}" if setting.isidentifier() else str(setting)
 
 
-def meant_by(name: str, known: Mapping[str, Setting] | None = None) -> str | None:
-    """Return the setting that an unknown name probably means; None if nothing is close.
-
-    Args:
-        name: The unknown name.
-        known: Settings to choose from; default: all of training.
-    """
-    known = settings_by_name() if known is None else known
+def meant_by(name: str, known: Iterable[str]) -> str | None:
+    """Return the setting that an unknown name probably means; None if nothing is close."""
+    known = tuple(known)
     other = OTHER_NAMES.get(name.lower().replace("-", "_"))
     return other if other in known else closest(name, known)
 
 
-def find_training_setting(name: str, known: Mapping[str, Setting] | None = None) -> Setting:
+def find_training_setting(name: str, known: Mapping[str, Setting]) -> Setting:
     """Look a setting of training up by its name.
-
-    Args:
-        name: The name.
-        known: Settings to choose from; default: all of training.
 
     Raises:
         ConfigError: If there is none; has the answer to a name of another trainer.
     """
-    known = settings_by_name() if known is None else known
     if name not in known:
         hint = f" (did you mean {meant}?)" if (meant := meant_by(name, known)) else ""
         raise ConfigError(refusal(name) or f"there is no setting {name}{hint}", name)

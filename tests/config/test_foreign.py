@@ -16,8 +16,9 @@ import yaml
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, settings
+from dora_diffusion.config.answers import ForeignAnswers
 from dora_diffusion.config.flag_map import OTHER_NAMES, refusal, rules, trainers
-from dora_diffusion.config.foreign import ForeignFileError
+from dora_diffusion.config.foreign import ForeignFileError, foreign_file
 from dora_diffusion.config.subject_list import subject_configs
 from tests.every import every
 
@@ -70,6 +71,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffusers_z_image.sh": ("a command line of Diffusers' scripts", {
         "pretrained_model_name_or_path": "Tongyi-MAI/Z-Image", "logit_mean": -0.5,
         "timestep_distribution": "logit_normal", "offload": "model", "use_dora": False, "rank": 8,
+        "optimizer": "adamw8bit",
     }),
     "diffusers_flux2_klein.txt": ("a command line of Diffusers' scripts", {
         "rank": 16, "caption_dropout": 0.1, "aspect_ratio_buckets": True, "use_dora": False,
@@ -85,10 +87,11 @@ def printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said.err.removeprefix("error: ").removesuffix("\n")
 
 
-def raised(function: Callable[[Any], Any], value: Any) -> str:
-    with pytest.raises(ForeignFileError) as info:
-        function(value)
-    return str(info.value)
+def answers(file: Path) -> str:
+    """Settings of a file of another trainer, as YAML."""
+    foreign = foreign_file(file)
+    assert foreign is not None
+    return ForeignAnswers(foreign).text
 
 
 PLACES: dict[str, Callable[[str, Any], str]] = {
@@ -97,11 +100,11 @@ PLACES: dict[str, Callable[[str, Any], str]] = {
     "dataset_config": lambda file, capsys: printed(["train", "--dataset_config", file], capsys),
     "pack": lambda file, capsys: printed(["train", "--pack", file], capsys),
     "generate": lambda file, capsys: printed(["generate", "--config", file], capsys),
-    "read_config_file": lambda file, _: raised(read_config_file, file),
-    "TrainConfig": lambda file, _: raised(lambda path: TrainConfig(dataset_config=path), file),
-    "subject_configs": lambda file, _: raised(
-        lambda path: subject_configs(path, TrainConfig()), Path(file)
-    ),
+}
+IN_PYTHON: dict[str, Callable[[Path], Any]] = {
+    "read_config_file": read_config_file,
+    "TrainConfig": lambda file: TrainConfig(dataset_config=file),
+    "subject_configs": lambda file: subject_configs(file, TrainConfig()),
 }
 
 
@@ -111,16 +114,25 @@ def test_a_file_of_another_trainer_is_answered_in_every_place(
 ) -> None:
     title, expected = KINDS[name]
     file = FILES / name
-    first = f"{file} is {title}. Copy these lines into a YAML file, and give that as --config:\n"
+    text = answers(file)
     with every() as case:
         for place, answer in PLACES.items():
             with case(place):
-                text = answer(str(file), capsys)
-                assert text == raised(read_config_file, file)
-    assert text.startswith(first)
-    assert not any(len(line) > 100 for line in text.splitlines()[1:] if line.startswith("#"))
-    check_answers(text.removeprefix(first), file)
-    values = yaml.safe_load(text.removeprefix(first))
+                assert answer(str(file), capsys) == (
+                    f"{file} is {title}. Copy these lines into a YAML file, and give that as "
+                    f"--config:\n{text}"
+                )
+        for place, function in IN_PYTHON.items():
+            with case(place):
+                with pytest.raises(ForeignFileError) as info:
+                    function(file)
+                assert str(info.value) == (
+                    f"{file} is {title}; 'dora-diffusion train --config {file}' lists its settings "
+                    "as YAML"
+                )
+    assert not any(len(line) > 100 for line in text.splitlines() if line.startswith("#"))
+    check_answers(text, file)
+    values = yaml.safe_load(text)
     # A folder of kohya's must exist, and is not here.
     config = TrainConfig.from_dict({n: v for n, v in values.items() if n != "dataset_config"})
     with every() as case:
@@ -231,7 +243,7 @@ def test_what_cannot_be_together_is_said(tmp_path: Path) -> None:
         "DIR=dog\naccelerate launch train_dreambooth_lora_sdxl.py \\\n --instance_data_dir=${DIR} "
         "--push_to_hub --use_dora", "utf-8",
     )  # fmt: skip
-    assert raised(read_config_file, file).splitlines()[1:] == [
+    assert answers(file).splitlines() == [
         "instance_data_dir: dog",
         "push_to_hub: true",
         "# use_dora: as by default here",
@@ -244,10 +256,13 @@ def test_what_cannot_be_together_is_said(tmp_path: Path) -> None:
 def test_a_setting_that_no_table_has_is_said_to_be_unknown(tmp_path: Path) -> None:
     file = tmp_path / "preset.json"
     file.write_text('{"LoRA_type": "Standard", "epohc": 3, "lr_scheduler": "cosinus"}', "utf-8")
-    text = raised(read_config_file, file)
+    text = answers(file)
     assert "\n# epohc: no setting is known for it\n" in text
-    lines = " ".join(text.split("\n# ")[2].split()).replace(" # ", " ")
-    assert lines.startswith("lr_scheduler: lr_scheduler is 'cosinus'; it must be one of constant, ")
+    assert (
+        text.replace("\n#   ", " ")
+        .splitlines()[3]
+        .startswith("# lr_scheduler: lr_scheduler is 'cosinus'; it must be one of constant, ")
+    )
     assert "did you mean" not in text
 
 

@@ -6,6 +6,7 @@ import argparse
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,8 @@ class TrainSettings(CommandSettings):
 
 def add_settings(parser: Parser) -> None:
     """Add ``--config``, one flag per setting, and further flags of Diffusers' scripts."""
-    parser.refusal, parser.meant_by = refusal, meant_by
+    parser.refusal = refusal
+    parser.meant_by = partial(meant_by, known=settings_by_name())
     parser.add_argument("--config", help=CONFIG_HELP)
     parser.add_argument(
         "--preset",
@@ -379,7 +381,7 @@ def _setting_of_file(key: str) -> Setting:
     """
     answer = DIFFUSERS_FLAGS.get(key)
     name = answer.setting if answer and answer.status == "renamed" else key
-    return find_training_setting(name)
+    return find_training_setting(name, settings_by_name())
 
 
 def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, flags: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from dora_diffusion.config import (
     unusual_rates,
     without_effect,
 )
+from dora_diffusion.config.answers import ForeignAnswers
+from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import ConfigError, words_of
-from dora_diffusion.config.file import read_config_file
 from dora_diffusion.config.flag_map import find_training_setting
-from dora_diffusion.config.foreign import Answers, foreign_file
+from dora_diffusion.config.foreign import ForeignFileError
 from dora_diffusion.config.presets import EMBEDDED as SMALL
 from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.config.problems import read_values
@@ -300,11 +302,11 @@ def read_settings_file(file: Path) -> tuple[dict[str, Any], str, str]:
     """
     require_file(file)
     try:
-        if foreign := foreign_file(file):
-            answers = Answers(foreign)
-            return answers.values, answers.title, answers.text
         values = {n: v for n, v in read_config_file(file).items() if n not in ("preset", "memory")}
-        return read_values(values, find_training_setting), "", ""
+        return read_values(values, partial(find_training_setting, known=SETTINGS)), "", ""
+    except ForeignFileError as error:
+        answers = ForeignAnswers(error.file)
+        return answers.values, error.title, answers.text
     except ConfigError as error:
         raise UserError(str(error).replace(str(file), shown(file.name))) from error
 
