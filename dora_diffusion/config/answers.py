@@ -56,7 +56,7 @@ class ForeignAnswers:
             setting, value, reason = _converted(self._rule(key), value)
         if reason:
             self._add(reason, name)
-        elif known[setting].is_list and self._sources.get(setting) == name:
+        elif isinstance(self.values.get(setting), list) and self._sources[setting] == name:
             self.values[setting] = [*self.values[setting], *value]
         elif self.values.get(setting, value) != value:
             self._add(f"{setting} has another value above; see dataset_config for several", name)
@@ -175,7 +175,7 @@ def _typed(setting: str, value: Any) -> Any:
     """Value of a setting from the text of another program, such as ``512,512`` or ``"true"``."""
     known = settings_by_name()[setting]
     if setting == "resolution":
-        sides = {float(side) for side in re.findall(r"\d[\d.]*", str(value))}
+        sides = {float(side) for side in re.findall(r"\d+(?:\.\d+)?", str(value))}
         if len(sides) == 1 and (side := sides.pop()) >= 64:
             return int(side)
         raise ConfigError("resolution is one number here, the side of a square in pixels")

@@ -57,13 +57,13 @@ DIFFUSERS_FLAGS: dict[str, Answer] = {
 
 
 @cache
-def trainers() -> Mapping[str, Mapping[str, Any]]:
+def trainers() -> dict[str, dict[str, Any]]:
     """Facts of each trainer, by its name."""
     return read_facts("config/trainers")
 
 
 @cache
-def rules(trainer: str) -> Mapping[str, Any]:
+def rules(trainer: str) -> dict[str, Any]:
     """Rules of a trainer's settings, by their names.
 
     A rule is the name of a setting here, ``-`` and such a name for the opposite number, a mapping

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from string import Template
@@ -84,17 +84,17 @@ def foreign_file(path: str | Path) -> ForeignFile | None:
                 return file
     with suppress(ConfigError):
         data = read_yaml(path) if data is None else data
-    is_list = isinstance(data, list) and all(isinstance(item, dict) for item in data)
-    if not (is_list or isinstance(data, dict)):
-        return None
-    names = {plain_name(name) for part in (data if is_list else _levels(data)) for name in part}
+    is_list = isinstance(data, list)
+    parts = [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+    parts += _levels(data) if isinstance(data, dict) else []
+    names = {plain_name(name) for part in parts for name in part}
     for trainer, facts in reversed(trainers().items()):
         if names & {*facts.get("list_keys" if is_list else "keys", "").split()}:
-            return _of_data(trainer, data)
+            return _of_data(trainer, parts if is_list else data)
     return None
 
 
-def _levels(data: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+def _levels(data: dict[Any, Any]) -> list[dict[Any, Any]]:
     """A mapping and the mappings in it, such as the sections of a TOML file."""
     return [data, *(item for item in data.values() if isinstance(item, dict))]
 
@@ -114,7 +114,7 @@ def _of_data(trainer: str, data: Any) -> ForeignFile:
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    words = _words(value) if isinstance(value, str) else value
+    words = _words(value) if isinstance(value, str) else value if isinstance(value, list) else []
     if isinstance(value, dict) and value:
         for key, item in value.items():
             if key != "__version":
@@ -178,5 +178,5 @@ def _flags(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 def plain_name(name: Any) -> str:
     """Return a setting's name as the rules have it: without dashes, variables in lower case."""
-    name = str(name).lstrip("-").replace("-", "_")
-    return name.lower() if name.isupper() else name
+    plain = str(name).lstrip("-").replace("-", "_")
+    return plain.lower() if plain.isupper() else plain
