@@ -24,6 +24,7 @@ from dora_diffusion import (
     merge_adapters,
     unmerge_adapters,
 )
+from dora_diffusion.config import settings
 from dora_diffusion.config.arguments import _resolve
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.evaluation.report import Evaluation

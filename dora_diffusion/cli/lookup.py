@@ -10,9 +10,9 @@ from typing import Any
 
 from dora_diffusion.cli.console.output import say
 from dora_diffusion.cli.settings import adapter_and_strengths
+from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.file import read_config_file
 from dora_diffusion.config.wording import did_you_mean, listing, number_text
 from dora_diffusion.formats.checkpoint.models import detect_checkpoint_family
 from dora_diffusion.formats.files.runs import adapter_files, pipeline_in, runs_folder

@@ -8,7 +8,7 @@
     fields     description of a setting       file      YAML
     flag_map   flags of other trainers        presets   settings for one purpose
     elsewhere  names with another meaning     problems  errors that are reported together
-    checks     contradictions of settings
+    checks     contradictions of settings     foreign   files of other trainers
 
 Nothing here imports torch, and a name is imported when it is first used.
 """

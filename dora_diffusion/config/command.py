@@ -9,9 +9,10 @@ from functools import cache, partial
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
+from dora_diffusion.config.config_file import read_config_lines
 from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.fields import Setting, require
-from dora_diffusion.config.file import line_prefix, read_config_lines
+from dora_diffusion.config.file import line_prefix
 from dora_diffusion.config.problems import Problems, find_setting, read_values
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from typing import Any
 from dora_diffusion.config import kohya
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_yaml
+from dora_diffusion.config.flag_map import find_training_setting
+from dora_diffusion.config.foreign import require_own
 from dora_diffusion.config.problems import (
     Problems,
-    find_setting,
     naming_entry,
     prefixed,
     read_values,
@@ -56,6 +57,7 @@ def listed_entries(source: str | Path | Sequence[Any], batch_size: int) -> Seque
 
     Raises:
         ConfigError: If the file cannot be read, or does not hold a list.
+        ForeignFileError: If it is a file of another trainer.
     """
     value: Any = source
     if isinstance(source, str | Path):
@@ -93,10 +95,11 @@ def _find(name: str, known: Mapping[str, Setting]) -> Setting:
         f"{name} is a setting of the whole run; give it outside of dataset_config",
         name,
     )
-    return find_setting(name, {name: known[name] for name in ENTRY_SETTINGS})
+    return find_training_setting(name, {name: known[name] for name in ENTRY_SETTINGS})
 
 
 def _read(path: Path, batch_size: int) -> Any:
+    require_own(path)
     if path.is_dir() or path.suffix.lower() not in (".toml", ".json"):
         try:
             return kohya.folder_entries(path) if path.is_dir() else read_yaml(path)

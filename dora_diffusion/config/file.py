@@ -10,7 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.problems import Problems
 
@@ -32,26 +31,15 @@ def read_facts(name: str) -> dict[str, Any]:
     return facts
 
 
-@check_arguments()
-def read_config_file(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read the settings in a YAML file.
+def read_values_of(path: str | PathLike[str]) -> tuple[dict[str, Any], Mapping[str, int]]:
+    """Read the top-level values of a YAML file, and the line of each, counting from 1.
 
     Relative paths in it start at the working directory, in the ``config.yaml`` of a run at its
     folder.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, sets a setting twice, or does not hold a
+        ConfigError: If the file is missing, is not YAML, sets a value twice, or does not hold a
             mapping; the message names the file and the line.
-    """
-    return read_config_lines(path)[0]
-
-
-@check_arguments()
-def read_config_lines(path: str | PathLike[str]) -> tuple[dict[str, Any], Mapping[str, int]]:
-    """Read the settings in a YAML file, and the line of each, counting from 1.
-
-    Raises:
-        ConfigError: As `read_config_file` does.
     """
     path = Path(path)
     is_toml = str(path).lower().endswith(".toml")
@@ -59,6 +47,8 @@ def read_config_lines(path: str | PathLike[str]) -> tuple[dict[str, Any], Mappin
     values, keys = _parse(path)
     values = {} if values is None else values
     require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
+    is_dataset = isinstance(values.get("datasets"), list)
+    require(not is_dataset, f"{path} is a dataset file of sd-scripts; give it as --dataset_config")
     settings = {str(key): value for key, value in values.items() if key != SEGMENTS}
     lines = _lines(path, keys)
     return resolve_paths(settings, Path(path).expanduser().parent), lines

@@ -1,21 +1,26 @@
-"""Flags of other trainers that are not settings here, with the setting or flag to use instead.
+"""Settings of other trainers, with the setting to use instead.
 
 The command line answers with these texts; docs/howto/from-diffusers-scripts.md and from-kohya.md
 describe the differences of shared settings. ``flags.json`` maps flags to answers, and ``names`` in
 it maps settings to other names for them. It covers sd-scripts'
 ``train_network.py`` and ``sdxl_train_network.py``, and of Diffusers
-``examples/dreambooth/train_dreambooth_lora.py`` and ``train_dreambooth_lora_sdxl.py``, and
+``examples/dreambooth/train_dreambooth_lora.py``, ``train_dreambooth_lora_sdxl.py``,
+``train_dreambooth_lora_z_image.py`` and ``train_dreambooth_lora_flux2_klein.py``, and
 ``examples/advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py`` and
-``train_dreambooth_lora_sdxl_advanced.py``.
+``train_dreambooth_lora_sdxl_advanced.py``. ``trainers.json`` has the settings in the files of
+kohya's GUI, OneTrainer, ai-toolkit and SimpleTuner, and those that files of sd-scripts and command
+lines of Diffusers' scripts give in another form. `dora_diffusion.config.foreign` reads such files.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from dora_diffusion.config.fields import ConfigError, Setting
 from dora_diffusion.config.file import read_facts
-from dora_diffusion.config.train import settings
 from dora_diffusion.config.wording import closest
 
 _FACTS = read_facts("config/flags")
@@ -52,24 +57,73 @@ DIFFUSERS_FLAGS: dict[str, Answer] = {
 
 
 @cache
+def trainers() -> dict[str, dict[str, Any]]:
+    """Facts of each trainer, by its name."""
+    return read_facts("config/trainers")
+
+
+@cache
+def rules(trainer: str) -> dict[str, Any]:
+    """Rules of a trainer's settings, by their names.
+
+    A rule is the name of a setting here, ``-`` and such a name for the opposite number, a mapping
+    from such a name to the values of the trainer's (in lower case; an empty one has the text for
+    other values), or a text on what to use instead. Names of nested settings are joined by dots,
+    and may be patterns.
+    """
+    facts = trainers()[trainer]
+    own = {name: rule for names, rule in facts["settings"].items() for name in names.split()}
+    if trainer == "Diffusers":
+        own = {name: a.setting or a.text for name, a in DIFFUSERS_FLAGS.items()} | own
+    if trainer == "sd-scripts":
+        own = _sd_scripts() | own
+    return rules(facts["base"]) | own if "base" in facts else own
+
+
+@cache
 def _sd_scripts() -> dict[str, str]:
-    """Flags of sd-scripts and options of its dataset files that are refused, with advice."""
+    """Answers to flags of sd-scripts and options of its dataset files."""
     options = read_facts("config/kohya").items()
-    refused = {name: facts["instead"] for name, facts in options if "instead" in facts}
-    del refused["validation_split"]
-    return refused | _answers("sd-scripts")
+    answers = {name: facts["instead"] for name, facts in options if "instead" in facts}
+    del answers["validation_split"]
+    renamed = {name: facts["setting"] for name, facts in options if "setting" in facts}
+    return answers | renamed | _answers("sd-scripts")
 
 
 def refusal(name: str) -> str | None:
-    """Return the refusal of another trainer's flag, with advice; None for other names."""
+    """Return the refusal of another trainer's setting, with advice; None for other names."""
     answer = DIFFUSERS_FLAGS.get(name)
     if answer is not None and answer.status == "absent":
         return f"{name} of Diffusers' scripts is not here: {answer.text}"
-    text = _sd_scripts().get(name)
-    return text and f"{name} of sd-scripts is not here: {text}"
+    named: Iterable[tuple[str, Mapping[str, Any]]] = [("sd-scripts", _sd_scripts())]
+    if name not in OTHER_NAMES:
+        named = itertools.chain(named, ((trainer, rules(trainer)) for trainer in trainers()))
+    for trainer, answers in named:
+        if rule := answers.get(name):
+            return f"{name} of {trainer} is not here: {advice(rule)}"
+    return None
 
 
-def meant_by(name: str) -> str | None:
+def advice(rule: Any) -> str:
+    """Return what a rule advises, as a text with flags."""
+    setting = next(iter(rule)) if isinstance(rule, dict) else rule.removeprefix("-")
+    return f"use --{setting}" if setting.isidentifier() else str(setting)
+
+
+def meant_by(name: str, known: Iterable[str]) -> str | None:
     """Return the setting that an unknown name probably means; None if nothing is close."""
-    known = [setting.name for setting in settings()]
-    return OTHER_NAMES.get(name.lower().replace("-", "_")) or closest(name, known)
+    known = tuple(known)
+    other = OTHER_NAMES.get(name.lower().replace("-", "_"))
+    return other if other in known else closest(name, known)
+
+
+def find_training_setting(name: str, known: Mapping[str, Setting]) -> Setting:
+    """Look a setting of training up by its name.
+
+    Raises:
+        ConfigError: If there is none; has the answer to a name of another trainer.
+    """
+    if name not in known:
+        hint = f" (did you mean {meant}?)" if (meant := meant_by(name, known)) else ""
+        raise ConfigError(refusal(name) or f"there is no setting {name}{hint}", name)
+    return known[name]

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.dataset_file import by_folder, listed_entries, require_mapping
 from dora_diffusion.config.fields import ConfigError, Setting, require
-from dora_diffusion.config.file import read_config_file
+from dora_diffusion.config.flag_map import find_training_setting
 from dora_diffusion.config.kohya import folder_name, folders_in
-from dora_diffusion.config.problems import find_setting, read_values
+from dora_diffusion.config.problems import read_values
 from dora_diffusion.config.run import DeviceSettings
 from dora_diffusion.config.subject import Entry, ModelSettings
 from dora_diffusion.config.train import TrainConfig, settings, settings_by_name
@@ -232,4 +233,4 @@ def _with_options(config: TrainConfig, name: str, options: Entry) -> TrainConfig
 def _find(name: str) -> Setting:
     """Look up a setting that subjects may have each."""
     require(name not in SHARED, f"all subjects share {name}; set it for the whole run", name)
-    return find_setting(name, settings_by_name())
+    return find_training_setting(name, settings_by_name())

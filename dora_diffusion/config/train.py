@@ -24,7 +24,8 @@ from dora_diffusion.config.checks import contradictions
 from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.fields import ConfigError, Setting, require, require_token_length
 from dora_diffusion.config.file import PATHS
-from dora_diffusion.config.problems import Problems, find_setting, naming_entry, read_values
+from dora_diffusion.config.flag_map import find_training_setting
+from dora_diffusion.config.problems import Problems, naming_entry, read_values
 from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import framed
 
@@ -324,7 +325,8 @@ class TrainConfig(  # type: ignore[misc]
             ConfigError: If a key is not a setting, or a value has the wrong type.
         """
         require(PATHS not in values, f"{PATHS} is of a file; read_config_file resolves its paths")
-        return cls(**read_values(values, lambda name: find_setting(name, settings_by_name())))
+        find = partial(find_training_setting, known=settings_by_name())
+        return cls(**read_values(values, find))
 
 
 def framed_prompt(config: TrainConfig) -> str:

@@ -14,12 +14,9 @@ from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import TrainConfig, settings
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.elsewhere import DIFFERENCES
-from tests.config.test_flag_map import _ADVANCED, _SCRIPTS, _SD_SCRIPTS
+from tests.config.test_flag_map import _ADVANCED, _FLOW, _SCRIPTS, _SD_SCRIPTS
 from tests.every import every
 
-# What Diffusers' DreamBooth scripts for flow models have besides: train_dreambooth_lora_sd3.py,
-# train_dreambooth_lora_flux.py, train_dreambooth_lora_flux_kontext.py.
-_FLOW = "lora_alpha logit_mean logit_std mode_scale weighting_scheme offload aspect_ratio_buckets"
 # Keys of OneTrainer's TrainConfig.py, TrainModelPartConfig among them, and of its ConceptConfig.py.
 _ONETRAINER = """
 aspect_ratio_bucketing base_model_name batch_size clip_grad_norm compile concepts
@@ -71,7 +68,8 @@ _SAME = {
         """,
     "Diffusers": """
         adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder
-        allow_tf32 cache_latents center_crop checkpointing_steps checkpoints_total_limit
+        allow_tf32 cache_latents caption_dropout center_crop checkpointing_steps
+        checkpoints_total_limit
         class_data_dir class_prompt clip_skip dataloader_num_workers gradient_accumulation_steps
         gradient_checkpointing hub_model_id initializer_concept instance_data_dir instance_prompt
         learning_rate logging_dir logit_std lora_alpha lora_dropout lr_num_cycles lr_power

@@ -13,8 +13,8 @@ import torch
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.adapters.targets import TargetError
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.derived import as_yaml
-from dora_diffusion.config.file import read_config_file
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.pack import train_pack

@@ -12,8 +12,8 @@ from dora_diffusion.cli.console.output import progress, say
 from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, warn_of_triggers
 from dora_diffusion.cli.repeat import Repeated, repeated_settings
 from dora_diffusion.cli.requested_images import RequestedImages
+from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.file import read_config_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,6 +6,7 @@ import argparse
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,13 @@ from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.families import DEFAULT_FAMILY, Family
 from dora_diffusion.config.fields import Setting, require_choice
 from dora_diffusion.config.file import line_prefix
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
+from dora_diffusion.config.flag_map import (
+    DIFFUSERS_FLAGS,
+    find_training_setting,
+    meant_by,
+    refusal,
+)
+from dora_diffusion.config.foreign import ForeignFileError
 from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.config.problems import Problems, read_values
 from dora_diffusion.config.train import settings_by_name
@@ -119,7 +126,8 @@ class TrainSettings(CommandSettings):
 
 def add_settings(parser: Parser) -> None:
     """Add ``--config``, one flag per setting, and further flags of Diffusers' scripts."""
-    parser.refusal, parser.meant_by = refusal, meant_by
+    parser.refusal = refusal
+    parser.meant_by = partial(meant_by, known=settings_by_name())
     parser.add_argument("--config", help=CONFIG_HELP)
     parser.add_argument(
         "--preset",
@@ -147,6 +155,7 @@ def add_settings(parser: Parser) -> None:
     )
     add_flags(parser, settings())
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--config_file", dest="config", **hidden)  # as in sd-scripts
     for name, answer in DIFFUSERS_FLAGS.items():
         if answer.status == "renamed":
             parser.add_argument(f"--{name}", dest=answer.setting, **hidden)
@@ -261,6 +270,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         values = _fitting(str(memory), values | flags) | values
     try:
         config = TrainConfig.from_dict(values | flags)
+    except ForeignFileError:
+        raise
     except ConfigError as error:
         line = "" if error.setting in flags else prefix(error.setting)
         raise ConfigError(f"{line}{error}", error.setting) from error
@@ -368,12 +379,9 @@ def _setting_of_file(key: str) -> Setting:
     Raises:
         ConfigError: If there is none.
     """
-    answer, known = DIFFUSERS_FLAGS.get(key), settings_by_name()
+    answer = DIFFUSERS_FLAGS.get(key)
     name = answer.setting if answer and answer.status == "renamed" else key
-    if name not in known:
-        hint = f" (did you mean {meant}?)" if (meant := meant_by(key)) else ""
-        raise ConfigError(refusal(key) or f"there is no setting {key}{hint}", key)
-    return known[name]
+    return find_training_setting(name, settings_by_name())
 
 
 def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, flags: Mapping[str, Any]) -> None:

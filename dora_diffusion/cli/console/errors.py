@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dora_diffusion.cli.console.output import say
+from dora_diffusion.config.foreign import ForeignFileError
 from dora_diffusion.system import is_windows
 
 FAILED, OUT_OF_MEMORY = 1, 3
@@ -45,7 +46,8 @@ class Outcome:
 def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
     """Convert errors to an exit code and a last line on stderr, and warnings to lines.
 
-    Errors that a user can fix (`ValueError`, `OSError` and their subclasses) are one line. Other
+    Errors that a user can fix (`ValueError`, `OSError` and their subclasses) are one line, except
+    for the settings of another trainer's file. Other
     errors are defects: their line comes below the traceback and asks for a report.
 
     Args:
@@ -110,8 +112,20 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
             f"{_one_line(str(error))}; a package is missing or does not fit the others: run "
             "`dora-diffusion doctor` to find it, and install it again"
         )
+    if isinstance(error, ForeignFileError):
+        return FAILED, _answers(error)
     known = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingError"
     return FAILED, _one_line(str(error)) if known and str(error) else None
+
+
+def _answers(error: ForeignFileError) -> str:
+    """Return the settings of another trainer's file, as lines of YAML to copy."""
+    from dora_diffusion.config.answers import ForeignAnswers
+
+    return (
+        f"{error.path} is {error.title}. Copy these lines into a YAML file, and give that as "
+        f"--config:\n{ForeignAnswers(error.file).text}"
+    )
 
 
 def explain_to_all(error: Exception, command: str = "") -> str:

@@ -8,12 +8,14 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import ConfigError, TrainConfig, settings, without_effect
+from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.arguments import check_arguments
+from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.file import read_config_file
+from dora_diffusion.config.flag_map import find_training_setting
 from dora_diffusion.config.problems import Problems, prefixed
 from dora_diffusion.config.run import ValidationSettings
+from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.config.wording import did_you_mean
 from dora_diffusion.evaluation.measures import MEASURES
 
@@ -325,13 +327,12 @@ def _sampling_options(values: Mapping[str, Any]) -> SamplingOptions:
 
 
 def _check_settings(section: str, values: Mapping[str, Any]) -> None:
-    known = {setting.name: setting for setting in settings()}
-    problems = Problems()
+    known, problems = settings_by_name(), Problems()
     for name in values:
         with problems.collect(f"{section}: "):
-            require(name in known, f"there is no setting {name}{did_you_mean(name, known)}", name)
-            is_reserved = name in _RESERVED or known[name].resume == "ignored"
-            is_reserved = is_reserved or name in _HELD_OUT  # A study has its own held-out photos.
+            # A study has its own held-out photos.
+            is_reserved = name in (*_RESERVED, *_HELD_OUT)
+            is_reserved = is_reserved or find_training_setting(name, known).resume == "ignored"
             require(not is_reserved, f"{name} is set by the study; leave it out", name)
     problems.raise_all()
 

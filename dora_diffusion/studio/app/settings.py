@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from dora_diffusion.config import (
     unusual_rates,
     without_effect,
 )
+from dora_diffusion.config.answers import ForeignAnswers
+from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
-from dora_diffusion.config.fields import words_of
+from dora_diffusion.config.fields import ConfigError, words_of
+from dora_diffusion.config.flag_map import find_training_setting
+from dora_diffusion.config.foreign import ForeignFileError
 from dora_diffusion.config.presets import EMBEDDED as SMALL
 from dora_diffusion.config.presets import preset_advice, preset_settings
+from dora_diffusion.config.problems import read_values
 from dora_diffusion.models.embedded import MODELS
 from dora_diffusion.models.locate import (
     EMBEDDED_PREFIX,
@@ -31,6 +37,7 @@ from dora_diffusion.models.locate import (
 )
 from dora_diffusion.models.memory import Device, fitting_settings
 from dora_diffusion.studio.jobs.store import UserError, clean_text
+from dora_diffusion.studio.jobs.uploads import require_file, shown
 
 PROMPT_LIMIT, NAME_LIMIT = 1000, 500
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
@@ -281,6 +288,27 @@ def with_labels(text: str) -> str:
         'name another “Base model”'
     """
     return _LABELLED.sub(lambda name: f"“{LABELS[name[1]]}”", text)
+
+
+def read_settings_file(file: Path) -> tuple[dict[str, Any], str, str]:
+    """Read an uploaded file of settings, of this program or another trainer.
+
+    Returns:
+        The settings; for a file of another trainer the name of its kind and its settings as YAML,
+        else two empty texts.
+
+    Raises:
+        UserError: If the file cannot be read, or a setting is not valid.
+    """
+    require_file(file)
+    try:
+        values = {n: v for n, v in read_config_file(file).items() if n not in ("preset", "memory")}
+        return read_values(values, partial(find_training_setting, known=SETTINGS)), "", ""
+    except ForeignFileError as error:
+        answers = ForeignAnswers(error.file)
+        return answers.values, error.title, answers.text
+    except ConfigError as error:
+        raise UserError(str(error).replace(str(file), shown(file.name))) from error
 
 
 def setting_text(value: Any) -> Any:

@@ -18,7 +18,7 @@ MISUSES = [
     ("convert a b --to invoke", "(did you mean invokeai?)"),
     ("train --lr 1e-4", "there is no flag --lr (did you mean --learning_rate?)"),
     ("train --steps 9", "there is no flag --steps (did you mean --max_train_steps?)"),
-    ("train --network_dim 8", "there is no flag --network_dim (did you mean --rank?)"),
+    ("train --network_dim 8", "--network_dim of sd-scripts is not here: use --rank"),
     ("train --instance-prompt x", "(did you mean --instance_prompt?)"),
     ("train --max_train 3 --rnk 4", "there is no flag --max_train (did you mean "
      "--max_train_steps?); there is no flag --rnk (did you mean --rank?)"),

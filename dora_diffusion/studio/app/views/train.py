@@ -11,6 +11,8 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config import PRESETS, ConfigError, TrainConfig
+from dora_diffusion.config.foreign import SUFFIXES
+from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.models.memory import gpu_of
 from dora_diffusion.studio.app import html, settings
@@ -22,6 +24,7 @@ from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import GONE, UserError, is_id
 from dora_diffusion.studio.jobs.subjects import StoredSubject, keep_words, read_subject, subjects_in
 from dora_diffusion.studio.jobs.tasks import NAME_LIMIT, start_training
+from dora_diffusion.studio.jobs.uploads import shown
 from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
@@ -149,6 +152,17 @@ class TrainTab:
             max_length=4000,
             elem_id="sample-prompts",
         )
+        with gr.Accordion("Settings from a file", open=False):
+            text = (
+                "A YAML file of settings, such as config.yaml of a run, or a file of sd-scripts, "
+                "kohya's GUI, OneTrainer, ai-toolkit, SimpleTuner or Diffusers' scripts."
+            )
+            ui.html_block(html.quiet(text))
+            self.file = gr.File(
+                label="File of settings", file_types=[*SUFFIXES], height=120,
+                elem_id="settings-upload",
+            )  # fmt: skip
+            self.loaded = ui.html_block(elem_id="settings-said")
         values = settings.preset_values("balanced", settings.EMBEDDED)
         with gr.Accordion("Advanced settings, by their command-line names", open=False):
             for title, names in settings.GROUPS.items():
@@ -202,6 +216,7 @@ def connect(
     ui.on(tab.start.click, start, [tab.name, *form], outputs, show="minimal")
     _connect_others(context, tab, subjects.pick, opened)
     _connect_presets(context, tab, subjects)
+    _connect_file(context, tab)
     _connect_words(context, tab, subjects, restored)
     run.connect(context, tab.shown)
 
@@ -283,6 +298,40 @@ def _connect_presets(context: Context, tab: TrainTab, subjects: SubjectTab) -> N
     describe = functools.partial(_about, context)
     ui.on(changes, describe, about, [tab.about], trigger_mode="always_last")
     ui.on(choices, use_preset, inputs, filled, trigger_mode="always_last")
+
+
+def _connect_file(context: Context, tab: TrainTab) -> None:
+    """Fill in the settings of a file."""
+    fields = {
+        "pretrained_model_name_or_path": tab.model, "token": tab.token,
+        "class_word": tab.class_word, "validation_prompt": tab.prompts,
+        **dict(zip(settings.PROMPTS, tab.slider, strict=True)), **tab.advanced,
+    }  # fmt: skip
+    prompts = ("validation_prompt", *settings.PROMPTS)
+
+    def load_settings(file: str | None) -> list[Any]:
+        if not file:
+            return [gr.skip()] * (1 + len(fields))
+        values, title, text = settings.read_settings_file(Path(file))
+        model = values.get("pretrained_model_name_or_path", settings.EMBEDDED)
+        left = [name for name in values if name not in fields]
+        if not context.launch.allows_model(model):
+            left.append("pretrained_model_name_or_path")
+        texts = {
+            name: "\n".join(value) if name in prompts else settings.setting_text(value)
+            for name, value in values.items()
+            if name not in left
+        }
+        note = f"{shown(Path(file).name)} is {title or 'a file of settings'}: "
+        note += f"{counted(len(texts), 'setting')} filled in"
+        note += f"; not in this form: {listing(left)}" if left else ""
+        message = html.note(note, "good") + (html.command(text, "As YAML") if text else "")
+        skip = gr.skip()
+        return [
+            message, *(gr.update(value=texts[n]) if n in texts else skip for n in fields)
+        ]  # fmt: skip
+
+    ui.on(tab.file.upload, load_settings, [tab.file], [tab.loaded, *fields.values()])
 
 
 def _known(filled: Any) -> dict[str, Any]:

@@ -16,6 +16,9 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.config import PRESETS, TrainConfig
+from dora_diffusion.config.answers import ForeignAnswers
+from dora_diffusion.config.foreign import ForeignFileError, require_own
+from dora_diffusion.config.wording import counted
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.context import Context
@@ -23,8 +26,10 @@ from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
+    PROMPTS,
     preset_values,
     setting_text,
+    with_labels,
 )
 from dora_diffusion.studio.app.views import generate, library, run, train
 from dora_diffusion.studio.jobs import records
@@ -38,6 +43,7 @@ from dora_diffusion.studio.jobs.subjects import (
     save_caption,
 )
 from dora_diffusion.training.inputs.subject import subjects_of
+from tests.every import every
 from tests.studio.app.views.helpers import built_page, handler
 from tests.studio.jobs.helpers import photo
 
@@ -612,3 +618,65 @@ def test_the_label_of_a_preset_is_its_name_or_what_it_does(context: Context) -> 
     assert labels["fast-word"] == "Fast, with a trained word"
     for name, label in labels.items():
         assert label.startswith(name.partition("-")[0].capitalize())
+
+
+FOREIGN = Path(__file__).parents[4] / "tests/config/foreign"
+# The fields that a file fills in, in the order of the page's updates.
+LOADED = [
+    "pretrained_model_name_or_path", "token", "class_word", "validation_prompt", *PROMPTS,
+    *dict.fromkeys(("init_adapter", *ADVANCED)),
+]  # fmt: skip
+
+
+def loaded(context: Context, file: Path) -> tuple[str, dict[str, Any]]:
+    """Message about an uploaded file, and the fields that it fills in."""
+    message, *updates = handler(context, "load_settings")(str(file))
+    fields = zip(LOADED, updates, strict=True)
+    return html.unescape(message), {n: one["value"] for n, one in fields if "value" in one}
+
+
+def test_an_uploaded_file_of_another_trainer_fills_in_the_form(context: Context) -> None:
+    with every() as case:
+        for file in FOREIGN.iterdir():
+            with case(file.name):
+                check_loaded(context, file)
+
+
+def check_loaded(context: Context, file: Path) -> None:
+    with pytest.raises(ForeignFileError) as error:
+        require_own(file)
+    answers = ForeignAnswers(error.value.file)
+    message, filled = loaded(context, file)
+    left = sorted(answers.values.keys() - filled.keys())
+    note = f"{file.name} is {error.value.title}: {counted(len(filled), 'setting')} filled in"
+    assert with_labels(note + (f"; not in this form: {', '.join(left)}" if left else "")) in message
+    assert answers.text in message
+    assert "did you mean" not in message
+    assert not {*left} & {*LOADED}
+    shown = {name: setting_text(answers.values[name]) for name in filled if name in ADVANCED}
+    assert shown.items() <= filled.items()
+
+
+def test_an_uploaded_file_of_a_run_fills_in_the_form(context: Context, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    text = "preset: pet\nrank: 4\ntoken: zwx\noutput_dir: x\nvalidation_prompt: [a, b]\n"
+    file.write_text(text, encoding="utf-8")
+    message, filled = loaded(context, file)
+    assert filled == {"rank": "4", "token": "zwx", "validation_prompt": "a\nb"}
+    note = "config.yaml is a file of settings: 3 settings filled in; not in this form: output_dir<"
+    assert note in message
+    for text, error in (
+        ("rnak: 4", "There is no setting rnak (did you mean rank?)"),
+        ("rank: [4", "config.yaml, line 2: this is not valid YAML"),
+    ):
+        file.write_text(f"{text}\n", encoding="utf-8")
+        with pytest.raises(gradio.Error, match=re.escape(error)):
+            loaded(context, file)
+
+
+def test_a_shared_app_does_not_fill_in_another_base_model(tmp_path: Path) -> None:
+    shared = Context(Launch(runs_dir=tmp_path, share=True, auth="ann:correct horse"))
+    message, filled = loaded(shared, FOREIGN / "diffusers_z_image.sh")
+    assert "pretrained_model_name_or_path" not in filled
+    left = "hub_model_id, instance_data_dir, instance_prompt, “Base model”, push_to_hub"
+    assert f"; not in this form: {left}<" in message

@@ -49,6 +49,7 @@ def test_what_is_pressed_sets_off_its_handler(context: Context) -> None:
     wired = {
         ("upload", "subject"): {("upload", "upload")},
         ("start", "train"): {("start", "click")},
+        ("load_settings", "train"): {("settings-upload", "upload")},
         ("start", "run"): {("rank-checkpoints", "click")},
         ("click", "run"): {("checkpoints", "click")},
         ("rename", "run"): {("rename", "click"), ("run-name", "submit")},
