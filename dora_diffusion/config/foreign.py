@@ -134,8 +134,6 @@ def _of_text(text: str) -> ForeignFile | None:
     """Read the flags of a command line in a script, or the variables of an env file."""
     variables: dict[str, str] = {}
     for line in _LINE_END.sub(" ", text).splitlines():
-        if line.lstrip().startswith("#"):
-            continue
         line = Template(line).safe_substitute(variables)
         words = _words(line)
         script = next((i for i, word in enumerate(words) if _SCRIPT.search(word)), None)

@@ -155,6 +155,9 @@ def check_answers(text: str, file: Path) -> None:
         own = comment.partition("  # ")[2]
         names = key.split(", ") if line.startswith("# ") else [own or key]
         answered |= {name.partition(" (")[0] for name in names}
+    groups = {name.removesuffix("*") for name in answered if name.endswith(".*")}
+    assert not [name for name in answered for start in groups if name.startswith(start)
+                and name != f"{start}*"]  # fmt: skip
     with every() as case:
         for name in names_in(file):
             with case(name):
@@ -199,6 +202,9 @@ def test_no_name_of_another_trainer_is_taken_for_a_misspelt_one_here(
     """Neither as a flag, nor in a file or in Python."""
     ours = {setting.name for setting in settings()}
     names = {name for trainer in trainers() for name in rules(trainer)}
+    # A word that several programs have is not said to be of one.
+    texts = [text for name in OTHER_NAMES if (text := refusal(name))]
+    assert all(" of sd-scripts is not here: " in text for text in texts)
     with every() as case:
         for name in names - ours:
             if "." in name or "*" in name or name in ("config_file", "token_abstraction"):
@@ -269,6 +275,7 @@ def test_a_setting_that_no_table_has_is_said_to_be_unknown(tmp_path: Path) -> No
 OWN = {
     "a.yaml": "rank: 4\nmethod: lora  # as train_dreambooth_lora_sdxl.py --rank=4\n",
     "b.json": '{"rank": 4, "method": "lora"}',
+    "d.txt": "# as in train_dreambooth_lora_sdxl.py --rank 3, don't\nrank: 4\nmethod: lora\n",
     "c.txt": "# like train_dreambooth_lora_sdxl.py\nrank: 4\nmethod: lora\n",
 }
 
@@ -278,3 +285,10 @@ def test_a_file_of_this_program_is_read(name: str, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_text(OWN[name], encoding="utf-8")
     assert read_config_file(file) == {"rank": 4, "method": "lora"}
+
+
+def test_a_command_line_of_this_program_is_not_another_trainers(tmp_path: Path) -> None:
+    file = tmp_path / "train.sh"
+    for name in ("train_dreambooth_dora.py", "train_dreambooth_lora.py"):
+        file.write_text(f"python {name} --rank 4\n", encoding="utf-8")
+        assert (foreign_file(file) is None) == name.endswith("dora.py")
