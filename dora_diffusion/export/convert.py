@@ -123,9 +123,8 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     fit = fit or FitSettings()
     _check_arguments(target, fit, strength)
     source, output = find_adapter(Path(source)), Path(output).expanduser()
-    inputs = [source]
     with contextlib.nullcontext() if base is None else open_model(base) as model:
-        inputs += [model.path] if model else []
+        inputs = [source, model.path] if model else [source]
         adapter = _read(source, target, model, alpha)
         program, target = target if target in PROGRAMS else "", conversion_of(target, adapter)
         fit = dataclasses.replace(fit, norm_axis=axis_of(adapter.layers.values()))
