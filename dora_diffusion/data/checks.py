@@ -105,11 +105,11 @@ def check_photos(
     for photo in photos:
         by_use.setdefault(transparency_use(photo, uses_masks), []).append(photo.path.name)
     by_use.pop("", None)
-    for use, alike in by_use.items():
-        count, advice = counted(len(alike), "image"), "; use masked_loss to exclude them"
-        message = f"transparent parts of {count} are {use}: {listing(alike, 5)}"
+    for use, affected in by_use.items():
+        count, advice = counted(len(affected), "image"), "; use masked_loss to exclude them"
+        message = f"transparent parts of {count} are {use}: {listing(affected, 5)}"
         message += advice if use == _WHITE else ""
-        problems.append(PhotoWarning("transparent", alike, message))
+        problems.append(PhotoWarning("transparent", affected, message))
     return problems
 
 
