@@ -50,7 +50,7 @@ def set_up_images(page: Visit) -> None:
     page.tab("Generate")
     page.fill("#seed input", "7")
     page.press("button", "Steps, guidance")
-    set_slider(page, "Steps", "2")
+    page.fill("#steps input, #steps textarea", "2")
     set_slider(page, "Images", "1")
     page.settle()
 

@@ -133,7 +133,7 @@ def test_no_press_is_early_and_what_acts_out_of_sight_is_said(
     page.reload()
     page.tab("Generate")
     page.wait_text("#acting", "^Also set above: Steps: 2$")
-    assert page.page.locator("#generate-Steps").count() == 0
+    assert page.page.locator("#steps").count() == 0
     # As long as the page fills in what was typed here before.
     page.page.evaluate("document.querySelector('.dd-pill').classList.add('dd-connecting')")
     pressed = list[str]()

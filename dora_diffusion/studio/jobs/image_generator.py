@@ -22,7 +22,7 @@ from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.command import group
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError, flag
-from dora_diffusion.config.prompts import MOST_CHARACTERS, Style
+from dora_diffusion.config.prompts import MOST_CHARACTERS, SAFE_STEP, Style
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import release_memory
@@ -89,8 +89,8 @@ class GenerationRequest(RequestedImages):
             ("steps", denoising.steps, 1, MAX_STEPS),
             ("steps of the second pass", self.second_pass.hires_steps, 1, MAX_STEPS),
             ("guidance", denoising.guidance_scale, 0, MAX_GUIDANCE),
-            ("width", denoising.width, 8, MAX_SIDE),
-            ("height", denoising.height, 8, MAX_SIDE),
+            ("width", denoising.width, SAFE_STEP, MAX_SIDE),
+            ("height", denoising.height, SAFE_STEP, MAX_SIDE),
             ("seed", self.seed, 0, SEED_LIMIT - 1),
         ):
             if value is not None and not low <= value <= high:

@@ -141,13 +141,12 @@ class GenerateTab:
             self._add_slider("detail_denoise", 0.05, 1, 0.05)
             self._add_slider("detail_padding", 16, 256, 8)
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
-            self._add_slider("steps", 1, 100, 1)
             options: dict[str, Any] = {"value": OWN, "label": FORM["scheduler"].label}
             titled = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
             self.fields["scheduler"] = gr.Dropdown([(OWN, OWN), *titled], **options)
             for row in (
-                (("guidance_scale", "the run's"), ("width", "the model's"),
-                 ("height", "the model's")),
+                (("steps", "the model's"), ("guidance_scale", "the run's")),
+                (("width", "the model's"), ("height", "the model's")),
                 (("max_token_length", "the run's"), ("clip_skip", "the run's")),
             ):  # fmt: skip
                 with gr.Row():

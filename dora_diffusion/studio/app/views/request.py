@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.prompts import DENOISE
-from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.formats.files.runs import RESULT_NAME
@@ -67,7 +66,7 @@ FORM: Mapping[str, Field] = {
     "magnitude_strength": Field("Magnitude", is_visible=True),
     "layer_strength": Field("Strength of layers", separator=" "),
     "strength_schedule": Field("Strength over the steps", separator=" | "),
-    "steps": Field("Steps", SampleSettings.validation_inference_steps),
+    "steps": Field("Steps"),
     "scheduler": Field("Scheduler", OWN, is_omitted=True),
     "guidance_scale": Field("Guidance (CFG)"),
     "guidance_rescale": Field("Guidance rescale"),

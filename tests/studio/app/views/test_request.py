@@ -23,16 +23,17 @@ from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 from dora_diffusion.numerics.weights import STRENGTH_LIMIT, MergeStrengths
-from dora_diffusion.sampling.images import painted_fields
+from dora_diffusion.sampling.images import painted_fields, parse_parameters
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views.generate import GenerateTab
 from dora_diffusion.studio.app.views.request import adapter_choices
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.image_generator import GenerationRequest
+from dora_diffusion.studio.jobs.image_generator import GenerationRequest, ImageGenerator
 from dora_diffusion.studio.jobs.inputs import keep_input
 from dora_diffusion.studio.jobs.snapshot import choose
 from dora_diffusion.studio.jobs.store import UserError, Workspace
+from tests.flux2_klein import write_flux2_klein
 from tests.studio.jobs.helpers import ended_run
 
 OWN = "Model: embedded:tiny-sd, Version: dora_diffusion 0.1.0"
@@ -46,10 +47,24 @@ def test_an_empty_size_is_the_model_s(text: object, pixels: int | None) -> None:
     assert _asked(width=text).sampling.width == pixels
 
 
-@pytest.mark.parametrize(("text", "next_size"), [("500", 504), ("12", 16)])
+@pytest.mark.parametrize(("text", "next_size"), [("500", 496), ("20", 16)])
 def test_a_size_is_refused_as_on_the_command_line(text: str, next_size: int) -> None:
     with pytest.raises(UserError, match=f"width is {text}; .* such as {next_size}"):
         _asked(width=text)
+
+
+@pytest.mark.parametrize(
+    ("is_distilled", "steps", "guidance"), [(False, "50", "4"), (True, "4", "1")]
+)
+def test_empty_steps_and_guidance_are_the_model_s(
+    is_distilled: bool, steps: str, guidance: str, tmp_path: Path
+) -> None:
+    folder = write_flux2_klein(tmp_path / "model", is_distilled=is_distilled)
+    request = _asked(str(folder), steps="", guidance_scale="")
+    (image,) = ImageGenerator(Workspace(tmp_path / "runs").make()).make(request)
+    fields = parse_parameters(image.parameters)
+    assert (fields["Steps"], fields["CFG scale"]) == (steps, guidance)
+    assert image.notes == ()
 
 
 @pytest.mark.parametrize("name", ["strength", "direction_strength", "magnitude_strength"])
