@@ -98,10 +98,9 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "one-photo": Preset(
-        "A single photo: half the steps, since other images change more with a single one. Choose "
-        "the earliest checkpoint that resembles it.",
-        "Measured on three subjects of tiny-sd: one photo needed about as many steps as "
-        "five, but changed other images more.", 0.5, 150,
+        "A single photo: half the steps. Choose the earliest checkpoint that resembles it.",
+        "Measured on tiny-sd: one photo needed about as many steps as five, but changed other "
+        "images more.", 0.5, 150,
         released={"with_prior_preservation": True, "random_flip": True}, is_of_one=True,
     ),
 }  # fmt: skip
