@@ -102,8 +102,9 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "one-photo": Preset(
-        "A single photo: half the steps, since a single one is soon memorized. Choose the earliest "
-        "checkpoint that resembles it.", "Not measured.", 0.5, 150,
+        "A single photo: half the steps. Choose the earliest checkpoint that resembles it.",
+        "Measured on tiny-sd: one photo needed about as many steps as five, but changed other "
+        "images more.", 0.5, 150,
         released={"with_prior_preservation": True, "random_flip": True}, is_of_one=True,
     ),
 }  # fmt: skip

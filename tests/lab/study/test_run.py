@@ -35,6 +35,9 @@ RECORDED = {
     "fast": 48,
     "fast-new": 16,
     "fast-epsilon": 56,
+    "steps": 40,
+    "steps-photos": 12,
+    "steps-balanced": 18,
 }
 TWIN = "d3da37d3f82aa73cdb0a9164cfafbb47cc63758899bdd0c8c803fa765fa2c32b"
 """Digest of the twin that predicts the noise, which does not ship."""
@@ -405,6 +408,19 @@ def test_the_fast_presets_are_what_was_measured(file, name):
     idle |= {"prior_preservation_mode", "num_class_images"} if file == "fast" else set()
     assert other - idle == {"learning_rate"}
     assert (started["learning_rate"],) == method.learning_rates
+
+
+def test_the_balanced_preset_is_what_was_measured():
+    docs = Path(__file__).parents[3] / "docs" / "measurements"
+    shown = Study.from_dict(yaml.safe_load((docs / "steps-balanced.yaml").read_text("utf-8")))
+    (method,) = (one for one in shown.methods if one.name == shown.reference)
+    measured = shown.training(method).to_dict() | {"learning_rate": method.learning_rates[0]}
+    preset = preset_settings("balanced", DEFAULT_FAMILY, is_embedded=True)
+    # Samples and checkpoints change no weights.
+    idle = {"validation_steps", "checkpointing_steps", "validation_guidance_scale"}
+    assert {name: measured[name] for name in preset if name not in idle} == {
+        name: value for name, value in preset.items() if name not in idle
+    }
 
 
 def stop():
