@@ -556,7 +556,7 @@ def test_settings_of_images_are_checked(served: Served, monkeypatch: pytest.Monk
         ({"stesp": 3}, r"stesp is not a setting of images \(did you mean steps\?\)"),
         *(({name: {"a": [1]}}, name) for name in UNSET if name != "prompt"),
         ({"steps": 500}, "steps is 500; it must be between 1 and 200"),
-        ({"width": 4096}, "width is 4096; it must be between 8 and 2048"),
+        ({"width": 4096}, "width is 4096; it must be between 16 and 2048"),
         ({"num_images": 17}, "images is 17"),
         ({"style": ["ink"]}, "cannot read styles"),
         ({"style": ["ink"], "wildcards": "perhaps"}, "wildcards is 'perhaps'"),

@@ -79,7 +79,7 @@ def test_the_limits_of_strengths_are_the_library_s(run: SimpleNamespace, name: s
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("0", "between 8 and 2048"), ("-8", "between 8 and 2048"), ("4096", "between 8 and 2048"),
+    [("0", "between 16 and 2048"), ("-8", "between 16 and 2048"), ("4096", "between 16 and 2048"),
      ("wide", "a whole number"), ("1.5", "a whole number")],
 )  # fmt: skip
 def test_a_size_that_is_none_is_refused(text: str, wanted: str) -> None:
