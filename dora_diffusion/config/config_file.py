@@ -20,9 +20,8 @@ def read_config_file(path: str | PathLike[str]) -> dict[str, Any]:
     folder.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, sets a setting twice, or does not hold a
-            mapping; the message names the file and the line.
-        ForeignFileError: If it is a file of another trainer.
+        ConfigError: If the file is missing, is not YAML, sets a setting twice, does not hold a
+            mapping, or is one of another trainer; the message names the file and the line.
     """
     return read_config_lines(path)[0]
 
@@ -33,7 +32,6 @@ def read_config_lines(path: str | PathLike[str]) -> tuple[dict[str, Any], Mappin
 
     Raises:
         ConfigError: As `read_config_file` does.
-        ForeignFileError: As `read_config_file` does.
     """
     path = Path(path)
     require_own(path)
