@@ -64,7 +64,7 @@ def test_it_is_trained_sampled_and_exported(visit: Callable[..., Visit], app: Ap
         assert np.asarray(opened).std() > 5
     page.fill("#width input, #width textarea", "72")
     page.click("#make")
-    assert "on Z-Image it must be a multiple of 16, such as 64 or 80" in page.toast()
+    assert "on Z-Image it must be a multiple of 16, such as 64" in page.toast()
     assert images_of(app) == [image]
     page.tab("Library")
     page.choose("#library-run", nth=0)

@@ -117,7 +117,7 @@ TRAINING = {
     "[1, 1000]": "validation_inference_steps",
 }  # fmt: skip
 COMMANDS = {
-    "(0, inf)": "adapter_memory rate price gpus_per_worker",
+    "(0, inf)": "convert.strength adapter_memory rate price gpus_per_worker",
     "[0, inf)": "clip_skip vae_tile_size replica_gpus num_cpus num_gpus",
     "[1, inf)":
         "batch_size grid_limit replicas queue num_seeds workers pack subjects",

@@ -367,7 +367,7 @@ def test_a_files_path_that_was_not_uploaded_is_refused(served: Served) -> None:
 
 
 def test_errors_are_plain_and_escaped(served: Served) -> None:
-    size = ["embedded:tiny-sd", ""]
+    size = ["embedded:tiny-sd", "", False]
     said = served.call("<locals>.create", ["<img src=x>" * 20, *size])
     message = json.loads(said.removeprefix("data: "))["output"]["error"]
     assert re.match(r"The name has \d+ characters; at most 60 are taken", message)
@@ -477,7 +477,7 @@ def test_a_page_s_job_is_that_of_who_is_logged_in(
     subject = new_subject(workspace, "Rex", "dog")
     add_photos(workspace, subject, [photo(tmp_path / "a.jpg")])
     locked.client.post("login", data={"username": "ann", "password": "correct horse"})
-    locked.call("_connect_look.<locals>.look", [subject, "embedded:tiny-sd", ""])
+    locked.call("_connect_look.<locals>.look", [subject, "embedded:tiny-sd", "", False])
     (folder,) = workspace.job_folders
     assert records.read_record(folder).owner == "ann"
     (job,) = Client(locked.url, ("ann", "correct horse")).queue()

@@ -117,6 +117,9 @@ def connect(context: Context, tab: SubjectTab, restored: Any, preview: list[Any]
         shown = _show(context, subject_id, form)
         return [shown[outputs.index(field)] for field in (tab.gallery, tab.report)]
 
+    def resize(subject_id: str | None, *form: Any) -> str:
+        return str(relabel(subject_id, *form)[-1])
+
     def remove(subject_id: str, *form: Any) -> list[Any]:
         is_gone = subjects.delete_subject(workspace, subject_id)
         message = html.note("Subject deleted" + ("" if is_gone else REMAINS), "info")
@@ -133,7 +136,7 @@ def connect(context: Context, tab: SubjectTab, restored: Any, preview: list[Any]
     ui.on(tab.pick.change, leave, inputs, outputs[1:])
     *size, masked_loss = preview
     changes = [field.change for field in size]
-    ui.on(changes, lambda *form: relabel(*form)[-1], inputs, [tab.report])
+    ui.on(changes, resize, inputs, [tab.report])
     ui.on(masked_loss.change, relabel, inputs, [tab.gallery, tab.report])
     ui.on(
         tab.remove.click, remove, inputs, outputs,
