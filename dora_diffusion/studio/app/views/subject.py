@@ -106,9 +106,6 @@ def connect(context: Context, tab: SubjectTab, restored: Any, preview: list[Any]
     ]  # fmt: skip
     inputs, outputs = [tab.pick, *preview], [tab.pick, tab.place, *view]
 
-    def load(subject_id: str | None, *form: Any) -> list[Any]:
-        return _show(context, subject_id, form)
-
     def select(subject_id: str | None, *form: Any) -> list[Any]:
         workspace.subject(subject_id)  # It may have been deleted meanwhile.
         return _show(context, subject_id, form)[1:]
@@ -135,14 +132,13 @@ def connect(context: Context, tab: SubjectTab, restored: Any, preview: list[Any]
     ui.on(tab.pick.input, select, inputs, outputs[1:])
     ui.on(tab.pick.change, leave, inputs, outputs[1:])
     *size, masked_loss = preview
-    changes = [field.change for field in size]
-    ui.on(changes, resize, inputs, [tab.report])
+    ui.on([field.change for field in size], resize, inputs, [tab.report])
     ui.on(masked_loss.change, relabel, inputs, [tab.gallery, tab.report])
     ui.on(
         tab.remove.click, remove, inputs, outputs,
         confirm=lambda subject_id, *_: subject_question(workspace, subject_id),
     )  # fmt: skip
-    ui.on(restored.then, load, inputs, outputs)
+    ui.on(restored.then, lambda *form: _show(context, form[0], form[1:]), inputs, outputs)
     _connect_new(context, tab, preview, outputs)
     _connect_look(context, tab, inputs)
 

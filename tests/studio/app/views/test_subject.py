@@ -361,7 +361,9 @@ def test_sizes_are_judged_by_the_model_that_is_chosen(context: Context, tmp_path
     sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
     assert "200 x 200 is smaller than the training size 1024" in resize(subject, sdxl, "", False)
     assert "smaller than the training size" not in resize(subject, EMBEDDED, "", False)
-    assert "200 x 200 is smaller than the training size 256" in resize(subject, EMBEDDED, "256", False)
+    assert "200 x 200 is smaller than the training size 256" in resize(
+        subject, EMBEDDED, "256", False
+    )
     fields = {("base-model", "change"), ("train-resolution", "change")}
     assert triggers(context, "resize", "subject") == fields
 
