@@ -163,11 +163,13 @@ def _check_start_ranks(
         have[name], _ = _rank_and_alpha(path, modules[path], config)
     names = sorted(needed, reverse=True)
     if larger := [f"{name} {needed[name]}" for name in names if needed[name] > have[name]]:
+        rank = have.get("rank", min(have.values()))
+        conv = f" --conv_rank {have['conv_rank']}" if "conv_rank" in have else ""
         configured = listing([f"{name} {rank}" for name, rank in have.items()])
         raise ValueError(
             f"it has {' and '.join(larger)}, more than {configured}; set {' and '.join(larger)} or "
             "more, or make it smaller with 'dora-diffusion convert ADAPTER SMALLER --to "
-            f"smaller-rank --rank {min(have.values())}'"
+            f"smaller-rank --rank {rank}{conv}'"
         )
 
 

@@ -61,6 +61,9 @@ class ForeignAnswers:
         elif self.values.get(setting, value) != value:
             self._add(f"{setting} has another value above; see dataset_config for several", name)
         else:
+            for other, implied in self._all("with").get(key, {}).items():
+                self.values.setdefault(other, implied)
+                self._sources.setdefault(other, name)
             self._sources.setdefault(setting, name)
             if value == known[setting].default:
                 shown = name if name == setting else f"{name} ({setting})"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, permutations
 from typing import Any
 
+from dora_diffusion.config.prompts import PIXELS, SAFE_STEP, near_side
 from dora_diffusion.config.wording import counted, quoted, whole_word
 
 Contradiction = tuple[str, str]
@@ -17,6 +18,7 @@ def contradictions(config: Any) -> Iterator[Contradiction]:
     """Yield the contradictions of a `TrainConfig`; later checks rely on the earlier ones."""
     checks: dict[Callable[[Any], Iterator[Contradiction]], bool] = {
         _method: True,
+        _resolution: bool(config.resolution),
         _hub: config.push_to_hub,
         _masks_and_weights: True,
         _validation: True,
@@ -40,6 +42,15 @@ def _method(config: Any) -> Iterator[Contradiction]:
             "quantize",
             f"quantize is {config.quantize}, but method full trains the weights themselves, which "
             "cannot be quantised; leave it out, or train an adapter",
+        )
+
+
+def _resolution(config: Any) -> Iterator[Contradiction]:
+    if config.resolution % PIXELS:
+        yield (
+            "resolution",
+            f"resolution is {config.resolution}; it must be a multiple of {PIXELS}, such as "
+            f"{near_side(config.resolution, SAFE_STEP)}",
         )
 
 

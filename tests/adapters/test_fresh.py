@@ -126,6 +126,7 @@ def test_layers_that_the_other_lacks_start_afresh(net, x):
         ({"norm_axis": "input"}, {}, "its magnitudes run along the input axis; set norm_axis to"),
         ({"conv_rank": 4}, {"rank": 2, "conv_rank": 3},
          r"it has rank 3 and conv_rank 4, more than conv_rank 3, rank 2; set rank 3 and con"),
+        ({"conv_rank": 4}, {"rank": 3, "conv_rank": 3}, r"smaller-rank --rank 3 --conv_rank 3'"),
         ({}, {"parametrization": "vera", "alpha": None, "conv_alpha": None},
          "init_adapter sets A and B, but parametrization vera starts from other values"),
         ({}, {"init": "pissa"},

@@ -84,7 +84,8 @@ def check_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[str]) -> No
         return
     is_switch = name in known and known[name].kind is bool
     choices = known[name].choices if name in known else None
-    words = [f"--{name}"] if is_switch else [f"--{name}", choices[0] if choices else "1"]
+    value = choices[0] if choices else "64" if name == "resolution" else "1"
+    words = [f"--{name}"] if is_switch else [f"--{name}", value]
     args = parser.parse_args(["train", *words])
     if answer is None or answer.status == "renamed":
         setting = name if answer is None else answer.setting

@@ -245,6 +245,20 @@ def test_a_rule_names_settings_that_exist() -> None:
                         assert named <= ours | {"config", "base", "dry_run"}
 
 
+@pytest.mark.parametrize("unet_only", [False, True])
+def test_what_a_setting_of_sd_scripts_turns_on_is_turned_on(
+    unet_only: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.toml"
+    lines = ['network_module = "networks.lora"', 'reg_data_dir = "reg"', "text_encoder_lr = 5e-5"]
+    lines += ["network_train_unet_only = true"] * unet_only
+    file.write_text("\n".join(lines), "utf-8")
+    values = yaml.safe_load(answers(file))
+    assert (values["with_prior_preservation"], values["class_data_dir"]) == (True, "reg")
+    taught = (values.get("train_text_encoder"), values.get("text_encoder_lr"))
+    assert taught == ((None, None) if unet_only else (True, 5e-5))
+
+
 def test_what_cannot_be_together_is_said(tmp_path: Path) -> None:
     file = tmp_path / "job.sh"
     file.write_text(

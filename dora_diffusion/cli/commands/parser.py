@@ -120,7 +120,10 @@ class Parser(argparse.ArgumentParser):
             known, left = super().parse_known_args(self._with_plain_switches(words), namespace)
         if left:
             what = counted(len(left), "word")
-            self.error(f"{what} too many: {' '.join(left)}; put a value that has spaces in quotes")
+            advice = "put a value that has spaces in quotes"
+            if "--config" in self._option_string_actions and Path(left[0]).is_file():
+                advice = f"a file of settings is given as --config {left[0]}"
+            self.error(f"{what} too many: {' '.join(left)}; {advice}")
         return known, left
 
     @contextmanager

@@ -255,8 +255,11 @@ def training_summary(config: TrainConfig) -> str:
             lines += [f"        or {len(drawn) - _DRAWN} more"] if len(drawn) > _DRAWN else []
         lines += [f"    and {len(photos) - _LISTED} more"] if len(photos) > _LISTED else []
     lines.append(f"an epoch: {counted(an_epoch, 'image')}")
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    if config.num_train_epochs and not config.max_train_steps:
+        epochs, steps = config.num_train_epochs, -(-config.num_train_epochs * an_epoch // batch)
+        lines[-1] += f"; {counted(epochs, 'epoch')}: about {counted(steps, 'step')} of {batch}"
     if config.max_train_steps:
-        batch = config.train_batch_size * config.gradient_accumulation_steps
         seen = config.max_train_steps * batch / an_epoch
         lines[-1] += f"; {config.max_train_steps} steps of {batch} are {seen:.3g} epochs"
     return "\n".join(lines)

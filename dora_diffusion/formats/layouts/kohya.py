@@ -282,7 +282,8 @@ def _known_family(layers: Layers, metadata: AdapterMetadata) -> Family:
         *first, last = FAMILIES
         raise AdapterFormatError(
             "kohya names differ between model families, and this adapter's family is unknown; "
-            f"say which it is ({', '.join(first)} or {last})"
+            f"say which it is ({', '.join(first)} or {last}) with --family; in Python with "
+            "metadata=AdapterMetadata(family=NAME) of dora_diffusion.formats.adapter.metadata"
         )
     return FAMILIES[name]
 

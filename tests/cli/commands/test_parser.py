@@ -29,6 +29,8 @@ MISUSES = [
     ("train --report_to tensorbord", "(did you mean tensorboard?); choose tensorboard, wandb"),
     ("train --instance_prompt a photo", "1 word too many: photo; put a value that has spaces in "
      "quotes"),
+    ("train README.md", "1 word too many: README.md; a file of settings is given as --config "
+     "README.md"),
     ("train --rank", "--rank needs a value"),
     ("train --use_dora maybe", "--use_dora takes no value 'maybe'; write --use_dora or "
      "--no-use_dora"),

@@ -319,6 +319,14 @@ def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, 
     assert lines[6] == f"unchanged captions: 5 images, weight 0.5, in {teapot}"
     assert lines[8] == "    02.jpg (weight 3): a photo of a sks teapot on the beach"
     assert lines[-1] == "an epoch: 15 images; 30 steps of 2 are 4 epochs"
+    for flags, end in (
+        (["--num_train_epochs", "3"], "an epoch: 15 images; 3 epochs: about 23 steps of 2"),
+        (["--num_train_epochs", "1", "--gradient_accumulation_steps", "4"],
+         "an epoch: 15 images; 1 epoch: about 2 steps of 8"),
+    ):  # fmt: skip
+        epochs = [word for word in words if word not in ("--max_train_steps", "30")]
+        assert cli.main(["train", "--dataset_config", str(file), *epochs, *flags, "--dry_run"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == end
     (teapot / "03.txt").unlink()
     assert cli.main(["train", "--dataset_config", str(file), *words, "--dry_run"]) == 1
     assert "1 photo without a caption (03.jpg); write a .txt file" in capsys.readouterr().err

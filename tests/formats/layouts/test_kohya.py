@@ -248,8 +248,10 @@ def test_a_kohya_file_needs_its_family(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
     layers = random_adapter(sd1_folder, every=9)
-    with pytest.raises(AdapterFormatError, match="family is unknown"):
+    with pytest.raises(AdapterFormatError, match=r"family is unknown; .*AdapterMetadata\(family="):
         write_adapter(tmp_path, AdapterFile(layers), "kohya")
+    path = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata("sd1")))
+    assert read_adapter(path).family == "sd1"
 
 
 @pytest.mark.parametrize("axis", ["output", "input", None])
