@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dora_diffusion.config.families import FAMILIES, denoiser_family, guess_family
+from dora_diffusion.export.convert import convert_adapter
+from dora_diffusion.export.files import ExportError
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -15,7 +19,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
-from dora_diffusion.formats.layouts import LAYOUTS
+from dora_diffusion.formats.layouts import FOLDERS, LAYOUTS, TARGETS
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.flux2_klein import write_flux2_klein
@@ -80,3 +84,24 @@ def test_each_layer_alone_is_read_again(
                 assert list(read_adapter(path, base).layers) == [name]
                 if stated:
                     assert list(read_adapter(path).layers) == [name]
+
+
+def test_the_formats_that_a_refusal_names_are_written(
+    model: tuple[str, Path], tmp_path: Path, random_adapter: Callable[..., Layers]
+) -> None:
+    family, folder = model
+    layers = random_adapter(folder, components=["transformer"])
+    path = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata(family)))
+    refused = 0
+    for target in TARGETS:
+        output = tmp_path / target
+        try:
+            convert_adapter(path, output, target, FitSettings(rank=2), base=folder)
+        except (AdapterFormatError, ExportError) as error:
+            named = re.search(r"one of (.*), or export", str(error))
+            for other in named[1].split(", ") if named else ():
+                refused += 1
+                suffix = "" if other in FOLDERS else ".safetensors"
+                written = tmp_path / f"{target}-{other}{suffix}"
+                convert_adapter(path, written, other, base=folder)
+    assert refused

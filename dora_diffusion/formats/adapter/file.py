@@ -159,7 +159,8 @@ def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(written)}")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
-    refuse_denoiser(target, written[target].denoisers, denoiser_of(adapter.layers))
+    layers = adapter.layers
+    refuse_denoiser(target, written[target].denoisers, denoiser_of(layers), layers)
     if adapter.beside and target != "dense":
         raise AdapterFormatError(f"the {target} format cannot store the sum of a DoRA and a LoRA")
     return layout_named(target)

@@ -320,19 +320,28 @@ def denoiser_of(layers: Iterable[str]) -> str:
     return "transformer" if is_transformer else "unet"
 
 
-def refuse_denoiser(target: str, denoisers: Collection[str], denoiser: str) -> None:
+# Formats with the model's own names of layers, for transformers without known original names.
+_OWN_NAMES = ("diffusers", "peft")
+
+
+def refuse_denoiser(
+    target: str, denoisers: Collection[str], denoiser: str, layers: Collection[str] = ()
+) -> None:
     """Check that a format or program supports adapters of a kind of denoiser.
 
     Args:
         target: Name of the format or program.
         denoisers: Kinds of denoisers that it supports.
         denoiser: Kind of the adapter's denoiser.
+        layers: Names of the adapter's layers, if they are known.
 
     Raises:
         AdapterFormatError: If it does not; names the formats that do.
     """
     if denoiser not in denoisers:
         able = [name for name, one in LAYOUTS.items() if one and denoiser in one.denoisers]
+        if layers and not transformer_paths(denoiser_family(layers)):
+            able = [name for name in able if name in _OWN_NAMES]
         raise AdapterFormatError(
             f"no {target} file of a {DENOISERS[denoiser]} is known that its programs read; write "
             f"one of {', '.join(able)}, or export a merged checkpoint"

@@ -106,6 +106,9 @@ def connect(context: Context, tab: SubjectTab, restored: Any, preview: list[Any]
     ]  # fmt: skip
     inputs, outputs = [tab.pick, *preview], [tab.pick, tab.place, *view]
 
+    def load(subject_id: str | None, *form: Any) -> list[Any]:
+        return _show(context, subject_id, form)
+
     def select(subject_id: str | None, *form: Any) -> list[Any]:
         workspace.subject(subject_id)  # It may have been deleted meanwhile.
         return _show(context, subject_id, form)[1:]
@@ -138,17 +141,21 @@ def connect(context: Context, tab: SubjectTab, restored: Any, preview: list[Any]
         tab.remove.click, remove, inputs, outputs,
         confirm=lambda subject_id, *_: subject_question(workspace, subject_id),
     )  # fmt: skip
-    ui.on(restored.then, lambda *form: _show(context, form[0], form[1:]), inputs, outputs)
+    ui.on(restored.then, load, inputs, outputs)
     _connect_new(context, tab, preview, outputs)
     _connect_look(context, tab, inputs)
+    _connect_export(context, tab)
+    captions.connect(context, tab.captions, tab.pick)
+    photo.connect(context, tab.editing, inputs, view)
 
+
+def _connect_export(context: Context, tab: SubjectTab) -> None:
     def export(subject_id: str | None) -> str:
-        return html.download(export_dataset(workspace, subject_id), "Download the data set")
+        file = export_dataset(context.workspace, subject_id)
+        return html.download(file, "Download the data set")
 
     ui.on(tab.export.click, export, [tab.pick], [tab.exported], show="minimal")
     ui.on(tab.pick.change, lambda: "", None, [tab.exported])
-    captions.connect(context, tab.captions, tab.pick)
-    photo.connect(context, tab.editing, inputs, view)
 
 
 def _show(
