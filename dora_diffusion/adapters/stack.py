@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.buffers import Buffers
-from dora_diffusion.adapters.flags import DeferredFlags
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
 from dora_diffusion.adapters.layout import Layout, Rows, layouts_of
@@ -61,9 +60,6 @@ _BASE: tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]] = ({}, {})
 class AdapterStack:
     """K adapters of the same layers.
 
-    Attributes:
-        flags: Flags of each layout, read one step late.
-
     Args:
         layers: The layers.
         adapters: The K adapters of each layer, in the same order.
@@ -101,7 +97,6 @@ class AdapterStack:
         pairs = zip(layers, adapters, strict=True)
         self._routes = [StackRoute(self, *pair) for pair in pairs]
         self._layouts = LayoutCache()
-        self.flags: Mapping[Any, DeferredFlags] = self._layouts.flags
         self._dtype: torch.dtype | None = None
         self._plans: list[Plan] = []
         self._buffers: dict[Layout, Buffers] = {}
@@ -109,8 +104,8 @@ class AdapterStack:
         self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
         self._are_ready: set[Rows] = set()
 
-    def settle(self) -> tuple[Mapping[Any, Layout], bool]:
-        """Return the layouts, and whether they are new: memory of earlier steps is then dropped."""
+    def _settled(self) -> Mapping[Any, Layout]:
+        """Return the layouts. If they are new, memory of earlier steps is dropped."""
         layouts, are_new = self._layouts.of(self.layers, self.adapters)
         if are_new:
             self._buffers = {}
@@ -118,25 +113,20 @@ class AdapterStack:
                 route.settle()
             self._dtype = next((r.plain_dtype for r in self._routes if r.plain_dtype), None)
             self._parameters = [p for group in self.adapters for a in group for p in a.parameters()]
-        return layouts, are_new
+        return layouts
 
     @contextmanager
-    def scope(self, flags: Mapping[Any, DeferredFlags] | None = None) -> Iterator[None]:
+    def scope(self) -> Iterator[None]:
         """Compute with the adapters' current values inside the block; rows are initially the base.
 
         The parameters get their gradients at the end of the block.
 
-        Args:
-            flags: Flags of each layout; None: `flags`.
-
         Raises:
             RuntimeError: At the end, if a parameter changed inside the block.
         """
-        layouts, _ = self.settle()
-        flags = self.flags if flags is None else flags
         self._plans = [
-            Plan(layout, flags[kind], has_edges=False, shared=bool(self._memory))
-            for kind, layout in layouts.items()
+            Plan(layout, self._layouts.flags[kind], has_edges=False, shared=bool(self._memory))
+            for kind, layout in self._settled().items()
         ]
         self._made, self._are_ready = {}, set()
         before = [parameter._version for parameter in self._parameters]

@@ -153,7 +153,6 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
         and config.clip_skip > 0
         and any(subject.caption_dropout for subject in config.subjects),
         "compile": config.compile,
-        "cuda_graph": config.cuda_graph,
         "report_to": config.report_to is not None,
         "push_to_hub": config.push_to_hub,
         "mixed_precision": precision_of(config.mixed_precision) == "fp16",

@@ -256,12 +256,7 @@ def build_step(
     optimizer = build_optimizer(parameters.groups, config)
     # Built before Accelerate wraps the optimizer, since the schedule patches its `step` method.
     lr_schedule = build_lr_schedule(optimizer, config)
-    kind = Step
-    if config.cuda_graph:
-        from dora_diffusion.training.graph import step_kind
-
-        kind = step_kind(config, accelerator)
-    step = kind(
+    step = Step(
         config=config,
         accelerator=accelerator,
         components=components,

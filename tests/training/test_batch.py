@@ -278,7 +278,7 @@ def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
 
     def encode(self, caption):
         with torch.no_grad():
-            return self._encode(self._tokenized([caption]))
+            return self._encode([caption])
 
     monkeypatch.setattr(Conditioner, "_cached", encode)
     assert losses_of("fresh") == cached

@@ -243,7 +243,6 @@ ELSEWHERE = {
     "output_dir": "tests/training/test_every_setting.py: each case reads its own",
     "teach": "tests/training/test_slider.py: a slider has no photos, and a subject some",
     "offload": "tests/models/test_offload.py: it moves nothing where there is no GPU",
-    "cuda_graph": "tests/training/test_graph.py: it has no effect where there is no GPU",
     "sharding": "tests/training/test_two_processes.py: it needs two processes",
 }
 """Settings that one process on a CPU cannot show, and the tests that show them."""
@@ -253,7 +252,6 @@ ALONE: dict[str, Any] = {
     # Of photos that have captions it names the subject; weights are trained as one of two.
     "instance_prompt": "a sks dog", "full_weights": "targets", "model_config": "{sd1}",
     "revision": "main", "offload": "model", "sharding": "fsdp", "teach": "slider",
-    "cuda_graph": True,
 }  # fmt: skip
 """Settings that act only beside others, or not here at all; `output_dir` always acts."""
 

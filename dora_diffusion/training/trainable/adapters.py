@@ -374,8 +374,6 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
     if config.gradient_checkpointing:
         # Reentrant checkpointing needs an input that requires a gradient.
         settings: dict[str, Any] = {"use_reentrant": False}
-        if config.cuda_graph and not _drops(model, config):
-            settings["preserve_rng_state"] = False  # A capture cannot read the random state.
         if not keeps_random_state(components.device.type):
             settings["context_fn"] = partial(_repeating_draws, components.device.type)
         module: Any = model
@@ -387,13 +385,6 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
         from dora_diffusion.adapters.compiled import compile_blocks
 
         compile_blocks(model)
-
-
-def _drops(model: nn.Module, config: TrainConfig) -> bool:
-    """Return whether a component has dropout."""
-    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    of_attention = getattr(getattr(model, "config", None), "attention_dropout", 0.0)
-    return any((config.lora_dropout, of_attention, *rates))
 
 
 def _repeating_draws(device_type: str) -> tuple[_Draws, _Draws]:
