@@ -3,9 +3,10 @@
 The command line answers with these texts; docs/howto/from-diffusers-scripts.md and from-kohya.md
 describe the differences of shared settings. ``flags.json`` maps flags to answers, ``names`` in
 it maps settings to other names for them, and ``removed`` in it maps what a former version had, in
-any command, to advice. It covers sd-scripts' ``train_network.py`` and ``sdxl_train_network.py``, and of Diffusers
-``examples/dreambooth/train_dreambooth_lora.py``, ``train_dreambooth_lora_sdxl.py``,
-``train_dreambooth_lora_z_image.py`` and ``train_dreambooth_lora_flux2_klein.py``, and
+any command, to advice. It covers sd-scripts' ``train_network.py`` and ``sdxl_train_network.py``,
+and of Diffusers ``examples/dreambooth/train_dreambooth_lora.py``,
+``train_dreambooth_lora_sdxl.py``, ``train_dreambooth_lora_z_image.py`` and
+``train_dreambooth_lora_flux2_klein.py``, and
 ``examples/advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py`` and
 ``train_dreambooth_lora_sdxl_advanced.py``. ``trainers.json`` has the settings in the files of
 kohya's GUI, OneTrainer, ai-toolkit and SimpleTuner, and those that files of sd-scripts and command
