@@ -27,7 +27,6 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import sample_noise
 from dora_diffusion.training.batch import Batch, ModelInputs
-from dora_diffusion.training.events import EffectMeasured
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.prediction import answer
@@ -235,7 +234,7 @@ def max_change(layer: Any) -> float:
 
 
 def effect_of(folder: Path, adapter: Path | None, captions: list[str]) -> Tensor:
-    """Predictions at the inputs of the probe, which are even in noise."""
+    """Predictions at fixed inputs, which are even in noise."""
     components = load_components(folder)
     if adapter is not None:
         layers = read_adapter(adapter, LiveWeights(components.adaptable())).layers
@@ -262,22 +261,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_file_has_the_effect_that_the_run_measured(
-    name: str, config: Callable[..., TrainConfig], measured_effect: None
+def test_a_file_of_each_variant_changes_the_predictions_of_its_base(
+    name: str, config: Callable[..., TrainConfig]
 ) -> None:
-    """On the model that trained; a quantised one is not the base of the file."""
-    made, done = config(name, **{"learning_rate": 1e-2, **VARIANTS[name]}), list[Any]()
-    result = train(made, done.append)
-    [effect] = [event.effect for event in done if isinstance(event, EffectMeasured)]
-    assert effect.figures.keys() == {"prediction", "transformer"}
-    assert str(effect).startswith("training moved the transformer's predictions at fixed inputs")
+    made = config(name, **{"learning_rate": 1e-2, **VARIANTS[name]})
+    result = train(made)
     base = Path(made.pretrained_model_name_or_path)
     captions = sorted(CAPTIONS)
     before, after = (effect_of(base, file, captions) for file in (None, result.adapter))
-    found = float((after - before).norm() / before.norm())
-    tolerance = 0.3 if name in ("int8", "nf4", "bf16") else 1e-3
-    assert found == pytest.approx(effect.prediction, rel=tolerance)
-    assert found > 1e-3
+    assert float((after - before).norm() / before.norm()) > 1e-3
     layers = read_adapter(result.adapter).layers
     assert not any("embedder" in key for key in layers if "t_embedder" not in key)
 

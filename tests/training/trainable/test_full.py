@@ -113,7 +113,6 @@ def test_the_weights_of_targets_leave_the_others_bit_identical(full_config, sd1_
     }  # weights and biases
 
 
-@pytest.mark.usefixtures("measured_effect")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_no_learning_rate_gives_the_bits_of_the_base(full_config, sd1_folder, tmp_path, dtype):
     base = tmp_path / "half"
