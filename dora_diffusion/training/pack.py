@@ -232,7 +232,7 @@ class _Pack:
         show = partial(self._show, name)
         run = assemble(config, subjects, accelerator, show, base=base)
         for model in run.weights.modules.values():
-            require_rows([path for path, _ in adapted_layers(model)], "a pack")
+            require_rows([path for path, _ in adapted_layers(model)])
         run.activate = partial(self._attach, run.step.adapters)
         folder = RunFolder(run, show, self.stop)
         self._runs[name], self._attached = folder, run.step.adapters

@@ -196,9 +196,6 @@ def _check_settings(config: TrainConfig) -> None:
         f"needs torch 2.7 or newer, this is {torch.__version__}": not has_sharding(),
         "excludes compile: compiled blocks do not gather their weights": config.compile,
         "excludes quantize: quantised weights cannot be sharded": config.quantize != "none",
-        "excludes tlora_min_rank: the norms would have different ranks in each process": (
-            config.least_rank is not None
-        ),
         "excludes offload model: each process keeps its shard on its device": (
             config.offload == "model"
         ),

@@ -34,7 +34,6 @@ from dora_diffusion.adapters.targets import (
     check_pattern,
     first_naming,
     match_targets,
-    require_rows,
 )
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
@@ -285,9 +284,6 @@ def adapter_configs(
     layers = {}
     for name, model in modules.items():
         layers[name] = {path: model.get_submodule(path) for path in matched(name, model, config)}
-        for setting in ("rank_dropout", "tlora_min_rank"):
-            if getattr(config, setting):
-                require_rows(layers[name], setting)
     for setting in (*PATTERNS, "lr_pattern"):
         check_pattern(setting, getattr(config, setting), layers.values())
 
