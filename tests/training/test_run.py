@@ -366,7 +366,9 @@ def test_compiled_blocks_of_an_offloaded_model_train_the_same(
     backend = partial(compile_blocks, backend=counter, fullgraph=True)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
+    )
     torch._dynamo.reset()
     settings = {"num_validation_images": 1, "validation_steps": 1}
     plain = run(sd1_folder, "plain", **settings, offload="none")

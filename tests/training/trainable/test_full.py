@@ -161,7 +161,9 @@ def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypat
     backend = partial(compile_blocks, backend=counter)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
+    )
     torch._dynamo.reset()
     config = replace(
         full_config, with_prior_preservation=True, prior_preservation_mode="image-free",
