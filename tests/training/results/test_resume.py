@@ -358,12 +358,6 @@ def test_segments_grow_from_checkpoint_to_checkpoint(again):
     assert [segment["settings"]["max_train_steps"] for segment in apart] == [2, 3, 4]
 
 
-def test_a_run_of_one_piece_records_no_segments(first):
-    text = (Path(first.output_dir) / "config.yaml").read_text(encoding="utf-8")
-    assert "segments" not in text
-    assert "max_train_steps: 2\n" in text
-
-
 def test_the_saved_settings_resume_their_own_run(again):
     """config.yaml is what was used, and stays valid input."""
     saved = read_config_file(Path(again.output_dir) / "config.yaml")
@@ -426,16 +420,6 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_loaded(ag
     )
     with refused("resume_from_checkpoint", "checkpoint-9 does not exist", "is checkpoint-2"):
         train(missing)
-
-
-def test_the_saved_settings_of_a_resumed_run_start_another_one(again, tmp_path):
-    """Neither --resume_from_checkpoint nor --overwrite_output_dir is a property of the run."""
-    train(replace(again, overwrite_output_dir=True))
-    saved = read_config_file(Path(again.output_dir) / "config.yaml")
-    assert saved["resume_from_checkpoint"] is None
-    assert saved["overwrite_output_dir"] is False
-    fresh = TrainConfig.from_dict(saved | {"output_dir": str(tmp_path / "fresh")})
-    assert train(fresh).steps == 3
 
 
 @pytest.mark.parametrize(
