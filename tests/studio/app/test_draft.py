@@ -72,11 +72,6 @@ def restoring(blocks: gr.Blocks) -> Any:
     return one
 
 
-@pytest.mark.parametrize("kept", [None, [], "x", {}, {"train/rank": ["evil"], "unknown": "x"}])
-def test_what_is_no_draft_changes_nothing(blocks: gr.Blocks, kept: Any) -> None:
-    assert all(update == gr.skip() for update in restoring(blocks).fn(kept))
-
-
 def test_what_was_kept_is_filled_in_again(blocks: gr.Blocks) -> None:
     dependency = restoring(blocks)
     there = next(field.value for field in dependency.outputs if field.label == "Steps")
@@ -87,39 +82,6 @@ def test_what_was_kept_is_filled_in_again(blocks: gr.Blocks) -> None:
         if "value" in update
     }
     assert values == {"rank": "17", "Seed": 5}
-
-
-def test_a_choice_that_another_version_had_is_empty_with_its_reason(
-    blocks: gr.Blocks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Presets, schedulers, programs and all other lists that do not change, one by one."""
-    told: list[str] = []
-    monkeypatch.setattr(gr, "Warning", told.append)
-    dependency = restoring(blocks)
-    lists = {
-        name: field for name, field in kept_fields(blocks).items()
-        if isinstance(field, (gr.Radio, gr.Dropdown)) and field.choices
-        and not (isinstance(field, gr.Dropdown) and (field.multiselect or field.allow_custom_value))
-    }  # fmt: skip
-    assert {"train/Preset", "train/optimizer", "generate/Scheduler", "library/Program"} < {*lists}
-    for name, field in lists.items():
-        updates = zip(dependency.outputs, dependency.fn({name: "unheard-of"}), strict=True)
-        changed = {one._id: update for one, update in updates if update != gr.skip()}
-        assert changed == {field._id: gr.update(value=None)}, name
-        assert told.pop() == f"{field.label}: unheard-of is no longer a choice; choose again"
-    assert not told
-
-
-def test_a_slider_is_widened_to_what_an_image_or_an_earlier_visit_says(blocks: gr.Blocks) -> None:
-    kept = {"generate/Strength": 2.5, "generate/Direction": -1, "generate/Magnitude": 0.5}
-    dependency = restoring(blocks)
-    updates = zip(dependency.outputs, dependency.fn(kept), strict=True)
-    limits = {
-        field.label: (update["minimum"], update["value"], update["maximum"])
-        for field, update in updates
-        if "value" in update
-    }
-    assert limits == {"Strength": (-3, 2.5, 3), "Direction": (-1, -1, 2), "Magnitude": (0, 0.5, 2)}
 
 
 def opened(blocks: gr.Blocks, kept: dict[str, Any], query: dict[str, str]) -> dict[Any, Any]:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from dora_diffusion import system
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.records import JobRecord
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.store import UserError, Workspace, read_json, write_json
 from tests.studio.jobs.helpers import (
-    about,
     make,
     pretend_running,
     seen,
@@ -44,20 +40,6 @@ def test_a_living_process_is_running_until_it_is_asked_to_stop(
     assert seen(folder).state == "stopping"
 
 
-def test_a_job_that_starts_while_it_is_taken_out_is_asked_to_stop(
-    workspace: Workspace, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, write = make(workspace), records.write_result
-
-    def start(of: Path, result: records.JobResult) -> None:
-        pretend_running(of, sleeper)
-        write(of, result)
-
-    monkeypatch.setattr(records, "write_result", start)
-    jobs.stop_job(folder)
-    assert (folder / records.STOP).exists()
-
-
 def test_a_waiting_job_can_be_taken_out_and_put_back(workspace: Workspace) -> None:
     folder = make(workspace)
     jobs.stop_job(folder)
@@ -75,14 +57,6 @@ def test_a_waiting_job_can_be_taken_out_and_put_back(workspace: Workspace) -> No
         jobs.requeue_job(folder)
         words = read_json(folder / records.JOB)["arguments"]
         assert words[3:] == ["--resume_from_checkpoint", "latest"]
-
-
-def test_a_resumed_job_goes_to_the_end_of_the_queue(workspace: Workspace) -> None:
-    first, second = make(workspace), make(workspace)
-    jobs.stop_job(first)
-    jobs.requeue_job(first)
-    assert [seen(f).state for f in (first, second)] == ["waiting", "waiting"]
-    assert {j.id: j.position for j in snapshot(workspace.root)} == {second.name: 1, first.name: 2}
 
 
 def test_a_running_job_is_neither_resumed_nor_deleted(
@@ -122,61 +96,6 @@ def test_delete_removes_the_job_and_its_exports(workspace: Workspace) -> None:
     assert not folder.exists()
     assert not export.exists()
     assert snapshot(workspace.root) == ()
-
-
-def test_what_was_made_of_a_deleted_run_goes_with_it(workspace: Workspace) -> None:
-    run, other = make(workspace), make(workspace)
-    for of in (run, other):
-        about(of)
-    jobs.delete_job(workspace, run.name)
-    kept = {job.id: job.record.run for job in snapshot(workspace.root)}
-    assert list(kept.values()).count(other.name) == 1
-    assert run.name not in kept.values()
-    assert len(kept) == 2
-
-
-@pytest.mark.parametrize("kind", ["export", "rank-checkpoints", "push", "convert"])
-def test_a_run_is_not_deleted_under_a_job_about_it(
-    workspace: Workspace, sleeper: subprocess.Popen[bytes], kind: str
-) -> None:
-    run = make(workspace)
-    waiting, busy = about(run), about(run, kind, title="Use sks mug")
-    pretend_running(busy, sleeper)
-    with pytest.raises(UserError, match='"Use sks mug" is still running and needs this run'):
-        jobs.delete_job(workspace, run.name)
-    assert run.is_dir()
-    assert waiting.is_dir()
-    assert busy.is_dir()
-    write_json(busy / records.RESULT, {"code": 143})
-    jobs.delete_job(workspace, run.name)
-    assert snapshot(workspace.root) == ()
-
-
-def test_a_job_is_deleted_once_its_worker_has_left(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On Windows its log is open, and its folder stays, for as long as the worker lives."""
-    folder = make(workspace)
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    pretend_running(folder, child)
-    write_json(folder / records.RESULT, {"code": 0})
-    real = os.replace
-
-    def replace(source: Path, target: Path) -> None:
-        if jobs.worker_of(folder) is not None:
-            error = PermissionError(13, "used by another process")
-            error.winerror = 32  # type: ignore[attr-defined]
-            raise error
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(system, "_PAUSES", ())
-    waited = psutil.Process.wait
-    monkeypatch.setattr(
-        psutil.Process, "wait", lambda self, limit: (child.communicate(b"\n"), waited(self, limit))
-    )
-    jobs.delete_job(workspace, folder.name)
-    assert not folder.exists()
 
 
 def test_photos_are_copied_before_the_queue_can_see_the_job(
@@ -247,13 +166,6 @@ def test_a_second_job_waits_for_the_first_and_starts_when_that_has_crashed(
     queue.close()
 
 
-def test_the_queue_has_an_end(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_MOST_JOBS_WAITING", 2)
-    make(workspace), make(workspace)
-    with pytest.raises(UserError, match="the queue is full"):
-        make(workspace)
-
-
 def starting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Note workers instead of starting them; returns the titles of those that were."""
     started: list[str] = []
@@ -294,20 +206,6 @@ def test_a_run_starts_though_the_app_s_memory_cannot_be_freed(
     failing.clear()
     queue.tick()
     assert queue.problem == ""
-    queue.close()
-
-
-def test_a_job_that_cannot_be_started_lets_the_next_one_pass(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    started = starting(monkeypatch)
-    bad, good = make(workspace, "bad"), make(workspace, "good")
-    queue = jobs.JobQueue(workspace)
-    assert queue.tick() == good.name
-    assert started == ["good"]
-    assert queue.problem == f"run {bad.name} could not be started: log.txt: Is a directory"
-    assert queue.problem in capsys.readouterr().err
-    assert seen(bad).state == "waiting"
     queue.close()
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import html
 import json
 import shlex
-import shutil
 import signal
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig
@@ -20,18 +18,17 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.studio import worker
-from dora_diffusion.studio.app.html import figures, status_card, task_card
+from dora_diffusion.studio.app.html import figures, task_card
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.queue import Lock
-from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics
+from dora_diffusion.studio.jobs.records import read_metrics
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import Workspace
 from tests.studio.jobs.helpers import (
     about,
     add_run,
-    attempt,
     job_of,
     make,
     perform,
@@ -66,17 +63,6 @@ def test_the_commands_that_are_shown_make_the_same_adapter(
         assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-def test_a_finished_run_continues_with_more_steps(
-    workspace: Workspace, sd1_folder: Path, photos: Path
-) -> None:
-    job_id = add_run(workspace, sd1_folder, photos)
-    assert perform(workspace, job_id).step == 3
-    tasks.continue_run(workspace.root / job_id, 2)
-    job = perform(workspace, job_id)
-    assert (job.state, job.progress.first_step, job.step, job.total) == ("done", 3, 5, 5)
-    assert job.checkpoints[-1] == "checkpoint-5"
-
-
 def test_a_run_whose_worker_was_killed_goes_on_and_one_that_is_stopped_saves(
     workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path, photos: Path
 ) -> None:
@@ -108,15 +94,6 @@ def step_of(checkpoint: str) -> int:
 def _goes_on(job: Job, at: int) -> bool:
     """True once a run has begun again at a step; before, its files tell of the earlier attempt."""
     return job.progress.first_step == at and job.step > at
-
-
-def test_a_run_that_cannot_work_says_why(
-    workspace: Workspace, photos: Path, tmp_path: Path
-) -> None:
-    job = attempt(workspace, add_run(workspace, tmp_path / "no-model", photos))
-    assert job.state == "failed"
-    assert "no-model does not exist" in job.cause
-    assert "\n" not in job.cause
 
 
 @pytest.mark.parametrize(
@@ -192,16 +169,6 @@ def test_a_conversion_says_what_the_command_line_says(
     assert f"{output}: " not in shown  # the name alone
 
 
-def test_a_folder_is_packed_for_the_download(finished: tuple[Workspace, str]) -> None:
-    workspace, run = finished[0], job_of(finished)
-    for _ in range(2):  # the second one replaces the first
-        job = perform(workspace, tasks.start_conversion(workspace, run, "peft"))
-    output = Path(job.record.output)
-    names = zipfile.ZipFile(output).namelist()
-    assert any("adapter_model" in name for name in names)
-    assert [path.name for path in output.parent.iterdir()] == [output.name]
-
-
 def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) -> None:
     workspace, run = finished[0], job_of(finished)
     job = perform(workspace, tasks.start_task("analyze", workspace, run))
@@ -225,35 +192,6 @@ def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) 
     output.rename(output.with_name("elsewhere"))
     assert figures(output) == {}
     assert (seen(job.folder).state, seen(job.folder).cause) == ("failed", f"{output.name} is gone")
-
-
-def test_what_the_source_file_lacked_is_said(
-    workspace: Workspace, finished: tuple[Workspace, str]
-) -> None:
-    """An adapter file without its metadata does not say its alpha; merge and conversion assume."""
-    folder = workspace.root / finished[1]
-    shutil.copytree(finished[0].root / finished[1], folder)
-    run = seen(folder)
-    file = chosen_adapter(run)
-    tensors = {name: tensor for name, tensor in load_file(file).items() if "alpha" not in name}
-    save_file(tensors, file)
-    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
-    assert any("alpha" in line for line in log_warnings(merge.folder))
-    card = html.unescape(status_card(merge))
-    assert all(line in card for line in log_warnings(merge.folder))
-    job = perform(workspace, tasks.start_conversion(workspace, run, "kohya"))
-    assert "alpha" in task_card(job)
-
-
-def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(workspace: Workspace) -> None:
-    run = make(workspace)
-    folder = about(run, "export", "--bass", "b")
-    jobs.stop_job(run)
-    job = attempt(workspace, folder.name)
-    assert job.state == "failed"
-    assert job.result is not None
-    assert (job.result.code, job.cause) == (2, "there is no flag --bass (did you mean --base?)")
-    assert "usage: " in log_tail(folder)
 
 
 def test_a_job_that_has_nothing_to_save_stops_at_once(

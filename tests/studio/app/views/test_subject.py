@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import re
 import shutil
@@ -19,16 +17,11 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.data.captions import with_trigger
-from dora_diffusion.data.images import open_photo
-from dora_diffusion.data.photos import mask_path
-from dora_diffusion.data.prepare import open_captioner
 from dora_diffusion.studio import app
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.html import pieces
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import EMBEDDED
-from dora_diffusion.studio.app.views import captions
 from dora_diffusion.studio.app.views import subject as tab
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.store import ids_in
@@ -38,12 +31,9 @@ from dora_diffusion.studio.jobs.subjects import (
     keep_words,
     new_subject,
     read_subject,
-    save_caption,
-    subjects_in,
     take_sample,
-    training_crop,
 )
-from tests.studio.app.views.helpers import handler, triggers
+from tests.studio.app.views.helpers import handler
 
 
 def test_photos_are_looked_at_by_a_job_whose_table_and_sheet_are_shown(
@@ -94,24 +84,6 @@ def make_photo(path: Path) -> Path:
     return path
 
 
-def test_an_upload_without_a_subject_of_one_s_own_makes_one(
-    context: Context, tmp_path: Path
-) -> None:
-    files = [make_photo(tmp_path / name) for name in ("a.jpg", "b.jpg")]
-    titles = []
-    for name in ("", "", "Rex"):
-        shown = upload(context, None, *files, name=name)
-        titles.append(subjects_in(context.workspace)[0].title)
-        assert f"2 photos added to the new subject {titles[-1]}" in shown[7]
-        assert f"join {titles[-1]}" in shown[3]  # where the next ones go
-        assert shown[1] == ""
-    assert sorted(titles) == ["My subject", "My subject 2", "Rex"]
-    (tmp_path / "no.jpg").write_text("text", encoding="utf-8")
-    before = subjects_in(context.workspace)
-    assert "not a JPEG" in upload(context, None, tmp_path / "no.jpg", name="Kept")[7]
-    assert subjects_in(context.workspace) == before
-
-
 def test_photos_join_a_sample_only_where_that_was_asked_for(
     context: Context, tmp_path: Path
 ) -> None:
@@ -127,21 +99,6 @@ def test_photos_join_a_sample_only_where_that_was_asked_for(
     stored = read_subject(context.workspace, sample)
     assert (len(stored.photos), stored.sample) == (6, "")
     assert "data-sample" not in pieces.place(stored)
-
-
-def test_a_data_set_is_given_away_and_taken_in_by_the_page(
-    context: Context, subject: str, tmp_path: Path
-) -> None:
-    save_caption(context.workspace, subject, "001.jpg", "a sks mug")
-    link = handler(context, "export", "subject")(subject)
-    file = context.workspace.exports / subject / "mug.zip"
-    assert f"{subject}/mug.zip" in link
-    with pytest.raises(gradio.Error, match="by itself"):
-        upload(context, None, file, make_photo(tmp_path / "a.jpg"))
-    shown = upload(context, subject, file)
-    assert "1 photo and 1 caption added to the new subject mug" in shown[7]
-    newest = subjects_in(context.workspace)[0]
-    assert (newest.title, captions_of(newest)) == ("mug", {"001.jpg": "a sks mug"})
 
 
 def test_the_page_asks_before_photos_join_a_sample() -> None:
@@ -201,78 +158,6 @@ def test_a_caption_goes_to_its_own_photo_whatever_is_shown(
         assert saved(context, nothing)[1] == {}
 
 
-def test_captions_of_all_photos_are_changed_by_buttons(
-    context: Context, subject: str, tmp_path: Path
-) -> None:
-    add_photos(context.workspace, subject, [make_photo(tmp_path / f"{n}.jpg") for n in "bc"])
-    save_caption(context.workspace, subject, "002.jpg", "a <mug> on grass")
-    substitute, first, append, remove, write, add_prefix = (
-        handler(context, "run", "captions", nth) for nth in range(6)
-    )
-
-    def now() -> list[str]:
-        return list(captions_of(read_subject(context.workspace, subject)).values())
-
-    tags, rows, message = add_prefix(subject, "night,")
-    assert now() == ["", "night, a <mug> on grass", ""]
-    assert "night, a &lt;mug&gt; on grass</textarea>" in rows
-    assert "1 caption changed" in message
-    assert "data-value='a &lt;mug&gt; on grass'>a &lt;mug&gt; on grass 1</button>" in tags
-    assert "No caption changed" in substitute(subject, "dog", "cat")[2]
-    substitute(subject, "grass", "sand")
-    assert now() == ["", "night, a <mug> on sand", ""]
-    write(subject, "a sks mug")
-    assert now() == ["a sks mug"] * 3
-    handler(context, "undo", "captions")(subject)
-    assert now() == ["", "night, a <mug> on sand", ""]
-    save_caption(context.workspace, subject, "001.jpg", "sun, grass")
-    assert "night</button>" not in remove(subject, "night")[0]
-    assert now() == ["sun, grass", "a <mug> on sand", ""]
-    assert "photo 2</button>" in append(subject, "photo")[0]
-    first(subject, "photo")
-    assert now() == ["photo, sun, grass", "photo, a <mug> on sand", ""]
-    for photo in ("001.jpg", "002.jpg"):
-        save_caption(context.workspace, subject, photo, "")
-    assert "No caption changed" in append(subject, "photo")[2]
-    save_caption(context.workspace, subject, "002.jpg", "night, a <mug> on sand")
-    nothing = [(button, ("",)) for button in (first, append, remove, add_prefix)]
-    for change, values in (*nothing, (substitute, ("", "")), (substitute, ("", "x"))):
-        with pytest.raises(gradio.Error, match=r"Write what to change first|find is empty"):
-            change(subject, *values)
-    with pytest.raises(gradio.Error, match="at most 1000"):
-        write(subject, "x" * 1001)
-    assert now() == ["", "night, a <mug> on sand", ""]
-
-
-@pytest.mark.parametrize("kind", ["blip", "git"])
-def test_a_model_writes_the_captions_that_are_missing(
-    context: Context, subject: str, tmp_path: Path, models: Any, kind: str
-) -> None:
-    """By a job, as `prepare` does it, with the subject's token and class."""
-    add_photos(context.workspace, subject, [make_photo(tmp_path / "b.jpg")])
-    save_caption(context.workspace, subject, "002.jpg", "by hand")
-    keep_words(context.workspace, subject, "mug", "sks")
-    start = handler(context, "automatic", "subject")
-    with pytest.raises(gradio.Error, match="Name a captioning model first"):
-        start(subject, " ", EMBEDDED, "")
-    shown = start(subject, str(models(kind)), EMBEDDED, "")
-    assert "waiting" in shown.lower()
-    (job_id,) = ids_in(context.workspace.root)
-    folder = context.workspace.root / job_id
-    assert cli.main(list(records.read_record(folder).arguments)) == 0
-    records.write_result(folder, records.JobResult(0))
-    context.jobs(fresh=True)
-    stored = read_subject(context.workspace, subject)
-    written = captions_of(stored)
-    expected = with_trigger(
-        open_captioner(str(models(kind)))(open_photo(stored.photos[0])), "sks", "mug"
-    )
-    assert written == {"001.jpg": expected, "002.jpg": "by hand"}
-    assert "sks" in expected
-    rows = handler(context, "reread", "subject")(subject)[1]
-    assert html.escape(expected) in rows
-
-
 def test_a_shared_app_captions_with_no_model_but_its_own(
     context: Context, subject: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,30 +168,6 @@ def test_a_shared_app_captions_with_no_model_but_its_own(
         with pytest.raises(gradio.Error, match="offers only"):
             start(subject, name, EMBEDDED, "")
     assert "waiting" in start(subject, "org/captions", EMBEDDED, "").lower()
-
-
-def test_a_mask_lies_over_the_photo_where_it_leaves_it_out(context: Context, subject: str) -> None:
-    stored = read_subject(context.workspace, subject)
-    assert "dd-mask" not in captions.shown(stored)[1]
-    (photo,) = stored.photos
-    mask = Image.new("L", open_photo(photo).size, 0)
-    mask.paste(255, (mask.width // 2, 0, mask.width, mask.height))
-    mask.save(mask_path(photo))
-    rows = captions.shown(stored)[1]
-    _, crop, overlay = rows.split("src='")
-    assert overlay.startswith("data:image/png;base64,")
-    colour = _image_of(overlay)
-    # The middle square of 80 x 64: the left half is left out, the right half is the subject.
-    assert (colour.getpixel((20, 96)), colour.getpixel((170, 96))) == ((0, 0, 0, 153), (0,) * 4)
-    whole = training_crop(photo, 192, masked=False).convert("L").getpixel((20, 96))
-    assert abs(_image_of(crop).convert("L").getpixel((20, 96)) - whole) < 40  # as bright as it is
-    mask_path(photo).write_bytes(b"x")
-    assert "dd-mask" not in captions.shown(stored)[1]
-
-
-def _image_of(markup: str) -> Image.Image:
-    content = markup.partition("base64,")[2].partition("'")[0]
-    return Image.open(io.BytesIO(base64.b64decode(content)))
 
 
 def test_uploads_are_checked_file_by_file(context: Context, tmp_path: Path) -> None:
@@ -349,36 +210,3 @@ def test_uploads_are_checked_file_by_file(context: Context, tmp_path: Path) -> N
         assert image.size == (60, 120)
         assert dict(image.getexif()) == {}
     assert {path: path.read_bytes() for path in before} == before
-
-
-def test_sizes_are_judged_by_the_model_that_is_chosen(context: Context, tmp_path: Path) -> None:
-    subject = new_subject(context.workspace, "Small")
-    Image.effect_noise((200, 200), 80).convert("RGB").save(tmp_path / "photo.png")
-    said = upload(context, subject, tmp_path / "photo.png")[7]
-    assert "1 photo added" in said
-    assert "smaller than the training size" not in said
-    resize = handler(context, "resize", "subject")
-    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
-    assert "200 x 200 is smaller than the training size 1024" in resize(subject, sdxl, "", False)
-    assert "smaller than the training size" not in resize(subject, EMBEDDED, "", False)
-    assert "200 x 200 is smaller than the training size 256" in resize(
-        subject, EMBEDDED, "256", False
-    )
-    fields = {("base-model", "change"), ("train-resolution", "change")}
-    assert triggers(context, "resize", "subject") == fields
-
-
-def test_a_photo_s_label_follows_masked_loss_of_the_train_tab(
-    context: Context, tmp_path: Path
-) -> None:
-    cut = new_subject(context.workspace, "Cut")
-    Image.new("RGBA", (80, 64), (200, 0, 0, 0)).save(tmp_path / "cut.png")
-    add_photos(context.workspace, cut, [tmp_path / "cut.png"])
-    relabel = handler(context, "relabel", "subject")
-    for masked_loss, use in ((False, "learned as white"), (True, "masked, not learned")):
-        gallery, report = relabel(cut, EMBEDDED, "", masked_loss)
-        [(_, label)] = gallery["value"]
-        assert label.endswith(f"001.png (transparent parts {use})")
-        assert f"transparent parts of 1 image are {use}: 001.png" in report
-    assert {event for _, event in triggers(context, "relabel", "subject")} == {"change"}
-    assert [name for name, _ in triggers(context, "relabel", "subject")] == ["train-masked_loss"]
