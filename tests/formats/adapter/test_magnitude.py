@@ -19,7 +19,6 @@ from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
-    BLOCK,
     MakeAdapter,
     SameLayers,
     kohya,
@@ -84,20 +83,6 @@ def test_flat_magnitudes_are_placed_by_the_base(
     )
 
 
-def test_magnitudes_of_no_axis_are_refused_even_with_a_base(
-    tmp_path: Path, sd1_folder: Path
-) -> None:
-    prefix = f"lora_unet_{BLOCK}.attn1.to_q".replace(".", "_")
-    tensors = {
-        f"{prefix}.lora_down.weight": torch.randn(2, 64),
-        f"{prefix}.lora_up.weight": torch.randn(64, 2),
-        f"{prefix}.alpha": torch.tensor(2.0),
-        f"{prefix}.dora_scale": 100 * torch.rand(64),
-    }
-    with pytest.raises(AdapterFormatError, match="do not determine it"):
-        convert_adapter(saved(tmp_path, tensors), tmp_path / "c", "kohya", base=sd1_folder)
-
-
 def test_convolutions_in_pefts_shape(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, assert_same_layers: SameLayers
 ) -> None:
@@ -130,12 +115,3 @@ def test_convolutions_in_pefts_shape(
     report = convert_adapter(path, tmp_path / "d", "kohya", base=sd1_folder)
     assert_same_layers(read_adapter(report.path).layers, layers)
     assert f"{len(square)} magnitudes were of a shape that fits both axes" in report.notes[0]
-
-
-def test_a_square_input_axis_is_still_the_input_axis(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    layers = random_adapter(sd1_folder, axis="input", components=["unet"])
-    read = read_adapter(saved(tmp_path, kohya(tmp_path, layers)))
-    assert {layer.norm_axis for layer in read.layers.values()} == {"input"}
-    assert read.notes == ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +16,17 @@ from dora_diffusion.export import inspect_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
-    read_adapter,
     write_adapter,
 )
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS, VERDICTS
-from dora_diffusion.formats.layouts.layout import layout_named, some_layers
+from dora_diffusion.formats.layouts.layout import layout_named
 from dora_diffusion.formats.layouts.other import OTHER
-from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     BLOCK,
     TABLE_HOLDS,
 )
-from tests.formats.layouts.helpers import module_at
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -216,23 +212,6 @@ def test_wrong_uses(tmp_path: Path, axis: str, target: str, formula: Formula, le
     assert min(errors(tmp_path, axis, target, formula)) > least
 
 
-def test_a_scale_beside_the_norm_is_wrong_in_older_a1111(tmp_path: Path) -> None:
-    """The reason to write input-axis files with alpha = rank."""
-    weight = base_weights()[f"unet.{BLOCK}.attn1.to_q"].double()
-    layer = adapter("input").layers[f"unet.{BLOCK}.attn1.to_q"]
-    assert layer.magnitude is not None
-    file = {
-        "lora_up.weight": layer.up, "lora_down.weight": layer.down,
-        "alpha": torch.tensor(layer.alpha), "dora_scale": layer.magnitude[None],
-    }  # fmt: skip
-    wanted = meant(weight, layer)
-    size = (wanted - weight).norm()
-    assert (a1111(weight, file) - wanted).norm() < EXACT * size
-    assert (a1111_older(weight, file) - wanted).norm() > 0.1 * size
-    stored = files(tmp_path, "input", "kohya")[f"unet.{BLOCK}.attn1.to_q"]
-    assert stored["alpha"] == layer.rank
-
-
 def figures(folder: Path) -> dict[str, str]:
     """The measured figures of docs/measurements/programs.md, by the words before them."""
 
@@ -296,30 +275,6 @@ def test_kinds_of_files() -> None:
     assert judged("kohya", "mixed") == {}
     for others in (judged("peft", "input"), judged("vera", "output"), OTHER.judge({}, "", ())):
         assert all(verdict.startswith("convert") for verdict in others.values())
-
-
-def test_diffusers_and_a_kohya_file(tmp_path: Path, sd1_folder: Path) -> None:
-    """It takes a plain LoRA exactly, and drops the magnitudes of a DoRA with a warning."""
-    from diffusers import StableDiffusionPipeline
-
-    name = "down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k"
-    pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
-    weight = pipeline.unet.get_submodule(name).weight.detach().clone()
-    generator = torch.Generator().manual_seed(0)
-    down = torch.randn(4, weight.shape[1], generator=generator)
-    up = torch.randn(weight.shape[0], 4, generator=generator)
-    magnitude = 2 * norms(weight, "output").flatten()
-    for moved in (None, magnitude):
-        layers = {f"unet.{name}": LayerWeights(down, up, moved, 3.0)}
-        path = tmp_path / f"{moved is None}.safetensors"
-        write_adapter(path, AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-        pipeline.load_lora_weights(path.parent, weight_name=path.name)
-        pipeline.fuse_lora(components=["unet"])
-        pipeline.unload_lora_weights()
-        fused = pipeline.unet.get_submodule(name).weight.detach().clone()
-        # Both times the plain LoRA.
-        torch.testing.assert_close(fused, weight + 0.75 * up @ down, rtol=0, atol=1e-5)
-        pipeline.unet.get_submodule(name).weight.data.copy_(weight)
 
 
 TO_K = "unet.down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -417,38 +372,6 @@ def test_what_is_called_exact_is_exact_in_diffusers(
         model.get_submodule(path).weight.data.copy_(weight)
     error = (fused - wanted).norm() / (wanted - weight).norm()
     assert (error < EXACT).item() == is_exact
-
-
-@TABLE_HOLDS
-def test_processors_without_a_component_in_diffusers(
-    tmp_path: Path, diffusers_pipeline: Any
-) -> None:
-    """Diffusers' own files of early 2023: its loader leaves them out, and reads them if told so."""
-    unet = diffusers_pipeline.unet
-    path = TO_K.removeprefix("unet.")
-    parameter = unet.get_submodule(path).weight
-    weight = parameter.detach().clone()
-    generator = torch.Generator().manual_seed(0)
-    down = 0.1 * torch.randn(4, weight.shape[1], generator=generator)
-    up = 0.1 * torch.randn(weight.shape[0], 4, generator=generator)
-    key = path.replace(".to_k", ".processor.to_k")
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    save_file({f"{key}_lora.down.weight": down, f"{key}_lora.up.weight": up}, file)
-    report = inspect_adapter(file)
-    assert report.key_format == "attn_procs"
-    verdict = report.tools["diffusers"]
-    assert verdict.startswith("exact if told so: with pipeline.unet.load_lora_adapter(FILE, prefix")
-    diffusers_pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    assert not any("lora" in name for name, _ in unet.named_parameters())
-    with pytest.raises(ValueError, match="does not seem to be in the correct format"):
-        unet.load_attn_procs(tmp_path)
-    unet.load_lora_adapter(file, prefix=None)
-    unet.fuse_lora()
-    fused = parameter.detach().double()
-    unet.unload_lora()
-    parameter.data.copy_(weight)
-    wanted = meant(weight.double(), LayerWeights(down, up, None, 4.0))
-    assert (fused - wanted).norm() < EXACT * (wanted - weight).norm()
 
 
 BLOCKS = "unet.down_blocks.2.attentions.0.transformer_blocks.0"
@@ -565,107 +488,6 @@ def test_layers_outside_of_the_blocks(
 
 def has(name: str, *words: str) -> bool:
     return any(word in name for word in words)
-
-
-# What other trainers write: which layers a file has, which of them have another alpha (by default
-# none), and what `inspect` says of diffusers.
-KOHYA_LORAS: dict[str, tuple[Callable[[str], bool], Callable[[str], bool], str]] = {
-    "one alpha": (lambda n: "text_projection" not in n, lambda n: False, "exact"),
-    "attention": (lambda n: "text_projection" not in n, lambda n: has(n, "attn2.to_k"), "wrong"),
-    "convolutions": (lambda n: "unet" in n, lambda n: has(n, "conv", "ff."), "exact"),
-    "text encoder": (
-        lambda n: not has(n, "unet", "projection"), lambda n: "fc1" in n and "er." in n, "wrong",
-    ),
-    "by component": (
-        lambda n: "text_projection" not in n, lambda n: n.startswith("text_encoder_2."), "exact",
-    ),
-    "no out_proj": (lambda n: has(n, "mlp", "q_proj", "to_q"), lambda n: False, "wrong"),
-    "no out_proj and no mlp": (lambda n: has(n, "q_proj", "to_q"), lambda n: False, "convert"),
-    "text_projection": (lambda n: "encoder_2" in n, lambda n: False, "exact"),
-    "text_projection of its own rank": (
-        lambda n: "encoder_2" in n, lambda n: "text_projection" in n, "convert",
-    ),
-    "text_projection alone": (lambda n: "text_projection" in n, lambda n: False, "convert"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sdxl_pipeline(sdxl_folder: Path) -> Any:
-    from diffusers import StableDiffusionXLPipeline
-
-    return StableDiffusionXLPipeline.from_pretrained(sdxl_folder, local_files_only=True)
-
-
-@TABLE_HOLDS
-@pytest.mark.parametrize("case", KOHYA_LORAS)
-def test_kohya_loras_of_others_in_diffusers(
-    tmp_path: Path, sdxl_folder: Path, sdxl_pipeline: Any, random_adapter: Any, case: str
-) -> None:
-    """Layers that get another one's alpha, or none, are named; a refused file is told of."""
-    has_layer, is_other, short = KOHYA_LORAS[case]
-    layers = random_adapter(sdxl_folder, axis=None, every=5, components=["unet"])
-    layers |= random_adapter(sdxl_folder, axis=None, components=["text_encoder", "text_encoder_2"])
-    layers = {name: layer for name, layer in layers.items() if has_layer(name)}
-    other_rank = {n: dataclasses.replace(w, down=w.down[:3], up=w.up[:, :3], alpha=2.25)
-                  for n, w in layers.items() if is_other(n) and "text_projection" in n}  # fmt: skip
-    layers |= other_rank
-    file = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata("sdxl")),
-                         "kohya")  # fmt: skip
-    tensors, names = load_file(file), name_resolver(layers)
-    for key in [key for key in tensors if key.endswith(".alpha")]:
-        name = names(key.removesuffix(".alpha"))
-        assert name is not None
-        if is_other(name) and name not in other_rank:
-            tensors[key] = 2 * tensors[key]
-    save_file(tensors, file, {"ss_base_model_version": "sdxl_base_v1-0"})
-    read, verdict = read_adapter(file).layers, inspect_adapter(file).tools["diffusers"]
-    assert verdict.partition(":")[0] == short
-    if short != "exact":
-        assert verdict.endswith(("convert it to kohya or diffusers", "convert it to diffusers"))
-    parameters = {name: module_at(sdxl_pipeline, name).weight for name in read}
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        sdxl_pipeline.load_lora_weights(tmp_path, weight_name=file.name)
-        sdxl_pipeline.fuse_lora(components=sorted({name.split(".")[0] for name in read}))
-    except (ValueError, RuntimeError, IndexError):
-        assert short == "convert"
-        return
-    finally:
-        wrong = []
-        for name, parameter in parameters.items():
-            wanted = meant(before[name].double(), read[name])
-            error = (parameter.detach().double() - wanted).norm() / (wanted - before[name]).norm()
-            wrong += [name] if error > EXACT else []
-        sdxl_pipeline.unload_lora_weights()
-        for name, parameter in parameters.items():
-            parameter.data.copy_(before[name])
-    assert short == ("wrong" if wrong else "exact")
-    assert not wrong or f" {some_layers(wrong)} " in verdict
-
-
-@pytest.mark.parametrize(
-    ("change", "kind"),
-    [
-        ({}, "exact"),
-        ({".dora_scale": ".lora_magnitude_vector"}, "convert"),
-        ({".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight"}, "convert"),
-        ({"lora_unet_": "lora_unet."}, "convert"),
-        ({"to_k.": "to_kv."}, "convert"),
-    ],
-)
-def test_kohya_files_in_other_key_formats(
-    tmp_path: Path, change: dict[str, str], kind: str
-) -> None:
-    """Only the key format that LyCORIS writes is called exact there."""
-    tensors = {
-        f"{FLAT}.lora_down.weight": torch.ones(2, 6), f"{FLAT}.lora_up.weight": torch.ones(8, 2),
-        f"{FLAT}.alpha": torch.tensor(1.0), f"{FLAT}.dora_scale": torch.ones(8, 1),
-    }  # fmt: skip
-    for old, new in change.items():
-        tensors = {key.replace(old, new): tensor for key, tensor in tensors.items()}
-    save_file(tensors, tmp_path / "a.safetensors")
-    report = inspect_adapter(tmp_path / "a.safetensors")
-    assert report.tools["LyCORIS"].partition(":")[0] == kind
 
 
 def test_strength_stacking_and_hotswap_in_diffusers(

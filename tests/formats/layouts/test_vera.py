@@ -21,7 +21,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.layouts.vera import VeraLayer, write_vera
 from dora_diffusion.numerics.projections import Projections
-from tests.formats.adapter.helpers import BLOCK, MODEL
+from tests.formats.adapter.helpers import BLOCK
 from tests.formats.golden.formula import magnitude, numbers
 
 SHAPES = {
@@ -102,14 +102,6 @@ def test_it_holds_vectors_and_facts_alone(file):
     assert json.loads(metadata[OWN + "projections"])["unet"]["inputs"] == {"1x1": 8, "3x3": 4}
 
 
-def test_what_is_made_from_it_says_nothing_of_its_projections(file, tmp_path):
-    ordinary = write_adapter(tmp_path / "a.safetensors", read_adapter(file))
-    _, metadata = parts(ordinary)
-    assert OWN + "projections" not in metadata
-    assert OWN + "shapes" not in metadata
-    assert metadata[OWN + "trigger"] == "sks mug"
-
-
 def test_a_folder_with_the_ordinary_file_too_means_that(file, tmp_path):
     adapter = dataclasses.replace(read_adapter(file), metadata=AdapterMetadata(family="sd1"))
     assert read_adapter(tmp_path).notes
@@ -150,13 +142,6 @@ def test_damage_is_refused(file):
         save_file(tensors, file, metadata)
         with pytest.raises(AdapterFormatError, match=r"^vera.safetensors: "):
             read_adapter(file)
-
-
-def test_it_is_checked_against_the_base(file):
-    with pytest.raises(AdapterFormatError, match="has no module for"):
-        read_adapter(file, MODEL)
-    with pytest.raises(AdapterFormatError, match="a VeRA has none"):
-        read_adapter(file, alpha=2.0)
 
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "vera" / "vera.safetensors"
