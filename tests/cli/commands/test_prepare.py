@@ -129,11 +129,6 @@ def test_captions_of_all_photos_are_changed(flags, expected, where, folder, caps
         assert [(folder / f"0{n}.txt").read_text("utf-8") for n in (1, 2)] == own
 
 
-def test_a_replacement_without_a_text_to_find_is_said(folder, capsys):
-    assert prepare("mug", "--replace", "cup") == 0
-    assert "warning: replace has no effect because no --find is given" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
@@ -164,20 +159,3 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(
     assert said.startswith("error: ")
     assert line in said
     assert sorted(folder.parent.rglob("*")) == before
-
-
-def test_flags_without_effect_are_said(folder, capsys):
-    flags = [
-        "--only_copies",
-        "--seed",
-        "3",
-        "--mask_label",
-        "mug",
-        "--caption_prompt",
-        "What is it?",
-    ]
-    assert prepare("mug", *flags) == 0
-    err = capsys.readouterr().err
-    needs = {"seed": "background", "only_copies": "background", "mask_label": "masks"}
-    for name, needed in (needs | {"caption_prompt": "caption_model"}).items():
-        assert f"warning: {name} has no effect because no --{needed} is given" in err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -13,30 +12,23 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.cli.commands.parser import Parser
-from dora_diffusion.cli.commands.train import add_settings, train_config
+from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import PRESETS, TrainConfig, read_config_file
 from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.studio.app.settings import preset_values
 from dora_diffusion.system import HANGUP
-from tests.refusal import refused
 
 ROOT = Path(__file__).parents[3]
 
 
 def parsed(*flags):
     return train_config(cli.build_parser().parse_args(["train", *flags]))
-
-
-def test_no_flags_are_the_defaults():
-    assert parsed() == TrainConfig()
 
 
 def test_flags_take_the_types_of_their_settings():
@@ -110,11 +102,6 @@ def test_a_wrong_file_is_one_line(tmp_path, last_line, text, message):
     assert message.format(file=file) in line
 
 
-def test_a_missing_file_is_one_line(last_line):
-    assert cli.main(["train", "--config", "nowhere.yaml"]) == 1
-    assert "cannot read the config file nowhere.yaml" in last_line()
-
-
 def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, capsys):
     output = tmp_path / "run"
     assert cli.main(["train", *train_flags(output)]) == 0
@@ -129,20 +116,6 @@ def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, caps
     assert Path(f"{output}.safetensors").is_file()
     saved = read_config_file(output / "config.yaml")
     assert TrainConfig.from_dict(saved).learning_rate == 1e-2
-
-
-def test_the_script_trains_the_same(trained, train_flags, tmp_path):
-    flags = train_flags(tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_dreambooth_dora.py"), *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = read_adapter(trained).layers, read_adapter(tmp_path / "run").layers
-    assert all(torch.equal(layer.up, second[name].up) for name, layer in first.items())
 
 
 @pytest.mark.parametrize(
@@ -172,13 +145,6 @@ def test_what_is_wrong_is_one_line(changes, message, train_flags, photos, tmp_pa
     assert message in line
     assert "Traceback" not in captured.err
     assert not list(tmp_path.rglob("*lora_weights*"))
-
-
-def test_an_earlier_result_is_not_overwritten(trained, train_flags, last_line):
-    before = (trained / "pytorch_lora_weights.safetensors").read_bytes()
-    assert cli.main(["train", *train_flags(trained)]) == 1
-    assert "--overwrite_output_dir" in last_line()
-    assert (trained / "pytorch_lora_weights.safetensors").read_bytes() == before
 
 
 @pytest.mark.skipif(HANGUP is None, reason="signals between processes are POSIX's")
@@ -218,13 +184,6 @@ def quick_flags(photos, output, *more):
     ]  # fmt: skip
 
 
-def test_the_model_and_the_device_are_one_line(train_flags, tmp_path, sd1_folder, capsys):
-    assert cli.main(["train", *train_flags(tmp_path / "out")]) == 0
-    captured = capsys.readouterr()
-    assert captured.out.splitlines()[0] == f"training {sd1_folder} on cpu in float32"
-    assert "NO BASE MODEL" not in captured.err
-
-
 def test_the_toy_model_is_not_taken_silently(photos, tmp_path, capsys):
     assert cli.main(quick_flags(photos, tmp_path / "out")) == 0
     captured = capsys.readouterr()
@@ -240,20 +199,6 @@ def test_the_toy_model_that_is_named_says_what_it_does_not_know(photos, tmp_path
         err = capsys.readouterr().err
         assert ("warning: embedded:tiny-sd is a toy model of a drawn world" in err) == expected
         assert ("but no dog. Trained on real photos" in err) == expected
-
-
-def test_a_model_that_the_file_names_is_named(photos, tmp_path, capsys):
-    file = tmp_path / "run.yaml"
-    file.write_text("pretrained_model_name_or_path: embedded:tiny-sd\n", encoding="utf-8")
-    assert cli.main(quick_flags(photos, tmp_path / "out", "--config", str(file))) == 0
-    assert "NO BASE MODEL" not in capsys.readouterr().err
-
-
-def test_a_run_without_a_token_names_no_empty_trigger_word(train_flags, tmp_path, capsys):
-    assert cli.main(["train", *train_flags(tmp_path / "out", token="")]) == 0
-    last = capsys.readouterr().out.splitlines()[-4]
-    assert last.startswith("it has no trigger word: write prompts like its captions")
-    assert last.endswith("such as 'a photo of a sks mug'")
 
 
 def test_a_flag_without_effect_is_said_at_its_default_too(train_flags, tmp_path, capsys):
@@ -332,31 +277,6 @@ def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, 
     assert "1 photo without a caption (03.jpg); write a .txt file" in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_what_is_drawn_of_captions(tmp_path, samples_root, capsys, recwarn):
-    """Prefix, suffix, lines and alternatives; and no warning of lines that are there."""
-    photos = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
-    (photos / "01.txt").write_text("a sks mug\na {red|blue} sks mug", encoding="utf-8")
-    (photos / "02.txt").write_text("a sks mug {1|2|3|4|5|6|7}", encoding="utf-8")
-    words = ["--instance_data_dir", str(photos), "--instance_prompt", "a sks mug", "--wildcards"]
-    words += ["--caption_per_line", "--caption_prefix", "best,", "--caption_suffix", ", photo"]
-    words += ["--resolution", "64", "--caption_dropout", "0.25", "--validation_split", "1"]
-    assert cli.main(["train", *words, "--dry_run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    facts = "4 images, at 64 px, captions dropped: 0.25, 1 image held out"
-    assert lines[0] == f"sks mug: {facts}, in {photos}"
-    first = lines.index("    01.jpg: best, a sks mug, photo")
-    assert lines[first + 1 : first + 4] == [
-        "        or best, a red sks mug, photo", "        or best, a blue sks mug, photo",
-        "    02.jpg: best, a sks mug 1, photo",
-    ]  # fmt: skip
-    assert lines[first + 7 : first + 9] == [
-        "        or best, a sks mug 5, photo", "        or 2 more",
-    ]  # fmt: skip
-    assert lines[-1] == "an epoch: 4 images"
-    # Others may be of what earlier tests have left, which is collected at any time.
-    assert [str(w.message) for w in recwarn if w.category is UserWarning] == []
-
-
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
@@ -387,14 +307,6 @@ def test_a_dry_run_shows_what_sd_scripts_options_do(options, facts, tmp_path, ca
     assert first == f"sks mug: 2 images{facts}, in {tmp_path}"
 
 
-def test_a_preset_is_where_settings_start(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("caption_dropout: 0.2\n", encoding="utf-8")
-    config = parsed("--preset", "style", "--config", str(file), "--no-aspect_ratio_buckets")
-    assert (config.token, config.caption_dropout) == ("", 0.2)
-    assert not config.aspect_ratio_buckets
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tmp_path):
     file = tmp_path / "run.yaml"
@@ -414,38 +326,6 @@ def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tm
     }  # fmt: skip
     base[1] = str(sd1_folder)
     assert parsed("--preset", name, *base).max_train_steps == steps[name]
-
-
-def test_a_preset_says_that_it_is_for_other_numbers_of_photos(tmp_path, recwarn):
-    advice = {name: [bool(preset.photos_advice(n)) for n in (0, 1, 2, 5, 30)]
-              for name, preset in PRESETS.items()}  # fmt: skip
-    of_several = {"one-photo": [False, False, True, True, True], "slider": [False] * 5}
-    assert advice == {
-        name: of_several.get(name, [False, True, False, False, False]) for name in PRESETS
-    }
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    words = ["--preset", "one-photo", "--instance_data_dir", str(folder), "--token", "sks"]
-    words += ["--class_word", "mug", "--pretrained_model_name_or_path", "embedded:tiny-sd"]
-    (folder / "._0.png").touch()  # As macOS writes beside a photo.
-    for number in range(3):
-        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("a sks mug", encoding="utf-8")
-        parsed(*words)
-    lines = [str(w.message) for w in recwarn if str(folder) in str(w.message)]
-    assert [line.partition(": ")[2].partition(" and")[0] for line in lines] == [
-        f"{count} photos: this preset is for a single one" for count in (2, 3)
-    ]
-
-
-def test_a_preset_says_what_it_was_measured_on():
-    add_settings(parser := Parser())
-    help_of_preset = next(a.help for a in parser._actions if "--preset" in a.option_strings)
-    for name, preset in PRESETS.items():
-        assert re.search("[Mm]easured", preset.measured), name
-        assert f"{name}: {preset.about} {preset.measured}" in help_of_preset
-    tokens = re.findall("It sets --token '(.*?)'", help_of_preset)
-    assert tokens == ["<sks>", ""]
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -476,29 +356,6 @@ def test_a_memory_chooses_what_fits_it_and_nothing_that_is_given(where, tmp_path
     # A class image is another one of the batch, and what is given is kept.
     assert values(16, "--preset", "pet") == (True, "adamw", "none", None)
     assert values(6, "--quantize", "nf4", "--optimizer", "adamw") == (True, "adamw", "nf4", None)
-
-
-@pytest.mark.parametrize("memory", ["0", "-1", "nan", "much", "1e9"])
-def test_a_memory_that_is_none_is_refused(memory):
-    with refused("memory", f"'{memory}'; give GiB"):
-        parsed("--pretrained_model_name_or_path", SDXL, f"--memory={memory}")
-
-
-def test_a_memory_does_nothing_to_a_toy_model():
-    with pytest.warns(UserWarning, match="memory has no effect because embedded:tiny-sd fits"):
-        config = parsed("--memory", "4", "--pretrained_model_name_or_path", "embedded:tiny-sd")
-    assert config.quantize == "none"
-
-
-def test_a_preset_of_a_model_elsewhere_says_what_it_takes_it_for(tmp_path):
-    line = ["--preset", "fast", "--pretrained_model_name_or_path", "someone/model"]
-    with pytest.warns(UserWarning, match=r"someone/model is not on this machine; .* 400 steps"):
-        assert parsed(*line).max_train_steps == 400
-    assert parsed(*line, "--max_train_steps", "7").max_train_steps == 7
-    file = tmp_path / "run.yaml"
-    file.write_text("preset: fats\n", encoding="utf-8")
-    with refused("preset", "mean fast"):
-        parsed("--config", str(file))
 
 
 def test_a_pack_trains_each_subject_and_says_which_failed(sd1_folder, tmp_path, capsys):
