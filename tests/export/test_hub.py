@@ -188,13 +188,6 @@ def test_a_run_is_published_privately_without_photos_and_places(
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_public_has_to_be_asked_for(hub: FakeHub, run_folder: Path, push: Push) -> None:
-    hub.is_private = False
-    assert push(run_folder, "--public").code == 0
-    assert hub.created.get("private") is not True
-    assert hub.created.get("visibility") != "private"
-
-
 def test_a_repository_that_others_see_is_not_written_to_by_accident(
     hub: FakeHub, run_folder: Path, push: Push
 ) -> None:
@@ -232,13 +225,6 @@ def test_a_refusal_is_one_line_with_what_to_do(hub: FakeHub, run_folder: Path, p
     assert refused.stderr.strip().splitlines()[-1].startswith("error: the hub refused ann/mug")
     assert "HF_TOKEN" in refused.stderr
     assert TOKEN not in refused.stderr
-
-
-def test_a_hub_that_is_not_there_is_said_in_one_line(run_folder: Path, push: Push) -> None:
-    gone = push(run_folder, address="http://127.0.0.1:9")
-    assert gone.code == 1
-    assert "Traceback" not in gone.stderr
-    assert "could not be reached" in gone.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["mug", "a/b/c", "", "../x", "ann/mug\n", "ann /mug", "/mug"])
