@@ -112,13 +112,6 @@ def test_a_dora_starts_from_a_lora_with_the_norms_of_its_weights(net, x, axis):
         )
 
 
-def test_layers_that_the_other_lacks_start_afresh(net, x):
-    start = {path: layer for path, layer in other(net).items() if path in ("square", "point")}
-    model, fresh = started(net, start, **FRESH), started(net, {}, **FRESH)
-    assert torch.equal(output(model, x), output(attached(net, start), x))
-    assert torch.equal(model.wide.adapters["default"].down, fresh.wide.adapters["default"].down)
-
-
 @pytest.mark.parametrize(
     ("method", "config", "message"),
     [
@@ -148,9 +141,3 @@ def test_layers_that_targets_leave_out_are_named_with_a_pattern_for_them(net):
         inject_adapters(model, config, start=start)
     wider = dataclasses.replace(config, targets=("*square", "*wide", "*.conv", "*.down", "*.point"))
     assert len(inject_adapters(model, wider, start=start).layers) == 10
-
-
-def test_weights_of_another_shape_are_refused(net):
-    start = {"square": other(net)["wide"]}
-    with pytest.raises(ValueError, match=r"square has shape \(10, 10\), the adapter's is \(17, 10"):
-        started(net, start)
