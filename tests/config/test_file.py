@@ -42,13 +42,6 @@ def test_what_a_resumed_run_records_is_no_setting(tmp_path: Path) -> None:
     assert read_config_file(file) == {"rank": 4}
 
 
-def test_a_dataset_file_is_no_file_of_settings(tmp_path: Path) -> None:
-    file = tmp_path / "ds.toml"
-    file.write_text("[[datasets]]\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="this is TOML; a dataset file is given as --dataset_con"):
-        read_config_file(file)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -73,9 +66,3 @@ def test_a_file_that_is_wrong_is_named_with_its_line(
     assert str(file) in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="is not UTF-8 text; save it as UTF-8"):
-        read_config_file(tmp_path / "run.yaml")

@@ -53,23 +53,12 @@ def test_what_yaml_makes_of_another_type_is_refused() -> None:
                 assert str(error.value) == line
 
 
-def test_values_are_read_as_diffusers_scripts_and_yaml_write_them() -> None:
-    config = TrainConfig.from_dict({"optimizer": "AdamW", "mixed_precision": False, "rank": "4"})
-    assert (config.optimizer, config.mixed_precision, config.rank) == ("adamw", "no", 4)
-
-
 def test_every_setting_says_what_it_is() -> None:
     for setting in settings():
         assert setting.help.endswith("."), setting.name
         assert setting.group, setting.name
         # A default of None means something, which is said.
         assert setting.default is not None or setting.default_text, setting.name
-
-
-def test_the_warm_up_takes_effect_with_the_constant_schedule() -> None:
-    assert TrainConfig().lr_schedule == "constant"
-    assert TrainConfig(lr_warmup_steps=3).lr_schedule == "constant_with_warmup"
-    assert TrainConfig(lr_warmup_steps=3, lr_scheduler="cosine").lr_schedule == "cosine"
 
 
 def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:
