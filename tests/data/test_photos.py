@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
@@ -113,16 +112,6 @@ def test_a_photo_is_its_content_upright_with_its_caption(tmp_path: Path, write_i
     assert read_photo(again, PROMPT) == Photo(again, digest, (60, 40), PROMPT)
 
 
-def test_jpeg_photos_open_and_have_distinct_digests(samples_root: Path) -> None:
-    paths = list_photos(samples_root / "bolt_mug")
-    photos = read_photos(paths, PROMPT)
-    assert len({photo.digest for photo in photos}) == len(paths) == 5
-    for path, photo in zip(paths, photos, strict=True):
-        with Image.open(path) as reference:
-            assert photo.size == (reference.height, reference.width)
-            np.testing.assert_array_equal(np.asarray(open_photo(path)), np.asarray(reference))
-
-
 def test_unreadable_photos_are_named_and_skipped_only_if_asked(
     tmp_path: Path, write_images
 ) -> None:
@@ -162,15 +151,6 @@ def test_bad_masks_are_named_and_never_skipped(tmp_path: Path, write_images, ski
     assert len(read_photos(photos[:3], PROMPT)) == 3
 
 
-def test_listing_takes_photos_only(tmp_path: Path) -> None:
-    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "c.mask.png", ".e.gif"):
-        (tmp_path / name).touch()
-    (tmp_path / "sub.jpg").mkdir()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert [path.name for path in list_photos(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
-
-
 def test_images_that_are_left_out_are_named(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.bmp", "c.TIF", "d.gif", "notes.txt"):
         (tmp_path / name).touch()
@@ -204,13 +184,6 @@ def test_a_weight_beside_a_photo_is_one_number_above_zero(tmp_path: Path, write_
         path.with_suffix(".weight").write_text(bad, encoding="utf-8")
         with pytest.raises(PhotoError, match=r"00\.weight: the weight must be one number"):
             read_photo(path, PROMPT)
-
-
-def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "dog").mkdir()
-    (tmp_path / "dog" / "a.jpg").touch()
-    assert list_photos("~/dog") == [tmp_path / "dog" / "a.jpg"]
 
 
 def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
@@ -253,10 +226,3 @@ def test_digests_alone_are_kept_and_found_from_anywhere_in_the_run(tmp_path: Pat
     inside = tmp_path / "checkpoint-1" / "adapter.safetensors"
     for path in (tmp_path, tmp_path / "adapter.safetensors", inside.parent, inside):
         assert read_photo_record(path) == {"a", "b"}
-
-
-@pytest.mark.parametrize("text", [None, "no json", "[]", "{}"])
-def test_without_a_readable_record_nothing_is_known(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "photos.json").write_text(text, encoding="utf-8")
-    assert read_photo_record(tmp_path) is None
