@@ -103,23 +103,6 @@ def test_loading_one_more_looks_at_none_of_those_that_are_there(sdxl_folder, fil
     assert calls[7] == pytest.approx(calls[2], rel=0.01)
 
 
-def test_what_is_asked_for_again_is_not_read_again(sdxl_folder, files, monkeypatch):
-    pool, read = AdapterPool(load_components(sdxl_folder)), []
-    from dora_diffusion.sampling import pool as module
-
-    attach = module.attach_file
-    monkeypatch.setattr(module, "attach_file", lambda *a, **k: read.append(a[1]) or attach(*a, **k))
-    first = pool.names([files[0], files[1], files[0], None])
-    assert first[0] == first[2] != first[1]
-    assert pool.names([files[1], files[0]]) == [first[1], first[0]]
-    assert read == [files[0], files[1]]
-    # Another strength is another adapter; so is a file that was written since.
-    assert pool.names([(files[0], 0.5)]) != [first[0]]
-    write_adapter(files[1], AdapterFile(load_layers(files[1]), AdapterMetadata("sdxl")))
-    assert pool.names([files[1]]) != [first[1]]
-    assert len(read) == 4
-
-
 def test_the_longest_unused_leave_when_the_budget_is_exceeded(sdxl_folder, files):
     sizes = [size_of(file) for file in files]
     components = load_components(sdxl_folder)
@@ -192,16 +175,6 @@ def test_a_token_and_a_noise_schedule_are_each_adapter_s_own(sd1_folder, custome
     told = BaseModel(sd1_folder, prediction_type="epsilon", zero_terminal_snr=False)
     asked = AdapterPool(dataclasses.replace(pool.components, asked=told), clip_skip=0)
     assert reading_of(asked.components_for(customers[1])) == reading_of(pool.components)
-
-
-def test_places_of_tokens_that_left_are_taken_again(sd1_folder, customers):
-    components = load_components(sd1_folder)
-    pool = AdapterPool(components, budget=0)
-    for file in customers * 2:
-        with pytest.raises(ValueError, match="larger budget"):
-            pool.names([file])
-    table = components.text_encoders[0].get_input_embeddings()
-    assert (len(table.rows), len(table.free), table.own) == (2, 2, {})
 
 
 def test_norms_are_computed_when_an_adapter_is_first_used(sd1_folder, customers, monkeypatch):
