@@ -12,7 +12,6 @@ from dora_diffusion.cluster.serving.catalogue import MOST_MISSING, RESCAN, Catal
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from tests.cluster.serving.helpers import serving_log
-from tests.refusal import refused
 
 
 @pytest.fixture
@@ -81,18 +80,6 @@ def test_a_file_that_was_written_since_is_read_again(folder):
         catalogue.metadata(catalogue.find("dog"))
 
 
-def test_a_file_beside_a_folder_of_its_name_has_its_suffix(folder):
-    """As `convert my-mug my-mug.safetensors` writes one; each can be asked for."""
-    catalogue = Catalogue([folder])
-    shutil.copy(folder / "dog.safetensors", folder / "cat run.safetensors")
-    assert catalogue.scan() == Catalogue([folder]).scan() == {
-        "cat run": folder / "cat run", "cat run.safetensors": folder / "cat run.safetensors",
-        "dog": folder / "dog.safetensors",
-    }  # fmt: skip
-    assert catalogue.metadata(catalogue.find("cat run.safetensors")).trigger == "sks dog"
-    assert catalogue.metadata(catalogue.find("cat run")).trigger == "sks cat"
-
-
 def test_the_first_of_two_of_one_name_is_served_and_the_other_is_named(folder, caplog):
     other, dog = folder / "other", folder / "dog.safetensors"
     other.mkdir()
@@ -113,11 +100,6 @@ def test_the_first_of_two_of_one_name_is_served_and_the_other_is_named(folder, c
     ]
 
 
-def test_a_folder_that_is_not_there_is_refused(folder):
-    with refused("adapters", "nowhere does not exist"):
-        Catalogue([folder / "nowhere"])
-
-
 @pytest.mark.parametrize("locked", ["cat run", "photos", "dog.safetensors"])
 def test_what_cannot_be_read_is_named_and_hides_nothing(folder, locked, monkeypatch):
     """As root everything can be read: the system's answer is put in its place."""
@@ -132,11 +114,3 @@ def test_what_cannot_be_read_is_named_and_hides_nothing(folder, locked, monkeypa
     assert catalogue.metadata(catalogue.find(other)).trigger == f"sks {other[:3]}"
     with pytest.raises(PermissionError, match=f"Permission denied: .*{locked}"):
         Catalogue([folder / locked])
-
-
-def test_a_folder_that_goes_away_takes_only_its_own_along(folder, tmp_path):
-    catalogue = Catalogue([folder, tmp_path / "secret.safetensors"])
-    shutil.rmtree(folder)
-    catalogue.scan()
-    assert catalogue.find("secret") == tmp_path / "secret.safetensors"
-    assert catalogue.find("dog") is None

@@ -188,13 +188,6 @@ def test_each_field_of_a_request_acts_or_is_named(files, sd1_folder, common):
     assert idle == expected | (set() if common["adapter"] else {"strength"})
 
 
-def test_a_model_with_guidance_as_an_input_has_no_negative_prompt():
-    request = ApiRequest(prompt="a", negative_prompt="b", guidance_scale=8)
-    assert request.without_effect(7.5, guidance_is_input=False) == []
-    (note,) = request.without_effect(7.5, guidance_is_input=True)
-    assert note.startswith("negative_prompt has no effect because this model was distilled")
-
-
 @pytest.mark.parametrize("trouble", ["deleted", "cut", "replaced", "locked"])
 def test_a_file_that_goes_while_its_batch_is_sampled_matters_to_nobody(
     trouble, files, sd1_folder, tmp_path, monkeypatch
@@ -228,22 +221,6 @@ def test_a_file_that_goes_while_its_batch_is_sampled_matters_to_nobody(
     assert not opened
     assert [answer.png for answer in answers] == [answer.png for answer in expected]
     assert answers[1].notes == ("the prompt lacks the adapter's trigger word, 'sks cat'",)
-
-
-def test_an_answer_that_cannot_be_made_is_one_request_s(files, sd1_folder, monkeypatch):
-    engine, answer = Engine(AdapterPool(load_components(sd1_folder)), "base"), Engine._answer
-
-    def failing(self, asked, row, image):
-        if asked.request.adapter == "cat":
-            raise OSError(5, "Input/output error", str(asked.file))
-        return answer(self, asked, row, image)
-
-    monkeypatch.setattr(Engine, "_answer", failing)
-    first, failed, last = engine.answer(
-        [ask(files, "dog", 1), ask(files, "cat", 2), ask(files, None, 3)]
-    ).answers
-    assert (failed.status, failed.line) == (422, "cat.safetensors: Input/output error")
-    assert image(first).shape == image(last).shape == (64, 64, 3)
 
 
 def test_a_pinned_adapter_that_was_dropped_is_not_another_file_s(files, sd1_folder, tmp_path):
