@@ -389,6 +389,11 @@ def test_on_a_gpu_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         require_compiler("cuda")
 
 
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="Sequential has no block that is compiled, such as Basic"):
+        compile_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
 def test_what_is_compiled_is_kept_where_nobody_else_writes(monkeypatch, tmp_path) -> None:
     """Torch's own folder has a name that another user can make first, and loads code from it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

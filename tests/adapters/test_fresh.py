@@ -141,3 +141,9 @@ def test_layers_that_targets_leave_out_are_named_with_a_pattern_for_them(net):
         inject_adapters(model, config, start=start)
     wider = dataclasses.replace(config, targets=("*square", "*wide", "*.conv", "*.down", "*.point"))
     assert len(inject_adapters(model, wider, start=start).layers) == 10
+
+
+def test_weights_of_another_shape_are_refused(net):
+    start = {"square": other(net)["wide"]}
+    with pytest.raises(ValueError, match=r"square has shape \(10, 10\), the adapter's is \(17, 10"):
+        started(net, start)

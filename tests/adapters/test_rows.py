@@ -20,7 +20,7 @@ from dora_diffusion import (
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
 from dora_diffusion.adapters.norm_routes import NormRoute, _each_by_itself
-from dora_diffusion.adapters.scope import NormCache, row_scope
+from dora_diffusion.adapters.scope import FixedNorms, NormCache, row_scope
 from dora_diffusion.numerics.weights import Strengths
 
 ROWS = ["a", "b", None, "a", "c", "d"]
@@ -199,6 +199,26 @@ def test_a_channel_of_small_gain_has_its_gradient():
     torch.testing.assert_close(found, expected)
     assert all(bool((gradient[:2] != 0).all()) for gradient in theirs)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_adapters_whose_norms_stay_compute_the_same_in_every_kind_of_layer(axis):
+    model, cache = adapted(axes=(axis,) * 4), FixedNorms()
+    ids, images = inputs(6)
+    with torch.no_grad():
+        expected = one_by_one(model, ROWS, ids, images)
+        for _ in range(2):
+            with row_scope(model, rows=ROWS, cache=cache):
+                torch.testing.assert_close(model(ids, images), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["a", None])
+def test_rows_that_are_all_alike_have_no_other_adapter(name):
+    model = adapted(kinds=("time", "conv", "*", "words"))
+    ids, images = inputs(3)
+    with row_scope(model, rows=[name] * 3):
+        found = model(ids, images)
+    torch.testing.assert_close(found, one_by_one(model, [name] * 3, ids, images))
 
 
 def test_rows_in_an_open_scope_use_its_norms_and_leave_it_open(monkeypatch):

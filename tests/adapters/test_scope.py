@@ -280,6 +280,14 @@ def test_what_changes_no_parameter_is_no_error(net, x, reentrant):
     assert not torch.equal(averages[0], parameters[0])
 
 
+def test_adapters_that_were_made_in_inference_mode_have_no_counters(net, x):
+    with torch.inference_mode():
+        inject_adapters(net, everything())
+        move(net)
+        with norm_scope(net):
+            torch.testing.assert_close(net(x), net(x))
+
+
 def test_a_lora_has_no_norm_and_may_train_inside_a_scope(net, x):
     """The same losses as without the scope."""
     inject_adapters(net, everything(use_dora=False))

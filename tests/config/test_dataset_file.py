@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dora_diffusion.config import TrainConfig, without_effect
+from dora_diffusion.config import TrainConfig, differences, settings, without_effect
 from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config.subject import ENTRY_SETTINGS
+from tests.every import every
 from tests.refusal import refused
 
 TWO: list[dict[str, Any]] = [
@@ -69,6 +71,61 @@ def test_an_entry_of_several_folders_is_one_for_each(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     with refused("dataset_config", said):
         read(tmp_path / "bad.yaml", text)
+
+
+def test_a_resumed_run_is_compared_entry_by_entry() -> None:
+    config = TrainConfig(dataset_config=TWO)
+    moved = [{**TWO[0], "instance_data_dir": "elsewhere"}, {**TWO[1], "repeats": 4}]
+    refused, allowed = differences(config.to_dict(), TrainConfig(dataset_config=moved))
+    assert (refused, allowed) == ({"repeats of entry 2": (1, 4)}, {})
+    refused, _ = differences(config.to_dict(), TrainConfig(dataset_config=TWO[:1]))
+    assert refused == {"dataset_config": ("2 entries", "1 entries")}
+    refused, _ = differences(config.to_dict(), TrainConfig(dataset_config=TWO, resolution=64))
+    assert refused == {}  # what was derived; and a change of all is said once
+    refused, _ = differences(config.to_dict(), TrainConfig(dataset_config=TWO, random_flip=True))
+    assert refused == {"random_flip": (False, True)}
+
+
+def two_values(name: str) -> tuple[Any, Any]:
+    """Two valid values of a setting, neither its default."""
+    setting = next(each for each in settings() if each.name == name)
+    texts = {"prior_preservation_mode": ("images", "image-free"), "inpainting_mask": INPAINTING}
+    if setting.kind is bool:
+        return (not setting.default,) * 2
+    if setting.kind is float:
+        return 0.25, 0.5
+    return texts.get(name, ("first", "second")) if setting.kind is str else (64, 128)
+
+
+INPAINTING = ("random", "subject")
+
+
+def test_an_entrys_setting_wins_and_the_runs_is_said() -> None:
+    """Of every setting that an entry may have, in the file of a run or on its command line."""
+    with every() as case:
+        for name in ENTRY_SETTINGS:
+            with case(name):
+                check_entry(name)
+
+
+def check_entry(name: str) -> None:
+    setting = next(each for each in settings() if each.name == name)
+    run, own = two_values(name)
+    own = setting.default if setting.kind is bool else own
+    config = TrainConfig(dataset_config=[{name: own}], num_validation_images=0, **{name: run})
+    assert getattr(config.subjects[0], name) == own
+    assert getattr(config, name) == run
+    why = without_effect(config)[name]
+    assert why.startswith(f"{name} has no effect because ")
+    assert why.endswith("each entry of dataset_config has its own")
+    # A flag at its default is given all the same.
+    at_default = TrainConfig(dataset_config=[{name: run}])
+    assert name in without_effect(at_default, {name})
+    # Where one entry lacks it, the run's is that one's.
+    mixed = TrainConfig(dataset_config=[{name: own}, {"weight": 2.0} | {}], **{name: run})
+    if name != "weight":
+        assert [getattr(subject, name) for subject in mixed.subjects] == [own, run]
+        assert "each entry" not in without_effect(mixed).get(name, "")
 
 
 def test_the_runs_resolution_is_that_of_samples_alone() -> None:

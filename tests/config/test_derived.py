@@ -23,6 +23,7 @@ from dora_diffusion.config.derived import (
 )
 from dora_diffusion.config.families import FAMILIES
 from tests.every import every
+from tests.refusal import refused
 
 FACTS: dict[str, Any] = {
     "prediction_type": "epsilon", "resolution": 64, "total_steps": 12, "steps_per_epoch": 4,
@@ -125,6 +126,11 @@ def test_min_snr_follows_from_what_the_model_predicts(
     # Written out in a run's file, it does not go to another model.
     assert overridden(config.to_dict(), {"rank"})["snr_gamma"] == gamma
     assert "snr_gamma" not in overridden(config.to_dict(), {"prediction_type"})
+
+
+def test_two_ways_to_weigh_timesteps_are_refused() -> None:
+    with refused("debiased_estimation_loss", "and debiased_estimation_loss both"):
+        TrainConfig(debiased_estimation_loss=True, snr_gamma=5.0)
 
 
 def test_a_derived_setting_follows_what_the_command_line_changes() -> None:

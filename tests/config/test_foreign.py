@@ -259,6 +259,22 @@ def test_what_a_setting_of_sd_scripts_turns_on_is_turned_on(
     assert taught == ((None, None) if unet_only else (True, 5e-5))
 
 
+def test_what_cannot_be_together_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "job.sh"
+    file.write_text(
+        "DIR=dog\naccelerate launch train_dreambooth_lora_sdxl.py \\\n --instance_data_dir=${DIR} "
+        "--push_to_hub --use_dora", "utf-8",
+    )  # fmt: skip
+    assert answers(file).splitlines() == [
+        "instance_data_dir: dog",
+        "push_to_hub: true",
+        "# use_dora: as by default here",
+        "# push_to_hub is on; Diffusers publishes for everyone; here the repository is private",
+        "# Change this before you train: push_to_hub needs --hub_model_id NAME/MODEL",
+        "# The page howto/from-diffusers-scripts has the other differences.",
+    ]
+
+
 OWN = {
     "a.yaml": "rank: 4\nmethod: lora  # as train_dreambooth_lora_sdxl.py --rank=4\n",
     "b.json": '{"rank": 4, "method": "lora"}',

@@ -446,6 +446,28 @@ def test_regularisation_images_are_class_images(
             read(written(tmp_path / "sd.json", *subsets, general=general))
 
 
+def test_what_sd_scripts_would_read_of_its_cache_is_said(images: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "sd.json", {"image_dir": str(images), "cache_info": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(file)
+    (images / "metadata_cache.json").write_text("{}", encoding="utf-8")
+    with pytest.warns(UserWarning, match="cache_info has no effect: images and captions are read"):
+        read(file)
+
+
+def test_a_byte_order_mark_that_sd_scripts_trains_is_named(images: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "sd.json", {"image_dir": str(images), "caption_extension": ".txt",
+                                          "class_tokens": "sks dog"})  # fmt: skip
+    for encoding in ("utf-8", "utf-8-sig"):
+        (images / "a.txt").write_text("a sks dog", encoding=encoding)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read(file)
+        marks = [str(w.message) for w in caught if "the byte order mark of a.txt" in str(w.message)]
+        assert len(marks) == (encoding == "utf-8-sig")
+
+
 def test_kohya_folders_are_the_same_images_as_often(folders: Path) -> None:
     (folders / "notes").mkdir()
     with pytest.warns(UserWarning, match="left out notes; name a subject's folder like"):

@@ -49,6 +49,16 @@ def test_an_option_that_cannot_work_is_refused(options: str, message: str) -> No
     assert message in str(error.value)
 
 
+def test_a_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeff# of the subject\na sks dog --d 3\n\n  a dog --drift \n", "utf-8")
+    assert read_prompts(file) == ["a sks dog --d 3", "a dog --drift"]
+    config = TrainConfig(validation_prompt=["x"], sample_prompts=str(file)).with_sample_prompts()
+    assert config.validation_prompt == ["x", "a sks dog --d 3", "a dog --drift"]
+    assert config.sample_prompts is None
+    assert config == config.with_sample_prompts()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

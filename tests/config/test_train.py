@@ -53,6 +53,11 @@ def test_what_yaml_makes_of_another_type_is_refused() -> None:
                 assert str(error.value) == line
 
 
+def test_values_are_read_as_diffusers_scripts_and_yaml_write_them() -> None:
+    config = TrainConfig.from_dict({"optimizer": "AdamW", "mixed_precision": False, "rank": "4"})
+    assert (config.optimizer, config.mixed_precision, config.rank) == ("adamw", "no", 4)
+
+
 def test_every_setting_says_what_it_is() -> None:
     for setting in settings():
         assert setting.help.endswith("."), setting.name

@@ -226,3 +226,10 @@ def test_digests_alone_are_kept_and_found_from_anywhere_in_the_run(tmp_path: Pat
     inside = tmp_path / "checkpoint-1" / "adapter.safetensors"
     for path in (tmp_path, tmp_path / "adapter.safetensors", inside.parent, inside):
         assert read_photo_record(path) == {"a", "b"}
+
+
+@pytest.mark.parametrize("text", [None, "no json", "[]", "{}"])
+def test_without_a_readable_record_nothing_is_known(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "photos.json").write_text(text, encoding="utf-8")
+    assert read_photo_record(tmp_path) is None

@@ -105,6 +105,13 @@ def test_what_cannot_be_drawn_is_one_line(
         wildcards.parse(text)
 
 
+def test_the_folder_must_be_there(tmp_path: Path) -> None:
+    with refused("wildcard_dir", "is not a folder"):
+        Wildcards(tmp_path / "gone")
+    with refused("wildcard_dir", "__colour__ needs a file"):
+        Wildcards().parse("__colour__")
+
+
 def test_large_files_that_name_each_other_stay_quick(tmp_path: Path) -> None:
     for name, inner in (("a", "__b__"), ("b", "__c__"), ("c", "x")):
         lines = "".join(f"{name}{k} {inner}\n" for k in range(300))

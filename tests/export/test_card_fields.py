@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def test_every_kind_of_card_has_the_fields_of_its_kind(tmp_path: Path) -> None:
                 [loss] = data.eval_results
                 assert (loss.task_type, loss.metric_type) == ("text-to-image", "validation_loss")
                 assert loss.metric_value == 0.125
+
+
+def test_figures_are_those_of_the_result_s_step(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    rows = [{"step": step, "validation_similarity": step / 10} for step in (6, 7)]
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 7, "loss": 0.5}])
+    (tmp_path / "dog" / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    data = card_of(tmp_path, "somebody/model")
+    figures = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert figures == {"validation_loss": 0.125, "similarity_to_the_photos": 0.7}
 
 
 def test_every_released_model_has_its_license() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,20 @@ def test_approximation_reports_its_error(
     )
     assert full.worst is not None
     assert full.worst[1] < 1e-5
+
+
+def test_the_command_lists_the_error_of_every_layer(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    layers = random_adapter(sd1_folder, every=9)
+    source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
+    command = ["convert", str(source), str(tmp_path / "b"), "--to", "lora", "--rank", "2"]
+    assert main([*command, "--base", str(sd1_folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["errors"].keys() == layers.keys()
+    assert 0 < min(report["errors"].values()) <= report["total_error"] < 1
+    assert report["path"] == str(tmp_path / "b" / "adapter_kohya.safetensors")
 
 
 def test_refusals_say_what_to_do(

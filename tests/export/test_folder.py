@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import ExportError, export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
@@ -36,3 +38,23 @@ def test_a_folder_needs_the_right_configuration(
     with pytest.raises(ExportError, match=r"extra\.weight would be left out"):
         export_checkpoint(BaseModel(single, model_config=sd1_folder), path, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_v_prediction_reaches_the_folder(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sdxl_folder, every=20))
+    )
+    single = export_checkpoint(sdxl_folder, path, tmp_path / "base.safetensors")
+    save_file({**load_file(single), "v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, single)
+    output = export_checkpoint(BaseModel(single, model_config=sdxl_folder), path, tmp_path / "m")
+    scheduler = json.loads(
+        (output / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    )
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["rescale_betas_zero_snr"] is True
+    again = export_checkpoint(output, path, tmp_path / "again.safetensors")
+    with TensorReader(again) as reader:
+        assert {"v_pred", "ztsnr"} <= reader.specs.keys()
+        assert reader.metadata["modelspec.prediction_type"] == "v"

@@ -188,6 +188,13 @@ def test_a_run_is_published_privately_without_photos_and_places(
     assert TOKEN not in done.stdout + done.stderr
 
 
+def test_public_has_to_be_asked_for(hub: FakeHub, run_folder: Path, push: Push) -> None:
+    hub.is_private = False
+    assert push(run_folder, "--public").code == 0
+    assert hub.created.get("private") is not True
+    assert hub.created.get("visibility") != "private"
+
+
 def test_a_repository_that_others_see_is_not_written_to_by_accident(
     hub: FakeHub, run_folder: Path, push: Push
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merge_spec import MergeSpec
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.formats.files.stream import file_hash
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from tests.every import every
@@ -61,3 +63,12 @@ def test_no_strength_is_out_of_its_limits() -> None:
                     given(name, value)
             for end in (-10, 10):
                 assert given(name, end).pairs
+
+
+def test_the_hubs_name_of_a_file_is_its_hash(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"large")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert file_hash([tmp_path / "model.safetensors"]) == blob.name
+    assert file_hash([blob, blob]) == hashlib.sha256(b"largelarge").hexdigest()

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.families import UnsupportedModelError
 from dora_diffusion.export import ExportError, convert_adapter, export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
@@ -28,6 +30,7 @@ from dora_diffusion.formats.files.stream import (
     save_tensors,
     write_tensors,
 )
+from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.merging import WeightedAdapter
@@ -190,7 +193,53 @@ def test_damage_is_refused(
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
 
 
+def codes_of(kind: str, key: str, weight: Tensor) -> dict[str, Tensor]:
+    """A quantised weight as programs store it."""
+    name, codes = key.removesuffix(".weight"), weight.to(torch.int8)
+    if kind == "bitsandbytes nf4":
+        halves = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
+        state = torch.zeros(80, dtype=torch.uint8)
+        return {
+            key: halves,
+            f"{key}.absmax": torch.zeros(1, dtype=torch.uint8),
+            f"{key}.quant_state.bitsandbytes__nf4": state,
+        }
+    if kind == "bitsandbytes int8":
+        return {key: codes, f"{name}.SCB": torch.ones(len(weight))}
+    if kind == "quanto":
+        return {f"{key}._data": codes, f"{key}._scale": torch.ones(len(weight), 1)}
+    scaled = {key: weight.to(torch.float8_e4m3fn), f"{name}.scale_weight": torch.ones(1)}
+    return scaled if kind == "scaled float8" else {key: codes}
+
+
 KINDS = ("codes alone", "bitsandbytes nf4", "bitsandbytes int8", "quanto", "scaled float8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_file", [False, True], ids=["folder", "file"])
+def test_a_base_that_is_given_quantised_is_refused(
+    kind: str, is_file: bool, tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    base = tmp_path / "base"
+    if is_file:
+        base = export_checkpoint(sd1_folder, (), tmp_path / "base.safetensors")
+    else:
+        shutil.copytree(sd1_folder, base)
+    file = base if is_file else base / "unet" / "diffusion_pytorch_model.safetensors"
+    stored: dict[str, Tensor] = {}
+    for key, tensor in load_file(file).items():
+        is_layer = key.endswith("weight") and "attn" in key and tensor.ndim == 2
+        is_layer = is_layer and not key.startswith("cond_stage_model")
+        stored |= codes_of(kind, key, tensor) if is_layer else {key: tensor}
+    save_file(stored, file)
+    options = {"model_config": sd1_folder} if is_file else {}
+    with pytest.raises(UnsupportedModelError, match=r"is quantised \(.*\); take .*--quantize"):
+        load_components(BaseModel(base, **options))
+    layers = random_adapter(sd1_folder, every=1)
+    path = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
+    with pytest.raises(MergeError, match=r"the base stores .*attn.* in half precision"):
+        export_checkpoint(base, path, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.config.base import BaseModel
@@ -138,6 +138,17 @@ def test_export_and_inspect_end_with_what_each_program_makes_of_it(
     )  # fmt: skip
     assert main(["inspect", str(base)]) == 0
     assert "Diffusers folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[1]", '{"name": 1}', '[{"adapter": 1}]'])
+def test_damaged_metadata_is_not_believed(text: str, sd1_folder: Path, tmp_path: Path) -> None:
+    file = export_checkpoint(sd1_folder, (), tmp_path / "m.safetensors")
+    fields = {f"dora_diffusion.{name}": text for name in ("base", "merged")}
+    save_file(load_file(file), file, fields)
+    report = inspect_model(file)
+    assert (report.base, report.adapters) == ("1" if "name" in text else "", [])
+    with pytest.raises(ValueError, match="does not have the shapes of"):
+        load_components(file)
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])

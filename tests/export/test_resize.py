@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.export import convert_adapter, inspect_adapter
+from dora_diffusion.export import ExportError, convert_adapter, inspect_adapter
 from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -99,3 +99,14 @@ def test_a_rank_that_is_large_enough_changes_nothing(
             assert torch.equal(found[name].down, layer.down)
             assert torch.equal(found[name].up, layer.up)
         assert "approximation" not in read_adapter(report.path).metadata.extra
+
+
+def test_a_rank_must_be_given(tmp_path: Path, sd1_folder: Path, dora: Path) -> None:
+    with pytest.raises(ExportError, match="give --rank, --conv_rank or --energy"):
+        convert_adapter(dora, tmp_path / "b", "smaller-rank")
+    smaller = convert_adapter(
+        dora, tmp_path / "c", "lora", FitSettings(energy=0.5), base=sd1_folder
+    )
+    assert inspect_adapter(smaller.path).metadata.extra["approximation"] == (
+        "singular values, rank 64, energy 0.5"
+    )

@@ -134,6 +134,24 @@ def test_one_wrong_number_is_found(
     assert ("times the rounding" if part == "adapted" else "not adapted, but differs") in out
 
 
+def test_missing_tensors_and_other_adapters_are_found(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    paths = [
+        write_adapter(tmp_path / f"{i}.safetensors", AdapterFile(random_adapter(
+            sd1_folder, every=9, seed=i)))
+        for i in range(2)
+    ]  # fmt: skip
+    output = export_checkpoint(sd1_folder, paths[0], tmp_path / "merged.safetensors")
+    report = verify_checkpoint(output, sd1_folder, [(paths[1], 1.0)])
+    assert "other adapters than these" in report.problems[-1]
+    tensors = load_file(output)
+    del tensors["model.diffusion_model.out.2.bias"]
+    save_file(tensors, output)
+    report = verify_checkpoint(output, sd1_folder, paths[0])
+    assert report.problems == ["unet.conv_out.bias is not in the merged model"]
+
+
 def exported(folder: Path, base: Path, make: MakeAdapter) -> tuple[Path, Path]:
     """An adapter and a single file with it merged in."""
     adapter = write_adapter(folder / "a.safetensors", AdapterFile(make(base, every=20)))

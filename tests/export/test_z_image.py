@@ -20,6 +20,7 @@ from dora_diffusion.export import (
     export_checkpoint,
     extract_adapter,
     inspect_model,
+    verify_checkpoint,
 )
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.export.fit import FitSettings
@@ -34,7 +35,7 @@ from dora_diffusion.formats.checkpoint.weights import CheckpointLayoutError
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts import MODEL_VERDICTS
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
-from dora_diffusion.models.load import load_components
+from dora_diffusion.models.load import check_components, load_components
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.sampling.load import load_adapted
 from tests.z_image import write_z_image
@@ -129,6 +130,24 @@ def test_projections_are_joined(folder: Path, merged: dict[str, Path]) -> None:
     assert {key.split(".")[0] for key in whole} == {"model", "vae", "text_encoders"}
     assert "text_encoders.qwen3_4b.transformer.model.layers.2.self_attn.q_norm.weight" in whole
     assert whole["vae.decoder.mid.attn_1.q.weight"].shape == (8, 8, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["one.safetensors", "all.safetensors"])
+def test_a_file_is_a_base_model(
+    tmp_path: Path, folder: Path, adapter: Path, merged: dict[str, Path], name: str
+) -> None:
+    base = BaseModel(merged[name], model_config=folder)
+    expected, loaded = states(load_components(merged["merged"])), states(load_components(base))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+    assert not any(check_components(base).values())
+    # Written again as a folder it is the same model, and with the adapter it is verified.
+    export_checkpoint(base, (), tmp_path / "folder")
+    again = states(load_components(tmp_path / "folder"))
+    assert all(torch.equal(again[key], tensor) for key, tensor in expected.items())
+    twice = export_checkpoint(base, adapter, tmp_path / "twice.safetensors")
+    assert verify_checkpoint(twice, base, adapter).ok
+    assert load_file(twice).keys() == load_file(merged["one.safetensors"]).keys()
 
 
 def test_files_without_their_other_parts_are_refused(

@@ -267,3 +267,10 @@ def test_an_sdxl_that_encodes_the_empty_prompt_is_sampled_as_diffusers_does(
     assert difference(our_latents(load_components(folder), prompt), expected) < ROUNDING
     zeros = our_latents(load_components(sdxl_folder), prompt)
     assert difference(zeros, expected) > 100 * ROUNDING
+
+
+def test_the_run_leaves_no_local_path_behind(run: Run, samples_root: Path) -> None:
+    """Shared files (the adapter and its card) do not name this computer's folders."""
+    for private in (str(run.output.parent), str(run.base), str(samples_root)):
+        assert private.encode() not in run.adapter.read_bytes()
+        assert private not in (run.output / "README.md").read_text(encoding="utf-8")

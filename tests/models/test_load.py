@@ -119,6 +119,11 @@ def test_pipelines_sample_as_the_stock_pipeline_does(folder: Path, scheduler: st
     assert torch.equal(images[0], images[1])
 
 
+def test_unknown_samplers_are_named(sd1_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown scheduler 'plms'; choose from ddim.*dpm\+\+"):
+        load_components(sd1_folder).pipeline("plms")
+
+
 def test_zero_terminal_snr_schedules_sample_from_the_last_step(
     sd2_folder: Path, tmp_path: Path
 ) -> None:

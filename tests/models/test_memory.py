@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,22 @@ HALF = {"mixed_precision": "bf16", "gradient_checkpointing": False, "optimizer":
 
 def card(free: float, *, bf16: bool = True, adam: bool = False) -> Device:
     return Device("cuda", "a card", free, has_bf16=bf16, has_8bit_adam=adam)
+
+
+def test_activations_grow_with_pixels_and_float32_doubles_all_but_the_process() -> None:
+    small, large = (
+        next(r.gib for name, r in TABLE
+             if (name, r.resolution, r.gradient_checkpointing) == ("sd1", side, False))
+        for side in (512, 768)
+    )  # fmt: skip
+    slope = (large - small) / (768**2 - 512**2)
+    assert training_memory("sd1", 640) == pytest.approx(small + slope * (640**2 - 512**2))
+    assert training_memory("sd1", 1024) == pytest.approx(large + slope * (1024**2 - 768**2))
+    assert training_memory("sd1", 512, batch=2) == pytest.approx(small + slope * 512**2)
+    full = training_memory("sd1", 512, precision="no")
+    assert full == pytest.approx(2 * small - PROCESS_GIB)
+    assert training_memory("sd2", 512) == pytest.approx(small + 0.42)
+    assert training_memory("", 512) is training_memory("sd3", 512) is None
 
 
 def test_a_batch_that_was_measured_is_not_understated() -> None:
@@ -226,6 +243,18 @@ def test_what_to_change_is_said_and_then_fits() -> None:
     sharded = saving | {"sharding": "fsdp"}
     assert what_would_fit("sdxl", 1024, sharded, card(smaller)) == "resolution 768"
     assert what_would_fit("sdxl", 1024, saving, card(0.5)) == ""
+
+
+def test_a_change_without_effect_is_not_proposed() -> None:
+    saved = needed_memory("sdxl", 1024, HALF | {"gradient_checkpointing": True}, A100)
+    for precision in ("auto", "bf16", "fp16"):
+        settings = HALF | {"mixed_precision": precision}
+        said = what_would_fit("sdxl", 1024, settings, card(saved))
+        assert said == "gradient_checkpointing on"
+    old = Device("mps", "Apple GPU", 1.0, has_bf16=False, has_gradient_scaler=False)
+    single = HALF | {"mixed_precision": "no"}
+    old = replace(old, free_gib=needed_memory("sdxl", 1024, single, old) - 0.01)
+    assert what_would_fit("sdxl", 1024, single, old) == "gradient_checkpointing on"
 
 
 def test_auto_is_what_the_device_makes_of_it() -> None:

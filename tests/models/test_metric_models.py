@@ -78,6 +78,12 @@ def test_dino_gives_the_class_token(dino_folder, images, processed) -> None:
         model.text_features(TEXTS)
 
 
+def test_a_batch_does_not_change_features(dino_folder, images) -> None:
+    model = open_metric_model(dino_folder)
+    together = model.image_features(images * 7)
+    torch.testing.assert_close(together[-1:], model.image_features(images[-1:]))
+
+
 @pytest.mark.parametrize(
     ("values", "resize", "crop"),
     [

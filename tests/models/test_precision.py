@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dora_diffusion.models import precision
+from tests.refusal import refused
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,13 @@ def test_memory_and_models_state_one_rule(monkeypatch):
     """The meaning of `auto` on a device is decided in one place."""
     monkeypatch.setattr(precision, "auto_precision", lambda device: "fp16")
     assert precision.auto_dtype("cpu") == torch.float16
+
+
+def test_what_is_named_is_taken():
+    assert precision.dtype_of("float16", "cpu") == torch.float16
+    assert precision.precision_of("bf16", "cpu") == "bf16"
+    with refused("dtype", "'fp8'"):
+        precision.dtype_of("fp8")
 
 
 @pytest.mark.parametrize(("launched", "name"), [("bf16", "bf16"), ("fp16", "fp16"), ("no", "no")])

@@ -113,6 +113,26 @@ def test_multi_vector_tokens_expand_as_in_the_pipeline(components: Components) -
     assert first + 1 not in unexpanded
 
 
+def test_conditioning_rows_can_be_chosen_and_stacked() -> None:
+    whole = Conditioning(torch.randn(3, 4, 5), torch.randn(3, 2))
+    assert len(whole) == 3
+    assert len(whole[1]) == 1
+    assert_same(whole[[2, 0]], whole.encoder_hidden_states[[2, 0]], whole.pooled[[2, 0]])
+    assert_same(Conditioning.cat([whole[0], whole[1:]]), whole.encoder_hidden_states, whole.pooled)
+    assert whole.to(torch.float64).pooled.dtype == torch.float64
+    assert set(whole.tensors()) == {"encoder_hidden_states", "pooled"}
+    bare = Conditioning(torch.randn(1, 4, 5))
+    assert bare[0].pooled is None
+    assert set(bare.tensors()) == {"encoder_hidden_states"}
+    with pytest.raises(ValueError, match="some has none"):
+        Conditioning.cat([whole, bare])
+
+
+def test_a_single_string_is_refused(components: Components) -> None:
+    with pytest.raises(TypeError, match="list of prompts"):
+        encode_prompts(components, "a dog")
+
+
 def test_time_ids_are_the_pipelines(sdxl_folder: Path) -> None:
     components = load_components(sdxl_folder)
     expected = components.pipeline()._get_add_time_ids(

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dora_diffusion import AdapterConfig, inject_adapters
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
@@ -23,6 +24,7 @@ from dora_diffusion.models.words import (
     add_own_tokens,
     add_tokens,
     has_words,
+    own_words,
     token_parts,
     write_out_words,
 )
@@ -195,6 +197,23 @@ def test_every_word_is_read_at_every_boundary(
             assert read[part] == expected[word], (prompt, part)
 
 
+@pytest.mark.parametrize("prompt", [*READINGS, *NOT_READ])
+def test_an_adapters_own_words_are_read_alike(
+    with_words: Components, pooled: Components, prompt: str
+) -> None:
+    """A prompt of the adapter is encoded as by a model that has its words."""
+    prompts = [prompt, prompt + " dog" * 80]
+    for length in (75, 0):
+        alone = encode_prompts(with_words.reading(None, length), prompts)
+        ours = encode_prompts(pooled.reading(None, length), prompts, adapters=["mine", "mine"])
+        for name, tensor in alone.tensors().items():
+            torch.testing.assert_close(ours.tensors()[name], tensor, rtol=0, atol=1e-6)
+    long = prompts[1]
+    own = own_words(pooled.text_encoders[0], "mine")
+    cut = truncated_text(with_words, long)
+    assert truncated_text(pooled, long, own) == cut
+
+
 def test_gradients_are_those_of_a_table_that_grew(pair: tuple[Components, Components]) -> None:
     ours, theirs = pair
     for components in pair:
@@ -223,3 +242,11 @@ def test_a_word_gets_the_vectors_of_the_next_adapter(sdxl_folder: Path) -> None:
         add_tokens(components, {"<y>": vectors(components, 3, 0)})
     with pytest.raises(ValueError, match="already has the token 'dog</w>'"):
         add_tokens(components, {"dog</w>": second})
+
+
+def test_a_table_with_an_adapter_cannot_grow(sd1_folder: Path) -> None:
+    components = load_components(sd1_folder)
+    (encoder,) = components.text_encoders
+    inject_adapters(encoder, AdapterConfig(targets=("token-embedding",), rank=2))
+    with pytest.raises(ValueError, match="<x> cannot be added to a token embedding with"):
+        add_tokens(components, {"<x>": vectors(components, 1, 0)})

@@ -104,6 +104,21 @@ def test_nothing_is_loaded_to_report_nothing():
     assert done.stdout == "None None False\n", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("versions", "built"),
+    [
+        ({"cuda": "12.8", "hip": None}, "CUDA 12.8"),
+        ({"cuda": None, "hip": "6.3"}, "ROCm 6.3"),
+        ({"xpu": "2025.1"}, "XPU 2025.1"),
+    ],
+)
+def test_the_kind_of_gpu_that_torch_was_built_for(
+    versions: dict[str, str | None], built: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "version", SimpleNamespace(**versions))
+    assert devices.built_for() == built
+
+
 def test_a_device_says_what_its_driver_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     def gpu(**more: object) -> SimpleNamespace:
         properties = SimpleNamespace(name="GPU X", total_memory=8 * 2**30)
@@ -125,3 +140,10 @@ def test_a_device_says_what_its_driver_knows(monkeypatch: pytest.MonkeyPatch) ->
         "cuda:0 GPU X, 8.0 GiB, 3.0 GiB free, compute capability 8.6",
         "xpu:0 GPU X, 8.0 GiB",
     ]
+
+
+def test_what_torch_is_for_here():
+    gpus = torch.cuda.device_count() + torch.backends.mps.is_available()
+    assert len(devices.describe_accelerators()) == gpus
+    version = torch.version.cuda or torch.version.hip or ""
+    assert version in devices.built_for()

@@ -13,6 +13,7 @@ from torch import Tensor
 from dora_diffusion import numerics
 from dora_diffusion.numerics.low_rank import (
     decompose,
+    effective_rank,
     low_rank,
     low_rank_singular_values,
     random_start,
@@ -181,3 +182,12 @@ def test_factors_tell_the_singular_values_of_their_product(
     found = low_rank_singular_values(layer).numpy()
     np.testing.assert_allclose(found, expected[: len(found)], rtol=0, atol=1e-12 * expected[0])
     np.testing.assert_allclose(expected[len(found) :], 0, atol=1e-12 * expected[0])
+
+
+def test_the_effective_rank_counts_what_is_equal() -> None:
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0]).double()) == pytest.approx(3)
+    assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(4)) == 0
+    shares = np.array([0.5, 0.25, 0.25])
+    expected = np.exp(-(shares * np.log(shares)).sum())
+    assert effective_rank(torch.tensor(4 * shares)) == pytest.approx(expected, rel=1e-12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dora_diffusion.numerics.process import Flow
+from dora_diffusion.numerics.process import Diffusion, Flow
 
 SHIFTS = pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
 TIMES = torch.arange(999)  # Pure noise has an SNR of 0.
@@ -76,3 +76,12 @@ def test_measured_timesteps_are_even_in_noise(shift: float) -> None:
     assert (flow.level(torch.tensor([0, 999])) - torch.tensor([shift - 1, 999])).abs().max() < 1
     wanted = (share(shift) * 1000).round().long() - 1
     assert (flow.level(TIMES) - wanted).abs().max() <= 1  # Rounded in float32.
+
+
+def test_measured_timesteps_without_a_shift_are_those_of_a_diffusion() -> None:
+    diffusion, flow = Diffusion(torch.linspace(1, 0, 1000), "epsilon"), Flow(1000)
+    wanted = [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
+    assert diffusion.spaced(10).tolist() == flow.spaced(10).tolist() == wanted
+    assert diffusion.spaced(3).tolist() == [166, 500, 833]
+    assert torch.equal(diffusion.level(TIMES), TIMES)
+    assert torch.equal(flow.level(TIMES), TIMES)

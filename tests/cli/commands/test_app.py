@@ -26,6 +26,12 @@ def _no_auth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DORA_DIFFUSION_AUTH", raising=False)
 
 
+def test_the_default_is_this_machine_alone() -> None:
+    launch = parse_launch([])
+    assert (launch.host, launch.share, launch.logins) == ("127.0.0.1", False, {})
+    assert not launch.is_open
+
+
 @pytest.mark.parametrize(
     "flags",
     [["--share"], ["--host", "0.0.0.0"], ["--host", "::"], ["--host", "example.org"],

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from transformers.utils.import_utils import BACKENDS_MAPPING
 
 from dora_diffusion.data import prepare as prepare_models
 from dora_diffusion.data.prepare import PrepareError, open_captioner, open_masker
@@ -206,6 +207,17 @@ def rembg(monkeypatch):
     return module
 
 
+def test_rembg_is_called_with_the_model_that_is_named(rembg, image):
+    assert open_masker("rembg")(image).tobytes() == image.convert("L").tobytes()
+    open_masker("rembg:isnet-general-use")
+    assert rembg.sessions == ["u2net", "isnet-general-use"]
+    with pytest.raises(
+        PrepareError,
+        match=r"rembg:gone cannot be opened \(ValueError: No session class found for model gone",
+    ):
+        open_masker("rembg:gone")
+
+
 @pytest.mark.parametrize("error", [ImportError, SystemExit])
 def test_what_is_not_installed_is_said_with_what_to_install(error, monkeypatch, tagger):
     def fail(name, *rest):
@@ -233,6 +245,16 @@ def test_a_model_of_another_kind_is_refused_in_one_line(models, tmp_path):
             open_model(str(tmp_path / "gone"))
         with pytest.raises(ValueError, match="could not be loaded"):
             open_model(str(tmp_path))
+
+
+def test_a_package_that_a_model_needs_is_named(models, monkeypatch):
+    _, text = BACKENDS_MAPPING["scipy"]
+    monkeypatch.setitem(BACKENDS_MAPPING, "scipy", (lambda: False, text))
+    folder = models("mask2former")
+    with pytest.raises(ValueError, match=r"needs a package that is missing: .*scipy") as error:
+        open_masker(str(folder), label="dog")
+    assert str(error.value).startswith(str(folder))
+    assert "\n" not in str(error.value)
 
 
 def test_a_hub_id_is_fetched_with_the_weights_of_its_kind(models, monkeypatch, tagger):

@@ -276,6 +276,11 @@ def test_captions_are_changed_where_the_photos_are_written(photos, toy, tmp_path
         assert [written(index) for index in (1, 2)] == expected[1:]
 
 
+def test_a_replacement_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="but find is empty"):
+        CaptionEdit(replace="x")
+
+
 def test_an_output_with_something_else_in_it_is_refused(preparation, photos):
     preparation.target.mkdir()
     (preparation.target / ".DS_Store").touch()
@@ -286,3 +291,10 @@ def test_an_output_with_something_else_in_it_is_refused(preparation, photos):
     Image.new("RGB", (40, 40)).save(preparation.target / "0.png")
     with pytest.raises(PrepareError, match=r"0\.png is not .*give a new output folder"):
         preparation.run(list_photos(photos))
+
+
+def test_photos_that_would_share_files_are_refused(preparation, photos):
+    Image.new("RGB", (40, 40)).save(photos / "3.jpg")
+    with pytest.raises(PrepareError, match=r"3\.jpg, 3\.png would share a caption and a mask"):
+        preparation.run(list_photos(photos))
+    Preparation(resolution=128).run(list_photos(photos))

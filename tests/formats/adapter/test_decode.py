@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.state import LiveWeights
+from dora_diffusion.cli.main import main
 from dora_diffusion.export import convert_adapter, inspect_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -369,6 +370,53 @@ def test_the_dora_of_ai_toolkit_is_one_where_alpha_is_the_rank(
         adapter.assumptions
     )
     assert len(adapter.assumptions) == (alpha is None)
+
+
+def test_the_dora_of_ai_toolkit_is_merged_with_its_alpha(
+    tmp_path: Path, sd1_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exactly, into a checkpoint and into the differences for one base; refused by the rest."""
+    name = f"unet.{BLOCK}.attn2.to_k"
+    generator = torch.Generator().manual_seed(0)
+    with PipelineFolder.open(sd1_folder) as pipeline:
+        weight = pipeline[f"{name}.weight"]
+    parts = {
+        "lora_down.weight": torch.randn(4, weight.shape[1], generator=generator),
+        "lora_up.weight": 0.05 * torch.randn(weight.shape[0], 4, generator=generator),
+        "magnitude": weight.norm(dim=1) * (1 + torch.rand(weight.shape[0], generator=generator)),
+    }
+    prefix = "lora_unet_" + name.removeprefix("unet.").replace(".", "_")
+    path = saved(tmp_path, {f"{prefix}.{part}": tensor for part, tensor in parts.items()})
+    base = ["--base", str(sd1_folder), "--alpha", "1"]
+    # The weight that has the module's output: its rows of the identity.
+    expected = ai_toolkit_forward(torch.eye(weight.shape[1]), weight, parts, 1 / 4).T
+    merged = tmp_path / "merged"
+    command = [*base, "--adapter", str(path)]
+    assert main(["export", *command, "--output", str(merged)]) == 0
+    with PipelineFolder.open(merged) as pipeline:
+        torch.testing.assert_close(pipeline[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+    assert main(["verify", *command, str(merged)]) == 0
+    dense = tmp_path / "dense.safetensors"
+    assert main(["convert", str(path), str(dense), "--to", "dense", *base]) == 0
+    found = weight + load_file(dense)[f"{prefix}.diff"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    weaker = ["convert", str(path), str(dense), "--to", "dense", *base, "--strength", "0.5"]
+    assert main([*weaker, "--overwrite"]) == 0
+    half = load_file(dense)[f"{prefix}.diff"]
+    torch.testing.assert_close(half, (expected - weight) / 2, rtol=0, atol=1e-6)
+    capsys.readouterr()
+    # ComfyUI takes full differences, which hold it.
+    for target in ("kohya", "diffusers", "lora"):
+        output = str(tmp_path / target)
+        assert main(["convert", str(path), output, "--to", target, *base]) == 1
+        error = capsys.readouterr().err
+        assert "outside of the norm" in error
+        assert "--output MERGED' merges it exactly, and 'dora-diffusion convert ADAPTER" in error
+    adapter = read_adapter(path, alpha=1.0, sums=True)
+    with pytest.raises(
+        AdapterFormatError, match="kohya format cannot store the sum of a DoRA and a LoRA"
+    ):
+        write_adapter(tmp_path / "k", adapter, "kohya")
 
 
 def test_the_half_renamed_file_of_diffusers_is_repaired(

@@ -19,6 +19,7 @@ from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
+    BLOCK,
     MakeAdapter,
     SameLayers,
     kohya,
@@ -81,6 +82,20 @@ def test_flat_magnitudes_are_placed_by_the_base(
     assert report.notes == (
         f"{len(layers)} magnitudes were flat: read on the {axis} axis, by the base",
     )
+
+
+def test_magnitudes_of_no_axis_are_refused_even_with_a_base(
+    tmp_path: Path, sd1_folder: Path
+) -> None:
+    prefix = f"lora_unet_{BLOCK}.attn1.to_q".replace(".", "_")
+    tensors = {
+        f"{prefix}.lora_down.weight": torch.randn(2, 64),
+        f"{prefix}.lora_up.weight": torch.randn(64, 2),
+        f"{prefix}.alpha": torch.tensor(2.0),
+        f"{prefix}.dora_scale": 100 * torch.rand(64),
+    }
+    with pytest.raises(AdapterFormatError, match="do not determine it"):
+        convert_adapter(saved(tmp_path, tensors), tmp_path / "c", "kohya", base=sd1_folder)
 
 
 def test_convolutions_in_pefts_shape(

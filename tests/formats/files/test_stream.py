@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
+from dora_diffusion.formats.files import atomic as atomic_file
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.formats.files.stream import (
@@ -161,6 +162,16 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         save_tensors(path, {"x": torch.zeros(2)})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_large_file_is_synced_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic_file, "_SYNCED_BYTES", 1000)
+    tensors = {f"x{i:02}": torch.arange(97 * i, dtype=torch.float32) for i in range(40)}
+    path = save_tensors(tmp_path / "a.safetensors", tensors)
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_tensors_are_made_ahead_but_written_in_order(tmp_path: Path) -> None:

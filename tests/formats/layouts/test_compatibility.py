@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +17,20 @@ from dora_diffusion.export import inspect_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
+    read_adapter,
     write_adapter,
 )
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS, VERDICTS
-from dora_diffusion.formats.layouts.layout import layout_named
+from dora_diffusion.formats.layouts.layout import layout_named, some_layers
 from dora_diffusion.formats.layouts.other import OTHER
+from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     BLOCK,
     TABLE_HOLDS,
 )
+from tests.formats.layouts.helpers import module_at
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -488,6 +492,82 @@ def test_layers_outside_of_the_blocks(
 
 def has(name: str, *words: str) -> bool:
     return any(word in name for word in words)
+
+
+# What other trainers write: which layers a file has, which of them have another alpha (by default
+# none), and what `inspect` says of diffusers.
+KOHYA_LORAS: dict[str, tuple[Callable[[str], bool], Callable[[str], bool], str]] = {
+    "one alpha": (lambda n: "text_projection" not in n, lambda n: False, "exact"),
+    "attention": (lambda n: "text_projection" not in n, lambda n: has(n, "attn2.to_k"), "wrong"),
+    "convolutions": (lambda n: "unet" in n, lambda n: has(n, "conv", "ff."), "exact"),
+    "text encoder": (
+        lambda n: not has(n, "unet", "projection"), lambda n: "fc1" in n and "er." in n, "wrong",
+    ),
+    "by component": (
+        lambda n: "text_projection" not in n, lambda n: n.startswith("text_encoder_2."), "exact",
+    ),
+    "no out_proj": (lambda n: has(n, "mlp", "q_proj", "to_q"), lambda n: False, "wrong"),
+    "no out_proj and no mlp": (lambda n: has(n, "q_proj", "to_q"), lambda n: False, "convert"),
+    "text_projection": (lambda n: "encoder_2" in n, lambda n: False, "exact"),
+    "text_projection of its own rank": (
+        lambda n: "encoder_2" in n, lambda n: "text_projection" in n, "convert",
+    ),
+    "text_projection alone": (lambda n: "text_projection" in n, lambda n: False, "convert"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sdxl_pipeline(sdxl_folder: Path) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.from_pretrained(sdxl_folder, local_files_only=True)
+
+
+@TABLE_HOLDS
+@pytest.mark.parametrize("case", KOHYA_LORAS)
+def test_kohya_loras_of_others_in_diffusers(
+    tmp_path: Path, sdxl_folder: Path, sdxl_pipeline: Any, random_adapter: Any, case: str
+) -> None:
+    """Layers that get another one's alpha, or none, are named; a refused file is told of."""
+    has_layer, is_other, short = KOHYA_LORAS[case]
+    layers = random_adapter(sdxl_folder, axis=None, every=5, components=["unet"])
+    layers |= random_adapter(sdxl_folder, axis=None, components=["text_encoder", "text_encoder_2"])
+    layers = {name: layer for name, layer in layers.items() if has_layer(name)}
+    other_rank = {n: dataclasses.replace(w, down=w.down[:3], up=w.up[:, :3], alpha=2.25)
+                  for n, w in layers.items() if is_other(n) and "text_projection" in n}  # fmt: skip
+    layers |= other_rank
+    file = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata("sdxl")),
+                         "kohya")  # fmt: skip
+    tensors, names = load_file(file), name_resolver(layers)
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        name = names(key.removesuffix(".alpha"))
+        assert name is not None
+        if is_other(name) and name not in other_rank:
+            tensors[key] = 2 * tensors[key]
+    save_file(tensors, file, {"ss_base_model_version": "sdxl_base_v1-0"})
+    read, verdict = read_adapter(file).layers, inspect_adapter(file).tools["diffusers"]
+    assert verdict.partition(":")[0] == short
+    if short != "exact":
+        assert verdict.endswith(("convert it to kohya or diffusers", "convert it to diffusers"))
+    parameters = {name: module_at(sdxl_pipeline, name).weight for name in read}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        sdxl_pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+        sdxl_pipeline.fuse_lora(components=sorted({name.split(".")[0] for name in read}))
+    except (ValueError, RuntimeError, IndexError):
+        assert short == "convert"
+        return
+    finally:
+        wrong = []
+        for name, parameter in parameters.items():
+            wanted = meant(before[name].double(), read[name])
+            error = (parameter.detach().double() - wanted).norm() / (wanted - before[name]).norm()
+            wrong += [name] if error > EXACT else []
+        sdxl_pipeline.unload_lora_weights()
+        for name, parameter in parameters.items():
+            parameter.data.copy_(before[name])
+    assert short == ("wrong" if wrong else "exact")
+    assert not wrong or f" {some_layers(wrong)} " in verdict
 
 
 def test_strength_stacking_and_hotswap_in_diffusers(

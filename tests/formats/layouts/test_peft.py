@@ -181,3 +181,10 @@ def test_an_embedding_alone_is_refused_for_diffusers(tmp_path: Path, sd1_folder:
     )
     with pytest.raises(ValueError, match="infer state dict type"):
         load_pipeline(sd1_folder).load_lora_weights(tmp_path, weight_name=file.name)
+
+
+@pytest.mark.parametrize("target", ["diffusers", "peft"])
+def test_a_grouped_convolution_is_refused(tmp_path: Path, target: str) -> None:
+    layer = LayerWeights(torch.ones(2, 2, 3, 3), torch.ones(8, 2, 1, 1), groups=2)
+    with pytest.raises(AdapterFormatError, match="PEFT's A sees the inputs of all groups"):
+        write_adapter(tmp_path / "x", AdapterFile({"unet.conv_in": layer}), target)

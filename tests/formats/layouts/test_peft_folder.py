@@ -84,3 +84,10 @@ def test_whole_modules_beside_an_adapter_are_named(tmp_path: Path) -> None:
     get_peft_model(model, config).save_pretrained(tmp_path)
     with pytest.raises(AdapterFormatError, match=r"whole trained modules .*'1'"):
         read_adapter(tmp_path)
+
+
+def test_a_pickled_peft_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    (tmp_path / "adapter_model.bin").write_bytes(b"would run code")
+    with pytest.raises(AdapterFormatError, match=r"adapter_model\.bin is a pickle"):
+        read_adapter(tmp_path)

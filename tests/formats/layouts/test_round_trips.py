@@ -135,6 +135,23 @@ def test_round_trips(
                 assert last.layers[name].rank == adapter.layers[name].rank
 
 
+def test_kohya_names_follow_a_unet_of_another_depth(tmp_path: Path) -> None:
+    names = ("down_blocks.3.resnets.0.conv1", "down_blocks.2.attentions.0.proj_in",
+             "up_blocks.1.resnets.1.conv2", "down_blocks.2.resnets.0.conv1")  # fmt: skip
+    factors = torch.randn(2, 4, 1, 1), torch.randn(5, 2, 1, 1)
+    layers = {f"unet.{name}": LayerWeights(*factors, None, 2.0) for name in names}
+    metadata = AdapterMetadata("sdxl", extra={"unet_layers_per_block": "1"})
+    first = write_adapter(tmp_path / "first", AdapterFile(layers, metadata), "diffusers")
+    kohya = write_adapter(tmp_path / "kohya.safetensors", read_adapter(first), "kohya")
+    with safe_open(kohya, "pt") as file:
+        modules = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
+    # With one layer per block, a level is two blocks: its resnet and its stride.
+    assert "lora_unet_input_blocks_7_0_in_layers_2" in modules
+    assert "lora_unet_input_blocks_5_1_proj_in" in modules
+    assert "lora_unet_output_blocks_3_0_out_layers_3" in modules
+    assert set(read_adapter(kohya).layers) == set(layers)
+
+
 UPSAMPLERS = {
     "unet.up_blocks.0.upsamplers.0.conv": "lora_unet_output_blocks_1_2_conv",
     "unet.up_blocks.1.upsamplers.0.conv": "lora_unet_output_blocks_3_1_conv",

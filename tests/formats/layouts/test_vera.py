@@ -21,7 +21,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.layouts.vera import VeraLayer, write_vera
 from dora_diffusion.numerics.projections import Projections
-from tests.formats.adapter.helpers import BLOCK
+from tests.formats.adapter.helpers import BLOCK, MODEL
 from tests.formats.golden.formula import magnitude, numbers
 
 SHAPES = {
@@ -142,6 +142,13 @@ def test_damage_is_refused(file):
         save_file(tensors, file, metadata)
         with pytest.raises(AdapterFormatError, match=r"^vera.safetensors: "):
             read_adapter(file)
+
+
+def test_it_is_checked_against_the_base(file):
+    with pytest.raises(AdapterFormatError, match="has no module for"):
+        read_adapter(file, MODEL)
+    with pytest.raises(AdapterFormatError, match="a VeRA has none"):
+        read_adapter(file, alpha=2.0)
 
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "vera" / "vera.safetensors"

@@ -11,7 +11,7 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.names import kohya
-from dora_diffusion.formats.names.kohya import kohya_name, name_resolver
+from dora_diffusion.formats.names.kohya import kohya_name, kohya_table, name_resolver
 from dora_diffusion.formats.names.modules import released_layout, renamed, unet_names
 
 
@@ -76,3 +76,8 @@ def test_each_underscore_name_has_one_reading() -> None:
         flat = template.replace("#", "12").replace(".", "_")
         assert sum(pattern.fullmatch(flat) is not None for pattern in patterns) == 1
         assert not any(renamed(flat, {v: k for k, v in table.items()}, "_") for table in blocks)
+
+
+def test_modules_that_share_a_flat_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="could be"):
+        kohya_table(["unet.a.b_c", "unet.a_b.c"])

@@ -11,7 +11,7 @@ from diffusers import ZImagePipeline
 
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.conditioning import Conditioning
-from dora_diffusion.models.load import load_components
+from dora_diffusion.models.load import check_components, load_components
 from dora_diffusion.models.text import encode_negative, encode_prompts, truncated_text
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.settings import SamplingSettings
@@ -35,6 +35,14 @@ def pipeline(folder: Path) -> ZImagePipeline:
     loaded = ZImagePipeline.from_pretrained(folder, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def test_the_model_is_complete(folder: Path, components: Components) -> None:
+    assert components.family.name == "z-image"
+    assert (components.default_resolution, components.size_step, components.bucket_step) == (
+        64, 16, 16,
+    )  # fmt: skip
+    assert set(check_components(folder).values()) == {""}
 
 
 @torch.no_grad()

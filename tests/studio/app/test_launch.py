@@ -82,6 +82,11 @@ def test_the_pages_whose_requests_it_takes(host: str, origin: str, expected: boo
     assert (launch.refusal({"host": [host], "origin": [origin]}) == "") is expected
 
 
+def test_every_host_of_a_request_counts() -> None:
+    assert Launch().refusal({"host": ["localhost", "evil.example"]})
+    assert Launch().refusal({})
+
+
 def test_who_is_behind_a_proxy_needs_a_password() -> None:
     with refused("auth", "--allowed_host studio.example lets others reach"):
         Launch(allowed_hosts=("studio.example",))

@@ -25,6 +25,7 @@ from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.queue import JobQueue
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
+from dora_diffusion.studio.jobs.uploads import MAX_FILE
 from tests.studio.jobs.helpers import make, photo, pretend_running
 from tests.waiting import WAIT_SECONDS
 
@@ -146,6 +147,21 @@ def test_exports_and_images_are_given_out_and_nothing_else(served: Served) -> No
         f"{inside}/exports/%2e%2e/{job_id}/{records.JOB}",
     ):
         assert file_of(served, path).status_code in (403, 404), path
+
+
+def test_a_link_in_the_exports_is_not_a_way_out(served: Served, tmp_path: Path) -> None:
+    secret = served.context.workspace.root / "secret.txt"
+    secret.write_text("secret", encoding="utf-8")
+    link = served.context.workspace.exports / "link.txt"
+    link.symlink_to(secret.resolve())
+    assert file_of(served, link.parent.resolve() / link.name).status_code in (403, 404)
+
+
+def test_a_large_upload_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert served.blocks.max_file_size == MAX_FILE == 2 * 2**30
+    monkeypatch.setattr(served.blocks, "max_file_size", 2**20)
+    files = {"files": ("a.png", b"\0" * (2**20 + 2**17))}
+    assert served.client.post("gradio_api/upload", files=files).status_code == 413
 
 
 def test_uploads_stay_inside_of_the_runs_folder(served: Served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import threading
 import zlib
@@ -93,6 +94,13 @@ def test_a_crop_of_a_large_photo_is_that_of_what_was_seen(
     assert red > 250 > 5 > max(green, blue)
 
 
+def test_what_is_appended_to_an_image_is_not_kept(tmp_path: Path, folder: Path) -> None:
+    source = photo(tmp_path / "a.jpg")
+    source.write_bytes(source.read_bytes() + b"PK\x03\x04<script>alert(1)</script>")
+    (stored,) = store_photos([source], folder).accepted
+    assert b"script" not in stored.read_bytes()
+
+
 def test_alpha_is_kept_as_png(tmp_path: Path, folder: Path) -> None:
     image = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     image.paste((0, 255, 0, 255), (10, 10, 30, 30))
@@ -180,6 +188,11 @@ def _refused(workspace: Workspace, file: Path) -> str:
     return str(refusal.value)
 
 
+def test_a_link_is_refused(tmp_path: Path, folder: Path) -> None:
+    os.symlink(photo(tmp_path / "real.jpg"), tmp_path / "link.jpg")
+    assert "not an ordinary file" in refused(tmp_path / "link.jpg", folder)
+
+
 def test_more_photos_than_a_subject_may_have_are_refused_at_once(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +225,10 @@ def test_uploads_at_once_lose_nothing(
     assert accepted == sorted(path.name for path in folder.iterdir())
     assert accepted == ["001.jpg", "002.jpg", "003.jpg", "004.jpg"]
     assert [result.refused for result in results] == [(), ()]
+
+
+def test_names_from_outside_cannot_write_on_the_terminal() -> None:
+    assert uploads.shown("a\x1b[31m\n.jpg") == "a?[31m?.jpg"
 
 
 def test_only_images_that_say_how_they_were_made_load(tmp_path: Path) -> None:
