@@ -116,7 +116,7 @@ CASES: dict[str, dict[str, Any]] = {
     "samples and results": {
         "validation_prompt": ["a red sks dog"], "sample_prompts": "{prompts}",
         "sample_at_start": True, "num_validation_images": 2, "validation_steps": 1,
-        "validation_epochs": 1, "validation_inference_steps": 1,
+        "validation_inference_steps": 1,
         "validation_guidance_scale": 1.0, "validation_data_dir": "{others}",
         "validation_split": 1, "validation_loss_steps": 1,
         "validation_metric_model": "{metric}", "keep_best": True, "early_stopping_patience": 1,
@@ -159,6 +159,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VALUES = {name: value for values in CASES.values() for name, value in values.items()}
 ELSEWHERE = {
+    "validation_epochs": "tests/training/results/test_samples.py: it becomes validation_steps",
     "model_config": "tests/models/test_single_file.py: it needs a released model's whole file",
     "revision": "tests/models/test_load.py: only the hub has revisions",
     "output_dir": "tests/training/test_every_setting.py: each group has its own",
@@ -173,7 +174,7 @@ ALONE: dict[str, Any] = {
     # Of photos that have captions it names the subject; weights are trained as one of two.
     "instance_prompt": "a sks dog", "full_weights": "targets", "model_config": "{sd1}",
     "revision": "main", "offload": "model", "sharding": "fsdp", "teach": "slider",
-    "cuda_graph": True,
+    "validation_epochs": 1, "cuda_graph": True,
 }  # fmt: skip
 """Each setting without those that it needs."""
 DESCRIBE = (
@@ -303,9 +304,10 @@ def acts(frame: FrameType | None) -> bool:
     """True if the first module outside of the config that asks does more than describe."""
     while frame is not None:
         module = frame.f_globals["__name__"]
-        if frame.f_code.co_name == "__post_init__" or module.startswith(DESCRIBE):
+        if frame.f_code.co_name in ("__post_init__", "to_dict") or module.startswith(DESCRIBE):
             return False
-        if not module.startswith(("dora_diffusion.config", "functools")):
+        # Properties of the settings ask by way of the config and of the spy.
+        if not module.startswith(("dora_diffusion.config", "functools", __name__)):
             return bool(module.startswith("dora_diffusion."))
         frame = frame.f_back
     return False

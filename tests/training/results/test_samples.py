@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 from PIL import Image
 
@@ -105,6 +107,17 @@ def test_a_scheduler_that_is_none_is_refused_before_the_model_is_loaded(tiny_run
     config = tiny_run(validation_prompt=["a sks mug --ss lms"], num_validation_images=1)
     with refused("--ss of a sample prompt", "'lms'"):
         train(config)
+
+
+def test_samples_every_epoch_are_samples_every_so_many_steps(config):
+    train(
+        replace(
+            config, max_train_steps=6, validation_epochs=1, num_validation_images=1,
+            validation_inference_steps=1, train_batch_size=2,
+        )
+    )  # fmt: skip
+    names = sorted(p.name for p in (Path(config.output_dir) / "samples").glob("step-*.png"))
+    assert names == ["step-000003.png"]  # 5 photos in batches of 2
 
 
 def test_samples_that_a_full_disk_refuses_are_a_warning(tiny_run, tmp_path, monkeypatch):
