@@ -113,3 +113,16 @@ def test_the_correlation_is_pearson_s_and_its_interval_that_of_a_plain_bootstrap
     again = correlation_interval(moved)
     assert again is not None
     assert (again.mean, again.low) == pytest.approx((found.mean, found.low), abs=1e-6)
+
+
+def test_where_there_is_no_correlation_there_is_none() -> None:
+    assert correlation_interval({}) is None
+    assert correlation_interval({"a": [(0, 1), (1, 2)], "b": []}) is None
+    assert correlation_interval({"a": [(0, 1)], "b": [(1, 1)], "c": [(2, 1)]}) is None
+    line = [(0, 1), (1, 3), (2, 5)]
+    assert correlation_interval({"a": line[:1], "b": line[1:]}) == Interval(
+        pytest.approx(1), None, None, 3, "bootstrap"
+    )
+    certain = correlation_interval({"a": line[:1], "b": line[1:2], "c": line[2:]})
+    assert certain is not None
+    assert (certain.low, certain.high) == pytest.approx((1, 1))

@@ -93,6 +93,29 @@ def test_bad_photos_among_good_ones_are_named_and_left_out(flags, photos, tmp_pa
     assert read_adapter(tmp_path / "output").layers
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": "text-encoder"}, "the preset 'text-encoder' matches no layer"),
+        ({"conv_rank": 64, "targets": "full"}, "use conv_rank <= 32"),
+        ({"instance_prompt": None}, "instance_prompt is not set"),
+        ({"resume_from_checkpoint": "nowhere"}, "the checkpoint nowhere does not exist"),
+        ({"pretrained_model_name_or_path": "no-such/model"}, "no-such/model is not a local folder"),
+        ({"pretrained_model_name_or_path": "{photos}"}, "it has no model_index.json"),
+        ({"output_dir": "{photos}/01.jpg"}, "01.jpg"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(changes, message, flags, photos, capfd):
+    changes = {k: v.format(photos=photos) if isinstance(v, str) else v for k, v in changes.items()}
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+    assert main(flags(**changes)) == 1
+    captured = capfd.readouterr()
+    (line,) = lines(captured.err, "error: ")
+    assert message in line
+    assert "Traceback" not in captured.err
+    assert {path: path.read_bytes() for path in photos.iterdir()} == before
+
+
 def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, monkeypatch):
     real = Step.begin
 

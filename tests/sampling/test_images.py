@@ -207,6 +207,13 @@ def test_a_line_of_spaces_is_read_in_steps_that_grow_with_it() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("value", [r'"a\x"', '"a\tb"', r'"\u12"'])
+def test_a_quoted_value_that_is_no_json_is_taken_as_it_stands(value: str) -> None:
+    """As other programs write it, or a hand."""
+    facts = parse_parameters(f"a mug\nSteps: 2, Model: {value}, Seed: 5")
+    assert (facts["Model"], facts["Seed"]) == (value.strip('"'), "5")
+
+
 def read_by_a1111(text: str) -> dict[str, str]:
     """The values that A1111 reads, by the rules of its format.
 

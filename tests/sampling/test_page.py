@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.data.sheets import labelled_sheet
+from dora_diffusion.sampling import page as module
 from dora_diffusion.sampling.images import read_parameters, save_image
 from dora_diffusion.sampling.page import PAGE, RECORD, SHEET, GridRecord, page
 
@@ -77,3 +78,10 @@ def test_the_sheet_has_the_first_axis_across_and_the_others_down(grid):
     rows = [f"size: {size}  ·  scheduler: {scheduler}" for size in "abc" for scheduler in "xy"]
     expected = labelled_sheet(images, "Across: steps  ·  seed 7", rows, ["1", "2"])
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+
+
+def test_a_large_sheet_is_smaller_by_one_factor(grid, monkeypatch):
+    record, folder = grid
+    monkeypatch.setattr(module, "_MOST_PIXELS", 12 * 24 * 40 // 4)
+    images = module._opened([folder / file for file in record.files])
+    assert {image.size for image in images} == {(12, 20)}

@@ -177,6 +177,16 @@ def test_a_token_and_a_noise_schedule_are_each_adapter_s_own(sd1_folder, custome
     assert reading_of(asked.components_for(customers[1])) == reading_of(pool.components)
 
 
+def test_places_of_tokens_that_left_are_taken_again(sd1_folder, customers):
+    components = load_components(sd1_folder)
+    pool = AdapterPool(components, budget=0)
+    for file in customers * 2:
+        with pytest.raises(ValueError, match="larger budget"):
+            pool.names([file])
+    table = components.text_encoders[0].get_input_embeddings()
+    assert (len(table.rows), len(table.free), table.own) == (2, 2, {})
+
+
 def test_norms_are_computed_when_an_adapter_is_first_used(sd1_folder, customers, monkeypatch):
     from dora_diffusion.adapters import scope
 

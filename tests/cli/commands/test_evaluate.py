@@ -120,6 +120,27 @@ def test_each_of_several_subjects_is_measured_as_if_alone(
     assert "already contains an evaluation" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--subject", "bolt_mug", "--trigger", "sks mug, zwx cup"],
+         "the adapter has 2 subjects, sks mug, zwx cup, but --subject names 1; name one for each"),
+        (["--subject", "bolt_mug", "heart_teapot"], "1 subject, sks mug, but --subject names 2"),
+        (["--subject", "bolt_mug", "heart_teapot", "--trigger", "sks mug, zwx cup",
+          "--class_word", "cup"], "--class_word is for one subject"),
+        (["--subject", "bolt_mug", "./bolt_mug"], "have the same name"),
+        (["--subject", "bolt_mug", "nowhere"], "subject nowhere is neither a folder"),
+    ],
+)  # fmt: skip
+def test_several_subjects_have_photos_and_trigger_words_each(
+    base, adapter, tmp_path, capsys, flags, text
+) -> None:
+    command = ["evaluate", str(adapter), "--base", base, "--output", str(tmp_path / "out")]
+    assert main([*command, *flags, *FAST]) == 1
+    assert text in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_photos_that_were_trained_on_are_told(
     base, adapter, tmp_path, capsys, held_out_photos
 ) -> None:
@@ -161,6 +182,21 @@ def test_photos_that_were_trained_on_are_told(
             photo.unlink()
     assert main(["evaluate", str(adapter), "--subject", str(mixed), *flags, "--overwrite"]) == 0
     assert "warning: all of these photos were trained on" in capsys.readouterr().err
+
+
+def test_the_record_of_photos_stays_in_the_runs_folder(adapter) -> None:
+    """Digests alone, of all photos; neither the adapter nor what is published holds them."""
+    from dora_diffusion.data.photos import read_photos
+    from dora_diffusion.export.hub import _files
+
+    folder = ROOT / "samples" / "bolt_mug"
+    photos = read_photos(list_photos(folder), "")
+    text = (adapter / "photos.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"digests": sorted(photo.digest for photo in photos)}
+    assert not any(photo.path.name in text for photo in photos)
+    raw = (adapter / FILE).read_bytes()
+    assert not any(photo.digest.encode() in raw for photo in photos)
+    assert "photos.json" not in _files(adapter, None, None)
 
 
 def test_results_that_exist_are_kept(base, adapter, tmp_path, capsys) -> None:

@@ -115,6 +115,22 @@ def test_variant_and_revision_reach_the_hub(
     assert "unet/*.safetensors" not in patterns
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--base b/c --variant v --revision r", []),
+        ("--base b.safetensors --variant v --revision r",
+         ["variant has no effect because the base is a single file",
+          "revision has no effect because the base is a single file"]),
+        ("--base embedded:tiny-sd --revision r",
+         ["revision has no effect because the base is on this machine, not a hub id"]),
+        ("--variant v", ["variant has no effect because no base is given"]),
+    ],
+)  # fmt: skip
+def test_a_variant_or_revision_without_effect_is_said(flags, expected):
+    assert said(f"inspect a {flags}") == expected
+
+
 @pytest.mark.parametrize("command", ["export --output o", "verify merged"])
 def test_export_and_verify_are_given_the_same_merge(command):
     words = f"{command} --base b --adapter a --unet_strength 0.5 --alpha 3 --vae v".split()

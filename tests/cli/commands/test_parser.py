@@ -82,6 +82,11 @@ def test_a_switch_takes_a_value_as_in_scripts_with_type_bool():
         assert train_config(args).use_dora is value, words
 
 
+def test_a_tracker_may_be_none():
+    args = cli.build_parser().parse_args(["train", "--report_to", "none"])
+    assert train_config(args).report_to is None
+
+
 def test_a_file_of_settings_leaves_the_parser_as_it_was():
     """Help can be shown with it, and the next command needs what is required again."""
     (commands,) = (a for a in cli.build_parser()._actions if isinstance(a.choices, dict))

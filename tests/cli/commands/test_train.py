@@ -23,6 +23,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.studio.app.settings import preset_values
 from dora_diffusion.system import HANGUP
+from tests.refusal import refused
 
 ROOT = Path(__file__).parents[3]
 
@@ -201,6 +202,13 @@ def test_the_toy_model_that_is_named_says_what_it_does_not_know(photos, tmp_path
         assert ("but no dog. Trained on real photos" in err) == expected
 
 
+def test_a_run_without_a_token_names_no_empty_trigger_word(train_flags, tmp_path, capsys):
+    assert cli.main(["train", *train_flags(tmp_path / "out", token="")]) == 0
+    last = capsys.readouterr().out.splitlines()[-4]
+    assert last.startswith("it has no trigger word: write prompts like its captions")
+    assert last.endswith("such as 'a photo of a sks mug'")
+
+
 def test_a_flag_without_effect_is_said_at_its_default_too(train_flags, tmp_path, capsys):
     assert cli.main(["train", *train_flags(tmp_path / "out", keep_tags=1, learning_rate=1e-3)]) == 0
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
@@ -328,6 +336,28 @@ def test_a_preset_is_the_same_for_a_flag_a_file_and_the_app(name, sd1_folder, tm
     assert parsed("--preset", name, *base).max_train_steps == steps[name]
 
 
+def test_a_preset_says_that_it_is_for_other_numbers_of_photos(tmp_path, recwarn):
+    advice = {name: [bool(preset.photos_advice(n)) for n in (0, 1, 2, 5, 30)]
+              for name, preset in PRESETS.items()}  # fmt: skip
+    of_several = {"one-photo": [False, False, True, True, True], "slider": [False] * 5}
+    assert advice == {
+        name: of_several.get(name, [False, True, False, False, False]) for name in PRESETS
+    }
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    words = ["--preset", "one-photo", "--instance_data_dir", str(folder), "--token", "sks"]
+    words += ["--class_word", "mug", "--pretrained_model_name_or_path", "embedded:tiny-sd"]
+    (folder / "._0.png").touch()  # As macOS writes beside a photo.
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a sks mug", encoding="utf-8")
+        parsed(*words)
+    lines = [str(w.message) for w in recwarn if str(folder) in str(w.message)]
+    assert [line.partition(": ")[2].partition(" and")[0] for line in lines] == [
+        f"{count} photos: this preset is for a single one" for count in (2, 3)
+    ]
+
+
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
@@ -356,6 +386,29 @@ def test_a_memory_chooses_what_fits_it_and_nothing_that_is_given(where, tmp_path
     # A class image is another one of the batch, and what is given is kept.
     assert values(16, "--preset", "pet") == (True, "adamw", "none", None)
     assert values(6, "--quantize", "nf4", "--optimizer", "adamw") == (True, "adamw", "nf4", None)
+
+
+@pytest.mark.parametrize("memory", ["0", "-1", "nan", "much", "1e9"])
+def test_a_memory_that_is_none_is_refused(memory):
+    with refused("memory", f"'{memory}'; give GiB"):
+        parsed("--pretrained_model_name_or_path", SDXL, f"--memory={memory}")
+
+
+def test_a_memory_does_nothing_to_a_toy_model():
+    with pytest.warns(UserWarning, match="memory has no effect because embedded:tiny-sd fits"):
+        config = parsed("--memory", "4", "--pretrained_model_name_or_path", "embedded:tiny-sd")
+    assert config.quantize == "none"
+
+
+def test_a_preset_of_a_model_elsewhere_says_what_it_takes_it_for(tmp_path):
+    line = ["--preset", "fast", "--pretrained_model_name_or_path", "someone/model"]
+    with pytest.warns(UserWarning, match=r"someone/model is not on this machine; .* 400 steps"):
+        assert parsed(*line).max_train_steps == 400
+    assert parsed(*line, "--max_train_steps", "7").max_train_steps == 7
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: fats\n", encoding="utf-8")
+    with refused("preset", "mean fast"):
+        parsed("--config", str(file))
 
 
 def test_a_pack_trains_each_subject_and_says_which_failed(sd1_folder, tmp_path, capsys):

@@ -25,3 +25,11 @@ def test_the_model_may_stand_behind_the_adapters(behind, merged, sd1_folder, tra
     assert lines[0].split() == ["adapted", "tensors", "number", "largest", "rounding"]
     assert lines[1].startswith("unet ")
     assert lines[-1].startswith("verified")
+
+
+def test_another_strength_is_not_proven(merged, sd1_folder, trained, capsys):
+    words = [str(merged), "--base", str(sd1_folder), "--adapter", f"{trained}:0.5"]
+    assert main(["verify", *words]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("wrong: ") for line in lines)
+    assert lines[-1].startswith("NOT what this base and these adapters give")

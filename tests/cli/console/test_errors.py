@@ -78,6 +78,13 @@ def test_an_installation_that_is_not_whole_is_no_bug(capsys):
     assert "this is a bug" in last_line(capsys)
 
 
+def test_a_long_message_of_a_defect_is_cut():
+    line = errors.asking_for_report(RuntimeError("a key is missing " * 999))
+    assert line.startswith("unexpected RuntimeError: a key is missing a key ")
+    assert len(line) < 600
+    assert "dora-diffusion doctor" in line
+
+
 def test_debug_shows_every_traceback(monkeypatch):
     with pytest.raises(ConfigError):
         ending(ConfigError("rank is 0"), debug=True)
@@ -107,6 +114,18 @@ def test_a_warning_is_printed_once_wherever_it_is_raised(capsys):
 def test_an_interrupt_is_130(capsys):
     assert ending(KeyboardInterrupt()) == 130
     assert "interrupted" in last_line(capsys)
+
+
+def test_a_path_that_is_too_long_for_windows_is_said_to_be(monkeypatch, capsys):
+    path = "C:/" + "a" * 257
+    error = FileNotFoundError(2, "No such file or directory", path)
+    assert ending(error) == 1
+    assert last_line(capsys) == f"error: {path} does not exist"
+    monkeypatch.setattr(errors, "is_windows", lambda: True)
+    assert ending(error) == 1
+    assert "260 characters" in last_line(capsys)
+    assert ending(FileNotFoundError(2, "No such file or directory", path[:-1])) == 1
+    assert last_line(capsys) == f"error: {path[:-1]} does not exist"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")

@@ -379,6 +379,11 @@ def test_a_folder_of_someone_else_s_is_not_trained_in(subjects, monkeypatch, tmp
         run_fleet(one, url)
 
 
+def test_an_unknown_file_system_is_said(subjects):
+    with refused("output", "shop://x"):
+        run_fleet(subjects, "shop://x")
+
+
 def test_ray_that_is_not_installed_is_said(subjects, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with refused("address", "leave out --address"):

@@ -317,6 +317,19 @@ def test_an_adapter_that_no_request_can_use_has_its_problem_and_is_not_counted(
     assert alone.counted_adapters() == "4 adapters (1 more with a problem: see /v1/adapters)"
 
 
+def test_a_defect_is_told_in_the_log_and_not_to_who_asks(folder, caplog):
+    class Broken(Workers):
+        async def __call__(self, batch):
+            return Reply([Refusal(500, "unexpected", defect="Traceback: here") for _ in batch], 0)
+
+    async def ask():
+        async with client_of(folder, Broken()) as client:
+            return (await post(client)).json()
+
+    assert run(ask()) == {"detail": "unexpected"}
+    assert "Traceback: here" in caplog.text
+
+
 def test_adapters_may_come_go_and_break_while_clients_list_and_ask(folder, monkeypatch):
     """Each look at a file may find it gone, locked or broken, and the others are answered."""
     read, turns = Catalogue.metadata, itertools.count()

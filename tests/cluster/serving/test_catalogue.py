@@ -114,3 +114,11 @@ def test_what_cannot_be_read_is_named_and_hides_nothing(folder, locked, monkeypa
     assert catalogue.metadata(catalogue.find(other)).trigger == f"sks {other[:3]}"
     with pytest.raises(PermissionError, match=f"Permission denied: .*{locked}"):
         Catalogue([folder / locked])
+
+
+def test_a_folder_that_goes_away_takes_only_its_own_along(folder, tmp_path):
+    catalogue = Catalogue([folder, tmp_path / "secret.safetensors"])
+    shutil.rmtree(folder)
+    catalogue.scan()
+    assert catalogue.find("secret") == tmp_path / "secret.safetensors"
+    assert catalogue.find("dog") is None

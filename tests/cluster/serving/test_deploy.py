@@ -53,6 +53,12 @@ def test_what_would_be_open_or_cannot_be_is_refused(setting, values, words, monk
         read_token(serve_settings(**values))
 
 
+def test_an_application_is_named_and_reached_by_its_settings():
+    assert serve_settings(host="0.0.0.0").url == "http://0.0.0.0:8000"
+    assert serve_settings(host="::1", port=9).url == "http://[::1]:9"
+    assert serve_settings(replica_gpus=2.0).application != serve_settings(port=9).application
+
+
 def test_a_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert read_token(serve_settings()) is None

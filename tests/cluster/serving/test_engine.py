@@ -188,6 +188,13 @@ def test_each_field_of_a_request_acts_or_is_named(files, sd1_folder, common):
     assert idle == expected | (set() if common["adapter"] else {"strength"})
 
 
+def test_a_model_with_guidance_as_an_input_has_no_negative_prompt():
+    request = ApiRequest(prompt="a", negative_prompt="b", guidance_scale=8)
+    assert request.without_effect(7.5, guidance_is_input=False) == []
+    (note,) = request.without_effect(7.5, guidance_is_input=True)
+    assert note.startswith("negative_prompt has no effect because this model was distilled")
+
+
 @pytest.mark.parametrize("trouble", ["deleted", "cut", "replaced", "locked"])
 def test_a_file_that_goes_while_its_batch_is_sampled_matters_to_nobody(
     trouble, files, sd1_folder, tmp_path, monkeypatch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import signal
 
 import httpx
@@ -16,6 +18,7 @@ from dora_diffusion.cluster.serving.engine import ApiAnswer, Reply
 from dora_diffusion.cluster.serving.server import listen, run
 from dora_diffusion.config import ConfigError
 from dora_diffusion.system import STOP_SIGNALS
+from tests.cluster.serving.helpers import serving_log
 from tests.refusal import refused
 from tests.waiting import WAIT_SECONDS
 
@@ -259,6 +262,25 @@ def test_a_request_has_a_limit_of_time_on_a_new_connection_and_a_used_one(data, 
                 writer.close()
 
     asyncio.run(scenario())
+
+
+def test_who_has_gone_is_not_sampled_for(caplog):
+    async def scenario():
+        async with Running() as one:
+            one.workers.free.clear()
+            body = json.dumps({"prompt": "a dog"}).encode()
+            head = HALF.replace(b"40", str(len(body)).encode()).removesuffix(b"{")
+            head = head.replace(b"\r\n\r\n", b"\r\nContent-Type: application/json\r\n\r\n")
+            _, writer = await one.open(head + body)
+            await asyncio.wait_for(one.workers.begun.wait(), LONG)
+            writer.close()
+            await asyncio.wait_for(one.workers.cancelled.wait(), LONG)
+            one.workers.free.set()
+            return (await one.image()).status_code
+
+    with caplog.at_level(logging.INFO, "dora_diffusion.cluster.serving"):
+        assert asyncio.run(scenario()) == 200
+    assert [json.loads(line)["status"] for line in serving_log(caplog)] == [499, 200]
 
 
 def test_who_asks_while_the_model_is_loaded_waits():

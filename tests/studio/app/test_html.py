@@ -102,6 +102,12 @@ def test_every_kind_of_job_has_its_unit(
     assert ("step" in card) == (kind == "train")
 
 
+def test_durations_read_well() -> None:
+    assert [html.duration(x) for x in (None, 0.4, 75, 3720)] == [
+        "unknown", "0 s", "1 min 15 s", "1 h 2 min",
+    ]  # fmt: skip
+
+
 APP = Path(html.__file__).parent
 STYLES = {name: (APP / name).read_text(encoding="utf-8") for name in ("style.css", "phone.css")}
 

@@ -37,6 +37,11 @@ def test_what_can_be_listened_on(host: str, expected: bool) -> None:
     assert is_address(host) is expected
 
 
+def test_a_host_that_is_none_is_refused() -> None:
+    with refused("host", "'300.1.1.1'"):
+        Launch(host="300.1.1.1", auth="ann:longenough")
+
+
 AUTH = "ann:longenough"
 
 
@@ -85,6 +90,12 @@ def test_the_pages_whose_requests_it_takes(host: str, origin: str, expected: boo
 def test_every_host_of_a_request_counts() -> None:
     assert Launch().refusal({"host": ["localhost", "evil.example"]})
     assert Launch().refusal({})
+
+
+@pytest.mark.parametrize("name", ["https://studio.example", "studio.example:443", "*", ""])
+def test_an_allowed_host_is_a_name(name: str) -> None:
+    with refused("allowed_hosts"):
+        Launch(allowed_hosts=(name,), auth=AUTH)
 
 
 def test_who_is_behind_a_proxy_needs_a_password() -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,10 +24,11 @@ from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.page import CHOOSERS, _changes
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
 from dora_diffusion.studio.app.views import gallery
+from dora_diffusion.studio.app.views.request import BASE, UNSET, make_request
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs import snapshot as snapshots
 from dora_diffusion.studio.jobs.snapshot import snapshot
-from dora_diffusion.studio.jobs.store import GONE, Workspace, write_json
+from dora_diffusion.studio.jobs.store import GONE, UserError, Workspace, write_json
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
 from tests.every import every
 from tests.studio.app.views.helpers import built_page
@@ -150,6 +152,25 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     assert not any("value" in updates[fields[name]._id] for name in there)
 
 
+def test_no_chooser_that_is_empty_acts_on_another_object(context: Context) -> None:
+    ended_run(context.workspace, (2,), 2)
+    form = {**UNSET, "prompt": "a mug", "seed": 1}
+    base = f"{BASE}/{context.models[0]}"
+    for choice, more in ((GONE, {}), (base, {"adapter_third": GONE}), (base, {"style": [GONE]})):
+        with pytest.raises(UserError, match="no longer"):
+            make_request(context, choice, form | more)
+    for act in (context.allowed_model, context.starting_adapter, context.job):
+        with pytest.raises(UserError, match="no longer"):
+            act(GONE)
+    with pytest.raises(UserError, match="no longer"):
+        context.learned([GONE])
+    named = {"Start from": context.starting_adapter,
+             "Run or checkpoint": lambda gone: make_request(context, gone, form)}  # fmt: skip
+    for field, act in named.items():
+        with pytest.raises(UserError, match=f"^{field}: this run no longer exists"):
+            act(GONE)
+
+
 def _names(function: Any, seen: set[int]) -> set[str]:
     """The names of functions that a handler calls, by itself or by what is bound to it."""
     if id(function) in seen or not callable(function):
@@ -197,6 +218,15 @@ def test_a_refresh_reads_again_where_a_run_is_deleted_while_it_reads(
     page = str(handler(f"_connect_clock.<locals>.{name}")({}, run.id, None, None, None))
     assert run.id not in page
     assert other.id in page
+
+
+def test_a_file_that_is_never_there_is_said(
+    context: Context, handler: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = FileNotFoundError(2, "No such file", "runs")
+    monkeypatch.setattr("dora_diffusion.studio.app.page.run.refresh", Mock(side_effect=error))
+    with pytest.raises(gradio.Error, match="Runs does not exist"):
+        handler("_connect_clock.<locals>.tick")({}, None, None, None, None)
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "binary", "list", "folder"])

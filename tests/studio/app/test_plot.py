@@ -25,6 +25,12 @@ def test_smoothing_starts_without_bias() -> None:
     assert (first, second) == pytest.approx((1.0, 1 / 3))
 
 
+def test_the_text_says_when_there_is_nothing() -> None:
+    records = [{"step": 1, "loss": 0.5}]
+    assert "No loss yet" in loss_text("run", records, {})
+    assert training_curves(records) == []
+
+
 def test_the_curves_have_a_bounded_size_and_finite_points() -> None:
     records = [{"step": i, "loss": math.sin(i) ** 2} for i in range(1, 20_000)]
     rows = training_curves(records)

@@ -303,9 +303,9 @@ def filled(field: Any, value: object) -> object:
 FREE = ("Dropdown", "Textbox", "State", "HTML", "File", "Gallery")
 
 
-@pytest.mark.parametrize("number", range(len(HOSTILE)))
+@pytest.mark.parametrize("first", [0, 3])
 def test_no_handler_can_be_led_astray(
-    served: Served, number: int, monkeypatch: pytest.MonkeyPatch
+    served: Served, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every endpoint, private or not, with something else in its fields than the page sends."""
     workspace = served.context.workspace
@@ -313,10 +313,11 @@ def test_no_handler_can_be_led_astray(
         "dora_diffusion.studio.jobs.image_generator.ImageGenerator._model", _no_model
     )
     before = files_of(workspace)
-    value, refusals = HOSTILE[number], []
+    refusals = []
     for index, one in served.blocks.fns.items():
         if one.fn is None or not one.inputs or one.fn.__name__ == "tick":
             continue
+        value = HOSTILE[(first + index) % len(HOSTILE)]
         fields = [filled(field, value) for field in one.inputs]
         said = served.ask(index, fields, {"index": value, "what": value, "value": value})
         if not said["success"]:

@@ -33,7 +33,9 @@ from dora_diffusion.studio.app.settings import (
     preset_values,
     setting_text,
     shown_choices,
+    token_advice,
 )
+from dora_diffusion.studio.jobs.bases import check_model
 from dora_diffusion.studio.jobs.store import UserError
 from tests.every import every
 from tests.refusal import refused
@@ -84,6 +86,15 @@ def test_the_command_line_makes_the_same_config(changes: dict[str, object]) -> N
     assert words[:5] == ["OMP_NUM_THREADS=1", "python", "-m", "dora_diffusion", "train"]
     assert words[words.index("--pretrained_model_name_or_path") + 1] == EMBEDDED
     assert train_config(build_parser().parse_args(words[4:])) == one
+
+
+def test_names_of_models_and_paths_stay_as_they_are() -> None:
+    name = "/data/My  models/Ünique  One.safetensors"
+    one = make_config(name, Path("p"), Path("o"), "sks", "mug", [], {"class_data_dir": f" {name} "})
+    assert one.pretrained_model_name_or_path == one.class_data_dir == name
+    for wrong in ("x" * 501, "org/mo\ndel"):
+        with pytest.raises(UserError, match="the model name has more than 500 characters, or"):
+            make_config(wrong, Path("p"), Path("o"), "sks", "mug", [], {})
 
 
 @pytest.mark.parametrize("model", ["stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL])
@@ -161,6 +172,18 @@ def test_what_cannot_be_is_refused_by_name(name: str, text: str) -> None:
         config(**{name: text})
 
 
+def test_paths_are_looked_for_before_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for changes, match in (
+        ({"pretrained_vae_model_name_or_path": "/no/vae"}, "the VAE /no/vae does not exist"),
+        ({"model_config": str(tmp_path)}, "no model_index.json"),
+        ({"class_data_dir": str(tmp_path / "file")}, "is a file; give a folder"),
+    ):
+        with pytest.raises(UserError, match=match):
+            check_model(config(**changes))
+    check_model(config(class_data_dir=str(tmp_path / "to be made")))
+
+
 def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
     # Typed again here on purpose: a new setting must be given a field, or be listed with a reason.
     own_field = {"pretrained_model_name_or_path", "token", "class_word", "validation_prompt"}
@@ -219,3 +242,10 @@ def test_a_preset_tells_what_it_sets_for_the_model_and_nothing_else(preset: str)
         ]
     pet = [preset_sentence("pet", base) for base in (EMBEDDED, FAMILIES["sd1"].released_id)]
     assert ["without mirrored photos" in text for text in pet] == [True, False]
+
+
+def test_a_preset_with_a_token_of_its_own_says_what_to_type_in_the_app() -> None:
+    assert {name: token_advice(name) for name in PRESETS if token_advice(name)} == {
+        "fast-word": "Type a new word such as <sks> as Token.",
+        "style": "Leave Token and Class empty.",
+    }

@@ -8,7 +8,7 @@ import pytest
 
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.snapshot import adapter_of, choose
-from dora_diffusion.studio.jobs.store import Workspace, write_json
+from dora_diffusion.studio.jobs.store import UserError, Workspace, write_json
 from tests.studio.jobs.helpers import (
     ended_run,
     seen,
@@ -39,6 +39,16 @@ def test_what_was_chosen_stands_for_the_run(workspace: Workspace) -> None:
     assert adapter_of(job) == job.folder / "checkpoint-50" / "pytorch_lora_weights.safetensors"
     (job.folder / "checkpoint-50" / "pytorch_lora_weights.safetensors").unlink()
     assert seen(job.folder).stands == "checkpoint-100"
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-7", "result", "base", "../other", "", None, 3, ["checkpoint-50"]]
+)
+def test_only_what_is_there_can_be_chosen(workspace: Workspace, name: object) -> None:
+    job = ended_run(workspace, (50,), 60)
+    with pytest.raises(UserError, match="no longer exists"):
+        choose(job, name)
+    assert not (job.folder / records.CHOSEN).exists()
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", 5, None, {"a": 1}])

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.jobs import deletions
 from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.store import GONE, UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import save_caption
-from tests.studio.jobs.helpers import ended_run, photo, seen
+from tests.studio.jobs.helpers import about, ended_run, photo, seen
 
 MB = bytes(2**20)
 ADAPTER = Path(__file__).parents[2] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
@@ -49,6 +50,16 @@ def test_the_question_about_a_run_has_its_files_and_their_size(workspace: Worksp
     assert "1 copy of a photo" in deletions.run_question(workspace, run.id)
 
 
+def test_the_question_about_a_comparison_has_its_report(workspace: Workspace) -> None:
+    run = ended_run(workspace, (2,), 2)
+    report = workspace.root / "report"
+    study = about(run.folder, "compare", title="dora, lora on Mug", output=str(report))
+    text = partial(deletions.run_question, workspace, study.name)
+    assert text() == "Delete dora, lora on Mug (0.0 MB)? It cannot be restored."
+    report.mkdir()
+    assert text().startswith("Delete dora, lora on Mug with its report (")
+
+
 def test_the_question_about_a_subject_or_photo_has_captions_and_masks(
     workspace: Workspace, subject: str
 ) -> None:
@@ -65,6 +76,25 @@ def test_the_question_about_a_subject_or_photo_has_captions_and_masks(
     assert "Delete Dog with 2 photos, 1 caption, 1 mask (" in text
     text = deletions.photo_question(workspace, subject, "001.jpg")
     assert "Delete 001.jpg of Dog with its caption, its mask (" in text
+
+
+def test_the_question_about_an_image_has_its_prompt(workspace: Workspace) -> None:
+    images, parameters = ImageStore(workspace), "a sks mug\nSteps: 2, Seed: 7"
+    image = Image.new("RGB", (8, 8))
+    save_image(image, workspace.images / "7.png", parameters)
+    save_image(image, workspace.images / "8.png")
+    question = partial(deletions.image_question, images)
+    assert question("7.png").startswith("Delete the image 7.png, 'a sks mug' (0.0 MB)?")
+    assert question("8.png").startswith("Delete the image 8.png (0.0 MB)?")
+
+
+def test_the_question_about_a_file_of_prompts_has_what_it_gives(workspace: Workspace) -> None:
+    rows = "name,prompt,negative_prompt\nink,ink,\noil,oil,\n"
+    workspace.styles.write_text(rows, encoding="utf-8")
+    (workspace.wildcards / "hue.txt").write_text("red", encoding="utf-8")
+    question = partial(deletions.prompt_file_question, workspace)
+    assert question("styles.csv").startswith("Delete styles.csv with 2 styles (0.0 MB)?")
+    assert question("hue.txt").startswith("Delete hue.txt with __hue__ (0.0 MB)?")
 
 
 @pytest.mark.parametrize("name", ["20260101-000000-abcdef", GONE, "../x", 3, ["a"]])

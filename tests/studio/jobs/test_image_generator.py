@@ -257,6 +257,27 @@ def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
     assert studio.compare(nothing)[1].notes == (line.format(5),)
 
 
+def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
+    finished: tuple[Workspace, str], studio: ImageGenerator, tmp_path: Path
+) -> None:
+    plain = ask(finished)
+    file = tmp_path / "lcm-lora-sdv1-5.safetensors"
+    file.write_bytes(Path((plain.adapters.adapter or [""])[0]).read_bytes())
+    request = with_adapter(plain, file).changed(guidance_scale=7.5)
+    (made,) = studio.make(request)
+    line = "lcm-lora-sdv1-5 is for few steps (LCM): set steps 4, guidance 1, scheduler LCM"
+    assert made.notes == (line,)
+    for steps, notes in ((2, ()), (9, (line,))):
+        (made,) = studio.make(request.changed(guidance_scale=1.0, steps=steps))
+        assert made.notes == notes
+    # Its scheduler is taken where none is chosen, as in a grid.
+    for scheduler, name in ((None, "lcm"), ("euler", "euler")):
+        asked = request.changed(scheduler=scheduler)
+        sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
+        assert sheet.parameters == studio.make(asked)[0].parameters
+        assert fields_of(sheet)["Sampler"] == name
+
+
 def test_a_grid_is_a_sheet_and_a_page_of_images_that_are_made_once(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:

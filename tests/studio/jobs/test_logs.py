@@ -18,6 +18,13 @@ from tests.studio.jobs.helpers import make, seen, started_run
 METRICS = '{{"step": {step}, "loss": 0.{step}, "seconds": 2.0}}\n'
 
 
+def test_a_half_written_line_is_not_read(workspace: Workspace) -> None:
+    folder = started_run(workspace, 2)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo')
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2]
+
+
 def test_what_was_held_out_is_read_apart_and_says_which_step_the_result_is_of(
     workspace: Workspace,
 ) -> None:

@@ -17,6 +17,7 @@ from dora_diffusion.studio.jobs.subjects import (
     photo_path,
 )
 from dora_diffusion.studio.jobs.uploads import edit_photo, read_mask, restore_original
+from tests.studio.jobs.helpers import photo
 
 
 def png_address(image: Image.Image) -> str:
@@ -63,8 +64,33 @@ def test_a_crop_keeps_the_alpha_mask(workspace: Workspace, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    "crop",
+    [(0, 0, 1), (0, 0, 2, 1), (-0.1, 0, 1, 1), (0.5, 0, 0.5, 1), (0.9, 0, 0.1, 1),
+     ("0", 0, 1, 1), (float("nan"), 0, 1, 1), (0, 0, 0.1, 0.1), "abcd", (None,) * 4,
+     (0, 0, 1, 0.13)],
+)  # fmt: skip
+def test_a_crop_that_is_none_changes_nothing(
+    workspace: Workspace, subject: str, crop: object
+) -> None:
+    path = photo_path(workspace, subject, "001.jpg")
+    photo(path, (400, 300))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="crop"):
+        edit_photo(path, crop, None)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert not (path.parent.parent / "originals").exists()
+
+
+@pytest.mark.parametrize(
     "mask", ["x", "data:image/svg+xml,<svg/>", "data:image/png;base64,AAAA", 5, ["a"], "a" * 2**23]
 )
 def test_a_mask_that_is_no_image_is_refused(mask: object) -> None:
     with pytest.raises(UserError, match="paint it again"):
         read_mask(mask)
+
+
+def test_a_mask_is_small() -> None:
+    assert read_mask("") is None
+    assert read_mask(png_address(Image.new("RGBA", (8, 8)))) is not None
+    with pytest.raises(UserError, match="paint it again"):
+        read_mask(png_address(Image.new("L", (5000, 5000))))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
+from dora_diffusion import system
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.records import JobRecord
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.store import UserError, Workspace, read_json, write_json
 from tests.studio.jobs.helpers import (
+    about,
     make,
     pretend_running,
     seen,
@@ -96,6 +100,50 @@ def test_delete_removes_the_job_and_its_exports(workspace: Workspace) -> None:
     assert not folder.exists()
     assert not export.exists()
     assert snapshot(workspace.root) == ()
+
+
+@pytest.mark.parametrize("kind", ["export", "rank-checkpoints", "push", "convert"])
+def test_a_run_is_not_deleted_under_a_job_about_it(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes], kind: str
+) -> None:
+    run = make(workspace)
+    waiting, busy = about(run), about(run, kind, title="Use sks mug")
+    pretend_running(busy, sleeper)
+    with pytest.raises(UserError, match='"Use sks mug" is still running and needs this run'):
+        jobs.delete_job(workspace, run.name)
+    assert run.is_dir()
+    assert waiting.is_dir()
+    assert busy.is_dir()
+    write_json(busy / records.RESULT, {"code": 143})
+    jobs.delete_job(workspace, run.name)
+    assert snapshot(workspace.root) == ()
+
+
+def test_a_job_is_deleted_once_its_worker_has_left(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows its log is open, and its folder stays, for as long as the worker lives."""
+    folder = make(workspace)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    pretend_running(folder, child)
+    write_json(folder / records.RESULT, {"code": 0})
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if jobs.worker_of(folder) is not None:
+            error = PermissionError(13, "used by another process")
+            error.winerror = 32  # type: ignore[attr-defined]
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(system, "_PAUSES", ())
+    waited = psutil.Process.wait
+    monkeypatch.setattr(
+        psutil.Process, "wait", lambda self, limit: (child.communicate(b"\n"), waited(self, limit))
+    )
+    jobs.delete_job(workspace, folder.name)
+    assert not folder.exists()
 
 
 def test_photos_are_copied_before_the_queue_can_see_the_job(

@@ -19,6 +19,7 @@ from dora_diffusion.studio.jobs import snapshot as snapshots
 from dora_diffusion.studio.jobs.queue import _WORKER_MODULE
 from dora_diffusion.studio.jobs.snapshot import choose, read_job, snapshot
 from dora_diffusion.studio.jobs.store import (
+    UserError,
     Workspace,
     read_json,
     remove_folder,
@@ -120,24 +121,29 @@ FILES = (records.JOB, records.SETTINGS, records.PROGRESS, records.RESULT, "metri
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_file_damages_its_run_alone(
-    workspace: Workspace, name: str, content: bytes | None
-) -> None:
-    good, folder = started_run(workspace, 3), started_run(workspace, 2)
-    write_json(folder / records.RESULT, {"code": 143})
-    (before,) = [job for job in snapshot(workspace.root) if job.folder == good]
-    damage(folder / name, content)
-    job, after = sorted(snapshot(workspace.root), key=lambda job: job.folder == good)
-    assert after == before
-    assert job.has_ended
-    if content or content is None or name != "metrics.jsonl":  # of a run without a step
-        assert job.shown_state == "damaged"
-        assert job.damage[0].startswith(f"{name} is damaged (")
-        assert job.damage[0].endswith("; fix or delete it, or remove this run")
+def test_a_damaged_file_damages_its_run_alone(workspace: Workspace, name: str) -> None:
+    good = started_run(workspace, 3)
+    (before,) = snapshot(workspace.root)
+    contents = {}
+    for content in DAMAGES.values():
+        folder = started_run(workspace, 2)
+        write_json(folder / records.RESULT, {"code": 143})
+        damage(folder / name, content)
+        contents[folder] = content
+    for job in snapshot(workspace.root):
+        if job.folder == good:
+            assert job == before
+            continue
+        content = contents[job.folder]
+        assert job.has_ended
+        if content or content is None or name != "metrics.jsonl":  # of a run without a step
+            assert job.shown_state == "damaged"
+            assert job.damage[0].startswith(f"{name} is damaged (")
+            assert job.damage[0].endswith("; fix or delete it, or remove this run")
     assert jobs.waiting_jobs(workspace) == [good]
-    jobs.delete_job(workspace, folder.name)
-    assert not folder.exists()
+    for folder in contents:
+        jobs.delete_job(workspace, folder.name)
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -178,6 +184,19 @@ def test_a_running_job_with_a_damaged_file_can_be_stopped(
     (folder / records.PROGRESS).write_text("{", encoding="utf-8")
     assert (seen(folder).state, seen(folder).shown_state) == ("running", "running")
     assert "progress.json is damaged" in seen(folder).damage[0]
+
+
+def test_a_damaged_result_is_mended_by_resuming(workspace: Workspace) -> None:
+    folder = started_run(workspace, 1)
+    (folder / records.RESULT).mkdir()
+    (folder / records.RESULT / "x").touch()
+    job = seen(folder)
+    assert (job.state, job.shown_state, job.cause) == ("crashed", "damaged", "")
+    jobs.requeue_job(folder)
+    assert (seen(folder).state, seen(folder).damage) == ("waiting", ())
+    (folder / records.JOB).write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"job\.json is damaged"):
+        jobs.requeue_job(folder)
 
 
 def _rename(folder: Path) -> None:

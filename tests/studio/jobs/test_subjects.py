@@ -22,6 +22,7 @@ from dora_diffusion.studio.jobs.subjects import (
     photo_path,
     photo_warnings,
     read_subject,
+    remove_photo,
     save_caption,
     subjects_in,
     take_sample,
@@ -72,6 +73,13 @@ def test_captions_are_printable_lines_of_bounded_length(workspace: Workspace, su
         save_caption(workspace, subject, "001.jpg", "x" * 1001)
     save_caption(workspace, subject, "001.jpg", " ")
     assert read_caption(photo_path(workspace, subject, "001.jpg"), "") == ""
+
+
+def test_a_removed_photo_takes_its_caption_along(workspace: Workspace, subject: str) -> None:
+    save_caption(workspace, subject, "001.jpg", "a sks dog")
+    remove_photo(workspace, subject, "001.jpg")
+    folder = workspace.subject(subject) / "photos"
+    assert sorted(path.name for path in folder.iterdir()) == ["002.jpg"]
 
 
 @pytest.mark.parametrize("masked_loss", [False, True])

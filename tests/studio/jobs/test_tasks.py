@@ -342,3 +342,30 @@ def test_no_conversion_downloads_a_base(
     cached[:] = [sd1_folder]
     args = parsed(tasks.start_conversion(workspace, run, "a1111"), workspace)
     assert (args.base, args.revision) == (str(sd1_folder), None)  # what the revision stood for
+
+
+def test_a_smaller_file_is_a_conversion_of_the_nearest_rank(workspace: Workspace) -> None:
+    run = run_of(workspace)
+    args = parsed(tasks.start_task("resize", workspace, run, "4", "", "0.9"), workspace)
+    assert (args.input, args.to) == (str(chosen_adapter(run)), "smaller-rank")
+    assert (args.rank, args.conv_rank, args.energy, args.base) == (4, None, 0.9, run.base)
+    again = parsed(tasks.start_task("resize", workspace, run, "2", "", ""), workspace)
+    assert args.output != again.output
+    # A base that would be downloaded for it is left out.
+    far = run_of(workspace, pretrained_model_name_or_path="org/model")
+    assert parsed(tasks.start_task("resize", workspace, far, "4", "", ""), workspace).base is None
+
+
+def test_two_adapters_of_one_base_are_combined(workspace: Workspace) -> None:
+    first, second = run_of(workspace), run_of(workspace)
+    job = seen(
+        workspace.root / tasks.start_task("combine", workspace, first, second, "8", "", "", "lora")
+    )
+    assert job.title == f"Combine {first.title} and {second.title}"
+    args = parsed(job.id, workspace)
+    assert args.adapters == [str(chosen_adapter(one)) for one in (first, second)]
+    assert (args.base, args.rank, args.method) == (first.base, 8, "lora")
+    far = run_of(workspace, pretrained_model_name_or_path="org/model")
+    for other, reason in ((None, "choose another adapter"), (far, "choose two of one base model")):
+        with pytest.raises(UserError, match=reason):
+            tasks.start_task("combine", workspace, first, other, "", "", "", "dora")

@@ -23,12 +23,13 @@ from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.queue import Lock
-from dora_diffusion.studio.jobs.records import read_metrics
+from dora_diffusion.studio.jobs.records import log_tail, read_metrics
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import Workspace
 from tests.studio.jobs.helpers import (
     about,
     add_run,
+    attempt,
     job_of,
     make,
     perform,
@@ -192,6 +193,17 @@ def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) 
     output.rename(output.with_name("elsewhere"))
     assert figures(output) == {}
     assert (seen(job.folder).state, seen(job.folder).cause) == ("failed", f"{output.name} is gone")
+
+
+def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(workspace: Workspace) -> None:
+    run = make(workspace)
+    folder = about(run, "export", "--bass", "b")
+    jobs.stop_job(run)
+    job = attempt(workspace, folder.name)
+    assert job.state == "failed"
+    assert job.result is not None
+    assert (job.result.code, job.cause) == (2, "there is no flag --bass (did you mean --base?)")
+    assert "usage: " in log_tail(folder)
 
 
 def test_a_job_that_has_nothing_to_save_stops_at_once(

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
+from dora_diffusion.cli.main import main
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.models.load import load_components
@@ -102,3 +103,10 @@ def test_memory_of_a_gpu_is_counted_and_that_of_a_cpu_unknown() -> None:
     assert fitting_settings("z-image", 1024, Device(free_gib=500)) == on
     for memory, quantize in (("24", None), ("12", "int8"), ("8", "nf4")):
         assert fitting_settings("z-image", 1024, gpu_of(memory)).get("quantize") == quantize
+
+
+def test_train_says_that_a_cpu_was_not_measured(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("dora_diffusion.models.memory.describe_device", Device)
+    words = ["train", "--memory=auto", f"--pretrained_model_name_or_path={NAME}", "--dry_run"]
+    main([*words, f"--output_dir={tmp_path / 'run'}", "--instance_data_dir=samples/bolt_mug"])
+    assert "memory auto is not compared with training of Tongyi-MAI" in capsys.readouterr().err

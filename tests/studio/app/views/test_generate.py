@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -298,6 +299,61 @@ def test_an_image_is_started_from(context: Context, tmp_path: Path) -> None:
 def read_image(path: Path) -> Any:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def test_a_card_shows_its_image_with_its_settings(context: Context) -> None:
+    find = handlers(context)
+    stored(context, "7.png", "a <mug>\nSteps: 2, Seed: 7, Size: 8x8")
+    show = find("show", "generate")
+    (context.workspace.images / ".part.png").symlink_to("/etc/passwd")
+
+    def clicked(name: str) -> list[Any]:
+        event: Any = SimpleNamespace(what="show", value=name)
+        return show(event)
+
+    _, images, settings, shown, names, menu, star = clicked("7.png")
+    assert images["value"] == [(str(context.workspace.images / "7.png"), "seed 7")]
+    assert "Steps: 2, Seed: 7" in settings
+    assert (shown, names, menu["visible"], star) == ("7.png", ["7.png"], True, "☆ Favourite")
+    assert find("star", "results")("7.png") == "★ Favourite"
+    assert clicked("7.png")[-1] == "★ Favourite"
+    for name in ("../.device.lock", ".part.png", "none.png"):
+        with pytest.raises(gradio.Error, match="no longer exists"):
+            clicked(name)
+    # Not without a yes, which the page's script gives by the name.
+    assert find("delete", "results")("") == [gradio.skip()] * 7
+    assert (context.workspace.images / "7.png").exists()
+    find("delete", "results")("7.png")
+    assert not (context.workspace.images / "7.png").exists()
+    assert context.images.favourites() == set()
+
+
+def test_a_pair_is_shown_on_a_slider_with_what_is_left_and_right(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ended_run(context.workspace, (), 8, code=0)
+    shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
+    context.jobs(fresh=True)
+
+    def compare(request: Any, on_step: Any) -> tuple[GeneratedImage, ...]:
+        paths = [context.workspace.images / f"{side}.png" for side in ("left", "right")]
+        return tuple(
+            GeneratedImage(save_image(Image.new("RGB", (8, 8)), path, path.stem), 7, path.stem)
+            for path in paths
+        )
+
+    monkeypatch.setattr(context.generator, "compare", compare)
+    with gradio.Blocks():
+        fields = [*generate.GenerateTab(context).fields, "image", "mask_image"]
+    values = [({**UNSET, "prompt": "a {subject}"})[name] for name in fields]
+    press = handler(context, "compare", "generate")
+    slider, gallery, settings, shown, names, *_ = press(job.id, *values)
+    assert [Path(path).name for path in slider["value"]] == ["left.png", "right.png"]
+    assert (slider["visible"], gallery["visible"]) == (True, False)
+    assert "Left: the base model. Right: with the adapter" in settings
+    assert (shown, names) == ("right.png", ["left.png", "right.png"])
+    with pytest.raises(gradio.Error, match=r"(?i)choose a run or a checkpoint"):
+        press("base/embedded:tiny-sd", *values)
 
 
 def test_settings_are_loaded_from_an_image_or_it_is_said_why_not(context: Context) -> None:

@@ -11,12 +11,15 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 
 from dora_diffusion.cli.axes import plan_grid, read_axis
 from dora_diffusion.cli.commands.generate import GenerateSettings
+from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.studio.app.views import grid
 from dora_diffusion.studio.app.views.grid import AXES, CHECKPOINT, grid_axes
 from dora_diffusion.studio.jobs.store import UserError
 from tests.refusal import refused
 
 KNOWN = {setting.name: setting for setting in GenerateSettings.settings()}
+PATHS = ("adapter", "adapter_dir", "base", "image", "mask_image", "model_config", "wildcard_dir",
+         "styles", "detail", "output", "repeat", "adapters_file")  # fmt: skip
 
 
 class Run:
@@ -38,6 +41,17 @@ def axes(*values: str | None, job: Any = None) -> list[str]:
     return grid_axes(values, job, "sks mug")
 
 
+def test_checkpoints_are_steps_or_all() -> None:
+    for text, names in (("all", Run.candidates), ("", Run.candidates), ("10", Run.candidates[1:2])):
+        (word,) = axes(CHECKPOINT, text, job=Run())
+        points = read_axis(word, KNOWN).points
+        assert [change.key for (change,) in points] == [repr([f"/runs, all/{n}"]) for n in names]
+    with pytest.raises(UserError, match="no checkpoint of step '3'; there are 2, 10, 12"):
+        axes(CHECKPOINT, "2, 3", job=Run())
+    with pytest.raises(UserError, match="choose a run: the grid shows its checkpoints"):
+        axes(CHECKPOINT, "all")
+
+
 def test_fields_are_the_axes_of_the_command() -> None:
     words = axes("steps", "4, 8", "", "x", "prompt", "a {subject} || b, c")
     assert words == ["steps=4, 8", "prompt=a sks mug || b, c"]
@@ -49,6 +63,17 @@ def test_fields_are_the_axes_of_the_command() -> None:
         axes("", "1", None, None)
     with refused("grid", "steps is 'x'"):
         axes("steps", "x")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_no_axis_names_a_file_of_the_machine(name: str) -> None:
+    assert name not in AXES
+    with pytest.raises(UserError, match="is not an axis; choose one of the list"):
+        axes(name, "/etc/passwd")
+    with pytest.raises(
+        (UserError, ConfigError), match=r"has another axis in its values|not an axis of"
+    ):
+        axes("steps", f"4 & {name}=/etc/passwd")
 
 
 def test_every_axis_of_the_list_is_one_of_the_command() -> None:

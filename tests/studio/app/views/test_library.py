@@ -14,17 +14,31 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 
+from dora_diffusion.data.sheets import labelled_sheet
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views import library
+from dora_diffusion.studio.app.views.library import _thumbnail
 from dora_diffusion.studio.jobs import records, tasks
+from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.image_store import PAGE
 from dora_diffusion.studio.jobs.queue import delete_job
-from tests.studio.app.views.helpers import handler, triggers
+from dora_diffusion.studio.jobs.store import write_json
+from tests.studio.app.views.helpers import handler, pressed, triggers
 from tests.studio.jobs.helpers import ended_run
 
 KOHYA = Path(__file__).parents[3] / "formats/golden/0.1.0/kohya-dora-output.safetensors"
+
+
+def test_of_a_sheet_one_image_is_shown_without_its_labels(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (64, 48), (0, 20 * place, 90)) for place in range(6)]
+    rows = ["a photo of a sks mug in a place with a long name", "another"]
+    sheet = labelled_sheet(images, "After 3 steps", rows, ["seed 0", "seed 1", "seed 2"])
+    path = save_image(sheet, tmp_path / "adapted.png", "a mug\nSteps: 2, Seed: 0, Size: 64x48")
+    # The first of the last row.
+    assert _thumbnail(path).getcolors() == [(256 * 256, (0, 60, 90))]
 
 
 def test_two_hundred_runs_are_listed_by_opening_one_page_of_their_images(
@@ -109,6 +123,64 @@ def test_a_shared_app_takes_no_adapter_of_a_model_that_it_does_not_offer(
         handler(context, "extract", "library")(None, "org/model", "/home/ann/model", "8")
 
 
+def test_two_adapters_are_compared_at_one_seed(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, asked = context.workspace, list[Any]()
+    first, second = (
+        tasks.import_adapter(workspace, KOHYA, name, "embedded:tiny-sd", str) for name in "ab"
+    )
+
+    def make(request: Any, on_step: Any) -> list[GeneratedImage]:
+        asked.append(request)
+        path = workspace.images / f"made-{len(asked)}.png"
+        note = (f"of {len(asked)}", "of both")
+        return [GeneratedImage(save_image(Image.new("RGB", (8, 8)), path), 77, "", note)]
+
+    monkeypatch.setattr(context.generator, "make", make)
+    compare = handler(context, "compare", "library")
+    slider, said = compare(first, second, "a {subject}", -1)
+    assert [request.seed for request in asked] == [None, 77]
+    made = [one for request in asked for one in request.uses()]
+    assert [Path(use.path).parent.name for use in made] == [first, second]
+    plain = asked[0].changed(adapter=asked[1].adapters.adapter, seed=77)
+    assert plain == asked[1]
+    images = [workspace.images / f"made-{number}.png" for number in (1, 2)]
+    assert slider["value"] == tuple(map(str, images))
+    assert slider["visible"]
+    for path, label in zip(images, ("Left: a, seed 77", "Right: b, seed 77"), strict=True):
+        assert f"href='{html.address(path)}' download='{path.name}'>{label} " in said
+    assert [said.count(text) for text in ("of 1", "of 2", "of both")] == [1, 1, 1]
+    # Nothing is made unless both can be.
+    for rival in (None, "", first, "gone"):
+        with pytest.raises(gradio.Error, match=r"Choose another adapter|no longer exists"):
+            compare(first, rival, "a mug", 1)
+    with pytest.raises(gradio.Error, match="Write a prompt"):
+        compare(first, second, " ", 1)
+    assert len(asked) == 2
+    parts = library.refresh(context.jobs(fresh=True), second)
+    assert [value for _, value in parts["library_rival"][0]["choices"]] == [first]
+
+
+def test_what_was_combined_is_taken_into_the_library(context: Context) -> None:
+    press = handler(context, "press", "library")
+    runs = [tasks.import_adapter(context.workspace, KOHYA, name, "org/model", str) for name in "ab"]
+    first, second = map(context.job, runs)
+    values = (second, "", "", "", "dora")
+    made = context.job(tasks.start_task("combine", context.workspace, first, *values))
+    event = gradio.EventData(None, {"what": "add", "value": made.id})
+    with pytest.raises(gradio.Error, match="has made no adapter"):
+        press(None, event)
+    Path(made.record.output).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(KOHYA, made.record.output)
+    write_json(made.folder / records.RESULT, {"code": 0})
+    assert "data-do='add'" in html.task_card(context.job(made.id))
+    assert "a and b, combined is in the library" in press(None, event)[1]
+    newest = context.jobs(fresh=True)[0]
+    assert (newest.title, newest.base) == ("a and b, combined", "org/model")
+    assert newest.stands == "result"
+
+
 @pytest.fixture
 def trained(context: Context) -> str:
     """A run of this app with an adapter."""
@@ -142,3 +214,25 @@ def test_a_download_has_a_link_and_a_model_card(context: Context, trained: str) 
     tasks.start_conversion(context.workspace, context.job(trained), "comfyui")
     assert "waiting" in library.refresh(context.jobs(fresh=True), other)["tasks"]
     assert triggers(context, "card", "library") == {("convert", "click")}
+
+
+def test_a_run_is_renamed_and_a_smaller_file_of_it_is_taken_in(
+    context: Context, trained: str
+) -> None:
+    *_, facts, cleared = handler(context, "rename", "library")(trained, "Ann's <mug>")
+    assert "Ann&#39;s &lt;mug&gt;" in facts
+    assert (cleared["value"], cleared["placeholder"]) == ("", "Ann's <mug>")
+    assert context.job(trained).title == "Ann's <mug>"
+    resize = pressed(context, "resize")
+    with pytest.raises(gradio.Error, match="a smaller rank, or an energy, first"):
+        resize(trained, "", "", "")
+    assert "Resize Ann&#39;s &lt;mug&gt;" in resize(trained, "2", "", "")
+    job = next(job for job in context.jobs(fresh=True) if job.kind == "convert")
+    Path(job.record.output).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(KOHYA, job.record.output)
+    records.write_result(job.folder, records.JobResult(0))
+    assert "data-do='add'" in library.refresh(context.jobs(fresh=True), trained)["tasks"]
+    event = gradio.EventData(None, {"what": "add", "value": job.id})
+    said = handler(context, "press", "library")(trained, event)[1]
+    assert "Ann&#39;s &lt;mug&gt;, resized is in the library" in said
+    assert context.jobs(fresh=True)[0].title == "Ann's <mug>, resized"

@@ -53,6 +53,16 @@ def test_empty_steps_and_guidance_are_the_model_s(
     assert image.notes == ()
 
 
+def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(name: str, **options: Any) -> str:
+        assert options["local_files_only"]
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match=r"org/model is not on this machine.*hf download org/m"):
+        _asked("org/model")
+
+
 @pytest.fixture
 def run(context: Context) -> SimpleNamespace:
     """A run with a result and a checkpoint of the embedded model, and requests of its fields."""

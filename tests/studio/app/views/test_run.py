@@ -24,7 +24,7 @@ from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.queue import start_time
 from dora_diffusion.studio.jobs.store import GONE, write_json
 from tests.studio.app.views.helpers import handler
-from tests.studio.jobs.helpers import ended_run, pretend_running, seen, started_run
+from tests.studio.jobs.helpers import ended_run, make, pretend_running, seen, started_run
 from tests.waiting import STAY
 
 ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
@@ -79,6 +79,15 @@ def test_the_held_out_loss_is_beside_that_of_training(context: Context) -> None:
     for gone in (None, GONE, "20260101-000000-abcdef"):  # The last one was deleted just now.
         drawn = handler(context, "draw", "run")(gone)
         assert [one.items() >= hidden.items() for one in drawn] == [True, True]
+
+
+def test_a_run_s_command_line_is_there_as_a_file_and_as_flags(context: Context) -> None:
+    folder = make(context.workspace, "it", max_train_steps=7, rank=3, class_word="mug")
+    text = handler(context, "command", "run")(folder.name)[0]
+    assert f"--config {folder / records.SETTINGS}" in text
+    assert "--max_train_steps 7" in text
+    assert "--rank 3" in text
+    assert text.count("data-copy") == 2
 
 
 @pytest.fixture

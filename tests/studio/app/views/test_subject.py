@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -17,11 +19,14 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 
 from dora_diffusion.cli import main as cli
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.studio import app
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.html import pieces
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import EMBEDDED
+from dora_diffusion.studio.app.views import captions
 from dora_diffusion.studio.app.views import subject as tab
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.store import ids_in
@@ -31,7 +36,10 @@ from dora_diffusion.studio.jobs.subjects import (
     keep_words,
     new_subject,
     read_subject,
+    save_caption,
+    subjects_in,
     take_sample,
+    training_crop,
 )
 from tests.studio.app.views.helpers import handler
 
@@ -101,6 +109,21 @@ def test_photos_join_a_sample_only_where_that_was_asked_for(
     assert "data-sample" not in pieces.place(stored)
 
 
+def test_a_data_set_is_given_away_and_taken_in_by_the_page(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    save_caption(context.workspace, subject, "001.jpg", "a sks mug")
+    link = handler(context, "export", "subject")(subject)
+    file = context.workspace.exports / subject / "mug.zip"
+    assert f"{subject}/mug.zip" in link
+    with pytest.raises(gradio.Error, match="by itself"):
+        upload(context, None, file, make_photo(tmp_path / "a.jpg"))
+    shown = upload(context, subject, file)
+    assert "1 photo and 1 caption added to the new subject mug" in shown[7]
+    newest = subjects_in(context.workspace)[0]
+    assert (newest.title, captions_of(newest)) == ("mug", {"001.jpg": "a sks mug"})
+
+
 def test_the_page_asks_before_photos_join_a_sample() -> None:
     """The script, with a page around it: which id goes to the server."""
     node = shutil.which("node")
@@ -158,6 +181,49 @@ def test_a_caption_goes_to_its_own_photo_whatever_is_shown(
         assert saved(context, nothing)[1] == {}
 
 
+def test_captions_of_all_photos_are_changed_by_buttons(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    add_photos(context.workspace, subject, [make_photo(tmp_path / f"{n}.jpg") for n in "bc"])
+    save_caption(context.workspace, subject, "002.jpg", "a <mug> on grass")
+    substitute, first, append, remove, write, add_prefix = (
+        handler(context, "run", "captions", nth) for nth in range(6)
+    )
+
+    def now() -> list[str]:
+        return list(captions_of(read_subject(context.workspace, subject)).values())
+
+    tags, rows, message = add_prefix(subject, "night,")
+    assert now() == ["", "night, a <mug> on grass", ""]
+    assert "night, a &lt;mug&gt; on grass</textarea>" in rows
+    assert "1 caption changed" in message
+    assert "data-value='a &lt;mug&gt; on grass'>a &lt;mug&gt; on grass 1</button>" in tags
+    assert "No caption changed" in substitute(subject, "dog", "cat")[2]
+    substitute(subject, "grass", "sand")
+    assert now() == ["", "night, a <mug> on sand", ""]
+    write(subject, "a sks mug")
+    assert now() == ["a sks mug"] * 3
+    handler(context, "undo", "captions")(subject)
+    assert now() == ["", "night, a <mug> on sand", ""]
+    save_caption(context.workspace, subject, "001.jpg", "sun, grass")
+    assert "night</button>" not in remove(subject, "night")[0]
+    assert now() == ["sun, grass", "a <mug> on sand", ""]
+    assert "photo 2</button>" in append(subject, "photo")[0]
+    first(subject, "photo")
+    assert now() == ["photo, sun, grass", "photo, a <mug> on sand", ""]
+    for photo in ("001.jpg", "002.jpg"):
+        save_caption(context.workspace, subject, photo, "")
+    assert "No caption changed" in append(subject, "photo")[2]
+    save_caption(context.workspace, subject, "002.jpg", "night, a <mug> on sand")
+    nothing = [(button, ("",)) for button in (first, append, remove, add_prefix)]
+    for change, values in (*nothing, (substitute, ("", "")), (substitute, ("", "x"))):
+        with pytest.raises(gradio.Error, match=r"Write what to change first|find is empty"):
+            change(subject, *values)
+    with pytest.raises(gradio.Error, match="at most 1000"):
+        write(subject, "x" * 1001)
+    assert now() == ["", "night, a <mug> on sand", ""]
+
+
 def test_a_shared_app_captions_with_no_model_but_its_own(
     context: Context, subject: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +234,30 @@ def test_a_shared_app_captions_with_no_model_but_its_own(
         with pytest.raises(gradio.Error, match="offers only"):
             start(subject, name, EMBEDDED, "")
     assert "waiting" in start(subject, "org/captions", EMBEDDED, "").lower()
+
+
+def test_a_mask_lies_over_the_photo_where_it_leaves_it_out(context: Context, subject: str) -> None:
+    stored = read_subject(context.workspace, subject)
+    assert "dd-mask" not in captions.shown(stored)[1]
+    (photo,) = stored.photos
+    mask = Image.new("L", open_photo(photo).size, 0)
+    mask.paste(255, (mask.width // 2, 0, mask.width, mask.height))
+    mask.save(mask_path(photo))
+    rows = captions.shown(stored)[1]
+    _, crop, overlay = rows.split("src='")
+    assert overlay.startswith("data:image/png;base64,")
+    colour = _image_of(overlay)
+    # The middle square of 80 x 64: the left half is left out, the right half is the subject.
+    assert (colour.getpixel((20, 96)), colour.getpixel((170, 96))) == ((0, 0, 0, 153), (0,) * 4)
+    whole = training_crop(photo, 192, masked=False).convert("L").getpixel((20, 96))
+    assert abs(_image_of(crop).convert("L").getpixel((20, 96)) - whole) < 40  # as bright as it is
+    mask_path(photo).write_bytes(b"x")
+    assert "dd-mask" not in captions.shown(stored)[1]
+
+
+def _image_of(markup: str) -> Image.Image:
+    content = markup.partition("base64,")[2].partition("'")[0]
+    return Image.open(io.BytesIO(base64.b64decode(content)))
 
 
 def test_uploads_are_checked_file_by_file(context: Context, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import gradio
 import yaml
 from PIL import Image
 
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import PRESETS, TrainConfig
 from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -54,6 +54,37 @@ def fields(subject: str, prompts: str) -> list[Any]:
     values = preset_values("fast", EMBEDDED)
     shown = [setting_text(values[name]) for name in ADVANCED]
     return [subject, EMBEDDED, "sks", "mug", prompts, *shown]
+
+
+def test_a_sample_prompt_without_the_token_is_said_to_show_the_class(
+    context: Context, subject: str
+) -> None:
+    asked = fields(subject, "a {subject} --d 3\na photo of a mug at night\na mug --drift")
+    # HTML on the page.
+    said = html.unescape(handler(context, "plan")(*asked)[0])
+    assert "Sample prompt 'a photo of a mug at night' does not contain the token 'sks'" in said
+    assert said.count("does not contain the token") == 1
+    with pytest.raises(gradio.Error, match="--x is not an option here"):
+        handler(context, "start")("", *fields(subject, "a {subject} --x 3"))
+
+
+def test_a_setting_without_effect_is_said_and_presets_have_none(
+    context: Context, subject: str
+) -> None:
+    def said(model: str, preset: str, **changes: Any) -> str:
+        values = {name: setting_text(v) for name, v in preset_values(preset, model).items()}
+        token = "<sks>" if preset == "fast-word" else "sks"
+        asked = [subject, model, token, "mug", "", *(values | changes).values()]
+        return html.unescape(handler(context, "plan")(*asked)[0])
+
+    for model in (EMBEDDED, "stabilityai/stable-diffusion-xl-base-1.0"):
+        for preset in PRESETS:
+            assert "has no effect" not in said(model, preset)
+    assert "new word 'sks', which has no vectors yet" in said(
+        EMBEDDED, "fast", train_text_encoder_ti=True, initializer_concept="sks"
+    )
+    changed = said(EMBEDDED, "fast", keep_tags="3")
+    assert "keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0" in changed
 
 
 def test_no_number_field_can_be_empty(context: Context) -> None:
@@ -164,6 +195,18 @@ def test_the_plan_says_what_will_not_fit_and_what_to_change(
     assert "Set quantize int8 and train_batch_size 1." in said(needed, **five)
 
 
+def test_the_plan_announces_class_images(context: Context, subject: str) -> None:
+    def said(mode: str) -> str:
+        changes = {"with_prior_preservation": True, "prior_preservation_mode": mode}
+        values = asked(context, subject, EMBEDDED, **changes)
+        return html.unescape(handler(context, "plan")(*values)[0])
+
+    announced = "100 class images come first, in the run's folder, which takes about as long as"
+    assert announced in said("images")
+    assert "class images" not in said("image-free")
+    assert "class images" not in said("")  # the default
+
+
 def settings_field(context: Context, name: str) -> Any:
     """The field of a setting on the page."""
     fields = [
@@ -260,6 +303,18 @@ def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -
     assert [getattr(field, "label", None) for field in fields] == ["Subject", "Class", "Token"]
 
 
+def test_words_typed_before_there_is_a_subject_are_the_first_one_s(context: Context) -> None:
+    fill, words = handler(context, "fill", nth=0), typed("", "dog", "zwx")
+    assert fill(None, words)[:2] == ["dog", "zwx"]
+    sample = new_subject(context.workspace, "Bolt mug", "mug", sample="bolt_mug")
+    assert fill(sample, words)[:2] == ["mug", "sks"]
+    first, second = (new_subject(context.workspace, name) for name in ("First", "Second"))
+    *shown, now = fill(first, words)
+    assert shown == ["dog", "zwx"]
+    assert fill(first, {})[:2] == ["dog", "zwx"]
+    assert fill(second, now)[:2] == ["", "sks"]
+
+
 def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: Context) -> None:
     use_preset = handler(context, "use_preset")
     values = preset_values("quality", EMBEDDED)
@@ -341,6 +396,32 @@ def test_several_subjects_are_one_run_each_with_its_own_words(
         handler(context, "start")("", *asked)
 
 
+def test_a_photo_of_two_subjects_is_said_before_the_start(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    other = new_subject(context.workspace, "Rex")
+    photo(tmp_path / "b.png")
+    add_photos(context.workspace, other, [tmp_path / "b.png", tmp_path / "a.png"])
+    keep_words(context.workspace, other, "dog", "zwx")
+    asked = [*fields(subject, "a photo of a {subject}"), [other]]
+    with pytest.raises(gradio.Error, match=r"Rex/002.jpg is the same photo as Mug/001") as wrong:
+        handler(context, "start")("", *asked)
+    assert "'zwx dog' and 'sks mug'; remove it" in html.unescape(str(wrong.value))
+    assert not ids_in(tmp_path / "runs")
+
+
+def test_a_style_needs_captions_and_no_words(context: Context, subject: str) -> None:
+    asked = fields(subject, "a photo of a {subject}\na castle")
+    asked[2] = asked[3] = ""
+    assert "but a caption for every image" in handler(context, "plan")(*asked)[0]
+    save_caption(context.workspace, subject, "001.jpg", "a mug")
+    handler(context, "start")("", *asked)
+    (job,) = context.jobs(fresh=True)
+    words = [job.settings[name] for name in ("token", "class_word", "instance_prompt")]
+    assert words == ["", None, None]
+    assert job.settings["validation_prompt"] == ["a castle"]
+
+
 def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
     context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +469,7 @@ def test_an_empty_start_is_refused_in_plain_words(context: Context) -> None:
     assert "Start one in the Train tab" in handler(context, "show", "library")(None, "")[0]
 
 
+FOREIGN = Path(__file__).parents[4] / "tests/config/foreign"
 # The fields that a file fills in, in the order of the page's updates.
 LOADED = [
     "pretrained_model_name_or_path", "token", "class_word", "validation_prompt", *PROMPTS,
@@ -417,3 +499,11 @@ def test_an_uploaded_file_of_a_run_fills_in_the_form(context: Context, tmp_path:
         file.write_text(f"{text}\n", encoding="utf-8")
         with pytest.raises(gradio.Error, match=re.escape(error)):
             loaded(context, file)
+
+
+def test_a_shared_app_does_not_fill_in_another_base_model(tmp_path: Path) -> None:
+    shared = Context(Launch(runs_dir=tmp_path, share=True, auth="ann:correct horse"))
+    message, filled = loaded(shared, FOREIGN / "diffusers_z_image.sh")
+    assert "pretrained_model_name_or_path" not in filled
+    left = "hub_model_id, instance_data_dir, instance_prompt, “Base model”, push_to_hub"
+    assert f"; not in this form: {left}<" in message
