@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
-import shutil
-import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
 
-from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.dataset import SampleTransform
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.data.photos import (
@@ -30,71 +25,6 @@ from dora_diffusion.data.photos import (
 )
 
 PROMPT = "a photo of sks dog"
-WATCHED: list[list[Path]] = []
-
-
-@functools.cache  # A hook cannot be taken out again.
-def watch_files() -> None:
-    """List each file that is opened, by whatever library, as Python itself tells."""
-
-    def hook(event: str, arguments: tuple) -> None:
-        if WATCHED and event == "open" and isinstance(arguments[0], (str, Path)):
-            WATCHED[-1].append(Path(arguments[0]))
-
-    sys.addaudithook(hook)
-
-
-def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
-    sd1_folder: Path,
-    samples_root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Three photos with a mask file, one with an alpha channel, one with neither."""
-    from dora_diffusion.training.inputs.subject import subjects_of
-    from dora_diffusion.training.processes import make_accelerator
-    from dora_diffusion.training.recipe import assemble
-
-    folder = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
-    (folder / "config.yaml").unlink()
-    photos = sorted(folder.glob("*.jpg"))
-    for photo in photos[:3]:
-        Image.new("L", Image.open(photo).size, 255).save(photo.with_name(f"{photo.stem}.mask.png"))
-    cut_out = Image.open(photos[3]).convert("RGBA")
-    cut_out.putalpha(Image.linear_gradient("L").resize(cut_out.size))
-    cut_out.save(photos[3].with_suffix(".png"))
-    photos[3].unlink()
-    files = [file for file in folder.iterdir() if file.suffix in (".jpg", ".png")]
-    assert len(files) == 8
-
-    decoded = []
-    load = ImageFile.ImageFile.load
-
-    def count(image: ImageFile.ImageFile) -> object:
-        if image.tile and getattr(image, "_im", None) is None:
-            decoded.append(image.size)
-        return load(image)
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", count)
-    config = TrainConfig(
-        pretrained_model_name_or_path=str(sd1_folder),
-        instance_data_dir=str(folder),
-        instance_prompt="a photo of a sks mug",
-        output_dir=str(tmp_path / "run"),
-        resolution=32,
-        rank=2,
-        conv_rank=2,
-        max_train_steps=1,
-        masked_loss=True,
-    )
-    watch_files()
-    WATCHED.append([])
-    with pytest.warns(UserWarning, match=r"1 image of 5 without a mask.*: 05\.jpg"):
-        assemble(config, subjects_of(config), make_accelerator(config))
-    opened = Counter(file for file in WATCHED.pop() if file.parent == folder and file.exists())
-    assert {file.name: opened[file] for file in files} == {file.name: 1 for file in files}
-    assert max(opened.values()) == 1, "captions are read once too"
-    assert len(decoded) == len(files)
 
 
 def test_a_photo_is_its_content_upright_with_its_caption(tmp_path: Path, write_images) -> None:

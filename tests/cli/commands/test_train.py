@@ -59,50 +59,6 @@ def test_flags_take_precedence_over_the_file(tmp_path):
     assert config.validation_prompt == ["a sks dog"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "seed: 1\nlearning_rte: 1",
-            "run.yaml, line 2: there is no setting learning_rte (did you mean learning_rate?)",
-        ),
-        ("seed: 1\nrank: many", "run.yaml, line 2: rank is 'many'; it must be a whole number"),
-        ("rank: 0", "line 1: rank is 0; it must be greater than 0"),
-        ("optimizer: adamx", "line 1: optimizer is 'adamx'"),
-        ("seed: 1\nrank: [", "run.yaml, line 2: this is not valid YAML"),
-        (
-            "seed: 1\nscale_lr: true",
-            "line 2: scale_lr of Diffusers' scripts is not here",
-        ),
-        (
-            "rank: 0\nseed: 1\nsnr_gamma: -1",
-            "run.yaml, line 1: rank is 0; it must be greater than 0; "
-            "{file}, line 3: snr_gamma is -1.0",
-        ),
-        (
-            "rank: x\nseed: y",
-            "line 1: rank is 'x'; it must be a whole number; {file}, line 2: seed",
-        ),
-        (
-            "rnak: 4\nseed: -1\nscale_lr: true\nrank: many",
-            "line 1: there is no setting rnak (did you mean rank?); {file}, line 2: seed is -1; it "
-            "must not be negative; {file}, line 3: scale_lr of Diffusers' scripts is not here",
-        ),
-        (
-            "rnak: 4\nseed: -1\nscale_lr: true\nrank: many",
-            "{file}, line 4: rank is 'many'; it must be a whole number",
-        ),
-    ],
-)
-def test_a_wrong_file_is_one_line(tmp_path, last_line, text, message):
-    file = tmp_path / "run.yaml"
-    file.write_text(text, encoding="utf-8")
-    assert cli.main(["train", "--config", str(file)]) == 1
-    line = last_line()
-    assert line.startswith("error: ")
-    assert message.format(file=file) in line
-
-
 def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, capsys):
     output = tmp_path / "run"
     assert cli.main(["train", *train_flags(output)]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +16,10 @@ from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import ADVANCED, LABELS
 from dora_diffusion.studio.app.views.draft import can_hold, kept_fields
 from dora_diffusion.studio.app.views.ui import LIMIT
-from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.queue import start_time
-from dora_diffusion.studio.jobs.store import GONE, write_json
+from dora_diffusion.studio.jobs.store import GONE
 from dora_diffusion.studio.jobs.subjects import new_subject
 from tests.studio.app.views.helpers import built_page
-from tests.studio.jobs.helpers import about, ended_run, started_run
+from tests.studio.jobs.helpers import about, ended_run
 
 
 @pytest.fixture(scope="module")
@@ -93,34 +90,6 @@ def opened(blocks: gr.Blocks, kept: dict[str, Any], query: dict[str, str]) -> di
         for field, update in zip(restore.outputs, updates, strict=True)
         if update != gr.skip()
     }
-
-
-def test_an_address_names_the_tab_that_a_reload_opens(tmp_path: Path) -> None:
-    context = Context(Launch(runs_dir=tmp_path / "runs"))
-    blocks = built_page(context)
-    [tabs] = [one for one in blocks.blocks.values() if isinstance(one, gr.Tabs)]
-    ids = [tab.id for tab in tabs.children]
-    assert ids == ["subject", "train", "generate", "library", "compare"]
-    shown = {tab: {} if tab == "subject" else {tabs: tab} for tab in ids}
-    other = ({}, {"tab": "none"}, {"tab": ""})
-    for tab in ids:
-        assert opened(blocks, {}, {"tab": tab}) == shown[tab]
-    assert [opened(blocks, {}, query) for query in other] == [{}] * 3
-    # While a run trains, a page without a tab of its own shows it.
-    folder = started_run(context.workspace, 4)
-    write_json(folder / records.WORKER, {"pid": os.getpid(), "start": start_time(os.getpid())})
-    assert [job.is_active for job in context.jobs(fresh=True)] == [True]
-    for tab in ids[1:]:
-        assert opened(blocks, {}, {"tab": tab})[tabs] == tab
-    assert tabs not in opened(blocks, {}, {"tab": "subject"})
-    assert [opened(blocks, {}, query)[tabs] for query in other] == ["train"] * 3
-    # Each tab that is opened is written there.
-    selecting = {
-        part: one.js for one in blocks.fns.values() for part, event in one.targets
-        if event == "select" and "locate" in str(one.js)
-    }  # fmt: skip
-    assert selecting == {tab._id: f"() => studio.locate('tab', '{tab.id}')"
-                         for tab in tabs.children}  # fmt: skip
 
 
 def test_an_address_names_what_is_selected_and_what_is_gone_is_left_out(tmp_path: Path) -> None:

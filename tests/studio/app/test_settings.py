@@ -17,19 +17,14 @@ from dora_diffusion.config import (
     PRESETS,
     TrainConfig,
 )
-from dora_diffusion.config.derived import resolve
-from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.config.fields import words_of
-from dora_diffusion.models.memory import Device, fitting_settings, needed_memory
+from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
-    EMBEDDED_MODELS,
     GROUPS,
     SETTINGS,
     command_line,
     make_config,
-    preset_sentence,
     preset_values,
     setting_text,
     shown_choices,
@@ -95,28 +90,6 @@ def test_names_of_models_and_paths_stay_as_they_are() -> None:
     for wrong in ("x" * 501, "org/mo\ndel"):
         with pytest.raises(UserError, match="the model name has more than 500 characters, or"):
             make_config(wrong, Path("p"), Path("o"), "sks", "mug", [], {})
-
-
-@pytest.mark.parametrize("model", ["stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL])
-def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None:
-    """Values that neither preset nor device sets are those of `train` without a flag."""
-    fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
-    about = {"max_train_steps", "with_prior_preservation", "rank"}
-    about |= {n for preset in PRESETS.values() for n in (*preset.settings, *preset.released)}
-    default = TrainConfig().to_dict()
-    for preset in PRESETS:
-        values = preset_values(preset, model)
-        moved = {name for name, value in values.items() if value != default[name]}
-        assert moved <= fitted | about, preset
-    resolved = resolve(
-        TrainConfig(with_prior_preservation=True, instance_prompt="a sks dog"),
-        prediction_type="epsilon", resolution=512, total_steps=800, steps_per_epoch=5,
-        mixed_precision="bf16", family=FAMILIES["sd1"],
-    )  # fmt: skip
-    assert resolved.center_crop
-    assert resolved.prior_preservation_mode == "image-free"
-    assert (resolved.validation_steps, resolved.num_validation_images) == (200, 4)
-    assert resolved.checkpointing_steps == 100
 
 
 def test_a_switch_that_follows_from_the_model_has_three_states(tmp_path: Path) -> None:
@@ -213,35 +186,6 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
         make_config(EMBEDDED, Path("p"), Path("o"), token, word, [], {})
-
-
-BASES = [*EMBEDDED_MODELS, *(family.released_id for family in FAMILIES.values()), "/none"]
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_tells_what_it_sets_for_the_model_and_nothing_else(preset: str) -> None:
-    usual = TrainConfig().to_dict()
-    for base in BASES:
-        text, _, advice = preset_sentence(preset, base).partition(". ")
-        family = next((f for f in FAMILIES.values() if f.released_id == base), FAMILIES["sd1"])
-        assert bool(advice) == family.is_flow
-        first, *parts = text.removeprefix("For this model: ").removesuffix(".").split(", ")
-        # As the fields are filled in; how a device is fitted is said beside its memory.
-        values = preset_values(preset, base, Device())
-        fitted = fitting_settings("", 512, Device()) if base not in EMBEDDED_MODELS else {}
-        changed = {n: v for n, v in values.items() if v != usual[n] and n not in fitted}
-        assert first == f"{changed.pop('max_train_steps')} steps"
-        if preset != "slider":
-            switches = [changed.pop(n, False) for n in ("with_prior_preservation", "random_flip")]
-            words = ["with" if on else "without" for on in switches]
-            named, parts = parts[:2], parts[2:]
-            assert named == [f"{words[0]} prior preservation", f"{words[1]} mirrored photos"]
-        assert parts == [
-            n.replace("_", " ") + ("" if value is True else f" {' '.join(words_of(value))}")
-            for n, value in changed.items()
-        ]
-    pet = [preset_sentence("pet", base) for base in (EMBEDDED, FAMILIES["sd1"].released_id)]
-    assert ["without mirrored photos" in text for text in pet] == [True, False]
 
 
 def test_a_preset_with_a_token_of_its_own_says_what_to_type_in_the_app() -> None:

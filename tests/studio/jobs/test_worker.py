@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.studio import worker
 from dora_diffusion.studio.app.html import figures, task_card
@@ -119,33 +118,6 @@ def test_a_stop_at_either_end_of_a_job_is_no_crash(
     result = records.read_result(folder)
     assert result is not None
     assert result.code == code
-
-
-def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None:
-    workspace, run = finished[0], job_of(finished)
-    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
-    output = Path(merge.record.output)
-    assert any(name.startswith("model.diffusion_model.") for name in read_header(output).specs)
-    assert merge.step == merge.total == output.stat().st_size - header_bytes(output)
-    assert merge.progress.unit == "B"
-    shown = html.unescape(task_card(merge))
-    assert f"Download {output.name}" in shown
-    assert f"{output.name} (reopened and checked)" in shown
-    assert "InvokeAI: no: it loads models of the released shapes" in shown
-    assert merge.record.command in shown
-    beside = output.with_suffix(".yaml")
-    assert beside.name not in shown
-    beside.write_text("model:", encoding="utf-8")  # as a v-prediction model has it for A1111
-    assert f"Download {beside.name}" in html.unescape(task_card(merge))
-    output.unlink()
-    assert (seen(merge.folder).state, seen(merge.folder).cause) == (
-        "failed", f"{output.name} is gone",
-    )  # fmt: skip
-
-
-def header_bytes(file: Path) -> int:
-    """The header of a safetensors file."""
-    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
 
 
 def test_a_conversion_says_what_the_command_line_says(

@@ -46,6 +46,36 @@ def test_masks_that_are_not_read_are_said(config, photos):
     )
 
 
+def test_what_transparency_and_shuffling_do_is_said(config, photos):
+    """Neither stops a run; both would be surprises in its result."""
+    for name in ("01", "02"):
+        image = Image.open(photos / f"{name}.jpg").convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(photos / f"{name}.png")
+        (photos / f"{name}.jpg").unlink()
+    for path in photos.glob("*.txt"):
+        path.write_text("sks mug on grass, blue", encoding="utf-8")
+    (photos / "03.txt").write_text("sks mug, blue, on grass", encoding="utf-8")
+    (photos / "06.jpg").write_bytes((photos / "03.jpg").read_bytes())
+    (photos / "lost.jpg").symlink_to("gone.jpg")
+    text = "shuffle_tags has no effect because no caption has two or more tags"
+    said = opened_with(replace(config, shuffle_tags=True, keep_tags=2))
+    assert [line for line in said if line.startswith(text)]
+    assert any("white: 01.png, 02.png; they are learned as a white back" in line for line in said)
+    assert any("6 photos, but only 5 different: 03.jpg, 06.jpg are the" in line for line in said)
+    assert any("left out links to missing files (lost.jpg)" in line for line in said)
+    said = opened_with(replace(config, shuffle_tags=True, masked_loss=True))
+    assert not [line for line in said if line.startswith(text) or "white" in line]
+
+
+def opened_with(config):
+    """The warnings of a run that is opened and not started."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assemble(config, subjects_of(config), make_accelerator(config))
+    return [str(w.message) for w in caught]
+
+
 def test_without_the_cache_workers_load_pixels(config):
     bare = replace(config, cache_latents=False, dataloader_num_workers=1)
     session = assemble(bare, subjects_of(bare), make_accelerator(bare))

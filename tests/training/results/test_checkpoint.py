@@ -307,6 +307,22 @@ def test_checkpoints_are_limited_and_load(sd1_folder, photos, tmp_path):
     assert_same_adapter(tmp_path / "out", tmp_path / "out" / "checkpoint-4")
 
 
+def test_a_full_disk_keeps_the_last_checkpoint(sd1_folder, photos, tmp_path, monkeypatch):
+    config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2)
+    train(config)
+    kept = read_adapter(tmp_path / "out" / "checkpoint-4")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk is full"):
+        train(replace(config, resume_from_checkpoint="latest", max_train_steps=6))
+    monkeypatch.undo()
+    assert set(read_adapter(tmp_path / "out" / "checkpoint-4").layers) == set(kept.layers)
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".run.lock"]
+
+
 def test_the_best_stays_beside_the_limit_until_another_is_better(saver, tmp_path):
     one = saver(limit=1)
     one.put(50, is_best=True)

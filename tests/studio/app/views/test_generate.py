@@ -21,7 +21,6 @@ from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
 from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request
 from dora_diffusion.studio.app.views.restore import restore
-from dora_diffusion.studio.app.views.results import show_acting
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
 from dora_diffusion.studio.jobs.snapshot import Job
@@ -134,26 +133,6 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
     large = stored(context, "b.png", f"a mug\nSteps: 3, Seed: 7, Hires upscale: 2, {OWN}")
     with pytest.raises(gradio.Error, match="done once; start from this image"):
         find("run", "results", 2)(large)
-
-
-def test_a_prompt_without_trigger_words_is_said_before_images_are_made(context: Context) -> None:
-    run = ended_run(context.workspace, (4,), 8).folder
-    (run / records.SETTINGS).write_text(
-        "pretrained_model_name_or_path: embedded:tiny-sd\ntoken: sks\nclass_word: dog\n", "utf-8"
-    )
-    shutil.copyfile(ADAPTER, run / "checkpoint-4" / "pytorch_lora_weights.safetensors")
-    context.jobs(fresh=True)
-    line = "lacks the adapter&#39;s trigger word; write &#39;sks dog&#39; to get the subject"
-    base, own = f"base/{context.models[0]}", run.name
-    for choice, prompt, more, is_said in (
-        (own, "a dog", {}, True), (own, "a sks dog", {}, False), (own, "a {subject}", {}, False),
-        (None, "a dog", {}, True), (base, "a dog", {}, False),
-        (base, "a dog", {"adapter_second": own}, True), (own, "", {}, False),
-        (GONE, "a dog", {}, False),
-    ):  # fmt: skip
-        said = show_acting(context, {**UNSET, "prompt": prompt, **more}, choice)
-        assert (line in said) is is_said, (choice, prompt, more)
-    assert {("prompt", "blur"), ("adapter", "change")} < triggers(context, "describe", "generate")
 
 
 def test_what_of_an_image_is_not_here_is_said_and_not_made(
