@@ -150,20 +150,6 @@ def test_blocks_run_and_print_what_is_shown(
     record_property("blocks", len(examples))
 
 
-@pytest.mark.parametrize(
-    ("expected", "printed", "same"),
-    [
-        ("done: x\n", "done: x\n\n", True),
-        ("step ...\ndone: ...", "step 1/2\nstep 2/2\ndone: x", True),
-        ("...\ndone", "\rstep 1\rstep 2\ndone", True),
-        ("done: x", "done: y", False),
-        ("done", "warning: no\ndone", False),
-    ],
-)
-def test_output_is_compared_as_doctest_compares(expected: str, printed: str, same: bool) -> None:
-    assert matches(expected, printed) == same
-
-
 def test_blocks_of_a_page_share_their_folder_shell_and_program(tmp_path: Path) -> None:
     """And one that fails ends the page there."""
     path = ROOT / "docs" / "page.md"
