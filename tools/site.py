@@ -1,8 +1,8 @@
 """Parts of pages that come from the code: flags, settings, figures.
 
 ``python -m tools.site`` writes the texts of `TEXTS` into the pages, between two comments, where
-GitHub and the site show them. The Python interface is put in as the site is built, by a block
-``{generated} python``, since only Sphinx can read docstrings.
+GitHub and the site show them. The long lists of `LISTS` are put in as the site is built, by a
+block such as ``{generated} commands``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dora_diffusion.studio import client
 from tools import search
 
 DOCS = Path(__file__).parents[1] / "docs"
+_LIST = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
 _PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
 _PACKAGES = ("config", "export", "lab.analysis")
 """Packages that say themselves which of their names are public."""
@@ -41,9 +42,8 @@ _RESUME = {
 
 
 def expanded(source: str) -> str:
-    """A page with the Python interface, where it asks for it."""
-    block = "```{generated} python\n```"
-    return source.replace(block, python_api()) if block in source else source
+    """A page with the lists that its blocks name."""
+    return _LIST.sub(lambda block: LISTS[block[1]](), source)
 
 
 def current(source: str) -> str:
@@ -354,10 +354,16 @@ def routes() -> str:
     return "\n".join(rows)
 
 
+LISTS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "python": python_api,
+    "search-held-out": partial(search.table, held_out=True),
+    "search-questions": partial(search.table, held_out=False),
+    "settings": setting_groups,
+}
 TEXTS: dict[str, Callable[[], str]] = {
     "adapter-verdicts": adapter_verdicts,
     "transformer-verdicts": transformer_verdicts,
-    "commands": commands,
     "differences-diffusers": partial(differences, "Diffusers"),
     "differences-kohya": partial(differences, "sd-scripts"),
     "differences-onetrainer-ai-toolkit": partial(differences, "OneTrainer", "ai-toolkit"),
@@ -366,9 +372,6 @@ TEXTS: dict[str, Callable[[], str]] = {
     "model-verdicts": model_verdicts,
     "programs": programs,
     "routes": routes,
-    "search-held-out": partial(search.table, held_out=True),
-    "search-questions": partial(search.table, held_out=False),
-    "settings": setting_groups,
     **{
         f"scale-{table}": partial(scale, table)
         for table in ("measured", "counted", "gpu", "fleets", "serving")

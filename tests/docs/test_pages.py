@@ -301,10 +301,9 @@ def test_generated_lists_are_current() -> None:
     """So that GitHub shows them; ``python -m tools.site`` writes them."""
     generated = [page for page in PAGES if "<!-- generated: " in page.source]
     assert [page.name for page in generated if site.current(page.source) != page.source] == []
-    names = [
-        n for p in generated for n in re.findall(r"^<!-- generated: ([a-z-]+) -->$", p.source, re.M)
-    ]
-    assert sorted(names) == sorted(site.TEXTS)
+    mark = re.compile(r"^(?:<!-- generated: |```\{generated\} )([a-z-]+)(?: -->)?$", re.M)
+    names = [name for page in PAGES for name in mark.findall(page.source)]
+    assert sorted(names) == sorted([*site.TEXTS, *site.LISTS])
 
 
 @each_page
