@@ -43,20 +43,14 @@ BASE, PROMPT = "embedded:tiny-sd", "a photo of a sks mug"
 
 OFF = (
     "adapters/compiled.py", "adapters/parametrizations.py", "data/prepare.py", "data/sheets.py",
-    "evaluation/*", "export/hub.py", "models/quantised.py", "models/words.py",
+    "evaluation/*", "export/hub.py", "models/words.py",
     "numerics/allocation.py", "numerics/projections.py", "numerics/quantised.py",
-    "training/engine/averaging.py", "training/engine/gradient_start.py",
-    "training/engine/preconditioning.py", "training/hooks/*", "training/inputs/cache.py",
-    "training/inputs/held_out.py", "training/inputs/prior.py", "training/pack*.py",
-    "training/results/resume.py", "training/results/validation.py",
-    "training/trainable/full.py",
-    "training/trainable/words.py",
+    "training/hooks/*", "training/inputs/cache.py", "training/inputs/held_out.py",
+    "training/inputs/prior.py", "training/pack*.py", "training/results/resume.py",
+    "training/results/validation.py", "training/trainable/full.py", "training/trainable/words.py",
 )  # fmt: skip
 """Modules of features that a default training has off."""
-STEP = (
-    "engine/step.py", "engine/objective.py", "step.py", "batch.py", "prediction.py", "terms.py",
-    "conditioner.py",
-)  # fmt: skip
+STEP = ("step.py", "batch.py", "prediction.py", "terms.py", "conditioner.py")
 """Modules of a step and its loss, under training/."""
 
 
