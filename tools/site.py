@@ -1,8 +1,6 @@
 """Parts of pages that come from the code: flags, settings, figures.
 
-``python -m tools.site`` writes the texts of `TEXTS` into the pages, between two comments, where
-GitHub and the site show them. The long lists of `LISTS` are put in as the site is built, by a
-block such as ``{generated} commands``.
+The texts of `TEXTS` are put in as the site is built, by a block such as ``{generated} commands``.
 """
 
 from __future__ import annotations
@@ -30,8 +28,7 @@ from dora_diffusion.studio import client
 from tools import search
 
 DOCS = Path(__file__).parents[1] / "docs"
-_LIST = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
-_PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
+_BLOCK = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
 _PACKAGES = ("config", "export", "lab.analysis")
 """Packages that say themselves which of their names are public."""
 _RESUME = {
@@ -42,13 +39,8 @@ _RESUME = {
 
 
 def expanded(source: str) -> str:
-    """A page with the lists that its blocks name."""
-    return _LIST.sub(lambda block: LISTS[block[1]](), source)
-
-
-def current(source: str) -> str:
-    """A page whose generated parts are what the code says now."""
-    return _PART.sub(lambda part: f"{part[1]}\n{TEXTS[part[2]]().rstrip()}\n\n", source)
+    """A page with the texts that its blocks name."""
+    return _BLOCK.sub(lambda block: TEXTS[block[1]]().rstrip(), source)
 
 
 def plain(text: str) -> str:
@@ -354,16 +346,9 @@ def routes() -> str:
     return "\n".join(rows)
 
 
-LISTS: dict[str, Callable[[], str]] = {
-    "commands": commands,
-    "python": python_api,
-    "search-held-out": partial(search.table, held_out=True),
-    "search-questions": partial(search.table, held_out=False),
-    "settings": setting_groups,
-}
 TEXTS: dict[str, Callable[[], str]] = {
     "adapter-verdicts": adapter_verdicts,
-    "transformer-verdicts": transformer_verdicts,
+    "commands": commands,
     "differences-diffusers": partial(differences, "Diffusers"),
     "differences-kohya": partial(differences, "sd-scripts"),
     "differences-onetrainer-ai-toolkit": partial(differences, "OneTrainer", "ai-toolkit"),
@@ -371,16 +356,14 @@ TEXTS: dict[str, Callable[[], str]] = {
     "measures": measures,
     "model-verdicts": model_verdicts,
     "programs": programs,
+    "python": python_api,
     "routes": routes,
+    "search-held-out": partial(search.table, held_out=True),
+    "search-questions": partial(search.table, held_out=False),
+    "settings": setting_groups,
+    "transformer-verdicts": transformer_verdicts,
     **{
         f"scale-{table}": partial(scale, table)
         for table in ("measured", "counted", "gpu", "fleets", "serving")
     },
 }
-
-if __name__ == "__main__":
-    for path in sorted(DOCS.rglob("*.md")):
-        source = path.read_text(encoding="utf-8")
-        if (text := current(source)) != source:
-            path.write_text(text, encoding="utf-8")
-            print(f"written: {path}")
