@@ -196,14 +196,12 @@ def training_figures(train: Entered, words: list[str], folder: Path) -> dict[str
 
 
 def main_path(train: Entered) -> str:
-    """Table of the modules of a default training, in the order in which they are entered."""
-    lines, rows = train.lines_by_module(), list[tuple[str, list[str]]]()
-    for module in train.modules:
-        room = module.partition("/")[0]
-        if not rows or rows[-1][0] != room:
-            rows.append((room, []))
-        rows[-1][1].append(f"`{module}` {lines[module]}")
-    return markdown(["room", "modules, with their lines"], [[r, ", ".join(m)] for r, m in rows])
+    """Table of the modules of a default training: rooms, and modules with position and lines."""
+    lines, rows = train.lines_by_module(), dict[str, list[str]]()
+    for position, module in enumerate(train.modules, 1):
+        text = f"{position}. `{module}` {lines[module]}"
+        rows.setdefault(module.partition("/")[0], []).append(text)
+    return markdown(["room", "modules"], [[r, ", ".join(m)] for r, m in rows.items()])
 
 
 def write_page(train: Entered) -> None:
