@@ -23,7 +23,7 @@ from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.elsewhere import DIFFERENCES
 from dora_diffusion.config.fields import AnyOf, Condition, Need
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, advice, rules
 from dora_diffusion.studio import client
 from tools import search
 
@@ -326,6 +326,20 @@ def differences(*trainers: str) -> str:
     return "\n".join(rows)
 
 
+def settings_of(*trainers: str) -> str:
+    """List the settings of other trainers' files and commands, with the answers to them."""
+    parts = []
+    for trainer in trainers:
+        rows = [f"| {trainer} | here |", "|---|---|"]
+        # One row for all names with one answer.
+        names: dict[str, list[str]] = {}
+        for name, rule in rules(trainer).items():
+            names.setdefault(plain(advice(rule)), []).append(f"`{name}`")
+        rows += [f"| {', '.join(members)} | {text} |" for text, members in names.items()]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
 def routes() -> str:
     """List the routes of the app's HTTP API."""
     from dora_diffusion.studio.app.api import make_api
@@ -361,6 +375,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "search-held-out": partial(search.table, held_out=True),
     "search-questions": partial(search.table, held_out=False),
     "settings": setting_groups,
+    "settings-of-kohya": partial(settings_of, "sd-scripts"),
+    "settings-of-onetrainer-ai-toolkit": partial(settings_of, "OneTrainer", "ai-toolkit"),
     "transformer-verdicts": transformer_verdicts,
     **{
         f"scale-{table}": partial(scale, table)
