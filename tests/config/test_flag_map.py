@@ -166,3 +166,10 @@ def check_sd_scripts_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[
     text = re.sub(r"'dora-diffusion [^']*'", "", text)  # tests/tools parses these commands
     named = {flag for flag in re.findall(r"--(?:no-)?([a-z_\d]+)", text) if flag != "prodigy_"}
     assert named <= {*known, name, "config", "dry_run", "to", "base"}
+
+
+def test_an_advice_that_begins_with_a_flag_keeps_its_dashes() -> None:
+    assert refusal("keep_tokens_separator") == (
+        "keep_tokens_separator of sd-scripts is not here: --keep_tags keeps a number of tags in "
+        "place"
+    )

@@ -30,7 +30,7 @@ SECONDS = 2 * WAIT_SECONDS
 """Seconds after which a page that has stopped moving is ended."""
 MARK = "\x1e"
 # Of the others, `make test` checks what they name.
-QUICK = {"docs/reference/exit-codes.md"}
+QUICK = {"docs/reference/commands.md"}
 
 pytestmark = pytest.mark.skipif(is_windows(), reason="the blocks are for a POSIX shell")
 
