@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import WEIGHT_COMPONENTS
 from dora_diffusion.config.wording import listing
@@ -68,7 +67,6 @@ WEIGHT_PREFIXES = (
 UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
 
 
-@check_arguments()
 def export_checkpoint(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     adapters: Adapters,

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.layouts import CONVERSIONS, KEY_FORMATS, input_format
@@ -21,7 +20,6 @@ from dora_diffusion.numerics.weights import (
 METHODS = {"dora": "DoRA", "lora": "LoRA"}
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class FitSettings:
     """Settings for fitting layers.

@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import Family
 from dora_diffusion.export.files import ExportError, open_model
 from dora_diffusion.export.merge_spec import recorded
@@ -68,7 +67,6 @@ class ModelReport:
         return dataclasses.asdict(self) | {"path": str(self.path), "family": self.family.name}
 
 
-@check_arguments()
 def inspect_model(path: str | PathLike[str]) -> ModelReport:
     """Report the family, schedule, metadata and compatible programs of a whole model.
 
