@@ -155,10 +155,6 @@ def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None
     assert f"{output.name} (reopened and checked)" in shown
     assert "InvokeAI: no: it loads models of the released shapes" in shown
     assert merge.record.command in shown
-    beside = output.with_suffix(".yaml")
-    assert beside.name not in shown
-    beside.write_text("model:", encoding="utf-8")  # as a v-prediction model has it for A1111
-    assert f"Download {beside.name}" in html.unescape(task_card(merge))
     output.unlink()
     assert (seen(merge.folder).state, seen(merge.folder).cause) == (
         "failed", f"{output.name} is gone",
