@@ -18,7 +18,6 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import dora_diffusion
-from dora_diffusion.data import images
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
@@ -218,8 +217,6 @@ def test_a_failed_save_keeps_the_old_image(tmp_path, monkeypatch):
 
 def test_a_sheet_of_samples_has_a_thumbnail(tmp_path, monkeypatch):
     """A strip, and one beyond the limits of photos and of Pillow, a hundredth of the real ones."""
-    for name in ("FULL_SIZE_MEGAPIXELS", "MAX_MEGAPIXELS"):
-        monkeypatch.setattr(images, name, getattr(images, name) / 100)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS // 100)
     for size in ((64, 875), (1500, 1400)):
         Image.new("L", size, "gray").save(tmp_path / "sheet.png", compress_level=1)
