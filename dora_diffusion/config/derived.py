@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
@@ -203,7 +202,6 @@ def as_yaml(config: TrainConfig, folder: Path | None = None) -> str:
     )
 
 
-@check_arguments()
 def without_effect(
     config: TrainConfig, given: Collection[str] | None = None, family: Family | None = None
 ) -> dict[str, str]:
@@ -249,7 +247,6 @@ def changed_settings(config: TrainConfig) -> set[str]:
     return {s.name for s in settings() if getattr(config, s.name) != s.default}
 
 
-@check_arguments()
 def unusual_rates(config: TrainConfig) -> list[str]:
     """Describe learning rates far outside of the optimizer's usual range.
 
@@ -280,7 +277,6 @@ def unusual_rates(config: TrainConfig) -> list[str]:
     ]
 
 
-@check_arguments()
 def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
     """Compare the settings of a run and of the checkpoint that it resumes from.
 
@@ -328,7 +324,6 @@ def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, 
     return refused, allowed
 
 
-@check_arguments()
 def removed_settings(before: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint that this version does not have, unless they had no effect.
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageFilter
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.prompts import DETAIL_DENOISE, DETAIL_PADDING, LEAST_PADDING, PIXELS
 
@@ -22,7 +21,6 @@ NO_PASS = "it has no detail pass"
 """End of the warning of an image in which nothing is found."""
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class Detail:
     """Settings of the detail pass: the model that finds the region, and how it is painted over.

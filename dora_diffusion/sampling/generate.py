@@ -16,7 +16,6 @@ from PIL import Image
 
 from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require_positive
 from dora_diffusion.config.prompts import PIXELS
 from dora_diffusion.models.components import Components
@@ -35,7 +34,6 @@ class BrokenImageError(ValueError):
     """Sampling gave NaN, or an image that is black all over."""
 
 
-@check_arguments()
 def generate_images(
     components: Components,
     prompt: str | Sequence[str],

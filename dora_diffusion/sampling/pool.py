@@ -13,7 +13,6 @@ from dora_diffusion.adapters.inject import layer_adapters, remove_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.formats.adapter.metadata import (
     ZERO_TERMINAL_SNR,
@@ -55,7 +54,6 @@ class _Loaded:
     metadata: AdapterMetadata
 
 
-@check_arguments()
 class AdapterPool:
     """Adapters of one base model, within a budget of memory.
 
@@ -103,7 +101,6 @@ class AdapterPool:
         """Bytes that the loaded adapters take."""
         return sum(loaded.size for loaded in self._loaded.values())
 
-    @check_arguments()
     def generate(
         self,
         rows: Sequence[ImageRow],

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from PIL import Image
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.prompts import (
     DENOISE,
@@ -47,7 +46,6 @@ class ImageRow(NamedTuple):
     adapter: AdapterRef = None
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class SamplingSettings:
     """Settings of image sampling.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -10,7 +11,6 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.cli.console.environment import describe_environment
 from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, Handler
@@ -243,12 +243,15 @@ def add_report(context: Context) -> None:
                 "a shared app does not describe the machine that it runs on; its operator can call "
                 "'dora-diffusion doctor' there"
             )
-        return str(describe_environment(context.workspace.root))
+        # Another process: it trains, and a broken package may end Python.
+        command = [sys.executable, "-m", "dora_diffusion", "doctor"]
+        done = subprocess.run(command, capture_output=True, check=False)
+        return (done.stdout or done.stderr).decode(errors="replace")
 
     with gr.Accordion("For a bug report", open=False, elem_id="bug-report") as box:
         text = (
             "What this installation is, as 'dora-diffusion doctor' prints it: no token, no "
-            "password, no name of yours. Add the traceback, or the end of the run's log."
+            "password, no home folder. Add the traceback, or the end of the run's log."
         )
         ui.html_block(html.quiet(text))
         # The copy button needs a label.
