@@ -83,7 +83,7 @@ TRAINING = {
         "clip_skip dataloader_num_workers "
         "prior_loss_weight allocation_warmup allocation_final orthogonality_weight "
         "learning_rate text_encoder_lr magnitude_lr lr_pattern lr_warmup_steps adam_beta1 "
-        "adam_beta2 adam_weight_decay adam_weight_decay_text_encoder prodigy_beta3 "
+        "adam_beta2 adam_weight_decay "
         "max_grad_norm snr_gamma noise_offset seed num_validation_images "
         "validation_steps validation_split checkpointing_steps checkpointing_minutes",
     "[1, inf)":
