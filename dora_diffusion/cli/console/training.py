@@ -20,7 +20,6 @@ from dora_diffusion.training.events import (
     CheckpointSaved,
     ClassImagesAnnounced,
     ClassImagesProgress,
-    EffectMeasured,
     Event,
     ModelLoading,
     SampleSaved,
@@ -62,7 +61,6 @@ class TrainProgress:
 
     def __call__(self, event: Event, name: str = "") -> None:
         """Show one event of a run, or of the named subject of a pack."""
-        subject = f"{name}: " if name else ""
         match event:
             case ModelLoading():
                 precision = {"no": "float32"}.get(event.precision, event.precision)
@@ -71,7 +69,7 @@ class TrainProgress:
             case TrainingStarted():
                 self._start(event, name)
             case ClassImagesAnnounced():
-                say(subject + _class_images_text(event))
+                say((f"{name}: " if name else "") + _class_images_text(event))
             case ClassImagesProgress(done, total) if not name:
                 self._count_images("class images", done, total)
             case CachingProgress(done, total) if not name:
@@ -96,8 +94,6 @@ class TrainProgress:
             case CheckpointSaved():
                 removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
                 say(f"{name or 'checkpoint'}: {event.path}{removed}")
-            case EffectMeasured(effect):
-                say(f"{subject}{effect}")
             case TrainingEnded(step, interrupted) if name:
                 say(f"{name}: {'interrupted' if interrupted else 'done'} after step {step}")
             case TrainingEnded():
