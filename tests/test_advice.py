@@ -57,10 +57,6 @@ def weight_of(value: str, tmp_path: Path) -> None:
     _read_weight(file)
 
 
-def hires(value: str) -> None:
-    SamplingSettings(width=512, height=512, hires=float(value))
-
-
 def of_setting(name: str, value: str) -> None:
     SamplingSettings(**{name: int(value)})
 
@@ -94,8 +90,7 @@ FOLLOWED: dict[str, tuple[Callable[[str], object], Iterable[str]]] = {
     "{name} is {value}; it must be a multiple": (
         partial(of_setting, "width"), ["17", "70", "500", "8191"]
     ),
-    "hires is": (hires, ["0.5", "1", "9"]),
-    "{name} is {share}": (lambda v: SamplingSettings(hires_denoise=float(v)), ["2"]),
+    "denoise is": (lambda v: SamplingSettings(denoise=float(v)), ["2"]),
     "the strength schedule is": (parse_schedule, ["0.5", "a:b"]),
     "host is {self.host}": (
         lambda v: Launch(host=v, auth="me:12345678"), ["http://x", "a b"]
@@ -113,11 +108,11 @@ OTHERS = (
     "dataset_config {folder} holds no folder", "the pattern {next", "{name} was distilled",
     "{folder}: ignored", "instance_prompt is not set", "the new word", "line {number} of {path}",
     # They count what there is.
-    "the zip holds", "the second pass would be", "at most {MOST_PROMPT_FILES}", "the {what} has",
+    "the zip holds", "at most {MOST_PROMPT_FILES}", "the {what} has",
     "the note has", "{len(files)} files were chosen", "the token of {where}",
     # Their range is the setting's own, or they are tried with a model below.
     "clip_skip is", "{name} is {side}; on {model}", "{name} {side} of the sample prompt",
-    "bucket_reso_steps is", "{path.name}: the weight", "detail_", "size must be above 0",
+    "bucket_reso_steps is", "{path.name}: the weight", "size must be above 0",
     "pack_throughput", "packs of", "{name} is {value}; it must be at least 1",
 )  # fmt: skip
 

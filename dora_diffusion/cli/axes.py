@@ -40,7 +40,6 @@ _PATHS = (
     "wildcard_dir",
     "adapter_dir",
     "styles",
-    "detail",
 )
 # Settings that each image requires.
 _NEVER_NONE = ("prompt", "seed")

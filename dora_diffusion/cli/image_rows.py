@@ -242,17 +242,13 @@ def _require_prompt(text: str, args: RequestedImages) -> None:
     Raises:
         ConfigError: If one names an adapter or holds an image's settings.
     """
-    detail = args.detail_pass.detail_prompt or ""
-    for words in (text, detail):
-        _require_no_tags(words)
+    _require_no_tags(text)
     require(
         not text.strip().startswith(NEGATIVE),
         "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
         "prompt",
     )
-    for name, words in (
-        ("prompt", text), ("detail_prompt", detail), ("negative_prompt", args.negative_prompt or "")
-    ):  # fmt: skip
+    for name, words in (("prompt", text), ("negative_prompt", args.negative_prompt or "")):
         line = settings_line(words)
         require(
             not line,

@@ -12,10 +12,6 @@ from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import Need, flag, require
 from dora_diffusion.config.prompts import (
     DENOISE,
-    DETAIL_DENOISE,
-    DETAIL_PADDING,
-    HIRES_DENOISE,
-    LEAST_PADDING,
     Style,
     read_styles,
 )
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_diffusion.numerics.weights import Strengths
-    from dora_diffusion.sampling.detail import Detail
     from dora_diffusion.sampling.stack import AdapterUse
 
 
@@ -199,73 +194,6 @@ class ImageInput(CommandSettings):
 
         files = {"image": self.image, "mask_image": self.mask_image}
         return {name: open_photo(file) for name, file in files.items() if file is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SecondPass(CommandSettings):
-    """Second pass over the enlarged image."""
-
-    hires: float | None = flag(
-        None,
-        "Second pass at sides that are so many times as long, such as 1.5, over the enlarged image "
-        "of the first one (Hires. fix). Default: none.",
-    )
-    hires_denoise: float = flag(
-        HIRES_DENOISE, "Denoising strength of the second pass.", needs=(Need("hires"),)
-    )
-    hires_steps: int | None = flag(
-        None,
-        "Denoising steps of the second pass, of which that share is done. Default: --steps.",
-        needs=(Need("hires"),),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetailPass(CommandSettings):
-    """Detail pass over the face or subject."""
-
-    detail: str | None = flag(
-        None,
-        "Model that finds a face or subject in each finished image, which is enlarged to the "
-        "model's size, painted over and put back: rembg, rembg:MODEL, or a segmentation model "
-        "(folder or hub id).",
-    )
-    detail_label: str | None = flag(
-        None,
-        "Which of a segmentation model's labels that is, such as face.",
-        needs=(Need("detail"),),
-    )
-    detail_prompt: str | None = flag(
-        None, "Prompt of the detail pass. Default: the image's.", needs=(Need("detail"),)
-    )
-    detail_denoise: float = flag(
-        DETAIL_DENOISE,
-        "Denoising strength of the detail pass.",
-        needs=(Need("detail"),),
-        above=0,
-        most=1,
-    )
-    detail_padding: int = flag(
-        DETAIL_PADDING,
-        "Pixels around what is found that the detail pass sees too.",
-        needs=(Need("detail"),),
-        least=LEAST_PADDING,
-    )
-
-    def opened(self) -> Detail | None:
-        """The pass with its model; None without a detail pass.
-
-        Raises:
-            ConfigError, ValueError, OSError: If the model cannot be opened.
-        """
-        if not self.detail:
-            return None
-        from dora_diffusion.sampling.detail import Detail
-
-        return Detail.open(
-            self.detail, self.detail_label or "", denoise=self.detail_denoise,
-            padding=self.detail_padding, prompt=self.detail_prompt or "",
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

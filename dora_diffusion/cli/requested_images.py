@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 from dora_diffusion.cli.image_settings import (
     Adapters,
     DenoisingSettings,
-    DetailPass,
     GridAxes,
     ImageInput,
     Prompts,
-    SecondPass,
 )
 from dora_diffusion.cli.settings import AdaptedModel, scheduler_flag
 from dora_diffusion.config.command import CommandSettings, group
@@ -49,8 +47,6 @@ class RequestedImages(CommandSettings):
         "current one. Flags take precedence.",
     )
     source: ImageInput = group(ImageInput)
-    second_pass: SecondPass = group(SecondPass)
-    detail_pass: DetailPass = group(DetailPass)
     negative_prompt: str = flag("", "Negative prompt.")
     seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
     num_images: int = flag(1, "Number of images, one per seed.", least=1, most=10_000)
@@ -152,7 +148,7 @@ class RequestedImages(CommandSettings):
 
     @cached_property
     def sampling(self) -> SamplingSettings:
-        """The settings of sampling: images and the model of a detail pass are opened.
+        """The settings of sampling: its images are opened.
 
         Raises:
             ConfigError, ValueError, OSError: If a value cannot work, or a file cannot be read.
@@ -164,7 +160,6 @@ class RequestedImages(CommandSettings):
         values, names = self.values(), [field.name for field in fields(SamplingSettings)]
         stated = {name: values[name] for name in names if values.get(name) is not None}
         stated |= self.source.opened()
-        stated |= {"detail": self.detail_pass.opened()}
         stated["negative_prompt"] = self.styled("negative_prompt")
         schedules = {name_of(n): use.schedule for n, use in enumerate(self.uses()) if use.schedule}
         settings = SamplingSettings(**stated, strength_schedules=schedules)

@@ -24,10 +24,6 @@ MOST_SIDE, MOST_STEPS = 8192, 1000
 """Limits of an image's sides in pixels, and of denoising steps."""
 DENOISE = 0.75
 """Default denoising strength of image-to-image generation."""
-HIRES_DENOISE, DETAIL_DENOISE = 0.5, 0.4
-"""Default denoising strengths of a second pass, and of a detail pass."""
-DETAIL_PADDING, LEAST_PADDING = 32, 16
-"""Default and least padding in pixels around the area of a detail pass."""
 # Option -> attribute, and the option as a setting.
 _NUMBERS: dict[str, tuple[str, Setting]] = {
     "d": ("seed", Setting("--d", int, least=0)),

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
 HASHES, MODEL_HASH = "Lora hashes", "Model hash"
 TOKEN_LENGTH, LOADED = "Max token length", "Loaded with"
-_UPSCALER, _LANCZOS = "Hires upscaler", "Lanczos"
 INIT_IMAGE, MASK_IMAGE = "Init image hash", "Mask image hash"
 LAYERS, SCHEDULE = "Layer strength", "Strength schedule"
 OWN_VERSION = "dora_diffusion "
@@ -62,10 +61,6 @@ _SETTINGS: Mapping[str, tuple[str, type]] = {
     "Direction strength": ("direction_strength", float),
     "Magnitude strength": ("magnitude_strength", float), "Clip skip": ("clip_skip", int),
     TOKEN_LENGTH: ("max_token_length", int), "Denoising strength": ("denoise", float),
-    "Hires upscale": ("hires", float), "Hires steps": ("hires_steps", int),
-    "Detail model": ("detail", str), "Detail label": ("detail_label", str),
-    "Detail prompt": ("detail_prompt", str), "Detail padding": ("detail_padding", int),
-    "Detail denoising strength": ("detail_denoise", float),
 }  # fmt: skip
 # The same of several values, with what is between them.
 _LISTS = {LAYERS: ("layer_strength", ", "), SCHEDULE: ("strength_schedule", " | ")}
@@ -221,18 +216,6 @@ def painted_fields(settings: SamplingSettings) -> dict[str, str]:
         fields[MASK_IMAGE] = pixel_hash(settings.mask_image, "L")
     if settings.stated_denoise is not None:
         fields = {"Denoising strength": number_text(settings.stated_denoise), **fields}
-    if settings.hires:
-        fields |= {"Hires upscale": number_text(settings.hires), _UPSCALER: _LANCZOS}
-        fields |= {"Hires steps": str(settings.hires_steps)} if settings.hires_steps else {}
-    if (detail := settings.detail) is not None:
-        texts = {
-            "model": without_path(detail.model),
-            "label": detail.label,
-            "prompt": detail.prompt,
-        }
-        fields |= {f"Detail {name}": text for name, text in texts.items() if text}
-        fields["Detail denoising strength"] = number_text(detail.denoise)
-        fields["Detail padding"] = str(detail.padding)
     return fields
 
 
@@ -353,15 +336,15 @@ def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
                 values[setting] = text.split(separator)
             elif setting and (setting != "scheduler" or text in SCHEDULERS):
                 values[setting] = kind(text)
-            elif name not in _FACTS and (name, text) != (_UPSCALER, _LANCZOS):
+            elif name not in _FACTS:
                 unread.append(f"{name}: {text}")
         except ValueError:
             unread.append(f"{name}: {text}")
+    if "Hires upscale" in fields:  # The strength is that of a second pass.
+        values.pop("denoise", None)
     if fields.get("Emphasis") == "None":
         values["prompt_weights"] = False
         unread.remove("Emphasis: None")
-    if "hires" in values and "denoise" in values:
-        values["hires_denoise"] = values.pop("denoise")
     return values | {"prompt": prompt}, unread
 
 

@@ -26,8 +26,7 @@ KINDS: dict[str, type[CommandSettings]] = {
 # Of these, what any other setting's value cannot be.
 OTHERS: dict[str, Any] = {
     "max_token_length": 150, "vae_tile_size": 64, "host": "localhost", "auth": "Ann:a password",
-    "allowed_hosts": ["studio.example"], "detail_denoise": 0.25, "detail_padding": 64,
-    "grid": ["steps=1, 2"],
+    "allowed_hosts": ["studio.example"], "grid": ["steps=1, 2"],
 }  # fmt: skip
 
 

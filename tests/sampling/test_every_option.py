@@ -90,16 +90,11 @@ CASES["style"] = CASES["styles"]
 
 STACKED = "sampling/test_stack.py::test_a_stack_is_the_exported_merge_of_the_same_adapters"
 PAINTED = "sampling/test_painting.py::test_images_are_those_of_the_pipelines_called_by_hand"
-ENLARGED = "sampling/test_painting.py::test_a_second_pass_is_image_to_image_over_the_enlarged_first"
 GRID = (
     "cli/commands/test_grid.py"
     "::test_each_cell_is_the_plain_image_of_its_settings_and_repeats_to_the_same_bytes"
 )
 READ = "sampling/test_generate.py::test_prompts_are_read_as_the_adapter_says"
-DETAIL = (
-    "sampling/test_detail.py"
-    "::test_what_is_found_is_the_pipelines_image_of_its_crop_and_all_else_stays"
-)
 ELSEWHERE = {
     "adapter": STACKED,
     "adapter_dir": "cli/commands/test_generate.py::test_prompts_may_name_adapters_of_a_folder",
@@ -114,16 +109,6 @@ ELSEWHERE = {
     "denoise": PAINTED,
     "grid": GRID,
     "grid_limit": GRID,
-    "hires": ENLARGED,
-    "hires_denoise": ENLARGED,
-    "hires_steps": ENLARGED,
-    "detail": DETAIL,
-    "detail_denoise": DETAIL,
-    "detail_padding": DETAIL,
-    "detail_prompt": (
-        "sampling/test_detail.py::test_rows_of_several_adapters_have_details_of_their_own"
-    ),
-    "detail_label": "cli/commands/test_generate.py::test_details_are_painted_said_and_repeated",
     "clip_skip": READ,
     "max_token_length": READ,
     "zero_terminal_snr": (

@@ -23,7 +23,6 @@ from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
-from dora_diffusion.sampling.detail import Detail
 from dora_diffusion.sampling.images import (
     RecordedAdapter,
     parameters_text,
@@ -288,15 +287,6 @@ def words(rng: random.Random, most: int) -> str:
     return "sks " + " ".join(rng.choice(pieces) for _ in range(rng.randint(0, most)))
 
 
-def random_detail(rng: random.Random) -> Detail:
-    return Detail(
-        lambda image: image, rng.uniform(0.02, 1), rng.randint(16, 500),
-        prompt=rng.choice(["", re.sub(r"\s+", " ", words(rng, 4)).strip()]),
-        model=rng.choice(["rembg", "rembg:isnet-general-use", "org/face, seg"]),
-        label=rng.choice(["", "face", "wall; a: b"]),
-    )  # fmt: skip
-
-
 def test_random_settings_are_read_again_and_by_a1111(tmp_path):
     with every() as case:
         for number in range(200):
@@ -314,10 +304,6 @@ def check_random_settings(number, tmp_path):
         width=8 * rng.randint(2, 256),
         height=8 * rng.randint(2, 256),
         negative_prompt=words(rng, 6) if rng.random() < 0.7 else "",
-        hires=rng.choice([None, 1.5, rng.uniform(1.01, 4)]),
-        hires_denoise=rng.uniform(0.02, 1),
-        hires_steps=rng.choice([None, 10**3]),
-        detail=rng.choice([None, random_detail(rng)]),
     )
     seed, prompt, model = (
         rng.randrange(2**63),
@@ -346,26 +332,8 @@ def check_random_settings(number, tmp_path):
         # To a tokenizer all spaces are one.
         assert values[name].split() == said.split()
         assert theirs[name.capitalize().replace("_", " ")].split() == said.split()
-    names = ["steps", "guidance_scale", "width", "height"]
-    names += ["hires", "hires_denoise"] * (settings.hires is not None)
-    names += ["hires_steps"] * (settings.hires is not None and settings.hires_steps is not None)
-    for name in names:
+    for name in ("steps", "guidance_scale", "width", "height"):
         assert values[name] == getattr(settings, name)
-    their_names = {"hires": "Hires upscale", "hires_denoise": "Denoising strength"}
-    assert [float(theirs.get(name, 0)) for name in their_names.values()] == [
-        getattr(settings, name) if settings.hires else 0 for name in their_names
-    ]
-    if detail := settings.detail:
-        expected = {
-            "detail": detail.model, "detail_label": detail.label, "detail_prompt": detail.prompt,
-            "detail_denoise": detail.denoise, "detail_padding": detail.padding,
-        }  # fmt: skip
-        known = {name: value for name, value in values.items() if name.startswith("detail")}
-        assert known == {name: value for name, value in expected.items() if value}
-        for name in ("model", "label", "prompt"):
-            assert theirs.get(f"Detail {name}", "") == getattr(detail, name)
-    else:
-        assert not any("etail" in name for name in [*values, *theirs])
     assert values.get("guidance_rescale", 0) == settings.guidance_rescale
     assert values.get("scheduler") == settings.scheduler
     assert (values["seed"], theirs["Seed"]) == (seed, str(seed))

@@ -18,7 +18,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.main import main
@@ -27,7 +27,6 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.detail import FEATHER, Detail
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import read_fields
 from dora_diffusion.sampling.load import few_steps, load_adapted
@@ -139,9 +138,7 @@ WITH_ADAPTER: dict[str, dict[str, Any]] = {
 HERE = "a test of its own below"
 ELSEWHERE = {
     "adapter": HERE, "adapters_file": HERE, "adapter_dir": HERE, "clip_skip": HERE, "grid": HERE,
-    "grid_limit": HERE, "repeat": HERE, "hires": HERE, "hires_denoise": HERE, "hires_steps": HERE,
-    "detail": HERE, "detail_denoise": HERE, "detail_padding": HERE, "detail_prompt": HERE,
-    "detail_label": "which mask is made, before there is a model", "quantize": HERE,
+    "grid_limit": HERE, "repeat": HERE, "quantize": HERE,
     "base": "every case has one", "variant": "which files are read", "revision": "of a hub",
     "model_config": "how a single file is read, before there is a model",
     "alpha": "how an adapter's file is read, before there is a model",
@@ -336,42 +333,6 @@ def test_clip_skip_leaves_out_one_more_layer(folder, generate):
     assert difference(image, by_hand(folder, Case({}, call))[0]) <= 1
     assert difference(image, by_hand(folder)[0]) > 1
     assert difference(generate("again.png", repeat=str(image)), image) == 0
-
-
-def test_a_second_pass_is_image_to_image_over_the_enlarged_first(folder, generate):
-    image = generate(hires=1.6, hires_denoise=0.5, hires_steps=4)
-    larger = by_hand(folder)[0].resize((96, 96), Image.Resampling.LANCZOS)
-    call = {"image": larger, "strength": 0.5, "num_inference_steps": 4}
-    assert difference(image, by_hand(folder, Case({}, call, "image"))[0]) <= 1
-    assert difference(image, larger) > 1
-
-
-def test_a_detail_is_inpainted_at_sides_of_whole_patches(folder):
-    components, box = load_components(folder), (20, 20, 60, 30)
-
-    def find(image: Image.Image) -> Image.Image:
-        found = Image.new("L", image.size)
-        found.paste(255, box)
-        return found
-
-    detail = Detail(find, denoise=0.5, padding=16, prompt="a cat")
-    settings = SamplingSettings(4, 4.0, width=96, height=64, detail=detail)
-    (image,) = generate_images(components, "a dog", [3], settings)
-    case = Case({}, {"width": 96, "height": 64, "num_inference_steps": 4})
-    (before,) = by_hand(folder, case)
-    # 72 by 64 pixels, painted at 64 by 64.
-    crop = (4, 0, 76, 64)
-    feather = find(before).filter(ImageFilter.GaussianBlur(FEATHER)).crop(crop)
-    call = {
-        "prompt": "a cat", "strength": 0.5, "num_inference_steps": 4,
-        "image": before.crop(crop).resize((64, 64), Image.Resampling.LANCZOS),
-        "mask_image": feather.point([0] + [255] * 255).resize((64, 64), Image.Resampling.NEAREST),
-    }  # fmt: skip
-    (painted,) = by_hand(folder, Case({}, call, "mask"))
-    expected = before.copy()
-    expected.paste(painted.resize((72, 64), Image.Resampling.LANCZOS), crop[:2], feather)
-    assert difference(image, expected) <= 2
-    assert difference(image, before) > 3
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import progress, say
@@ -13,7 +12,6 @@ from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, warn_of_tri
 from dora_diffusion.cli.repeat import Repeated, repeated_settings
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.config_file import read_config_file
-from dora_diffusion.config.fields import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,13 +39,6 @@ class GenerateSettings(RequestedImages):
             return super().read(given, file).named_adapters()
         repeated, adapters = repeated_settings(str(image))
         repeated = {name: value for name, value in repeated.items() if name not in values}
-        model = str(repeated.get("detail", ""))
-        require(
-            not model or model.startswith("rembg") or "/" in model or Path(model).is_dir(),
-            f"{Path(str(image)).name} was made with the detail model {model}; give its folder with "
-            "--detail",
-            "detail",
-        )
         from dora_diffusion.cli.lookup import base_and_adapters
 
         repeated |= base_and_adapters(str(image), values, adapters)

@@ -368,8 +368,6 @@ def _digest(
         (used.name, used.hash or _files_of(str(use.path)), vars(use.strengths))
         for use, used in zip(uses, recorded(uses), strict=True)
     ]
-    if path := facts.get("detail"):
-        facts["detail"] = _files_of(path)
     for name in ("image", "mask_image"):
         if path := facts.get(name):
             facts[name] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

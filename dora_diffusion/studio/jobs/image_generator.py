@@ -6,7 +6,6 @@ import gc
 import hashlib
 import random
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -87,7 +86,6 @@ class GenerationRequest(RequestedImages):
         for name, value, low, high in (
             ("images", self.num_images, 1, MAX_IMAGES),
             ("steps", denoising.steps, 1, MAX_STEPS),
-            ("steps of the second pass", self.second_pass.hires_steps, 1, MAX_STEPS),
             ("guidance", denoising.guidance_scale, 0, MAX_GUIDANCE),
             ("width", denoising.width, SAFE_STEP, MAX_SIDE),
             ("height", denoising.height, SAFE_STEP, MAX_SIDE),
@@ -194,13 +192,12 @@ class ImageGenerator:
         rows = _rows(prepared)
         base_images: list[Image] = []
         with self._device(request):
-            with _untouched() as lines:
-                loaded = self._load(prepared, request.sampling)
-                if with_base:
-                    with disabled(*loaded.components.adaptable().values()):
-                        base_images = self._sample(loaded, rows, on_step)
-                images = self._sample(loaded, rows, on_step)
-            notes = _notes(loaded, [row.prompt for row in rows], lines)
+            loaded = self._load(prepared, request.sampling)
+            if with_base:
+                with disabled(*loaded.components.adaptable().values()):
+                    base_images = self._sample(loaded, rows, on_step)
+            images = self._sample(loaded, rows, on_step)
+            notes = _notes(loaded, [row.prompt for row in rows])
         alone = prepared.changed(adapter=None, layer_strength=[], strength_schedule=[])
         base = self._write(loaded._replace(request=alone), rows, base_images, notes)
         return base, self._write(loaded, rows, images, notes)
@@ -240,10 +237,9 @@ class ImageGenerator:
             text = f"the grid has too many images; {MAX_GRID} can be made at once"
             raise UserError(text) from None
         with self._device(request):
-            with _untouched() as lines:
-                run.make(self._until_withdrawn(on_step))
+            run.make(self._until_withdrawn(on_step))
             read = (parse_parameters(text)["Prompt"] for text in run.record.texts.values())
-            notes = _notes(self._load(prepared, request.sampling), [*filter(None, read)], lines)
+            notes = _notes(self._load(prepared, request.sampling), [*filter(None, read)])
         first = run.record.texts[run.record.files[0]]
         with open_image(run.folder / SHEET) as sheet:
             path = self.workspace.images / f"{new_id()}-{run.record.seed}.png"
@@ -267,12 +263,6 @@ class ImageGenerator:
     def _sample(
         self, loaded: LoadedRequest, rows: Sequence[ImageRow], on_step: Step | None
     ) -> list[Image]:
-        """Sample the rows, within the limit of the second pass's size."""
-        longest = max(loaded.size) * (loaded.sampling.hires or 1)
-        if longest > MAX_SIDE:
-            raise UserError(
-                f"the second pass would be {longest:.0f} pixels long; at most {MAX_SIDE} are made"
-            )
         return loaded.sample(rows, self._until_withdrawn(on_step))
 
     @contextmanager
@@ -331,24 +321,8 @@ class ImageGenerator:
         return saved
 
 
-@contextmanager
-def _untouched() -> Iterator[list[str]]:
-    """Collect, after the block, the warnings about images that got no detail pass."""
-    from dora_diffusion.sampling.detail import NO_PASS
-
-    lines = list[str]()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield lines
-    messages = (str(warning.message) for warning in caught)
-    lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in messages if s.endswith(NO_PASS))
-
-
-def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
-    """Return notes on truncated prompts and on settings unsuitable for a distilled model.
-
-    ``lines`` are appended.
-    """
+def _notes(loaded: LoadedRequest, prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return notes on truncated prompts and on settings unsuitable for a distilled model."""
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import truncated_text
     from dora_diffusion.sampling.conditioning import inactive_messages, reads_weights
@@ -375,7 +349,7 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
                 f"{name} is for few steps ({few.kind}): set steps {few.steps}, guidance "
                 f"{few.guidance_scale:g}{scheduler}"
             )
-    return *notes, *lines
+    return tuple(notes)
 
 
 def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[str]:

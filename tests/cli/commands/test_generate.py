@@ -14,19 +14,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from dora_diffusion.cli.axes import plan_grid
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.main import main
 from dora_diffusion.cli.repeat import Repeated
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.data import prepare
 from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
-from dora_diffusion.sampling.detail import FEATHER
 from dora_diffusion.sampling.images import parse_parameters, read_parameters, save_image
 
 
@@ -213,7 +211,6 @@ def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
             "<lyco:x:1> in the prompt is not read; write <lora:x:0.8>",
         ),
         (("--prompt", "<hypernet:x:1>"), "is not read; write <lora:x:0.8> for an adapter"),
-        (("--detail", "rembg", "--detail_prompt", "<lora:x:1>"), "give its file with --adapter"),
         (("--prompt", "Negative prompt: x"), "give that as the negative prompt"),
         (("--repeat", "nowhere.png"), "nowhere.png cannot be read"),
         (("--repeat", "{broken}"), "broken.safetensors cannot be read"),
@@ -360,7 +357,7 @@ def test_styles_that_cannot_be_are_one_line(generate, tmp_path, capsys):
     )
     assert "holds <lora:...>, as web UIs load an adapter" in generate(styles=file, style="ink")[1]
     # So is the text of an image, in whichever prompt.
-    for name in ("prompt", "detail_prompt", "negative_prompt"):
+    for name in ("prompt", "negative_prompt"):
         said = generate(**{name: "a mug\nSteps: 12, Seed: 7"})[1]
         what = f"the {name.replace('_', ' ')} holds the settings of an image ('Steps: 12, Seed: 7')"
         assert f"{what}; make it again with --repeat IMAGE" in said
@@ -574,21 +571,12 @@ def test_strengths_without_an_adapter_have_no_effect(sd1_folder, tmp_path, capsy
         assert f"{name} has no effect because no adapter is given" in error
 
 
-def test_second_passes_and_images_over_others_are_repeated(sd1_folder, tmp_path, capsys):
-    first, again = tmp_path / "first.png", tmp_path / "again.png"
-    hires = ("--hires", "1.5", "--hires_denoise", "0.55", "--hires_steps", "3", "--seed", "4")
-    assert run(sd1_folder, first, *hires, "--width", "48") == 0
-    fields = parse_parameters(read_parameters(first))
-    assert pixels(first).shape == (96, 72, 3)
-    assert (fields["Size"], fields["Hires upscale"], fields["Hires steps"]) == ("48x64", "1.5", "3")
-    assert fields["Denoising strength"] == "0.55"
-    assert repeat(sd1_folder, first, again) == 0
-    assert np.array_equal(pixels(first), pixels(again))
-    assert read_parameters(first) == read_parameters(again)
+def test_images_over_others_are_repeated(sd1_folder, tmp_path, capsys):
+    first = tmp_path / "first.png"
+    assert run(sd1_folder, first, "--seed", "4", "--width", "72", "--height", "96") == 0
     image = ("--image", str(first), "--denoise", "0.6", "--seed", "4", "--steps", "3")
     over = tmp_path / "over.png"
     assert run(sd1_folder, over, *image) == 0
-    assert "Hires" not in read_parameters(over)
     assert repeat(sd1_folder, over, tmp_path / "b.png", "--image", first) == 0
     assert np.array_equal(pixels(over), pixels(tmp_path / "b.png"))
     assert "warning" not in capsys.readouterr().err
@@ -611,7 +599,6 @@ def test_second_passes_and_images_over_others_are_repeated(sd1_folder, tmp_path,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--hires", "9"), "hires is 9; it must be above 1 and at most 4"),
         (("--image", "{image}", "--denoise", "0"), "denoise is 0; it must be above 0"),
         (("--mask", "{image}"), "a mask_image belongs to an image of its size"),
         (("--image", "{bomb}"), "bomb.png: 40000 x 40000 is"),
@@ -766,123 +753,6 @@ def test_few_step_adapters_are_known_by_their_released_names(
     assert lines[0].startswith("sdxl_lightning_2step_lora is for few steps (Lightning): steps 2, ")
     assert lines[1].endswith("; --steps, --guidance_scale, --scheduler take precedence")
     assert len(lines) == 2
-
-
-def masker(monkeypatch, box):
-    """Have every model find the same box, and return the models that were opened."""
-    opened = []
-
-    def open_masker(name, *, label=""):
-        opened.append((name, label))
-        return boxed
-
-    def boxed(image):
-        mask = Image.new("L", image.size)
-        mask.paste(255, box)
-        return mask
-
-    monkeypatch.setattr(prepare, "open_masker", open_masker)
-    return opened
-
-
-def test_details_are_painted_said_and_repeated(sd1_folder, tmp_path, monkeypatch, capsys):
-    plain, first, again = (tmp_path / name for name in ("plain.png", "first.png", "again.png"))
-    opened = masker(monkeypatch, (20, 20, 40, 44))
-    detail = ("--detail", "rembg:isnet", "--detail_label", "face", "--detail_denoise", "0.6")
-    more = ("--seed", "4", "--width", "96", "--steps", "3")
-    assert run(sd1_folder, plain, *more) == 0
-    assert run(sd1_folder, first, *more, *detail, "--detail_prompt", "a, b") == 0
-    fields = parse_parameters(read_parameters(first))
-    assert {name: text for name, text in fields.items() if name.startswith("Detail")} == {
-        "Detail model": "rembg:isnet", "Detail label": "face", "Detail prompt": "a, b",
-        "Detail denoising strength": "0.6", "Detail padding": "32",
-    }  # fmt: skip
-    changed = (pixels(first) != pixels(plain)).any(axis=2)
-    assert changed[25:40, 25:35].any()
-    assert not changed[:, 60:].any()
-    assert repeat(sd1_folder, first, again) == 0
-    assert np.array_equal(pixels(first), pixels(again))
-    assert read_parameters(first) == read_parameters(again)
-    assert opened == [("rembg:isnet", "face")] * 2
-    assert "warning" not in capsys.readouterr().err
-    # A folder's path is not in the image, and must be given again.
-    (tmp_path / "seg").mkdir()
-    local = ("--detail", str(tmp_path / "seg"))
-    assert run(sd1_folder, first, *more, *local, "--overwrite") == 0
-    assert parse_parameters(read_parameters(first))["Detail model"] == "seg"
-    assert repeat(sd1_folder, first, again) == 1
-    error = capsys.readouterr().err
-    assert "first.png was made with the detail model seg; give its folder with --detail" in error
-    assert repeat(sd1_folder, first, again, *local) == 0
-    assert np.array_equal(pixels(first), pixels(again))
-
-
-@pytest.mark.parametrize("kind", ["segformer", "detr"])
-def test_a_detail_pass_by_a_segmentation_model_paints_its_mask(kind, sd1_folder, models, tmp_path):
-    plain, detailed = tmp_path / "plain.png", tmp_path / "detailed.png"
-    more = ("--seed", "4", "--width", "96", "--height", "72")
-    detail = ("--detail", str(models(kind)), "--detail_label", "dog", "--detail_denoise", "1")
-    assert run(sd1_folder, plain, *more) == 0
-    assert run(sd1_folder, detailed, *more, *detail) == 0
-    with Image.open(plain) as image:
-        mask = prepare.open_masker(str(models(kind)), label="dog")(image.convert("RGB"))
-    assert mask.getbbox() is not None
-    reached = np.asarray(mask.filter(ImageFilter.GaussianBlur(FEATHER))) > 0
-    changed = (pixels(detailed) != pixels(plain)).any(axis=2)
-    assert changed.shape == (72, 96)
-    assert changed[np.asarray(mask) == 255].mean() > 0.5
-    assert not changed[~reached].any()
-    fields = parse_parameters(read_parameters(detailed))
-    assert (fields["Detail model"], fields["Detail label"]) == (kind, "dog")
-
-
-def test_segmentation_models_that_cannot_be_are_one_line(sd1_folder, models, tmp_path, last_line):
-    bare, unnamed = (
-        shutil.copytree(models("segformer"), tmp_path / name) for name in ("bare", "unnamed")
-    )
-    (bare / "preprocessor_config.json").unlink()
-    config = json.loads((unnamed / "config.json").read_text(encoding="utf-8"))
-    del config["id2label"], config["label2id"]
-    (unnamed / "config.json").write_text(json.dumps({**config, "num_labels": 3}), encoding="utf-8")
-    labels = "the subject's: label_0, label_1, label_2"
-    for folder, label, message in (
-        (models("segformer"), "dgo", r"has no label 'dgo' (did you mean dog?); choose"),
-        (models("segformer"), "", "has many labels; choose the subject's"),
-        (unnamed, "", f"has many labels; choose {labels}"),
-        (unnamed, "dog", f"has no label 'dog'; choose {labels}"),
-        (models("vit"), "", "is a vit model, which gives no masks; give a segmentation model"),
-        (bare, "dog", f"{bare} could not be loaded (it is missing or damaged): "),
-        (tmp_path, "dog", f"{tmp_path} could not be loaded (it is missing or damaged): "),
-    ):
-        asked = ("--detail", str(folder), *(("--detail_label", label) if label else ()))
-        assert run(sd1_folder, tmp_path / "x.png", *asked) == 1
-        line = last_line()
-        assert line.startswith("error: ")
-        assert message in line
-        assert not (tmp_path / "x.png").exists()
-
-
-def test_without_a_subject_an_image_stays_and_it_is_said(sd1_folder, tmp_path, monkeypatch, capsys):
-    plain, other = tmp_path / "plain.png", tmp_path / "other.png"
-    masker(monkeypatch, (0, 0, 0, 0))
-    assert run(sd1_folder, plain, "--seed", "4", "--steps", "3") == 0
-    assert run(sd1_folder, other, "--seed", "4", "--steps", "3", "--detail", "rembg") == 0
-    assert np.array_equal(pixels(plain), pixels(other))
-    assert "no subject was found in the image of seed 4; it has no det" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--detail", "./nowhere"), "nowhere does not exist; give a model's folder, or a hub id"),
-        (("--detail", "rembg", "--detail_padding", "8"), "detail_padding is 8; it must be at"),
-    ],
-)
-def test_details_that_cannot_be_are_one_line(flags, message, sd1_folder, tmp_path, last_line):
-    assert run(sd1_folder, tmp_path / "x.png", *flags) == 1
-    line = last_line()
-    assert line.startswith("error: ")
-    assert message in line
 
 
 def test_prompts_may_name_adapters_of_a_folder(sd1_folder, random_adapter, tmp_path, capsys):

@@ -26,7 +26,6 @@ from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.detail import Detail
 from dora_diffusion.sampling.generate import BrokenImageError, generate_images
 from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.sampling.load import load_adapted, load_model
@@ -114,7 +113,7 @@ def test_direction_and_magnitude_are_written_into_the_file(
     assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
 
 
-def test_several_adapters_images_to_start_from_and_second_passes_are_the_library_s(
+def test_several_adapters_and_images_to_start_from_are_the_library_s(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     """Images of the page are those of the library with the same settings, bit for bit."""
@@ -139,7 +138,6 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
         "several": ({}, quick),
         "over": (over, replace(quick, image=source, denoise=0.6)),
         "into": (into, replace(quick, image=source, mask_image=mask, denoise=0.6)),
-        "hires": ({"hires": 1.5, "width": 48}, replace(quick, hires=1.5, width=48)),
     }
     several = plain.changed(
         adapter=[f"{result}:0.7", f"{early}:-0.5"], direction_strength=0.9,
@@ -158,13 +156,10 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
         assert fields["Strength schedule"] == "0:1 | 0:1, 0.5:0"
         assert ("Init image hash" in fields) == (settings.image is not None)
         assert ("Mask image hash" in fields) == (name == "into")
-        assert fields["Size"] == ("48x64" if name == "hires" else "64x64")
     # The other way round, on the model that is loaded: nothing of the one before stays.
     (alone,) = studio.make(several.changed(adapter=[f"{result}:0.7"], strength_schedule=[]))
     (full,) = studio.make(with_adapter(plain, result))
     assert pixels(full.path) == pixels(studio.make(plain)[0].path) != pixels(alone.path)
-    with pytest.raises(UserError, match="would be 2400 pixels long; at most 2048"):
-        studio.make(plain.changed(width=1600, hires=1.5))
     base, adapted = studio.compare(several)
     assert pixels(base.path) == pixels(studio.make(plain.changed(strength=0.0))[0].path)
     assert "Strength schedule" not in fields_of(base)
@@ -243,48 +238,6 @@ def test_a_grid_s_cells_have_the_styles_that_are_chosen(
         sheet, _ = studio.grid(styled, [axis], lambda *_: None)
         wanted = plain.changed(prompt=prompt, negative_prompt=negative)
         assert sheet.parameters == studio.make(wanted)[0].parameters
-
-
-def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
-    finished: tuple[Workspace, str], studio: ImageGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def boxed(image: Image.Image, box: tuple[int, int, int, int] = (8, 8, 40, 44)) -> Image.Image:
-        mask = Image.new("L", image.size)
-        mask.paste(255, box)
-        return mask
-
-    def blank(image: Image.Image) -> Image.Image:
-        return Image.new("L", image.size)
-
-    plain, job = ask(finished), job_of(finished)
-    masks, opened = [boxed], []
-    monkeypatch.setattr(
-        "dora_diffusion.data.prepare.open_masker",
-        lambda name, *, label: opened.append((name, label)) or masks[-1],
-    )
-    asked = plain.changed(
-        detail="rembg:isnet", detail_label="dog", detail_prompt="a sks dog, close",
-        detail_denoise=0.6, detail_padding=16,
-    )  # fmt: skip
-    assert asked.sampling.detail is not None  # The page opens it before it waits.
-    (made,) = studio.make(asked)
-    detail = Detail(boxed, 0.6, 16, "a sks dog, close", "rembg:isnet", "dog")
-    components, _ = load_adapted(job.base, adapter_of(job), device="cpu")
-    settings = SamplingSettings(steps=2, width=64, height=64, detail=detail)
-    (wanted,) = generate_images(components, plain.prompts.prompt, [5], settings)
-    assert pixels(made.path) == wanted.tobytes() != pixels(studio.make(plain)[0].path)
-    assert made.notes == ()
-    assert fields_of(made)["Detail model"] == "rembg:isnet"
-    # Once, and not when its turn has come.
-    assert opened == [("rembg:isnet", "dog")]
-    sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
-    assert sheet.parameters == made.parameters
-    assert {*opened} == {("rembg:isnet", "dog")}
-    masks.append(blank)
-    nothing = replace(asked)
-    line = "No dog was found in the image of seed {}; it has no detail pass"
-    assert studio.make(nothing.changed(num_images=2))[0].notes == (line.format(5), line.format(6))
-    assert studio.compare(nothing)[1].notes == (line.format(5),)
 
 
 def test_the_page_says_what_of_a_long_prompt_was_not_read(

@@ -12,7 +12,7 @@ from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.settings import NAME_LIMIT, PROMPT_LIMIT
+from dora_diffusion.studio.app.settings import PROMPT_LIMIT
 from dora_diffusion.studio.app.views import gallery, grid, results, start, ui, words
 from dora_diffusion.studio.app.views.request import (
     BASE,
@@ -124,22 +124,6 @@ class GenerateTab:
             self._add_line("strength_schedule", "0:0.4, 0.5:1", **options)
 
     def _add_sampling(self) -> None:
-        with gr.Accordion("Second pass, for larger images (hires)", open=False):
-            text = "The image is enlarged, and painted over at the new size. 1 disables this."
-            self._add_slider("hires", 1, 4, 0.25, info=text)
-            self._add_slider("hires_denoise", 0.05, 1, 0.05)
-            self._add_line("hires_steps", "as the first pass")
-        with gr.Accordion("Detail pass, for faces and subjects", open=False):
-            text = (
-                "A face or subject is found in each finished image, enlarged, painted over and put "
-                "back. Name rembg, or a segmentation model: its folder or hub id."
-            )
-            ui.html_block(html.quiet(text))
-            self._add_line("detail", "no detail pass", max_length=NAME_LIMIT)
-            self._add_line("detail_label", "the only one", max_length=NAME_LIMIT)
-            self._add_line("detail_prompt", "the image's", max_length=PROMPT_LIMIT)
-            self._add_slider("detail_denoise", 0.05, 1, 0.05)
-            self._add_slider("detail_padding", 16, 256, 8)
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
             options: dict[str, Any] = {"value": OWN, "label": FORM["scheduler"].label}
             titled = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]

@@ -15,7 +15,6 @@ from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.formats.files.runs import RESULT_NAME
 from dora_diffusion.formats.parameters import network_tags, settings_line
-from dora_diffusion.models.locate import cached_models, looks_local
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
@@ -78,16 +77,8 @@ FORM: Mapping[str, Field] = {
     "image": Field("Image to start from"),
     "mask_image": Field("Mask", needs="image"),
     "denoise": Field("Denoising strength", DENOISE, needs="image"),
-    "hires": Field("Second pass, times as large", 1, is_omitted=True),
-    "hires_denoise": Field("Second pass denoising strength", needs="hires"),
-    "hires_steps": Field("Second pass steps", needs="hires"),
     "style": Field("Styles", []),
     "wildcards": Field("Draw {a|b} and __file__ of the prompt, by each image's seed"),
-    "detail": Field("Model that finds the face or subject"),
-    "detail_label": Field("Label that it finds", needs="detail"),
-    "detail_prompt": Field("Prompt of the detail pass", needs="detail"),
-    "detail_denoise": Field("Denoising strength of the detail pass", needs="detail"),
-    "detail_padding": Field("Pixels around what is found", needs="detail"),
     **{name: Field(f"{name[8:].capitalize()} adapter", "") for name in MORE},
     **{
         strength: Field(f"{name[8:].capitalize()} strength", 1, needs=name)
@@ -182,8 +173,7 @@ def make_request(
         )  # fmt: skip
         for name in ("prompt", "negative_prompt"):
             clean_text(request.styled(name), PROMPT_LIMIT, FORM[name].label.lower())
-        prompts = f"{request.styled('prompt')} {request.detail_pass.detail_prompt}"
-        if any(tag.kind == "lora" for tag in network_tags(prompts)):
+        if any(tag.kind == "lora" for tag in network_tags(request.styled("prompt"))):
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"
@@ -222,8 +212,6 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
             value = value.strip()
         if value not in (None, "", [], field.unset if field.is_omitted else None):
             values[name] = _KNOWN[name].cast(value)
-    if "detail" in values:
-        values["detail"] = _detail(context, values["detail"])
     inputs = _inputs(context, form)
     if not inputs:
         values.pop("denoise", None)
@@ -262,19 +250,6 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
 def in_words(error: Exception) -> str:
     """Return an error's text with the labels of fields instead of settings' names."""
     return _NAME.sub(lambda name: f"“{FORM[name[1]].label}”", str(error))
-
-
-def _detail(context: Context, name: str) -> str:
-    """Return the model of a detail pass.
-
-    Raises:
-        UserError: If the model may not be loaded, or is not on this machine.
-    """
-    name = context.allowed_model(name)
-    is_here = name.partition(":")[0] == "rembg" or Path(name).expanduser().is_dir()
-    if not (is_here or looks_local(name) or name in cached_models()):
-        raise UserError(f"{name} is not on this machine; get it by 'hf download {name}'")
-    return name
 
 
 def _inputs(context: Context, form: Mapping[str, Any]) -> dict[str, str]:

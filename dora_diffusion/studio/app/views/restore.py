@@ -81,10 +81,6 @@ def restore(context: Context, text: str) -> Restored:
         if form[name] and input_path(context.workspace, form[name]) is None:
             unread.append(f"{FORM[name].label}: it is not here, choose or paint it")
             form[name] = ""
-    model = str(form["detail"])
-    if model and not model.startswith("rembg") and "/" not in model:
-        unread.append(f"{FORM['detail'].label}: {model} is a folder's name; give its path")
-        form["detail"] = ""
     numbers = [fields.get(key, "") for key in (images.BATCH_SIZE, images.BATCH_POSITION)]
     size, position = (int(text) if text.isdecimal() else 0 for text in numbers)
     is_batch = position < size <= MAX_IMAGES and position <= form["seed"]

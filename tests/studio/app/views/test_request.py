@@ -6,7 +6,6 @@ import base64
 import io
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,6 @@ from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 from dora_diffusion.numerics.weights import STRENGTH_LIMIT, MergeStrengths
 from dora_diffusion.sampling.images import painted_fields, parse_parameters
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views.generate import GenerateTab
 from dora_diffusion.studio.app.views.request import adapter_choices
 from dora_diffusion.studio.jobs import records
@@ -169,8 +167,7 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     assert {*FORM} - further | others == {*settings}
     assert not {*FORM} & others
     for name in (
-        "guidance_rescale", "prompt_weights", "hires_denoise", "strength", "style", "wildcards",
-        "detail_denoise", "detail_padding",
+        "guidance_rescale", "prompt_weights", "strength", "style", "wildcards",
     ):  # fmt: skip
         assert UNSET[name] == settings[name].default
     assert UNSET["denoise"] == DENOISE
@@ -220,9 +217,6 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "max_token_length": ("150", lambda asked: asked.model.max_token_length == 150),
     "clip_skip": ("1", lambda asked: asked.model.clip_skip == 1),
     "prompt_weights": (False, lambda asked: not asked.sampling.prompt_weights),
-    "hires": (1.5, lambda asked: asked.sampling.hires == 1.5),
-    "hires_denoise": (0.25, lambda asked: asked.sampling.hires_denoise == 0.25),
-    "hires_steps": ("3", lambda asked: asked.sampling.hires_steps == 3),
     "style": (["paper", "ink"], lambda asked: texts_of(asked)
               == ("a sks mug on paper, ink", "photo")),
     "wildcards": (True, lambda asked: asked.prompts.wildcards),
@@ -232,7 +226,7 @@ CHANGED: dict[str, tuple[object, Any]] = {
 def test_no_field_is_ignored(run: SimpleNamespace) -> None:
     from dora_diffusion.studio.app.views.request import FORM, MORE
 
-    others = {name for name in FORM if name.startswith("detail")} | {*MORE, *MORE.values()}
+    others = {*MORE, *MORE.values()}
     assert {*CHANGED} == {*FORM} - {"image", "mask_image", "denoise"} - others
     run.context.workspace.styles.write_text(STYLES, encoding="utf-8")
     usual = run.asked()
@@ -280,9 +274,8 @@ def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespac
     second, strength = next(iter(MORE.items()))
     other = f"{run.id}/checkpoint-4"
     changed = {name: value for name, (value, _) in CHANGED.items()} | {
-        "image": "0" * 32, "mask_image": "1" * 32, "denoise": 0.5, "detail": "rembg", second: other,
-        "detail_label": "face", "detail_prompt": "a face", "detail_denoise": 0.9,
-        "detail_padding": 64, **dict.fromkeys(MORE.values(), 0.5),
+        "image": "0" * 32, "mask_image": "1" * 32, "denoise": 0.5, second: other,
+        **dict.fromkeys(MORE.values(), 0.5),
         **dict.fromkeys([*MORE][1:], run.id),
     }  # fmt: skip
     # Each has a line with its label, and those that are in sight have none.
@@ -295,17 +288,13 @@ def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespac
     assert heads <= {re.split(r":| [(]", label)[0] for label in labels}
     # Alone, unless they do something to another one only; whoever empties a field sends nothing.
     for name in {*UNSET} - visible:
-        is_detail = name in {"denoise", "mask_image"} or name.startswith(
-            ("hires_", "detail_", "strength_") if name != "strength_schedule" else "none"
-        )
+        is_detail = name in {"denoise", "mask_image", *MORE.values()}
         assert len(said(**{name: changed[name]})) == (not is_detail), name
         assert said(**{name: None}) == []
     assert said(style=["noir", "ink"], prompt_weights=False, wildcards=True) == [
         "Weights in prompts: off", "Styles: noir, ink", FORM["wildcards"].label,
     ]  # fmt: skip
-    assert said(scheduler="dpm++_karras", hires=1.5, hires_steps="3") == [
-        "Scheduler: DPM++ 2M Karras", "Second pass, times as large: 1.5", "Second pass steps: 3",
-    ]  # fmt: skip
+    assert said(scheduler="dpm++_karras") == ["Scheduler: DPM++ 2M Karras"]
     label = next(text for text, value in adapter_choices(run.context.jobs()) if value == other)
     assert said(**{second: other, strength: -0.5}) == [
         f"Second adapter: {label}", "Second strength: -0.5"
@@ -365,71 +354,13 @@ def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> N
     empty.save(data := io.BytesIO(), format="PNG")
     nothing = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
     assert run.asked(image=name, mask_image=nothing).sampling.mask_image is None
-    with pytest.raises(UserError, match=r"a second pass \(hires\) is of images from text alone"):
-        run.asked(image=name, hires=1.5)
     for gone in ("0" * 32, "../../etc/passwd", "x"):
         with pytest.raises(UserError, match="no longer here; choose it again"):
             run.asked(image=gone)
     with pytest.raises(UserError, match="mask could not be read"):
         run.asked(image=name, mask_image="data:image/png;base64,AAAA")
-    with pytest.raises(
-        UserError, match=r"“Second pass denoising strength” 0\.1 of 4 steps is less"
-    ):
-        run.asked(hires=1.5, hires_denoise=0.1)
     with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
         run.asked(prompt="a mug <lora:mug:1>")
-
-
-def test_a_detail_pass_is_that_of_its_fields(
-    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dora_diffusion.studio.app.views.request import FORM, make_request
-    from dora_diffusion.studio.app.views.restore import restore
-
-    opened = []
-
-    def open_masker(name: str, *, label: str = "") -> Any:
-        opened.append((name, label))
-        return lambda image: Image.new("L", image.size)
-
-    monkeypatch.setattr("dora_diffusion.data.prepare.open_masker", open_masker)
-    values = {
-        "detail": "rembg:isnet", "detail_label": "face", "detail_prompt": "a, {subject}",
-        "detail_denoise": 0.6, "detail_padding": 40,
-    }  # fmt: skip
-    assert {*values} == {name for name in FORM if name.startswith("detail")}
-    assert run.asked(**{**values, "detail": " "}).sampling.detail is None
-    assert opened == []
-    settings = run.asked(**values).sampling
-    made = settings.detail
-    assert opened == [("rembg:isnet", "face")]
-    told = (made.model, made.label, made.prompt, made.denoise, made.padding)
-    assert told == ("rembg:isnet", "face", "a, sks mug", 0.6, 40)
-    with pytest.raises(UserError, match="“Pixels around what is found” is 3; it must be at least"):
-        run.asked(**values | {"detail_padding": 3})
-    with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
-        run.asked(**values | {"detail_prompt": "<lora:x:1>"})
-    with pytest.raises(UserError, match=r"org/seg is not on this machine.*hf download org/seg"):
-        run.asked(**values | {"detail": "org/seg"})
-
-    # An image's file asks for the same, but for the path of a folder.
-    def restored(model: str) -> Any:
-        last = painted_fields(replace(settings, detail=replace(made, model=model)))
-        texts = ", ".join(f'{name}: "{text}"' for name, text in last.items())
-        return restore(run.context, f"a mug\nSteps: 4, Seed: 1, {texts}, {OWN}")
-
-    known = restored("rembg:isnet")
-    assert known.unread == ()
-    again = make_request(run.context, run.id, known.form).sampling
-    assert painted_fields(again) == painted_fields(settings)
-    known = restored("/home/ann/seg")
-    (line,) = known.unread
-    assert line == "Model that finds the face or subject: seg is a folder's name; give its path"
-    assert known.form["detail"] == ""
-    # A shared app loads no model that it does not offer.
-    monkeypatch.setattr(run.context, "launch", Launch(share=True, auth="ann:correct horse"))
-    with pytest.raises(UserError, match="this app is shared, and offers only"):
-        run.asked(**values)
 
 
 def test_styles_are_of_the_prompt_once(run: SimpleNamespace) -> None:
@@ -482,7 +413,7 @@ def test_a_prompt_that_holds_an_image_s_text_is_refused() -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
     from dora_diffusion.studio.app.views.request import FORM
 
-    for name in ("prompt", "negative_prompt", "detail_prompt"):
+    for name in ("prompt", "negative_prompt"):
         for line in ("Steps: 12, Seed: 7", "Negative prompt: blurred"):
             with pytest.raises(UserError) as caught:
                 _asked(**{name: f"a mug\n {line}\nmore"})
