@@ -13,7 +13,8 @@ from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, Setting, require
 from dora_diffusion.config.file import read_yaml
-from dora_diffusion.config.problems import Problems, find_setting, read_values
+from dora_diffusion.config.flag_map import find_setting
+from dora_diffusion.config.problems import Problems, read_values
 from dora_diffusion.config.prompts import with_styles
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable

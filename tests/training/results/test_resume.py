@@ -315,9 +315,9 @@ def test_a_checkpoint_of_a_removed_setting_is_refused():
     with refused("resume_from_checkpoint") as error:
         check_same_run("checkpoint-2", state, config, {})
     assert str(error.value) == (
-        "cannot resume checkpoint-2: it was trained with init lora-one, nearest_noise 4, which "
-        "this version of dora-diffusion does not have; start over in another --output_dir, or "
-        "resume with the version that wrote it"
+        "cannot resume checkpoint-2: it was trained with init lora-one, nearest_noise 4 "
+        "(no gain was measured; leave it out), which this version of dora-diffusion does not have; "
+        "start over in another --output_dir, or resume with the version that wrote it"
     )
 
 
