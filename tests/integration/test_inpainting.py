@@ -385,11 +385,9 @@ def test_a_mask_belongs_to_an_image(missing: str, changes: dict[str, Any]) -> No
         SamplingSettings(**images)
 
 
-def test_an_inpainting_model_paints_by_a_mask(
-    sd1_inpainting_folder: Path,
-) -> None:
+def test_an_inpainting_model_paints_by_a_mask(sd1_inpainting_folder: Path) -> None:
     components = load_components(sd1_inpainting_folder)
-    settings = replace(SETTINGS, **painting(), mask_image=None)
+    settings = replace(SETTINGS, **painting() | {"mask_image": None})
     with refused("image", "is an inpainting model"):
         generate_images(components, PROMPT, [1], settings)
 
