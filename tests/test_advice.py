@@ -108,7 +108,7 @@ OTHERS = (
     "dataset_config {folder} holds no folder", "the pattern {next", "{name} was distilled",
     "{folder}: ignored", "instance_prompt is not set", "the new word", "line {number} of {path}",
     # They count what there is.
-    "the zip holds", "at most {MOST_PROMPT_FILES}", "the {what} has",
+    "the zip holds", "the {what} has",
     "the note has", "{len(files)} files were chosen", "the token of {where}",
     # Their range is the setting's own, or they are tried with a model below.
     "clip_skip is", "{name} is {side}; on {model}", "{name} {side} of the sample prompt",

@@ -37,9 +37,7 @@ _PATHS = (
     "image",
     "mask_image",
     "model_config",
-    "wildcard_dir",
     "adapter_dir",
-    "styles",
 )
 # Settings that each image requires.
 _NEVER_NONE = ("prompt", "seed")

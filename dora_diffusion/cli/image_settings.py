@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.settings import adapter_and_strength, adapter_and_strengths, needs_adapter
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import Need, flag, require
-from dora_diffusion.config.prompts import (
-    DENOISE,
-    Style,
-    read_styles,
-)
+from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.config.run import SampleSettings
 
 if TYPE_CHECKING:
@@ -104,7 +99,7 @@ class Adapters(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(CommandSettings):
-    """The prompt, its styles and its wildcards."""
+    """The prompt, and how it is read."""
 
     prompt: str | None = flag(
         None, "Prompt; required, unless each entry of --adapters_file has one."
@@ -113,39 +108,6 @@ class Prompts(CommandSettings):
         True,
         "Read (word:1.2), (word), [word] and BREAK in prompts, as A1111 does; \\( is a bracket.",
     )
-    styles: str | None = flag(
-        None,
-        "File of styles as A1111 has them (styles.csv: name, prompt, negative_prompt).",
-        needs=(Need("style"),),
-    )
-    style: list[str] = flag(
-        [],
-        "Styles of that file, in their order: a style's text takes the prompt at its {prompt}, or "
-        "follows it after a comma; the negative prompt alike.",
-        repeated=True,
-    )
-    wildcards: bool = flag(
-        False, "Draw {a|b} and __file__ of the prompt by each image's seed; \\{ is a brace."
-    )
-    wildcard_dir: str | None = flag(
-        None,
-        "Folder of wildcard files: __colours__ is a line of its colours.txt.",
-        needs=(Need("wildcards"),),
-    )
-
-    @cached_property
-    def chosen_styles(self) -> list[Style]:
-        """The chosen styles.
-
-        Raises:
-            ConfigError: If the file or a style does not exist.
-        """
-        require(
-            not self.style or self.styles is not None,
-            "style is given without a file of styles; give A1111's styles.csv with --styles",
-            "styles",
-        )
-        return read_styles(self.styles, self.style) if self.styles and self.style else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from dora_diffusion.cli.image_settings import (
 from dora_diffusion.cli.settings import AdaptedModel, scheduler_flag
 from dora_diffusion.config.command import CommandSettings, group
 from dora_diffusion.config.fields import REQUIRED, flag
-from dora_diffusion.config.prompts import with_styles
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,32 +63,20 @@ class RequestedImages(CommandSettings):
         Each cell of a grid has its own.
 
         Raises:
-            ConfigError: If a style or an adapter is not there.
+            ConfigError: If an adapter is not there.
         """
         prompts, adapters = self.prompts, self.adapters
         if adapters.adapter_dir is None or prompts.prompt is None or self.axes.grid:
             return self
         from dora_diffusion.formats.parameters import split_tags
 
-        prompt, tags = split_tags(self.styled("prompt"))
+        prompt, tags = split_tags(prompts.prompt)
         if not tags:
             return self
-        negative = self.styled("negative_prompt")
         words = adapters.named_in(tags)
         return self.changed(
-            prompt=prompt, negative_prompt=negative, styles=None, style=[], adapter_dir=None,
-            adapter=[*(adapters.adapter or []), *words],
-        )  # fmt: skip
-
-    def styled(self, name: str) -> str:
-        """The prompt, or the negative one, with the styles.
-
-        Raises:
-            ConfigError: If a style is not there, or the text is too long.
-        """
-        texts = [getattr(style, name) for style in self.prompts.chosen_styles]
-        prompt = self.prompts.prompt if name == "prompt" else self.negative_prompt
-        return with_styles(prompt or "", texts)
+            prompt=prompt, adapter_dir=None, adapter=[*(adapters.adapter or []), *words]
+        )
 
     def without_effect(self) -> dict[str, str]:
         """Settings that have no effect (for a grid: in no cell), and why.
@@ -160,7 +147,6 @@ class RequestedImages(CommandSettings):
         values, names = self.values(), [field.name for field in fields(SamplingSettings)]
         stated = {name: values[name] for name in names if values.get(name) is not None}
         stated |= self.source.opened()
-        stated["negative_prompt"] = self.styled("negative_prompt")
         schedules = {name_of(n): use.schedule for n, use in enumerate(self.uses()) if use.schedule}
         settings = SamplingSettings(**stated, strength_schedules=schedules)
         if (family := known_family(base := str(self.model.base))) is not None:

@@ -33,8 +33,6 @@ OTHERS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _files_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command reads it before any other setting is checked."""
-    (tmp_path / "styles.csv").write_text("name,prompt\n--style,ink\n", encoding="utf-8")
-    monkeypatch.setitem(OTHERS, "styles", str(tmp_path / "styles.csv"))
     text = "a dog\nSteps: 2, CFG scale: 7, Seed: 3"
     image = save_image(Image.new("RGB", (8, 8)), tmp_path / "image.png", text)
     monkeypatch.setitem(OTHERS, "repeat", str(image))

@@ -47,7 +47,6 @@ def tiled(pipeline: Any) -> None:
     pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 64, 8
 
 
-INK = "name,prompt,negative_prompt\nink,ink drawing of {prompt},photo\n"
 CASES: dict[str, Case] = {
     "prompt": Case({"prompt": "a red mug, on grass"}, {"prompt": "a red mug, on grass"}),
     "negative_prompt": Case({"negative_prompt": "a cat"}, {"negative_prompt": "a cat"}),
@@ -64,12 +63,6 @@ CASES: dict[str, Case] = {
         lambda pipeline: pipeline.vae.enable_slicing(),
         (3, 4),
     ),
-    "styles": Case(
-        {"styles": "styles.csv", "style": ["ink"]},
-        {"prompt": "ink drawing of a dog", "negative_prompt": "photo"},
-    ),
-    "wildcards": Case({"prompt": "a {dog|dog}", "wildcards": True}),
-    "wildcard_dir": Case({"prompt": "a __pet__", "wildcards": True, "wildcard_dir": "."}),
     "prompt_weights": Case(
         {"prompt": "a (dog:1.2)", "prompt_weights": False}, {"prompt": "a (dog:1.2)"}
     ),
@@ -86,7 +79,6 @@ CASES: dict[str, Case] = {
         for name, each in SCHEDULERS.items()
     },
 }  # fmt: skip
-CASES["style"] = CASES["styles"]
 
 STACKED = "sampling/test_stack.py::test_a_stack_is_the_exported_merge_of_the_same_adapters"
 PAINTED = "sampling/test_painting.py::test_images_are_those_of_the_pipelines_called_by_hand"
@@ -149,14 +141,12 @@ def parts(sd1_folder):
     return diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder).components
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "style"])
+@pytest.mark.parametrize("name", CASES)
 def test_images_are_those_of_the_pipeline_called_by_hand(
     name, sd1_folder, parts, tmp_path, monkeypatch
 ):
     case = CASES[name]
     monkeypatch.chdir(tmp_path)
-    Path("styles.csv").write_text(INK, encoding="utf-8")
-    Path("pet.txt").write_text("dog\n", encoding="utf-8")
     settings = {"base": str(sd1_folder), "output": "image.png", **BASE, **case.settings}
     assert GenerateSettings.read(settings).perform() == 0
     pipeline = diffusers.StableDiffusionPipeline(

@@ -99,12 +99,6 @@ CASES: dict[str, Case] = {
     "seed": Case({"seed": 9}, seeds=(9,)),
     "num_images": Case({"num_images": 2, "batch_size": 1}, seeds=(3, 4)),
     "batch_size": Case({"num_images": 3, "batch_size": 2}, seeds=(3, 4, 5)),
-    "styles": Case(
-        {"styles": "styles.csv", "style": ["ink"]},
-        {"prompt": "ink drawing of a dog", "negative_prompt": "photo"},
-    ),
-    "wildcards": Case({"prompt": "a {dog|dog}", "wildcards": True}),
-    "wildcard_dir": Case({"prompt": "a __pet__", "wildcards": True, "wildcard_dir": "."}),
     "dtype": Case({"dtype": "bfloat16"}, {"dtype": torch.bfloat16}),
     "vae_tile_size": Case(
         {"vae_tile_size": 64, "width": 128}, {"width": 128, "height": 64}, change=tiled
@@ -113,7 +107,6 @@ CASES: dict[str, Case] = {
     "denoise": Case({"image": PHOTO, "denoise": 0.4}, OVER | {"strength": 0.4}, "image"),
     "mask_image": Case({"image": PHOTO, "mask_image": MASK}, OVER | {"mask_image": mask()}, "mask"),
 }  # fmt: skip
-CASES["style"] = CASES["styles"]
 # A setting, another one that is needed, and the same image without it.
 WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "scheduler": ({"scheduler": "dpm++"}, {}),
@@ -168,9 +161,6 @@ def adapters(folder, random_adapter, tmp_path_factory):
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = "name,prompt,negative_prompt\nink,ink drawing of {prompt},photo\n"
-    Path("styles.csv").write_text(text, encoding="utf-8")
-    Path("pet.txt").write_text("dog\n", encoding="utf-8")
     photo().save(PHOTO)
     mask().save(MASK)
 
@@ -222,7 +212,7 @@ def test_every_setting_is_answered():
     assert FAMILY.refused.keys() & settings <= REFUSED.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "style"])
+@pytest.mark.parametrize("name", CASES)
 def test_images_are_those_of_diffusers(name, folder, generate):
     case = CASES[name]
     with warnings.catch_warnings():

@@ -58,7 +58,7 @@ Load = Callable[[RequestedImages, Sequence[AdapterUse]], "Components"]
 _MODEL = (*(setting.name for setting in Model.settings()), "alpha")
 # Settings that may differ between the rows of a batch.
 _OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
-        "layer_strength", "wildcards", "wildcard_dir"}  # fmt: skip
+        "layer_strength"}  # fmt: skip
 _ALIKE = {setting.name for setting in RequestedImages.settings()} - _OWN - {*NO_AXES}
 # Settings that the model determines if they are not given, and their fields in an image's text.
 _CHOSEN = {"steps": "Steps", "guidance_scale": "CFG scale", "scheduler": "Sampler"}
@@ -71,7 +71,7 @@ class _Cell:
     Attributes:
         settings: Settings of the cell; ones without effect have their default. The output is its
             file.
-        row: Prompt with drawn wildcards, seed, and the adapter if there is exactly one.
+        row: Prompt, seed, and the adapter if there is exactly one.
         uses: Adapters of the cell.
     """
 
@@ -361,8 +361,7 @@ def _digest(
     values = settings.values()
     names = [name for name in defaults if name not in NO_AXES]
     facts = {name: values[name] for name in names if values[name] != defaults[name]}
-    facts |= {"prompt": row.prompt, "seed": row.seed, "style": settings.prompts.chosen_styles}
-    facts |= dict.fromkeys(("wildcards", "wildcard_dir", "styles"))
+    facts |= {"prompt": row.prompt, "seed": row.seed}
     facts |= {"base": _files_of(settings.model.base), "clip": clip_skip}
     facts["adapter"] = [
         (used.name, used.hash or _files_of(str(use.path)), vars(use.strengths))

@@ -9,25 +9,24 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import open as open_image
 
 from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, trigger_messages
-from dora_diffusion.cli.image_settings import Prompts
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.command import group
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError, flag
-from dora_diffusion.config.prompts import MOST_CHARACTERS, SAFE_STEP, Style
+from dora_diffusion.config.prompts import SAFE_STEP
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.studio.jobs.queue import PERSON, holding, is_running
-from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, clean_text, new_id
+from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, new_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,20 +48,6 @@ class _Model(AdaptedModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prompts(Prompts):
-    """Prompts with a subject, which replaces ``{subject}`` in the prompt of a style."""
-
-    subject: str = ""
-
-    @cached_property
-    def chosen_styles(self) -> list[Style]:
-        """The chosen styles with the subject in their prompts, one line each."""
-        styles = super().chosen_styles
-        texts = ((s.prompt.replace("{subject}", self.subject), s.negative_prompt) for s in styles)
-        return [Style(*(clean_text(s, MOST_CHARACTERS, "style") for s in pair)) for pair in texts]
-
-
-@dataclass(frozen=True, kw_only=True)
 class GenerationRequest(RequestedImages):
     """Request for images: settings of ``generate`` within the app's limits.
 
@@ -75,13 +60,12 @@ class GenerationRequest(RequestedImages):
     """
 
     model: _Model = group(_Model)
-    prompts: _Prompts = group(_Prompts)
     output: str = flag("", "Image file; each image of the app has its own.")
     batch_position: tuple[int, int] = (1, 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_prompt(self.styled("prompt"))
+        _require_prompt(self.prompts.prompt or "")
         denoising = self.denoising
         for name, value, low, high in (
             ("images", self.num_images, 1, MAX_IMAGES),
@@ -189,7 +173,7 @@ class ImageGenerator:
         from dora_diffusion.adapters.inject import disabled
 
         prepared = self._started(replace(request, num_images=1) if with_base else request)
-        rows = _rows(prepared)
+        rows = list(image_rows(prepared).values())
         base_images: list[Image] = []
         with self._device(request):
             loaded = self._load(prepared, request.sampling)
@@ -250,9 +234,7 @@ class ImageGenerator:
     def _started(self, request: GenerationRequest) -> GenerationRequest:
         """Return the request with a seed and a file name."""
         output = str(self.workspace.images / f"{new_id()}.png")
-        # Only images of one prompt can be repeated exactly; drawn prompts are sampled one by one.
-        size = 1 if request.prompts.wildcards else request.batch_size
-        return replace(request, seed=_first_seed(request), output=output, batch_size=size)
+        return replace(request, seed=_first_seed(request), output=output)
 
     def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> LoadedRequest:
         uses = request.uses()
@@ -364,18 +346,6 @@ def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[st
 
 def _first_seed(request: GenerationRequest) -> int:
     return random.randrange(SEED_LIMIT - MAX_IMAGES) if request.seed is None else request.seed
-
-
-def _rows(request: GenerationRequest) -> list[ImageRow]:
-    """Return the rows of a request, with drawn wildcards.
-
-    Raises:
-        ConfigError, UserError: If wildcards cannot be drawn, or a drawn prompt is empty.
-    """
-    rows = list(image_rows(request).values())
-    for row in rows:
-        _require_prompt(row.prompt)
-    return rows
 
 
 def _require_prompt(text: str) -> None:

@@ -21,7 +21,6 @@ from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.main import main
 from dora_diffusion.cli.repeat import Repeated
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
@@ -316,84 +315,11 @@ def test_without_a_prompt_nothing_is_made(tmp_path, capsys):
     assert "entry 2 of" in capsys.readouterr().err
 
 
-def test_images_of_styles_are_those_of_the_prompts_that_they_give(generate, tmp_path):
-    (tmp_path / "styles.csv").write_text(
-        'name,prompt,negative_prompt\nink,an {old|new} ink drawing of {prompt},photo\n'
-        'fog,"fog, haze","{prompt}, sun"\n',
-        encoding="utf-8",
-    )  # fmt: skip
-    one, other = tmp_path / "one.png", tmp_path / "other.png"
-    styles = {"styles": tmp_path / "styles.csv", "style": "fog", "negative_prompt": "cat"}
-    assert generate(**styles, output=one) == (0, "")
-    assert generate(prompt="a dog, fog, haze", negative_prompt="cat, sun", output=other)[0] == 0
-    assert one.read_bytes() == other.read_bytes()
-    # In the order that they are given in, and before wildcards are drawn.
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        yaml.safe_dump({**styles, "style": ["ink", "fog"]} | {"styles": str(styles["styles"])}),
-        encoding="utf-8",
-    )
-    assert generate(config=config, wildcards=True) == (0, "")
-    facts = parse_parameters(read_parameters(tmp_path / "image.png"))
-    drawn = CaptionRules(wildcards=Wildcards()).draw_prompt("an {old|new} ink drawing of a dog", 3)
-    assert facts["Prompt"] == f"{drawn}, fog, haze"
-    assert facts["Negative prompt"] == "cat, photo, sun"
-    # The entries of an adapters file have them too.
-    rows = adapters_file(tmp_path, {"prompt": "a mug"}, None)
-    assert generate(**styles, adapters_file=rows) == (0, "")
-    said = [
-        parse_parameters(read_parameters(tmp_path / f"image-{n}.png"))["Prompt"] for n in (1, 2)
-    ]
-    assert said == ["a mug, fog, haze", "a dog, fog, haze"]
-
-
-def test_styles_that_cannot_be_are_one_line(generate, tmp_path, capsys):
-    (tmp_path / "styles.csv").write_text("name,prompt\nink,<lora:ink:1>\n", encoding="utf-8")
-    file = tmp_path / "styles.csv"
-    assert "give A1111's styles.csv with --styles" in generate(style="ink")[1]
-    assert (
-        "has no style 'Ink' (did you mean ink?); there are ink"
-        in generate(styles=file, style="Ink")[1]
-    )
-    assert "holds <lora:...>, as web UIs load an adapter" in generate(styles=file, style="ink")[1]
-    # So is the text of an image, in whichever prompt.
+def test_a_prompt_that_holds_an_images_text_is_one_line(generate):
     for name in ("prompt", "negative_prompt"):
         said = generate(**{name: "a mug\nSteps: 12, Seed: 7"})[1]
         what = f"the {name.replace('_', ' ')} holds the settings of an image ('Steps: 12, Seed: 7')"
         assert f"{what}; make it again with --repeat IMAGE" in said
-    assert (
-        main(
-            ["generate", "--base=x", "--prompt=x", f"--output={tmp_path}/x.png", f"--styles={file}"]
-        )
-        == 1
-    )
-    assert "styles has no effect because style is not set" in capsys.readouterr().err
-
-
-def test_wildcards_are_drawn_by_each_images_seed(generate, tmp_path):
-    (tmp_path / "place.txt").write_text("on grass\non the sand\n", encoding="utf-8")
-    prompt = "a {red|blue|green} dog __place__"
-    drawn = {"wildcards": True, "wildcard_dir": tmp_path, "prompt": prompt, "num_images": 3}
-    assert generate(**drawn)[0] == 0
-    rules = CaptionRules(wildcards=Wildcards(tmp_path))
-    found = [
-        parse_parameters(read_parameters(tmp_path / f"image-{seed}.png"))["Prompt"]
-        for seed in (3, 4, 5)
-    ]
-    assert found == [rules.draw_prompt(prompt, seed) for seed in (3, 4, 5)]
-    assert len(set(found)) > 1
-    code, error = generate(wildcards=True, prompt="a __place__", overwrite=True)
-    assert (code, "__place__ needs a file; give its folder as wildcard_dir" in error) == (1, True)
-    assert generate(max_token_length=100)[1].startswith("error: max_token_length is 100; it must")
-
-
-@pytest.mark.parametrize("text", ["{red|blue}", "__colour__"])
-def test_wildcards_that_are_not_drawn_are_said_once(text, tmp_path, capsys):
-    words = ["generate", "--base=x", f"--prompt=a {text} mug", f"--output={tmp_path}/x.png"]
-    line = f"{{a|b}} and __file__ are read as text: 'a {text} mug'; draw them with --wildcards"
-    for flags in ([], ["--wildcards", f"--wildcard_dir={tmp_path}"]):
-        assert main([*words, "--num_images=2", *flags]) == 1  # There is no base of this name.
-        assert capsys.readouterr().err.count(line) == (not flags)
 
 
 def pixels(path):

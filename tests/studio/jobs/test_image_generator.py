@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.cli.image_rows import warn_of_triggers
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
@@ -54,10 +53,10 @@ def studio(finished: tuple[Workspace, str]) -> ImageGenerator:
 
 
 def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
-    job, root = job_of(finished), finished[0]
+    job = job_of(finished)
     usual: dict[str, Any] = {
         "adapter": [str(adapter_of(job))], "prompt": "a photo of a sks dog", "seed": 5, "steps": 2,
-        "width": 64, "height": 64, "styles": str(root.styles), "wildcard_dir": str(root.wildcards),
+        "width": 64, "height": 64,
     }  # fmt: skip
     return GenerationRequest.of(base=job.base, **(usual | changes))
 
@@ -185,61 +184,6 @@ def test_an_image_of_a_batch_is_made_again_in_its_batch(
         assert pixels(again.path) == pixels(six[place].path)
 
 
-def test_wildcards_are_drawn_by_each_image_s_seed(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    words = finished[0].wildcards / "sea" / "fish.txt"
-    words.parent.mkdir(parents=True, exist_ok=True)
-    words.write_text("cod\n# none\neel\n", encoding="utf-8")
-    plain = ask(finished, prompt="a {red|blue} __sea/fish__ of sks dog")
-    drawing = plain.changed(wildcards=True, num_images=6)
-    rules = CaptionRules(wildcards=Wildcards(finished[0].wildcards))
-    wanted = [rules.draw_prompt(plain.prompts.prompt, seed) for seed in range(5, 11)]
-    assert len({*wanted}) > 1
-    made = studio.make(drawing)
-    assert [fields_of(image)["Prompt"] for image in made] == wanted
-    # Each is repeated by what its file says, bit for bit.
-    for image in made[:2]:
-        assert "Batch size" not in fields_of(image)
-        prompt = fields_of(image)["Prompt"]
-        (again,) = studio.make(plain.changed(prompt=prompt, seed=image.seed))
-        assert again.parameters == image.parameters
-        assert pixels(again.path) == pixels(image.path)
-    assert [fields_of(one)["Prompt"] for one in studio.compare(drawing)] == wanted[:1] * 2
-    (text,) = studio.make(plain)
-    assert fields_of(text)["Prompt"] == plain.prompts.prompt
-    cells, _ = studio.grid(drawing, ["strength=1"], lambda *_: None)
-    assert cells.parameters == made[0].parameters
-    with pytest.raises(ValueError, match="the wildcard __sea/bird__ has no file"):
-        studio.make(drawing.changed(prompt="a __sea/bird__"))
-    before = sorted(finished[0].images.iterdir())
-    with pytest.raises(UserError, match="write a prompt"):
-        studio.make(drawing.changed(prompt="{|}"))
-    assert sorted(finished[0].images.iterdir()) == before
-
-
-def test_a_grid_s_cells_have_the_styles_that_are_chosen(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    text = 'name,prompt,negative_prompt\nink,"{prompt},\n ink of {subject}",photo\nsea,sea,\n'
-    finished[0].styles.write_text(text, encoding="utf-8")
-    plain = ask(finished, negative_prompt="cat")
-    styled = plain.changed(style=["ink"], subject="sks dog")
-    (alone,) = studio.make(styled)
-    texts = fields_of(alone)
-    assert (texts["Prompt"], texts["Negative prompt"]) == (
-        f"{plain.prompts.prompt}, ink of sks dog", "cat, photo"
-    )  # fmt: skip
-    cells = {
-        "prompt=a dog": ("a dog, ink of sks dog", "cat, photo"),
-        "style=sea": (f"{plain.prompts.prompt}, sea", "cat"),
-    }
-    for axis, (prompt, negative) in cells.items():
-        sheet, _ = studio.grid(styled, [axis], lambda *_: None)
-        wanted = plain.changed(prompt=prompt, negative_prompt=negative)
-        assert sheet.parameters == studio.make(wanted)[0].parameters
-
-
 def test_the_page_says_what_of_a_long_prompt_was_not_read(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
@@ -276,7 +220,7 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
 def test_a_prompt_without_trigger_words_is_said_as_the_command_line_does(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
-    lacking = ask(finished, prompt="a photo of a dog", style=[])
+    lacking = ask(finished, prompt="a photo of a dog")
     metadata = read_metadata(lacking.uses()[0].path)
     with pytest.warns(UserWarning, match="trigger word") as told:
         warn_of_triggers([(lacking.prompts.prompt or "", metadata)])

@@ -13,7 +13,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT
-from dora_diffusion.studio.app.views import gallery, grid, results, start, ui, words
+from dora_diffusion.studio.app.views import gallery, grid, results, start, ui
 from dora_diffusion.studio.app.views.request import (
     BASE,
     FORM,
@@ -21,6 +21,7 @@ from dora_diffusion.studio.app.views.request import (
     MORE,
     OWN,
     UNSET,
+    Chosen,
     adapter_choices,
     choices,
     in_words,
@@ -58,8 +59,6 @@ class GenerateTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._add_prompt()
-                self.words = words.WordsView()
-                self.fields |= self.words.fields
                 self._add_strengths()
                 with gr.Accordion("Start from an image", open=False) as self.start_box:
                     self.start = start.StartView()
@@ -181,9 +180,10 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
         count = len(tab.grid.fields)
         model = _given(context, choice)
         common, kind = request(model, values[count:]), model.partition("/")[0]
+        subject = Chosen.of(context, model).subject
         job = None if kind in (BASE, MERGED) else context.job(kind)
         try:
-            axes = grid.grid_axes(values[:count], job, common.prompts.subject)
+            axes = grid.grid_axes(values[:count], job, subject)
             sheet, page = context.generator.grid(common, axes, on_step(progress))
         except ConfigError as error:
             raise UserError(in_words(error)) from error
@@ -203,7 +203,6 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
     ui.on(tab.grid.make.click, make_grid, of_grid, [*outputs, tab.grid.files], **options)
     ui.on(tab.turn.click, withdraw)
     gallery.connect(tab.gallery)
-    words.connect(context, tab.words)
     filled = [restored, *start.connect(context, tab.start, tab.results.shown)]
     _connect_acting(context, tab, dict(zip(names, fields, strict=True)), filled)
     results.connect(context, tab.results, tab)
@@ -266,7 +265,6 @@ def refresh(
         **{name: ui.choosing(adapters, more.get(name), known=named) for name in MORE},
         "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
         **gallery.refresh(context.images, jobs, more.get("find_run")),
-        **words.refresh(context.workspace, more.get("words_file"), more.get("style")),
         "turn": html.pieces.turn(context.generator.turn, busy),
     }
 

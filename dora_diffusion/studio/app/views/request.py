@@ -23,7 +23,7 @@ from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest, prompt_messages
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
-from dora_diffusion.studio.jobs.store import GONE, UserError, clean_text
+from dora_diffusion.studio.jobs.store import UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
 
 OWN = "the model's own"
@@ -77,8 +77,6 @@ FORM: Mapping[str, Field] = {
     "image": Field("Image to start from"),
     "mask_image": Field("Mask", needs="image"),
     "denoise": Field("Denoising strength", DENOISE, needs="image"),
-    "style": Field("Styles", []),
-    "wildcards": Field("Draw {a|b} and __file__ of the prompt, by each image's seed"),
     **{name: Field(f"{name[8:].capitalize()} adapter", "") for name in MORE},
     **{
         strength: Field(f"{name[8:].capitalize()} strength", 1, needs=name)
@@ -119,7 +117,7 @@ def prompt_notes(context: Context, choice: str | None, form: Mapping[str, Any]) 
     try:
         first = choice or choices(context, context.jobs())[0][1]
         request = make_request(context, first, form)
-        return prompt_messages(request, [request.styled("prompt")])
+        return prompt_messages(request, [request.prompts.prompt or ""])
     except (ValueError, OSError):
         return []
 
@@ -162,18 +160,14 @@ def make_request(
             f"{base.path} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {base.path}', or by training on it"
         )
-    subject, workspace = next(iter(split_triggers(source.trigger)), ""), context.workspace
     model = {name: value for name, value in vars(base).items() if name != "path"}
     try:
-        values = {"guidance_scale": source.guidance_scale, **_values(context, form, subject)}
+        values = {"guidance_scale": source.guidance_scale, **_values(context, form, source.subject)}
         values |= _adapters(context, source.adapter, form)
         request = GenerationRequest.of(
-            base=str(base.path), **model, **values, styles=str(workspace.styles),
-            wildcard_dir=str(workspace.wildcards), subject=subject, batch_position=batch_position,
-        )  # fmt: skip
-        for name in ("prompt", "negative_prompt"):
-            clean_text(request.styled(name), PROMPT_LIMIT, FORM[name].label.lower())
-        if any(tag.kind == "lora" for tag in network_tags(request.styled("prompt"))):
+            base=str(base.path), **model, **values, batch_position=batch_position
+        )
+        if any(tag.kind == "lora" for tag in network_tags(request.prompts.prompt or "")):
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"
@@ -191,8 +185,6 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
         UserError, ConfigError: If a value is invalid.
     """
     values = dict[str, Any]()
-    if GONE in (form["style"] or []):
-        raise UserError("a style that was chosen is no longer here; choose another one")
     for name, field in FORM.items():
         if name not in _KNOWN or name in ("image", "mask_image"):
             continue
@@ -329,6 +321,11 @@ class Chosen(NamedTuple):
     adapter: Path | None
     trigger: str
     guidance_scale: float
+
+    @property
+    def subject(self) -> str:
+        """Replacement of ``{subject}``: the trigger words, of the first of several subjects."""
+        return next(iter(split_triggers(self.trigger)), "")
 
     @classmethod
     def of(cls, context: Context, choice: str) -> Chosen:

@@ -90,8 +90,6 @@ def restore(context: Context, text: str) -> Restored:
 
 def shown_value(name: str, value: Any) -> Any:
     """Convert a setting's value to the value of its field."""
-    if name == "style":
-        return value
     if isinstance(value, list):
         return FORM[name].separator.join(value)
     if isinstance(value, float):

@@ -155,19 +155,19 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     from dora_diffusion.studio.app.views.request import FORM, MORE, UNSET
 
     # Of the file, the model and the machine, which are a run's and the app's own; and files of many
-    # adapters, which are the command line's. Files of styles and wildcards are the runs folder's.
+    # adapters, which are the command line's.
     others = {
         "adapter", "adapters_file", "base", "variant", "revision", "dtype", "model_config",
         "compile", "quantize", "quantize_convolutions", "vae_tile_size", "prediction_type",
         "zero_terminal_snr", "alpha", "output", "overwrite", "repeat", "offload", "batch_size",
-        "wildcard_dir", "styles", "grid", "grid_limit", "adapter_dir",
+        "grid", "grid_limit", "adapter_dir",
     }  # fmt: skip
     settings = {setting.name: setting for setting in GenerateSettings.settings()}
     further = {*MORE, *MORE.values()}
     assert {*FORM} - further | others == {*settings}
     assert not {*FORM} & others
     for name in (
-        "guidance_rescale", "prompt_weights", "strength", "style", "wildcards",
+        "guidance_rescale", "prompt_weights", "strength",
     ):  # fmt: skip
         assert UNSET[name] == settings[name].default
     assert UNSET["denoise"] == DENOISE
@@ -182,15 +182,8 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     assert [A1111_NAMES[title.lower()] for title, _ in titles] == [*SCHEDULERS]
 
 
-STYLES = 'name,prompt,negative_prompt\nink,ink,photo\npaper,"{prompt}\n  on paper",\n'
-
-
 def strengths_of(asked: GenerationRequest) -> Any:
     return asked.uses()[0].strengths
-
-
-def texts_of(asked: GenerationRequest) -> tuple[str, str]:
-    return asked.styled("prompt"), asked.sampling.negative_prompt
 
 
 # A value of each field that is not the default -> what of the request is then another.
@@ -217,9 +210,6 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "max_token_length": ("150", lambda asked: asked.model.max_token_length == 150),
     "clip_skip": ("1", lambda asked: asked.model.clip_skip == 1),
     "prompt_weights": (False, lambda asked: not asked.sampling.prompt_weights),
-    "style": (["paper", "ink"], lambda asked: texts_of(asked)
-              == ("a sks mug on paper, ink", "photo")),
-    "wildcards": (True, lambda asked: asked.prompts.wildcards),
 }  # fmt: skip
 
 
@@ -228,7 +218,6 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
 
     others = {*MORE, *MORE.values()}
     assert {*CHANGED} == {*FORM} - {"image", "mask_image", "denoise"} - others
-    run.context.workspace.styles.write_text(STYLES, encoding="utf-8")
     usual = run.asked()
     for name, (value, is_there) in CHANGED.items():
         assert is_there(run.asked(**{name: value})), name
@@ -291,9 +280,7 @@ def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespac
         is_detail = name in {"denoise", "mask_image", *MORE.values()}
         assert len(said(**{name: changed[name]})) == (not is_detail), name
         assert said(**{name: None}) == []
-    assert said(style=["noir", "ink"], prompt_weights=False, wildcards=True) == [
-        "Weights in prompts: off", "Styles: noir, ink", FORM["wildcards"].label,
-    ]  # fmt: skip
+    assert said(prompt_weights=False) == ["Weights in prompts: off"]
     assert said(scheduler="dpm++_karras") == ["Scheduler: DPM++ 2M Karras"]
     label = next(text for text, value in adapter_choices(run.context.jobs()) if value == other)
     assert said(**{second: other, strength: -0.5}) == [
@@ -361,30 +348,6 @@ def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> N
         run.asked(image=name, mask_image="data:image/png;base64,AAAA")
     with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
         run.asked(prompt="a mug <lora:mug:1>")
-
-
-def test_styles_are_of_the_prompt_once(run: SimpleNamespace) -> None:
-    from dora_diffusion.studio.app.views.request import PROMPT_LIMIT, make_request
-    from dora_diffusion.studio.app.views.restore import restore
-
-    with pytest.raises(ValueError, match=r"cannot read styles .*styles\.csv"):
-        run.asked(style=["ink"])
-    styles = run.context.workspace.styles
-    styles.write_text(STYLES + "own,<lora:x:1>,\nlong," + "x" * PROMPT_LIMIT + ",\n", "utf-8")
-    for name, words in (
-        ("pink", "no style 'pink' .did you mean ink"), ("own", r"the prompt holds <lora:\.\.\.>"),
-        ("long", "the prompt has .* characters"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            run.asked(style=[name])
-    asked = run.asked(style=["ink", "paper"], negative_prompt="blurred")
-    prompt, negative = texts_of(asked)
-    assert (prompt, negative) == ("a sks mug, ink on paper", "blurred, photo")
-    # An image's file has the prompt that this gives: its settings ask for the same.
-    text = f"{prompt}\nNegative prompt: {negative}\nSteps: 4, Seed: 1"
-    form = restore(run.context, text).form
-    assert form["style"] == []
-    assert texts_of(make_request(run.context, run.id, form)) == (prompt, negative)
 
 
 def _context(**parts: Any) -> Any:
