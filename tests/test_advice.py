@@ -30,7 +30,6 @@ from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.models.load import load_components, load_empty
 from dora_diffusion.models.memory import gpu_of
 from dora_diffusion.sampling.settings import SamplingSettings
-from dora_diffusion.sampling.stack import parse_schedule
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.training.inputs.resolve import check_with_model
 from tests.every import every
@@ -91,7 +90,6 @@ FOLLOWED: dict[str, tuple[Callable[[str], object], Iterable[str]]] = {
         partial(of_setting, "width"), ["17", "70", "500", "8191"]
     ),
     "denoise is": (lambda v: SamplingSettings(denoise=float(v)), ["2"]),
-    "the strength schedule is": (parse_schedule, ["0.5", "a:b"]),
     "host is {self.host}": (
         lambda v: Launch(host=v, auth="me:12345678"), ["http://x", "a b"]
     ),
@@ -105,7 +103,7 @@ OTHERS = (
     # They name a layer, a folder, a text or a line as an example.
     "{name} has no block", "targets leave out", "the adapter has {len(unexpected)} layers",
     "grid is", "{name} must be a list", "{quoted(str(entry))} is not a subject",
-    "dataset_config {folder} holds no folder", "the pattern {next", "{name} was distilled",
+    "dataset_config {folder} holds no folder", "{name} was distilled",
     "{folder}: ignored", "instance_prompt is not set", "the new word", "line {number} of {path}",
     # They count what there is.
     "the zip holds", "the {what} has",

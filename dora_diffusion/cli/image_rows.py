@@ -18,7 +18,7 @@ from dora_diffusion.config.problems import Problems, read_values
 from dora_diffusion.config.prompts import MOST_CHARACTERS
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.formats.parameters import NEGATIVE, lora_tag, network_tags, settings_line
+from dora_diffusion.formats.parameters import NEGATIVE, network_tags, settings_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,7 +101,7 @@ class LoadedRequest(NamedTuple):
             start = index - index % request.batch_size
             batch = min(request.batch_size, count - start), index - start
         uses = [row.adapter] if isinstance(row.adapter, AdapterUse) else request.uses()
-        extra = images.model_fields(self.components, uses, *batch)
+        extra = images.model_fields(self.components, *batch)
         loaded = loaded_text(request.model)
         extra |= {images.LOADED: loaded} if loaded else {}
         text = images.parameters_text(
@@ -193,17 +193,10 @@ def _require_free(files: Iterable[Path], *, overwrite: bool) -> None:
 
 def _require_no_tags(words: str) -> None:
     """Refuse tags by which web UIs load networks."""
-    tags = network_tags(words)
-    if other := next((tag for tag in tags if tag.kind != "lora"), None):
-        raise ConfigError(
-            f"{other.text} in the prompt is not read; write {lora_tag(other.name, 0.8)} for an "
-            "adapter, with its folder as --adapter_dir",
-            "prompt",
-        )
+    tag = next(iter(network_tags(words)), None)
     require(
-        not tags,
-        f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
-        "its file with --adapter, or its folder with --adapter_dir",
+        tag is None,
+        f"{tag} in the prompt is not read; give the file of an adapter with --adapter",
         "prompt",
     )
 

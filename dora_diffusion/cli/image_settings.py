@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.settings import adapter_and_strength, adapter_and_strengths, needs_adapter
+from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.command import CommandSettings
-from dora_diffusion.config.fields import Need, flag, require
+from dora_diffusion.config.fields import Need, flag
 from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.config.run import SampleSettings
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters(CommandSettings):
-    """Adapters that act on all images, on each image its own, or by their names in a prompt."""
+    """Adapters that act on all images, or on each image its own."""
 
     adapter: list[str] | None = flag(
         None,
@@ -29,28 +28,10 @@ class Adapters(CommandSettings):
         "FILE:0.5:0.8 one for the text encoders and one for the UNet. May be repeated.",
         repeated=True,
     )
-    layer_strength: list[str] = flag(
-        [],
-        "Factors of the strength on layers by patterns of their names, as inspect shows them, such "
-        "as unet.up_blocks.*:0.5 text_encoder.*:0. Several that match are multiplied.",
-        needs=(needs_adapter,),
-    )
-    strength_schedule: list[str] = flag(
-        [],
-        "Factor of the strength over the denoising steps: '0:0.4, 0.5:1' is 0.4, and from half of "
-        "them on 1. Prompts are encoded as at 0. One for all adapters, or one for each.",
-        needs=(needs_adapter,),
-    )
     adapters_file: str | None = flag(
         None,
         "Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
         "prompt, seed and strength. Images of a batch share the product with the base's weights.",
-    )
-    adapter_dir: str | None = flag(
-        None,
-        "Folder of adapters that the prompt may name as in web UIs: <lora:NAME:0.8> applies "
-        "NAME.safetensors of it, or of its folder NAME; --repeat looks there first.",
-        needs=(lambda config: None if config.repeat else "the prompt names no adapter",),
     )
 
     def uses(self, strengths: Strengths) -> list[AdapterUse]:
@@ -60,41 +41,17 @@ class Adapters(CommandSettings):
             strengths: Strengths that all adapters have, with their own.
 
         Raises:
-            ConfigError, ValueError: If a strength or schedule cannot be.
+            ValueError: If a strength is out of range.
         """
         from dora_diffusion.numerics.weights import MergeStrengths
-        from dora_diffusion.sampling.stack import uses_of
+        from dora_diffusion.sampling.stack import AdapterUse
 
         adapters = []
         for word in self.adapter or []:
             path, text_encoder, unet = adapter_and_strengths(word)
             shares = {"text_encoder_strength": text_encoder, "unet_strength": unet}
-            adapters.append((path, MergeStrengths(**vars(strengths), **shares)))
-        layers = dict(adapter_and_strength(word) for word in self.layer_strength)
-        return uses_of(adapters, layers, self.strength_schedule)
-
-    def named_in(self, tags: Sequence[tuple[str, str]]) -> list[str]:
-        """Return the adapters that the tags of a prompt name, each with its strengths.
-
-        Args:
-            tags: Names and strengths, as `split_tags` returns them.
-
-        Raises:
-            ConfigError: If a tag has an option that is not read, or names no adapter.
-        """
-        from dora_diffusion.cli.lookup import adapter_named
-        from dora_diffusion.formats.parameters import lora_tag, split_strengths
-
-        for name, shares in tags:
-            *_, other = split_strengths(shares)
-            instead = "use --layer_strength" if "lbw" in other else f"write {lora_tag(name, 0.8)}"
-            require(
-                not other,
-                f"{other} of {lora_tag(name + shares)} has no meaning here; {instead}",
-                "prompt",
-            )
-        folder = self.adapter_dir or ""
-        return [f"{adapter_named(folder, name)}{shares}" for name, shares in tags]
+            adapters.append(AdapterUse(path, MergeStrengths(**vars(strengths), **shares)))
+        return adapters
 
 
 @dataclass(frozen=True, kw_only=True)

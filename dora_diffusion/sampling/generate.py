@@ -22,7 +22,6 @@ from dora_diffusion.models.offload import in_turns
 from dora_diffusion.sampling.conditioning import Rows, warn_of_settings
 from dora_diffusion.sampling.passes import Pass, any_latent_channels, sliced_decoding
 from dora_diffusion.sampling.settings import SamplingSettings
-from dora_diffusion.sampling.stack import scheduled
 
 OnStep = Callable[[int, int], None]
 """Callback with (steps done, steps in all)."""
@@ -96,11 +95,10 @@ class Sampler:
         """Sample an image for each row."""
         images = list[Image.Image]()
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        with self._scopes(is_mixed=bool(rows.adapters)) as set_share:
+        with self._scopes(is_mixed=bool(rows.adapters)):
             sampling = Pass.of(self.components, self.settings)
             for done, batch in enumerate(batches):
-                set_share(0.0)
-                report = _reporter(on_step, set_share, done, len(batches))
+                report = _reporter(on_step, done, len(batches))
                 with self._norms_kept(batch.adapters) if batch.adapters else nullcontext():
                     pixels = sampling.sample(batch, report)
                 if self.require_finite:
@@ -109,14 +107,8 @@ class Sampler:
         return images
 
     @contextmanager
-    def _scopes(self, *, is_mixed: bool) -> Iterator[Callable[[float], None]]:
-        """Open the scopes of all batches; yields the function that `scheduled` does.
-
-        Raises:
-            ValueError: If rows that name their adapters are to have schedules too.
-        """
-        if is_mixed and self.settings.strength_schedules:
-            raise ValueError("strength schedules are of adapters that are on for all images")
+    def _scopes(self, *, is_mixed: bool) -> Iterator[None]:
+        """Open the scopes of all batches."""
         components = self.components
         with (
             components.eval_mode(),
@@ -125,9 +117,8 @@ class Sampler:
             sliced_decoding(components.vae),
             any_latent_channels(components) if self.settings.mask_image else nullcontext(),
             quiet_libraries(),
-            scheduled(components.adaptable(), self.settings.strength_schedules) as set_share,
         ):
-            yield set_share
+            yield
 
     def _norms_kept(self, rows: Sequence[str | None] | None = None) -> AbstractContextManager[None]:
         """Keep every norm, computed once on its model's device: no parameter changes meanwhile."""
@@ -156,13 +147,10 @@ def _require_finite(pixels: np.ndarray, seeds: Sequence[int]) -> None:
             )
 
 
-def _reporter(
-    on_step: OnStep | None, set_share: Callable[[float], None], batch: int, batches: int
-) -> Callable[..., dict[str, Any]]:
+def _reporter(on_step: OnStep | None, batch: int, batches: int) -> Callable[..., dict[str, Any]]:
     def report(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         # Some schedulers take more steps than were requested.
         steps = pipeline.num_timesteps
-        set_share((step + 1) / steps)
         if on_step is not None:
             on_step(batch * steps + step + 1, batches * steps)
         return tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
         str | PathLike[str] | tuple[str | PathLike[str], float | Strengths] | AdapterUse | None
     )
     """An adapter file or a run's folder; a pair of it and its strength or `Strengths`; or an
-    `AdapterUse`, with strengths of layers too. None is the base."""
+    `AdapterUse`. None is the base."""
 
 
 class ImageRow(NamedTuple):
@@ -63,8 +62,6 @@ class SamplingSettings:
         denoise: Share of the steps that are done on the image, from as much noise (Diffusers'
             ``strength``, A1111's denoising strength). None is `DENOISE`; an inpainting model has
             its pipeline's default.
-        strength_schedules: Factors of an adapter's strength over the denoising steps, by its
-            name (`stack.name_of`); for adapters that are on for all images.
         prompt_weights: Read weights and breaks in prompts, as A1111 does (`models.emphasis`).
 
     Raises:
@@ -81,7 +78,6 @@ class SamplingSettings:
     mask_image: Image.Image | None = field(default=None, repr=False)
     guidance_rescale: float = 0.0
     denoise: float | None = None
-    strength_schedules: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     prompt_weights: bool = False
 
     def __post_init__(self) -> None:

@@ -38,7 +38,6 @@ def _files_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OTHERS, "repeat", str(image))
     # By their names, which could be taken for flags.
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "--adapter_dir").mkdir()
     (tmp_path / "--adapter").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "--adapter" / "pytorch_lora_weights.safetensors")
 

@@ -89,12 +89,9 @@ GRID = (
 READ = "sampling/test_generate.py::test_prompts_are_read_as_the_adapter_says"
 ELSEWHERE = {
     "adapter": STACKED,
-    "adapter_dir": "cli/commands/test_generate.py::test_prompts_may_name_adapters_of_a_folder",
     "strength": STACKED,
     "direction_strength": "sampling/test_generate.py::test_the_knobs_reach_every_layer",
     "magnitude_strength": "sampling/test_generate.py::test_the_knobs_reach_every_layer",
-    "layer_strength": "sampling/test_stack.py::test_strengths_are_those_of_component_and_layer",
-    "strength_schedule": "sampling/test_stack.py::test_a_schedule_switches_between_steps",
     "adapters_file": "sampling/test_pool.py::test_each_image_is_that_of_its_adapter_alone",
     "image": PAINTED,
     "mask_image": PAINTED,

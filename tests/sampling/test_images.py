@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import dora_diffusion
 from dora_diffusion.data import images
@@ -354,75 +354,6 @@ def check_random_settings(number, tmp_path):
     if adapters:
         assert values.get("direction_strength", 1) == kinds[0]
         assert values.get("magnitude_strength", 1) == kinds[1]
-
-
-WORKFLOW = {
-    "3": {"class_type": "KSampler", "inputs": {
-        "seed": 156680208700286, "steps": 20, "cfg": 8.0, "sampler_name": "dpmpp_2m",
-        "scheduler": "karras", "denoise": 1.0, "model": ["11", 0], "positive": ["6", 0],
-        "negative": ["7", 0], "latent_image": ["5", 0]}},
-    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd 1,5.safetensors"}},
-    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 768}},
-    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a sks dog, 8k", "clip": ["11", 1]}},
-    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "text: watermark", "clip": ["10", 1]}},
-    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
-    "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x", "images": ["8", 0]}},
-    "10": {"class_type": "LoraLoader", "inputs": {
-        "lora_name": "dog.safetensors", "strength_model": 0.7, "strength_clip": 0.7,
-        "model": ["4", 0], "clip": ["4", 1]}},
-    "11": {"class_type": "LoraLoader", "inputs": {
-        "lora_name": "cat.safetensors", "strength_model": 0.5, "strength_clip": 1,
-        "model": ["10", 0], "clip": ["10", 1]}},
-    "12": {"class_type": "UpscaleModelLoader", "inputs": {"model_name": "4x.pth"}},
-}  # fmt: skip
-
-
-def save_workflow(path: Path, workflow: object) -> Path:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("prompt", workflow if isinstance(workflow, str) else json.dumps(workflow))
-    IMAGE.save(path, pnginfo=info)
-    return path
-
-
-def test_a_plain_workflow_of_comfyui_is_read_and_the_rest_of_it_named(tmp_path):
-    fields = read_fields(save_workflow(tmp_path / "x.png", WORKFLOW))
-    values, unread = settings_of(fields)
-    assert values == {
-        "prompt": "a sks dog, 8k", "negative_prompt": "text: watermark", "steps": 20,
-        "guidance_scale": 8.0, "seed": 156680208700286, "width": 512, "height": 768,
-        "scheduler": "dpm++_karras",
-    }  # fmt: skip
-    assert (fields["Adapter"], fields["Adapter strength"]) == ("dog, cat", "0.7, 1:0.5")
-    assert fields["Model"] == "sd 1,5"
-    assert unread == ["Other nodes: UpscaleModelLoader"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"3": None},
-        {"20": WORKFLOW["3"]},
-        {"3": {"class_type": "KSampler"}},
-        {"3": {"class_type": "KSampler", "inputs": {"model": ["3", 0], "seed": {}}}},
-        {"10": {**WORKFLOW["10"], "inputs": {"model": ["11", 0]}}},
-        {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["99", 0]}}},
-    ],
-    ids=str,
-)
-def test_other_workflows_are_no_crash(change, tmp_path):
-    path = save_workflow(tmp_path / "x.png", WORKFLOW | change)
-    text = read_parameters(path)
-    assert (text is None) == (len(text or "") == 0 or "20" in change or change == {"3": None})
-    if text:
-        settings_of(read_fields(path))
-
-
-@pytest.mark.parametrize("text", ["[]", "{", "null", "1", "[" * 100_000, '{"1": 2}'])
-def test_what_is_no_workflow_says_nothing(text, tmp_path):
-    path = save_workflow(tmp_path / "x.png", text)
-    assert read_parameters(path) is None
-    with pytest.raises(PhotoError, match=r"x\.png does not say how it was made"):
-        read_fields(path)
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path):

@@ -26,13 +26,10 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import read_fields
 from dora_diffusion.sampling.load import few_steps, load_adapted
-from dora_diffusion.sampling.pool import AdapterPool
-from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
-from dora_diffusion.sampling.stack import AdapterUse
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.refusal import refused
 from tests.z_image import write_z_image
 
@@ -125,12 +122,10 @@ WITH_ADAPTER: dict[str, dict[str, Any]] = {
     "strength": {"strength": 0.5},
     "direction_strength": {"direction_strength": 0.2},
     "magnitude_strength": {"magnitude_strength": 0.0},
-    "layer_strength": {"layer_strength": ["transformer.layers.*:0.2"]},
-    "strength_schedule": {"strength_schedule": ["0:0, 0.5:1"]},
 }
 HERE = "a test of its own below"
 ELSEWHERE = {
-    "adapter": HERE, "adapters_file": HERE, "adapter_dir": HERE, "clip_skip": HERE, "grid": HERE,
+    "adapter": HERE, "adapters_file": HERE, "clip_skip": HERE, "grid": HERE,
     "grid_limit": HERE, "repeat": HERE, "quantize": HERE,
     "base": "every case has one", "variant": "which files are read", "revision": "of a hub",
     "model_config": "how a single file is read, before there is a model",
@@ -273,10 +268,6 @@ def test_an_adapter_gives_the_image_of_diffusers_with_its_file(folder, generate,
     (expected,) = by_hand(folder, adapter=adapters[0])
     assert difference(image, expected) <= 1
     assert difference(image, by_hand(folder)[0]) > 3
-    named = generate(
-        "named.png", prompt="a dog <lora:first:1>", adapter_dir=str(adapters[0].parent)
-    )
-    assert difference(named, image) == 0
 
 
 def test_each_image_of_a_batch_has_its_own_adapter_and_prompt(folder, generate, adapters):
@@ -291,13 +282,6 @@ def test_each_image_of_a_batch_has_its_own_adapter_and_prompt(folder, generate, 
     for seed, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
         case = Case({}, {"prompt": prompt}, seeds=(seed,))
         assert difference(Path(f"rows-{seed + 1}.png"), by_hand(folder, case, file)[0]) <= 1
-
-
-def test_schedules_of_adapters_for_each_row_are_refused(folder, adapters):
-    use = AdapterUse(adapters[0], Strengths(1.0))
-    settings = SamplingSettings(1, strength_schedules={"adapter": [(0.0, 0.5)]})
-    with pytest.raises(ValueError, match="schedules are of adapters that are on for all images"):
-        AdapterPool(load_components(folder)).generate([ImageRow("a", 1, use)], settings)
 
 
 def states_of(pipeline: Any, prompt: str, layer: int) -> list[torch.Tensor]:

@@ -57,8 +57,7 @@ Show = Callable[[int, int], None]
 Load = Callable[[RequestedImages, Sequence[AdapterUse]], "Components"]
 _MODEL = (*(setting.name for setting in Model.settings()), "alpha")
 # Settings that may differ between the rows of a batch.
-_OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
-        "layer_strength"}  # fmt: skip
+_OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength"}
 _ALIKE = {setting.name for setting in RequestedImages.settings()} - _OWN - {*NO_AXES}
 # Settings that the model determines if they are not given, and their fields in an image's text.
 _CHOSEN = {"steps": "Steps", "guidance_scale": "CFG scale", "scheduler": "Sampler"}
@@ -103,8 +102,8 @@ class _Cell:
     @property
     def is_pooled(self) -> bool:
         """True if the cell may share a batch with cells of other adapters."""
-        model, schedule = self.settings.model, self.settings.adapters.strength_schedule
-        return len(self.uses) < 2 and not (schedule or model.compile or model.alpha is not None)
+        model = self.settings.model
+        return len(self.uses) < 2 and not (model.compile or model.alpha is not None)
 
     @property
     def model_key(self) -> tuple[object, ...]:

@@ -182,7 +182,7 @@ class ImageGenerator:
                     base_images = self._sample(loaded, rows, on_step)
             images = self._sample(loaded, rows, on_step)
             notes = _notes(loaded, [row.prompt for row in rows])
-        alone = prepared.changed(adapter=None, layer_strength=[], strength_schedule=[])
+        alone = prepared.changed(adapter=None)
         base = self._write(loaded._replace(request=alone), rows, base_images, notes)
         return base, self._write(loaded, rows, images, notes)
 

@@ -204,12 +204,11 @@ def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
         (("--adapter", "{photos}"), "no adapter file in it"),
         (("--adapter", "{broken}"), "broken.safetensors"),
         (("--output", "x.gif"), "x.gif must end in .png, .jpg"),
-        (("--prompt", "a <lora:x:1> mug"), "give its file with --adapter"),
         (
-            ("--prompt", "a <lyco:x:1> mug"),
-            "<lyco:x:1> in the prompt is not read; write <lora:x:0.8>",
+            ("--prompt", "a <lora:x:1> mug"),
+            "<lora:x:1> in the prompt is not read; give the file of an adapter with --adapter",
         ),
-        (("--prompt", "<hypernet:x:1>"), "is not read; write <lora:x:0.8> for an adapter"),
+        (("--prompt", "<hypernet:x:1>"), "<hypernet:x:1> in the prompt is not read"),
         (("--prompt", "Negative prompt: x"), "give that as the negative prompt"),
         (("--repeat", "nowhere.png"), "nowhere.png cannot be read"),
         (("--repeat", "{broken}"), "broken.safetensors cannot be read"),
@@ -350,8 +349,7 @@ def test_an_image_is_repeated_bit_for_bit(sd1_folder, trained, tmp_path, capsys)
     assert not np.array_equal(pixels(first), pixels(again))
     assert repeat(sd1_folder, first, again) == 1
     error = capsys.readouterr().err
-    assert f"first.png was made with the adapter {trained.name}, not found in runs, " in error
-    assert "file with --adapter or a folder above it with --adapter_dir" in error
+    assert f"first.png was made with the adapters {trained.name}: give the file of each" in error
 
 
 @pytest.mark.parametrize("axes", [[], ["steps=1, 2"]])
@@ -422,58 +420,51 @@ def test_several_adapters_are_written_and_repeated(
         tmp_path / "other one.safetensors",
         AdapterFile(random_adapter(sd1_folder, seed=2, every=3), AdapterMetadata("sd1")),
     )
-    more = ("--layer_strength", "unet.up_blocks.*:0.5", "*attn2*:0.3", "--strength", "0.9")
-    schedules = ("--strength_schedule", "0:0.4, 0.5:1", "0:1")
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     words = [f"{trained}:0.7", f"{other}:0.3:-0.6"]
-    assert run(sd1_folder, first, "--seed", "3", "--adapter", *words, *more, *schedules) == 0
+    assert run(sd1_folder, first, "--seed", "3", "--adapter", *words, "--strength", "0.9") == 0
     fields = parse_parameters(read_parameters(first))
     assert fields["Adapter"] == f"{trained.name}, other one"
     assert fields["Adapter strength"] == f"{0.9 * 0.7!r}, {0.9 * 0.3!r}:{0.9 * -0.6!r}"
-    assert fields["Layer strength"] == "unet.up_blocks.*:0.5, *attn2*:0.3"
-    assert fields["Strength schedule"] == "0:0.4, 0.5:1 | 0:1"
     assert [pair.split(": ")[0] for pair in fields["Lora hashes"].split(", ")] == [
         trained.name, "other one",
     ]  # fmt: skip
-    # Strengths are found by the adapters' names.
-    assert repeat(sd1_folder, first, again, "--adapter", trained, other) == 0
-    assert np.array_equal(pixels(first), pixels(again))
-    assert read_parameters(first) == read_parameters(again)
-    assert "warning" not in capsys.readouterr().err
-    # The other one is beside the image.
-    assert repeat(sd1_folder, first, again, "--adapter", trained) == 0
-    assert read_parameters(first) == read_parameters(again)
-    # One that has a strength keeps it; without layers and schedules it is another image.
-    assert run(sd1_folder, again, "--seed", "3", "--adapter", *words, "--overwrite") == 0
-    assert not np.array_equal(pixels(first), pixels(again))
+    # Strengths are found by the adapters' hashes, in whichever order their files are given.
+    for files in ((trained, other), (other, trained)):
+        assert repeat(sd1_folder, first, again, "--adapter", *files) == 0
+        assert np.array_equal(pixels(first), pixels(again))
+        assert read_parameters(first) == read_parameters(again)
+        assert "warning" not in capsys.readouterr().err
+    # One of two is missing.
+    assert repeat(sd1_folder, first, again, "--adapter", trained) == 1
+    assert f"the adapters {trained.name}, other one: give" in capsys.readouterr().err
 
 
-def test_adapters_of_one_name_and_one_that_is_there_twice_are_repeated_by_the_image_alone(
+def test_a_base_and_adapters_that_an_image_names_by_a_path_are_taken(
     sd1_folder, random_adapter, tmp_path, monkeypatch, capsys
 ):
-    files = [tmp_path / "a" / "mug.safetensors", tmp_path / "b" / "mug.safetensors"]
+    files = [tmp_path / "mug.safetensors", tmp_path / "dog.safetensors"]
     for seed, file in enumerate(files, start=1):
-        file.parent.mkdir()
         layers = random_adapter(sd1_folder, seed=seed, every=3)
         write_adapter(file, AdapterFile(layers, AdapterMetadata("sd1")))
     words = [f"{files[0]}:0.9", f"{files[1]}:0.3", f"{files[0]}:0.2:0.4"]
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     assert run(sd1_folder, first, "--seed", "3", "--adapter", *words) == 0
-    monkeypatch.chdir(sd1_folder.parent)
-    assert main(["generate", "--repeat", str(first), "--output", str(again)]) == 0
+    command = ["generate", "--repeat", str(first), "--output", str(again)]
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    assert f"was made with the model {sd1_folder.name}: give it with --base" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / sd1_folder.name).symlink_to(sd1_folder, target_is_directory=True)
+    assert main(command) == 0
     assert first.read_bytes() == again.read_bytes()
-    error = capsys.readouterr().err
-    assert f"found for first.png: {sd1_folder.name}, {files[0]}, {files[1]}\n" in error
-    assert "warning" not in error
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--strength_schedule", "x"), "write a share of the steps"),
-        (("--strength_schedule", "0:1", "0:1"), "has 2 values, for 1 adapters; give one"),
-        (("--layer_strength", "x*:0.5"), "'x*' matches no layer with an adapter"),
-        (("--layer_strength", "unet.*:70"), "the strength at unet.* is 70"),
         (("--strength", "9", "--adapter", "{a}:50"), "unet_strength is 50; it must be between"),
     ],
     ids=str,
@@ -487,14 +478,6 @@ def test_strengths_that_cannot_be_are_one_line(
     line = last_line()
     assert message in line
     assert line.startswith("error: ")
-
-
-def test_strengths_without_an_adapter_have_no_effect(sd1_folder, tmp_path, capsys):
-    more = ("--layer_strength", "unet.*:0.5", "--strength_schedule", "0:1")
-    assert run(sd1_folder, tmp_path / "x.png", *more) == 0
-    error = capsys.readouterr().err
-    for name in ("layer_strength", "strength_schedule"):
-        assert f"{name} has no effect because no adapter is given" in error
 
 
 def test_images_over_others_are_repeated(sd1_folder, tmp_path, capsys):
@@ -679,41 +662,3 @@ def test_few_step_adapters_are_known_by_their_released_names(
     assert lines[0].startswith("sdxl_lightning_2step_lora is for few steps (Lightning): steps 2, ")
     assert lines[1].endswith("; --steps, --guidance_scale, --scheduler take precedence")
     assert len(lines) == 2
-
-
-def test_prompts_may_name_adapters_of_a_folder(sd1_folder, random_adapter, tmp_path, capsys):
-    folder, image, other = tmp_path / "my", tmp_path / "a.png", tmp_path / "b.png"
-    files = [folder / "my ink.v2.safetensors", folder / "dog" / "pytorch_lora_weights.safetensors"]
-    for seed, file in enumerate(files, start=1):
-        file.parent.mkdir(exist_ok=True)
-        layers = random_adapter(sd1_folder, seed=seed, every=3)
-        write_adapter(file, AdapterFile(layers, AdapterMetadata("sd1")))
-    (tmp_path / "styles.csv").write_text("name,prompt\nink,<lora:my ink.v2:0.2:0.1> ink\n", "utf-8")
-    more = ("--seed", "4", "--guidance_scale", "2")
-    named = ("--prompt", "a <lora:dog:0.3> mug", "--styles", str(tmp_path / "styles.csv"))
-    named += ("--style", "ink", "--adapter_dir", str(folder))
-    given = ("--prompt", "a mug, ink", "--adapter", f"{files[1]}:0.3", f"{files[0]}:0.2:0.1")
-    assert run(sd1_folder, image, *more, *named) == 0
-    assert run(sd1_folder, other, *more, *given) == 0
-    assert image.read_bytes() == other.read_bytes()
-    assert "a mug, ink <lora:dog:0.3> <lora:my ink.v2:0.2:0.1>" in read_parameters(image)
-    # Whose image names them, it is repeated without naming their files again.
-    assert repeat(sd1_folder, image, other, "--adapter_dir", folder) == 0
-    assert image.read_bytes() == other.read_bytes()
-    assert "no effect" not in capsys.readouterr().err
-    assert run(sd1_folder, image, *more, "--overwrite", "--adapter_dir", str(folder)) == 0
-    assert (
-        "adapter_dir has no effect because the prompt names no adapter" in capsys.readouterr().err
-    )
-    for prompt, message in (
-        ("<lora:Dog:1>", "has no adapter 'Dog' (did you mean dog?); there are dog, my ink.v2"),
-        ("<lora:../my/dog:1>", "has no adapter '../my/dog'"),
-        ("<lora:dog:te=1>", "te=1 of <lora:dog:te=1> has no meaning here; write <lora:dog:0.8>"),
-        ("<lora:dog:0.8:lbw=A>", "lbw=A of <lora:dog:0.8:lbw=A> has no meaning here; use --layer"),
-        ("<lyco:dog:1>", "<lyco:dog:1> in the prompt is not read; write <lora:dog:0.8>"),
-    ):
-        flags = ("--prompt", prompt, "--adapter_dir", str(folder), "--overwrite")
-        assert run(sd1_folder, image, *flags) == 1
-        assert message in capsys.readouterr().err.splitlines()[-1]
-    assert run(sd1_folder, image, "--prompt", "<lora:x:1>", "--adapter_dir", str(image)) == 1
-    assert "is not a folder; give one of adapters" in capsys.readouterr().err

@@ -175,7 +175,6 @@ def test_texts_that_grow_without_end_are_one_line(refused, tmp_path):
     "fields",
     ["Steps: 9999999999999", "Steps: 4, Size: 99999999x99999999", "Steps: 4, CFG scale: nan",
      "Steps: 4, Seed: -5", "Steps: 4, Denoising strength: 1e999",
-     "Steps: 4, Strength schedule: y",
      f"Steps: 4, Loaded with: {json.dumps(json.dumps({'dtype': [1]}))}",
      f"Steps: 4, Loaded with: {json.dumps(json.dumps({'vae_tile_size': {}}))}",
      f"Steps: 1001, Loaded with: {json.dumps('[' * 30_000)}"],

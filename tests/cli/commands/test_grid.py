@@ -89,10 +89,10 @@ def record_of(folder):
 def test_each_cell_is_the_plain_image_of_its_settings_and_repeats_to_the_same_bytes(
     generate, adapters, sd1_folder, tmp_path, batches, capsys
 ):
-    """Bit for bit, where each is a batch; with strengths of components and layers."""
+    """Bit for bit, where each is a batch; with strengths of components."""
     first, second = adapters
     grid, values = tmp_path / "grid", (None, f"{first}:0.5:0.8", second)
-    flags = {"layer_strength": "unet.mid_block.*:0.5", "batch_size": 1}
+    flags = {"batch_size": 1}
     assert generate(grid, "--grid", f"adapter=none, {', '.join(values[1:])}", **flags) == 0
     assert batches == [[3]] * 3
     assert f"{grid / PAGE} (3 images; seed 3)" in capsys.readouterr().out
@@ -130,9 +130,7 @@ def test_one_batch_holds_several_adapters_and_prompts_up_to_rounding(
     assert len({pixels(grid / file).tobytes() for file in files}) == 6
 
 
-def test_stacks_and_schedules_are_plain_images_too_of_one_loaded_model(
-    generate, adapters, tmp_path, monkeypatch
-):
+def test_stacks_are_plain_images_too_of_one_loaded_model(generate, adapters, tmp_path, monkeypatch):
     """Several adapters, whose strengths alone change, are not loaded again."""
     first, second = adapters
     loads, load = [], loading.load_components
@@ -140,16 +138,15 @@ def test_stacks_and_schedules_are_plain_images_too_of_one_loaded_model(
         loading, "load_components", lambda *a, **k: loads.append(1) or load(*a, **k)
     )
     grid, plain = tmp_path / "grid", tmp_path / "plain.png"
-    stack, schedule = [f"{first}:0.7", f"{second}:0.5"], "0:0.2,0.5:1"
-    axes = [f"adapter={' + '.join(stack)}", f"strength=0.5||1 & strength_schedule=0:1||{schedule}"]
+    stack = [f"{first}:0.7", f"{second}:0.5"]
+    axes = [f"adapter={' + '.join(stack)}", "strength=0.5, 1"]
     assert generate(grid, "--grid", *axes, batch_size=1) == 0
     assert len(loads) == 1
     files = record_of(grid)["files"]
-    for file, own in zip(files, ({"strength": 0.5}, {"strength_schedule": schedule}), strict=True):
-        assert generate(plain, "--overwrite", "--adapter", *stack, **own) == 0
+    for file, strength in zip(files, (0.5, 1), strict=True):
+        assert generate(plain, "--overwrite", "--adapter", *stack, strength=strength) == 0
         assert pixels(plain).tobytes() == pixels(grid / file).tobytes()
-        wanted, found = (parse_parameters(read_parameters(path)) for path in (plain, grid / file))
-        assert found == {"Strength schedule": "0:1"} | wanted
+        assert read_parameters(plain) == read_parameters(grid / file)
     assert pixels(grid / files[0]).tobytes() != pixels(grid / files[1]).tobytes()
 
 
@@ -340,12 +337,11 @@ def test_a_grid_around_an_image_has_its_settings(generate, adapters, tmp_path, c
         (["image=nowhere.png"], {}, "nowhere.png"),
         (["base=./nowhere"], {}, "nowhere does not exist"),
         (["seed=-1"], {}, "seed is -1"),
-        (["prompt=<lora:x:1> a"], {}, "give its file with --adapter"),
+        (["prompt=<lora:x:1> a"], {}, "<lora:x:1> in the prompt is not read"),
         (["steps=1, 2"], {"prompt": None}, "generate has no prompt"),
         (["steps=1, 2"], {"num_images": 2}, "num_images is 2; for a grid give seeds"),
         (["steps=1, 2"], {"adapters_file": "x.yaml"}, "grid and adapters_file are both given"),
         (["steps=1, 2", "seed=1, 2, .., 99"], {}, "the grid has 198 images, more than grid_limit"),
-        (["layer_strength=nothing.*:0"], {"adapter": "{adapter}"}, "'nothing.*' matches no layer"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(

@@ -29,7 +29,7 @@ from dora_diffusion.sampling.generate import BrokenImageError, generate_images
 from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.sampling.load import load_adapted, load_model
 from dora_diffusion.sampling.settings import SamplingSettings
-from dora_diffusion.sampling.stack import AdapterUse, name_of
+from dora_diffusion.sampling.stack import AdapterUse
 from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
@@ -121,16 +121,13 @@ def test_several_adapters_and_images_to_start_from_are_the_library_s(
     assert result is not None
     assert early is not None
     uses = (
-        AdapterUse(result, Strengths(0.7, 0.9), {"unet.*attn2*": 0.5}),
-        AdapterUse(early, Strengths(-0.5, 0.9), {"unet.*attn2*": 0.5}, [(0.0, 1.0), (0.5, 0.0)]),
+        AdapterUse(result, Strengths(0.7, 0.9)),
+        AdapterUse(early, Strengths(-0.5, 0.9)),
     )
     source = Image.effect_noise((80, 64), 60).convert("RGB")
     mask = Image.new("L", source.size)
     mask.paste(255, (0, 0, 40, 64))
-    quick = SamplingSettings(
-        steps=2, width=64, height=64, scheduler="euler",
-        strength_schedules={name_of(1): uses[1].schedule},
-    )  # fmt: skip
+    quick = SamplingSettings(steps=2, width=64, height=64, scheduler="euler")
     files = {"image": kept(finished, source), "mask_image": kept(finished, mask)}
     over, into = {"image": files["image"], "denoise": 0.6}, {**files, "denoise": 0.6}
     wanted: dict[str, tuple[dict[str, Any], SamplingSettings]] = {
@@ -140,7 +137,6 @@ def test_several_adapters_and_images_to_start_from_are_the_library_s(
     }
     several = plain.changed(
         adapter=[f"{result}:0.7", f"{early}:-0.5"], direction_strength=0.9,
-        layer_strength=["unet.*attn2*:0.5"], strength_schedule=["0:1", "0:1, 0.5:0"],
     )  # fmt: skip
     studio.make(plain)  # with another adapter before
     components = load_adapted(BaseModel(job.base), uses, device="cpu")[0]
@@ -151,17 +147,14 @@ def test_several_adapters_and_images_to_start_from_are_the_library_s(
         fields = fields_of(made)
         assert fields["Adapter"] == f"{finished[1]}, {finished[1]}-checkpoint-2"
         assert fields["Adapter strength"] == "0.7, -0.5"
-        assert fields["Layer strength"] == "unet.*attn2*:0.5"
-        assert fields["Strength schedule"] == "0:1 | 0:1, 0.5:0"
         assert ("Init image hash" in fields) == (settings.image is not None)
         assert ("Mask image hash" in fields) == (name == "into")
     # The other way round, on the model that is loaded: nothing of the one before stays.
-    (alone,) = studio.make(several.changed(adapter=[f"{result}:0.7"], strength_schedule=[]))
+    (alone,) = studio.make(several.changed(adapter=[f"{result}:0.7"]))
     (full,) = studio.make(with_adapter(plain, result))
     assert pixels(full.path) == pixels(studio.make(plain)[0].path) != pixels(alone.path)
     base, adapted = studio.compare(several)
     assert pixels(base.path) == pixels(studio.make(plain.changed(strength=0.0))[0].path)
-    assert "Strength schedule" not in fields_of(base)
     assert adapted.parameters == studio.make(several)[0].parameters
     # Cells of a grid have them all too.
     asked = several.changed(**into)

@@ -107,7 +107,7 @@ class GenerateTab:
             self._add_slider("direction_strength", 0, 2, 0.05, info=text, min_width=165)
             text = "DoRA's learned norms."
             self._add_slider("magnitude_strength", 0, 2, 0.05, info=text, min_width=165)
-        with gr.Accordion("More adapters, layers and steps", open=False):
+        with gr.Accordion("More adapters", open=False):
             text = "Several adapters act together, each at its own strength, on the same base."
             ui.html_block(html.quiet(text))
             self.more = {}
@@ -117,10 +117,6 @@ class GenerateTab:
                     self.more[name] = ui.id_dropdown(label=FORM[name].label, **options)
                     self._add_slider(strength, -3, 3, 0.05, min_width=165)
             self.fields |= self.more
-            options = {"max_length": PROMPT_LIMIT, "info": "Factors by layers' names."}
-            self._add_line("layer_strength", "unet.up_blocks.*:0.5 text_encoder*:0", **options)
-            options["info"] = "From a fraction of the steps on; separate several adapters by |."
-            self._add_line("strength_schedule", "0:0.4, 0.5:1", **options)
 
     def _add_sampling(self) -> None:
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
@@ -147,7 +143,7 @@ class GenerateTab:
         self.compare = ui.button("Side by side with the base", "side-by-side")
         self.grid = grid.GridView()
         with gr.Accordion("Load settings from an image", open=False):
-            text = "An image made here, or by A1111, Forge or ComfyUI"
+            text = "An image made here, or by A1111 or Forge"
             options = {"height": 120, "elem_id": "load-png"}
             self.load = gr.File(
                 label=text, file_types=[".png", ".jpg", ".jpeg", ".webp"], **options

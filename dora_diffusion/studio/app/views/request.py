@@ -40,7 +40,6 @@ class Field(NamedTuple):
         needs: Field without which this one has no effect.
         is_visible: True if the field is visible when the tab opens; others are in folded sections.
         is_omitted: True if the unset value is not a value of the setting.
-        separator: Separator of a list's items.
     """
 
     label: str
@@ -48,7 +47,6 @@ class Field(NamedTuple):
     needs: str = ""
     is_visible: bool = False
     is_omitted: bool = False
-    separator: str = ""
 
 
 MORE: Mapping[str, str] = {
@@ -63,8 +61,6 @@ FORM: Mapping[str, Field] = {
     "strength": Field("Strength", is_visible=True),
     "direction_strength": Field("Direction", is_visible=True),
     "magnitude_strength": Field("Magnitude", is_visible=True),
-    "layer_strength": Field("Strength of layers", separator=" "),
-    "strength_schedule": Field("Strength over the steps", separator=" | "),
     "steps": Field("Steps"),
     "scheduler": Field("Scheduler", OWN, is_omitted=True),
     "guidance_scale": Field("Guidance (CFG)"),
@@ -167,7 +163,7 @@ def make_request(
         request = GenerationRequest.of(
             base=str(base.path), **model, **values, batch_position=batch_position
         )
-        if any(tag.kind == "lora" for tag in network_tags(request.prompts.prompt or "")):
+        if network_tags(request.prompts.prompt or ""):
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"
@@ -189,10 +185,7 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
         if name not in _KNOWN or name in ("image", "mask_image"):
             continue
         value, label = form[name], field.label.lower()
-        if field.separator:
-            items = str(value or "").split(field.separator.strip() or None)
-            value = [item.strip() for item in items if item.strip()]
-        elif name.endswith("prompt"):
+        if name.endswith("prompt"):
             if line := settings_line(str(value or "")):
                 raise UserError(
                     f"the {label} holds the settings of an image ({quoted(line)}); "
@@ -216,8 +209,7 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
     A single adapter has its strength in a separate setting.
 
     Raises:
-        UserError, ValueError: If an adapter was deleted, strengths are set without an adapter, or a
-            strength is invalid.
+        UserError, ValueError: If an adapter was deleted, or a strength is invalid.
     """
     adapters = [(adapter, form["strength"])] if adapter else []
     for name, strength in MORE.items():
@@ -228,9 +220,6 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
             except UserError as error:
                 raise UserError(f"{FORM[name].label}: {error}") from error
             adapters.append((path, form[strength]))
-    needs_adapter = (name for name, field in FORM.items() if field.separator)
-    if not adapters and any(str(form[name] or "").strip() for name in needs_adapter):
-        raise UserError("no adapter is chosen; empty the strengths of layers and over the steps")
     strengths = [Strengths(_KNOWN["strength"].cast(value)).strength for _, value in adapters]
     words = [str(path) for path, _ in adapters]
     if len(words) == 1:

@@ -237,32 +237,26 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
         shutil.copyfile(ADAPTER, folder / "pytorch_lora_weights.safetensors")
     context.jobs(fresh=True)
     tags = f"<lora:{job.id}-checkpoint-4:0.7> <lora:{job.id}:-0.5>"
-    more = 'Layer strength: "unet.*:0.5, *a:0", Strength schedule: "0:1 | 0:0, 0.5:1"'
-    known = restore(
-        context, f"a mug {tags}\nSteps: 3, Seed: 7, Direction strength: 0.5, {more}, {OWN}"
-    )
+    known = restore(context, f"a mug {tags}\nSteps: 3, Seed: 7, Direction strength: 0.5, {OWN}")
     assert known.unread == ()
     assert (known.choice, known.form["strength"]) == (f"{job.id}/checkpoint-4", 0.7)
     (second, strength), *_ = MORE.items()
     assert (known.form[second], known.form[strength]) == (job.id, -0.5)
     assert (known.form["direction_strength"], known.form["magnitude_strength"]) == (0.5, 1)
-    assert known.form["layer_strength"] == "unet.*:0.5 *a:0"
-    assert known.form["strength_schedule"] == "0:1 | 0:0, 0.5:1"
-    # Of text encoders and UNet: a factor of layers, which all adapters share.
-    for strengths, layers, lines in (
-        (("0.35:0.7", "-0.25:-0.5"), "text_encoder*:0.5", 0),
-        (("0:0.7", "0:-0.5"), "text_encoder*:0", 0),
-        (("0.7:0.7", "-0.5"), "", 0), (("0.35:0.7", "-0.5"), "", 1), (("0.7:0", "0.7:0"), "", 1),
+    # The form has no strength of text encoders alone.
+    for strengths, lines in (
+        (("0.7:0.7", "-0.5"), 0), (("0.35:0.7", "-0.5"), 1), (("0.7:0", "0.7:0"), 1),
     ):  # fmt: skip
         names = (f"{job.id}-checkpoint-4", job.id)
         tags = " ".join(f"<lora:{n}:{s}>" for n, s in zip(names, strengths, strict=True))
         known = restore(context, f"a mug {tags}\nSteps: 3, Seed: 7, {OWN}")
-        assert known.form["layer_strength"] == layers, strengths
         assert len(known.unread) == lines, strengths
     known = restore(
-        context, f"a <lora:{job.id}:0.5:1>\nSteps: 3, Layer strength: unet.*:0.5, {OWN}"
+        context, f"a <lora:{job.id}:1>\nSteps: 3, Strength schedule: 0:1, Detail model: x, {OWN}"
     )
-    assert known.form["layer_strength"] == "unet.*:0.5 text_encoder*:0.5"
+    assert known.unread == (
+        "no field here: Strength schedule: 0:1", "no field here: Detail model: x"
+    )  # fmt: skip
     # What was trained further since is another adapter.
     text = (
         f'a mug <lora:{job.id}:1>\nSteps: 3, Seed: 7, Lora hashes: "{job.id}: 0123456789ab", {OWN}'

@@ -18,7 +18,7 @@ from dora_diffusion.studio.jobs.store import UserError
 from tests.refusal import refused
 
 KNOWN = {setting.name: setting for setting in GenerateSettings.settings()}
-PATHS = ("adapter", "adapter_dir", "base", "image", "mask_image", "model_config",
+PATHS = ("adapter", "base", "image", "mask_image", "model_config",
          "output", "repeat", "adapters_file")  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
         "adapter", "adapters_file", "base", "variant", "revision", "dtype", "model_config",
         "compile", "quantize", "quantize_convolutions", "vae_tile_size", "prediction_type",
         "zero_terminal_snr", "alpha", "output", "overwrite", "repeat", "offload", "batch_size",
-        "grid", "grid_limit", "adapter_dir",
+        "grid", "grid_limit",
     }  # fmt: skip
     settings = {setting.name: setting for setting in GenerateSettings.settings()}
     further = {*MORE, *MORE.values()}
@@ -195,12 +195,6 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "strength": (0.5, lambda asked: strengths_of(asked).strength == 0.5),
     "direction_strength": (0.5, lambda asked: strengths_of(asked).direction_strength == 0.5),
     "magnitude_strength": (0.5, lambda asked: strengths_of(asked).magnitude_strength == 0.5),
-    "layer_strength": ("unet.*:0.5 *a:0", lambda asked: asked.uses()[0].layers
-                       == {"unet.*": 0.5, "*a": 0.0}),
-    "strength_schedule": ("0:0.4, 0.5:1", lambda asked: asked.uses()[0].schedule
-                          == [(0.0, 0.4), (0.5, 1.0)]
-                          and asked.sampling.strength_schedules
-                          == {"default": asked.uses()[0].schedule}),
     "steps": (9, lambda asked: asked.sampling.steps == 9),
     "scheduler": ("euler", lambda asked: asked.sampling.scheduler == "euler"),
     "guidance_scale": ("3", lambda asked: asked.sampling.guidance_scale == 3),
@@ -225,23 +219,17 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
     second, third, _ = MORE
     several = run.asked(
         **{second: f"{run.id}/checkpoint-4", MORE[second]: -0.5}, strength=0.7,
-        direction_strength=0.9, layer_strength="*:0.5", strength_schedule="0:1 | 0:0, 0.5:1",
+        direction_strength=0.9,
     )  # fmt: skip
     uses = several.uses()
     assert [Path(use.path).parent.name for use in uses] == [run.id, "checkpoint-4"]
     assert [use.strengths for use in uses] == [
         MergeStrengths(1.0, 0.9, 1.0, share, share) for share in (0.7, -0.5)
     ]
-    assert [use.schedule for use in uses] == [[(0, 1)], [(0, 0), (0.5, 1)]]
-    assert [*several.sampling.strength_schedules] == ["default", "default_1"]
     with pytest.raises(UserError, match="Third adapter: this run no longer exists; choose another"):
         run.asked(**{third: "20260101-000000-abcdef"})
     with pytest.raises(UserError, match="the same adapter is chosen twice"):
         run.asked(**{third: run.id})
-    with pytest.raises(UserError, match="“Strength over the steps” has 2 values, for 1 adapters"):
-        run.asked(strength_schedule="0:1 | 0:0")
-    with pytest.raises(UserError, match="no adapter is chosen; empty the strengths of layers"):
-        _asked(layer_strength="unet.*:0.5")
 
 
 def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespace) -> None:
