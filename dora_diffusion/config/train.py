@@ -120,18 +120,6 @@ class TrainConfig(  # type: ignore[misc]
         return [self.of_entry(index) for index in indices] or [self]
 
     @property
-    def limits_norms(self) -> bool:
-        """True if the norm of each update is limited, which needs trained A and B."""
-        is_low_rank = self.parametrization == "low-rank" and self.init != "pissa"
-        return self.scale_weight_norms is not None and is_low_rank
-
-    @property
-    def least_rank(self) -> int | None:
-        """Number of active ranks of T-LoRA at the noisiest timestep; None: all."""
-        is_low_rank = self.parametrization == "low-rank" and not self.is_full
-        return self.tlora_min_rank if is_low_rank else None
-
-    @property
     def holds_prior(self) -> bool:
         """True if any subject uses prior preservation, or the slider has anchors."""
         if self.is_slider:

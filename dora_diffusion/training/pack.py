@@ -153,7 +153,6 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
         and config.clip_skip > 0
         and any(subject.caption_dropout for subject in config.subjects),
         "compile": config.compile,
-        "cuda_graph": config.cuda_graph,
         "report_to": config.report_to is not None,
         "push_to_hub": config.push_to_hub,
         "mixed_precision": precision_of(config.mixed_precision) == "fp16",
@@ -233,7 +232,7 @@ class _Pack:
         show = partial(self._show, name)
         run = assemble(config, subjects, accelerator, show, base=base)
         for model in run.weights.modules.values():
-            require_rows([path for path, _ in adapted_layers(model)], "a pack")
+            require_rows([path for path, _ in adapted_layers(model)])
         run.activate = partial(self._attach, run.step.adapters)
         folder = RunFolder(run, show, self.stop)
         self._runs[name], self._attached = folder, run.step.adapters

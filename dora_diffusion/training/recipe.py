@@ -40,7 +40,6 @@ from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, s
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer, stepped_parameters
 from dora_diffusion.training.processes import make_accelerator, shards_model
-from dora_diffusion.training.results.effect import Probe
 from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.results.write import check_prompts
 from dora_diffusion.training.run import Run
@@ -228,7 +227,6 @@ def assemble(
         dataset=data.dataset,
         sampler=data.sampler,
         step=build_step(config, accelerator, components, weights, batches),
-        probe=Probe(components, weights, data.dataset.captions, shards_model(accelerator)),
         validation=validation,
     )
 
@@ -256,12 +254,7 @@ def build_step(
     optimizer = build_optimizer(parameters.groups, config)
     # Built before Accelerate wraps the optimizer, since the schedule patches its `step` method.
     lr_schedule = build_lr_schedule(optimizer, config)
-    kind = Step
-    if config.cuda_graph:
-        from dora_diffusion.training.graph import step_kind
-
-        kind = step_kind(config, accelerator)
-    step = kind(
+    step = Step(
         config=config,
         accelerator=accelerator,
         components=components,

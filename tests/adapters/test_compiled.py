@@ -40,6 +40,8 @@ from tests.refusal import refused
 class Blocks(nn.Module):
     """A residual block that widens and a transformer block, of a family's narrow UNet."""
 
+    _no_split_modules = ("BasicTransformerBlock", "ResnetBlock2D")
+
     def __init__(self, family: str) -> None:
         super().__init__()
         from diffusers import UNet2DConditionModel
@@ -127,7 +129,7 @@ def test_each_block_is_one_graph_and_computes_the_same(family: str, kind: str) -
     assert worst(results(compiled(model), x), results(model, x)) < 1e-5
 
 
-# By its name it is compiled; two layers are traced in a second, where a real block takes several.
+# Two layers are traced in a second, where a real block takes several.
 class ResnetBlock2D(nn.Module):
     """A convolution and a Linear, with what stands before them in a residual block."""
 
@@ -144,6 +146,8 @@ class ResnetBlock2D(nn.Module):
 
 class Stack(nn.Module):
     """One block behind an uncompiled layer; or of two kinds, the first of them twice."""
+
+    _repeated_blocks = ("Stack", "ResnetBlock2D")  # Of these the innermost is compiled.
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -198,6 +202,12 @@ class Only(nn.Module):
         return y
 
 
+class Alone(nn.Sequential):
+    """A model of such a block."""
+
+    _repeated_blocks = ("Only",)
+
+
 def quantised(layer: nn.Module, kind: Any) -> nn.Module:
     layer.weight = nn.Parameter(quantise(layer.weight, kind), requires_grad=False)  # type: ignore[arg-type]
     return layer
@@ -231,12 +241,11 @@ QUICK = [
         for axis in AXES
     ],
 )
-def test_every_kind_of_layer_is_one_graph(kind: str, axis: str, monkeypatch) -> None:
+def test_every_kind_of_layer_is_one_graph(kind: str, axis: str) -> None:
     """Within a norm scope, and without: forward and backward of the uncompiled layer."""
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("Only",))
     make, shape = KINDS[kind]
     torch.manual_seed(0)
-    model = nn.Sequential(Only(make())).requires_grad_(False)
+    model = Alone(Only(make())).requires_grad_(False)
     config = everything(conv_rank=2, norm_axis=axis)
     inject_adapters(model, dataclasses.replace(config, targets=("0.layer",)))
     move(model)
@@ -402,11 +411,8 @@ def test_a_second_step_in_one_scope_is_an_error_in_compiled_blocks_too() -> None
             model(square())
 
 
-def test_no_compiled_weight_gradient_in_bf16_is_of_a_map_smaller_than_its_kernel(
-    monkeypatch,
-) -> None:
+def test_no_compiled_weight_gradient_in_bf16_is_of_a_map_smaller_than_its_kernel() -> None:
     """OneDNN leaves garbage there: the graph has it in float32."""
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("Only",))
     dtypes: list[torch.dtype] = []
 
     def read(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -416,7 +422,7 @@ def test_no_compiled_weight_gradient_in_bf16_is_of_a_map_smaller_than_its_kernel
                 dtypes.extend([grad.dtype] if weight.shape[-1] > 1 else [])  # A's, not B's.
         return make_boxed_func(graph.forward)
 
-    model = nn.Sequential(Only(nn.Conv2d(6, 8, 3, padding=1))).bfloat16()
+    model = Alone(Only(nn.Conv2d(6, 8, 3, padding=1))).bfloat16()
     inject_adapters(model, dataclasses.replace(everything(conv_rank=2), targets=("0.layer",)))
     other = compiled(model, aot_autograd(fw_compiler=read, bw_compiler=read))
     with norm_scope(other):
@@ -465,7 +471,7 @@ def test_on_a_gpu_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="Sequential has no block that is compiled, such as Basic"):
+    with pytest.raises(ValueError, match="Sequential names no blocks to compile in _repeated"):
         compile_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 

@@ -63,7 +63,7 @@ _SAME = {
         gradient_checkpointing huber_c huber_schedule learning_rate loss_type lr_scheduler
         lr_warmup_steps masked_loss max_bucket_reso max_grad_norm max_token_length max_train_steps
         min_bucket_reso mixed_precision noise_offset output_dir pretrained_model_name_or_path
-        prior_loss_weight resolution sample_prompts save_precision scale_weight_norms seed
+        prior_loss_weight resolution sample_prompts save_precision seed
         text_encoder_lr train_batch_size use_8bit_adam validation_split zero_terminal_snr
         """,
     "Diffusers": """

@@ -162,9 +162,6 @@ CASES: dict[str, Case] = {
     "orthogonality_weight": Case(10.0, {**ALLOCATED, "max_train_steps": 4}),
     "init": Case("pissa"),
     "lora_dropout": Case(0.5),
-    "rank_dropout": Case(0.5),
-    "tlora_min_rank": Case(1),
-    "scale_weight_norms": Case(1e-3),
     "use_dora": Case(False),
     "norm_axis": Case("input"),
     "max_train_steps": Case(4),
@@ -243,7 +240,6 @@ ELSEWHERE = {
     "output_dir": "tests/training/test_every_setting.py: each case reads its own",
     "teach": "tests/training/test_slider.py: a slider has no photos, and a subject some",
     "offload": "tests/models/test_offload.py: it moves nothing where there is no GPU",
-    "cuda_graph": "tests/training/test_graph.py: it has no effect where there is no GPU",
     "sharding": "tests/training/test_two_processes.py: it needs two processes",
 }
 """Settings that one process on a CPU cannot show, and the tests that show them."""
@@ -253,7 +249,6 @@ ALONE: dict[str, Any] = {
     # Of photos that have captions it names the subject; weights are trained as one of two.
     "instance_prompt": "a sks dog", "full_weights": "targets", "model_config": "{sd1}",
     "revision": "main", "offload": "model", "sharding": "fsdp", "teach": "slider",
-    "cuda_graph": True,
 }  # fmt: skip
 """Settings that act only beside others, or not here at all; `output_dir` always acts."""
 

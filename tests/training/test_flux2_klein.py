@@ -73,7 +73,7 @@ def test_a_rows_loss_is_that_of_diffusers_example(
     step = run.step
     drawn = step.draw()
     batch = drawn.batch
-    with step.stack.scope(), step.stack.of(0, *step.route(drawn)), torch.no_grad():
+    with step.stack.scope(), step.stack.of(0), torch.no_grad():
         answers = answer(run.components, drawn.distinct(), step.base)
         (term,), (questions,) = step.terms, drawn.questions
         rows = term.losses(batch, *(answers[question] for question in questions)).rows
@@ -81,7 +81,7 @@ def test_a_rows_loss_is_that_of_diffusers_example(
     shares = (batch.inputs.timesteps + 1) / 1000
     mixed = shares.view(-1, 1, 1, 1)
     noisy = (1 - mixed) * batch.latents + mixed * batch.noise
-    with step.stack.scope(), step.stack.of(0, *step.route(drawn)):
+    with step.stack.scope(), step.stack.of(0):
         velocity = predicted(pipeline, noisy, shares, list(batch.captions))
     wanted = (velocity - (batch.noise - batch.latents)).square().flatten(1).mean(1)
     torch.testing.assert_close(rows, wanted, rtol=0, atol=1e-6)
@@ -111,7 +111,7 @@ def test_a_file_in_diffusers_predicts_as_the_live_model(
 
 
 def test_a_resumed_run_is_that_without_a_break(config: Callable[..., TrainConfig]) -> None:
-    settings = {"rank_dropout": 0.3, "tlora_min_rank": 1, "checkpointing_steps": 2}
+    settings = {"lora_dropout": 0.2, "checkpointing_steps": 2}
     whole, half = config("whole", **settings), config("half", **settings)
     train(whole)
     shutil.copytree(whole.output_dir, half.output_dir, ignore=shutil.ignore_patterns("*-4"))

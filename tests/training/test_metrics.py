@@ -31,8 +31,6 @@ from dora_diffusion.training.recipe import train
 from dora_diffusion.training.step import Step
 from tests.training.helpers import make_config, names, steps_in, warnings_of
 
-pytestmark = pytest.mark.usefixtures("measured_effect")
-
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, moves: bool = False) -> None:
     """From a step on, its gradients are NaN; or, ``moves``, what the optimizer makes of them is."""
@@ -255,11 +253,8 @@ def test_tensorboard_gets_numbers_settings_and_samples(tiny_run, tmp_path):
     tags = reader.Tags()
     assert set(tags["scalars"]) == {
         "train/loss", "train/prior_loss", "train/grad_norm",
-        "lr/unet/down", "lr/unet/up", "lr/unet/magnitude", "effect/prediction", "effect/unet",
+        "lr/unet/down", "lr/unet/up", "lr/unet/magnitude",
     }  # fmt: skip
-    effect = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["effect"]
-    (moved,) = reader.Scalars("effect/prediction")
-    assert (moved.step, moved.value) == (3, pytest.approx(effect["prediction"]))
     logged = records(tmp_path / "out")
     for name in ("loss", "prior_loss", "grad_norm"):
         scalars = {event.step: event.value for event in reader.Scalars(f"train/{name}")}

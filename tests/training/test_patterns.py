@@ -159,7 +159,6 @@ def test_one_rate_for_some_layers_is_that_rate_for_all(
     assert_same_adapter(tmp_path / "usual", tmp_path / "pattern")
 
 
-@pytest.mark.usefixtures("measured_effect")
 @pytest.mark.parametrize("parametrization", ["low-rank", "adalora"])
 def test_an_adapter_starts_ranks_of_its_layers(
     run: TrainConfig, tmp_path: Path, parametrization: str

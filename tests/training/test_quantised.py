@@ -37,9 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr_pattern": {"mid_block.*": 5e-3},
     },
     "low precision, prior": {"mixed_precision": "bf16", **TEXT, **PRIOR},
-    "class images, input axis, masked ranks": {
+    "class images, input axis": {
         **PRIOR, "prior_preservation_mode": "images", "num_class_images": 2, "norm_axis": "input",
-        "rank_dropout": 0.5, "tlora_min_rank": 1, "scale_weight_norms": 1e-3,
     },
     "adalora, masks": {
         "parametrization": "adalora", "rank": 4, "allocation_warmup": 0, "masked_loss": True,
@@ -83,7 +82,7 @@ def dequantised(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     return folder
 
 
-LONG = ("accumulation", "adalora, masks", "class images, input axis, masked ranks")
+LONG = ("accumulation", "adalora, masks", "class images, input axis")
 """Settings that change nothing of how a weight is read: in the long suite."""
 
 

@@ -26,7 +26,6 @@ from dora_diffusion.export.convert import convert_adapter
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
-from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import BaseCache, load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES
 from dora_diffusion.training import conditioner, recipe
@@ -40,13 +39,10 @@ from dora_diffusion.training.inputs import dataset
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
-from dora_diffusion.training.results import effect
 from dora_diffusion.training.run import Run
 from tests.apple import DEVICE, AppleGPU
 from tests.refusal import refused
 from tests.training.helpers import assert_same_adapter, losses, make_config, warnings_of
-
-pytestmark = pytest.mark.usefixtures("measured_effect")
 
 
 def test_the_saved_settings_are_those_that_were_used(config):
@@ -280,27 +276,6 @@ def test_each_module_is_on_the_device_while_it_computes(
     assert seen["end"] == [{"unet"}]
 
 
-def test_the_effect_is_measured_with_one_module_on_the_device_at_a_time(
-    gpu: AppleGPU, run, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or a card that has room for a step has none for it."""
-    config = run(sd1_folder, "out")
-    session = assemble(config, subjects_of(config), make_accelerator(config))
-    seen: list[tuple[str, set[str]]] = []
-    for home, name in ((effect, "encode_prompts"), (Components, "predict")):
-        original = getattr(home, name)
-
-        def note(*args: Any, name: str = name, original: Any = original) -> Any:
-            seen.append((name, on_gpu(session)))
-            return original(*args)
-
-        monkeypatch.setattr(home, name, note)
-    session.probe.begin()
-    session.probe.measure()
-    assert seen == [("encode_prompts", {"text_encoder"}), ("predict", {"unet"})] * 2
-    assert on_gpu(session) == {"unet"}
-
-
 def test_encoders_that_train_or_whose_results_are_not_cached_stay(
     gpu: AppleGPU, run, watched, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +366,9 @@ def test_compiled_blocks_of_an_offloaded_model_train_the_same(
     backend = partial(compile_blocks, backend=counter, fullgraph=True)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
+    )
     torch._dynamo.reset()
     settings = {"num_validation_images": 1, "validation_steps": 1}
     plain = run(sd1_folder, "plain", **settings, offload="none")

@@ -128,7 +128,7 @@ def test_each_setting_is_told_apart() -> None:
 # Quickly those that the family computes in its own way; the others once more at length.
 QUICK = {
     "targets", "rank", "snr_gamma", "huber_schedule", "timestep_distribution", "clip_skip",
-    "tlora_min_rank", "train_batch_size", "quantize", "gradient_checkpointing", "single_file",
+    "train_batch_size", "quantize", "gradient_checkpointing", "single_file",
     "caption_dropout", "aspect_ratio_buckets", "norm_axis",
 }  # fmt: skip
 ONCE = [name if name in QUICK else pytest.param(name, marks=SLOW) for name in sorted(ACTING)]

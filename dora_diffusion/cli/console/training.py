@@ -20,7 +20,6 @@ from dora_diffusion.training.events import (
     CheckpointSaved,
     ClassImagesAnnounced,
     ClassImagesProgress,
-    EffectMeasured,
     Event,
     ModelLoading,
     SampleSaved,
@@ -89,8 +88,6 @@ class TrainProgress:
                 say(f"sample: {event.path}")
             case CheckpointSaved():
                 say(f"checkpoint: {_checkpoint_text(event)}")
-            case EffectMeasured(effect):
-                say(str(effect))
             case TrainingEnded():
                 self._say_end(event)
 
@@ -195,8 +192,6 @@ class PackProgress:
                 say(f"{name}: {event.path}")
             case CheckpointSaved():
                 say(f"{name}: {_checkpoint_text(event)}")
-            case EffectMeasured(effect):
-                say(f"{name}: {effect}")
             case TrainingEnded(step, interrupted):
                 say(f"{name}: {'interrupted' if interrupted else 'done'} after step {step}")
             case SubjectLeft(reason):

@@ -192,7 +192,6 @@ def test_the_average_of_schedule_free_adamw_is_the_mean_of_its_z(
         ("ema_decay", {"ema_decay": 0.9}),
         ("adam_beta1", {"adam_beta1": 0.0}),
         ("optimizer", {"parametrization": "adalora"}),
-        ("scale_weight_norms", {"scale_weight_norms": 1.0}),
     ],
 )
 def test_what_a_schedule_free_run_cannot_have(setting: str, values: dict[str, Any]) -> None:

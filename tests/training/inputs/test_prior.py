@@ -17,7 +17,6 @@ from dora_diffusion.studio.jobs.estimates import announced_class_images, estimat
 from dora_diffusion.training.events import (
     ClassImagesAnnounced,
     ClassImagesProgress,
-    EffectMeasured,
     ModelLoading,
     StepDone,
     TrainingEnded,
@@ -157,7 +156,7 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
     kinds = list(dict.fromkeys(type(event) for event in events))
     assert kinds == [
         ModelLoading, ClassImagesAnnounced, ClassImagesProgress, TrainingStarted, StepDone,
-        EffectMeasured, TrainingEnded,
+        TrainingEnded,
     ]  # fmt: skip
     # The number before any is made, and the time while the first batch is.
     first, timed = (e for e in events if isinstance(e, ClassImagesAnnounced))

@@ -54,7 +54,9 @@ def test_a_compiled_run_follows_the_other_in_few_graphs(
     backend = partial(compile_blocks, backend=counter, fullgraph=True)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
+    )
     torch._dynamo.reset()
     plain = make_config(
         sd1_folder, shaped_photos, tmp_path / "out", aspect_ratio_buckets=True, resolution=64,

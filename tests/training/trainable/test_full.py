@@ -113,7 +113,6 @@ def test_the_weights_of_targets_leave_the_others_bit_identical(full_config, sd1_
     }  # weights and biases
 
 
-@pytest.mark.usefixtures("measured_effect")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_no_learning_rate_gives_the_bits_of_the_base(full_config, sd1_folder, tmp_path, dtype):
     base = tmp_path / "half"
@@ -162,7 +161,9 @@ def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypat
     backend = partial(compile_blocks, backend=counter)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
+    )
     torch._dynamo.reset()
     config = replace(
         full_config, with_prior_preservation=True, prior_preservation_mode="image-free",

@@ -184,8 +184,8 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
     seen = [{name: rows.clone() for name, rows in words.parameters().items()}]
     encoded, trains = [], []
     condition = session.step.encode
-    tokenized = condition._tokenized
-    condition._tokenized = lambda captions: encoded.append(list(captions)) or tokenized(captions)
+    encode = condition._encode
+    condition._encode = lambda captions: encoded.append(list(captions)) or encode(captions)
     for step in (1, 2, 3):
         record = session.step(step)
         seen.append({name: rows.clone() for name, rows in words.parameters().items()})
