@@ -58,7 +58,7 @@ class LoadedRequest(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of an image's first pass, in pixels."""
+        """Width and height of an image, in pixels."""
         return self.sampling.size(self.components.default_resolution)
 
     def sample(self, rows: Sequence[ImageRow], on_step: Callable[[int, int], None]) -> list[Image]:
@@ -191,23 +191,18 @@ def _require_free(files: Iterable[Path], *, overwrite: bool) -> None:
         require_writable(path)
 
 
-def _require_no_tags(words: str) -> None:
-    """Refuse tags by which web UIs load networks."""
-    tag = next(iter(network_tags(words)), None)
-    require(
-        tag is None,
-        f"{tag} in the prompt is not read; give the file of an adapter with --adapter",
-        "prompt",
-    )
-
-
 def _require_prompt(text: str, args: RequestedImages) -> None:
     """Require prompts of one image that are words alone, without tags or settings of web UIs.
 
     Raises:
         ConfigError: If one names an adapter or holds an image's settings.
     """
-    _require_no_tags(text)
+    tag = next(iter(network_tags(text)), None)
+    require(
+        tag is None,
+        f"{tag} in the prompt is not read; give the file of an adapter with --adapter",
+        "prompt",
+    )
     require(
         not text.strip().startswith(NEGATIVE),
         "the prompt begins with 'Negative prompt:'; give that as the negative prompt",

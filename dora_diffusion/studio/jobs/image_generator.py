@@ -177,10 +177,11 @@ class ImageGenerator:
         base_images: list[Image] = []
         with self._device(request):
             loaded = self._load(prepared, request.sampling)
+            step = self._until_withdrawn(on_step)
             if with_base:
                 with disabled(*loaded.components.adaptable().values()):
-                    base_images = self._sample(loaded, rows, on_step)
-            images = self._sample(loaded, rows, on_step)
+                    base_images = loaded.sample(rows, step)
+            images = loaded.sample(rows, step)
             notes = _notes(loaded, [row.prompt for row in rows])
         alone = prepared.changed(adapter=None)
         base = self._write(loaded._replace(request=alone), rows, base_images, notes)
@@ -241,11 +242,6 @@ class ImageGenerator:
         components = self._model(request, uses)
         sampling, _ = request.distilled(sampling, components, uses)
         return LoadedRequest(request, components, sampling, request.batch_position)
-
-    def _sample(
-        self, loaded: LoadedRequest, rows: Sequence[ImageRow], on_step: Step | None
-    ) -> list[Image]:
-        return loaded.sample(rows, self._until_withdrawn(on_step))
 
     @contextmanager
     def _device(self, request: GenerationRequest) -> Iterator[None]:

@@ -446,7 +446,7 @@ def test_a_wait_for_images_is_shown_on_results_and_not_on_fields(tmp_path: Path)
     page = built_page(Context(Launch(runs_dir=tmp_path / "runs")))
     waits = [function for function in page.fns.values() if function.show_progress == "full"]
     signs = [function.show_progress_on or function.outputs for function in waits]
-    assert len(waits) >= 7
+    assert len(waits) >= 6
     assert {type(sign).__name__ for each in signs for sign in each} == {
         "HTML", "Gallery", "ImageSlider"
     }  # fmt: skip

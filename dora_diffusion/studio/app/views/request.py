@@ -83,7 +83,7 @@ FORM: Mapping[str, Field] = {
 
 
 def _blank(default: Any) -> Any:
-    return "" if default in (None, []) else default
+    return "" if default is None else default
 
 
 _KNOWN = {setting.name: setting for setting in RequestedImages.settings()}
@@ -100,7 +100,7 @@ def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
     changed = {
         name
         for name, field in FORM.items()
-        if not field.is_visible and form[name] not in (None, "", [], UNSET[name])
+        if not field.is_visible and form[name] not in (None, "", UNSET[name])
     }
     acts = [name for name in FORM if name in changed and (FORM[name].needs or name) in changed]
     listed = adapter_choices(context.jobs()) if changed & MORE.keys() else []
@@ -127,9 +127,8 @@ def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
         value = SCHEDULERS[value].title if value in SCHEDULERS else value
     elif name in MORE:
         value = adapters.get(value, value)
-    text = ", ".join(map(str, value)) if isinstance(value, list) else value
     # Without the label's hint about values.
-    return f"{re.split(r':| [(]', label)[0]}: {'off' if value is False else text}"
+    return f"{re.split(r':| [(]', label)[0]}: {'off' if value is False else value}"
 
 
 def make_request(
@@ -195,7 +194,7 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
             value = value if name == "negative_prompt" else value.replace("{subject}", subject)
         elif isinstance(value, str):
             value = value.strip()
-        if value not in (None, "", [], field.unset if field.is_omitted else None):
+        if value not in (None, "", field.unset if field.is_omitted else None):
             values[name] = _KNOWN[name].cast(value)
     inputs = _inputs(context, form)
     if not inputs:
