@@ -117,8 +117,9 @@ def refusal(name: str) -> str | None:
 
 def advice(rule: Any) -> str:
     """Return what a rule advises, as a text with flags."""
-    setting = next(iter(rule)) if isinstance(rule, dict) else rule.removeprefix("-")
-    return f"use --{setting}" if setting.isidentifier() else str(setting)
+    text = str(next(iter(rule)) if isinstance(rule, dict) else rule)
+    setting = text.removeprefix("-")
+    return f"use --{setting}" if setting.isidentifier() else text
 
 
 def meant_by(name: str, known: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""DoRA on one page: the formula in the paper's order, in plain autograd.
+"""DoRA on one page: the formula in the paper's order.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICML 2024).
 
@@ -6,7 +6,8 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICM
 
 Weights are ``(out, in, *k)``; weights that a model stores as ``(in, out)`` are transposed views.
 Norms and weights are computed in float32 (float64 for float64 weights). Merges and exports call
-`adapted_weight`. Layers call `dora_forward`, with factors that are computed once per step.
+`adapted_weight`. Layers call `dora_forward`, with factors that are computed once per step. Where
+the magnitude is on the output axis, it calls `fused`, the same layer as one node of the graph.
 """
 
 from __future__ import annotations

@@ -170,8 +170,8 @@ class RunFolder:
         if self._validate(self.steps):  # The starting weights may be the best ones.
             self._checkpoint(self.steps, is_best=True)
 
-    def is_over(self) -> bool:
-        """Return whether the run is over. Before, take samples and checkpoints that are due."""
+    def answer_requests(self) -> bool:
+        """Take samples and checkpoints that are due; return whether the run is over."""
         has_stepped = self.steps > self.start.step
         sampling, saving = (self.is_main and has_stepped and self._asked(n) for n in REQUESTS)
         overdue = self.is_main and has_stepped and self.saver.is_overdue()

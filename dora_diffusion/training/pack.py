@@ -260,7 +260,7 @@ class _Pack:
         """Write the results of completed runs."""
         for name, folder in list(self._runs.items()):
             with self.leaving(name):
-                if folder.is_over():
+                if folder.answer_requests():
                     self.results[name] = folder.finish()
                     self.stop.answer_with(SAVING)
                     self._drop(name)

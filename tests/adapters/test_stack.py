@@ -199,17 +199,6 @@ def test_what_makes_a_and_b_gets_the_gradients(parametrization: str) -> None:
     torch.testing.assert_close([parameter.grad for parameter in trained], list(wanted))
 
 
-def test_a_batch_has_a_row_for_each_of_its_adapters() -> None:
-    model, adapters = make([2, 2])
-    stack = stacked(model, adapters)
-    with (
-        stack.scope(),
-        stack.of([0, 1]),
-        pytest.raises(ValueError, match="batch of 3, but adapters are given for 2"),
-    ):
-        model(torch.zeros(3, 3, 8, 8, dtype=torch.float64))
-
-
 def test_adapters_that_change_inside_of_a_step_are_refused() -> None:
     model, adapters = make([2])
     stack = stacked(model, adapters)
@@ -232,19 +221,3 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     pairs = list(zip(adapters[0], layer_adapters(model, "lora"), strict=True))
     with pytest.raises(ValueError, match="all DoRA on one norm axis or all LoRA"):
         AdapterStack(layers, pairs)
-
-
-@pytest.mark.parametrize("ranks", [[3], [3, 2]])
-def test_layers_that_no_row_reached_have_no_gradient(ranks: list[int]) -> None:
-    """Of any of their adapters; the others have all of theirs."""
-    model, adapters = make(ranks)
-    layers = [layer for _, layer in adapted_layers(model)]
-    stack = AdapterStack(layers, list(zip(*adapters, strict=True)))
-    rows = list(range(len(ranks)))
-    with stack.scope(), stack.of(rows):
-        model[-1](torch.ones(len(rows), 6, dtype=torch.float64)).square().sum().backward()
-    for own in adapters:
-        reached = [adapter.up.grad is not None for adapter in own]
-        assert reached == [layer is model[-1] for layer in layers]
-        assert all((a.up.grad is None) == (a.down.grad is None) for a in own)
-        assert all((a.up.grad is None) == (a.magnitude.grad is None) for a in own)

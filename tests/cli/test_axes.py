@@ -132,11 +132,6 @@ def test_adapters_are_lists_patterns_and_none(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("word", ["adapter=/a/x, /b/x", "base=/a/x, /b/x"])
-def test_names_that_are_the_same_have_their_folder(word):
-    assert plan_grid(asked(word)).axes[0].labels == ["a/x", "b/x"]
-
-
 def test_every_setting_is_an_axis_or_says_why_not():
     usual = {str: "a, b", int: "16, 32", float: "0.5, 1", bool: "on, off"}
     for setting in GenerateSettings.settings():
@@ -220,13 +215,6 @@ def test_too_many_cells_are_counted_and_have_to_be_confirmed():
     with refused("grid_limit", "150 images"):  # fmt: skip
         plan_grid(asked(*axes))
     assert len(cells(*axes, grid_limit=150)) == 150
-
-
-def test_what_acts_in_no_cell_is_said():
-    idle = {"strength": "no adapter is given"}
-    assert asked("strength=1, 0.5", "steps=1, 2").without_effect() == idle
-    assert asked("steps=1, 2", strength=0.5).without_effect() == idle
-    assert asked("adapter=none, a", strength=0.5).without_effect() == {}
 
 
 @pytest.mark.parametrize("file", ADAPTER_FILES)

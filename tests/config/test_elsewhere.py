@@ -12,7 +12,6 @@ import pytest
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import TrainConfig, settings
-from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.elsewhere import DIFFERENCES
 from tests.config.test_flag_map import _ADVANCED, _FLOW, _SCRIPTS, _SD_SCRIPTS
 from tests.every import every
@@ -162,15 +161,6 @@ def test_every_difference_is_said_where_it_is_given(tmp_path: Path) -> None:
     assert said(["--lr_scheduler", "cosine"]) == []
     assert said(["--clip_skip", "1"]) == [], "sd-scripts' 2, as most mean it"
     assert said(["--snr_gamma", "5"]) == [], "everybody's"
-
-
-def test_the_file_of_a_run_says_nothing_again(tmp_path: Path) -> None:
-    """It has every setting, and was not typed."""
-    file = tmp_path / "config.yaml"
-    file.write_text(as_yaml(TrainConfig(clip_skip=2, snr_gamma=4.0)), encoding="utf-8")
-    assert said(["--config", str(file)]) == []
-    [line] = said(["--config", str(file), "--ema_decay", "0.99"])
-    assert line.startswith("ema_decay is 0.99; OneTrainer")
 
 
 def test_what_another_trainer_has_as_value_is_refused() -> None:

@@ -31,27 +31,9 @@ def test_a_precision_has_one_name_per_library(
     assert {precision_name(word) for word in (*words, precision)} == {precision}
 
 
-def test_other_words_stay() -> None:
-    assert (dtype_name("fp8"), precision_name("fp8"), precision_name("auto")) == (
-        "fp8",
-        "fp8",
-        "auto",
-    )
-    assert precision_name("none") == "no"
-
-
 def test_what_the_flags_take_is_what_the_libraries_know() -> None:
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
     assert PRECISIONS == ("auto", "no", "fp16", "bf16")
-
-
-def test_a_choice_is_known_with_hyphens_or_underscores_and_in_capitals() -> None:
-    with every() as case:
-        for setting in settings():
-            for choice in setting.choices or ():
-                for word in (choice, choice.replace("-", "_"), choice.replace("_", "-")):
-                    with case(f"{setting.name} {word}"):
-                        assert setting.cast(word) == setting.cast(word.upper()) == choice
 
 
 def a_setting(kind: type, **limits: Any) -> Setting:

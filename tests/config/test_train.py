@@ -66,12 +66,6 @@ def test_every_setting_says_what_it_is() -> None:
         assert setting.default is not None or setting.default_text, setting.name
 
 
-def test_the_warm_up_takes_effect_with_the_constant_schedule() -> None:
-    assert TrainConfig().lr_schedule == "constant"
-    assert TrainConfig(lr_warmup_steps=3).lr_schedule == "constant_with_warmup"
-    assert TrainConfig(lr_warmup_steps=3, lr_scheduler="cosine").lr_schedule == "cosine"
-
-
 def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:
     with refused("push_to_hub", "publishes adapters"):
         TrainConfig(method="full", push_to_hub=True, hub_model_id="me/dog")

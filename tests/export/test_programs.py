@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -77,21 +76,6 @@ def test_each_file_says_what_it_predicts_to_each_program(
     place.unlink(missing_ok=True)
     missing = [f"{place.name} is not next to it: export it again for A1111"]
     assert inspect_model(file).notes == (missing if params else [])
-
-
-def test_the_step_of_a_base_is_its_own_where_no_program_asks_for_it(
-    predicting: Callable[..., Path], tmp_path: Path
-) -> None:
-    for family, prediction, kept in (
-        ("sd1", "epsilon", 5), ("sd2", "epsilon", 220000), ("sd2", "v_prediction", None),
-    ):  # fmt: skip
-        one = export_checkpoint(predicting(family, prediction), (), tmp_path / "one.safetensors",
-                                overwrite=True)  # fmt: skip
-        metadata = {"modelspec.prediction_type": "v" if prediction[0] == "v" else "epsilon"}
-        step = 220000 if kept is None else 5
-        save_file({**load_file(one), "global_step": torch.tensor(step)}, one, metadata)
-        written = load_file(export_checkpoint(one, (), tmp_path / f"{kept}.safetensors"))
-        assert written.get("global_step", torch.tensor(-1)).item() == (-1 if kept is None else kept)
 
 
 def test_a_file_with_the_step_is_proven(
@@ -165,14 +149,6 @@ def test_damaged_metadata_is_not_believed(text: str, sd1_folder: Path, tmp_path:
     assert (report.base, report.adapters) == ("1" if "name" in text else "", [])
     with pytest.raises(ValueError, match="does not have the shapes of"):
         load_components(file)
-
-
-def test_a_model_that_no_program_knows_says_so(
-    sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "tiny.safetensors"
-    assert main(["export", "--base", str(sd1_folder), "--output", str(file)]) == 0
-    assert "ComfyUI, Forge, A1111, InvokeAI: no: it loads models of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])

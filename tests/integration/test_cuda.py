@@ -16,18 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, merge_adapters
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.models.memory import describe_device
 from dora_diffusion.numerics.norms import widens_products
 from dora_diffusion.training import optimizer as optimizer_module
 from dora_diffusion.training.inputs.subject import subjects_of
@@ -42,7 +40,6 @@ from tests.integration.emulated import (
     PARTS,
     assert_learned,
     figures,
-    images_of,
 )
 from tests.nvidia import NvidiaGPU, nvidia_gpu
 from tests.refusal import refused
@@ -332,28 +329,6 @@ def test_eight_bit_adam_that_is_not_installed_is_said_before_the_model_is_loaded
         train(run(sd1_folder, "out", optimizer="adamw8bit"))
 
 
-@emulated_only
-def test_the_device_is_described():
-    with nvidia_gpu():
-        device = describe_device()
-        assert (device.kind, device.name) == ("cuda", "NVIDIA GeForce RTX 3090")
-        assert device.has_bf16
-        assert device.has_gradient_scaler
-        assert device.free_gib == pytest.approx(20)
-
-
-@pytest.mark.parametrize(("family", "count"), [("sd1", 1), ("sdxl", 2)])
-def test_images_are_those_of_the_cpu(family, count, request, random_adapter):
-    folder = request.getfixturevalue(f"{family}_folder")
-    axes = ("output", "input")
-    adapters = [random_adapter(folder, axis=axes[i], seed=i, every=3) for i in range(count)]
-    expected = images_of(folder, adapters, device="cpu")
-    with cuda() as gpu:
-        actual = images_of(folder, adapters, device="cuda")
-        assert gpu is None or "convolution" in gpu.operators
-    assert np.abs(actual - expected).max() <= 2
-
-
 class Net(nn.Module):
     """A convolution with a stride, and Linears without and with a bias."""
 
@@ -461,16 +436,3 @@ def test_a_fresh_adapter_changes_no_bit(dtype):
         with norm_scope(net):
             assert torch.equal(net(x), base)
         assert torch.equal(net(x), base)
-
-
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_a_merged_model_is_the_adapted_one(axis, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    net = adapted_net(axis)
-    with cuda(), torch.no_grad():
-        net.to("cuda")
-        x = torch.randn(2, 8, 10, 6).to("cuda")
-        expected = net(x)
-        merge_adapters(net)
-        assert type(net.wide) is nn.Linear
-        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)

@@ -39,21 +39,6 @@ def test_the_default_is_the_accelerator_unless_accelerate_is_told_otherwise(kind
     assert devices.default_device() == describe_device().kind == "cpu"
 
 
-def test_an_accelerator_that_cannot_be_used_is_none(has, monkeypatch):
-    has("cuda")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert devices.default_device() == "cpu"
-
-
-def test_emulated_bfloat16_is_none(monkeypatch):
-    """Old GPUs emulate it, slower than float16."""
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-    )
-    assert not devices.has_bf16("cuda")
-    assert devices.has_bf16("cpu")
-
-
 @pytest.mark.parametrize(
     ("version", "is_new", "has_bf16", "has_scaler"),
     [("2.5.1", True, False, False), ("2.6.0", True, True, False), ("2.6.0", False, False, False),
@@ -68,12 +53,6 @@ def test_what_apples_gpu_can_follows_from_macos_and_torch(
     )
     assert devices.has_bf16("mps") == has_bf16
     assert devices.has_gradient_scaler("mps") == has_scaler
-
-
-def test_fp16_trains_on_gpus_alone():
-    assert devices.has_gradient_scaler("cuda")
-    assert devices.has_gradient_scaler("xpu")
-    assert not devices.has_gradient_scaler("cpu")
 
 
 def test_float64_is_asked_of_intels_gpus(monkeypatch):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
-import io
 import json
 import random
 import re
@@ -18,8 +16,7 @@ import pytest
 from PIL import Image
 
 import dora_diffusion
-from dora_diffusion.data import images
-from dora_diffusion.data.images import PhotoError, open_photo
+from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
@@ -31,7 +28,6 @@ from dora_diffusion.sampling.images import (
     read_parameters,
     save_image,
     settings_of,
-    thumbnail,
 )
 from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from tests.every import every
@@ -135,14 +131,6 @@ def test_a_full_disk_keeps_the_old_image_and_says_so(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [old]
 
 
-def test_an_image_is_replaced_whole(tmp_path):
-    file = save_image(IMAGE, tmp_path / "image.png", "old")
-    save_image(Image.new("RGB", (4, 4), "red"), file, "new")
-    assert read_parameters(file) == "new"
-    with Image.open(file) as image:
-        assert np.array_equal(np.asarray(image), np.full((4, 4, 3), (255, 0, 0)))
-
-
 def test_parameters_are_written_as_a1111_writes_them():
     text = parameters_text(
         ImageRow("a photo of a sks dog", 12),
@@ -196,12 +184,6 @@ def test_parameters_of_a1111_are_read():
     assert parse_parameters("only a prompt")["Prompt"] == "only a prompt"
 
 
-def test_an_image_without_parameters_gives_none(tmp_path):
-    for suffix in SUFFIXES:
-        save_image(Image.new("RGB", (4, 4)), tmp_path / f"x{suffix}")
-        assert read_parameters(tmp_path / f"x{suffix}") is None
-
-
 def test_a_failed_save_keeps_the_old_image(tmp_path, monkeypatch):
     path = save_image(Image.new("RGB", (4, 4), "red"), tmp_path / "x.png", "old")
 
@@ -213,22 +195,6 @@ def test_a_failed_save_keeps_the_old_image(tmp_path, monkeypatch):
         save_image(Image.new("RGB", (4, 4), "blue"), path, "new")
     assert read_parameters(path) == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_sheet_of_samples_has_a_thumbnail(tmp_path, monkeypatch):
-    """A strip, and one beyond the limits of photos and of Pillow, a hundredth of the real ones."""
-    for name in ("FULL_SIZE_MEGAPIXELS", "MAX_MEGAPIXELS"):
-        monkeypatch.setattr(images, name, getattr(images, name) / 100)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS // 100)
-    for size in ((64, 875), (1500, 1400)):
-        Image.new("L", size, "gray").save(tmp_path / "sheet.png", compress_level=1)
-        with pytest.raises(PhotoError):
-            open_photo(tmp_path / "sheet.png")
-        kind, _, data = thumbnail(tmp_path / "sheet.png").partition(",")
-        assert kind == "data:image/jpeg;base64"
-        with Image.open(io.BytesIO(base64.b64decode(data))) as small:
-            assert max(small.size) == 256
-            assert abs(small.width / small.height - size[0] / size[1]) < 0.01
 
 
 def test_a_line_of_spaces_is_read_in_steps_that_grow_with_it() -> None:
@@ -382,24 +348,6 @@ def test_comments_of_either_order_of_bytes_are_read(order, tmp_path):
     exif.get_ifd(0x8769)[0x9286] = b"JIS\0\0\0\0\0\xff"
     IMAGE.save(tmp_path / "x.jpg", exif=exif)
     assert read_parameters(tmp_path / "x.jpg") is None
-
-
-def test_a_comment_is_where_the_standard_has_it(tmp_path):
-    """Read by the rules of TIFF: IFD 0, its tag 0x8769, and there tag 0x9286 of type 7."""
-    text = "un año, 狗"
-    data = save_image(IMAGE, tmp_path / "x.jpg", text).read_bytes()
-    tiff = data[data.index(b"Exif\0\0") + 6 :]
-    order = {b"MM": ">", b"II": "<"}[tiff[:2]]
-
-    def entries(at: int) -> dict[int, tuple[int, int, int]]:
-        (count,) = struct.unpack_from(f"{order}H", tiff, at)
-        rows = (struct.unpack_from(f"{order}HHII", tiff, at + 2 + 12 * n) for n in range(count))
-        return {row[0]: row[1:] for row in rows}
-
-    (first,) = struct.unpack_from(f"{order}I", tiff, 4)
-    kind, count, at = entries(entries(first)[0x8769][2])[0x9286]
-    assert (kind, tiff[at : at + 8]) == (7, b"UNICODE\0")
-    assert tiff[at + 8 : at + count].decode("utf-16-be") == text
 
 
 def test_samplers_are_known_by_the_names_that_a1111_gives_them():

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from dora_diffusion.config import TrainConfig
@@ -28,25 +26,12 @@ from dora_diffusion.training.optimizer import (
 )
 from dora_diffusion.training.recipe import train
 from tests.refusal import refused
-from tests.training.helpers import losses, make_config, needs_library, warnings_of
+from tests.training.helpers import losses, make_config, needs_library
 
 
 def rates(config):
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["lr"]["unet/down"] for line in lines]
-
-
-def test_a_warm_up_rises_with_the_constant_schedule(config):
-    run = replace(config, max_train_steps=4, lr_warmup_steps=2, learning_rate=1e-3)
-    train(run)
-    assert rates(run) == pytest.approx([0, 5e-4, 1e-3, 1e-3])
-    saved = yaml.safe_load((Path(run.output_dir) / "config.yaml").read_text(encoding="utf-8"))
-    assert saved["lr_scheduler"] == "constant_with_warmup"
-
-
-def test_a_warm_up_longer_than_the_run_is_said(config):
-    said = warnings_of(replace(config, lr_warmup_steps=500))
-    assert any("lr_warmup_steps is 500, but the run has 2 steps" in text for text in said)
 
 
 # What a schedule makes of the rate, after warm-up: by the share of the steps after it that is done.

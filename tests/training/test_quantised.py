@@ -137,20 +137,6 @@ def test_what_is_quantised(sd1_folder: Path) -> None:
         assert components.identity() != plain.identity()
 
 
-def test_a_resumed_run_is_the_whole_one(
-    sd1_folder: Path, small_photos: Path, tmp_path: Path
-) -> None:
-    settings = {**ALL, "checkpointing_steps": 2}
-    whole = train(make_config(sd1_folder, small_photos, tmp_path / "a", **settings))
-    half = {**settings, "resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-2")}
-    again = train(make_config(sd1_folder, small_photos, tmp_path / "b", **half))
-    ours, theirs = (load_file(run.adapter) for run in (again, whole))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    other = make_config(sd1_folder, small_photos, tmp_path / "c", **{**half, "quantize": "int8"})
-    with refused("resume_from_checkpoint", "quantize (nf4 -> int8)"):
-        train(other)
-
-
 def test_weights_that_train_are_not_quantised(sd1_folder: Path, small_photos: Path) -> None:
     with refused("quantize", "method full"):
         make_config(sd1_folder, small_photos, "out", method="full", quantize="nf4")

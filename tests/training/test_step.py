@@ -111,17 +111,6 @@ def by_hand(session: Run, image_free: bool) -> list[torch.Tensor]:
     return losses
 
 
-def test_steps_differ_and_a_seed_repeats_them(sd1_folder, shaped_photos, tmp_path) -> None:
-    def two_losses(name: str, seed: int) -> list[float]:
-        session = open_run(sd1_folder, shaped_photos, tmp_path / name, seed=seed)
-        return [float(session.step(step)["loss"]) for step in (1, 2)]
-
-    first = two_losses("a", 3)
-    assert first == two_losses("b", 3)
-    assert first[0] != first[1]
-    assert first[0] != two_losses("c", 4)[0]
-
-
 def test_each_step_draws_dropout_from_a_seed_of_its_own(tiny_run) -> None:
     seeds = []
     for seed in (3, 3, 4):

@@ -15,7 +15,6 @@ from PIL import Image
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.atomic import atomic_file
-from dora_diffusion.sampling import load as loading
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
 from dora_diffusion.sampling.page import PAGE, RECORD, SHEET
 from dora_diffusion.sampling.passes import Pass
@@ -130,39 +129,6 @@ def test_one_batch_holds_several_adapters_and_prompts_up_to_rounding(
     assert len({pixels(grid / file).tobytes() for file in files}) == 6
 
 
-def test_stacks_are_plain_images_too_of_one_loaded_model(generate, adapters, tmp_path, monkeypatch):
-    """Several adapters, whose strengths alone change, are not loaded again."""
-    first, second = adapters
-    loads, load = [], loading.load_components
-    monkeypatch.setattr(
-        loading, "load_components", lambda *a, **k: loads.append(1) or load(*a, **k)
-    )
-    grid, plain = tmp_path / "grid", tmp_path / "plain.png"
-    stack = [f"{first}:0.7", f"{second}:0.5"]
-    axes = [f"adapter={' + '.join(stack)}", "strength=0.5, 1"]
-    assert generate(grid, "--grid", *axes, batch_size=1) == 0
-    assert len(loads) == 1
-    files = record_of(grid)["files"]
-    for file, strength in zip(files, (0.5, 1), strict=True):
-        assert generate(plain, "--overwrite", "--adapter", *stack, strength=strength) == 0
-        assert pixels(plain).tobytes() == pixels(grid / file).tobytes()
-        assert read_parameters(plain) == read_parameters(grid / file)
-    assert pixels(grid / files[0]).tobytes() != pixels(grid / files[1]).tobytes()
-
-
-def test_bases_and_all_that_changes_sampling_are_plain_images(generate, sd2_folder, tmp_path):
-    grid, plain = tmp_path / "grid", tmp_path / "plain.png"
-    axes = [f"base={sd2_folder} & size=64x72", "clip_skip=0, 1 & scheduler=none, lcm"]
-    assert generate(grid, "--grid", *axes, batch_size=1) == 0
-    for at, file in enumerate(record_of(grid)["files"]):
-        own = {"base": sd2_folder, "width": 64, "height": 72, "clip_skip": at,
-               "scheduler": (None, "lcm")[at]}  # fmt: skip
-        assert generate(plain, "--overwrite", **own) == 0
-        assert plain.read_bytes() == (grid / file).read_bytes()
-    with Image.open(grid / SHEET) as sheet:
-        assert parse_parameters(sheet.info["parameters"])["Size"] == "64x72"
-
-
 def interrupted(words, monkeypatch):
     asked, sample = [], Pass.sample
 
@@ -237,18 +203,6 @@ def test_one_process_at_a_time_makes_a_grid(generate, tmp_path, batches, last_li
     assert sum(map(len, batches)) == 1
 
 
-def test_a_grid_begins_where_one_was_killed_before_its_record(generate, tmp_path, batches):
-    grid = tmp_path / "grid"
-    with atomic_file(grid / RECORD) as temporary:
-        temporary.write_bytes(b"{")
-        left = shutil.copyfile(temporary, tmp_path / temporary.name)
-    (grid / RECORD).unlink()
-    shutil.move(left, temporary)
-    assert generate(grid, "--grid", "steps=1") == 0
-    assert sum(map(len, batches)) == 1
-    assert not temporary.exists()
-
-
 def test_a_grid_grows_by_its_new_cells_alone(generate, adapters, tmp_path, batches):
     grid, axes = tmp_path / "grid", ["seed=1, 2, 3", f"adapter=none, {adapters[1]}"]
     flags = {"batch_size": 2, "seed": None}
@@ -273,28 +227,6 @@ def test_a_grid_grows_by_its_new_cells_alone(generate, adapters, tmp_path, batch
     batches.clear()
     assert generate(grid, "--grid", *axes, "--overwrite", **flags) == 0
     assert sum(map(len, batches)) == 6
-
-
-def test_an_adapter_that_was_trained_on_is_another_one(
-    generate, random_adapter, sd1_folder, tmp_path, batches
-):
-    file, grid = tmp_path / "own.safetensors", tmp_path / "grid"
-    for seed, new in ((1, 1), (1, 0), (2, 1)):
-        layers = random_adapter(sd1_folder, seed=seed, every=9)
-        write_adapter(file, AdapterFile(layers, AdapterMetadata("sd1")))
-        batches.clear()
-        assert generate(grid, "--grid", "steps=1", adapter=file) == 0
-        assert len(batches) == new
-
-
-def test_a_random_seed_is_one_for_all_cells_and_stays(generate, tmp_path, batches):
-    grid = tmp_path / "grid"
-    for new in (2, 0):
-        batches.clear()
-        assert generate(grid, "--grid", "steps=1, 2", seed=None) == 0
-        assert sum(map(len, batches)) == new
-    texts = record_of(grid)["texts"].values()
-    assert {parse_parameters(text)["Seed"] for text in texts} == {str(record_of(grid)["seed"])}
 
 
 def test_settings_that_follow_from_an_adapter_are_those_of_its_cells_alone(

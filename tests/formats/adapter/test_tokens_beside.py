@@ -126,24 +126,6 @@ def test_a_file_that_is_not_read_is_named(
             load_adapted(bases["sd1"], file, device="cpu")
 
 
-def test_the_scripts_second_file_is_found_in_their_folder(lora: Callable[..., Path]) -> None:
-    """They write `NAME.safetensors` for web UIs; its tokens are `NAME_emb.safetensors`."""
-    file = lora("y2k.safetensors")
-    write_tokens(file.with_name("y2k_emb.safetensors"), ["clip_l"])
-    assert len(read_adapter(file.parent).tokens) == 2
-
-
-def test_they_are_read_beside_a_file_of_this_program_too(
-    lora: Callable[..., Path], tmp_path: Path
-) -> None:
-    own = convert_adapter(lora(), tmp_path / "mug.safetensors", "kohya", family="sd1").path
-    write_tokens(tmp_path / "mug_emb.safetensors", ["clip_l"])
-    (tmp_path / "mug-embedding.pt").touch()
-    read = read_adapter(own)
-    assert read.tokens.keys() == {"<s0>", "<s1>"}
-    assert "next to it and not read: mug-embedding.pt" in read.notes
-
-
 def test_tokens_of_another_model_and_damaged_ones_are_refused(
     lora: Callable[..., Path], bases: dict[str, Path]
 ) -> None:

@@ -34,14 +34,6 @@ def test_whatever_the_words_are_it_is_a_name_on_windows(words: str) -> None:
     assert 1 <= len(stem) <= 60
 
 
-@pytest.mark.parametrize(
-    ("words", "stem"),
-    [("sks mug", "sks-mug"), ("sks  Red-mug", "sks-red-mug"), ("Straße", "strasse"), ("", "x")],
-)
-def test_plain_words_stay_readable(words: str, stem: str) -> None:
-    assert file_stem(words, "x") == stem
-
-
 def test_runs_lie_where_the_app_is_started_and_on_windows_with_the_users_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,42 +9,32 @@ from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from dora_diffusion.cli.image_rows import warn_of_triggers
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.formats.adapter.stored import read_metadata
-from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.generate import BrokenImageError, generate_images
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import parse_parameters
-from dora_diffusion.sampling.load import load_adapted, load_model
+from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse
-from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
     GenerationRequest,
     ImageGenerator,
-    _Turn,
-    prompt_messages,
 )
-from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input
 from dora_diffusion.studio.jobs.queue import PERSON, Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
-from tests.studio.jobs.helpers import job_of, perform
+from tests.studio.jobs.helpers import job_of
 
 
 @pytest.fixture(scope="module")
@@ -90,26 +80,6 @@ def test_one_seed_gives_the_same_pixels_and_the_file_says_how(
     assert (found["Prompt"], found["Seed"], found["Steps"]) == ("a photo of a sks dog", "5", "2")
     assert found["Adapter strength"] == "1"
     assert str(finished[0].root) not in first.parameters
-
-
-def test_strength_0_is_the_base_and_1_is_not(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    base, adapted = studio.compare(ask(finished))
-    (plain,) = studio.make(ask(finished, strength=0.0))
-    (full,) = studio.make(ask(finished))
-    assert pixels(plain.path) == pixels(base.path)
-    assert pixels(full.path) == pixels(adapted.path) != pixels(base.path)
-    assert "<lora:" not in base.parameters
-    assert "<lora:" in adapted.parameters
-
-
-def test_direction_and_magnitude_are_written_into_the_file(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    (image,) = studio.make(ask(finished, direction_strength=0.5, magnitude_strength=0.0))
-    found = fields_of(image)
-    assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
 
 
 def test_several_adapters_and_images_to_start_from_are_the_library_s(
@@ -177,57 +147,6 @@ def test_an_image_of_a_batch_is_made_again_in_its_batch(
         assert pixels(again.path) == pixels(six[place].path)
 
 
-def test_the_page_says_what_of_a_long_prompt_was_not_read(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.results import _one
-
-    short = ask(finished)
-    long = ask(finished, prompt="a photo of a sks dog" + " on grass" * 60 + " by the <lake>")
-    for images in (
-        studio.make(long),
-        studio.compare(long),
-        [studio.grid(long, ["strength=1"], lambda *_: None)[0]],
-    ):
-        for image in images:
-            (line,) = image.notes
-            assert line.startswith("The prompt is longer than the model's 77 tokens; it did not")
-            assert line.endswith("by the < lake >")
-    context: Any = SimpleNamespace(images=ImageStore(finished[0]))
-    assert "by the &lt; lake &gt;" in _one(context, images[0])[0]
-    (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].notes
-    assert negative.startswith("The negative prompt is longer")
-    (plain,), (cut,) = studio.make(short), studio.make(long)
-    assert plain.notes == ()
-    (whole,) = studio.make(long.changed(max_token_length=0))
-    assert whole.notes == ()
-    assert pixels(whole.path) != pixels(cut.path)
-    (skips,) = studio.make(short.changed(clip_skip=1))
-    assert pixels(skips.path) != pixels(plain.path)
-    found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
-    assert found == [None, "2"]
-    assert "longer than" not in _one(context, studio.compare(short)[1])[0]
-
-
-def test_a_prompt_without_trigger_words_is_said_as_the_command_line_does(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    lacking = ask(finished, prompt="a photo of a dog")
-    metadata = read_metadata(lacking.uses()[0].path)
-    with pytest.warns(UserWarning, match="trigger word") as told:
-        warn_of_triggers([(lacking.prompts.prompt or "", metadata)])
-    text = str(told[0].message)
-    assert text == "the prompt lacks the adapter's trigger word; write 'sks dog' to get the subject"
-    line = f"T{text[1:]}"
-    made = [*studio.make(lacking), *studio.compare(lacking)]
-    made += [studio.grid(lacking, ["strength=1"], lambda *_: None)[0]]
-    assert [image.notes for image in made] == [(line,)] * 4
-    for prompt, lines in (("a SKS, dog", []), ("sksdog", [line]), ("a dog", [line])):
-        assert prompt_messages(lacking, [prompt]) == lines
-    assert prompt_messages(lacking.changed(adapter=None), ["a dog"]) == []
-
-
 def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
     finished: tuple[Workspace, str], studio: ImageGenerator, tmp_path: Path
 ) -> None:
@@ -247,33 +166,6 @@ def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
         sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
         assert sheet.parameters == studio.make(asked)[0].parameters
         assert fields_of(sheet)["Sampler"] == name
-
-
-def test_images_that_would_be_black_are_refused_in_words(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    job, images = job_of(finished), finished[0].images
-    file = adapter_of(job)
-    assert file is not None
-    broken = file.with_name("broken.safetensors")
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    save_file(
-        {name: torch.full_like(tensor, 3e38) for name, tensor in load_file(file).items()},
-        broken,
-        metadata,
-    )
-    asked = with_adapter(ask(finished), broken)
-    before = sorted(images.glob("*"))
-    for make in (
-        studio.make,
-        studio.compare,
-        lambda one: studio.grid(one, ["strength=1"], lambda *_: None),
-    ):
-        with pytest.raises(BrokenImageError, match=r"not finite|black all"):
-            make(asked)
-    broken.unlink()
-    assert sorted(images.glob("*")) == before
 
 
 def test_a_grid_is_a_sheet_and_a_page_of_images_that_are_made_once(
@@ -392,31 +284,6 @@ def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
     lock.free()
 
 
-def test_a_request_that_ends_while_another_is_looked_for_hides_it_not(tmp_path: Path) -> None:
-    studio = ImageGenerator(Workspace(tmp_path))
-    making = _Turn("", is_making=True)
-
-    class Ending:
-        is_withdrawn = is_making = False
-
-        @property
-        def person(self) -> str:
-            studio._turns[:] = [making]
-            return ""
-
-    class EndingLate(Ending):
-        person, is_making = "", Ending.person
-
-    studio._turns = cast("list[_Turn]", [Ending(), making])
-    assert studio.turn == "making"
-    studio._turns = cast("list[_Turn]", [EndingLate(), making])
-    step = studio._until_withdrawn(None)
-    studio._turns = cast("list[_Turn]", [Ending(), making])
-    studio.withdraw()
-    with pytest.raises(Withdrawn):
-        step(1, 2)
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"prompt": ""}, {"num_images": 99}, {"steps": 999}, {"width": 4096}, {"seed": -2}],
@@ -441,37 +308,3 @@ def test_a_model_that_makes_images_holds_no_file(
         assert mapped() == [str(weights)]
     studio.make(ask(finished))
     assert mapped() == []
-
-
-def write_other_vae(source: Path, target: Path) -> torch.Tensor:
-    """The VAE of a folder with one weight changed; that weight."""
-    vae = load_vae(source)
-    weight = vae.decoder.conv_out.weight
-    with torch.no_grad():
-        weight.add_(1.0)
-    vae.save_pretrained(target)
-    return weight.detach()
-
-
-def test_another_vae_is_used_for_images_too(sd1_folder: Path, tmp_path: Path) -> None:
-    changed = write_other_vae(sd1_folder, tmp_path / "vae")
-    plain = load_model(BaseModel(sd1_folder), None)
-    other = load_model(BaseModel(sd1_folder, vae=tmp_path / "vae"), None)
-    loaded = other.vae.decoder.conv_out.weight.float().cpu()
-    assert torch.equal(loaded, changed.to(other.vae.dtype).float())
-    assert not torch.equal(loaded, plain.vae.decoder.conv_out.weight.float().cpu())
-    assert not other.vae.decoder.conv_out.weight.requires_grad
-
-
-def test_a_merged_model_makes_the_adapter_s_images(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    workspace, run = finished[0], job_of(finished)
-    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
-    (adapted,) = studio.make(ask(finished))
-    merged = ask(finished).changed(base=merge.record.output, model_config=run.base, adapter=None)
-    (image,) = studio.make(merged)
-    (base,) = studio.make(ask(finished).changed(adapter=None))
-    # The sum is rounded once more where it is stored.
-    apart = [np.asarray(Image.open(one.path), np.int16) for one in (adapted, image, base)]
-    assert np.abs(apart[0] - apart[1]).max() <= 2 < np.abs(apart[0] - apart[2]).max()

@@ -148,11 +148,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     assert "megapixels" in refused(bomb, folder)
 
 
-def test_a_strip_is_refused(tmp_path: Path, folder: Path) -> None:
-    strip = photo(tmp_path / "strip.png", (600, 20))
-    assert "600 x 20 is a strip" in refused(strip, folder)
-
-
 def test_a_large_file_is_refused_unread(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,11 +237,6 @@ def test_only_images_that_say_how_they_were_made_load(tmp_path: Path) -> None:
     for name, match in (("a.png", "does not say"), ("b.png", "cannot be read")):
         with pytest.raises(UserError, match=match):
             read_generation_settings(tmp_path / name)
-
-
-def test_settings_load_from_a_grid_that_is_a_strip(tmp_path: Path) -> None:
-    path = save_image(Image.new("RGB", (640, 20)), tmp_path / "a.png", "a dog\nSteps: 3, Seed: 7")
-    assert read_generation_settings(path) == "a dog\nSteps: 3, Seed: 7"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from dora_diffusion.training.events import (
     TrainingEnded,
     TrainingStarted,
 )
-from dora_diffusion.training.inputs.prior import _Announcer, ensure_class_images, own_class_images
+from dora_diffusion.training.inputs.prior import ensure_class_images, own_class_images
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -168,21 +167,6 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
     folder = tiny_run().output_dir + "/class_images"
     assert f"6 class images to generate before the first step, in {folder}; " in captured.out
     assert "\n6 class images: about " in captured.out
-
-
-def test_the_time_of_class_images_is_that_of_the_second_step_for_all(monkeypatch):
-    clock = iter([100.0, 100.5, 103.5, 200.0])
-    monkeypatch.setattr(
-        "dora_diffusion.training.inputs.prior.time.perf_counter", lambda: next(clock)
-    )
-    told = []
-    announcer = _Announcer(told.append, 4, Path("class"), "--num_class_images 1")
-    announcer.on_image(1, 10)
-    for step in (1, 2, 3, 4):
-        announcer.on_step(step, 25)
-    # 9 are missing: three batches of 25 steps. The clock is read at the ends of steps 1 and 2 ...
-    assert told[0] == ClassImagesAnnounced(9, None, "class", "--num_class_images 1")
-    assert told[-1] == ClassImagesAnnounced(9, 0.5 * 25 * 3, "class")
 
 
 def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):

@@ -18,10 +18,9 @@ import gradio as gr
 from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
-from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
-from dora_diffusion.numerics.weights import STRENGTH_LIMIT, MergeStrengths
+from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.images import painted_fields, parse_parameters
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views.generate import GenerateTab
@@ -39,19 +38,6 @@ ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks
 
 
 @pytest.mark.parametrize(
-    ("text", "pixels"), [("", None), (" ", None), ("512", 512), ("504", 504), (64, 64)]
-)
-def test_an_empty_size_is_the_model_s(text: object, pixels: int | None) -> None:
-    assert _asked(width=text).sampling.width == pixels
-
-
-@pytest.mark.parametrize(("text", "next_size"), [("500", 496), ("20", 16)])
-def test_a_size_is_refused_as_on_the_command_line(text: str, next_size: int) -> None:
-    with pytest.raises(UserError, match=f"width is {text}; .* such as {next_size}"):
-        _asked(width=text)
-
-
-@pytest.mark.parametrize(
     ("is_distilled", "steps", "guidance"), [(False, "50", "4"), (True, "4", "1")]
 )
 def test_empty_steps_and_guidance_are_the_model_s(
@@ -65,37 +51,6 @@ def test_empty_steps_and_guidance_are_the_model_s(
     assert image.notes == ()
 
 
-@pytest.mark.parametrize("name", ["strength", "direction_strength", "magnitude_strength"])
-def test_the_limits_of_strengths_are_the_library_s(run: SimpleNamespace, name: str) -> None:
-    for value in (-STRENGTH_LIMIT, STRENGTH_LIMIT):
-        (use,) = run.asked(**{name: value}).uses()
-        assert getattr(use.strengths, name) == value
-        with pytest.raises(ValueError, match=f"must be between -{STRENGTH_LIMIT} and") as wrong:
-            run.asked(**{name: 1.01 * value})
-        assert name == "strength" or name not in str(wrong.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [("0", "between 16 and 2048"), ("-8", "between 16 and 2048"), ("4096", "between 16 and 2048"),
-     ("wide", "a whole number"), ("1.5", "a whole number")],
-)  # fmt: skip
-def test_a_size_that_is_none_is_refused(text: str, wanted: str) -> None:
-    with pytest.raises(UserError, match=rf"height is '?{text}'?; it must be {wanted}"):
-        _asked(height=text)
-
-
-@pytest.mark.parametrize(
-    ("text", "scale"), [("5", 5.0), ("4.5", 4.5), (2, 2.0), ("0", 0.0), ("", 3.5), (None, 3.5)]
-)
-def test_an_empty_guidance_is_the_model_s(text: object, scale: float) -> None:
-    assert _asked(guidance_scale=text).sampling.guidance_scale == scale
-
-
-def test_a_released_model_has_the_usual_guidance(tmp_path: Path) -> None:
-    assert _asked(str(tmp_path), guidance_scale="").sampling.guidance_scale == 7.5
-
-
 def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(name: str, **options: Any) -> str:
         assert options["local_files_only"]
@@ -104,31 +59,6 @@ def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(UserError, match=r"org/model is not on this machine.*hf download org/m"):
         _asked("org/model")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [("much", "“Guidance .CFG.” is 'much'; it must be a number"),
-     ("-1", "guidance is -1.0; it must be between 0 and 30"),
-     ("31", "guidance is 31.0; it must be between 0 and 30"),
-     ("nan", "“Guidance .CFG.” is nan; it must be a finite number")],
-)  # fmt: skip
-def test_a_guidance_that_is_none_is_refused(text: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        _asked(guidance_scale=text)
-
-
-@pytest.mark.parametrize("settings", [{"validation_guidance_scale": 6.0}, {}])
-def test_a_run_s_guidance_is_that_of_its_samples(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
-) -> None:
-    request = pytest.importorskip("dora_diffusion.studio.app.views.request")
-    monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
-    base = BaseModel("embedded:tiny-sd")
-    run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
-    context = _context(job=lambda name, field: run)
-    guidance = request.Chosen.of(context, "20260101-000000-abcdef").guidance_scale
-    assert guidance == settings.get("validation_guidance_scale", 3.5)
 
 
 @pytest.fixture
