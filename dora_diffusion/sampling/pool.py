@@ -298,5 +298,4 @@ def _key(use: AdapterUse) -> tuple[object, ...]:
     """The adapter's file in its current version, and its strengths."""
     file = find_adapter(use.path)
     status = file.stat()
-    strengths = MergeStrengths.of(use.strengths), *use.layers.items()
-    return file.resolve(), status.st_mtime_ns, status.st_size, *strengths
+    return file.resolve(), status.st_mtime_ns, status.st_size, MergeStrengths.of(use.strengths)

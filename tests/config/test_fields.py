@@ -103,12 +103,10 @@ COMMANDS = {
     "[0, inf)": "clip_skip vae_tile_size replica_gpus num_cpus num_gpus",
     "[1, inf)":
         "batch_size grid_limit replicas queue num_seeds workers pack subjects",
-    "(0, 1]": "detail_denoise",
     "(0, 86400]": "timeout",
     "[0, 10]": "serve.window",
     "[1, 10000]": "num_images",
     "[1, 65535]": "serve.port",
-    "[16, inf)": "detail_padding",
 }  # fmt: skip
 KINDS: dict[str, Any] = {name: cli.settings_of(name) for name in cli.COMMANDS if name != "train"}
 

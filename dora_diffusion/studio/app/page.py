@@ -30,7 +30,7 @@ from dora_diffusion.studio.jobs.store import UserError, ids_in
 
 TICK_SECONDS = 2.0
 CHOOSERS = (
-    "run", "adapter", "library_run", "study", "subject", *MORE, "find_run", "words_file", "style",
+    "run", "adapter", "library_run", "study", "subject", *MORE, "find_run",
     "library_other", "library_rival", "study_subjects", "study_base", "others", "start", "base",
 )  # fmt: skip
 """Fields for choosing objects; a choice whose object was deleted becomes `GONE`."""
@@ -82,9 +82,7 @@ def build_page(context: Context) -> gr.Blocks:
             "chooser_cards": run_view.cards,
             "adapter": generating.adapter, **generating.more, "turn": generating.turn,
             "history": generating.gallery.list, "find_run": generating.gallery.run,
-            "template": generating.template, "style": generating.fields["style"],
-            "words": generating.words.kept, "words_row": generating.words.row,
-            "words_file": generating.words.file,
+            "template": generating.template,
             "library": stored.gallery, "library_run": stored.run,
             "library_other": stored.other, "library_rival": stored.rival,
             "library_side": stored.side, "tasks": stored.tasks,
