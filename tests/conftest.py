@@ -60,7 +60,7 @@ LONG = (
     "_later[adafactor]",
     "integration/test_cuda.py::test_steps_and_their_records_wait_for_nothing[sdxl",
     "test_wheel.py::test_a_user_s_program_passes_mypy_strictly",
-    "tools/pretrain/test_diffusion.py::test_loss_and_gradients_are_those_of_the_raw_modules",
+    "lab/pretrain/test_diffusion.py::test_loss_and_gradients_are_those_of_the_raw_modules",
     "training/trainable/test_full.py::test_a_model_is_evaluated_beside_its_base",
     "training/trainable/test_full.py::test_a_resumed_run_is_that_of_one_piece_bit_for_bit[adafactor]",
     "training/trainable/test_full.py::test_compiled_blocks_train_the_same_weights",
@@ -552,7 +552,7 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def held_out_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three photos of a subject."""
-    from dora_diffusion.lab.toy.benchmark_subjects import find_subject, write_photos
+    from dora_diffusion.toy.benchmark_subjects import find_subject, write_photos
 
     folder = tmp_path_factory.mktemp("photos") / "held-out"
     for photo in write_photos(find_subject("cross_mug"), folder)[3:]:

@@ -28,8 +28,8 @@ from dora_diffusion.config import settings
 from dora_diffusion.config.arguments import _resolve
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.evaluation.report import Evaluation
-from dora_diffusion.lab.analysis import Analysis
-from dora_diffusion.lab.study.config import Study
+from lab.analysis import Analysis
+from lab.study.config import Study
 from tests.every import every
 from tests.refusal import check, refused
 from tools.site import public_names

@@ -20,8 +20,8 @@ from dora_diffusion.config.train import settings
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.export import inspect_adapter, inspect_model, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.lab.analysis import Analysis
 from dora_diffusion.sampling.pool import _reference
+from lab.analysis import Analysis
 from tests.every import every
 from tests.export.helpers import MakeAdapter
 from tests.test_public_arguments import annotations, public

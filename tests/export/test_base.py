@@ -23,8 +23,8 @@ from dora_diffusion.export import (
 from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.stream import TensorFileError
-from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.sampling.load import load_adapted
+from lab.analysis import analyze_weights
 from tests.export.helpers import MakeAdapter, assert_equal
 
 

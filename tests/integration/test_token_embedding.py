@@ -22,12 +22,12 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.checkpoint.models import CheckpointFile, PipelineFolder
-from dora_diffusion.lab.analysis.analyze import analyze_weights
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.training.recipe import train
 from dora_diffusion.training.trainable.adapters import inject_trained
+from lab.analysis.analyze import analyze_weights
 from tests.training.helpers import assert_same_adapter, make_config
 
 TABLE = "text_encoder.text_model.embeddings.token_embedding"

@@ -378,7 +378,7 @@ def document(*path: str) -> str:
 
 
 def test_the_readme_names_for_each_card_the_quickest_flags_that_fit_it() -> None:
-    """From the peaks that docs/measurements/gpu-memory.md has for each, quickest first.
+    """From the peaks that lab/measurements/gpu-memory.md has for each, quickest first.
 
     Each row has other flags than the one before, and the command above fits the cards that it says.
     """

@@ -131,7 +131,7 @@ def version_is_written_once(repository: Repository) -> Iterator[str]:
 
 LONGEST_PAGE = 1200
 # Looked things up in, not read.
-ANY_LENGTH = ("docs/reference/", "docs/measurements/", "README.md", "CONTRIBUTING.md")
+ANY_LENGTH = ("docs/reference/", "lab/measurements/", "README.md", "CONTRIBUTING.md")
 
 
 def pages_are_short(repository: Repository) -> Iterator[str]:
@@ -177,12 +177,12 @@ def every_page_is_linked(repository: Repository) -> Iterator[str]:
 
 
 def small_cards_have_the_counted_memory(repository: Repository) -> Iterator[str]:
-    counts = repository.text("docs/measurements/gpu-memory.md").partition("## One training step")[0]
+    counts = repository.text("lab/measurements/gpu-memory.md").partition("## One training step")[0]
     counted = re.findall(r"\| ([\d.]*) ?\| ([\d.]+) \|$", counts, re.MULTILINE)
     page = "docs/howto/out-of-memory.md"
     pattern = r"\| ([\d.]*)(?: GiB)? ?\| ([\d.]+) GiB \|$"
     if re.findall(pattern, repository.text(page), re.MULTILINE) != counted:
-        yield f"{page}:1: its table is not that of docs/measurements/gpu-memory.md; copy it"
+        yield f"{page}:1: its table is not that of lab/measurements/gpu-memory.md; copy it"
 
 
 def images_have_a_text_and_a_page(repository: Repository) -> Iterator[str]:
@@ -225,7 +225,7 @@ def documents_and_code_speak_the_words_of_the_field(repository: Repository) -> I
 # Words of the embedded models' captions, and this rule.
 SPEAKING = (
     "tools/rules/project.py",
-    "tools/pretrain/captions.py", "tools/pretrain/tokenizer.py",
+    "lab/pretrain/captions.py", "lab/pretrain/tokenizer.py",
 )  # fmt: skip
 
 

@@ -200,8 +200,8 @@ def _look(lines: Sequence[str], sheet: str) -> str:
 
 def _analysis(folder: Path) -> str:
     """Return the findings of an analysis, its plots and its files."""
-    from dora_diffusion.lab.analysis.plots import FILES as PLOTS
-    from dora_diffusion.lab.analysis.report import FILES
+    from lab.analysis.plots import FILES as PLOTS
+    from lab.analysis.report import FILES
 
     files = [path for name in FILES.values() if (path := folder / name).is_file()]
     plots = [image(folder / name, title) for title, name in PLOTS.items()]
@@ -210,7 +210,7 @@ def _analysis(folder: Path) -> str:
 
 def figures(folder: Path) -> dict[str, str]:
     """Return the findings of a run's analysis as text; empty if its file does not exist."""
-    from dora_diffusion.lab.analysis.report import FILES
+    from lab.analysis.report import FILES
 
     file = folder / FILES["analysis"]
     return dict(_figures(file, file.stat().st_mtime_ns)) if file.is_file() else {}
@@ -220,7 +220,7 @@ def figures(folder: Path) -> dict[str, str]:
 def _figures(file: Path, modified: int) -> Mapping[str, str]:
     """Read the findings of an analysis; cached until the file changes."""
     from dora_diffusion.evaluation.statistics import Interval
-    from dora_diffusion.lab.analysis.report import shown
+    from lab.analysis.report import shown
 
     try:
         (run,) = read_json(file)["runs"]

@@ -41,9 +41,9 @@ from dora_diffusion.cli.commands.results import ExportSettings, PushSettings
 from dora_diffusion.cli.console.errors import asking_for_report
 from dora_diffusion.cli.console.output import shown_command
 from dora_diffusion.config.command import AsJob, CommandSettings
-from dora_diffusion.lab.commands import AnalyzeSettings, CompareSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.store import DamagedFile, read_object, write_json
+from lab.commands import AnalyzeSettings, CompareSettings
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"

@@ -21,7 +21,6 @@ from dora_diffusion.config.wording import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.runs import ADAPTER_FILES, file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
-from dora_diffusion.lab.commands import CompareSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.weights import require_strength
 from dora_diffusion.studio.jobs import records
@@ -32,6 +31,7 @@ from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_job, s
 from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text, made_at
 from dora_diffusion.studio.jobs.subjects import StoredSubject
 from dora_diffusion.studio.jobs.uploads import MAX_FILE, require_file, shown
+from lab.commands import CompareSettings
 
 NAME_LIMIT = 60
 MOST_STEPS = 1_000_000
@@ -472,8 +472,8 @@ def start_study(
     """
     import yaml
 
-    from dora_diffusion.lab.study.config import Study
     from dora_diffusion.models.metric_models import LITE
+    from lab.study.config import Study
 
     if not subjects:
         raise UserError("choose at least one subject; they are made in the Subject tab")

@@ -234,7 +234,7 @@ def test_a_scale_beside_the_norm_is_wrong_in_older_a1111(tmp_path: Path) -> None
 
 
 def figures(folder: Path) -> dict[str, str]:
-    """The measured figures of docs/measurements/programs.md, by the words before them."""
+    """The measured figures of lab/measurements/programs.md, by the words before them."""
 
     def median(axis: str, target: str, formula: Formula) -> str:
         return f"{torch.tensor(errors(folder, axis, target, formula)).median().item():.0%}"

@@ -18,7 +18,6 @@ from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.stream import read_header
-from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.studio import worker
 from dora_diffusion.studio.app.html import figures, status_card, task_card
 from dora_diffusion.studio.app.settings import command_line
@@ -28,6 +27,7 @@ from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import Workspace
+from lab.analysis import analyze_weights
 from tests.studio.jobs.helpers import (
     about,
     add_run,

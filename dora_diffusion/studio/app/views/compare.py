@@ -1,4 +1,4 @@
-"""The Compare tab: training methods side by side, as in ``dora-diffusion compare``."""
+"""The Compare tab: training methods side by side, as in ``python -m lab compare``."""
 
 from __future__ import annotations
 

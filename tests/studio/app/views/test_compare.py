@@ -15,9 +15,6 @@ from PIL import Image
 
 from dora_diffusion.cli.main import build_parser, read_settings
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.lab.study.config import Study, read_study
-from dora_diffusion.lab.study.subjects import find_subject
-from dora_diffusion.lab.study.trials import save_record
 from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -33,7 +30,10 @@ from dora_diffusion.studio.jobs.subjects import (
     save_caption,
     take_sample,
 )
-from tests.lab.study.helpers import record
+from lab.study.config import Study, read_study
+from lab.study.subjects import find_subject
+from lab.study.trials import save_record
+from lab.tests.study.helpers import record
 from tests.studio.app.views.helpers import handler
 from tests.studio.jobs.helpers import perform, photo, seen
 
@@ -170,7 +170,7 @@ def test_a_study_that_was_stopped_continues(context: Context, dog: str) -> None:
 def test_a_study_shows_what_it_does_and_its_line(
     context: Context, dog: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dora_diffusion.lab.study import run as module
+    from lab.study import run as module
 
     phases = []
 
