@@ -15,10 +15,6 @@ from tools.rules.requirements import OPTIONAL, REQUIRED, import_names
 ROOT = Path(__file__).parents[1]
 
 
-def test_plots_come_with_the_ordinary_install() -> None:
-    assert "matplotlib" in REQUIRED
-
-
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if installed without extras: importing one of their libraries fails."""

@@ -28,8 +28,6 @@ from dora_diffusion.config import settings
 from dora_diffusion.config.arguments import _resolve
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.evaluation.report import Evaluation
-from lab.analysis import Analysis
-from lab.study.config import Study
 from tests.every import every
 from tests.refusal import check, refused
 from tools.site import public_names
@@ -38,12 +36,11 @@ VALUES = {
     name: getattr(importlib.import_module(home), name) for name, home in public_names().items()
 }
 SETTINGS = {
-    "AdapterConfig", "AdapterPool", "BaseModel", "FitSettings", "QueuePlan", "SamplingSettings",
-    "Study", "TrainConfig",
+    "AdapterConfig", "AdapterPool", "BaseModel", "FitSettings", "SamplingSettings", "TrainConfig",
 }  # fmt: skip
 """Classes that a user makes; the others are results, or have no field."""
 OTHERS = {
-    "AdapterReport", "Analysis", "ConversionReport", "ImageRow", "ModelReport", "NormCache",
+    "AdapterReport", "ConversionReport", "ImageRow", "ModelReport", "NormCache",
     "Setting", "VerifyReport",
 }  # fmt: skip
 PER_STEP = {"disabled", "norm_scope", "row_scope"}
@@ -184,7 +181,7 @@ def test_components_are_no_model_and_a_seed_is_no_list(sd1_folder: Path) -> None
         dora_diffusion.generate_images(components, "a mug", 1)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", [Analysis, Evaluation])
+@pytest.mark.parametrize("kind", [Evaluation])
 def test_results_are_written_into_a_folder_by_its_name(kind: Any) -> None:
     assert annotations(kind.write)["folder"] == str | PathLike[str]
     with refused("folder", "is 3; it must be text or a path"):
@@ -211,7 +208,7 @@ ANY_NUMBER = {("TrainConfig", "logit_mean")}
 def test_numbers_that_cannot_work_are_refused_where_they_are_given() -> None:
     """Each field of settings, with a negative and with no finite number."""
     with every() as case:
-        for name in sorted(SETTINGS - {"AdapterPool", "Study"}):
+        for name in sorted(SETTINGS - {"AdapterPool"}):
             more = {"path": "model"} if name == "BaseModel" else {}
             for key, hint in annotations(VALUES[name]).items():
                 kinds = {*typing.get_args(hint), hint}
@@ -226,7 +223,7 @@ def test_numbers_that_cannot_work_are_refused_where_they_are_given() -> None:
 def test_numbers_of_functions_are_refused_before_anything_is_done(sd1_folder: Path) -> None:
     components = dora_diffusion.load_components(sd1_folder)
     pool = dora_diffusion.AdapterPool(components)
-    rows, plan = [dora_diffusion.ImageRow("a", 1)], dora_diffusion.QueuePlan()
+    rows = [dora_diffusion.ImageRow("a", 1)]
     cases: dict[str, tuple[str, Callable[[], Any]]] = {
         "0 images": (
             "batch_size", lambda: dora_diffusion.generate_images(components, "a", [1], batch_size=0)
@@ -237,7 +234,6 @@ def test_numbers_of_functions_are_refused_before_anything_is_done(sd1_folder: Pa
         "clip skip": ("clip_skip", lambda: dora_diffusion.AdapterPool(components, clip_skip=-1)),
         "retries": ("retries", lambda: dora_diffusion.run_fleet({}, "out", retries=-1)),
         "pack": ("pack", lambda: dora_diffusion.run_fleet({}, "out", pack=0)),
-        "seed": ("seed", lambda: dora_diffusion.simulate_queue(plan, [1.0], [1.0], seed=-1)),
         "name": (
             "name",
             lambda: inject_adapters(components.denoiser, AdapterConfig(), name="a.b"),
@@ -246,7 +242,6 @@ def test_numbers_of_functions_are_refused_before_anything_is_done(sd1_folder: Pa
         "prediction": (
             "prediction_type", lambda: dora_diffusion.BaseModel("x", prediction_type="v")
         ),
-        "study": ("the study", lambda: dora_diffusion.Study.from_dict(3)),  # type: ignore[arg-type]
     }  # fmt: skip
     with every() as case:
         for name, (setting, call) in cases.items():
@@ -270,11 +265,3 @@ def test_a_model_without_adapters_has_nothing_to_restore() -> None:
     merge_adapters(model)
     with pytest.raises(ValueError, match="keep_base=True"):
         unmerge_adapters(model)
-
-
-def test_a_seed_is_named_once_in_a_study() -> None:
-    methods = {"dora": {"learning_rate": 1e-3}}
-    values = {"base": "embedded:tiny-sd", "methods": methods, "subjects": ["bolt_mug"]}
-    with refused("seeds", "[1, 1]"):
-        Study.from_dict({**values, "seeds": [1, 1]})
-    assert Study.from_dict({**values, "seeds": np.int64(2)}).seeds == (0, 1)

@@ -21,7 +21,6 @@ from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.export import inspect_adapter, inspect_model, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.sampling.pool import _reference
-from lab.analysis import Analysis
 from tests.every import every
 from tests.export.helpers import MakeAdapter
 from tests.test_public_arguments import annotations, public
@@ -53,7 +52,7 @@ def unions(hint: Any) -> Iterator[set[Any]]:
 
 def path_arguments() -> dict[str, list[set[Any]]]:
     """Each public argument that is a path, with the unions of its annotation that name one."""
-    methods = {"Analysis.write": Analysis.write, "Evaluation.write": Evaluation.write}
+    methods = {"Evaluation.write": Evaluation.write}
     of_runs = {f"TrainConfig.{setting.name}" for setting in settings() if setting.is_path}
     found = {}
     for name, value in (public() | methods).items():
@@ -68,15 +67,15 @@ def path_arguments() -> dict[str, list[set[Any]]]:
 
 def test_every_path_is_text_or_any_path() -> None:
     found = path_arguments()
-    expected = """analyze_weights.sources analyze_weights.base combine_adapters.adapters
+    expected = """combine_adapters.adapters
         convert_adapter.source convert_adapter.output convert_adapter.thumbnail BaseModel.path
         BaseModel.vae BaseModel.model_config describe_environment.runs_dir read_subject.folder
         export_checkpoint.base export_checkpoint.adapters export_checkpoint.output
         extract_adapter.tuned inspect_adapter.path inspect_model.path load_adapter.path
         load_components.model read_config_file.path read_config_lines.path run_fleet.output
-        run_study.output save_adapter.path subject_configs.source verify_checkpoint.merged
+        save_adapter.path subject_configs.source verify_checkpoint.merged
         TrainConfig.instance_data_dir TrainConfig.dataset_config TrainConfig.output_dir
-        Analysis.write.folder Evaluation.write.folder"""
+        Evaluation.write.folder"""
     assert {*expected.split()} <= found.keys()
     with every() as case:
         for name, paths in found.items():
@@ -141,9 +140,6 @@ def test_a_path_of_any_kind_has_the_result_of_its_text(
             dd.BaseModel(p(sd1_folder), vae=p(sd1_folder)), p(adapter), p(new / "model"), **options
         ),
         "verify_checkpoint": lambda p: verify_checkpoint(p(merged), p(sd1_folder), p(adapter)).ok,
-        "analyze_weights": lambda p: (
-            dd.analyze_weights([p(adapter)], p(sd1_folder), layers=["unet.mid*"]).base
-        ),
         "read_subject": lambda p: dd.read_subject(p(photo.parent), "sks", "mug").name,
         "subject_configs": lambda p: dd.subject_configs(
             p(subjects), dd.TrainConfig(class_word="mug")

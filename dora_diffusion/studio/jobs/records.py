@@ -43,7 +43,6 @@ from dora_diffusion.cli.console.output import shown_command
 from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.store import DamagedFile, read_object, write_json
-from lab.commands import AnalyzeSettings, CompareSettings
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
@@ -51,8 +50,8 @@ STOPPED_CODE = 128 + signal.SIGTERM
 JOBS: Mapping[str, type[CommandSettings]] = {
     kind.job.command: kind
     for kind in (
-        ExportSettings, ConvertSettings, CombineSettings, ExtractSettings, AnalyzeSettings,
-        RankCheckpointsSettings, PushSettings, CompareSettings, PrepareSettings,
+        ExportSettings, ConvertSettings, CombineSettings, ExtractSettings, RankCheckpointsSettings,
+        PushSettings, PrepareSettings,
     )
     if kind.job is not None
 }  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.training.conftest import small_photos  # noqa: F401 (a fixture)
 
 Change = Callable[[str, Tensor], Tensor]
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dora_diffusion import analyze_weights, export_checkpoint
+from dora_diffusion import export_checkpoint
 from dora_diffusion.export import ExportError
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -25,6 +25,7 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.numerics import low_rank
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
+from lab.analysis import analyze_weights
 from lab.analysis.report import LayerChange
 from tests.refusal import refused
 

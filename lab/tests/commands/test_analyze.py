@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.cli.main import main
+from lab.__main__ import main
 from lab.analysis import analyze_weights
 from lab.analysis.report import SCHEMA
 

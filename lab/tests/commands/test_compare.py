@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from dora_diffusion.cli import main as cli
+from lab import __main__ as cli
 from lab.study import run as module
 from lab.study.trials import save_record
 from lab.tests.study.helpers import STUDY, record

@@ -7,11 +7,10 @@ import json
 import pytest
 from PIL import Image
 
-from dora_diffusion import simulate_queue
-from dora_diffusion.cli.main import main
+from lab.__main__ import main
 from lab.simulation import forecasts
 from lab.simulation.forecasts import Demand, TrainingTimes
-from lab.simulation.queue import HOUR, QueuePlan
+from lab.simulation.queue import HOUR, QueuePlan, simulate_queue
 
 GIVEN = ["--seconds", "100", "--variation", "1", "--subjects", "3000"]
 

@@ -106,6 +106,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "teach_words"), [("tiny-sd", False), ("tiny-sd", True), ("tiny-sdxl", True)]
 )

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config import ConfigError, TrainConfig
@@ -18,7 +17,7 @@ from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.evaluation.measures import MEASURES
 from lab.study import run as module
 from lab.study import trials as keys
-from lab.study.config import BASE, Study, Tuning
+from lab.study.config import BASE, Tuning, read_study
 from lab.study.report import write_report
 from lab.study.run import chosen_rate, run_study
 from lab.study.subjects import find_subject
@@ -26,6 +25,7 @@ from lab.study.trials import Trial, base_digest, trials_of
 from lab.tests.study.helpers import record, study
 from tests.every import every
 
+MEASUREMENTS = Path(__file__).parents[2] / "measurements"
 RECORDED = {
     "quantised": 24,
     "comparison": 218,
@@ -368,12 +368,11 @@ def test_a_file_that_holds_no_records_is_said(performed, tmp_path, text):
 @pytest.mark.parametrize(("name", "count"), RECORDED.items())
 def test_the_documents_records_are_of_the_documents_study(name, count):
     """A default that changes would make them void: the study says all that it needs."""
-    docs = Path(__file__).parents[3] / "docs" / "measurements"
-    shown = Study.from_dict(yaml.safe_load((docs / f"{name}.yaml").read_text(encoding="utf-8")))
+    shown = read_study(MEASUREMENTS / f"{name}.yaml")
     methods = {method.name: shown.training(method) for method in shown.methods}
     methods[BASE] = TrainConfig()
     base = TWIN if name == "fast-epsilon" else base_digest(BaseModel(shown.base))
-    records = json.loads((docs / f"{name}-records.json").read_text(encoding="utf-8"))
+    records = json.loads((MEASUREMENTS / f"{name}-records.json").read_text(encoding="utf-8"))
     given = [*shown.subjects, *(shown.tune.subjects if shown.tune else ())]
     drawn_by = (find_subject(of, "embedded:tiny-sd", []) for of in given)
     subjects = {one.name: one for one in drawn_by}
@@ -395,8 +394,7 @@ def test_the_documents_records_are_of_the_documents_study(name, count):
 @pytest.mark.parametrize("name", ["fast", "fast-word"])
 @pytest.mark.parametrize("file", ["fast", "fast-new", "fast-epsilon"])
 def test_the_fast_presets_are_what_was_measured(file, name):
-    docs = Path(__file__).parents[3] / "docs" / "measurements"
-    shown = Study.from_dict(yaml.safe_load((docs / f"{file}.yaml").read_text(encoding="utf-8")))
+    shown = read_study(MEASUREMENTS / f"{file}.yaml")
     (method,) = (one for one in shown.methods if one.name == name)
     measured = shown.training(method).to_dict()
     preset = preset_settings(name, DEFAULT_FAMILY, is_embedded=True)
@@ -411,8 +409,7 @@ def test_the_fast_presets_are_what_was_measured(file, name):
 
 
 def test_the_balanced_preset_is_what_was_measured():
-    docs = Path(__file__).parents[3] / "docs" / "measurements"
-    shown = Study.from_dict(yaml.safe_load((docs / "steps-balanced.yaml").read_text("utf-8")))
+    shown = read_study(MEASUREMENTS / "steps-balanced.yaml")
     (method,) = (one for one in shown.methods if one.name == shown.reference)
     measured = shown.training(method).to_dict() | {"learning_rate": method.learning_rates[0]}
     preset = preset_settings("balanced", DEFAULT_FAMILY, is_embedded=True)

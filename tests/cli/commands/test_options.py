@@ -186,8 +186,6 @@ def test_export_and_verify_are_given_the_same_merge(command):
 @pytest.mark.parametrize(
     ("line", "work"),
     [
-        ("analyze RUN --output OUT/a", "lab.analysis.analyze_weights"),
-        ("compare --quick --output OUT", "lab.study.run.run_study"),
         (
             "evaluate RUN --subject bolt_mug --output OUT",
             "sampling.load.load_adapted",
@@ -217,7 +215,7 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(
     monkeypatch.setattr(f"dora_diffusion.{work}", started)
     in_the_way = tmp_path / "file"
     in_the_way.write_text("mine", encoding="utf-8")
-    words = line if line.startswith("compare") else f"{line} --base BASE"
+    words = f"{line} --base BASE"
     places = {"RUN": trained, "BASE": sd1_folder, "OUT": in_the_way}
     for name, place in places.items():
         words = words.replace(name, str(place))

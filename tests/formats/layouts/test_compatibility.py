@@ -257,7 +257,7 @@ def figures(folder: Path) -> dict[str, str]:
 
 
 def test_the_figures_in_the_docs_are_measured(tmp_path: Path) -> None:
-    text = (DOCS / "measurements" / "programs.md").read_text(encoding="utf-8")
+    text = (DOCS.parent / "lab" / "measurements" / "programs.md").read_text(encoding="utf-8")
     for words, figure in figures(tmp_path).items():
         print(f"| {words} | {figure} |")
         assert f"| {words} | {figure} |" in text, (words, figure)

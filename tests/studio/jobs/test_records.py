@@ -53,8 +53,8 @@ def test_the_line_that_is_shown_is_the_arguments_and_what_the_worker_sets() -> N
 
 
 STATES = {
-    "train": "training", "export": "merging", "convert": "converting", "analyze": "analyzing",
-    "rank-checkpoints": "ranking", "push": "publishing", "compare": "comparing",
+    "train": "training", "export": "merging", "convert": "converting",
+    "rank-checkpoints": "ranking", "push": "publishing",
     "prepare": "looking at photos", "combine": "combining", "extract": "extracting",
 }  # fmt: skip
 
@@ -76,7 +76,7 @@ def test_what_is_made_of_runs_is_listed(workspace: Workspace) -> None:
         create_job(workspace.new_job(), record)
     listed = task_list(snapshot(workspace.root), None)
     shown = {command for command in STATES if f"<h3>{command} Dog</h3>" in listed}
-    assert shown == {"export", "convert", "combine", "extract", "analyze", "push"}
+    assert shown == {"export", "convert", "combine", "extract", "push"}
 
 
 @pytest.mark.parametrize(

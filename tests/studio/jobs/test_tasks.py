@@ -6,7 +6,6 @@ import dataclasses
 import re
 import shlex
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +164,9 @@ OWN = {
     "start",
     [
         lambda w, run: tasks.start_task("export", w, run, "0.5"),
-        partial(tasks.start_task, "analyze"),
         tasks.start_ranking,
     ],
-    ids=["export", "analyze", "rank-checkpoints"],
+    ids=["export", "rank-checkpoints"],
 )
 def test_a_job_about_a_run_loads_the_base_as_the_run_did(workspace: Workspace, start: Any) -> None:
     run = run_of(workspace, **OWN)
@@ -233,14 +231,6 @@ def test_a_command_that_says_so_has_a_button_with_its_settings(
         tasks.start_task("shrink", workspace, run, "0", "", False)
 
 
-def test_a_title_cannot_be_taken_for_a_flag(workspace: Workspace) -> None:
-    run = dataclasses.replace(
-        run_of(workspace), record=records.JobRecord(("train",), "--overwrite --json")
-    )
-    args = parsed(tasks.start_task("analyze", workspace, run), workspace)
-    assert (args.title, args.json) == (["--overwrite --json"], False)
-
-
 def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, str]) -> None:
     workspace, job = finished[0], job_of(finished)
     outputs = []
@@ -268,7 +258,6 @@ def test_what_needs_an_adapter_or_a_checkpoint_says_so(
     monkeypatch.setattr(hub, "check", lambda name: None)
     run = ended_run(workspace, (), 3)
     for start in (
-        partial(tasks.start_task, "analyze"),
         lambda w, run: tasks.start_task("export", w, run, "1"),
         lambda w, run: tasks.start_task("push", w, run, "ann/mug", False),
         lambda w, run: tasks.start_conversion(w, run, "kohya"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import shlex
 import shutil
 import signal
@@ -19,7 +18,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.studio import worker
-from dora_diffusion.studio.app.html import figures, status_card, task_card
+from dora_diffusion.studio.app.html import status_card, task_card
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records, tasks
@@ -27,7 +26,6 @@ from dora_diffusion.studio.jobs.queue import Lock
 from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import Workspace
-from lab.analysis import analyze_weights
 from tests.studio.jobs.helpers import (
     about,
     add_run,
@@ -200,31 +198,6 @@ def test_a_folder_is_packed_for_the_download(finished: tuple[Workspace, str]) ->
     names = zipfile.ZipFile(output).namelist()
     assert any("adapter_model" in name for name in names)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
-
-
-def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) -> None:
-    workspace, run = finished[0], job_of(finished)
-    job = perform(workspace, tasks.start_task("analyze", workspace, run))
-    output = Path(job.record.output)
-    report = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
-    (change,) = analyze_weights(run.folder, run.base).runs
-    (told,) = report["runs"]
-    assert told["name"] == run.title
-    assert [c["step"] for c in told["checkpoints"]] == [c.step for c in change.checkpoints]
-    assert told["checkpoints"][0]["delta_m"] == change.checkpoints[0].whole.mean("delta_m")
-    layers = sum(len(c.layers) for c in change.checkpoints)
-    assert (job.step, job.total, job.progress.unit) == (layers, layers, "layer")
-    shown = html.unescape(task_card(job))
-    assert f"layer {layers} of {layers}" in shown
-    assert "layers.csv" in shown
-    assert job.record.command in shown
-    found = figures(output)
-    assert all(text in shown for pair in found.items() for text in pair)
-    last = change.checkpoints[-1].whole
-    assert f"{last.relative_change:.2%}" in found["change of the weights"]
-    output.rename(output.with_name("elsewhere"))
-    assert figures(output) == {}
-    assert (seen(job.folder).state, seen(job.folder).cause) == ("failed", f"{output.name} is gone")
 
 
 def test_what_the_source_file_lacked_is_said(

@@ -30,7 +30,6 @@ from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.trainable import full
-from lab.analysis import analyze_weights
 from tests.emulation import OneDNN
 from tests.refusal import refused
 from tests.training.helpers import (
@@ -245,13 +244,6 @@ def test_samples_show_the_written_model_beside_the_base(full_config, sd1_folder,
     folder = stored(result.output_dir)
     names_of_unet = [name for name in folder if name.startswith("unet.")]
     assert all(torch.equal(single[name], folder[name]) for name in names_of_unet)
-
-
-def test_a_run_is_analyzed_by_its_checkpoints(full_config, sd1_folder):
-    result = train(replace(full_config, checkpointing_steps=2))
-    analysis = analyze_weights([result.output_dir], str(sd1_folder))
-    steps = [row["step"] for row in analysis.to_dict()["runs"][0]["checkpoints"]]
-    assert steps == [2, 3]
 
 
 def test_a_model_is_evaluated_beside_its_base(full_config, sd1_folder, tmp_path, capsys):

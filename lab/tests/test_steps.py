@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-MEASUREMENTS = ROOT / "docs" / "measurements"
+ROOT = Path(__file__).parents[2]
+MEASUREMENTS = ROOT / "lab" / "measurements"
 steps = runpy.run_path(str(ROOT / "benchmarks" / "steps.py"), run_name="steps")
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGE = DOCS / "measurements" / "scale.md"
-RECORDS = DOCS / "measurements" / "scale-records.jsonl"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "lab" / "measurements" / "scale.md"
+RECORDS = ROOT / "lab" / "measurements" / "scale-records.jsonl"
 
 spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
 scale = importlib.util.module_from_spec(spec)
@@ -36,7 +35,7 @@ def test_the_document_states_the_assumptions_of_the_tables():
 
 
 def test_the_counts_are_those_that_the_other_documents_have():
-    text = (DOCS / "measurements" / "gpu-operations.md").read_text(encoding="utf-8")
+    text = (ROOT / "lab" / "measurements" / "gpu-operations.md").read_text(encoding="utf-8")
     row = r"^\| this DoRA \| [\d,+ ]+ \| ([\d,]+) \| (\d+) \| ([\d.]+) \|$"
     rows = re.findall(row, text, re.MULTILINE)
     assert len(rows) == 4  # Stable Diffusion 1.5 and SDXL, then two transformers.
@@ -44,9 +43,8 @@ def test_the_counts_are_those_that_the_other_documents_have():
         step, update, operands = (float(cell.replace(",", "")) for cell in cells)
         assert (model.operations, model.operands) == (step + update, operands)
     trained = "|".join(f"{model.trained:,}" for model in scale.MODELS.values())
-    stated = {
-        n for page in DOCS.rglob("*.md") for n in re.findall(trained, page.read_text("utf-8"))
-    }
+    pages = [page.read_text("utf-8") for page in (ROOT / "lab").rglob("*.md")]
+    stated = {count for page in pages for count in re.findall(trained, page)}
     assert len(stated) == len(scale.MODELS)
 
 
