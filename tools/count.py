@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[1] / "dora_diffusion"
-EXTRAS = ("cluster", "studio", "lab")
+EXTRAS = ("cluster", "studio", "toy")
 """Rooms that the core never imports."""
 FORMER = {
     **dict.fromkeys(("app", "jobs"), "studio"),

@@ -29,9 +29,9 @@ from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.studio import client
 from tools import search
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS, LAB = (Path(__file__).parents[1] / name for name in ("docs", "lab"))
 _PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
-_PACKAGES = ("config", "export", "lab.analysis")
+_PACKAGES = ("config", "export")
 """Packages that say themselves which of their names are public."""
 _RESUME = {
     "same": "Resuming: must be the same.",
@@ -306,7 +306,7 @@ def scale(table: str) -> str:
     """A table of `benchmarks/scale.py`."""
     code = runpy.run_path(str(DOCS.parent / "benchmarks" / "scale.py"), run_name="scale")
     if table == "measured":
-        return str(code["measured_table"](DOCS / "measurements" / "scale-records.jsonl"))
+        return str(code["measured_table"](LAB / "measurements" / "scale-records.jsonl"))
     names = ("counted", "gpu", "fleets", "serving")
     return str(code["tables"](code["Device"]())[names.index(table)])
 
@@ -376,7 +376,7 @@ TEXTS: dict[str, Callable[[], str]] = {
 }
 
 if __name__ == "__main__":
-    for path in sorted(DOCS.rglob("*.md")):
+    for path in sorted([*DOCS.rglob("*.md"), *LAB.glob("measurements/*.md")]):
         source = path.read_text(encoding="utf-8")
         if (text := current(source)) != source:
             path.write_text(text, encoding="utf-8")

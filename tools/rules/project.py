@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from packaging.requirements import Requirement
 
-from tools.pages import DOCS, PAGES
+from tools.pages import DOCS, LAB, PAGES
 from tools.rules.requirements import BY_HAND, DEVELOPERS, EXTRAS, all_extras, stated
 from tools.rules.sources import PACKAGE, ROOT, Repository, Source
 
@@ -86,7 +86,7 @@ def notebook_follows_the_address(repository: Repository) -> Iterator[str]:
 def makefile_names_what_there_is(repository: Repository) -> Iterator[str]:
     """A file that has moved would end the command that names it."""
     source = repository.files["Makefile"]
-    for match in re.finditer(r"\btests/[\w/.]*\w", source.text):
+    for match in re.finditer(r"\b(?:lab/)?tests/[\w/.]*\w", source.text):
         if not match[0].endswith("_") and not (ROOT / match[0]).exists():
             line = source.line_of(match.start())
             yield source.problem(line, f"{match[0]} is not there; name where it went")
@@ -151,7 +151,7 @@ def pages_have_words_to_be_found_by(repository: Repository) -> Iterator[str]:
 
 def pages_name_paths_that_exist(repository: Repository) -> Iterator[str]:
     """From the clone, or from the package; a name in capitals stands for any."""
-    tops = "benchmarks|docs|dora_diffusion|samples|tests|tools"
+    tops = "benchmarks|docs|dora_diffusion|lab|samples|tests|tools"
     # A run's folder has `samples` too.
     of_runs = re.compile(r"samples/(adapter|base)\b|[^.]*[A-Z]")
     for page in PAGES:
@@ -172,7 +172,8 @@ def every_page_is_linked(repository: Repository) -> Iterator[str]:
                 names = re.findall(r"^(?:.*<)?([\w/*-]+)>?$", block.text, re.MULTILINE)
                 linked |= {path for name in names for path in page.path.parent.glob(f"{name}.md")}
     for page in PAGES:
-        if page.path.is_relative_to(DOCS) and page.path not in {*linked, DOCS / "index.md"}:
+        is_searched = page.path.is_relative_to(DOCS) or page.path.is_relative_to(LAB)
+        if is_searched and page.path not in {*linked, DOCS / "index.md"}:
             yield f"{page.name}:1: no page leads here; link it"
 
 
@@ -187,9 +188,9 @@ def small_cards_have_the_counted_memory(repository: Repository) -> Iterator[str]
 
 def images_have_a_text_and_a_page(repository: Repository) -> Iterator[str]:
     shown = {path for page in PAGES for path, _ in page.links}
-    for path in sorted((DOCS / "images").iterdir()):
+    for path in sorted([*(DOCS / "images").iterdir(), *(LAB / "images").iterdir()]):
         if path not in shown:
-            yield f"docs/images/{path.name}:1: no page shows it; remove it"
+            yield f"{path.relative_to(ROOT).as_posix()}:1: no page shows it; remove it"
     for page in PAGES:
         for text in page.image_texts:
             if len(text) < 4:
