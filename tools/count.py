@@ -27,7 +27,7 @@ EXTRAS = ("cluster", "studio", "toy")
 """Rooms that the core never imports."""
 FORMER = {
     **dict.fromkeys(("app", "jobs"), "studio"),
-    **dict.fromkeys(("toy", "study", "analysis", "simulation"), "lab"),
+    **dict.fromkeys(("study", "analysis", "simulation"), "lab"),
     **dict.fromkeys(("fleet", "serving"), "cluster"),
     **dict.fromkeys(("commands", "console"), "cli"),
     "prepare": "data",

@@ -62,10 +62,13 @@ def plain(text: str) -> str:
 @cache
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, with all its flags."""
+    return parsers_of(cli.build_parser())
+
+
+def parsers_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command of a program."""
     [commands] = (
-        action
-        for action in cli.build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
     )
     return dict(commands.choices)
 

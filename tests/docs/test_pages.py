@@ -24,6 +24,7 @@ from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.data.checks import FEWEST, MOST
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, TARGETS
+from lab.__main__ import build_parser as laboratory
 from tests.every import every
 from tools import site
 from tools.pages import DOCS, PAGES, ROOT, Page
@@ -64,8 +65,9 @@ def own_command(words: list[str]) -> list[str] | None:
     """Arguments that a command gives our own parser; None for other programs."""
     words = list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words))
     scripts = {"train_dreambooth_dora.py": "train", "app.py": "app"}
-    if "dora_diffusion" in words[:9] and "-m" in words:
-        return words[words.index("dora_diffusion") + 1 :]
+    for package in ("dora_diffusion", "lab"):
+        if package in words[:9] and "-m" in words:
+            return words[words.index(package) + 1 :]
     for place, word in enumerate(words):
         if command := scripts.get(Path(word).name):
             return [command, *words[place + 1 :]]
@@ -83,15 +85,16 @@ def without_redirections(words: list[str]) -> list[str]:
 
 @each_page
 def test_commands_parse(page: Page) -> None:
+    parsers = site.parsers() | site.parsers_of(laboratory())
     for words in page.commands:
         command = own_command(without_redirections(words))
         if command and command[0] not in ("--version", "--help"):
-            assert command[0] in site.parsers(), shlex.join(words)
+            assert command[0] in parsers, shlex.join(words)
             if not {"--help", "--help-all"} & {*command}:
                 error = io.StringIO()
                 try:
                     with contextlib.redirect_stderr(error):
-                        site.parsers()[command[0]].parse_args(command[1:])
+                        parsers[command[0]].parse_args(command[1:])
                 except SystemExit:
                     pytest.fail(f"{shlex.join(words)}: {error.getvalue()}")
 
@@ -234,9 +237,9 @@ def test_the_fields_of_a_request_are_those_of_the_code() -> None:
 
 @cache
 def the_code() -> str:
-    """The text of package, tools, benchmarks and samples, and of what builds them."""
+    """The text of package, laboratory, tools, benchmarks and samples, and of what builds them."""
     texts = []
-    for top in ("dora_diffusion", "tools", "benchmarks", "samples"):
+    for top in ("dora_diffusion", "lab", "tools", "benchmarks", "samples"):
         for suffix in ("py", "yaml", "json", "css", "js", "sh"):
             texts += [path.read_text("utf-8") for path in (ROOT / top).rglob(f"*.{suffix}")]
     texts += [(ROOT / name).read_text("utf-8") for name in ("Makefile", "pyproject.toml")]

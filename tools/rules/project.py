@@ -172,8 +172,8 @@ def every_page_is_linked(repository: Repository) -> Iterator[str]:
                 names = re.findall(r"^(?:.*<)?([\w/*-]+)>?$", block.text, re.MULTILINE)
                 linked |= {path for name in names for path in page.path.parent.glob(f"{name}.md")}
     for page in PAGES:
-        is_searched = page.path.is_relative_to(DOCS) or page.path.is_relative_to(LAB)
-        if is_searched and page.path not in {*linked, DOCS / "index.md"}:
+        is_ours = page.path.is_relative_to(DOCS) or page.path.is_relative_to(LAB)
+        if is_ours and page.path not in {*linked, DOCS / "index.md"}:
             yield f"{page.name}:1: no page leads here; link it"
 
 

@@ -97,9 +97,8 @@ class Repository:
     @property
     def tests(self) -> list[Source]:
         """Tests of the package and of the laboratory."""
-        return [
-            s for s in self.python("tests", "lab") if s.path.startswith(("tests/", "lab/tests/"))
-        ]
+        files = self.python("tests", "lab")
+        return [file for file in files if file.path.startswith(("tests/", "lab/tests/"))]
 
     @property
     def package(self) -> list[Source]:

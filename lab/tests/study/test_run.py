@@ -25,7 +25,7 @@ from lab.study.trials import Trial, base_digest, trials_of
 from lab.tests.study.helpers import record, study
 from tests.every import every
 
-MEASUREMENTS = Path(__file__).parents[2] / "measurements"
+MEASUREMENTS = Path(__file__).parents[3] / "lab" / "measurements"
 RECORDED = {
     "quantised": 24,
     "comparison": 218,
