@@ -51,11 +51,11 @@ nitpicky = True
 # Undocumented classes, and documented ones that a module imports by name. The build warns about
 # unused entries.
 LEFT_OUT = [
-    "AdaptedLayerReport", "AdapterRef", "CheckpointChange", "Effect", "Factors", "Finding",
+    "AdaptedLayerReport", "AdapterRef", "Effect", "Factors", "Finding",
     "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "Masker", "MemoryRow", "MergeStrengths",
-    "NoiseSchedule", "NormRoute", "Package", "Path", "Photo", "PhotoSource", "Plan",
+    "NoiseSchedule", "NormRoute", "Package", "Path", "Photo", "Plan",
     "Preprocessing", "Preset", "Route", "RowShard", "ScheduleInfo", "Site", "Strengths",
-    "SubjectRecord", "TextEncoder", "ToySource", "Values", "Wildcards", "WorkQueue", "Workers",
+    "SubjectRecord", "TextEncoder", "Values", "Wildcards", "WorkQueue", "Workers",
 ]  # fmt: skip
 # Also types of other libraries, since a build without a network has no indexes of them, and types
 # that autodoc splits at a comma.

@@ -43,7 +43,8 @@ def test_the_counts_are_those_that_the_other_documents_have():
         step, update, operands = (float(cell.replace(",", "")) for cell in cells)
         assert (model.operations, model.operands) == (step + update, operands)
     trained = "|".join(f"{model.trained:,}" for model in scale.MODELS.values())
-    pages = [page.read_text("utf-8") for page in (ROOT / "lab").rglob("*.md")]
+    files = [*(ROOT / "lab").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    pages = [page.read_text("utf-8") for page in files]
     stated = {count for page in pages for count in re.findall(trained, page)}
     assert len(stated) == len(scale.MODELS)
 

@@ -30,6 +30,7 @@ from tools import site
 from tools.pages import DOCS, PAGES, ROOT, Page
 
 PACKAGE = ROOT / "dora_diffusion"
+PARSERS = site.parsers() | site.parsers_of(laboratory())
 
 # Of pip, uv, venv, accelerate, docker.
 FLAGS_OF_OTHERS = {
@@ -85,16 +86,15 @@ def without_redirections(words: list[str]) -> list[str]:
 
 @each_page
 def test_commands_parse(page: Page) -> None:
-    parsers = site.parsers() | site.parsers_of(laboratory())
     for words in page.commands:
         command = own_command(without_redirections(words))
         if command and command[0] not in ("--version", "--help"):
-            assert command[0] in parsers, shlex.join(words)
+            assert command[0] in PARSERS, shlex.join(words)
             if not {"--help", "--help-all"} & {*command}:
                 error = io.StringIO()
                 try:
                     with contextlib.redirect_stderr(error):
-                        parsers[command[0]].parse_args(command[1:])
+                        PARSERS[command[0]].parse_args(command[1:])
                 except SystemExit:
                     pytest.fail(f"{shlex.join(words)}: {error.getvalue()}")
 
@@ -139,14 +139,14 @@ def flags_of_scripts() -> set[str]:
 
 
 def flags_of(command: str) -> set[str]:
-    return {name for a in site.parsers()[command]._actions for name in a.option_strings}
+    return {name for a in PARSERS[command]._actions for name in a.option_strings}
 
 
 def named_commands(page: Page) -> list[str]:
     """The commands that a page shows or names, in its order; then `train`."""
     shown = [own_command(words) or [""] for words in page.commands]
     inline = [code.removeprefix("dora-diffusion ").split() or [""] for code in page.inline_code]
-    names = [words[0] for words in [*shown, *inline] if words and words[0] in site.parsers()]
+    names = [words[0] for words in [*shown, *inline] if words and words[0] in PARSERS]
     return list(dict.fromkeys([*names, "train"]))
 
 
@@ -168,7 +168,7 @@ def test_flags_of_a_command_are_its_own(page: Page) -> None:
     codes = [code.removeprefix("dora-diffusion ") for code in page.inline_code]
     sections = re.findall(r"^#+ [^\n`]*`([a-z-]+)`$(.*?)(?=^#|\Z)", page.prose, re.DOTALL | re.M)
     for name, text in [*(code.partition(" ")[::2] for code in codes), *sections]:
-        if name in site.parsers():
+        if name in PARSERS:
             named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
             assert named - flags_of(name) - FLAGS_OF_OTHERS == set(), (name, text)
 
@@ -179,7 +179,7 @@ def default_of(name: str, page: Page, command: str | None) -> str:
     texts = {setting.name: setting.default_text for setting in settings()}
     if command in ("train", "fleet") and name in texts:
         return texts[name]
-    [action] = [a for a in site.parsers()[command]._actions if f"--{name}" in a.option_strings]
+    [action] = [a for a in PARSERS[command]._actions if f"--{name}" in a.option_strings]
     said = re.search(r"Default: ([\w.+-]+)", action.help or "")
     return said[1].rstrip(".") if said else str(action.default)
 

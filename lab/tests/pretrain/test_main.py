@@ -66,7 +66,7 @@ def test_the_twin_starts_as_tiny_sd_but_for_what_it_predicts(
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("which", ["shipped", "template"])
 def test_the_commands_of_a_card_parse(name: str, which: str) -> None:
-    template = ROOT / "tools" / "pretrain" / "cards" / f"{name}.md"
+    template = ROOT / "lab" / "pretrain" / "cards" / f"{name}.md"
     card = template if which == "template" else model_folder(name) / "README.md"
     text = re.sub(r"\{\w+:\.0f\}", "140", card.read_text(encoding="utf-8"))
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    python -m")]
