@@ -91,7 +91,6 @@ TAKING_A_BASE = {
     "combine": "combine {adapter} --output {out}",
     "inspect": "inspect {adapter}",
     "export": "export --adapter {adapter} --output {out}",
-    "analyze": "analyze {adapter} --output {out}",
     "verify": "verify {folder} --adapter {adapter}",
     "rank-checkpoints": "rank-checkpoints {run} --output {out}",
     "evaluate": "evaluate {adapter} --subject bolt_mug --output {out}",
