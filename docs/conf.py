@@ -51,7 +51,7 @@ nitpicky = True
 # Undocumented classes, and documented ones that a module imports by name. The build warns about
 # unused entries.
 LEFT_OUT = [
-    "AdaptedLayerReport", "AdapterRef", "CheckpointChange", "Effect", "Factors", "Finding",
+    "AdaptedLayerReport", "AdapterRef", "CheckpointChange", "Factors", "Finding",
     "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "Masker", "MemoryRow", "MergeStrengths",
     "NoiseSchedule", "NormRoute", "Package", "Path", "Photo", "PhotoSource", "Plan",
     "Preprocessing", "Preset", "Route", "RowShard", "ScheduleInfo", "Site", "Strengths",
