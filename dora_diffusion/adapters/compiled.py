@@ -19,7 +19,6 @@ from torch import nn
 from dora_diffusion import system
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.arguments import check_arguments
 
 _REMEDIES = {
     "cpu": "install a C++ compiler and Python's headers (Debian, Ubuntu: apt install g++ "
@@ -52,7 +51,6 @@ def require_compiler(device: torch.device | str) -> None:
         ) from error
 
 
-@check_arguments()
 def compile_blocks(model: nn.Module, **options: Any) -> int:
     """Compile a denoiser's blocks, in place, when they are first called.
 

@@ -79,7 +79,8 @@ class CommandSettings:
         problems = Problems()
         for setting in cls.settings():
             with problems.collect():
-                setting.check(values.get(setting.name))
+                if setting.name in values:
+                    setting.check(values[setting.name])
         problems.raise_all()
 
     @classmethod

@@ -13,7 +13,6 @@ from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.targets import require_rows
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, shown
 from dora_diffusion.config.subject_list import SHARED
 from dora_diffusion.data.images import reading_once
@@ -60,7 +59,6 @@ class PackResult:
     signal_number: int | None = None
 
 
-@check_arguments()
 def train_pack(
     configs: Mapping[str, TrainConfig | ConfigError],
     on_event: OnPackEvent | None = None,

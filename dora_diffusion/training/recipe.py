@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.learning import HOOKS
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
@@ -56,7 +55,6 @@ if TYPE_CHECKING:
 __all__ = ["TrainResult", "TrainingError", "train"]
 
 
-@check_arguments()
 def train(
     config: TrainConfig,
     on_event: events.OnEvent | None = None,

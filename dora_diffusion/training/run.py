@@ -92,7 +92,8 @@ class Run:
         """
         digest = hashlib.sha256()
         for parameter in self.weights.parameters().values():
-            digest.update(gather(parameter).contiguous().flatten().view(torch.uint8).numpy())
+            numbers: Any = gather(parameter).contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(numbers)
         return digest.hexdigest()
 
     def data_position(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dora_diffusion.config.train import TrainConfig, settings_by_name
 NAMES = sorted(REMOVED)
 FLAGS = {c: {s.name for s in cli.settings_of(c).settings()} for c in cli.COMMANDS if c != "train"}
 FLAGS["train"] = set(settings_by_name())
+FLAGS["fleet"] |= FLAGS["train"]
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ def test_ranks_by_kind_of_layer() -> None:
         ({"conv_rank": -1}, "conv_rank is -1; it must be at least 1"),
         *(({"energy": value}, f"energy is {value:g}; it must be above 0 and at most 1")
           for value in (0.0, 1.5, math.nan)),
-        ({"method": "loha"}, "method is 'loha'; it must be one of 'dora', 'lora'"),
-        ({"norm_axis": "both"}, "norm_axis is 'both'; it must be one of 'output', 'input' or None"),
+        ({"method": "loha"}, "method is 'loha'; it must be one of dora, lora (did you mean lora?)"),
+        ({"norm_axis": "both"}, "norm_axis is 'both'; it must be one of output, input"),
     ],
     ids=str,
 )  # fmt: skip

@@ -76,7 +76,7 @@ def add_bad_photos(folder: Path) -> dict[str, str]:
         "cut.jpg": "cut short",
         "text.jpg": "not a JPEG, PNG, WebP or HEIC image",
         "empty.png": "the file is empty",
-        "huge.png": "100.0 megapixels, above the limit of 65 for a PNG that is",
+        "huge.png": "100.0 megapixels, above the limit of 89.5; scale its",
     }
 
 

@@ -255,6 +255,7 @@ SYNTAX = {
     "a [red::5] dog": "[a:b:0.5] and", "a embedding:mug dog": "embedding:NAME",
     "(embedding:mug:1.2)": "embedding:NAME", "a dog <lora:x:1>": "<lora:NAME>",
     "a dog <lyco:x:1>": "<lora:NAME>", "a dog <hypernet:x:1>": "<lora:NAME>",
+    "a {red|blue} dog": "{a|b} and", "a __colour__ dog": "{a|b} and",
     "SAND, ANDY and an embedding: a dog": None,
 }  # fmt: skip
 

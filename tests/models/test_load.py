@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES, UnsupportedModelError
+from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.formats.checkpoint.models import detect_checkpoint_family
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.models.load import (
     ModelNotFoundError,
+    check_components,
     load_components,
     load_vae,
     resolve_folder,
@@ -407,3 +409,49 @@ def test_every_sampler_ends_in_pure_noise_where_the_model_does_or_says_no(name):
             components.sampling_scheduler(name)
     else:
         assert components.sampling_scheduler(name).alphas_cumprod[-1] < 1e-6
+
+
+PARTS = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
+
+
+def spoilt(folder: Path, part: str, how: str) -> None:
+    """Spoil a component's files."""
+    weights = next((folder / part).glob("*.safetensors"), None)
+    if weights is None:
+        for path in (folder / part).glob("*"):
+            path.unlink()
+        return
+    tensors = load_file(weights)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    if how == "lacks":
+        del tensors[name]
+    elif how == "differs":
+        tensors[name] = tensors[name][:1].clone()
+    if how == "short":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif how == "gone":
+        weights.unlink()
+    else:
+        save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["lacks", "differs", "short", "gone"])
+@pytest.mark.parametrize("part", PARTS)
+def test_each_component_is_checked_by_itself(part, how, sdxl_folder, tmp_path):
+    """Without reading weights: a file of one component says nothing of the others."""
+    model = Path(shutil.copytree(sdxl_folder, tmp_path / "model"))
+    spoilt(model, part, how)
+    found = check_components(str(model))
+    assert list(found) == PARTS
+    assert [name for name, problem in found.items() if problem] == [part]
+
+
+def test_a_whole_model_is_checked_without_reading_a_weight(sd1_folder, tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    export_checkpoint(str(sd1_folder), [], file)
+    monkeypatch.setattr(
+        "dora_diffusion.formats.files.stream.TensorReader.__getitem__",
+        lambda *_: pytest.fail("a weight is read"),
+    )
+    for model in (sd1_folder, BaseModel(file, model_config=str(sd1_folder))):
+        assert set(check_components(model).values()) == {""}

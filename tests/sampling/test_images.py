@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import dora_diffusion
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
-from dora_diffusion.sampling.detail import Detail
 from dora_diffusion.sampling.images import (
     RecordedAdapter,
     parameters_text,
@@ -254,15 +253,6 @@ def words(rng: random.Random, most: int) -> str:
     return "sks " + " ".join(rng.choice(pieces) for _ in range(rng.randint(0, most)))
 
 
-def random_detail(rng: random.Random) -> Detail:
-    return Detail(
-        lambda image: image, rng.uniform(0.02, 1), rng.randint(16, 500),
-        prompt=rng.choice(["", re.sub(r"\s+", " ", words(rng, 4)).strip()]),
-        model=rng.choice(["rembg", "rembg:isnet-general-use", "org/face, seg"]),
-        label=rng.choice(["", "face", "wall; a: b"]),
-    )  # fmt: skip
-
-
 def test_random_settings_are_read_again_and_by_a1111(tmp_path):
     with every() as case:
         for number in range(200):
@@ -280,10 +270,6 @@ def check_random_settings(number, tmp_path):
         width=8 * rng.randint(2, 256),
         height=8 * rng.randint(2, 256),
         negative_prompt=words(rng, 6) if rng.random() < 0.7 else "",
-        hires=rng.choice([None, 1.5, rng.uniform(1.01, 4)]),
-        hires_denoise=rng.uniform(0.02, 1),
-        hires_steps=rng.choice([None, 10**3]),
-        detail=rng.choice([None, random_detail(rng)]),
     )
     seed, prompt, model = (
         rng.randrange(2**63),
@@ -312,26 +298,8 @@ def check_random_settings(number, tmp_path):
         # To a tokenizer all spaces are one.
         assert values[name].split() == said.split()
         assert theirs[name.capitalize().replace("_", " ")].split() == said.split()
-    names = ["steps", "guidance_scale", "width", "height"]
-    names += ["hires", "hires_denoise"] * (settings.hires is not None)
-    names += ["hires_steps"] * (settings.hires is not None and settings.hires_steps is not None)
-    for name in names:
+    for name in ("steps", "guidance_scale", "width", "height"):
         assert values[name] == getattr(settings, name)
-    their_names = {"hires": "Hires upscale", "hires_denoise": "Denoising strength"}
-    assert [float(theirs.get(name, 0)) for name in their_names.values()] == [
-        getattr(settings, name) if settings.hires else 0 for name in their_names
-    ]
-    if detail := settings.detail:
-        expected = {
-            "detail": detail.model, "detail_label": detail.label, "detail_prompt": detail.prompt,
-            "detail_denoise": detail.denoise, "detail_padding": detail.padding,
-        }  # fmt: skip
-        known = {name: value for name, value in values.items() if name.startswith("detail")}
-        assert known == {name: value for name, value in expected.items() if value}
-        for name in ("model", "label", "prompt"):
-            assert theirs.get(f"Detail {name}", "") == getattr(detail, name)
-    else:
-        assert not any("etail" in name for name in [*values, *theirs])
     assert values.get("guidance_rescale", 0) == settings.guidance_rescale
     assert values.get("scheduler") == settings.scheduler
     assert (values["seed"], theirs["Seed"]) == (seed, str(seed))
@@ -352,75 +320,6 @@ def check_random_settings(number, tmp_path):
     if adapters:
         assert values.get("direction_strength", 1) == kinds[0]
         assert values.get("magnitude_strength", 1) == kinds[1]
-
-
-WORKFLOW = {
-    "3": {"class_type": "KSampler", "inputs": {
-        "seed": 156680208700286, "steps": 20, "cfg": 8.0, "sampler_name": "dpmpp_2m",
-        "scheduler": "karras", "denoise": 1.0, "model": ["11", 0], "positive": ["6", 0],
-        "negative": ["7", 0], "latent_image": ["5", 0]}},
-    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd 1,5.safetensors"}},
-    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 768}},
-    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a sks dog, 8k", "clip": ["11", 1]}},
-    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "text: watermark", "clip": ["10", 1]}},
-    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
-    "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x", "images": ["8", 0]}},
-    "10": {"class_type": "LoraLoader", "inputs": {
-        "lora_name": "dog.safetensors", "strength_model": 0.7, "strength_clip": 0.7,
-        "model": ["4", 0], "clip": ["4", 1]}},
-    "11": {"class_type": "LoraLoader", "inputs": {
-        "lora_name": "cat.safetensors", "strength_model": 0.5, "strength_clip": 1,
-        "model": ["10", 0], "clip": ["10", 1]}},
-    "12": {"class_type": "UpscaleModelLoader", "inputs": {"model_name": "4x.pth"}},
-}  # fmt: skip
-
-
-def save_workflow(path: Path, workflow: object) -> Path:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("prompt", workflow if isinstance(workflow, str) else json.dumps(workflow))
-    IMAGE.save(path, pnginfo=info)
-    return path
-
-
-def test_a_plain_workflow_of_comfyui_is_read_and_the_rest_of_it_named(tmp_path):
-    fields = read_fields(save_workflow(tmp_path / "x.png", WORKFLOW))
-    values, unread = settings_of(fields)
-    assert values == {
-        "prompt": "a sks dog, 8k", "negative_prompt": "text: watermark", "steps": 20,
-        "guidance_scale": 8.0, "seed": 156680208700286, "width": 512, "height": 768,
-        "scheduler": "dpm++_karras",
-    }  # fmt: skip
-    assert (fields["Adapter"], fields["Adapter strength"]) == ("dog, cat", "0.7, 1:0.5")
-    assert fields["Model"] == "sd 1,5"
-    assert unread == ["Other nodes: UpscaleModelLoader"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"3": None},
-        {"20": WORKFLOW["3"]},
-        {"3": {"class_type": "KSampler"}},
-        {"3": {"class_type": "KSampler", "inputs": {"model": ["3", 0], "seed": {}}}},
-        {"10": {**WORKFLOW["10"], "inputs": {"model": ["11", 0]}}},
-        {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["99", 0]}}},
-    ],
-    ids=str,
-)
-def test_other_workflows_are_no_crash(change, tmp_path):
-    path = save_workflow(tmp_path / "x.png", WORKFLOW | change)
-    text = read_parameters(path)
-    assert (text is None) == (len(text or "") == 0 or "20" in change or change == {"3": None})
-    if text:
-        settings_of(read_fields(path))
-
-
-@pytest.mark.parametrize("text", ["[]", "{", "null", "1", "[" * 100_000, '{"1": 2}'])
-def test_what_is_no_workflow_says_nothing(text, tmp_path):
-    path = save_workflow(tmp_path / "x.png", text)
-    assert read_parameters(path) is None
-    with pytest.raises(PhotoError, match=r"x\.png does not say how it was made"):
-        read_fields(path)
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path):

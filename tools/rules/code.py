@@ -191,7 +191,7 @@ OF_ONE_VENDOR = {
     f"{PACKAGE}/models/precision.py": "what Apple's GPU needs for bfloat16",
     f"{PACKAGE}/models/memory.py": "a GPU of so much memory: taken to be CUDA",
     f"{PACKAGE}/training/results/record.py": "a switch of cuDNN, which changes bits",
-    f"{PACKAGE}/cli/console/environment.py": "NVIDIA's program, variables of each vendor",
+    f"{PACKAGE}/cli/console/environment.py": "an NVIDIA GPU that torch cannot use",
     f"{PACKAGE}/adapters/compiled.py": "what to install so that torch compiles for a device",
     "tools/start_app.py": "which torch to install, before there is one to ask",
     "tools/rules/code.py": "the names that are looked for",
@@ -219,7 +219,7 @@ def devices_are_not_named(repository: Repository) -> Iterator[str]:
 
 
 TEMPORARY = {
-    "gettempdir": (f"{PACKAGE}/cli/console/environment.py", f"{PACKAGE}/system.py"),
+    "gettempdir": (f"{PACKAGE}/system.py",),
     "/tmp": (f"{PACKAGE}/system.py",),
     "mktemp(": (),
 }

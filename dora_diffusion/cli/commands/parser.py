@@ -176,7 +176,9 @@ class Parser(argparse.ArgumentParser):
             self.error("; ".join(dict.fromkeys(unknown)))
 
     def _answer(self, name: str) -> str:
-        if refusal := self.refusal(name[2:].replace("-", "_")):
+        word = name[2:].replace("-", "_")
+        is_known = f"--{word}" in self._option_string_actions
+        if not is_known and (refusal := self.refusal(word)):
             return f"--{refusal}"
         where = "" if self._subparsers is None else " before the command"
         meant = self.meant_by(name[2:])

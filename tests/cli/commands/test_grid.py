@@ -88,10 +88,10 @@ def record_of(folder):
 def test_each_cell_is_the_plain_image_of_its_settings_and_repeats_to_the_same_bytes(
     generate, adapters, sd1_folder, tmp_path, batches, capsys
 ):
-    """Bit for bit, where each is a batch; with strengths of components and layers."""
+    """Bit for bit, where each is a batch; with strengths of components."""
     first, second = adapters
     grid, values = tmp_path / "grid", (None, f"{first}:0.5:0.8", second)
-    flags = {"layer_strength": "unet.mid_block.*:0.5", "batch_size": 1}
+    flags = {"batch_size": 1}
     assert generate(grid, "--grid", f"adapter=none, {', '.join(values[1:])}", **flags) == 0
     assert batches == [[3]] * 3
     assert f"{grid / PAGE} (3 images; seed 3)" in capsys.readouterr().out
@@ -269,12 +269,11 @@ def test_a_grid_around_an_image_has_its_settings(generate, adapters, tmp_path, c
         (["image=nowhere.png"], {}, "nowhere.png"),
         (["base=./nowhere"], {}, "nowhere does not exist"),
         (["seed=-1"], {}, "seed is -1"),
-        (["prompt=<lora:x:1> a"], {}, "give its file with --adapter"),
+        (["prompt=<lora:x:1> a"], {}, "<lora:x:1> in the prompt is not read"),
         (["steps=1, 2"], {"prompt": None}, "generate has no prompt"),
         (["steps=1, 2"], {"num_images": 2}, "num_images is 2; for a grid give seeds"),
         (["steps=1, 2"], {"adapters_file": "x.yaml"}, "grid and adapters_file are both given"),
         (["steps=1, 2", "seed=1, 2, .., 99"], {}, "the grid has 198 images, more than grid_limit"),
-        (["layer_strength=nothing.*:0"], {"adapter": "{adapter}"}, "'nothing.*' matches no layer"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(

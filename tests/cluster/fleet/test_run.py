@@ -140,20 +140,20 @@ def stopping(monkeypatch, error, name=DEADLY, step=STEP):
     is_over = []
 
     def train_until(subjects, worker):
-        inner = worker.tell
+        inner = worker.report
 
-        def stop(**figures):
+        def stop(event):
             names = [subject.record.name for subject in subjects]
-            if name in names and figures["step"] == step and not is_over:
+            if name in names and event.step == step and not is_over:
                 is_over.append(True)
                 raise error
-            inner(**figures)
+            inner(event)
 
-        worker.tell = stop
+        worker.report = stop
         try:
             return train_subjects(subjects, worker)
         finally:
-            worker.tell = inner
+            worker.report = inner
 
     monkeypatch.setattr(module, "train_subjects", train_until)
 

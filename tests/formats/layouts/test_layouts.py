@@ -66,7 +66,6 @@ WRITTEN = [(name, axis) for name, conversion in LAYOUTS.items()
 # Of what is read only, or holds no UNet, the keys that its program writes.
 READ_ONLY = {
     "attn_procs": {f"{BLOCK}.attn1.processor.to_q_lora.{side}.weight" for side in ("down", "up")},
-    "cloneofsimo": {"unet:0:down", "unet:0:up"},
     "diffusion_model": {f"diffusion_model.layers.0.attention.to_q.{leaf}"
                         for leaf in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")},
     "onetrainer": {f"unet.middle_block.1.transformer_blocks.0.attn1.to_q.{leaf}"

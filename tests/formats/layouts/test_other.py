@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from dora_diffusion.export import inspect_adapter
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, group_keys
 from dora_diffusion.formats.names.kohya import name_resolver
+
+
+def test_other_methods_are_named() -> None:
+    with pytest.raises(AdapterFormatError, match="LoHa"):
+        group_keys(["lora_unet_conv_in.hada_w1_a"], name_resolver())
+
+
+def test_numbered_layers_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Files of cloneofsimo/lora, with a trained token."""
+    file = tmp_path / "lora.safetensors"
+    pair = {"unet:0:down": torch.ones(1, 4), "unet:0:up": torch.ones(4, 1)}
+    save_file({**pair, "<s1>": torch.ones(4)}, file, {"<s1>": "<embed>"})
+    with pytest.raises(AdapterFormatError) as caught:
+        inspect_adapter(file)
+    assert str(caught.value).startswith(f"{file.name}: its layers have numbers for names, ")
+    assert "'dora-diffusion extract --base BASE --tuned MODEL " in str(caught.value)
+
 
 # What LyCORIS calls its methods -> what we call them; None for those that are read.
 LYCORIS_METHODS = {

@@ -124,13 +124,11 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     about(runs[0].folder, "compare")
     subject = new_subject(workspace, "Mug")
     add_photos(workspace, subject, [photo(tmp_path / "a.png")])
-    (workspace.wildcards / "hue.txt").write_text("red", encoding="utf-8")
-    workspace.styles.write_text("name,prompt,negative_prompt\nink,ink,\n", encoding="utf-8")
     context.jobs(fresh=True)
     gone = dict.fromkeys(choosers, "20260101-000000-abcdef")
     gone["subject"] = "20260101-000000-abcdee"
     gone |= dict.fromkeys(("base", "study_base"), str(workspace.root / "a/model"))
-    several = {"style", "study_subjects", "others"}
+    several = {"study_subjects", "others"}
     for chosen in (gone, dict.fromkeys(choosers, GONE)):
         values = {name: [value] if name in several else value for name, value in chosen.items()}
         updates = filled(handler, page, values)
@@ -144,7 +142,7 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     run = runs[0].id
     there = {
         "run": run, "adapter": f"{run}/checkpoint-2", "library_run": run, "subject": subject,
-        "adapter_second": run, "find_run": run, "words_file": "hue.txt", "style": ["ink"],
+        "adapter_second": run, "find_run": run,
         "library_other": runs[1].id, "library_rival": run, "study_subjects": [subject],
         "start": "/mug.safetensors", "base": str(workspace.root), "study_base": "org/model",
     }  # fmt: skip
@@ -156,7 +154,7 @@ def test_no_chooser_that_is_empty_acts_on_another_object(context: Context) -> No
     ended_run(context.workspace, (2,), 2)
     form = {**UNSET, "prompt": "a mug", "seed": 1}
     base = f"{BASE}/{context.models[0]}"
-    for choice, more in ((GONE, {}), (base, {"adapter_third": GONE}), (base, {"style": [GONE]})):
+    for choice, more in ((GONE, {}), (base, {"adapter_third": GONE})):
         with pytest.raises(UserError, match="no longer"):
             make_request(context, choice, form | more)
     for act in (context.allowed_model, context.starting_adapter, context.job):
@@ -187,10 +185,10 @@ def test_no_deletion_without_a_question_that_names_it(
 ) -> None:
     """By every handler that calls a function of the jobs that deletes."""
     page = app[2]
-    deleting = {"delete_job", "delete_subject", "remove_photo", "delete_prompt_file", "delete"}
+    deleting = {"delete_job", "delete_subject", "remove_photo", "delete"}
     found = [one for one in page.fns.values() if _names(one.fn, set()) & deleting]
     assert {one.fn.__module__.rpartition(".")[2] for one in found} == {
-        "subject", "photo", "run", "results", "words", "library", "compare"
+        "subject", "photo", "run", "results", "library", "compare"
     }  # fmt: skip
     for one in found:
         assert one.js == "studio.confirmed", one.fn

@@ -18,14 +18,12 @@ from PIL import Image
 from safetensors import safe_open
 
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.data.captions import CaptionRules, Wildcards
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.detail import Detail
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
-from dora_diffusion.sampling.stack import AdapterUse, name_of
+from dora_diffusion.sampling.stack import AdapterUse
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
     GenerationRequest,
@@ -45,10 +43,10 @@ def studio(finished: tuple[Workspace, str]) -> ImageGenerator:
 
 
 def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
-    job, root = job_of(finished), finished[0]
+    job = job_of(finished)
     usual: dict[str, Any] = {
         "adapter": [str(adapter_of(job))], "prompt": "a photo of a sks dog", "seed": 5, "steps": 2,
-        "width": 64, "height": 64, "styles": str(root.styles), "wildcard_dir": str(root.wildcards),
+        "width": 64, "height": 64,
     }  # fmt: skip
     return GenerationRequest.of(base=job.base, **(usual | changes))
 
@@ -84,7 +82,7 @@ def test_one_seed_gives_the_same_pixels_and_the_file_says_how(
     assert str(finished[0].root) not in first.parameters
 
 
-def test_several_adapters_images_to_start_from_and_second_passes_are_the_library_s(
+def test_several_adapters_and_images_to_start_from_are_the_library_s(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     """Images of the page are those of the library with the same settings, bit for bit."""
@@ -93,27 +91,22 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
     assert result is not None
     assert early is not None
     uses = (
-        AdapterUse(result, Strengths(0.7, 0.9), {"unet.*attn2*": 0.5}),
-        AdapterUse(early, Strengths(-0.5, 0.9), {"unet.*attn2*": 0.5}, [(0.0, 1.0), (0.5, 0.0)]),
+        AdapterUse(result, Strengths(0.7, 0.9)),
+        AdapterUse(early, Strengths(-0.5, 0.9)),
     )
     source = Image.effect_noise((80, 64), 60).convert("RGB")
     mask = Image.new("L", source.size)
     mask.paste(255, (0, 0, 40, 64))
-    quick = SamplingSettings(
-        steps=2, width=64, height=64, scheduler="euler",
-        strength_schedules={name_of(1): uses[1].schedule},
-    )  # fmt: skip
+    quick = SamplingSettings(steps=2, width=64, height=64, scheduler="euler")
     files = {"image": kept(finished, source), "mask_image": kept(finished, mask)}
     over, into = {"image": files["image"], "denoise": 0.6}, {**files, "denoise": 0.6}
     wanted: dict[str, tuple[dict[str, Any], SamplingSettings]] = {
         "several": ({}, quick),
         "over": (over, replace(quick, image=source, denoise=0.6)),
         "into": (into, replace(quick, image=source, mask_image=mask, denoise=0.6)),
-        "hires": ({"hires": 1.5, "width": 48}, replace(quick, hires=1.5, width=48)),
     }
     several = plain.changed(
         adapter=[f"{result}:0.7", f"{early}:-0.5"], direction_strength=0.9,
-        layer_strength=["unet.*attn2*:0.5"], strength_schedule=["0:1", "0:1, 0.5:0"],
     )  # fmt: skip
     studio.make(plain)  # with another adapter before
     components = load_adapted(BaseModel(job.base), uses, device="cpu")[0]
@@ -124,20 +117,14 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
         fields = fields_of(made)
         assert fields["Adapter"] == f"{finished[1]}, {finished[1]}-checkpoint-2"
         assert fields["Adapter strength"] == "0.7, -0.5"
-        assert fields["Layer strength"] == "unet.*attn2*:0.5"
-        assert fields["Strength schedule"] == "0:1 | 0:1, 0.5:0"
         assert ("Init image hash" in fields) == (settings.image is not None)
         assert ("Mask image hash" in fields) == (name == "into")
-        assert fields["Size"] == ("48x64" if name == "hires" else "64x64")
     # The other way round, on the model that is loaded: nothing of the one before stays.
-    (alone,) = studio.make(several.changed(adapter=[f"{result}:0.7"], strength_schedule=[]))
+    (alone,) = studio.make(several.changed(adapter=[f"{result}:0.7"]))
     (full,) = studio.make(with_adapter(plain, result))
     assert pixels(full.path) == pixels(studio.make(plain)[0].path) != pixels(alone.path)
-    with pytest.raises(UserError, match="would be 2400 pixels long; at most 2048"):
-        studio.make(plain.changed(width=1600, hires=1.5))
     base, adapted = studio.compare(several)
     assert pixels(base.path) == pixels(studio.make(plain.changed(strength=0.0))[0].path)
-    assert "Strength schedule" not in fields_of(base)
     assert adapted.parameters == studio.make(several)[0].parameters
     # Cells of a grid have them all too.
     asked = several.changed(**into)
@@ -158,103 +145,6 @@ def test_an_image_of_a_batch_is_made_again_in_its_batch(
         (again,) = studio.make(asked)
         assert again.parameters == six[place].parameters
         assert pixels(again.path) == pixels(six[place].path)
-
-
-def test_wildcards_are_drawn_by_each_image_s_seed(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    words = finished[0].wildcards / "sea" / "fish.txt"
-    words.parent.mkdir(parents=True, exist_ok=True)
-    words.write_text("cod\n# none\neel\n", encoding="utf-8")
-    plain = ask(finished, prompt="a {red|blue} __sea/fish__ of sks dog")
-    drawing = plain.changed(wildcards=True, num_images=6)
-    rules = CaptionRules(wildcards=Wildcards(finished[0].wildcards))
-    wanted = [rules.draw_prompt(plain.prompts.prompt, seed) for seed in range(5, 11)]
-    assert len({*wanted}) > 1
-    made = studio.make(drawing)
-    assert [fields_of(image)["Prompt"] for image in made] == wanted
-    # Each is repeated by what its file says, bit for bit.
-    for image in made[:2]:
-        assert "Batch size" not in fields_of(image)
-        prompt = fields_of(image)["Prompt"]
-        (again,) = studio.make(plain.changed(prompt=prompt, seed=image.seed))
-        assert again.parameters == image.parameters
-        assert pixels(again.path) == pixels(image.path)
-    assert [fields_of(one)["Prompt"] for one in studio.compare(drawing)] == wanted[:1] * 2
-    (text,) = studio.make(plain)
-    assert fields_of(text)["Prompt"] == plain.prompts.prompt
-    cells, _ = studio.grid(drawing, ["strength=1"], lambda *_: None)
-    assert cells.parameters == made[0].parameters
-    with pytest.raises(ValueError, match="the wildcard __sea/bird__ has no file"):
-        studio.make(drawing.changed(prompt="a __sea/bird__"))
-    before = sorted(finished[0].images.iterdir())
-    with pytest.raises(UserError, match="write a prompt"):
-        studio.make(drawing.changed(prompt="{|}"))
-    assert sorted(finished[0].images.iterdir()) == before
-
-
-def test_a_grid_s_cells_have_the_styles_that_are_chosen(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    text = 'name,prompt,negative_prompt\nink,"{prompt},\n ink of {subject}",photo\nsea,sea,\n'
-    finished[0].styles.write_text(text, encoding="utf-8")
-    plain = ask(finished, negative_prompt="cat")
-    styled = plain.changed(style=["ink"], subject="sks dog")
-    (alone,) = studio.make(styled)
-    texts = fields_of(alone)
-    assert (texts["Prompt"], texts["Negative prompt"]) == (
-        f"{plain.prompts.prompt}, ink of sks dog", "cat, photo"
-    )  # fmt: skip
-    cells = {
-        "prompt=a dog": ("a dog, ink of sks dog", "cat, photo"),
-        "style=sea": (f"{plain.prompts.prompt}, sea", "cat"),
-    }
-    for axis, (prompt, negative) in cells.items():
-        sheet, _ = studio.grid(styled, [axis], lambda *_: None)
-        wanted = plain.changed(prompt=prompt, negative_prompt=negative)
-        assert sheet.parameters == studio.make(wanted)[0].parameters
-
-
-def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
-    finished: tuple[Workspace, str], studio: ImageGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def boxed(image: Image.Image, box: tuple[int, int, int, int] = (8, 8, 40, 44)) -> Image.Image:
-        mask = Image.new("L", image.size)
-        mask.paste(255, box)
-        return mask
-
-    def blank(image: Image.Image) -> Image.Image:
-        return Image.new("L", image.size)
-
-    plain, job = ask(finished), job_of(finished)
-    masks, opened = [boxed], []
-    monkeypatch.setattr(
-        "dora_diffusion.data.prepare.open_masker",
-        lambda name, *, label: opened.append((name, label)) or masks[-1],
-    )
-    asked = plain.changed(
-        detail="rembg:isnet", detail_label="dog", detail_prompt="a sks dog, close",
-        detail_denoise=0.6, detail_padding=16,
-    )  # fmt: skip
-    assert asked.sampling.detail is not None  # The page opens it before it waits.
-    (made,) = studio.make(asked)
-    detail = Detail(boxed, 0.6, 16, "a sks dog, close", "rembg:isnet", "dog")
-    components, _ = load_adapted(job.base, adapter_of(job), device="cpu")
-    settings = SamplingSettings(steps=2, width=64, height=64, detail=detail)
-    (wanted,) = generate_images(components, plain.prompts.prompt, [5], settings)
-    assert pixels(made.path) == wanted.tobytes() != pixels(studio.make(plain)[0].path)
-    assert made.notes == ()
-    assert fields_of(made)["Detail model"] == "rembg:isnet"
-    # Once, and not when its turn has come.
-    assert opened == [("rembg:isnet", "dog")]
-    sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
-    assert sheet.parameters == made.parameters
-    assert {*opened} == {("rembg:isnet", "dog")}
-    masks.append(blank)
-    nothing = replace(asked)
-    line = "No dog was found in the image of seed {}; it has no detail pass"
-    assert studio.make(nothing.changed(num_images=2))[0].notes == (line.format(5), line.format(6))
-    assert studio.compare(nothing)[1].notes == (line.format(5),)
 
 
 def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(

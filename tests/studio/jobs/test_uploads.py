@@ -78,7 +78,7 @@ def test_a_crop_of_a_large_photo_is_that_of_what_was_seen(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept at half its size, turned by the camera, and cropped by fractions: one quarter is red."""
-    monkeypatch.setattr("dora_diffusion.data.decoding.FULL_SIZE_MEGAPIXELS", 0.2)
+    monkeypatch.setattr("dora_diffusion.data.images.FULL_SIZE_PIXELS", 200_000)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned to the right: the lower left quarter comes to the upper left
     image = Image.new("RGB", (800, 512), "blue")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.cli.console.training import PackProgress, TrainProgress, training_summary
+from dora_diffusion.cli.console.training import TrainProgress, training_summary
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.models.memory import Device
 from dora_diffusion.sampling.generate import BrokenImageError
@@ -130,9 +130,9 @@ def test_plan_and_run_announce_the_same_images(own, tiny_run, photos, tmp_path, 
 
 
 def test_a_pack_announces_the_class_images_of_each_subject(capsys):
-    show = PackProgress()
-    show("mug", ClassImagesAnnounced(3, None, "out/class_images", ""))
-    show("dog", ClassImagesAnnounced(1, 75.0, "out/class_images"))
+    show = TrainProgress()
+    show(ClassImagesAnnounced(3, None, "out/class_images", ""), "mug")
+    show(ClassImagesAnnounced(1, 75.0, "out/class_images"), "dog")
     assert capsys.readouterr().out.splitlines() == [
         "mug: 3 class images to generate before the first step, in out/class_images",
         "dog: 1 class image: about 1 min 15 s",

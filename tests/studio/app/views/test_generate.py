@@ -99,9 +99,7 @@ def stored(context: Context, name: str, text: str, side: int = 64) -> str:
 OWN = "Model: embedded:tiny-sd, Version: dora_diffusion 0.1.0"
 
 
-def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
-    context: Context, made: list[Any]
-) -> None:
+def test_an_image_s_menu_makes_it_again_and_varies_it(context: Context, made: list[Any]) -> None:
     find = handlers(context)
     text = (
         "a (red:1.2) mug\nNegative prompt: blurred\n"
@@ -109,11 +107,10 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
         f"Size: 64x72, Batch size: 4, Batch pos: 2, Guidance rescale: 0.5, {OWN}"
     )
     name = stored(context, "a.png", text)
-    for nth, (seed, batch, hires) in enumerate(((7, (4, 2), None), (None, (1, 0), None),
-                                                (7, (1, 0), 1.5))):  # fmt: skip
+    for nth, (seed, batch) in enumerate(((7, (4, 2)), (None, (1, 0)))):
         filled = find("run", "results", nth)(name)
         asked = made.pop()
-        assert (asked.seed, asked.batch_position, asked.sampling.hires) == (seed, batch, hires)
+        assert (asked.seed, asked.batch_position) == (seed, batch)
         assert (asked.prompts.prompt, asked.sampling.negative_prompt) == (
             "a (red:1.2) mug",
             "blurred",
@@ -130,9 +127,6 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
             and isinstance(one["value"], (str, int))
         }  # fmt: skip
         assert "made-1.png" in filled[-4:]
-    large = stored(context, "b.png", f"a mug\nSteps: 3, Seed: 7, Hires upscale: 2, {OWN}")
-    with pytest.raises(gradio.Error, match="done once; start from this image"):
-        find("run", "results", 2)(large)
 
 
 def test_what_of_an_image_is_not_here_is_said_and_not_made(
@@ -180,32 +174,26 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
         shutil.copyfile(ADAPTER, folder / "pytorch_lora_weights.safetensors")
     context.jobs(fresh=True)
     tags = f"<lora:{job.id}-checkpoint-4:0.7> <lora:{job.id}:-0.5>"
-    more = 'Layer strength: "unet.*:0.5, *a:0", Strength schedule: "0:1 | 0:0, 0.5:1"'
-    known = restore(
-        context, f"a mug {tags}\nSteps: 3, Seed: 7, Direction strength: 0.5, {more}, {OWN}"
-    )
+    known = restore(context, f"a mug {tags}\nSteps: 3, Seed: 7, Direction strength: 0.5, {OWN}")
     assert known.unread == ()
     assert (known.choice, known.form["strength"]) == (f"{job.id}/checkpoint-4", 0.7)
     (second, strength), *_ = MORE.items()
     assert (known.form[second], known.form[strength]) == (job.id, -0.5)
     assert (known.form["direction_strength"], known.form["magnitude_strength"]) == (0.5, 1)
-    assert known.form["layer_strength"] == "unet.*:0.5 *a:0"
-    assert known.form["strength_schedule"] == "0:1 | 0:0, 0.5:1"
-    # Of text encoders and UNet: a factor of layers, which all adapters share.
-    for strengths, layers, lines in (
-        (("0.35:0.7", "-0.25:-0.5"), "text_encoder*:0.5", 0),
-        (("0:0.7", "0:-0.5"), "text_encoder*:0", 0),
-        (("0.7:0.7", "-0.5"), "", 0), (("0.35:0.7", "-0.5"), "", 1), (("0.7:0", "0.7:0"), "", 1),
+    # The form has no strength of text encoders alone.
+    for strengths, lines in (
+        (("0.7:0.7", "-0.5"), 0), (("0.35:0.7", "-0.5"), 1), (("0.7:0", "0.7:0"), 1),
     ):  # fmt: skip
         names = (f"{job.id}-checkpoint-4", job.id)
         tags = " ".join(f"<lora:{n}:{s}>" for n, s in zip(names, strengths, strict=True))
         known = restore(context, f"a mug {tags}\nSteps: 3, Seed: 7, {OWN}")
-        assert known.form["layer_strength"] == layers, strengths
         assert len(known.unread) == lines, strengths
     known = restore(
-        context, f"a <lora:{job.id}:0.5:1>\nSteps: 3, Layer strength: unet.*:0.5, {OWN}"
+        context, f"a <lora:{job.id}:1>\nSteps: 3, Strength schedule: 0:1, Detail model: x, {OWN}"
     )
-    assert known.form["layer_strength"] == "unet.*:0.5 text_encoder*:0.5"
+    assert known.unread == (
+        "no field here: Strength schedule: 0:1", "no field here: Detail model: x"
+    )  # fmt: skip
     # What was trained further since is another adapter.
     text = (
         f'a mug <lora:{job.id}:1>\nSteps: 3, Seed: 7, Lora hashes: "{job.id}: 0123456789ab", {OWN}'
