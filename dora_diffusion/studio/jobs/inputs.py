@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,27 @@ from dora_diffusion.config.prompts import styles_in
 from dora_diffusion.data.captions import WILD
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.studio.client import RemotePromptFile
 from dora_diffusion.studio.jobs.store import MissingError, UserError, Workspace
 from dora_diffusion.studio.jobs.uploads import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """A file of styles, or of wildcards.
+
+    Attributes:
+        name: ``styles.csv``, or a name such as ``colours.txt``.
+        names: Names of the styles, or the wildcard as written in prompts: ``__colours__``.
+        problem: Reason why the file cannot be used.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    problem: str = ""
+
 
 MOST_PROMPT_FILES = 1000
 _HASH = re.compile(r"[0-9a-f]{32}")
@@ -73,7 +89,7 @@ def read_input(workspace: Workspace, name: object) -> Image | None:
         raise UserError(f"the image to start from cannot be read ({error})") from error
 
 
-def keep_prompt_files(workspace: Workspace, files: Sequence[Path]) -> list[RemotePromptFile]:
+def keep_prompt_files(workspace: Workspace, files: Sequence[Path]) -> list[PromptFile]:
     """Store files of styles and wildcards, either all or none.
 
     Args:
@@ -128,7 +144,7 @@ def delete_prompt_file(workspace: Workspace, name: object) -> None:
     paths[str(name)].unlink(missing_ok=True)
 
 
-def list_prompt_files(workspace: Workspace) -> list[RemotePromptFile]:
+def list_prompt_files(workspace: Workspace) -> list[PromptFile]:
     """List the files of styles and wildcards, the styles first."""
     return [_described(workspace, path) for path in _prompt_paths(workspace)]
 
@@ -144,14 +160,14 @@ def _wildcard(workspace: Workspace, path: Path) -> str:
     return f"__{path.relative_to(workspace.wildcards).with_suffix('').as_posix()}__"
 
 
-def _described(workspace: Workspace, path: Path) -> RemotePromptFile:
+def _described(workspace: Workspace, path: Path) -> PromptFile:
     if path != workspace.styles:
         name = path.relative_to(workspace.wildcards).as_posix()
-        return RemotePromptFile(name, (_wildcard(workspace, path),))
+        return PromptFile(name, (_wildcard(workspace, path),))
     try:
-        return RemotePromptFile(path.name, _style_names(path, path.stat().st_mtime_ns))
+        return PromptFile(path.name, _style_names(path, path.stat().st_mtime_ns))
     except ConfigError as error:
-        return RemotePromptFile(path.name, (), str(error).replace(str(path), path.name))
+        return PromptFile(path.name, (), str(error).replace(str(path), path.name))
 
 
 @functools.lru_cache(maxsize=8)
