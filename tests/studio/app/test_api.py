@@ -49,7 +49,7 @@ MODEL = f"base/{EMBEDDED}"
 # What the page shows, and what runs in its place to save time.
 SHORTER = {
     "[subject], {": "[subject], {'with_prior_preservation': False, ",
-    "{**prompts, ": "{**prompts, 'num_class_images': 2, ",
+    "{**prompts, ": "{**prompts, 'num_class_images': 3, ",
     '"max_train_steps": 200': '"max_train_steps": 2, "num_validation_images": 0',
     '"seed": 7': '"seed": 7, "steps": 2',
     '"steps": 20': '"steps": 2',
