@@ -53,7 +53,7 @@ class Holder(nn.Module):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.block = block
+        self.block, self._repeated_blocks = block, [type(block).__name__]
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Call the block."""

@@ -32,7 +32,7 @@ RESULTS = ("ms", f"to {LORA}", "peak GiB", "merging, s", "first two, s")
 # Written below a table: why a row has no figures.
 REASONS = ("failed", "skipped")
 # What rows have in common that are compared.
-LOAD = ("batch", "checkpointing", "graph")
+LOAD = ("batch", "checkpointing")
 
 
 def write(path: Path, content: Row) -> None:

@@ -12,21 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from common import FROZEN, LORA, OURS, PEFT_DORA, UNETS, Peer, flat_by_role, make_peer, torch
+from common import FROZEN, LORA, OURS, PEFT_DORA, UNETS, Peer, make_peer, torch
 from dispatch_time import Stepper
 from torch import Tensor, nn
 
 from dora_diffusion.adapters import compiled
-from dora_diffusion.adapters.inject import AdapterSet, merge_adapters
+from dora_diffusion.adapters.inject import merge_adapters
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.targets import match_targets
-from dora_diffusion.training.graph import CAPTURES, GraphFlags, Outputs
-from dora_diffusion.training.optimizer import SteppedParameters
-from dora_diffusion.training.step import stack_of
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 IS_SMALL = DEVICE == "cpu"
@@ -190,97 +187,6 @@ def compiled_steps(family: str) -> Rows:
     return rows_of([{"peer": peer} for peer in (OURS, LORA)], measure)
 
 
-class GraphStepper:
-    """Runner of a peer's whole steps, whose second one captures norms to gradients as a graph.
-
-    Args:
-        peer: The model and its adapters.
-        forward: The model to its prediction.
-        ours: Whether it is this DoRA, in the way of a run.
-        capture: Captures the gradients of a step; None: no graph.
-    """
-
-    def __init__(
-        self, peer: Peer, forward: Callable[[nn.Module], Tensor], ours: bool,
-        capture: Any,
-    ) -> None:  # fmt: skip
-        self.peer, self.forward, self.capture = peer, forward, capture
-        self.stack, self.outputs, self.steps = None, None, 0
-        self.parameters, self.flat = peer.parameters(), SteppedParameters([])
-        if ours:
-            adapters = AdapterSet.of(peer.model)
-            self.parameters = adapters.parameters()
-            self.flat = flat_by_role(adapters.trained(), self.parameters)
-            self.stack = stack_of(adapters, memory=self.flat.memory)
-        self.stepped = list(self.flat) or self.parameters
-        self.update = torch.optim.AdamW(self.stepped, lr=1e-4, fused=True)
-
-    def gradients(self) -> Outputs:
-        """Compute the gradients of a step."""
-        written: list[Any] = []
-        for parameter in self.parameters:
-            parameter.grad = None
-        with ExitStack() as opened:
-            if self.stack is not None:
-                own = self.stack.flags if self.capture and self.steps > 1 else {}
-                flags = {kind: GraphFlags(deferred, written) for kind, deferred in own.items()}
-                opened.enter_context(self.stack.scope(flags or None))
-                opened.enter_context(self.stack.of(0))
-            # Autocast's copies of weights would be freed before a replay.
-            options = {"enabled": self.stack is None, "cache_enabled": self.capture is None}
-            with torch.autocast(DEVICE, torch.bfloat16, **options):
-                prediction = self.forward(self.peer.model)
-            loss = prediction.float().square().mean()
-            loss.backward()
-        gradients = {p: p.grad for p in self.parameters if p.grad is not None}
-        return Outputs(loss.detach(), gradients, written)
-
-    def __call__(self) -> None:
-        """Take a step."""
-        self.steps += 1
-        if self.capture is None or self.steps == 1:
-            self.gradients()
-        else:
-            self.outputs = self.outputs or self.capture.capture(self.gradients, None)
-            self.capture.replay()
-            for parameter, gradient in self.outputs.gradients.items():
-                parameter.grad = gradient
-            for flags, flagged, sizes in self.outputs.flags:
-                flags.send(flagged, sizes)
-        self.flat.take_gradients()
-        torch.nn.utils.clip_grad_norm_(self.stepped, 1.0)
-        self.update.step()
-        self.update.zero_grad()
-        self.flat.finish()
-
-
-class Called:
-    """Stand-in for a CUDA graph where there is none: a replay calls the function."""
-
-    def capture(self, function: Callable[[], Outputs], other: Any) -> Outputs:
-        """Call the function."""
-        self.function = function
-        return function()
-
-    def replay(self) -> None:
-        """Call it again."""
-        self.function()
-
-
-def graphed(family: str) -> Rows:
-    """Training steps in bf16 at batch 1, with gradients issued one by one and as one graph."""
-    base = base_unet(family, torch.bfloat16)
-    inputs = inputs_of(family, 1, torch.bfloat16)
-
-    def measure(peer: str, graph: bool) -> Row:
-        capture = CAPTURES.get(DEVICE, Called)() if graph else None
-        one, forward = peer_of(peer, base), partial(predict, inputs)
-        return measured(GraphStepper(one, forward, peer == OURS, capture))
-
-    names = [(peer, graph) for graph in (False, True) for peer in (LORA, OURS)]
-    return rows_of([{"peer": peer, "graph": graph} for peer, graph in names], measure)
-
-
 def half(family: str) -> Rows:
     """Steps in fp16 with the gradient scaler."""
     base = base_unet(family, torch.float16)
@@ -385,12 +291,6 @@ PARTS = {
     "tests": Part("Tests marked for CUDA", tests, 120),
     "steps-sd1": Part(f"Training step, {SD1}, bf16", partial(steps, "sd1"), 75),
     "steps-sdxl": Part(f"Training step, {SDXL}, bf16", partial(steps, "sdxl"), 130),
-    "graphs-sd1": Part(
-        f"Training step, {SD1}, bf16, without and with a CUDA graph", partial(graphed, "sd1"), 60
-    ),
-    "graphs-sdxl": Part(
-        f"Training step, {SDXL}, bf16, without and with a CUDA graph", partial(graphed, "sdxl"), 90
-    ),
     "sampling-sd1": Part(f"Guided denoising step, {SD1}, bf16", partial(sampling, "sd1"), 40),
     "sampling-sdxl": Part(f"Guided denoising step, {SDXL}, bf16", partial(sampling, "sdxl"), 60),
     "fp16-sd1": Part(f"Training step, {SD1}, fp16 with gradient scaler", partial(half, "sd1"), 40),

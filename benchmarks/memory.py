@@ -27,8 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -59,13 +58,12 @@ from dora_diffusion.models.families.stable_diffusion import encode_tokens
 from dora_diffusion.models.load import load_vae, quantised_layers, set_tiles
 from dora_diffusion.models.locate import resolve_folder
 from dora_diffusion.models.memory import PROCESS_GIB
-from dora_diffusion.numerics.quantised import memory_of, quantise
+from dora_diffusion.numerics.quantised import quantise
 from dora_diffusion.training import optimizer as optimizers
 from dora_diffusion.training.batch import Batch, ModelInputs
 from dora_diffusion.training.recipe import build_step
-from dora_diffusion.training.results import effect
 from dora_diffusion.training.step import Step
-from dora_diffusion.training.trainable.adapters import TrainedAdapters, inject_trained
+from dora_diffusion.training.trainable.adapters import inject_trained
 
 # A card has to hold a tenth more than what is counted with the GPU's context, and half a gigabyte
 # for the screen.
@@ -237,11 +235,10 @@ def label_weights(count: LiveBytes, components: Components, text_encoders: bool)
         count.add(module.state_dict(keep_vars=True).values())
 
 
-@contextmanager
-def counting(
+def count_step(
     family: str, resolution: int, config: TrainConfig, *, precision: str = "bf16"
-) -> Iterator[tuple[LiveBytes, Components, TrainedAdapters, Step]]:
-    """Count what is made inside the block, in which a run has its model and optimizer's states.
+) -> LiveBytes:
+    """Count a training step's peak.
 
     The parts of the peak are labelled ``weights``, ``idle`` (weights of modules that no step
     computes with, which offloading takes away), ``adapter`` (with its gradients and states) and
@@ -270,44 +267,8 @@ def counting(
         make_states(step)
         count.label = "step"
         count.reset_peak()
-        yield count, components, weights, step
-
-
-def count_step(
-    family: str, resolution: int, config: TrainConfig, *, precision: str = "bf16"
-) -> LiveBytes:
-    """Count a training step's peak."""
-    with counting(family, resolution, config, precision=precision) as (count, _, _, step):
         step(1)
     return count
-
-
-def count_effect(family: str, resolution: int, config: TrainConfig) -> dict[str, int]:
-    """Peaks in bytes of measuring how far a run moved its model, by the module that computes.
-
-    Offloaded: the UNet and the text encoders are on the device in turns.
-    """
-    peaks = {}
-    with counting(family, resolution, config) as (count, components, weights, _):
-        sizes = {}
-        for name, module in components.modules().items():
-            tensors = (*module.parameters(), *module.buffers())
-            frozen = (part for t in tensors if not t.requires_grad for part in memory_of(t))
-            sizes[name] = sum(part.untyped_storage().nbytes() for part in frozen)
-
-        def note(part: str, away: Iterable[str]) -> None:
-            peaks[part] = count.peak - sum(sizes[name] for name in away)
-            count.reset_peak()
-
-        def encode(components: Components, captions: Sequence[str]) -> Conditioning:
-            hidden = encoded(components, len(captions))
-            note("text encoders", [components.family.denoiser, "vae"])
-            return hidden
-
-        with mock.patch.object(effect, "encode_prompts", encode):
-            effect.Probe(components, weights, [""]).begin()
-        note("denoiser", sizes.keys() - {components.family.denoiser})
-    return peaks
 
 
 class Encoded:
@@ -462,16 +423,14 @@ def print_sampling(args: argparse.Namespace) -> None:
 def count_run(family: str, resolution: int, config: TrainConfig) -> float:
     """Peak of a whole run on a GPU, offloaded as by default, in GiB.
 
-    Samples share the device with the adapter and the optimizer's states, and so does what measures
-    how far the run moved its model.
+    Samples share the device with the adapter and the optimizer's states.
     """
     step = count_step(family, resolution, config)
     images = min(config.sample_batch_size, config.num_validation_images)
     sampling = count_sampling(family, resolution, images=images, base=config.base_model)
     beside = step.at_peak["adapter"]
     own = step.peak - step.at_peak.get("idle", 0)
-    measured = count_effect(family, resolution, config)
-    return max(own, max(sampling.values()) + beside, *measured.values()) / GIB
+    return max(own, max(sampling.values()) + beside) / GIB
 
 
 def print_cards(args: argparse.Namespace) -> None:

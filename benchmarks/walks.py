@@ -43,20 +43,14 @@ BASE, PROMPT = "embedded:tiny-sd", "a photo of a sks mug"
 
 OFF = (
     "adapters/compiled.py", "adapters/parametrizations.py", "data/prepare.py", "data/sheets.py",
-    "evaluation/*", "export/hub.py", "models/quantised.py", "models/words.py",
+    "evaluation/*", "export/hub.py", "models/words.py",
     "numerics/allocation.py", "numerics/projections.py", "numerics/quantised.py",
-    "training/engine/averaging.py", "training/engine/gradient_start.py",
-    "training/engine/preconditioning.py", "training/hooks/*", "training/inputs/cache.py",
-    "training/inputs/held_out.py", "training/inputs/prior.py", "training/pack*.py",
-    "training/results/resume.py", "training/results/validation.py",
-    "training/trainable/full.py",
-    "training/trainable/words.py",
+    "training/hooks/*", "training/inputs/cache.py", "training/inputs/held_out.py",
+    "training/inputs/prior.py", "training/pack*.py", "training/results/resume.py",
+    "training/results/validation.py", "training/trainable/full.py", "training/trainable/words.py",
 )  # fmt: skip
 """Modules of features that a default training has off."""
-STEP = (
-    "engine/step.py", "engine/objective.py", "step.py", "batch.py", "prediction.py", "terms.py",
-    "conditioner.py",
-)  # fmt: skip
+STEP = ("step.py", "batch.py", "prediction.py", "terms.py", "conditioner.py")
 """Modules of a step and its loss, under training/."""
 
 
@@ -202,14 +196,12 @@ def training_figures(train: Entered, words: list[str], folder: Path) -> dict[str
 
 
 def main_path(train: Entered) -> str:
-    """Table of the modules of a default training, in the order in which they are entered."""
-    lines, rows = train.lines_by_module(), list[tuple[str, list[str]]]()
-    for module in train.modules:
-        room = module.partition("/")[0]
-        if not rows or rows[-1][0] != room:
-            rows.append((room, []))
-        rows[-1][1].append(f"`{module}` {lines[module]}")
-    return markdown(["room", "modules, with their lines"], [[r, ", ".join(m)] for r, m in rows])
+    """Table of the modules of a default training: rooms, and modules with position and lines."""
+    lines, rows = train.lines_by_module(), dict[str, list[str]]()
+    for position, module in enumerate(train.modules, 1):
+        text = f"{position}. `{module}` {lines[module]}"
+        rows.setdefault(module.partition("/")[0], []).append(text)
+    return markdown(["room", "modules"], [[r, ", ".join(m)] for r, m in rows.items()])
 
 
 def write_page(train: Entered) -> None:

@@ -21,7 +21,6 @@ The whole Python interface::
     analyze_weights                                   changes of a model's weights by training
     Study, run_study                                  methods compared over rates, seeds, subjects
     QueuePlan, simulate_queue                         waiting times for a fleet's workers
-    describe_environment                              versions and machine, for a bug report
 
 Exceptions (subclasses of `ValueError` unless stated otherwise), with a message of one line::
 

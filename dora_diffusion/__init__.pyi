@@ -13,7 +13,6 @@ from dora_diffusion.adapters.scope import row_scope as row_scope
 from dora_diffusion.adapters.state import load_adapter as load_adapter
 from dora_diffusion.adapters.state import save_adapter as save_adapter
 from dora_diffusion.adapters.targets import TargetError as TargetError
-from dora_diffusion.cli.console.environment import describe_environment as describe_environment
 from dora_diffusion.cluster.fleet.run import run_fleet as run_fleet
 from dora_diffusion.config.adapter import AdapterConfig as AdapterConfig
 from dora_diffusion.config.base import BaseModel as BaseModel

@@ -464,33 +464,6 @@ def quick_disk() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def assumed_effect() -> Iterator[pytest.MonkeyPatch]:
-    """Runs whose effect is not measured, which costs a quarter of a tiny one: it is 1."""
-    from dora_diffusion.training.results.effect import Effect, Probe
-
-    def measure(self: Probe) -> Effect:
-        self.effect = Effect(1.0, 1.0)
-        return self.effect
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Probe, "begin", lambda self: None)
-        patch.setattr(Probe, "measure", measure)
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def measured_effect(assumed_effect: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs whose effect is measured, in a module that is about it."""
-    from dora_diffusion.training.results.effect import Probe
-
-    assumed = {name: vars(Probe)[name] for name in ("begin", "measure")}
-    assumed_effect.undo()
-    yield
-    for name, value in assumed.items():
-        assumed_effect.setattr(Probe, name, value)
-
-
 @pytest.fixture(scope="session")
 def samples_root() -> Path:
     """The sample subjects: JPEG photos of 768 pixels, square and not, with captions."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import pytest
-
 HOME = Path(__file__).parents[1] / "benchmarks" / "instructions.py"
 
 spec = importlib.util.spec_from_file_location("instructions", HOME)
@@ -59,19 +57,3 @@ def test_own_instructions_are_summed_by_library_and_function(tmp_path):
         (python, "at::vec::name_outside_of_torch"): 1,
     }
     assert instructions.issuing(profile) == 27
-
-
-@pytest.mark.parametrize(
-    ("library", "function", "computes"),
-    [
-        ("libtorch_cpu.so", "at::native::AVX2::copy_kernel(at::TensorIterator&, bool)", True),
-        ("libtorch_cpu.so", "mkl_blas_avx2_sgemm_kernel_0_b0", True),
-        ("libc.so.6", "__memset_avx2_unaligned_erms", True),
-        ("libc.so.6", "malloc", False),
-        ("libtorch_cpu.so", "at::native::as_strided_tensorimpl(at::Tensor const&)", False),
-        ("libtorch_cpu.so", "at::_ops::view::call(at::Tensor const&)", False),
-        ("libtorch_cpu.so", "at::TensorIteratorBase::build(at::TensorIteratorConfig&)", False),
-    ],
-)
-def test_kernels_are_told_by_their_names(library, function, computes):
-    assert instructions.is_kernel(library, function) == computes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 import re
 import shutil
@@ -42,12 +41,6 @@ def test_a_fresh_machine_gets_an_environment_first(target, tmp_path):
     assert steps.index("-m venv") < steps.index("pip install")
     last = {"demo": "-m dora_diffusion demo", "test": "tests.suite"}.get(target, "tests/portable")
     assert steps.index("pip install") < steps.index(last)
-
-
-def test_the_entry_point_exists():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    module, name = re.search(r'^dora-diffusion = "(.+):(.+)"$', text, flags=re.MULTILINE).groups()
-    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_the_module_is_the_command():

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 import torch
@@ -17,14 +14,11 @@ import torch
 import dora_diffusion as dd
 from dora_diffusion.config import read_config_file, read_config_lines
 from dora_diffusion.config.train import settings
-from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.export import inspect_adapter, inspect_model, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.lab.analysis import Analysis
 from dora_diffusion.sampling.pool import _reference
 from tests.every import every
 from tests.export.helpers import MakeAdapter
-from tests.test_public_arguments import annotations, public
 
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"(.*_)?(path|folder|output|sources?|merged|tuned|thumbnail|vae|dir)")
@@ -39,50 +33,6 @@ class Place:
 
     def __fspath__(self) -> str:
         return str(self.path)
-
-
-def unions(hint: Any) -> Iterator[set[Any]]:
-    """The alternatives of an annotation, and of the items in it."""
-    is_union = typing.get_origin(hint) in (typing.Union, UnionType)
-    options = typing.get_args(hint) if is_union else (hint,)
-    yield {*options}
-    for option in options:
-        if typing.get_origin(option) in (Sequence, tuple):
-            yield from (one for item in typing.get_args(option) for one in unions(item))
-
-
-def path_arguments() -> dict[str, list[set[Any]]]:
-    """Each public argument that is a path, with the unions of its annotation that name one."""
-    methods = {"Analysis.write": Analysis.write, "Evaluation.write": Evaluation.write}
-    of_runs = {f"TrainConfig.{setting.name}" for setting in settings() if setting.is_path}
-    found = {}
-    for name, value in (public() | methods).items():
-        for key, hint in annotations(value).items():
-            paths = [one for one in unions(hint) if one & {Path, os.PathLike[str]}]
-            full = f"{name}.{key}"
-            is_named = NAMED.fullmatch(key) and hint is not bool
-            if key != "return" and (paths or is_named or full in of_runs):
-                found[full] = paths
-    return found
-
-
-def test_every_path_is_text_or_any_path() -> None:
-    found = path_arguments()
-    expected = """analyze_weights.sources analyze_weights.base combine_adapters.adapters
-        convert_adapter.source convert_adapter.output convert_adapter.thumbnail BaseModel.path
-        BaseModel.vae BaseModel.model_config describe_environment.runs_dir read_subject.folder
-        export_checkpoint.base export_checkpoint.adapters export_checkpoint.output
-        extract_adapter.tuned inspect_adapter.path inspect_model.path load_adapter.path
-        load_components.model read_config_file.path read_config_lines.path run_fleet.output
-        run_study.output save_adapter.path subject_configs.source verify_checkpoint.merged
-        TrainConfig.instance_data_dir TrainConfig.dataset_config TrainConfig.output_dir
-        Analysis.write.folder Evaluation.write.folder"""
-    assert {*expected.split()} <= found.keys()
-    with every() as case:
-        for name, paths in found.items():
-            with case(name):
-                assert paths
-                assert all({str, os.PathLike[str]} <= alternatives for alternatives in paths)
 
 
 def test_settings_of_a_run_that_are_paths_are_texts_afterwards(tmp_path: Path) -> None:

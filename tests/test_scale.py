@@ -50,17 +50,6 @@ def test_the_counts_are_those_that_the_other_documents_have():
     assert len(stated) == len(scale.MODELS)
 
 
-def test_a_step_takes_as_long_as_what_binds_it():
-    """By hand: a model of 400 TFLOP, 2 TB and 1,000 operations a step."""
-    model = scale.Counted("", 0, 0, 0, 150, 250, 0, 1000, 2000, 0, 10)
-    quick = scale.Device(tflops=1000, bandwidth=5, utilisation=0.5, streaming=0.8, dispatch=1e-3)
-    assert quick.step_seconds(model) == pytest.approx((0.8, 0.5, 1.0))
-    assert quick.subject_seconds(model) == pytest.approx(13)
-    slow = scale.Device(tflops=1000, bandwidth=5, utilisation=0.5, streaming=0.8, dispatch=1e-2)
-    assert slow.subject_seconds(model) == pytest.approx(100)
-    assert slow.subject_seconds(model, 4) == pytest.approx(10 * 12.5 / 4)
-
-
 @pytest.mark.slow
 def test_the_counts_are_those_of_the_models():
     done = subprocess.run(

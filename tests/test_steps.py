@@ -50,28 +50,3 @@ def test_a_curve_starts_at_the_base_and_is_interpolated_between_its_rows():
 def test_the_exponent_of_a_setting_that_is_four_times_as_high(steps_of, cells):
     given = dict(zip("ab", steps_of, strict=False))
     assert steps["ratio_cells"](given, dict.fromkeys(given, 50.0), 4.0) == cells
-
-
-def test_a_series_that_falls_short_counts_with_its_last_row():
-    usual, short = {0: (0.0, 0.0), 50: (0.75, 0.1)}, {0: (0.0, 0.0), 25: (0.5, 0.1)}
-    half = {0: (0.0, 0.0), 25: (0.75, 0.1)}
-    series = {name: {"a": half, "b": short} for name in steps["FACTORS"]}
-    text = steps["exponents_table"](series | {"usual": {"a": usual, "b": usual}})
-    assert "| rank-32 | 1 of 2 | 25 (25 to 25) | 0.50 [0.50, 0.50] | -0.50 " in text
-
-
-def test_photos_are_compared_at_a_share_of_their_own_highest_similarity():
-    five = {0: (0.0, 0.0), 50: (1.0, 0.125)}
-    one = {0: (0.0, 0.0), 25: (0.5, 0.1), 50: (0.25, 0.25)}
-    assert steps["photos_table"]({"a": five, "b": five}, {"a_1": one}).splitlines()[2:] == [
-        "| 5 | 45 (45 to 45) | 1 | 0.125 | 1 |", "| 1 | 22 (22 to 22) | 0.50 | 0.250 | 2.00 |",
-    ]  # fmt: skip
-
-
-def test_changes_are_to_the_row_before():
-    curve = {0: (0.0, 0.0), 10: (0.4, 0.125), 20: (0.8, 0.5)}
-    assert steps["growth_table"]({"a": curve, "b": curve}).splitlines()[2:] == [
-        "| 0 | 0.00 [0.00, 0.00] | | 0 | |",
-        "| 10 | 0.40 [0.40, 0.40] | | 0.12 [0.12, 0.12] | |",
-        "| 20 | 0.80 [0.80, 0.80] | 2.00 [2.00, 2.00] | 0.50 [0.50, 0.50] | 4.00 [4.00, 4.00] |",
-    ]

@@ -116,10 +116,3 @@ def test_only_failed_tests_are_run_again(
     monkeypatch.setattr(suite, "run_pytest", run)
     assert main([str(file)]) == (report.code if report.code == 5 or is_broken else 0)
     assert len(runs) == 1 + (report.code == 1 and not is_broken)
-
-
-def test_many_failures_are_not_chance(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
-    report = Report(1, [str(number) for number in range(11)], {})
-    monkeypatch.setattr(suite, "run_pytest", lambda *_: report)
-    assert main([str(file)]) == 1
-    assert suite.FLAKY.read_text(encoding="utf-8") == ""

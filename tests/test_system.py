@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -51,17 +50,6 @@ def test_a_file_that_stays_open_is_an_error_in_the_end(pauses: list[float]) -> N
     assert 1 < sum(pauses) < 2
 
 
-def test_any_other_error_comes_at_once(pauses: list[float]) -> None:
-    for error in (PermissionError(13, "no"), FileNotFoundError(2, "no"), in_use(33)):
-
-        def action(error: OSError = error) -> None:
-            raise error
-
-        with pytest.raises(type(error)):
-            system.patiently(action)
-    assert pauses == []
-
-
 def test_replace_takes_the_place_of_a_file(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.write_bytes(b"old")
@@ -78,13 +66,6 @@ def test_a_detached_process_has_a_session_of_its_own() -> None:
         assert os.getsid(child.pid) == child.pid
     finally:
         child.communicate()
-
-
-def test_windows_is_told_so_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system, "os", SimpleNamespace())
-    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
-    monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x8000000, raising=False)
-    assert system.detached() == {"creationflags": 0x8000200}
 
 
 def test_the_most_memory_that_was_in_use() -> None:

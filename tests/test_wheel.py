@@ -173,15 +173,6 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
     assert licences == {(place / "LICENSE").read_bytes() for place in (ROOT, released)}
 
 
-def test_another_build_gives_the_same_wheel(installed, tmp_path):
-    """From the tree itself, at another time, with files of other times."""
-    for number, path in enumerate(installed.source.rglob("*")):
-        os.utime(path, (1.6e9 + number, 1.6e9 + number))
-    again = build("wheel", installed.source, tmp_path)
-    assert again.name == installed.wheel.name
-    assert again.read_bytes() == installed.wheel.read_bytes()
-
-
 def test_the_package_page_has_no_link_that_leads_nowhere(installed):
     with zipfile.ZipFile(installed.wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

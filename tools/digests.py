@@ -99,14 +99,6 @@ SETTINGS: dict[str, dict[str, object]] = {
     "masks-prior": {**MASKS, "with_prior_preservation": True},
     "slider": SLIDER,
     "slider-anchors": {**SLIDER, "anchors": ["the cat in a backpack"]},
-    "rank-dropout": {"rank_dropout": 0.3, "checkpointing_steps": 2},
-    "rank-dropout-prior": {
-        "rank_dropout": 0.3,
-        "with_prior_preservation": True,
-        "train_text_encoder": True,
-    },
-    "t-lora": {"tlora_min_rank": 2},
-    "t-lora-rank-dropout": {"tlora_min_rank": 2, "rank_dropout": 0.2},
     "average": {"ema_decay": 0.9},
     "average-all": {
         "ema_decay": 0.9,
@@ -124,7 +116,6 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optimizer": "prodigy",
         "learning_rate": 1.0,
     },
-    "norm-limit": {"scale_weight_norms": 0.01},
     "huber": {"loss_type": "huber", "huber_schedule": "snr", "debiased_estimation_loss": True},
     "v-prediction": {"prediction_type": "v_prediction", "snr_gamma": 5.0},
     "timesteps": {"timestep_distribution": "logit_normal", "noise_offset": 0.05},
@@ -164,7 +155,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
     "compile-targets": {"targets": "attention", "adam_weight_decay": 0.1, "magnitude_lr": 1e-4},
 }
-RESUMED = ("dora", "average-all", "adalora", "rank-dropout", "schedule-free")
+RESUMED = ("dora", "average-all", "adalora", "schedule-free")
 SUBJECTS: list[dict[str, object]] = [
     {"name": "mug", "instance_data_dir": str(MUG), "seed": 1, "ema_decay": 0.5},
     {
@@ -196,7 +187,6 @@ PACKS: dict[str, dict[str, object]] = {
     "pack-three": {},
     "pack-prior": {"with_prior_preservation": True},
     "pack-text-encoder": {"train_text_encoder": True},
-    "pack-ranks": {"rank_dropout": 0.3, "tlora_min_rank": 1, "with_prior_preservation": True},
 }
 RANKED = ("lora", "lora-diffusers", "smaller-rank")
 CONVERSIONS = ("diffusers", "peft", "kohya", "comfyui", "dense", *RANKED)

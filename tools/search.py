@@ -4,7 +4,7 @@ Sphinx calls `write_index` after a build: each section of each page with its wor
 a script, since a page that is opened from a file may not read other files.
 
 ``python -m tools.search`` builds the site, asks every question of `QUESTIONS` with Node, and writes
-the ranks, which ``python -m tools.site`` puts into the page.
+the ranks, which the next build shows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Parts of pages that come from the code: flags, settings, figures.
 
-``python -m tools.site`` writes the texts of `TEXTS` into the pages, between two comments, where
-GitHub and the site show them. The Python interface is put in as the site is built, by a block
-``{generated} python``, since only Sphinx can read docstrings.
+The texts of `TEXTS` are put in as the site is built, by a block such as ``{generated} commands``.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.elsewhere import DIFFERENCES
 from dora_diffusion.config.fields import AnyOf, Condition, Need
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, advice, rules
 from tools import search
 
 DOCS = Path(__file__).parents[1] / "docs"
-_PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
+_BLOCK = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
 _PACKAGES = ("config", "export", "lab.analysis")
 """Packages that say themselves which of their names are public."""
 _RESUME = {
@@ -38,14 +36,8 @@ _RESUME = {
 
 
 def expanded(source: str) -> str:
-    """A page with the Python interface, where it asks for it."""
-    block = "```{generated} python\n```"
-    return source.replace(block, python_api()) if block in source else source
-
-
-def current(source: str) -> str:
-    """A page whose generated parts are what the code says now."""
-    return _PART.sub(lambda part: f"{part[1]}\n{TEXTS[part[2]]().rstrip()}\n\n", source)
+    """A page with the texts that its blocks name."""
+    return _BLOCK.sub(lambda block: TEXTS[block[1]]().rstrip(), source)
 
 
 def plain(text: str) -> str:
@@ -331,9 +323,22 @@ def differences(*trainers: str) -> str:
     return "\n".join(rows)
 
 
+def settings_of(*trainers: str) -> str:
+    """List the settings of other trainers' files and commands, with the answers to them."""
+    parts = []
+    for trainer in trainers:
+        rows = [f"| {trainer} | here |", "|---|---|"]
+        # One row for all names with one answer.
+        names: dict[str, list[str]] = {}
+        for name, rule in rules(trainer).items():
+            names.setdefault(plain(advice(rule)), []).append(f"`{name}`")
+        rows += [f"| {', '.join(members)} | {text} |" for text, members in names.items()]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "adapter-verdicts": adapter_verdicts,
-    "transformer-verdicts": transformer_verdicts,
     "commands": commands,
     "differences-diffusers": partial(differences, "Diffusers"),
     "differences-kohya": partial(differences, "sd-scripts"),
@@ -342,18 +347,15 @@ TEXTS: dict[str, Callable[[], str]] = {
     "measures": measures,
     "model-verdicts": model_verdicts,
     "programs": programs,
+    "python": python_api,
     "search-held-out": partial(search.table, held_out=True),
     "search-questions": partial(search.table, held_out=False),
     "settings": setting_groups,
+    "settings-of-kohya": partial(settings_of, "sd-scripts"),
+    "settings-of-onetrainer-ai-toolkit": partial(settings_of, "OneTrainer", "ai-toolkit"),
+    "transformer-verdicts": transformer_verdicts,
     **{
         f"scale-{table}": partial(scale, table)
         for table in ("measured", "counted", "gpu", "fleets", "serving")
     },
 }
-
-if __name__ == "__main__":
-    for path in sorted(DOCS.rglob("*.md")):
-        source = path.read_text(encoding="utf-8")
-        if (text := current(source)) != source:
-            path.write_text(text, encoding="utf-8")
-            print(f"written: {path}")

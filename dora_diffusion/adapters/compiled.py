@@ -1,7 +1,7 @@
-"""Regional compilation of a UNet: its repeated blocks by `torch.compile`, adapters included.
+"""Regional compilation of a denoiser: its repeated blocks by `torch.compile`, adapters included.
 
-Most of a UNet consists of a few kinds of blocks, repeated. Compiling one kind at a time takes
-seconds to a minute; compiling the whole UNet takes many minutes. The code between the blocks is
+Most of a denoiser consists of a few kinds of blocks, repeated. Compiling one kind at a time takes
+seconds to a minute; compiling the whole model takes many minutes. The code between the blocks is
 unchanged: names of parameters, gradient checkpointing around a block, hooks on the model.
 """
 
@@ -19,16 +19,6 @@ from torch import nn
 from dora_diffusion import system
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.arguments import check_arguments
-
-# By name, as in Diffusers' `_repeated_blocks`: importing the classes would import Diffusers.
-BLOCKS = (
-    "BasicTransformerBlock",
-    "ResnetBlock2D",
-    "ZImageTransformerBlock",
-    "Flux2TransformerBlock",
-    "Flux2SingleTransformerBlock",
-)
 
 _REMEDIES = {
     "cpu": "install a C++ compiler and Python's headers (Debian, Ubuntu: apt install g++ "
@@ -61,9 +51,11 @@ def require_compiler(device: torch.device | str) -> None:
         ) from error
 
 
-@check_arguments()
 def compile_blocks(model: nn.Module, **options: Any) -> int:
-    """Compile a denoiser's transformer and residual blocks, in place, when they are first called.
+    """Compile a denoiser's blocks, in place, when they are first called.
+
+    These are the innermost blocks that Diffusers' class of the model names (``_repeated_blocks``,
+    ``_no_split_modules``): transformer blocks, and residual blocks of a UNet.
 
     Blocks of one kind share compiled code. Sizes of images, prompts and batches become dynamic when
     they vary between calls. The keys of the state dict do not change. Adapters may be attached
@@ -72,25 +64,29 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     runs the blocks uncompiled.
 
     Args:
-        model: A denoiser of Diffusers, or any model with such blocks.
+        model: A denoiser of Diffusers, or any model with one of these attributes.
         options: Further arguments of ``torch.compile``.
 
     Returns:
         The number of kinds of blocks. Each kind is compiled separately.
 
     Raises:
-        ValueError: If the model has no such block.
+        ValueError: If the model names no block that it has.
 
     Example:
         >>> import torch
         >>> compile_blocks(torch.nn.Linear(8, 8))
         Traceback (most recent call last):
-        ValueError: Linear has no block that is compiled, such as BasicTransformerBlock
+        ValueError: Linear names no blocks to compile in _repeated_blocks or _no_split_modules
     """
-    blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
+    attributes = ("_repeated_blocks", "_no_split_modules")
+    names = {name for attribute in attributes for name in getattr(model, attribute, None) or ()}
+    named = {module: None for module in model.modules() if type(module).__name__ in names}
+    blocks = [block for block in named if named.keys().isdisjoint([*block.modules()][1:])]
     if not blocks:
-        name = type(model).__name__
-        raise ValueError(f"{name} has no block that is compiled, such as {BLOCKS[0]}")
+        raise ValueError(
+            f"{type(model).__name__} names no blocks to compile in {' or '.join(attributes)}"
+        )
     # DDPOptimizer would split graphs by gradient buckets, but blocks are small already.
     torch._dynamo.config.optimize_ddp = False
     kinds: dict[Any, Callable[..., Any]] = {}

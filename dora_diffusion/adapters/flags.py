@@ -46,23 +46,15 @@ class DeferredFlags:
             flagged: Flag of each channel, ``(sum of sizes,)`` bool.
             sizes: Number of channels of each layer.
         """
-        before, now = self._sent, self.send(flagged, sizes)
+        before = self._sent
+        # Other devices need no synchronization, or have no events to wait for a single copy.
+        sends_late = flagged.device.type in _DEFERRED
+        copy = flagged.to("cpu", non_blocking=sends_late)
+        event = record_event(flagged) if sends_late else None
+        self._sent = now = _Sent(copy, event, list(sizes))
         is_late = before is not None and before.event is not None and before.sizes == now.sizes
         raised, ends = cast(_Sent, before if is_late else now).read(), list(accumulate(sizes))
         return {bisect_right(ends, channel) for channel in raised.nonzero().flatten().tolist()}
-
-    def send(self, flagged: Tensor, sizes: Sequence[int]) -> _Sent:
-        """Copy the flags of a step to the host, for `layers` of the next step."""
-        # Other devices need no synchronization, or have no events to wait for a single copy.
-        is_late = flagged.device.type in _DEFERRED
-        copy = flagged.to("cpu", non_blocking=is_late)
-        self._sent = _Sent(copy, record_event(flagged) if is_late else None, list(sizes))
-        return self._sent
-
-    @property
-    def is_raised(self) -> bool:
-        """True if a channel of the last step is flagged."""
-        return self._sent is not None and bool(self._sent.read().any())
 
 
 def record_event(tensor: Tensor) -> Any:

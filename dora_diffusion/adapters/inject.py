@@ -35,7 +35,6 @@ from dora_diffusion.adapters.layout import Site, layout_order
 from dora_diffusion.adapters.targets import check_pattern, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.adapter import PATTERNS
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.wording import listing
 from dora_diffusion.numerics.threads import map_ahead
@@ -44,7 +43,6 @@ from dora_diffusion.numerics.weights import LayerWeights, Strengths
 DEFAULT_NAME = "default"
 
 
-@check_arguments()
 def inject_adapters(
     model: nn.Module,
     config: AdapterConfig,
@@ -196,7 +194,6 @@ def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: s
     return None
 
 
-@check_arguments()
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Remove one adapter (or all), and give layers without adapters their plain class back.
 
@@ -220,7 +217,6 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             restore_base_class(layer)
 
 
-@check_arguments()
 def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     """Write the active adapters into the weights, in float32, cast once.
 
@@ -263,7 +259,6 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
             restore_base_class(layer)
 
 
-@check_arguments()
 def unmerge_adapters(model: nn.Module) -> None:
     """Restore the base weights that ``merge_adapters(keep_base=True)`` replaced.
 
@@ -280,7 +275,6 @@ def unmerge_adapters(model: nn.Module) -> None:
         layer.unmerge()
 
 
-@check_arguments()
 def set_strength(
     model: nn.Module,
     strength: float | Strengths | None = None,

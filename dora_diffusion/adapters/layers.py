@@ -26,8 +26,6 @@ from dora_diffusion.adapters.layout import (
 )
 from dora_diffusion.adapters.plan import make_scales
 from dora_diffusion.adapters.route import Route, Scales
-from dora_diffusion.config.arguments import mismatch
-from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.numerics.dora import (
     Factors,
     direction_of,
@@ -424,8 +422,6 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Modules of adapters are skipped.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(mismatch("model", model, nn.Module), "model")
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[int] = set()
     while waiting:

@@ -49,7 +49,7 @@ class NormRoute(Route):
 
     def scales(self, name: str, adapter: LayerAdapter) -> Scales | None:
         if name in self.norms:
-            if self.require_unchanged(name, adapter):
+            if self.check_unchanged(name, adapter):
                 return self.norms[name]
             del self.norms[name]
         if (scales := self.layer.computed_scales(adapter)) is not None:
@@ -60,8 +60,8 @@ class NormRoute(Route):
         """Keep the scales of an adapter until the scope ends."""
         self.norms[name], self._versions[name] = scales, adapter.versions()
 
-    def require_unchanged(self, name: str, adapter: LayerAdapter) -> bool:
-        """Return whether an adapter is unchanged since its scales were computed.
+    def check_unchanged(self, name: str, adapter: LayerAdapter) -> bool:
+        """Return whether an adapter is unchanged since its scales were computed; a DoRA must be.
 
         Raises:
             RuntimeError: If a parameter of a DoRA was written or replaced.
@@ -135,7 +135,7 @@ class RowRoute(NormRoute):
         layer, used = self.layer, [(name, adapter.strengths.strength) for name, adapter in active]
         key = (dtype, len(names), torch.is_grad_enabled(), *used)
         for name, adapter in active:
-            if name in self.norms and not self.require_unchanged(name, adapter):
+            if name in self.norms and not self.check_unchanged(name, adapter):
                 self._factors.clear()
         if key not in self._factors:
             factors = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.numerics.dora import Factors, dora_forward
-from dora_diffusion.numerics.operation import MaskedOperation, Operation, RowOperation
+from dora_diffusion.numerics.operation import Operation, RowOperation
 
 Ready = Callable[[Tensor], Tensor]
 """Forward of a layer, for an input that needs no preparation."""
@@ -69,9 +69,8 @@ class Route:
 
 
 def forward_rows(
-    op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors,
-    mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
+) -> Tensor:
     """`dora_forward` of a batch whose rows have an adapter each.
 
     One product with the weight serves all rows, and the low-rank products are batched.
@@ -82,10 +81,8 @@ def forward_rows(
         weight: Likewise.
         bias: Likewise.
         factors: Factors of each row, stacked (`RowOperation`).
-        mask: Factor of each rank of each row (`MaskedOperation`); None: all are 1.
     """
-    rows: Operation = RowOperation(op, x.ndim, len(factors.down))
-    rows = rows if mask is None else MaskedOperation(rows, mask)
+    rows = RowOperation(op, x.ndim, len(factors.down))
     return dora_forward(rows, x, weight, bias, factors)
 
 

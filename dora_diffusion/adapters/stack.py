@@ -7,62 +7,36 @@ the step.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.buffers import Buffers
-from dora_diffusion.adapters.flags import DeferredFlags
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
-from dora_diffusion.adapters.layout import Layout, Rows, layouts_of
+from dora_diffusion.adapters.layout import Layout, Rows
 from dora_diffusion.adapters.plan import NOTHING, Plan
 from dora_diffusion.adapters.route import Ready, Route, forward_rows, routed
 from dora_diffusion.numerics.dora import (
     Factors,
     direction_of,
     dora_forward,
-    gain,
-    per_channel,
-    sum_of_adapters,
 )
 from dora_diffusion.numerics.fused import is_fusible
-from dora_diffusion.numerics.operation import MaskedOperation, Operation, dropout
 from dora_diffusion.numerics.precision import product_dtype
-from dora_diffusion.numerics.weights import LayerWeights
 
 BASE: Rows = ()
 """Rows of a batch of any size without adapters."""
-Masks = Sequence[Tensor | None]
-"""For each layer, factors ``(N, r)`` or ``(1, r)`` of the ranks of each row; None: all are 1."""
-
-
-class RankRoute(NamedTuple):
-    """Rank masks for the rows of a batch: arguments of `AdapterStack.of`.
-
-    Attributes:
-        masks: Factors of the ranks of each layer. Empty: no layer has masks.
-        active: Ranks that the norm includes, in the same shapes.
-    """
-
-    masks: Masks = ()
-    active: Masks = ()
-
-
 _BASE: tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]] = ({}, {})
 """Factors and `Route.ready` of a layer for the base, always empty."""
 
 
 class AdapterStack:
     """K adapters of the same layers.
-
-    Attributes:
-        flags: Flags of each layout, read one step late.
 
     Args:
         layers: The layers.
@@ -96,12 +70,9 @@ class AdapterStack:
                 )
         self.layers, self.adapters, self._memory = layers, adapters, memory or {}
         self.rows: Rows = BASE
-        self.masks: Masks = ()
-        self.norm_changes: Masks = ()
         pairs = zip(layers, adapters, strict=True)
         self._routes = [StackRoute(self, *pair) for pair in pairs]
         self._layouts = LayoutCache()
-        self.flags: Mapping[Any, DeferredFlags] = self._layouts.flags
         self._dtype: torch.dtype | None = None
         self._plans: list[Plan] = []
         self._buffers: dict[Layout, Buffers] = {}
@@ -109,8 +80,8 @@ class AdapterStack:
         self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
         self._are_ready: set[Rows] = set()
 
-    def settle(self) -> tuple[Mapping[Any, Layout], bool]:
-        """Return the layouts, and whether they are new: memory of earlier steps is then dropped."""
+    def _settled(self) -> Mapping[Any, Layout]:
+        """Return the layouts. If they are new, memory of earlier steps is dropped."""
         layouts, are_new = self._layouts.of(self.layers, self.adapters)
         if are_new:
             self._buffers = {}
@@ -118,25 +89,20 @@ class AdapterStack:
                 route.settle()
             self._dtype = next((r.plain_dtype for r in self._routes if r.plain_dtype), None)
             self._parameters = [p for group in self.adapters for a in group for p in a.parameters()]
-        return layouts, are_new
+        return layouts
 
     @contextmanager
-    def scope(self, flags: Mapping[Any, DeferredFlags] | None = None) -> Iterator[None]:
+    def scope(self) -> Iterator[None]:
         """Compute with the adapters' current values inside the block; rows are initially the base.
 
         The parameters get their gradients at the end of the block.
 
-        Args:
-            flags: Flags of each layout; None: `flags`.
-
         Raises:
             RuntimeError: At the end, if a parameter changed inside the block.
         """
-        layouts, _ = self.settle()
-        flags = self.flags if flags is None else flags
         self._plans = [
-            Plan(layout, flags[kind], has_edges=False, shared=bool(self._memory))
-            for kind, layout in layouts.items()
+            Plan(layout, self._layouts.flags[kind], has_edges=False, shared=bool(self._memory))
+            for kind, layout in self._settled().items()
         ]
         self._made, self._are_ready = {}, set()
         before = [parameter._version for parameter in self._parameters]
@@ -156,29 +122,18 @@ class AdapterStack:
             self._plans = []
 
     @contextmanager
-    def of(
-        self, rows: int | Sequence[int], masks: Masks = (), active: Masks = ()
-    ) -> Iterator[None]:
+    def of(self, rows: int | Sequence[int]) -> Iterator[None]:
         """Use these adapters for the rows of a batch inside the block, backward passes included.
-
-        A masked row of a DoRA computes ``g (W + s B M A)``. Its gain has the norm of the unmasked
-        weight ``W + s B A``, since dropout preserves the update in the mean. T-LoRA excludes ranks
-        by timestep: there the norm is that of ``W + s B M' A`` with ``active`` as M', so that each
-        row is the DoRA of its remaining ranks. All norms are constants for the gradient.
 
         Args:
             rows: The adapter of each row; a number if all rows of any batch use it; `BASE` for
                 none.
-            masks: Factors of the ranks of each row (`MaskedOperation`).
-            active: Masks M' of the norm, with a row for each row of the batch; None for layers with
-                the unmasked norm.
         """
-        before = self.rows, self.masks, self.norm_changes
-        changes = self._norm_changes(rows, active) if active else ()
+        before = self.rows
         if not isinstance(rows, int):
             rows = rows[0] if len(set(rows)) == 1 else tuple(rows)
         try:
-            self._choose(rows, masks, changes)
+            self._choose(rows)
             # Before the first layer is called, so that every layer has its ``ready`` forward.
             if isinstance(rows, int) and self._dtype is not None and rows not in self._are_ready:
                 self._are_ready.add(rows)
@@ -187,60 +142,20 @@ class AdapterStack:
             for buffers in self._buffers.values():
                 buffers.end_pass()
         finally:
-            self._choose(*before)
+            self._choose(before)
 
-    def _choose(self, rows: Rows, masks: Masks = (), norm_changes: Masks = ()) -> None:
-        for route in self._routes if self.masks else ():
-            route.mask = route.norm_change = None
-        self.rows, self.masks, self.norm_changes = rows, masks, norm_changes
+    def _choose(self, rows: Rows) -> None:
+        self.rows = rows
         if rows not in self._made:
             self._made[rows] = [_BASE if rows == BASE else ({}, {}) for _ in self.layers]
         for route, entry in zip(self._routes, self._made[rows], strict=True):
             route.factors_by_dtype, route.ready = entry
-        for route, mask in zip(self._routes, masks, strict=False):
-            if mask is not None:
-                route.mask, route.ready = mask, {}
-        for route, change in zip(self._routes, norm_changes, strict=False):
-            route.norm_change = change
-
-    @torch.no_grad()
-    def _norm_changes(self, rows: int | Sequence[int], active: Masks) -> Masks:
-        """Return `Factors.norm_change` of each layer, from a norm for each row."""
-        if all(masks is None for masks in active):
-            return ()
-        whole: dict[int, Sequence[Tensor]] = {}
-        for plan in self._plans:
-            if plan.norm is not None:
-                norms, count = torch.split(plan.norm, plan.layout.sizes), plan.layout.count
-                for index, number in enumerate(plan.layout.numbers):
-                    whole[number] = norms[index * count : (index + 1) * count]
-        numbers, sites, owners = [], [], list[int]()
-        for number, masks in enumerate(active):
-            if masks is not None and number in whole:
-                site = self.layers[number].site(self.adapters[number])
-                owners = [rows] * len(masks) if isinstance(rows, int) else list(rows)
-                pairs = zip(owners, masks, strict=True)
-                adapters = [_masked(site.adapters[k], mask) for k, mask in pairs]
-                numbers.append(number)
-                sites.append(site._replace(adapters=adapters))
-        changes: list[Tensor | None] = [None] * len(self.layers)
-        for layout in layouts_of(sites).values():
-            layer_numbers = [numbers[index] for index in layout.numbers]
-            norm = Plan(layout).norm
-            assert norm is not None
-            change = gain(
-                torch.cat([whole[n][k] for n in layer_numbers for k in owners]), norm
-            ).sub_(1)
-            split = torch.split(change, [len(owners) * width for width in layout.widths])
-            for number, part in zip(layer_numbers, split, strict=True):
-                changes[number] = part.view(len(owners), -1)
-        return changes
 
     def _make_ready(self, dtype: torch.dtype) -> None:
         """Compute the factors of all layers in a dtype, for rows that use one adapter."""
         entries, unserved = self._made[self.rows], []
         for plan in self._plans:
-            if self.masks or not plan.layout.has_buffers or not self._layouts.is_kept:
+            if not plan.layout.has_buffers or not self._layouts.is_kept:
                 unserved.append(plan)
                 continue
             layout = plan.layout
@@ -287,13 +202,6 @@ class AdapterStack:
                     ready.setdefault(dtype, forward)
 
 
-def _masked(weights: LayerWeights, mask: Tensor) -> LayerWeights:
-    """Return weights with A times a row's mask ``(r,)``, repeated for PiSSA's rank 2r."""
-    mask = mask.repeat(max(1, weights.rank // len(mask)))[: weights.rank]
-    mask = per_channel(mask, weights.down.ndim, "output")
-    return dataclasses.replace(weights, down=weights.down * mask)
-
-
 class StackRoute(Route):
     """Route of a layer in a stack.
 
@@ -304,8 +212,6 @@ class StackRoute(Route):
 
     Attributes:
         factors_by_dtype: Factors for the current rows in the dtypes computed so far.
-        mask: Factor of each rank of the current rows; None: all are 1.
-        norm_change: `Factors.norm_change` of the current rows.
         op: Operation of the weight.
         matrix: The weight ``(out, in, *k)``.
         plain_dtype: Dtype of inputs that need no preparation; None: all inputs need it.
@@ -316,8 +222,6 @@ class StackRoute(Route):
     ) -> None:
         self.stack, self.layer, self.adapters = stack, layer, adapters
         self.factors_by_dtype: dict[torch.dtype, Factors] = {}
-        self.mask: Tensor | None = None
-        self.norm_change: Tensor | None = None
 
     def settle(self) -> None:
         """Read the properties of the layer that are the same in all steps."""
@@ -358,59 +262,35 @@ class StackRoute(Route):
         Raises:
             ValueError: If the batch's size differs from the number of rows.
         """
-        rows, layer, mask = self.stack.rows, self.layer, self.mask
+        rows, layer = self.stack.rows, self.layer
         if rows == BASE:
             return layer.adapted(x, ())
-        if mask is None and isinstance(rows, int):
+        if isinstance(rows, int):
             return layer.adapted(x, [("", self.adapters[rows])])
-        row_adapters = (rows,) * len(cast(Tensor, mask)) if isinstance(rows, int) else rows
-        if len(row_adapters) not in (len(x), 1):
+        if len(rows) != len(x):
             raise ValueError(
                 f"a layer is called with a batch of {len(x)}, but adapters are given for "
-                f"{len(row_adapters)} rows"
+                f"{len(rows)} rows"
             )
         op, (inputs, matrix, bias) = layer.operation(), layer.operands(x)
-        factors = self.factors(inputs.dtype)._replace(norm_change=self.norm_change)
-        if isinstance(rows, int):
-            factors = layer.with_direction(factors, self.adapters[rows])
-            if factors.direction is None:
-                op = MaskedOperation(op, cast(Tensor, mask))
-                return self._forward_one(rows, op, inputs, matrix, bias, factors)
-        elif not factors.gain_in_graph:
-            return forward_rows(op, cast(Tensor, inputs), matrix, bias, factors, mask)
-        outputs = []
-        for row, k in enumerate(row_adapters):
-            one: Any = inputs if len(row_adapters) == 1 else inputs[row, None]  # type: ignore[index]
-            row_factors = self._factors_of_row(factors, k, row)
-            outputs.append(self._forward_one(k, op, one, matrix, bias, row_factors))
-        return torch.cat(outputs)
-
-    def _forward_one(
-        self, k: int, op: Operation, x: Any, matrix: Tensor, bias: Tensor | None, factors: Factors
-    ) -> Tensor:
-        """Return the output of rows with one adapter, with its dropout."""
-        p = self.adapters[k].dropout
-        if not (self.layer.training and p):
-            return dora_forward(op, x, matrix, bias, factors)
-        dropped = dropout(x, p, training=True)
-        return sum_of_adapters(op, x, matrix, bias, [(factors, 1.0, dropped)])
+        assert isinstance(inputs, Tensor)
+        factors = self.factors(inputs.dtype)
+        if not factors.gain_in_graph:
+            return forward_rows(op, inputs, matrix, bias, factors)
+        return torch.cat([
+            dora_forward(op, inputs[row, None], matrix, bias, self._factors_of_row(factors, k, row))
+            for row, k in enumerate(rows)
+        ])  # fmt: skip
 
     def _factors_of_row(self, factors: Factors, k: int, row: int) -> Factors:
-        """Return the factors of one row, with its mask in A and in the direction."""
-        if isinstance(self.stack.rows, tuple):
-            up, ones = factors.up[row], [1] * (factors.down.ndim - 3)
-            factors = factors._replace(
-                down=factors.down[row],
-                up=up.view(*up.shape, *ones),
-                gain=cast(Tensor, factors.gain)[row],
-                shift=None if factors.shift is None else factors.shift[row],
-            )
-        down, change = factors.down, factors.norm_change
-        mask = down.new_ones(len(down)) if self.mask is None else self.mask[row]
-        weights = _masked(self.adapters[k].scaled_weights(), mask)
-        mask = mask.repeat(len(down) // len(mask)).to(down.dtype)
+        """Return the factors of one row, with its direction."""
+        down, up, shift = factors.down[row], factors.up[row], factors.shift
         return factors._replace(
-            down=down * per_channel(mask, down.ndim, "output"),
-            direction=direction_of(self.layer.dense(), weights, down.dtype),
-            norm_change=None if change is None else change[row, None],
+            down=down,
+            up=up.view(*up.shape, *[1] * (down.ndim - 2)),
+            gain=cast(Tensor, factors.gain)[row],
+            shift=None if shift is None else shift[row],
+            direction=direction_of(
+                self.layer.dense(), self.adapters[k].scaled_weights(), down.dtype
+            ),
         )

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
 from dora_diffusion.adapters.kinds import can_adapt, layer_kind
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers, own_modules
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import MissingToken, UnreadFile
@@ -153,7 +152,6 @@ def by_component(
     return split
 
 
-@check_arguments()
 def save_adapter(
     components: nn.Module | LiveModules,
     path: str | PathLike[str],
@@ -191,7 +189,6 @@ def save_adapter(
     return write_adapter(Path(path), AdapterFile(layers, metadata or AdapterMetadata()), target)
 
 
-@check_arguments()
 def load_adapter(
     components: nn.Module | LiveModules,
     path: str | PathLike[str],

@@ -85,19 +85,15 @@ def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     ]
 
 
-def require_rows(paths: Iterable[str], feature: str) -> None:
-    """Check that all layers see each row of a batch by itself.
-
-    Args:
-        paths: Paths of the layers.
-        feature: Feature that treats rows differently, for the message.
+def require_rows(paths: Iterable[str]) -> None:
+    """Check that all layers see each row of a batch by itself, as the rows of a pack need.
 
     Raises:
         TargetError: If a layer sees the tokens of all rows in one dimension.
     """
     if layers := [path for path in paths if re.match(_TOKENS_OF_ALL_ROWS, path)]:
         raise TargetError(
-            f"targets: {', '.join(layers)} cannot be trained with {feature}, since its input joins "
+            f"targets: {', '.join(layers)} cannot be trained in a pack, since its input joins "
             "the tokens of all rows of a batch; leave it out of targets"
         )
 

@@ -25,7 +25,7 @@ SPECIAL = (SIZE, REPLACE, *_PARTS)
 """Axes that are not settings."""
 
 NO_AXES = (
-    "output", "overwrite", "repeat", "num_images", "batch_size", "adapters_file", "adapter_dir",
+    "output", "overwrite", "repeat", "num_images", "batch_size", "adapters_file",
     "offload", "grid", "grid_limit",
 )  # fmt: skip
 """Settings that cannot be axes: they do not change an image, or make several."""
@@ -37,10 +37,6 @@ _PATHS = (
     "image",
     "mask_image",
     "model_config",
-    "wildcard_dir",
-    "adapter_dir",
-    "styles",
-    "detail",
 )
 # Settings that each image requires.
 _NEVER_NONE = ("prompt", "seed")
@@ -68,10 +64,6 @@ class Change:
     acts: Callable[[Any], bool] = lambda settings: True
     idle: str = ""
     order: int = 0
-
-
-# Reads the adapters that a cell's prompt names, after words of the prompt were replaced.
-_NAMED = Change("", None, (), lambda settings: settings.named_adapters(), order=2)
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,7 @@ def plan_grid(settings: Any) -> Grid:
     for index in product(*(range(len(axis.points)) for axis in axes)):
         cell = plain
         changes = [c for axis, at in zip(axes, index, strict=True) for c in axis.points[at]]
-        for change in sorted([*changes, _NAMED], key=lambda change: change.order):
+        for change in sorted(changes, key=lambda change: change.order):
             if change.idle:
                 idle[change.idle] = idle.get(change.idle, True) and not change.acts(cell)
             cell = change.apply(cell)

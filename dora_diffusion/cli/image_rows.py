@@ -13,11 +13,12 @@ from dora_diffusion.cli.repeat import loaded_text
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, Setting, require
 from dora_diffusion.config.file import read_yaml
-from dora_diffusion.config.problems import Problems, find_setting, read_values
-from dora_diffusion.config.prompts import with_styles
+from dora_diffusion.config.flag_map import find_setting
+from dora_diffusion.config.problems import Problems, read_values
+from dora_diffusion.config.prompts import MOST_CHARACTERS
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.formats.parameters import NEGATIVE, lora_tag, network_tags, settings_line
+from dora_diffusion.formats.parameters import NEGATIVE, network_tags, settings_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +58,7 @@ class LoadedRequest(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of an image's first pass, in pixels."""
+        """Width and height of an image, in pixels."""
         return self.sampling.size(self.components.default_resolution)
 
     def sample(self, rows: Sequence[ImageRow], on_step: Callable[[int, int], None]) -> list[Image]:
@@ -65,13 +66,13 @@ class LoadedRequest(NamedTuple):
         from dora_diffusion.sampling.generate import generate_images
 
         size, position = self.batch
-        seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
+        seeds = [row.seed for row in rows]
         if size > 1:
             # The other images change only how products are rounded.
             seeds = [seeds[0] - position + number for number in range(size)]
         images = generate_images(
             self.components,
-            prompts if self.request.prompts.wildcards and size == 1 else prompts[0],
+            rows[0].prompt,
             seeds,
             self.sampling,
             batch_size=size if size > 1 else self.request.batch_size,
@@ -100,7 +101,7 @@ class LoadedRequest(NamedTuple):
             start = index - index % request.batch_size
             batch = min(request.batch_size, count - start), index - start
         uses = [row.adapter] if isinstance(row.adapter, AdapterUse) else request.uses()
-        extra = images.model_fields(self.components, uses, *batch)
+        extra = images.model_fields(self.components, *batch)
         loaded = loaded_text(request.model)
         extra |= {images.LOADED: loaded} if loaded else {}
         text = images.parameters_text(
@@ -131,34 +132,6 @@ def trigger_messages(prompts: Iterable[tuple[str, AdapterMetadata]]) -> list[str
     ]
 
 
-def _drawn(args: RequestedImages) -> Callable[[str, int], str]:
-    """Return a function that draws a prompt's wildcards by an image's seed.
-
-    Raises:
-        ConfigError: If they cannot be drawn.
-
-    Warns:
-        UserWarning: If a prompt has some and wildcards are off.
-    """
-    from dora_diffusion.data.captions import WILD, CaptionRules, Wildcards
-
-    known = set[str]()
-
-    def as_text(prompt: str, seed: int) -> str:
-        if WILD.search(prompt) and prompt not in known:
-            known.add(prompt)
-            warnings.warn(
-                f"{{a|b}} and __file__ are read as text: {quoted(prompt)}; draw them with "
-                "--wildcards",
-                stacklevel=3,
-            )
-        return prompt
-
-    if not args.prompts.wildcards:
-        return as_text
-    return CaptionRules(wildcards=Wildcards(args.prompts.wildcard_dir)).draw_prompt
-
-
 def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
     """Return the requested images by their files.
 
@@ -186,7 +159,7 @@ def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
     from dora_diffusion.sampling.settings import ImageRow
     from dora_diffusion.sampling.stack import AdapterUse
 
-    rows, drawn = dict[Path, ImageRow](), _drawn(args)
+    rows = dict[Path, ImageRow]()
     for number, entry in enumerate(entries):
         prompt, seed = entry.get("prompt", prompts.prompt), entry.get("seed", first + number)
         place = f"entry {number + 1} of {file}" if file else "generate"
@@ -194,8 +167,7 @@ def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
             prompt is not None, f"{place} has no prompt; say with --prompt what to show", "prompt"
         )
         suffix = f"-{number + 1}" if file else f"-{seed}" if len(entries) > 1 else ""
-        styles = [style.prompt for style in prompts.chosen_styles]
-        text = drawn(with_styles(str(prompt), styles), seed)
+        text = str(prompt)
         _require_prompt(text, args)
         adapter, strength = entry.get("adapter"), entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
@@ -219,40 +191,29 @@ def _require_free(files: Iterable[Path], *, overwrite: bool) -> None:
         require_writable(path)
 
 
-def _require_no_tags(words: str) -> None:
-    """Refuse tags by which web UIs load networks."""
-    tags = network_tags(words)
-    if other := next((tag for tag in tags if tag.kind != "lora"), None):
-        raise ConfigError(
-            f"{other.text} in the prompt is not read; write {lora_tag(other.name, 0.8)} for an "
-            "adapter, with its folder as --adapter_dir",
-            "prompt",
-        )
-    require(
-        not tags,
-        f"the prompt {quoted(words)} holds <lora:...>, as web UIs load an adapter; give "
-        "its file with --adapter, or its folder with --adapter_dir",
-        "prompt",
-    )
-
-
 def _require_prompt(text: str, args: RequestedImages) -> None:
     """Require prompts of one image that are words alone, without tags or settings of web UIs.
 
     Raises:
         ConfigError: If one names an adapter or holds an image's settings.
     """
-    detail = args.detail_pass.detail_prompt or ""
-    for words in (text, detail):
-        _require_no_tags(words)
+    tag = next(iter(network_tags(text)), None)
+    require(
+        tag is None,
+        f"{tag} in the prompt is not read; give the file of an adapter with --adapter",
+        "prompt",
+    )
     require(
         not text.strip().startswith(NEGATIVE),
         "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
         "prompt",
     )
-    for name, words in (
-        ("prompt", text), ("detail_prompt", detail), ("negative_prompt", args.negative_prompt or "")
-    ):  # fmt: skip
+    for name, words in (("prompt", text), ("negative_prompt", args.negative_prompt or "")):
+        require(
+            len(words) <= MOST_CHARACTERS,
+            f"a prompt of {len(words)} characters is too long; the most are {MOST_CHARACTERS}",
+            name,
+        )
         line = settings_line(words)
         require(
             not line,

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.settings import adapter_and_strength, adapter_and_strengths, needs_adapter
+from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.command import CommandSettings
-from dora_diffusion.config.fields import Need, flag, require
-from dora_diffusion.config.prompts import (
-    DENOISE,
-    DETAIL_DENOISE,
-    DETAIL_PADDING,
-    HIRES_DENOISE,
-    LEAST_PADDING,
-    Style,
-    read_styles,
-)
+from dora_diffusion.config.fields import Need, flag
+from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.config.run import SampleSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_diffusion.numerics.weights import Strengths
-    from dora_diffusion.sampling.detail import Detail
     from dora_diffusion.sampling.stack import AdapterUse
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters(CommandSettings):
-    """Adapters that act on all images, on each image its own, or by their names in a prompt."""
+    """Adapters that act on all images, or on each image its own."""
 
     adapter: list[str] | None = flag(
         None,
@@ -39,28 +28,10 @@ class Adapters(CommandSettings):
         "FILE:0.5:0.8 one for the text encoders and one for the UNet. May be repeated.",
         repeated=True,
     )
-    layer_strength: list[str] = flag(
-        [],
-        "Factors of the strength on layers by patterns of their names, as inspect shows them, such "
-        "as unet.up_blocks.*:0.5 text_encoder.*:0. Several that match are multiplied.",
-        needs=(needs_adapter,),
-    )
-    strength_schedule: list[str] = flag(
-        [],
-        "Factor of the strength over the denoising steps: '0:0.4, 0.5:1' is 0.4, and from half of "
-        "them on 1. Prompts are encoded as at 0. One for all adapters, or one for each.",
-        needs=(needs_adapter,),
-    )
     adapters_file: str | None = flag(
         None,
         "Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
         "prompt, seed and strength. Images of a batch share the product with the base's weights.",
-    )
-    adapter_dir: str | None = flag(
-        None,
-        "Folder of adapters that the prompt may name as in web UIs: <lora:NAME:0.8> applies "
-        "NAME.safetensors of it, or of its folder NAME; --repeat looks there first.",
-        needs=(lambda config: None if config.repeat else "the prompt names no adapter",),
     )
 
     def uses(self, strengths: Strengths) -> list[AdapterUse]:
@@ -70,46 +41,22 @@ class Adapters(CommandSettings):
             strengths: Strengths that all adapters have, with their own.
 
         Raises:
-            ConfigError, ValueError: If a strength or schedule cannot be.
+            ValueError: If a strength is out of range.
         """
         from dora_diffusion.numerics.weights import MergeStrengths
-        from dora_diffusion.sampling.stack import uses_of
+        from dora_diffusion.sampling.stack import AdapterUse
 
         adapters = []
         for word in self.adapter or []:
             path, text_encoder, unet = adapter_and_strengths(word)
             shares = {"text_encoder_strength": text_encoder, "unet_strength": unet}
-            adapters.append((path, MergeStrengths(**vars(strengths), **shares)))
-        layers = dict(adapter_and_strength(word) for word in self.layer_strength)
-        return uses_of(adapters, layers, self.strength_schedule)
-
-    def named_in(self, tags: Sequence[tuple[str, str]]) -> list[str]:
-        """Return the adapters that the tags of a prompt name, each with its strengths.
-
-        Args:
-            tags: Names and strengths, as `split_tags` returns them.
-
-        Raises:
-            ConfigError: If a tag has an option that is not read, or names no adapter.
-        """
-        from dora_diffusion.cli.lookup import adapter_named
-        from dora_diffusion.formats.parameters import lora_tag, split_strengths
-
-        for name, shares in tags:
-            *_, other = split_strengths(shares)
-            instead = "use --layer_strength" if "lbw" in other else f"write {lora_tag(name, 0.8)}"
-            require(
-                not other,
-                f"{other} of {lora_tag(name + shares)} has no meaning here; {instead}",
-                "prompt",
-            )
-        folder = self.adapter_dir or ""
-        return [f"{adapter_named(folder, name)}{shares}" for name, shares in tags]
+            adapters.append(AdapterUse(path, MergeStrengths(**vars(strengths), **shares)))
+        return adapters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(CommandSettings):
-    """The prompt, its styles and its wildcards."""
+    """The prompt, and how it is read."""
 
     prompt: str | None = flag(
         None, "Prompt; required, unless each entry of --adapters_file has one."
@@ -118,39 +65,6 @@ class Prompts(CommandSettings):
         True,
         "Read (word:1.2), (word), [word] and BREAK in prompts, as A1111 does; \\( is a bracket.",
     )
-    styles: str | None = flag(
-        None,
-        "File of styles as A1111 has them (styles.csv: name, prompt, negative_prompt).",
-        needs=(Need("style"),),
-    )
-    style: list[str] = flag(
-        [],
-        "Styles of that file, in their order: a style's text takes the prompt at its {prompt}, or "
-        "follows it after a comma; the negative prompt alike.",
-        repeated=True,
-    )
-    wildcards: bool = flag(
-        False, "Draw {a|b} and __file__ of the prompt by each image's seed; \\{ is a brace."
-    )
-    wildcard_dir: str | None = flag(
-        None,
-        "Folder of wildcard files: __colours__ is a line of its colours.txt.",
-        needs=(Need("wildcards"),),
-    )
-
-    @cached_property
-    def chosen_styles(self) -> list[Style]:
-        """The chosen styles.
-
-        Raises:
-            ConfigError: If the file or a style does not exist.
-        """
-        require(
-            not self.style or self.styles is not None,
-            "style is given without a file of styles; give A1111's styles.csv with --styles",
-            "styles",
-        )
-        return read_styles(self.styles, self.style) if self.styles and self.style else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,73 +113,6 @@ class ImageInput(CommandSettings):
 
         files = {"image": self.image, "mask_image": self.mask_image}
         return {name: open_photo(file) for name, file in files.items() if file is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SecondPass(CommandSettings):
-    """Second pass over the enlarged image."""
-
-    hires: float | None = flag(
-        None,
-        "Second pass at sides that are so many times as long, such as 1.5, over the enlarged image "
-        "of the first one (Hires. fix). Default: none.",
-    )
-    hires_denoise: float = flag(
-        HIRES_DENOISE, "Denoising strength of the second pass.", needs=(Need("hires"),)
-    )
-    hires_steps: int | None = flag(
-        None,
-        "Denoising steps of the second pass, of which that share is done. Default: --steps.",
-        needs=(Need("hires"),),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetailPass(CommandSettings):
-    """Detail pass over the face or subject."""
-
-    detail: str | None = flag(
-        None,
-        "Model that finds a face or subject in each finished image, which is enlarged to the "
-        "model's size, painted over and put back: rembg, rembg:MODEL, or a segmentation model "
-        "(folder or hub id).",
-    )
-    detail_label: str | None = flag(
-        None,
-        "Which of a segmentation model's labels that is, such as face.",
-        needs=(Need("detail"),),
-    )
-    detail_prompt: str | None = flag(
-        None, "Prompt of the detail pass. Default: the image's.", needs=(Need("detail"),)
-    )
-    detail_denoise: float = flag(
-        DETAIL_DENOISE,
-        "Denoising strength of the detail pass.",
-        needs=(Need("detail"),),
-        above=0,
-        most=1,
-    )
-    detail_padding: int = flag(
-        DETAIL_PADDING,
-        "Pixels around what is found that the detail pass sees too.",
-        needs=(Need("detail"),),
-        least=LEAST_PADDING,
-    )
-
-    def opened(self) -> Detail | None:
-        """The pass with its model; None without a detail pass.
-
-        Raises:
-            ConfigError, ValueError, OSError: If the model cannot be opened.
-        """
-        if not self.detail:
-            return None
-        from dora_diffusion.sampling.detail import Detail
-
-        return Detail.open(
-            self.detail, self.detail_label or "", denoise=self.detail_denoise,
-            padding=self.detail_padding, prompt=self.detail_prompt or "",
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

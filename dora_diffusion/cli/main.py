@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         of memory, 128 + N saved and stopped by signal N.
     """
     words = sys.argv[1:] if argv is None else argv
-    _complete()
     args = build_parser(COMMANDS.keys() & words).parse_args(words)
     tune_process()
     let_break_interrupt()
@@ -124,16 +123,6 @@ def _print_anything() -> None:
     """Make standard output escape characters that the console cannot encode."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _complete() -> None:
-    """Complete a command line for the shell, through argcomplete, and exit."""
-    if "_ARGCOMPLETE" in os.environ:
-        try:
-            import argcomplete
-        except ImportError:
-            sys.exit("error: completion needs argcomplete; run 'pip install argcomplete'")
-        argcomplete.autocomplete(build_parser())
 
 
 if __name__ == "__main__":

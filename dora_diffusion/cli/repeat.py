@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.cli.settings import AdaptedModel
+from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
+from dora_diffusion.config.wording import number_text
+from dora_diffusion.models.locate import is_embedded, looks_local
+from dora_diffusion.numerics.weights import MergeStrengths
 
 if TYPE_CHECKING:
     from dora_diffusion.cli.requested_images import RequestedImages
@@ -63,6 +66,79 @@ def repeated_settings(file: str) -> tuple[dict[str, Any], list[RecordedAdapter]]
             f"of {Path(file).name}, this has no meaning here: {'; '.join(unread)}", stacklevel=2
         )
     return values, adapters
+
+
+def base_and_adapters(
+    image: str, given: Mapping[str, Any], adapters: Sequence[RecordedAdapter]
+) -> dict[str, Any]:
+    """Return the settings ``base`` and ``adapter`` of an image.
+
+    They are those that are given, else what the image's text names, if that is a hub id, an
+    embedded model or a path from the current folder.
+
+    Args:
+        image: The image's file.
+        given: Settings that take precedence.
+        adapters: The image's adapters.
+
+    Raises:
+        ConfigError: If something is neither given nor there, all in one message.
+    """
+    from dora_diffusion.sampling.images import read_fields
+
+    name, model = Path(image).name, read_fields(image).get("Model", "")
+    adapters = [] if given.get("adapters_file") else adapters
+    words = given.get("adapter") or []
+    words = [str(word) for word in ([words] if isinstance(words, str) else words)]
+    words = words or [path for adapter in adapters if (path := _path_of(adapter.name))]
+    chosen, spare = _in_order(words, adapters)
+    is_hub = "/" in model and not looks_local(model)
+    base = given.get("base") or (model if is_embedded(model) or is_hub else _path_of(model))
+    names = ", ".join(dict.fromkeys(adapter.name for adapter in adapters))
+    missing = [
+        f"the model {model or '(not stated)'}: give it with --base" * (not base),
+        f"the adapters {names}: give the file of each with --adapter, in this order"
+        * (not all(chosen)),
+    ]
+    require(
+        not any(missing),
+        f"{name} was made with {'; and '.join(filter(None, missing))}",
+        "adapter" if base else "base",
+    )
+    pairs = zip(chosen, adapters, strict=True)
+    complete = [*(_with_strengths(word, adapter) for word, adapter in pairs), *spare]
+    return {"base": base} | ({"adapter": complete} if adapters else {})
+
+
+def _path_of(name: str) -> str:
+    """Return the path of a file or folder that a text names; empty if there is none."""
+    paths = (Path(name), Path(f"{name}.safetensors")) if name else ()
+    return next((str(path) for path in paths if path.exists()), "")
+
+
+def _in_order(
+    words: Sequence[str], adapters: Sequence[RecordedAdapter]
+) -> tuple[list[str], list[str]]:
+    """Sort adapters as an image has them: by their hashes, the others in their order.
+
+    An adapter that an image has twice may be given once.
+
+    Returns:
+        A word for each of the image's adapters, empty if there is none; and the other words.
+    """
+    free, chosen = [*words], list[str]()
+    for adapter in adapters:
+        same = (w for w in [*free, *words] if adapter.matches(adapter_and_strengths(w)[0]))
+        chosen.append(next(same, ""))
+        free = [word for word in free if word != chosen[-1]]
+    return [word or (free.pop(0) if free else "") for word in chosen], free
+
+
+def _with_strengths(word: str, adapter: RecordedAdapter) -> str:
+    """A given adapter with the strengths of the image's, unless it has its own."""
+    shares = MergeStrengths.of(adapter.strengths)
+    numbers = map(number_text, (shares.text_encoder_strength, shares.unet_strength))
+    return ":".join([word, *numbers]) if adapter_and_strengths(word)[0] == word else word
 
 
 def loaded_text(model: AdaptedModel | BaseModel) -> str:

@@ -10,20 +10,15 @@ from typing import TYPE_CHECKING
 from dora_diffusion.cli.image_settings import (
     Adapters,
     DenoisingSettings,
-    DetailPass,
     GridAxes,
     ImageInput,
     Prompts,
-    SecondPass,
 )
 from dora_diffusion.cli.settings import AdaptedModel, scheduler_flag
 from dora_diffusion.config.command import CommandSettings, group
 from dora_diffusion.config.fields import REQUIRED, flag
-from dora_diffusion.config.prompts import with_styles
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from dora_diffusion.models.components import Components
     from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
@@ -44,13 +39,10 @@ class RequestedImages(CommandSettings):
     repeat: str | None = flag(
         None,
         "Image to repeat (PNG, JPEG, WebP) with the prompt, seed and settings in it, of this "
-        "program, A1111 or a plain workflow of ComfyUI. Base and adapters that are not given are "
-        "looked up by hash and name: in --adapter_dir, the runs, the image's folder and the "
-        "current one. Flags take precedence.",
+        "program or A1111. Give its base with --base and its adapters with --adapter, unless its "
+        "text names them by a path or hub id. Flags take precedence.",
     )
     source: ImageInput = group(ImageInput)
-    second_pass: SecondPass = group(SecondPass)
-    detail_pass: DetailPass = group(DetailPass)
     negative_prompt: str = flag("", "Negative prompt.")
     seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
     num_images: int = flag(1, "Number of images, one per seed.", least=1, most=10_000)
@@ -61,39 +53,6 @@ class RequestedImages(CommandSettings):
         "while it computes, which takes less of its memory and more time. Default: none.",
         choices=("none", "model"),
     )
-
-    def named_adapters(self) -> Self:
-        """The settings with the adapters that the prompt names in place of their tags.
-
-        Each cell of a grid has its own.
-
-        Raises:
-            ConfigError: If a style or an adapter is not there.
-        """
-        prompts, adapters = self.prompts, self.adapters
-        if adapters.adapter_dir is None or prompts.prompt is None or self.axes.grid:
-            return self
-        from dora_diffusion.formats.parameters import split_tags
-
-        prompt, tags = split_tags(self.styled("prompt"))
-        if not tags:
-            return self
-        negative = self.styled("negative_prompt")
-        words = adapters.named_in(tags)
-        return self.changed(
-            prompt=prompt, negative_prompt=negative, styles=None, style=[], adapter_dir=None,
-            adapter=[*(adapters.adapter or []), *words],
-        )  # fmt: skip
-
-    def styled(self, name: str) -> str:
-        """The prompt, or the negative one, with the styles.
-
-        Raises:
-            ConfigError: If a style is not there, or the text is too long.
-        """
-        texts = [getattr(style, name) for style in self.prompts.chosen_styles]
-        prompt = self.prompts.prompt if name == "prompt" else self.negative_prompt
-        return with_styles(prompt or "", texts)
 
     def without_effect(self) -> dict[str, str]:
         """Settings that have no effect (for a grid: in no cell), and why.
@@ -146,28 +105,25 @@ class RequestedImages(CommandSettings):
         """The adapters that are on for all images, with their strengths.
 
         Raises:
-            ConfigError, ValueError: If a strength or schedule cannot be.
+            ValueError: If a strength is out of range.
         """
         return self.adapters.uses(self.model.strengths)
 
     @cached_property
     def sampling(self) -> SamplingSettings:
-        """The settings of sampling: images and the model of a detail pass are opened.
+        """The settings of sampling: its images are opened.
 
         Raises:
             ConfigError, ValueError, OSError: If a value cannot work, or a file cannot be read.
         """
         from dora_diffusion.models.locate import known_family, model_info
         from dora_diffusion.sampling.settings import SamplingSettings
-        from dora_diffusion.sampling.stack import name_of
 
         values, names = self.values(), [field.name for field in fields(SamplingSettings)]
         stated = {name: values[name] for name in names if values.get(name) is not None}
         stated |= self.source.opened()
-        stated |= {"detail": self.detail_pass.opened()}
-        stated["negative_prompt"] = self.styled("negative_prompt")
-        schedules = {name_of(n): use.schedule for n, use in enumerate(self.uses()) if use.schedule}
-        settings = SamplingSettings(**stated, strength_schedules=schedules)
+        self.uses()  # Raise errors about strengths too, before a model is loaded.
+        settings = SamplingSettings(**stated)
         if (family := known_family(base := str(self.model.base))) is not None:
             settings.check_sides(model_info(base).size_step, family.title)
         return settings

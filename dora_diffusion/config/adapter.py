@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dora_diffusion.config.arguments import check_arguments
-from dora_diffusion.config.fields import Setting, require, require_positive
+from dora_diffusion.config.fields import Setting, python_number, require
 
 PRESETS = (
     "cross-attention", "attention", "attention+conv", "attention+ff", "full", "b-lora-content",
@@ -19,29 +18,23 @@ PARAMETRIZATIONS = ("low-rank", "vera", "adalora")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 """Settings that map targets to values for the layers that they match."""
 _CHECKED = (
-    *(Setting(name, float, above=0) for name in ("rank", "alpha", "conv_rank", "conv_alpha")),
-    Setting("norm_axis", str, choices=NORM_AXES),
-    Setting("init", str, choices=INITS),
-    Setting("parametrization", str, choices=PARAMETRIZATIONS),
-    Setting("dropout", float, least=0, below=1),
+    Setting("targets", str, is_list=True, default=()),
+    Setting("rank", int, default=8, above=0),
+    Setting("alpha", float, above=0),
+    Setting("conv_rank", int, above=0),
+    Setting("conv_alpha", float, above=0),
+    Setting("rslora", bool, default=False),
+    Setting("use_dora", bool, default=True),
+    Setting("norm_axis", str, default="output", choices=NORM_AXES),
+    Setting("dropout", float, default=0.0, least=0, below=1),
+    Setting("init", str, default="random", choices=INITS),
+    Setting("parametrization", str, default="low-rank", choices=PARAMETRIZATIONS),
+    Setting("projection_seed", int, default=0),
+    Setting("rank_pattern", int, is_list=True, is_map=True, default={}, above=0),
+    Setting("alpha_pattern", float, is_list=True, is_map=True, default={}, above=0),
 )
 
 
-# Settings of training -> the field that has their effect here.
-_HERE = {"method": "use_dora=False for lora", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-
-
-def _of_training(name: str) -> str:
-    """Return where a setting of training alone belongs; empty for other names."""
-    from dora_diffusion.config import settings  # A late import, since it imports this module.
-
-    if name not in {setting.name for setting in settings()}:
-        return ""
-    here = f"; here: {_HERE[name]}" if name in _HERE else ""
-    return f" (a setting of TrainConfig{here})"
-
-
-@check_arguments(_of_training, targets=str | Sequence[str])
 @dataclass(frozen=True)
 class AdapterConfig:
     """Configuration of an adapter.
@@ -102,10 +95,8 @@ class AdapterConfig:
             "targets",
         )
         for setting in _CHECKED:
+            object.__setattr__(self, setting.name, python_number(getattr(self, setting.name)))
             setting.check(getattr(self, setting.name))
-        for name in PATTERNS:
-            for pattern, value in getattr(self, name).items():
-                require_positive(f"{name} of {pattern}", value)
         require(
             self.init == "random" or self.parametrization == "low-rank",
             f"init {self.init} sets A and B of parametrization low-rank, but parametrization is "

@@ -13,7 +13,7 @@ from typing import Any
 
 from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.fields import ConfigError
-from dora_diffusion.config.flag_map import OTHER_NAMES, rules, trainers
+from dora_diffusion.config.flag_map import OTHER_NAMES, REMOVED, rules, trainers
 from dora_diffusion.config.foreign import ForeignFile, plain_name
 from dora_diffusion.config.train import TrainConfig, settings, settings_by_name
 
@@ -92,7 +92,9 @@ class ForeignAnswers:
         for pattern, rule in self._rules.items():
             if "*" in pattern and fnmatchcase(key, pattern):
                 return rule
-        return key if key in settings_by_name() else OTHER_NAMES.get(key, _UNKNOWN)
+        if key in settings_by_name():
+            return key
+        return OTHER_NAMES.get(key) or REMOVED.get(key, _UNKNOWN)
 
     def _lines(self) -> Iterator[str]:
         import yaml

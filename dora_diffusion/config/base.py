@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import Need, flag, require, require_choice
 
@@ -27,7 +26,6 @@ _NAMES = {
 }
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class BaseModel:
     """A base model by name; functions that take it also take the name alone.

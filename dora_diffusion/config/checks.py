@@ -20,7 +20,7 @@ def contradictions(config: Any) -> Iterator[Contradiction]:
         _method: True,
         _resolution: bool(config.resolution),
         _hub: config.push_to_hub,
-        _masks_and_weights: True,
+        _weightings: True,
         _validation: True,
         _prodigy: config.is_prodigy,
         _schedule_free: config.is_schedule_free,
@@ -65,21 +65,7 @@ def _hub(config: Any) -> Iterator[Contradiction]:
         )
 
 
-def _masks_and_weights(config: Any) -> Iterator[Contradiction]:
-    for name in ("rank_dropout", "tlora_min_rank"):
-        if config.compile and getattr(config, name):
-            yield (
-                name,
-                f"{name} masks ranks in each step, which compiled blocks would ignore; leave one "
-                f"of {name} and compile out",
-            )
-    ranks = max(config.rank, config.conv_rank, *config.rank_pattern.values())
-    if (config.least_rank or 0) >= ranks:
-        yield (
-            "tlora_min_rank",
-            f"tlora_min_rank is {config.tlora_min_rank}, but no layer has more than {ranks} ranks, "
-            "so none would be masked; lower it, or raise rank",
-        )
+def _weightings(config: Any) -> Iterator[Contradiction]:
     if len(config.weightings) > 1:
         *_, last = config.weightings
         yield (
@@ -143,12 +129,6 @@ def _schedule_free(config: Any) -> Iterator[Contradiction]:
             "optimizer",
             f"AdaLoRA switches triplets off, but the average of {name} would restore them; use "
             "optimizer adamw",
-        )
-    if config.limits_norms and not config.is_full:
-        yield (
-            "scale_weight_norms",
-            f"scale_weight_norms limits trained weights, but {name} averages weights that are not "
-            "limited; leave it out, or use optimizer adamw",
         )
 
 

@@ -13,7 +13,8 @@ from dora_diffusion.config.config_file import read_config_lines
 from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.fields import Setting, require
 from dora_diffusion.config.file import line_prefix
-from dora_diffusion.config.problems import Problems, find_setting, read_values
+from dora_diffusion.config.flag_map import find_setting
+from dora_diffusion.config.problems import Problems, read_values
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,7 +79,8 @@ class CommandSettings:
         problems = Problems()
         for setting in cls.settings():
             with problems.collect():
-                setting.check(values.get(setting.name))
+                if setting.name in values:
+                    setting.check(values[setting.name])
         problems.raise_all()
 
     @classmethod

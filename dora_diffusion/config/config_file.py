@@ -7,12 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.file import read_values_of
 from dora_diffusion.config.foreign import require_own
 
 
-@check_arguments()
 def read_config_file(path: str | PathLike[str]) -> dict[str, Any]:
     """Read the settings in a YAML file.
 
@@ -26,7 +24,6 @@ def read_config_file(path: str | PathLike[str]) -> dict[str, Any]:
     return read_config_lines(path)[0]
 
 
-@check_arguments()
 def read_config_lines(path: str | PathLike[str]) -> tuple[dict[str, Any], Mapping[str, int]]:
     """Read the settings in a YAML file, and the line of each, counting from 1.
 

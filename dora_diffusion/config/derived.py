@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
@@ -87,16 +86,18 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     # A checkpoint of a whole model takes gigabytes.
     "checkpointing_steps": lambda config: 500 if config.is_full else 100,
     "class_data_dir": _class_data_dir,
-    "adam_weight_decay_text_encoder": lambda config: (
-        config.adam_weight_decay if config.train_text_encoder else None
-    ),
 }
 """Setting -> function that derives its default from the other settings."""
 # Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
 _OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 # Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
-_REMOVED_DEFAULTS = {"gradient_batches": 4, "precondition_damping": 0.01, "nearest_noise": 1}
+_REMOVED_DEFAULTS = {
+    "gradient_batches": 4,
+    "precondition_damping": 0.01,
+    "nearest_noise": 1,
+    "prodigy_decouple": True,
+}
 
 
 def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
@@ -203,7 +204,6 @@ def as_yaml(config: TrainConfig, folder: Path | None = None) -> str:
     )
 
 
-@check_arguments()
 def without_effect(
     config: TrainConfig, given: Collection[str] | None = None, family: Family | None = None
 ) -> dict[str, str]:
@@ -249,7 +249,6 @@ def changed_settings(config: TrainConfig) -> set[str]:
     return {s.name for s in settings() if getattr(config, s.name) != s.default}
 
 
-@check_arguments()
 def unusual_rates(config: TrainConfig) -> list[str]:
     """Describe learning rates far outside of the optimizer's usual range.
 
@@ -280,7 +279,6 @@ def unusual_rates(config: TrainConfig) -> list[str]:
     ]
 
 
-@check_arguments()
 def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
     """Compare the settings of a run and of the checkpoint that it resumes from.
 
@@ -328,7 +326,6 @@ def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, 
     return refused, allowed
 
 
-@check_arguments()
 def removed_settings(before: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint that this version does not have, unless they had no effect.
 

@@ -80,6 +80,8 @@ class TextOrPath(Generic[T]):
 
 
 TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in WANTED}}
+# Classes of values that a setting accepts, where they are not its type alone.
+_ACCEPTED: dict[type, Any] = {int: numbers.Integral, float: numbers.Real, Path: (str, PathLike)}
 
 
 class ConfigError(ValueError):
@@ -102,6 +104,16 @@ def require(condition: bool, message: str, setting: str = "") -> None:
     """Raise `ConfigError` unless a condition holds."""
     if not condition:
         raise ConfigError(message, setting)
+
+
+def python_number(value: Any) -> Any:
+    """Convert a NumPy scalar to a Python number, also in a list or dict; keep other values."""
+    if isinstance(value, dict):
+        return {key: python_number(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(python_number, value))
+    is_numpy = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return value.item() if is_numpy else value
 
 
 def require_positive(name: str, value: float | None) -> None:
@@ -262,33 +274,45 @@ class Setting:
         return next((reason for need in self.needs if (reason := need(config))), None)
 
     def check(self, value: Any) -> None:
-        """Check a value's range or choice.
+        """Check a value's type, and its range or choice.
 
         Raises:
             ConfigError: If it cannot work, or is not a finite number.
         """
-        if value is None:
+        self._require_value(value)
+        if value is None or self.kind is dict:  # `dataset_file` checks the entries.
             return
         if self.is_map:
             require(
-                isinstance(value, dict),
+                isinstance(value, Mapping),
                 f"{self.name} is {value!r}; it must be a mapping, of patterns to values",
                 self.name,
             )
             value = list(value.values())
         if self.is_list:
-            for item in value if self.kind in (int, float) else ():
-                self._check_range(item)
+            is_list = isinstance(value, list | tuple)
+            require(is_list, f"{self.name} is {value!r}; it must be a list", self.name)
+            for item in value:
+                self._check_item(item)
             return
         if self.choices:
             if reason := self.refused.get(str(value).lower()):
                 raise ConfigError(f"{self.name} cannot be {value!r}: {reason}", self.name)
             require_choice(self.name, value, self.choices)
-        self._check_range(value)
+        self._check_item(value)
 
-    def _check_range(self, value: Any) -> None:
+    def _require_value(self, value: Any) -> None:
+        require(
+            value is not None or self.default is None,
+            f"{self.name} is empty; give a value, or leave it out",
+            self.name,
+        )
+
+    def _check_item(self, value: Any) -> None:
+        """Check the type and the range of a single value."""
         problem = ""
-        if self.kind in (int, float) and not isinstance(value, numbers.Real):
+        is_kind = isinstance(value, _ACCEPTED.get(self.kind, self.kind))
+        if not is_kind or isinstance(value, bool) != (self.kind is bool):
             problem, value = f"be {WANTED[self.kind]}", repr(value)
         elif isinstance(value, float) and not math.isfinite(value):
             problem = "be a finite number"
@@ -308,11 +332,7 @@ class Setting:
         Raises:
             ConfigError: If the value has another type, or is empty although a value is required.
         """
-        require(
-            value is not None or self.default is None,
-            f"{self.name} is empty; give a value, or leave it out",
-            self.name,
-        )
+        self._require_value(value)
         if value is None or self.kind is dict:  # `dataset_file` casts the entries.
             return value
         items = value if isinstance(value, list | tuple) else [value]

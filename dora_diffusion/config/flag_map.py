@@ -1,11 +1,12 @@
-"""Settings of other trainers, with the setting to use instead.
+"""Settings of other trainers and of former versions, with what to use instead.
 
 The command line answers with these texts; docs/howto/from-diffusers-scripts.md and from-kohya.md
-describe the differences of shared settings. ``flags.json`` maps flags to answers, and ``names`` in
-it maps settings to other names for them. It covers sd-scripts'
-``train_network.py`` and ``sdxl_train_network.py``, and of Diffusers
-``examples/dreambooth/train_dreambooth_lora.py``, ``train_dreambooth_lora_sdxl.py``,
-``train_dreambooth_lora_z_image.py`` and ``train_dreambooth_lora_flux2_klein.py``, and
+describe the differences of shared settings. ``flags.json`` maps flags to answers, ``names`` in
+it maps settings to other names for them, and ``removed`` in it maps what a former version had, in
+any command, to advice. It covers sd-scripts' ``train_network.py`` and ``sdxl_train_network.py``,
+and of Diffusers ``examples/dreambooth/train_dreambooth_lora.py``,
+``train_dreambooth_lora_sdxl.py``, ``train_dreambooth_lora_z_image.py`` and
+``train_dreambooth_lora_flux2_klein.py``, and
 ``examples/advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py`` and
 ``train_dreambooth_lora_sdxl_advanced.py``. ``trainers.json`` has the settings in the files of
 kohya's GUI, OneTrainer, ai-toolkit and SimpleTuner, and those that files of sd-scripts and command
@@ -21,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from dora_diffusion.config.fields import ConfigError, Setting
 from dora_diffusion.config.file import read_facts
-from dora_diffusion.config.wording import closest
+from dora_diffusion.config.wording import closest, did_you_mean
 
 _FACTS = read_facts("config/flags")
 
@@ -47,6 +48,9 @@ def _answers(table: str) -> dict[str, str]:
 
 OTHER_NAMES = {word: name for name, words in _FACTS["names"].items() for word in words.split()}
 """Other name of a setting -> the setting."""
+
+REMOVED = _answers("removed")
+"""Setting, flag, field or command of a former version -> advice on what to do instead."""
 
 DIFFUSERS_FLAGS: dict[str, Answer] = {
     "token_abstraction": Answer("renamed", "--token, one word", "token"),
@@ -90,8 +94,15 @@ def _sd_scripts() -> dict[str, str]:
     return answers | renamed | _answers("sd-scripts")
 
 
+def removal(name: str) -> str | None:
+    """Return the refusal of a former version's setting, with advice; None for other names."""
+    return f"{name} was removed: {REMOVED[name]}" if name in REMOVED else None
+
+
 def refusal(name: str) -> str | None:
-    """Return the refusal of another trainer's setting, with advice; None for other names."""
+    """Return the refusal of a former or another trainer's setting, with advice; else None."""
+    if text := removal(name):
+        return text
     answer = DIFFUSERS_FLAGS.get(name)
     if answer is not None and answer.status == "absent":
         return f"{name} of Diffusers' scripts is not here: {answer.text}"
@@ -106,8 +117,9 @@ def refusal(name: str) -> str | None:
 
 def advice(rule: Any) -> str:
     """Return what a rule advises, as a text with flags."""
-    setting = next(iter(rule)) if isinstance(rule, dict) else rule.removeprefix("-")
-    return f"use --{setting}" if setting.isidentifier() else str(setting)
+    text = str(next(iter(rule)) if isinstance(rule, dict) else rule)
+    setting = text.removeprefix("-")
+    return f"use --{setting}" if setting.isidentifier() else text
 
 
 def meant_by(name: str, known: Iterable[str]) -> str | None:
@@ -115,6 +127,18 @@ def meant_by(name: str, known: Iterable[str]) -> str | None:
     known = tuple(known)
     other = OTHER_NAMES.get(name.lower().replace("-", "_"))
     return other if other in known else closest(name, known)
+
+
+def find_setting(name: str, known: Mapping[str, Setting]) -> Setting:
+    """Look a setting up by its name.
+
+    Raises:
+        ConfigError: If there is none; has the advice of `REMOVED`, or suggests the closest name.
+    """
+    if name not in known:
+        unknown = f"there is no setting {name}{did_you_mean(name, known)}"
+        raise ConfigError(removal(name) or unknown, name)
+    return known[name]
 
 
 def find_training_setting(name: str, known: Mapping[str, Setting]) -> Setting:

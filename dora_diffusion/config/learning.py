@@ -154,29 +154,6 @@ class AdapterSettings:
         least=0,
         below=1,
     )
-    rank_dropout: float = _adapter_flag(
-        0.0,
-        "Rank dropout: probability of dropping a rank of A and B, for each row of a batch and each "
-        "layer; the remaining ranks are scaled up. DoRA's norm includes the whole update.",
-        least=0,
-        below=1,
-    )
-    tlora_min_rank: int | None = flag(
-        None,
-        "T-LoRA (arXiv:2507.05964), for a subject with one photo: number of ranks of a layer of "
-        "the denoiser that train at the noisiest timestep. It grows linearly to all ranks without "
-        "noise. Each row of a batch masks the last ranks by its own timestep. Only training masks "
-        "ranks: samples and files use all of them at every timestep.",
-        needs=(_ADAPTER, _LOW_RANK),
-        above=0,
-    )
-    scale_weight_norms: float | None = flag(
-        None,
-        "Maximum Frobenius norm of a layer's update s B A: after each step, larger updates are "
-        "scaled down to it, half in A and half in B. Magnitudes are not scaled.",
-        needs=(_ADAPTER, Need("parametrization", ("low-rank",)), Need("init", ("random",))),
-        above=0,
-    )
     use_dora: bool = _adapter_flag(
         True, "Train DoRA's magnitude; --no-use_dora is the same as --method lora."
     )
@@ -274,22 +251,7 @@ class OptimizerSettings:
     adam_weight_decay: float = free_flag(
         1e-4, "Weight decay of A and B, or of the weights; magnitudes never decay.", least=0
     )
-    adam_weight_decay_text_encoder: float | None = free_flag(
-        None,
-        "Weight decay in the text encoders.",
-        derived="adam_weight_decay",
-        needs=(_TEXT_ENCODER,),
-        least=0,
-    )
     adam_epsilon: float = _adam_flag(1e-8, "Adam's epsilon.", above=0)
-    prodigy_beta3: float | None = flag(
-        None,
-        "Decay of Prodigy's estimate of the step size.",
-        derived="the square root of adam_beta2",
-        needs=(Need("optimizer", PRODIGIES),),
-        least=0,
-    )
-    prodigy_decouple: bool = _prodigy_flag(True, "AdamW's decoupled weight decay in Prodigy.")
     prodigy_use_bias_correction: bool = _prodigy_flag(False, "Adam's bias correction in Prodigy.")
     prodigy_safeguard_warmup: bool = _prodigy_flag(
         True, "Exclude the learning rate from the denominator of Prodigy's estimate, for warm-ups."
@@ -377,9 +339,7 @@ class LossSettings:
 
 HOOKS: Mapping[str, Callable[[Any], bool]] = {
     "words:NewWords": lambda config: bool(config.words),
-    "rank_masks:RankMasks": lambda config: bool(config.rank_dropout or config.least_rank),
     "allocation:Allocation": lambda c: c.parametrization == "adalora" and not c.is_full,
-    "norm_limit:NormLimit": lambda config: config.limits_norms and not config.is_full,
     "average:ScheduleFreeAverage": lambda config: config.is_schedule_free,
     "average:MovingAverage": lambda config: config.ema_decay is not None,
 }

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, Setting
-from dora_diffusion.config.wording import did_you_mean
 
 
 class Problems:
@@ -73,17 +72,6 @@ class Problems:
         raise ConfigError(
             message, setting or errors[0].setting, tuple(single_errors)
         ) from self._cause
-
-
-def find_setting(name: str, known: Mapping[str, Setting]) -> Setting:
-    """Look a setting up by its name.
-
-    Raises:
-        ConfigError: If there is none; suggests the closest name.
-    """
-    if name not in known:
-        raise ConfigError(f"there is no setting {name}{did_you_mean(name, known)}", name)
-    return known[name]
 
 
 def read_values(

@@ -1,20 +1,17 @@
-"""Prompts from files: sample prompts with sd-scripts' options, and A1111's styles."""
+"""Sample prompts with sd-scripts' options, and limits of images."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.config.fields import ConfigError, Setting, require
+from dora_diffusion.config.fields import Setting, require
 from dora_diffusion.config.file import read_text
 from dora_diffusion.config.problems import prefixed
-from dora_diffusion.config.wording import did_you_mean, listing, quoted
+from dora_diffusion.config.wording import quoted
 
 PIXELS = 8
 """Width and height are multiples of this number of pixels."""
@@ -24,10 +21,6 @@ MOST_SIDE, MOST_STEPS = 8192, 1000
 """Limits of an image's sides in pixels, and of denoising steps."""
 DENOISE = 0.75
 """Default denoising strength of image-to-image generation."""
-HIRES_DENOISE, DETAIL_DENOISE = 0.5, 0.4
-"""Default denoising strengths of a second pass, and of a detail pass."""
-DETAIL_PADDING, LEAST_PADDING = 32, 16
-"""Default and least padding in pixels around the area of a detail pass."""
 # Option -> attribute, and the option as a setting.
 _NUMBERS: dict[str, tuple[str, Setting]] = {
     "d": ("seed", Setting("--d", int, least=0)),
@@ -43,7 +36,7 @@ OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
 # sd-scripts' names of schedulers -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
 MOST_CHARACTERS = 100_000
-"""Most characters of a prompt, with its styles and wildcards expanded."""
+"""Most characters of a prompt, and of a caption with its wildcards expanded."""
 
 
 @dataclass(frozen=True)
@@ -139,84 +132,3 @@ def read_prompts(file: str | Path) -> list[str]:
         with prefixed(f"{file}, line {number}: ", "sample_prompts"):
             parse_prompt(line)
     return list(prompts.values())
-
-
-class Style(NamedTuple):
-    """A style of A1111: texts for prompt and negative prompt, see `with_styles`."""
-
-    prompt: str
-    negative_prompt: str
-
-
-def styles_in(file: str | Path) -> dict[str, Style]:
-    """Read the styles in a file such as A1111's ``styles.csv``, by name.
-
-    Its columns are name, prompt (in old files: text) and negative_prompt. If a name is repeated,
-    the last row is used.
-
-    Raises:
-        ConfigError: If the file cannot be read, or does not have these columns.
-    """
-    text = read_text(file, "styles", "styles")
-    table = csv.DictReader(io.StringIO(text), skipinitialspace=True)
-    try:
-        rows = list(table)
-    except csv.Error as error:
-        raise ConfigError(
-            f"styles {file}, line {table.reader.line_num}: {error}", "styles"
-        ) from error
-    column = next((name for name in ("prompt", "text") if name in (table.fieldnames or ())), "")
-    require(
-        bool(column) and "name" in (table.fieldnames or ()),
-        f"styles {file} must begin with the line name,prompt,negative_prompt",
-        "styles",
-    )
-    return {row["name"]: Style(row[column] or "", row.get("negative_prompt") or "") for row in rows}
-
-
-def read_styles(file: str | Path, names: Sequence[str]) -> list[Style]:
-    """Read styles by name from a file that `styles_in` can read, in the order of the names.
-
-    Raises:
-        ConfigError: If the file cannot be read, or does not have one of the styles.
-    """
-    styles = styles_in(file)
-    for name in names:
-        require(
-            name in styles,
-            f"styles {file} has no style {name!r}{did_you_mean(name, styles)}; there are "
-            f"{listing(filter(None, styles), 8)}",
-            "style",
-        )
-    return [styles[name] for name in names]
-
-
-def with_styles(prompt: str, texts: Iterable[str]) -> str:
-    """Apply styles to a prompt one after the other, as in A1111.
-
-    The prompt replaces ``{prompt}`` in the style's text. A text without it follows the prompt after
-    a comma.
-
-    Raises:
-        ConfigError: If the result has more than `MOST_CHARACTERS`.
-
-    Example:
-        >>> with_styles("a dog", ["ink drawing", "{prompt} on paper"])
-        'a dog, ink drawing on paper'
-    """
-    _require_short(len(prompt))
-    for text in texts:
-        _require_short(len(text) + len(prompt) * max(1, text.count("{prompt}")))
-        if "{prompt}" in text:
-            prompt = text.replace("{prompt}", prompt)
-        else:
-            prompt = ", ".join(filter(None, (prompt.strip(), text.strip())))
-    return prompt
-
-
-def _require_short(length: int) -> None:
-    require(
-        length <= MOST_CHARACTERS,
-        f"a prompt of {length} characters is too long; the most are {MOST_CHARACTERS}",
-        "prompt",
-    )

@@ -14,7 +14,6 @@ from dora_diffusion.config.fields import (
     TextOrPath,
     flag,
     free_flag,
-    when,
 )
 from dora_diffusion.config.prompts import MOST_STEPS
 from dora_diffusion.config.subject import prior_or_slider
@@ -68,22 +67,6 @@ class DeviceSettings:
         False,
         "Compile the denoiser's repeated blocks with torch.compile: faster steps on a GPU, but a "
         "slower start. Samples run uncompiled.",
-    )
-    cuda_graph: bool = free_flag(
-        False,
-        "Issue each batch of a step, from norms to gradients, as one CUDA graph: less work for the "
-        "processor, which a fast GPU waits for at small batches. Experimental: no GPU has run it.",
-        needs=(
-            Need("method", ("dora", "lora")),
-            Need("parametrization", ("low-rank",)),
-            Need("init", ("random",)),
-            Need("compile", (False,)),
-            Need("tlora_min_rank", (None,)),
-            when(
-                lambda config: not (config.lora_dropout and config.gradient_checkpointing),
-                "gradient_checkpointing reads the random state, which lora_dropout changes",
-            ),
-        ),
     )
     offload: str = flag(
         "auto",

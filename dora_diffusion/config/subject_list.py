@@ -10,7 +10,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.dataset_file import by_folder, listed_entries, require_mapping
 from dora_diffusion.config.fields import ConfigError, Setting, require
@@ -33,7 +32,6 @@ SHARED = frozenset((
 """Settings that all subjects share."""
 
 
-@check_arguments(source=str | PathLike[str] | Sequence[Any])
 def subject_configs(
     source: str | PathLike[str] | Sequence[Entry], config: TrainConfig
 ) -> dict[str, TrainConfig | ConfigError]:

@@ -11,18 +11,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property, lru_cache, partial
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.checks import contradictions
 from dora_diffusion.config.families import DEFAULT_FAMILY
-from dora_diffusion.config.fields import ConfigError, Setting, require, require_token_length
+from dora_diffusion.config.fields import (
+    ConfigError,
+    Setting,
+    python_number,
+    require,
+    require_token_length,
+)
 from dora_diffusion.config.file import PATHS
 from dora_diffusion.config.flag_map import find_training_setting
 from dora_diffusion.config.problems import Problems, naming_entry, read_values
@@ -95,13 +100,12 @@ class TrainConfig(  # type: ignore[misc]
         """Check each value on its own."""
         problems = Problems()
         for setting in settings():
-            value = getattr(self, setting.name)
-            if isinstance(value, PathLike):  # as in a YAML file
-                object.__setattr__(self, setting.name, fspath(value))
-            try:
+            value = python_number(getattr(self, setting.name))
+            # A path is text, as in a YAML file.
+            value = fspath(value) if isinstance(value, PathLike) else value
+            object.__setattr__(self, setting.name, value)
+            with problems.collect():
                 setting.check(value)
-            except ConfigError as error:
-                problems.add(error)
         problems.raise_all()
         require_token_length(self.max_token_length)
         require_tile_size(self.vae_tile_size)
@@ -118,18 +122,6 @@ class TrainConfig(  # type: ignore[misc]
         """Settings of each subject: one for each entry, or the run's own without entries."""
         indices = range(len(self.dataset_config))
         return [self.of_entry(index) for index in indices] or [self]
-
-    @property
-    def limits_norms(self) -> bool:
-        """True if the norm of each update is limited, which needs trained A and B."""
-        is_low_rank = self.parametrization == "low-rank" and self.init != "pissa"
-        return self.scale_weight_norms is not None and is_low_rank
-
-    @property
-    def least_rank(self) -> int | None:
-        """Number of active ranks of T-LoRA at the noisiest timestep; None: all."""
-        is_low_rank = self.parametrization == "low-rank" and not self.is_full
-        return self.tlora_min_rank if is_low_rank else None
 
     @property
     def holds_prior(self) -> bool:
@@ -360,6 +352,3 @@ def settings() -> tuple[Setting, ...]:
 def settings_by_name() -> dict[str, Setting]:
     """All settings by name."""
     return {setting.name: setting for setting in settings()}
-
-
-check_arguments(dataset_config=str | PathLike[str] | Sequence[Any])(TrainConfig)

@@ -11,8 +11,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from dora_diffusion.data.decoding import REDUCTIONS
-
 
 @dataclass(frozen=True)
 class CropRecord:
@@ -83,17 +81,15 @@ def cut(image: Image.Image, record: CropRecord) -> Image.Image:
     """Resize (Lanczos), flip and crop an image or mask by a record.
 
     Args:
-        image: The photo, at its original size or with its sides divided by one of `REDUCTIONS`.
+        image: The photo, at its original size or with its sides halved.
         record: Crop planned for the photo's original size.
 
     Raises:
         ValueError: If the record was planned for another size.
     """
     original = record.original_size
-    sizes = {
-        (math.ceil(original[0] / factor), math.ceil(original[1] / factor)) for factor in REDUCTIONS
-    }
-    if (image.height, image.width) not in sizes:
+    halved = (math.ceil(original[0] / 2), math.ceil(original[1] / 2))
+    if (image.height, image.width) not in (original, halved):
         raise ValueError(
             f"the crop was planned for a photo of {record.original_size}, "
             f"but this photo is {(image.height, image.width)}"

@@ -22,13 +22,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from dora_diffusion.data.decoding import (
-    FULL_SIZE_MEGAPIXELS,
-    MAX_MEGAPIXELS,
-    decode,
-    megapixel_limit,
-)
-
+# Larger photos are read at half of their width and height.
+FULL_SIZE_PIXELS = 40_000_000
 # Resizing a photo to cover a crop multiplies its pixels by up to its aspect ratio: without a limit,
 # a file of 80 bytes could fill the memory.
 MAX_ASPECT = 10
@@ -62,13 +57,13 @@ def open_photo(path: str | Path, *, limited: bool = True) -> Image.Image:
     """Open and fully decode a photo as RGB, upright, without metadata.
 
     EXIF orientation is applied and then dropped with all other metadata (GPS, device). Alpha is
-    composited on white. Animations are reduced to their first frame. Above `FULL_SIZE_MEGAPIXELS`,
-    sides are divided by 2 or 4, rounding up.
+    composited on white. Animations are reduced to their first frame. Above `FULL_SIZE_PIXELS`,
+    sides are halved, rounding up.
 
     Args:
         path: A JPEG, PNG or WebP file; HEIC if pillow-heif is installed.
-        limited: Refuse images above `megapixel_limit` or `MAX_ASPECT` before decoding; False:
-            decode any image at full size.
+        limited: Refuse images above Pillow's limit of pixels or `MAX_ASPECT` before decoding;
+            False: decode any image at full size.
 
     Raises:
         PhotoError: If the file has another format, is too large, too small or too narrow, or is
@@ -105,13 +100,20 @@ def decode_photo(path: Path, *, limited: bool = True) -> DecodedPhoto:
     try:
         with _open_checked(name, kind, data, limited) as file:
             size = (file.height, file.width)
-            image = decode(file, kind, data, at_full_size=not limited)
+            if limited and file.width * file.height > FULL_SIZE_PIXELS:
+                # A JPEG's decoder computes fewer pixels; for other formats it does nothing.
+                file.draft(None, (file.width // 2, file.height // 2))
+            file.load()
+            image = _with_8_bits(file)
             orientation = _orientation(image)
             if orientation in _UPRIGHT:
                 image = image.transpose(_UPRIGHT[orientation])
             if 5 <= orientation <= 8:  # rows become columns
                 size = size[::-1]
-            return DecodedPhoto(*_split_alpha(_to_srgb(image)), size, data)
+            image, alpha = _split_alpha(_to_srgb(image))
+            if limited and image.width * image.height > FULL_SIZE_PIXELS:
+                image, alpha = image.reduce(2), alpha and alpha.reduce(2)
+            return DecodedPhoto(image, alpha, size, data)
     except PhotoError:
         raise
     except DECODE_ERRORS as error:
@@ -195,7 +197,7 @@ def _open_checked(name: str, kind: str, data: bytes, limited: bool) -> ImageFile
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Damaged EXIF blocks do not matter.
         try:
-            # `Image.open` would apply its own limit to images that are decoded in strips.
+            # `Image.open` would refuse a large image without advice.
             image = Image.OPEN[kind][0](io.BytesIO(data), "")
         except SyntaxError as error:
             raise UnidentifiedImageError from error
@@ -203,22 +205,25 @@ def _open_checked(name: str, kind: str, data: bytes, limited: bool) -> ImageFile
     subject = f"{name}: {width} x {height} is"
     if min(width, height) < MIN_SIDE:
         raise PhotoError(f"{subject} smaller than {MIN_SIDE} pixels; use a larger photo")
-    megapixels = width * height / 1e6
-    if limited and megapixels > FULL_SIZE_MEGAPIXELS:
-        most, variant = MAX_MEGAPIXELS, ""
-        if megapixels <= MAX_MEGAPIXELS:
-            most, variant = megapixel_limit(kind, data)
-        if megapixels > most:
-            alternative = ", or an ordinary JPEG" if variant else ""
-            raise PhotoError(
-                f"{subject} {megapixels:.1f} megapixels, above the limit of {most:g}{variant}; "
-                f"save a smaller copy{alternative}"
-            )
+    pixels, most = width * height, Image.MAX_IMAGE_PIXELS
+    if limited and most and pixels > most:
+        side = int((most / pixels) ** 0.5 * max(width, height)) // 100 * 100
+        raise PhotoError(
+            f"{subject} {pixels / 1e6:.1f} megapixels, above the limit of {most / 1e6:.1f}; scale "
+            f"its longer side to {side} pixels or fewer"
+        )
     if limited and max(width, height) > MAX_ASPECT * min(width, height):
         raise PhotoError(
             f"{subject} a strip, more than {MAX_ASPECT:g} times as long as wide; crop it"
         )
     return image
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow would clip it."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value / 257).convert("L")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.inject import disabled
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import with_article
 from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.checks import transparency_message
@@ -97,7 +96,6 @@ class PhotoSubject:
         )
 
 
-@check_arguments()
 def read_subject(
     folder: str | PathLike[str],
     trigger: str,
@@ -245,7 +243,6 @@ def first_round(
     }
 
 
-@check_arguments()
 def evaluate_photos(  # noqa: PLR0913 - keywords, each documented
     components: Components,
     subject: PhotoSubject,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.data.sheets import sheet
 from dora_diffusion.evaluation.measures import (
@@ -123,7 +122,6 @@ class Evaluation:
         notes += [f"not measured: {note}" for note in self.notes]
         return "\n".join([aligned(rows), "", METHOD + ".", *notes])
 
-    @check_arguments()
     def write(self, folder: str | PathLike[str]) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
         files = {name: Path(folder) / file for name, file in FILES.items()}

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import WEIGHT_COMPONENTS
 from dora_diffusion.config.wording import listing
@@ -36,7 +35,6 @@ from dora_diffusion.export.files import (
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
 from dora_diffusion.export.merged import MergedModel, Overlay, VaeFile, check_sample, open_base
 from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, trained_metadata
-from dora_diffusion.export.programs import check_a1111_config, write_a1111_config
 from dora_diffusion.formats.adapter.embeddings import embedding_notes, is_written, write_embeddings
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.checkpoint.models import (
@@ -68,7 +66,6 @@ WEIGHT_PREFIXES = (
 UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
 
 
-@check_arguments()
 def export_checkpoint(  # noqa: PLR0913 - keywords, each documented
     base: AnyModel,
     adapters: Adapters,
@@ -93,9 +90,9 @@ def export_checkpoint(  # noqa: PLR0913 - keywords, each documented
         adapters: An adapter file or output folder, or several as ``[(adapter, strength), ...]``,
             whose strengths are multiplied by ``strength``. Their order does not matter. With none
             (``()``) the output is the base itself, in this layout and dtype.
-        output: A name ending in ``.safetensors`` gives one file in the original layout, with a
-            YAML file if A1111 needs it (`inspect_model` reports how each program reads the file);
-            any other name gives a diffusers folder.
+        output: A name ending in ``.safetensors`` gives one file in the original layout
+            (`inspect_model` reports how each program reads it); any other name gives a diffusers
+            folder.
         strength: 0 is the base, 1 the adapter as trained; `MergeStrengths` sets all strengths.
         alpha: Alpha of adapters whose files do not store it. None assumes their rank, with a
             warning.
@@ -230,13 +227,11 @@ class _Writer:
             # For a symbolic link, replace the folder that it points to.
             self._folder(output.resolve(), source, shards, vae.config if vae else None)
             return
-        check_a1111_config(output, self.model)
         layout = self.model.single_file(complete=self.complete)
         total = sum(spec.nbytes for spec in self._specs(layout).values())
         check_space(output, total)
         with atomic_file(output) as temporary:
             self._file(temporary, layout, ProgressReporter(total, self.on_progress))
-        write_a1111_config(output, self.model)
 
     def _specs(self, layout: SingleFile) -> dict[str, TensorSpec]:
         specs = {entry.key: entry.spec(self.merged.specs) for entry in layout.entries}

@@ -12,7 +12,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.export.files import ExportError, check_adapter_output, open_model
 from dora_diffusion.export.fit import FitSettings, axis_of, key_format_for
@@ -82,7 +81,6 @@ class ConversionReport:
         return statistics.median(self.errors.values()) if self.errors else 0.0
 
 
-@check_arguments()
 def convert_adapter(  # noqa: PLR0913 - keywords, each documented
     source: str | PathLike[str],
     output: str | PathLike[str],

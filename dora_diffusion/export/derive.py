@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.export.convert import ConversionReport
@@ -50,7 +49,6 @@ from dora_diffusion.formats.names.modules import known_layout
 _TABLES = (".token_embedding", ".position_embedding", ".embed_tokens")
 
 
-@check_arguments()
 def extract_adapter(
     base: AnyModel,
     tuned: AnyModel,
@@ -100,7 +98,6 @@ def extract_adapter(
     return _report(path, kind, fitted, notes, {})
 
 
-@check_arguments()
 def combine_adapters(
     base: AnyModel,
     adapters: Adapters,

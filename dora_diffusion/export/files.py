@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion import system
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
 from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
@@ -72,7 +71,6 @@ def open_model(model: AnyModel) -> Iterator[StoredModel]:
         yield pipeline
 
 
-@check_arguments()
 def inspect_adapter(path: str | PathLike[str], base: AnyModel | None = None) -> AdapterReport:
     """Report the method, layers, metadata and compatible programs of an adapter.
 

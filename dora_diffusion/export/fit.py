@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from dora_diffusion.config.arguments import check_arguments
-from dora_diffusion.config.fields import require
+from dora_diffusion.config.adapter import NORM_AXES
+from dora_diffusion.config.fields import require, require_choice
 from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.layouts import CONVERSIONS, KEY_FORMATS, input_format
 from dora_diffusion.formats.layouts.layout import denoiser_of, is_mixed, norm_axes, refuse_denoiser
@@ -21,7 +21,6 @@ from dora_diffusion.numerics.weights import (
 METHODS = {"dora": "DoRA", "lora": "LoRA"}
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class FitSettings:
     """Settings for fitting layers.
@@ -49,6 +48,9 @@ class FitSettings:
     def __post_init__(self) -> None:
         for name, rank in (("rank", self.rank), ("conv_rank", self.conv_rank)):
             require(rank is None or rank > 0, f"{name} is {rank}; it must be at least 1", name)
+        require_choice("method", self.method, tuple(METHODS))
+        if self.norm_axis is not None:
+            require_choice("norm_axis", self.norm_axis, NORM_AXES)
         energy = 1.0 if self.energy is None else self.energy
         problem = f"energy is {energy:g}; it must be above 0 and at most 1"
         require(0 < energy <= 1, problem, "energy")

@@ -1,4 +1,4 @@
-"""Whole models in other programs: a report on a model, and the YAML file for A1111.
+"""Whole models in other programs: a report on a model.
 
 The behaviour of each program was observed or read from its source: docs/measurements.
 """
@@ -13,9 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.families import Family
-from dora_diffusion.export.files import ExportError, open_model
+from dora_diffusion.export.files import open_model
 from dora_diffusion.export.merge_spec import recorded
 from dora_diffusion.export.metadata import MERGED, trained_trigger
 from dora_diffusion.formats.checkpoint.models import StoredModel, base_name
@@ -27,10 +26,7 @@ from dora_diffusion.formats.checkpoint.schedule import (
     choose_schedule,
     usual_of,
 )
-from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.layouts import MODEL_VERDICTS
-
-A1111_HEAD = "# Written by dora_diffusion: A1111 builds the model of the same name by it.\n"
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,6 @@ class ModelReport:
         return dataclasses.asdict(self) | {"path": str(self.path), "family": self.family.name}
 
 
-@check_arguments()
 def inspect_model(path: str | PathLike[str]) -> ModelReport:
     """Report the family, schedule, metadata and compatible programs of a whole model.
 
@@ -80,10 +75,6 @@ def inspect_model(path: str | PathLike[str]) -> ModelReport:
         statements = [*model.statements(), *usual_of(model.family)]
         start = f"{model.family.denoiser}."
         counts = Counter(s.dtype for name, s in specs.items() if name.startswith(start))
-        yaml_file = model.path.with_suffix(".yaml")
-        notes = [*model.naming_problems(), *schedule_notes(model)]
-        if model.is_single_file and a1111_config(model) and not yaml_file.is_file():
-            notes.append(f"{yaml_file.name} is not next to it: export it again for A1111")
         schedule = choose_schedule(model.path.name, statements)
         return ModelReport(
             path=model.path,
@@ -98,7 +89,7 @@ def inspect_model(path: str | PathLike[str]) -> ModelReport:
             dtypes=[str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common()],
             nbytes=sum(file.stat().st_size for files in model.files.values() for file in files),
             tools=MODEL_VERDICTS.get(kind_of(model), {}),
-            notes=notes,
+            notes=[*model.naming_problems(), *schedule_notes(model)],
         )
 
 
@@ -139,53 +130,3 @@ def schedule_notes(model: StoredModel) -> list[str]:
         "zero terminal SNR: in A1111 choose it under Settings, Sampler parameters, Noise schedule "
         f"for sampling{comfyui}"
     ]
-
-
-def a1111_config(model: StoredModel) -> str:
-    """Return the YAML file from which A1111 builds a single-file model; empty if not needed.
-
-    Without it, A1111 assumes noise prediction for Stable Diffusion 1 and XL, and guesses the
-    prediction type of Stable Diffusion 2 from the UNet's output.
-    """
-    family, prediction = model.family, model.schedule().get(PREDICTION, "")
-    is_told = prediction == V or (bool(prediction) and family.has_two_predictions)
-    if not is_told or not family.has_unet or not has_released_shape(model):
-        return ""
-    is_v, paints = prediction == V, family.conditioning_latents > 0
-    file = Path(__file__).parent / "a1111" / f"{family.configuration}.yaml"
-    text = file.read_text("utf-8")
-    return A1111_HEAD + text.format(
-        prediction="v" if is_v else "eps",
-        denoiser="V" if is_v else "Eps",
-        in_channels=family.in_channels(),
-        model="LatentInpaintDiffusion" if paints else "LatentDiffusion",
-        conditioning="hybrid" if paints else "crossattn",
-        last="\n    finetune_keys: null" if paints else "",
-    )
-
-
-def check_a1111_config(output: Path, model: StoredModel) -> None:
-    """Check that the name of the model's YAML file is not taken by another file.
-
-    Raises:
-        ExportError: If it is.
-    """
-    yaml_file = output.with_suffix(".yaml")
-    if a1111_config(model) and yaml_file.exists() and not _is_ours(yaml_file):
-        raise ExportError(
-            f"{yaml_file} exists and is not a model's: {output.name} needs a YAML file of this "
-            "name, from which A1111 reads its prediction type; choose another name"
-        )
-
-
-def write_a1111_config(output: Path, model: StoredModel) -> None:
-    """Write the YAML file of a single-file model, or remove the one of a replaced model."""
-    yaml_file = output.with_suffix(".yaml")
-    if text := a1111_config(model):
-        save_text(yaml_file, text)
-    elif _is_ours(yaml_file):
-        yaml_file.unlink()
-
-
-def _is_ours(yaml_file: Path) -> bool:
-    return yaml_file.is_file() and yaml_file.read_bytes().startswith(A1111_HEAD.encode())

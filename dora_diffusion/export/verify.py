@@ -9,7 +9,6 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.export.checkpoint import UNUSED, weights_of_no_component
 from dora_diffusion.export.files import OnProgress, ProgressReporter, open_model
@@ -69,7 +68,6 @@ class VerifyReport:
         return not self.problems
 
 
-@check_arguments()
 def verify_checkpoint(
     merged: str | PathLike[str],
     base: AnyModel,

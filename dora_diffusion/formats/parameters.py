@@ -15,12 +15,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 NEGATIVE = "Negative prompt:"
 _TAG = re.compile(r" ?<lora:([^:<>]+)((?::[^:<>]+)*)>")
 # A tag of any network; it may be incomplete.
-_NETWORK = re.compile(r"<(lora|lyco|hypernet):([^:<>]*)[^<>]*>?")
+_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>?")
 _OTHER_NETWORK = re.compile(r"<(?:hypernet|lyco):[^<>]+>")
 _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![^:])"
 # One or two strengths, and options of other programs.
@@ -30,23 +29,9 @@ _SETTINGS_LINE = re.compile(rf"^\s*(Steps: \d+,|{NEGATIVE}).*", re.MULTILINE)
 _FIELD = re.compile(r'([\w-][\w /-]{0,63}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
-class NetworkTag(NamedTuple):
-    """A tag that loads a network.
-
-    Attributes:
-        text: The tag.
-        kind: ``"lora"``, ``"lyco"`` or ``"hypernet"``.
-        name: Name of the network.
-    """
-
-    text: str
-    kind: str
-    name: str
-
-
-def network_tags(prompt: str) -> list[NetworkTag]:
+def network_tags(prompt: str) -> list[str]:
     """Return the tags of networks in a prompt, including incomplete ones."""
-    return [NetworkTag(match[0], *match.groups()) for match in _NETWORK.finditer(prompt)]
+    return _NETWORK.findall(prompt)
 
 
 def without_other_networks(prompt: str) -> tuple[str, list[str]]:

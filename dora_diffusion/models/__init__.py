@@ -1,1 +1,1 @@
-"""Load and call models of the Stable Diffusion families."""
+"""Models of the supported families: loading, encoding, prediction, memory of devices."""

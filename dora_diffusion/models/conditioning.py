@@ -66,11 +66,6 @@ class Conditioning:
             self, encoder_hidden_states=change(self.encoder_hidden_states), pooled=pooled
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, for caches and files."""
-        named = {"encoder_hidden_states": self.encoder_hidden_states}
-        return named if self.pooled is None else named | {"pooled": self.pooled}
-
     def added_cond_kwargs(self, time_ids: Tensor | None) -> dict[str, Tensor] | None:
         """Return ``added_cond_kwargs`` for the UNet; None without pooled output or time ids."""
         if self.pooled is None or time_ids is None:

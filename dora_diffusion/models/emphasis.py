@@ -59,6 +59,7 @@ def unread_syntax(prompt: str) -> list[str]:
         "[a:b:0.5] and [a|b], which change a prompt over the steps": has_editing(prompt),
         "AND, which combines prompts": re.search(r"\bAND\b", prompt),
         "embedding:NAME, a trained word of ComfyUI": re.search(r"\bembedding:\S", prompt),
+        "{a|b} and __file__, which draw words": re.search(r"{[^{}]*\|[^{}]*}|__\w+__", prompt),
         "<lora:NAME>, which loads an adapter": network_tags(prompt),
     }
     return [kind for kind, is_in in kinds.items() if is_in]

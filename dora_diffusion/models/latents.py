@@ -1,4 +1,4 @@
-"""Encoding of pixels to scaled latents with an AutoencoderKL, and predictions of the UNet."""
+"""Encoding of pixels to moments of the posterior of a VAE, and scaled latents drawn from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def encode_inputs(vae: Any, family: Family, pixels: Tensor) -> Tensor:
-    """Encode the inputs of the UNet from pixels ``(B, 3 + mask_channels, H, W)``.
+    """Encode the inputs of the denoiser from pixels ``(B, 3 + mask_channels, H, W)``.
 
     A missing mask is set to 1.
 
@@ -45,10 +45,10 @@ def encode_inputs(vae: Any, family: Family, pixels: Tensor) -> Tensor:
 def condition_from_moments(
     vae: Any, family: Family, moments: Tensor, generator: torch.Generator | None = None
 ) -> Tensor | None:
-    """Draw the UNet's inputs after the noisy latents from the moments of `encode_inputs`.
+    """Draw the denoiser's inputs after the noisy latents from the moments of `encode_inputs`.
 
     Returns:
-        Mask and conditioning latents, ``(B, n, h, w)``; None if the UNet has no such inputs.
+        Mask and conditioning latents, ``(B, n, h, w)``; None if the denoiser has no such inputs.
     """
     width = 2 * int(vae.config.latent_channels)
     mask_channels, images = moments[:, width:].tensor_split([family.mask_channels], dim=1)

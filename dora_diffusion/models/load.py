@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import (
     DEFAULT_FAMILY,
@@ -67,7 +66,6 @@ from dora_diffusion.numerics.quantised import quantise_rows
 _SCHEDULER = Path("scheduler") / "scheduler_config.json"
 
 
-@check_arguments()
 def load_components(
     model: AnyModel, *, dtype: torch.dtype = torch.float32, adapters: Sequence[AdapterMetadata] = ()
 ) -> Components:

@@ -37,10 +37,6 @@ class ModelNotFoundError(ValueError):
     """Error for a model that could not be found or downloaded."""
 
 
-class OfflineError(ModelNotFoundError):
-    """A model that is not downloaded yet while the hub library is offline."""
-
-
 def is_embedded(name: str) -> bool:
     """Return whether a name is that of an embedded model."""
     return name.startswith(EMBEDDED_PREFIX)
@@ -154,11 +150,10 @@ def fetch_snapshot(
                 raise ModelNotFoundError(f"{name} cannot be used: {remedy}") from error
         if not isinstance(error, (OSError, errors.HfHubHTTPError)) and not is_network_error(error):
             raise
-        failure: type[ModelNotFoundError] = ModelNotFoundError
         problem = "the hub could not be reached; check the network"
         if is_offline():
-            failure, problem = OfflineError, "HF_HUB_OFFLINE is set; unset it to download the model"
-        raise failure(
+            problem = "HF_HUB_OFFLINE is set; unset it to download the model"
+        raise ModelNotFoundError(
             f"{name} is not a local folder, not in the hub's cache, and {problem}, give a local "
             "folder, or use an embedded model (embedded:NAME)"
         ) from error

@@ -6,7 +6,6 @@ module does not import torch. Memory functions do nothing if no other module has
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from functools import lru_cache
@@ -48,43 +47,6 @@ def device_name(kind: str) -> str:
         name: str = getattr(torch.backends.mps, "get_name", lambda: "Apple GPU")()
         return name
     return "CPU" if kind == "cpu" else str(_home(kind).get_device_name(0))
-
-
-def built_for() -> str:
-    """Return the platform that torch was built for, with its version."""
-    import torch
-
-    for name, attribute in (("ROCm", "hip"), ("CUDA", "cuda"), ("XPU", "xpu")):
-        if number := getattr(torch.version, attribute, None):
-            return f"{name} {number}"
-    return "Apple's GPUs" if torch.backends.mps.is_built() else "the CPU"
-
-
-def describe_accelerators() -> list[str]:
-    """Return a line with name and memory for each accelerator that torch can use."""
-    import torch
-
-    lines = []
-    for kind in ("cuda", "xpu"):
-        home = getattr(torch, kind, None)
-        if home is not None and home.is_available():
-            count = home.device_count()
-            lines += [f"{kind}:{index} {_described(home, index)}" for index in range(count)]
-    if torch.backends.mps.is_available():
-        gib = (memory_limit("mps") or 0) / 2**30
-        lines.append(f"mps {device_name('mps')}, at most {gib:.1f} GiB of the machine's memory")
-    return lines
-
-
-def _described(home: Any, index: int) -> str:
-    """Return name, memory and capability of a device, as far as torch reports them."""
-    properties = home.get_device_properties(index)
-    details = [str(properties.name), f"{properties.total_memory / 2**30:.1f} GiB"]
-    with contextlib.suppress(Exception):
-        details.append(f"{home.mem_get_info(index)[0] / 2**30:.1f} GiB free")
-    with contextlib.suppress(Exception):
-        details.append("compute capability {}.{}".format(*home.get_device_capability(index)))
-    return ", ".join(details)
 
 
 def has_own_memory(kind: str) -> bool:

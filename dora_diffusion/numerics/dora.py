@@ -1,4 +1,4 @@
-"""DoRA on one page: the formula in the paper's order, in plain autograd.
+"""DoRA on one page: the formula in the paper's order.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICML 2024).
 
@@ -6,7 +6,8 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICM
 
 Weights are ``(out, in, *k)``; weights that a model stores as ``(in, out)`` are transposed views.
 Norms and weights are computed in float32 (float64 for float64 weights). Merges and exports call
-`adapted_weight`. Layers call `dora_forward`, with factors that are computed once per step.
+`adapted_weight`. Layers call `dora_forward`, with factors that are computed once per step. Where
+the magnitude is on the output axis, it calls `fused`, the same layer as one node of the graph.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dora_diffusion.numerics.fused import (
     scale_gradients,
     scaled_gradient,
 )
-from dora_diffusion.numerics.operation import Operation, by_row
+from dora_diffusion.numerics.operation import Operation
 from dora_diffusion.numerics.precision import full_precision, to_float64, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import LayerWeights, MergeError, NormAxis, out_in
 
@@ -176,8 +177,6 @@ class Factors(NamedTuple):
         gain_in_graph: Whether the product with ``gain`` is part of the graph ("direct" layer). It
             must be if |g| is too small for ``y / g``, or if the next module overwrites y.
         direction: ``W + s B A`` of a direct layer on the output axis, else None.
-        norm_change: ``norm(W + s B A) / norm - 1`` for each row of a batch, ``(N, n)``, if rows
-            have different norms (`AdapterStack.of`); else None.
     """
 
     down: Tensor
@@ -188,7 +187,6 @@ class Factors(NamedTuple):
     axis: NormAxis = "output"
     gain_in_graph: bool = False
     direction: Tensor | None = None
-    norm_change: Tensor | None = None
 
 
 def factors_of(
@@ -253,8 +251,6 @@ def dora_forward(
     f: Any = factors
     in_graph = f.gain_in_graph
     if f.gain is not None and f.axis == "input":
-        if f.norm_change is not None:
-            x = _with_norms(op, x, None, f.norm_change)
         gx = op.scale_input(x, f.gain) if in_graph else _Scale.apply(op, None, x, f.gain, None)
         x, base = gx.to(x.dtype), None
     if base is None and _is_fused(op, f):
@@ -271,7 +267,7 @@ def dora_forward(
             unscaled = op.apply(x, f.direction)
         zero = (f.gain - f.gain.detach()).view(op.shape)  # With the gradient of m.
         y = y + (zero * unscaled).to(y.dtype)
-    return y if f.norm_change is None else _with_norms(op, y, bias, f.norm_change)
+    return y
 
 
 def _is_fused(op: Operation, f: Factors) -> bool:
@@ -281,20 +277,9 @@ def _is_fused(op: Operation, f: Factors) -> bool:
         and f.gain.requires_grad
         and f.axis == "output"
         and not f.gain_in_graph
-        and f.norm_change is None
         and is_fusible(op)
         and not torch.compiler.is_compiling()
     )
-
-
-def _with_norms(op: Operation, y: Any, bias: Tensor | None, change: Tensor) -> Any:
-    """``b + (1 + change) (y - b)`` for each row: output or input with the gain of the row's norm.
-
-    Norms have no gradient, so that A, B and m get the gradients of this gain.
-    """
-    factor = by_row(op, 1 + change, y)
-    scaled = y * factor if bias is None else torch.addcmul(by_row(op, -change * bias, y), y, factor)
-    return scaled.to(y.dtype)
 
 
 def sum_of_adapters(

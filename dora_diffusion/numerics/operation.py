@@ -194,59 +194,6 @@ def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
     return F.dropout(x, p, training)
 
 
-def timestep_ranks(timesteps: Tensor, num_train_timesteps: int, rank: int, least: int) -> Tensor:
-    """Return T-LoRA's active ranks, ``floor((T - t) / T (r - r_min)) + r_min``.
-
-    Source: arXiv:2507.05964, section 4.1. All ranks are active at timestep 0.
-
-    Args:
-        timesteps: Timesteps t, ``(B,)`` int64.
-        num_train_timesteps: Length T of the noise schedule.
-        rank: Rank r of the layer.
-        least: Smallest rank r_min, at most r.
-
-    Returns:
-        ``(B,)`` int64.
-    """
-    left = num_train_timesteps - timesteps
-    return (left * (rank - least)).div(num_train_timesteps, rounding_mode="floor") + least
-
-
-def by_row(op: Operation, vectors: Tensor, activation: Tensor) -> Tensor:
-    """View ``(N, c)`` or ``(1, c)`` to multiply an activation of N rows.
-
-    The vector is repeated if the activation has several times c channels, as with groups.
-    """
-    channels = activation.ndim - len(op.shape) + op.shape.index(-1)
-    shape = [len(vectors), *[1] * (activation.ndim - 1)]
-    shape[channels] = -1
-    return vectors.repeat(1, activation.shape[channels] // vectors.shape[1]).view(shape)
-
-
-class MaskedOperation(Operation):
-    """Operation whose down projection is multiplied by a mask over ranks and rows.
-
-    Args:
-        op: Operation to mask.
-        mask: Masks of the rows, for `by_row`.
-    """
-
-    def __init__(self, op: Operation, mask: Tensor) -> None:
-        self.op, self.mask = op, mask
-        self.apply, self.up_project, self.shape, self.dims = (
-            op.apply, op.up_project, op.shape, op.dims,
-        )  # fmt: skip
-
-    def scale_input(self, x: Any, vector: Tensor) -> Any:
-        """Multiply ``x`` as the masked operation does."""
-        return self.op.scale_input(x, vector)
-
-    def down_project(self, x: Any, down: Tensor) -> Tensor:
-        """Project with ``down`` and multiply by the mask."""
-        projected = self.op.down_project(x, down)
-        return projected * by_row(self, self.mask, projected).to(projected.dtype)
-
-
 # Number of pixels from which a CPU convolves row by row faster than with groups.
 _LARGE_MAP = 256
 

@@ -40,9 +40,6 @@ class NoiseProcess(Protocol):
     def spaced(self, count: int) -> Tensor:
         """Return evenly spaced timesteps to measure at, ``(count,)`` int64."""
 
-    def level(self, timesteps: Tensor) -> Tensor:
-        """Return noise levels of T-LoRA, 0 to ``num_timesteps - 1``, ``(B,)`` int64."""
-
 
 @dataclass(frozen=True)
 class Diffusion:
@@ -78,9 +75,6 @@ class Diffusion:
 
     def spaced(self, count: int) -> Tensor:
         return (_midpoints(count) * self.num_timesteps).long()
-
-    def level(self, timesteps: Tensor) -> Tensor:
-        return timesteps
 
 
 @dataclass(frozen=True)
@@ -136,10 +130,6 @@ class Flow:
         share = _midpoints(count)
         share = share / (self.shift - (self.shift - 1) * share)
         return (share * self.num_timesteps).long()
-
-    def level(self, timesteps: Tensor) -> Tensor:
-        """Return noise levels by the share of noise, which flow models have as their timestep."""
-        return (self.time(timesteps) * self.num_timesteps).round().long() - 1
 
 
 def _midpoints(count: int) -> Tensor:

@@ -104,8 +104,6 @@ def warn_of_settings(components: Components, rows: Rows, settings: SamplingSetti
     prompts = [str(rows.prompt)] if rows.is_shared else rows.prompts
     adapters = [*(rows.adapters or ()), *(rows.adapters or ())]
     prompts += [settings.negative_prompt] * len(rows.adapters or "1")
-    if settings.detail is not None and settings.detail.prompt:
-        prompts, adapters = [*prompts, settings.detail.prompt], [*adapters, None]
     for line in inactive_messages(components, settings, prompts):
         warnings.warn(line, stacklevel=3)
     if reads_weights(components, settings):

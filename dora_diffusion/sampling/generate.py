@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,16 +14,13 @@ from PIL import Image
 
 from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require_positive
-from dora_diffusion.config.prompts import PIXELS
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import quiet_libraries
 from dora_diffusion.models.offload import in_turns
 from dora_diffusion.sampling.conditioning import Rows, warn_of_settings
-from dora_diffusion.sampling.passes import any_latent_channels, plan_passes, sliced_decoding
+from dora_diffusion.sampling.passes import Pass, any_latent_channels, sliced_decoding
 from dora_diffusion.sampling.settings import SamplingSettings
-from dora_diffusion.sampling.stack import scheduled
 
 OnStep = Callable[[int, int], None]
 """Callback with (steps done, steps in all)."""
@@ -35,7 +30,6 @@ class BrokenImageError(ValueError):
     """Sampling gave NaN, or an image that is black all over."""
 
 
-@check_arguments()
 def generate_images(
     components: Components,
     prompt: str | Sequence[str],
@@ -69,22 +63,14 @@ def generate_images(
         BrokenImageError: If an image is refused.
 
     Warns:
-        UserWarning: For each setting without effect on the model; once for each prompt beyond the
-            token limit, naming the text that was cut; and once for each image in which the detail
-            pass found nothing.
+        UserWarning: For each setting without effect on the model, and once for each prompt beyond
+            the token limit, naming the text that was cut.
     """
     require_positive("batch_size", batch_size)
     settings, rows = settings or SamplingSettings(), Rows(prompt, seeds, adapters)
     sampler = Sampler(components, settings.for_model(components), batch_size, require_finite)
     warn_of_settings(components, rows, settings)
-    if sampler.settings.detail is None:
-        return sampler.sample(rows, on_step)
-    parts = 1 + len(rows)
-    images = sampler.sample(rows, _part_of(on_step, 0, parts))
-    return [
-        sampler.add_detail(image, rows[at : at + 1], _part_of(on_step, at + 1, parts))
-        for at, image in enumerate(images)
-    ]
+    return sampler.sample(rows, on_step)
 
 
 @dataclass(frozen=True)
@@ -104,56 +90,23 @@ class Sampler:
     require_finite: bool
 
     def sample(self, rows: Rows, on_step: OnStep | None) -> list[Image.Image]:
-        """Sample an image for each row, without a detail pass."""
-        images, sampled = list[Image.Image](), list[Image.Image]()
+        """Sample an image for each row."""
+        images = list[Image.Image]()
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        with self._scopes(is_mixed=bool(rows.adapters)) as set_share:
-            passes = plan_passes(self.components, self.settings)
-            for done, (batch, current) in enumerate(product(batches, passes)):
-                previous = [] if current is passes[0] else sampled
-                set_share(0.0)
-                report = _reporter(on_step, set_share, done, len(batches) * len(passes))
+        with self._scopes(is_mixed=bool(rows.adapters)):
+            sampling = Pass.of(self.components, self.settings)
+            for done, batch in enumerate(batches):
+                report = _reporter(on_step, done, len(batches))
                 with self._norms_kept(batch.adapters) if batch.adapters else nullcontext():
-                    pixels = current.sample(batch, previous, report)
+                    pixels = sampling.sample(batch, report)
                 if self.require_finite:
                     _require_finite(pixels, batch.seeds)
-                sampled = current.pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
-                images += sampled if current is passes[-1] else []
+                images += sampling.pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
         return images
 
-    def add_detail(self, image: Image.Image, row: Rows, on_step: OnStep | None) -> Image.Image:
-        """Paint a row's face or subject again in more detail; unchanged where none is found."""
-        from dora_diffusion.sampling.detail import NO_PASS, find_region
-
-        detail = self.settings.detail
-        assert detail is not None
-        components = self.components
-        step = max(PIXELS, components.size_step)
-        region = find_region(image, detail, components.default_resolution, step)
-        if region is None:
-            warnings.warn(
-                f"no {detail.label or 'subject'} was found in the image of seed {row.seeds[0]}; "
-                f"{NO_PASS}",
-                stacklevel=3,
-            )
-            return image
-        closer = replace(
-            self.settings, image=region.crop(image), mask_image=region.mask, width=region.size[0],
-            height=region.size[1], denoise=detail.denoise, hires=None, detail=None,
-        )  # fmt: skip
-        row = replace(row, prompt=[detail.prompt] if detail.prompt else row.prompts)
-        (painted,) = replace(self, settings=closer).sample(row, on_step)
-        return region.put_back(painted, image)
-
     @contextmanager
-    def _scopes(self, *, is_mixed: bool) -> Iterator[Callable[[float], None]]:
-        """Open the scopes of all batches; yields the function that `scheduled` does.
-
-        Raises:
-            ValueError: If rows that name their adapters are to have schedules too.
-        """
-        if is_mixed and self.settings.strength_schedules:
-            raise ValueError("strength schedules are of adapters that are on for all images")
+    def _scopes(self, *, is_mixed: bool) -> Iterator[None]:
+        """Open the scopes of all batches."""
         components = self.components
         with (
             components.eval_mode(),
@@ -162,9 +115,8 @@ class Sampler:
             sliced_decoding(components.vae),
             any_latent_channels(components) if self.settings.mask_image else nullcontext(),
             quiet_libraries(),
-            scheduled(components.adaptable(), self.settings.strength_schedules) as set_share,
         ):
-            yield set_share
+            yield
 
     def _norms_kept(self, rows: Sequence[str | None] | None = None) -> AbstractContextManager[None]:
         """Keep every norm, computed once on its model's device: no parameter changes meanwhile."""
@@ -176,14 +128,6 @@ class Sampler:
         if components.offload_to is not None:
             return in_turns(components, components.offload_to, scope)
         return scope(*models)
-
-
-def _part_of(on_step: OnStep | None, part: int, parts: int) -> OnStep | None:
-    """Return a callback for one of several parts, which counts the steps of all."""
-    if on_step is None:
-        return None
-    show = on_step
-    return lambda done, steps: show(part * steps + done, parts * steps)
 
 
 def _require_finite(pixels: np.ndarray, seeds: Sequence[int]) -> None:
@@ -201,13 +145,10 @@ def _require_finite(pixels: np.ndarray, seeds: Sequence[int]) -> None:
             )
 
 
-def _reporter(
-    on_step: OnStep | None, set_share: Callable[[float], None], batch: int, batches: int
-) -> Callable[..., dict[str, Any]]:
+def _reporter(on_step: OnStep | None, batch: int, batches: int) -> Callable[..., dict[str, Any]]:
     def report(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         # Some schedulers take more steps than were requested.
         steps = pipeline.num_timesteps
-        set_share((step + 1) / steps)
         if on_step is not None:
             on_step(batch * steps + step + 1, batches * steps)
         return tensors

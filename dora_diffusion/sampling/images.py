@@ -46,11 +46,9 @@ if TYPE_CHECKING:
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
 HASHES, MODEL_HASH = "Lora hashes", "Model hash"
 TOKEN_LENGTH, LOADED = "Max token length", "Loaded with"
-_UPSCALER, _LANCZOS = "Hires upscaler", "Lanczos"
 INIT_IMAGE, MASK_IMAGE = "Init image hash", "Mask image hash"
-LAYERS, SCHEDULE = "Layer strength", "Strength schedule"
 OWN_VERSION = "dora_diffusion "
-_CHUNK, _WORKFLOW = "parameters", "prompt"
+_CHUNK = "parameters"
 _THUMBNAIL_SIDE = 256
 _UNICODE = b"UNICODE\0"
 _LONGEST = 100_000
@@ -62,13 +60,7 @@ _SETTINGS: Mapping[str, tuple[str, type]] = {
     "Direction strength": ("direction_strength", float),
     "Magnitude strength": ("magnitude_strength", float), "Clip skip": ("clip_skip", int),
     TOKEN_LENGTH: ("max_token_length", int), "Denoising strength": ("denoise", float),
-    "Hires upscale": ("hires", float), "Hires steps": ("hires_steps", int),
-    "Detail model": ("detail", str), "Detail label": ("detail_label", str),
-    "Detail prompt": ("detail_prompt", str), "Detail padding": ("detail_padding", int),
-    "Detail denoising strength": ("detail_denoise", float),
 }  # fmt: skip
-# The same of several values, with what is between them.
-_LISTS = {LAYERS: ("layer_strength", ", "), SCHEDULE: ("strength_schedule", " | ")}
 # Fields that say what was there, or are of a setting that another field gives.
 _FACTS = (
     "Model", MODEL_HASH, "Version", "Adapter", "Adapter strength", HASHES, BATCH_SIZE,
@@ -221,18 +213,6 @@ def painted_fields(settings: SamplingSettings) -> dict[str, str]:
         fields[MASK_IMAGE] = pixel_hash(settings.mask_image, "L")
     if settings.stated_denoise is not None:
         fields = {"Denoising strength": number_text(settings.stated_denoise), **fields}
-    if settings.hires:
-        fields |= {"Hires upscale": number_text(settings.hires), _UPSCALER: _LANCZOS}
-        fields |= {"Hires steps": str(settings.hires_steps)} if settings.hires_steps else {}
-    if (detail := settings.detail) is not None:
-        texts = {
-            "model": without_path(detail.model),
-            "label": detail.label,
-            "prompt": detail.prompt,
-        }
-        fields |= {f"Detail {name}": text for name, text in texts.items() if text}
-        fields["Detail denoising strength"] = number_text(detail.denoise)
-        fields["Detail padding"] = str(detail.padding)
     return fields
 
 
@@ -242,26 +222,21 @@ def pixel_hash(image: Image.Image, mode: str) -> str:
 
 
 def model_fields(
-    components: Components, uses: Sequence[AdapterUse], batch_size: int = 1, position: int = 0
+    components: Components, batch_size: int = 1, position: int = 0
 ) -> dict[str, object]:
-    """Return the fields of an image's text that the loaded model and its adapters tell.
+    """Return the fields of an image's text that depend on the loaded model.
 
     Args:
         components: The model, as it reads prompts.
-        uses: Its adapters.
         batch_size: Images of the batch that it was sampled in.
         position: Its place there.
     """
-    from dora_diffusion.sampling.stack import strength_texts
-
     fields: dict[str, object] = dict(components.clip_skip_parameter)
     if components.max_token_length != TOKENS_PER_CHUNK:
         fields[TOKEN_LENGTH] = components.max_token_length
     if batch_size > 1:
         fields |= {BATCH_SIZE: batch_size, BATCH_POSITION: position}
-    texts = strength_texts(uses)
-    listed = {name: separator.join(texts[key]) for name, (key, separator) in _LISTS.items()}
-    return fields | {name: text for name, text in listed.items() if text}
+    return fields
 
 
 def model_name(model: str) -> str:
@@ -348,20 +323,17 @@ def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
         try:
             if name == "Size":
                 values["width"], values["height"] = map(int, text.split("x"))
-            elif name in _LISTS:
-                setting, separator = _LISTS[name]
-                values[setting] = text.split(separator)
             elif setting and (setting != "scheduler" or text in SCHEDULERS):
                 values[setting] = kind(text)
-            elif name not in _FACTS and (name, text) != (_UPSCALER, _LANCZOS):
+            elif name not in _FACTS:
                 unread.append(f"{name}: {text}")
         except ValueError:
             unread.append(f"{name}: {text}")
+    if "Hires upscale" in fields:  # The strength is that of a second pass.
+        values.pop("denoise", None)
     if fields.get("Emphasis") == "None":
         values["prompt_weights"] = False
         unread.remove("Emphasis: None")
-    if "hires" in values and "denoise" in values:
-        values["hires_denoise"] = values.pop("denoise")
     return values | {"prompt": prompt}, unread
 
 
@@ -406,17 +378,12 @@ def _exif(comment: str) -> bytes:
 
 
 def read_parameters(path: str | Path) -> str | None:
-    """The parameters text of an image file; of one of ComfyUI, the text that says the same."""
+    """The parameters text of an image file; None if it has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of many pixels, which are not decoded.
         image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
     with image:
-        text, workflow = image.info.get(_CHUNK), image.info.get(_WORKFLOW)
-        if text is None and workflow is not None:
-            from dora_diffusion.sampling.comfyui import workflow_parameters
-
-            parameters = workflow_parameters(str(workflow))
-            text = parameters_of(*parameters) if parameters else None
+        text = image.info.get(_CHUNK)
         return _comment(image) if text is None else str(text)
 
 

@@ -1,11 +1,11 @@
-"""Passes of an image through Diffusers' pipelines: from text, over an image, into an image."""
+"""Diffusers' pipeline of an image: from text, over an image, into an image."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,29 +22,46 @@ from dora_diffusion.sampling.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over a batch.
+    """Pass of a batch through a pipeline.
 
     Attributes:
         components: The model.
         pipeline: Diffusers' pipeline over it.
-        settings: Settings of this pass.
+        settings: Settings of the images.
     """
 
     components: Components
     pipeline: Any
     settings: SamplingSettings
 
-    def sample(
-        self, rows: Rows, previous: Sequence[Image.Image], report: Callable[..., dict[str, Any]]
-    ) -> np.ndarray:
+    @classmethod
+    def of(cls, components: Components, settings: SamplingSettings) -> Pass:
+        """Choose the pipeline for a model and an image to paint over or into.
+
+        Raises:
+            ConfigError: If an inpainting model has an image and no mask.
+        """
+        components.family.refuse(components.name, vars(settings))
+        inpaints, task = _inpaints(components), ""
+        lacks_mask = settings.image is not None and settings.mask_image is None
+        require(
+            not (inpaints and lacks_mask),
+            f"{components.name} is an inpainting model, which paints into an image by a mask; give "
+            "image and mask_image (white where to paint)",
+            "image",
+        )
+        if settings.image is not None and not inpaints:
+            task = "Image2Image" if lacks_mask else "Inpainting"
+        return cls(components, components.pipeline(settings.scheduler, task), settings)
+
+    def sample(self, rows: Rows, report: Callable[..., dict[str, Any]]) -> np.ndarray:
         """Sample pixels ``(B, H, W, 3)`` in [0, 1], or NaN.
 
         Args:
             rows: Prompts, seeds and adapters.
-            previous: Images of the pass before, to be painted over at this pass's size.
             report: Diffusers' ``callback_on_step_end``.
         """
-        images = self._image_arguments(len(rows), previous)
+        images = self._image_arguments(len(rows))
         # A shared prompt would have one image's latents drawn for the whole batch.
         shared = rows.is_shared and "image" not in images
         pixels: np.ndarray = self.pipeline(
@@ -84,13 +101,10 @@ class Pass:
             options[name] = self.settings.guidance_rescale
         return options
 
-    def _image_arguments(self, count: int, previous: Sequence[Image.Image]) -> dict[str, Any]:
+    def _image_arguments(self, count: int) -> dict[str, Any]:
         """Return the arguments to paint over or into images; none without any."""
         settings, size, options = self.settings, self.size, dict[str, Any]()
         image, mask, inpaints = settings.image, settings.mask_image, _inpaints(self.components)
-        if previous:
-            enlarged = [each.resize(size, Image.Resampling.LANCZOS) for each in previous]
-            return {"image": enlarged, "strength": settings.denoise}
         if image is None:
             if not inpaints:
                 return {}
@@ -103,36 +117,6 @@ class Pass:
         if mask is not None:
             options["mask_image"] = [cut(mask.convert("L"), crop)] * count
         return {"image": [cut(image.convert("RGB"), crop)] * count, **options}
-
-
-def plan_passes(components: Components, settings: SamplingSettings) -> list[Pass]:
-    """Return the passes that make an image one after the other.
-
-    Raises:
-        ConfigError: If an inpainting model has an image and no mask, or a second pass.
-    """
-    components.family.refuse(components.name, vars(settings))
-    inpaints, task = _inpaints(components), ""
-    lacks_mask = settings.image is not None and settings.mask_image is None
-    require(
-        not (inpaints and (lacks_mask or settings.hires)),
-        f"{components.name} is an inpainting model, which paints into an image by a mask; give "
-        "image and mask_image (white where to paint), and no hires",
-        "image",
-    )
-    if settings.image is not None and not inpaints:
-        task = "Image2Image" if lacks_mask else "Inpainting"
-    passes = [Pass(components, components.pipeline(settings.scheduler, task), settings)]
-    if settings.hires:
-        step = components.size_step
-        width, height = (int(side * settings.hires) // step * step for side in passes[0].size)
-        second = replace(
-            settings, width=width, height=height, denoise=settings.hires_denoise, hires=None,
-            steps=settings.hires_steps or settings.steps,
-        )  # fmt: skip
-        pipeline = components.pipeline(settings.scheduler, "Image2Image")
-        passes.append(Pass(components, pipeline, second))
-    return passes
 
 
 def _inpaints(components: Components) -> bool:

@@ -13,7 +13,6 @@ from dora_diffusion.adapters.inject import layer_adapters, remove_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.formats.adapter.metadata import (
     ZERO_TERMINAL_SNR,
@@ -55,7 +54,6 @@ class _Loaded:
     metadata: AdapterMetadata
 
 
-@check_arguments()
 class AdapterPool:
     """Adapters of one base model, within a budget of memory.
 
@@ -103,7 +101,6 @@ class AdapterPool:
         """Bytes that the loaded adapters take."""
         return sum(loaded.size for loaded in self._loaded.values())
 
-    @check_arguments()
     def generate(
         self,
         rows: Sequence[ImageRow],
@@ -301,5 +298,4 @@ def _key(use: AdapterUse) -> tuple[object, ...]:
     """The adapter's file in its current version, and its strengths."""
     file = find_adapter(use.path)
     status = file.stat()
-    strengths = MergeStrengths.of(use.strengths), *use.layers.items()
-    return file.resolve(), status.st_mtime_ns, status.st_size, *strengths
+    return file.resolve(), status.st_mtime_ns, status.st_size, MergeStrengths.of(use.strengths)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from PIL import Image
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.prompts import (
     DENOISE,
-    HIRES_DENOISE,
     MOST_SIDE,
     MOST_STEPS,
     PIXELS,
@@ -23,7 +20,6 @@ from dora_diffusion.config.prompts import (
 )
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.models.schedulers import SCHEDULERS
-from dora_diffusion.sampling.detail import Detail
 
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
@@ -34,9 +30,7 @@ if TYPE_CHECKING:
         str | PathLike[str] | tuple[str | PathLike[str], float | Strengths] | AdapterUse | None
     )
     """An adapter file or a run's folder; a pair of it and its strength or `Strengths`; or an
-    `AdapterUse`, with strengths of layers too. None is the base."""
-
-MOST_HIRES = 4
+    `AdapterUse`. None is the base."""
 
 
 class ImageRow(NamedTuple):
@@ -47,7 +41,6 @@ class ImageRow(NamedTuple):
     adapter: AdapterRef = None
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class SamplingSettings:
     """Settings of image sampling.
@@ -67,13 +60,6 @@ class SamplingSettings:
         denoise: Share of the steps that are done on the image, from as much noise (Diffusers'
             ``strength``, A1111's denoising strength). None is `DENOISE`; an inpainting model has
             its pipeline's default.
-        hires: Factor of both sides for a second pass, which paints over the enlarged image of the
-            first one; None skips it.
-        hires_denoise: ``denoise`` of the second pass.
-        hires_steps: ``steps`` of the second pass; None is as many.
-        strength_schedules: Factors of an adapter's strength over the steps of each pass, by its
-            name (`stack.name_of`); for adapters that are on for all images.
-        detail: Settings of the detail pass over each finished image.
         prompt_weights: Read weights and breaks in prompts, as A1111 does (`models.emphasis`).
 
     Raises:
@@ -90,15 +76,10 @@ class SamplingSettings:
     mask_image: Image.Image | None = field(default=None, repr=False)
     guidance_rescale: float = 0.0
     denoise: float | None = None
-    hires: float | None = None
-    hires_denoise: float = HIRES_DENOISE
-    hires_steps: int | None = None
-    strength_schedules: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     prompt_weights: bool = False
-    detail: Detail | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "height", "hires_steps"):
+        for name in ("steps", "width", "height"):
             self._check_whole(name, getattr(self, name))
         guidance, rescale = self.guidance_scale, self.guidance_rescale
         require(
@@ -123,18 +104,15 @@ class SamplingSettings:
             f"a mask_image belongs to an image of its size; they are {sizes[1]} and {sizes[0]}",
             "mask_image",
         )
-        self._check_hires()
-        self._check_passes()
+        self._check_denoise()
 
     @property
     def stated_denoise(self) -> float | None:
-        """Denoising strength in an image's text, of the second pass where there is one."""
-        if self.hires:
-            return self.hires_denoise
+        """Denoising strength in an image's text."""
         return DENOISE if self.image is not None and self.denoise is None else self.denoise
 
     def size(self, resolution: int) -> tuple[int, int]:
-        """Width and height of an image's first pass, in pixels.
+        """Width and height of an image, in pixels.
 
         Args:
             resolution: The model's, for sides that are not set (`Components.default_resolution`).
@@ -182,43 +160,16 @@ class SamplingSettings:
             name,
         )
 
-    def _check_hires(self) -> None:
-        """Check a second pass, which only images from text have."""
-        if self.hires is None:
+    def _check_denoise(self) -> None:
+        """Check the denoising strength over an image."""
+        share, steps = self.denoise, self.steps
+        if share is None:
             return
         require(
-            self.image is None,
-            "a second pass (hires) is of images from text alone; leave it out, or the image to "
-            "start from",
-            "hires",
+            0 < share <= 1, f"denoise is {share:g}; it must be above 0 and at most 1", "denoise"
         )
         require(
-            1 < self.hires <= MOST_HIRES,
-            f"hires is {self.hires:g}; it must be above 1 and at most {MOST_HIRES}",
-            "hires",
+            int(steps * share) >= 1,
+            f"denoise {share:g} of {steps} steps is less than one step; raise one of them",
+            "denoise",
         )
-        for name in ("width", "height"):
-            side = getattr(self, name) or 0
-            require(
-                side * self.hires <= MOST_SIDE,
-                f"hires {self.hires:g} of a {name} of {side} is above {MOST_SIDE}",
-                "hires",
-            )
-
-    def _check_passes(self) -> None:
-        """Check the denoising strength of each pass that paints over an image."""
-        second = self.steps if self.hires_steps is None else self.hires_steps
-        passes = [("denoise", self.denoise, self.steps)]
-        # Without a second pass its steps do not matter.
-        passes += [("hires_denoise", self.hires_denoise, second if self.hires else MOST_STEPS)]
-        if self.detail is not None:
-            passes += [("detail_denoise", self.detail.denoise, self.steps)]
-        for name, share, steps in passes:
-            if share is None:
-                continue
-            require(0 < share <= 1, f"{name} is {share:g}; it must be above 0 and at most 1", name)
-            require(
-                int(steps * share) >= 1,
-                f"{name} {share:g} of {steps} steps is less than one step; raise one of them",
-                name,
-            )

@@ -30,7 +30,7 @@ Rows = tuple[int, ...] | None
 
 
 class ModelInputs(NamedTuple):
-    """Inputs of the UNet except its conditioning.
+    """Inputs of the denoiser except its conditioning.
 
     Attributes:
         noisy_latents: ``(B, C, h, w)``.
@@ -55,7 +55,7 @@ class Batch:
     """Batch on the training device. Rows of photos come first, then rows of class images.
 
     Attributes:
-        inputs: Inputs of the UNet.
+        inputs: Inputs of the denoiser.
         latents: ``(B, C, h, w)``, scaled.
         noise: ``(B, C, h, w)``.
         captions: B prompts.

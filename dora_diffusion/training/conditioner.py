@@ -4,50 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.conditioning import Conditioning
-from dora_diffusion.models.families import Tokens
 from dora_diffusion.models.offload import on_device, send
 from dora_diffusion.models.text import tokenize_prompts
 from dora_diffusion.models.words import has_words
 
 # For SDXL in half precision, each caption occupies a third of a megabyte.
 KNOWN_CAPTIONS = 256
-
-
-class Tokenized(NamedTuple):
-    """Tokens of captions that train.
-
-    Attributes:
-        tokens: Tokens of all captions.
-        zeros: ``(B,)`` bool, captions whose conditioning is zeros; None if there are none.
-        kept: Captions that are not replaced by the empty prompt; only with ``empty``.
-        empty: Tokens of the empty prompt, if it is encoded differently (clip skip).
-    """
-
-    tokens: Tokens
-    zeros: Tensor | None = None
-    kept: tuple[bool, ...] = ()
-    empty: Tokens | None = None
-
-
-class Reading(NamedTuple):
-    """Tensors from which captions are encoded in a step.
-
-    Attributes:
-        trains: For each caption, whether it is encoded in the step.
-        cached: Conditioning of the other captions.
-        tokenized: Tokens of the captions that are encoded; None if there are none.
-    """
-
-    trains: tuple[bool, ...]
-    cached: Sequence[Conditioning]
-    tokenized: Tokenized | None
 
 
 class Conditioner:
@@ -69,23 +36,14 @@ class Conditioner:
         self._cache: dict[str, Conditioning] = {}
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
-        """Encode B captions."""
-        return self.encode(self.read(captions))
-
-    def read(self, captions: Sequence[str]) -> Reading:
-        """Tokenize captions that train, and look up the conditioning of others in the cache."""
-        trains = tuple(self.trains or self.has_words(caption) for caption in captions)
+        """Encode B captions, with gradients for those that train; others are cached."""
+        trains = [self.trains or self.has_words(caption) for caption in captions]
         pairs = list(zip(captions, trains, strict=True))
         cached = [self._cached(caption) for caption, is_trained in pairs if not is_trained]
         while len(self._cache) > KNOWN_CAPTIONS:  # Captions with shuffled tags rarely recur.
             del self._cache[next(iter(self._cache))]
         trained = [caption for caption, is_trained in pairs if is_trained]
-        return Reading(trains, cached, self._tokenized(trained) if trained else None)
-
-    def encode(self, reading: Reading) -> Conditioning:
-        """Encode the result of `read`, with gradients for captions that train."""
-        trains, cached, tokenized = reading
-        encoded = None if tokenized is None else self._encode(tokenized)
+        encoded = self._encode(trained) if trained else None
         if encoded is not None and not cached:
             return encoded
         rows = iter(() if encoded is None else (encoded[row] for row in range(len(encoded))))
@@ -109,31 +67,23 @@ class Conditioner:
         if caption not in self._cache:
             components = self.components
             with torch.no_grad(), on_device(components.device, *components.text_encoders):
-                self._cache[caption] = self._encode(self._tokenized([caption]))
+                self._cache[caption] = self._encode([caption])
         return self._cache[caption]
 
-    def _tokenized(self, captions: Sequence[str]) -> Tokenized:
-        components, tokens = self.components, tokenize_prompts(self.components, captions)
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
+        components = self.components
+        encoded = tokenize_prompts(components, captions).encode(components)
         if all(captions):
-            return Tokenized(tokens)
+            return encoded
         if components.zeros_for_empty_prompt:
-            return Tokenized(tokens, torch.tensor([not caption for caption in captions]))
-        if not components.clip_skip:
-            return Tokenized(tokens)
-        kept = tuple(map(bool, captions))
-        return Tokenized(tokens, None, kept, tokenize_prompts(components, [""]))
-
-    def _encode(self, tokenized: Tokenized) -> Conditioning:
-        tokens, zeros, kept, empty = tokenized
-        encoded = tokens.encode(self.components)
-        if zeros is not None:
-            zeros = send(zeros, encoded.encoder_hidden_states.device)
-            hidden = encoded.encoder_hidden_states.masked_fill(zeros.view(-1, 1, 1), 0)
+            dropped = torch.tensor([not caption for caption in captions])
+            dropped = send(dropped, encoded.encoder_hidden_states.device)
+            hidden = encoded.encoder_hidden_states.masked_fill(dropped.view(-1, 1, 1), 0)
             if encoded.pooled is None:
                 return Conditioning(hidden)
-            return Conditioning(hidden, encoded.pooled.masked_fill(zeros.view(-1, 1), 0))
-        if empty is None:
+            return Conditioning(hidden, encoded.pooled.masked_fill(dropped.view(-1, 1), 0))
+        if not components.clip_skip:
             return encoded
-        dropped = empty.encode(self.components, clip_skip=0)
-        rows = [encoded[row] if is_kept else dropped for row, is_kept in enumerate(kept)]
+        empty = tokenize_prompts(components, [""]).encode(components, clip_skip=0)
+        rows = [encoded[row] if caption else empty for row, caption in enumerate(captions)]
         return Conditioning.cat(rows)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dora_diffusion.config.derived import Changes
-
-if TYPE_CHECKING:
-    from dora_diffusion.training.results.effect import Effect
 
 
 class Event:
@@ -146,13 +143,6 @@ class CheckpointSaved(Event):
     step: int
     path: Path
     removed: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class EffectMeasured(Event):
-    """Measured effect of the result on the model's predictions."""
-
-    effect: Effect
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,8 @@ class RunFolder:
                 held_out=tuple(photo.path.name for photo in held_out),
             )
         )
-        if self.is_main or self.shards:
-            run.probe.begin()
+        if start.checkpoint is None and (self.is_main or self.shards):
+            run.initial = run.digest()
         if self.steps == 0 and run.config.sample_at_start:
             self._sample(0)
         self._begun = time.perf_counter()
@@ -170,8 +170,8 @@ class RunFolder:
         if self._validate(self.steps):  # The starting weights may be the best ones.
             self._checkpoint(self.steps, is_best=True)
 
-    def is_over(self) -> bool:
-        """Return whether the run is over. Before, take samples and checkpoints that are due."""
+    def answer_requests(self) -> bool:
+        """Take samples and checkpoints that are due; return whether the run is over."""
         has_stepped = self.steps > self.start.step
         sampling, saving = (self.is_main and has_stepped and self._asked(n) for n in REQUESTS)
         overdue = self.is_main and has_stepped and self.saver.is_overdue()
@@ -226,7 +226,7 @@ class RunFolder:
         """Save the last checkpoint; write the result, its samples and its model card.
 
         Raises:
-            TrainingError: If training had no effect on the predictions. The files are written.
+            TrainingError: If no trained number has moved. The files are written.
         """
         steps, total_steps = self.steps, self.run.total_steps
         is_complete = self._is_complete(steps)
@@ -235,17 +235,20 @@ class RunFolder:
             self._checkpoint(steps)
         self._tell_of_rise()
         self.log.close()
-        written, result_step, kept = None, None, None
+        written, result_step, kept, has_learned = None, None, None, True
         if is_complete and (self.is_main or self.shards):
             self.stop.answer_with(_FINISHING)
             with self.run.in_use():
                 result_step = self._best_step(steps)
+                has_learned = self._has_learned()
                 path, kept = write_result(self.run, self.output_dir, result_step, self.samples)
             written = path if self.is_main else None  # Other processes only gathered their shards.
-            self._tell_effect(result_step)
+            if self.is_main:
+                with warning_of_full_disk("run.json does not have the outcome of training"):
+                    save_record(self.output_dir, self.start.conditions, has_learned)
         self.run.accelerator.wait_for_everyone()
-        if written is not None:
-            self._require_effect(written)
+        if written is not None and not has_learned:
+            raise TrainingError(self._unlearned_message(written))
         signal_number = None if is_complete else self.stop.signal_number
         stopped_early = is_complete and steps < total_steps
         self.on_event(events.TrainingEnded(steps, not is_complete, result_step, stopped_early))
@@ -264,34 +267,28 @@ class RunFolder:
             kept=kept,
         )
 
-    def _tell_effect(self, step: int) -> None:
-        """Record the measured effect of training."""
-        effect = self.run.probe.effect
-        if self.is_main and effect is not None:
-            with warning_of_full_disk("run.json does not have the effect of training"):
-                save_record(self.output_dir, self.start.conditions, effect)
-            self.trackers.log_step({"step": step, "effect": effect.figures})
-            self.on_event(events.EffectMeasured(effect))
+    def _has_learned(self) -> bool:
+        """Return whether a trained number differs from its value before the first step.
 
-    def _require_effect(self, written: Path) -> None:
-        """Raise an error if training had no effect."""
-        effect, config = self.run.probe.effect, self.run.config
-        if effect is None or not effect.is_nothing:
-            return
-        fix = (
-            f"Raise learning_rate ({config.unet_lr:g}) or max_train_steps ({self.steps}), or lower "
-            "lr_warmup_steps"
+        If all gradients were 0, weight decay alone has moved numbers.
+        """
+        is_decay = self.start.step == 0 and self.log.largest_norm == 0
+        return self.run.digest() != self.run.initial and not is_decay
+
+    def _unlearned_message(self, written: Path) -> str:
+        """Return the error for a run that has learned nothing."""
+        rate, steps = f"{self.run.config.unet_lr:g}", self.steps
+        cause, fix = (
+            "no trained number has moved",
+            f"Raise learning_rate ({rate}) or max_train_steps ({steps}), or lower lr_warmup_steps",
         )
         if self.log.largest_norm == 0:
-            fix = "All gradients were 0: check the masks of the photos and mixed_precision"
+            cause, fix = "all gradients were 0", "Check the masks of the photos and mixed_precision"
         elif self.log.largest_norm == math.inf:
-            fix = "fp16 skipped every step: use --mixed_precision bf16 or no"
+            cause, fix = "fp16 skipped every step", "Use --mixed_precision bf16 or no"
         start = self.run.weights.origin.get("init_adapter")
         has = f"equals init_adapter {start}, from which it started" if start else "has no effect"
-        raise TrainingError(
-            f"nothing was learned: {effect}, within rounding. {written} was written but {has}. "
-            f"{fix}"
-        )
+        return f"nothing was learned: {cause}. {written} was written but {has}. {fix}"
 
     def _best_step(self, steps: int) -> int:
         """Load the weights of the result into the model. Returns their step."""

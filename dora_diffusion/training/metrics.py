@@ -358,7 +358,7 @@ def step_tags(record: Mapping[str, Any]) -> dict[str, float]:
         for name in ("loss", "similarity")
         if record.get(f"validation_{name}") is not None
     }
-    for kind in ("lr", "effective_lr", "effect"):
+    for kind in ("lr", "effective_lr"):
         tags |= {f"{kind}/{group}": rate for group, rate in record.get(kind, {}).items()}
     return tags
 

@@ -13,7 +13,6 @@ from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.targets import require_rows
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, shown
 from dora_diffusion.config.subject_list import SHARED
 from dora_diffusion.data.images import reading_once
@@ -60,7 +59,6 @@ class PackResult:
     signal_number: int | None = None
 
 
-@check_arguments()
 def train_pack(
     configs: Mapping[str, TrainConfig | ConfigError],
     on_event: OnPackEvent | None = None,
@@ -153,7 +151,6 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
         and config.clip_skip > 0
         and any(subject.caption_dropout for subject in config.subjects),
         "compile": config.compile,
-        "cuda_graph": config.cuda_graph,
         "report_to": config.report_to is not None,
         "push_to_hub": config.push_to_hub,
         "mixed_precision": precision_of(config.mixed_precision) == "fp16",
@@ -233,7 +230,7 @@ class _Pack:
         show = partial(self._show, name)
         run = assemble(config, subjects, accelerator, show, base=base)
         for model in run.weights.modules.values():
-            require_rows([path for path, _ in adapted_layers(model)], "a pack")
+            require_rows([path for path, _ in adapted_layers(model)])
         run.activate = partial(self._attach, run.step.adapters)
         folder = RunFolder(run, show, self.stop)
         self._runs[name], self._attached = folder, run.step.adapters
@@ -261,7 +258,7 @@ class _Pack:
         """Write the results of completed runs."""
         for name, folder in list(self._runs.items()):
             with self.leaving(name):
-                if folder.is_over():
+                if folder.answer_requests():
                     self.results[name] = folder.finish()
                     self.stop.answer_with(SAVING)
                     self._drop(name)

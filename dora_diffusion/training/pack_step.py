@@ -13,10 +13,8 @@ from itertools import chain, zip_longest
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.adapters.stack import Masks, RankRoute
 from dora_diffusion.training.hooks.hook import Record
 from dora_diffusion.training.prediction import Drawn, answer
 from dora_diffusion.training.step import Step, stack_of
@@ -40,7 +38,6 @@ class PackStep:
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
         self.stack = stack_of(*(step.adapters for step in steps))
-        self._ranks = [[a.down.shape[0] for a in adapters] for adapters in self.stack.adapters]
 
     def __call__(self, numbers: Sequence[int]) -> list[Outcome]:
         """Take a step of each run.
@@ -86,7 +83,7 @@ class PackStep:
         rows = [k for k, question in trained for _ in question.ask.captions]
         questions = [question for _, question in trained] + of_base
         # Backward stays inside the context: gradient checkpointing recomputes blocks.
-        with self.stack.of(rows, *self._route(group)):
+        with self.stack.of(rows):
             with first.accelerator.autocast():
                 base = partial(first.base, self.stack)
                 answers = answer(first.components, questions, base)
@@ -95,42 +92,6 @@ class PackStep:
             first.accelerator.backward(torch.stack(shares).sum())
         for k, pair in losses.items():
             yield k, torch.stack([loss.detach() for loss in pair])
-
-    def _route(self, group: Group) -> RankRoute:
-        """Join the rank masks of the runs. Their adapters may have different ranks."""
-        routes = {k: self.steps[k].route(drawn) for k, drawn in group.items()}
-        if not any(route.masks for route in routes.values()):
-            return RankRoute()
-        layers = range(len(self._ranks))
-        masks = {k: route.masks for k, route in routes.items() if route.masks}
-        active = {k: route.active for k, route in routes.items() if route.active}
-        return RankRoute(
-            [self._joined(group, layer, masks) for layer in layers],
-            [self._joined(group, layer, active) for layer in layers],
-        )
-
-    def _joined(self, group: Group, layer: int, masks: Mapping[int, Masks]) -> Tensor | None:
-        """Join the masks of a layer over all rows, padded to the largest rank.
-
-        Args:
-            group: The batches.
-            layer: Index of the layer.
-            masks: Masks of all layers by run. A run without masks has all ranks active.
-        """
-        present = [mask for layers in masks.values() if (mask := layers[layer]) is not None]
-        if not present:
-            return None
-        ranks, by_run = self._ranks[layer], []
-        for k, drawn in group.items():
-            sizes = [len(question.ask.captions) for question in drawn.trained()]
-            mask = masks[k][layer] if k in masks else None
-            if mask is None:
-                mask = present[0].new_ones(sum(sizes), ranks[k])
-            mask = F.pad(mask, (0, max(ranks) - ranks[k]))
-            if len(group) == 1:
-                return mask
-            by_run.append(mask.expand(sum(sizes), -1).split(sizes))
-        return torch.cat(_interleaved(by_run))
 
 
 def _interleaved(sequences: Sequence[Sequence[Any]]) -> list[Any]:

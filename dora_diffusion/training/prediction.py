@@ -105,12 +105,7 @@ def _pass(components: Components, questions: Sequence[Question]) -> dict[Questio
 
 
 def _conditioning(questions: Sequence[Question]) -> Conditioning:
-    return Conditioning.cat([encode(captions) for encode, captions in encodings(questions)])
-
-
-def encodings(questions: Sequence[Question]) -> list[tuple[Conditioner, Sequence[str]]]:
-    """Return the captions of each call of an encoder for a forward pass."""
-    if questions and questions[0].encode.trains:  # All captions in one pass of the text encoders.
+    if questions[0].encode.trains:  # All captions in one pass of the text encoders.
         captions = [caption for question in questions for caption in question.ask.captions]
-        return [(questions[0].encode, captions)]
-    return [(question.encode, question.ask.captions) for question in questions]
+        return questions[0].encode(captions)
+    return Conditioning.cat([question.encode(question.ask.captions) for question in questions])

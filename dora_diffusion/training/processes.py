@@ -1,9 +1,10 @@
 """Devices, processes and precision of a run (Accelerate), and sharding of a model (FSDP2).
 
-A model is sharded by torch's ``fully_shard``. Matrices and kernels of the UNet and of trained text
-encoders are sharded by rows. A block's weights are gathered only while the block computes. Vectors,
-adapters and new words are replicated, and their gradients are averaged once per step. All processes
-must therefore call a sharded model equally often.
+A model is sharded by torch's ``fully_shard``. Matrices and kernels of the denoiser and of trained
+text encoders are sharded by rows. Blocks that the model's class in Diffusers or Transformers names
+(``_no_split_modules``) have their weights gathered only while they compute; other weights are
+gathered with the whole model. Vectors, adapters and new words are replicated, and their gradients
+are averaged once per step. All processes must therefore call a sharded model equally often.
 
 Accelerate launches the processes, and its launcher can request sharding. The model is not prepared
 by Accelerate, which would prepare model and optimizer together, shard adapters, and not support CPU
@@ -35,12 +36,6 @@ from dora_diffusion.models.words import WordEmbedding
 from dora_diffusion.numerics.devices import default_device, torch_version
 from dora_diffusion.numerics.precision import allow_tf32
 
-# Class names of the blocks that are gathered one at a time; importing the classes would import
-# Diffusers. Weights outside of these blocks are gathered with the whole model.
-UNITS = (
-    "BasicTransformerBlock", "Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D",
-    "CLIPEncoderLayer",
-)  # fmt: skip
 _DEEPSPEED = (
     "DeepSpeed is not supported: its engine takes the optimizer's step inside of backward(), "
     "before this program has checked the gradients; launch with --use_fsdp --fsdp_version 2 "
@@ -196,9 +191,6 @@ def _check_settings(config: TrainConfig) -> None:
         f"needs torch 2.7 or newer, this is {torch.__version__}": not has_sharding(),
         "excludes compile: compiled blocks do not gather their weights": config.compile,
         "excludes quantize: quantised weights cannot be sharded": config.quantize != "none",
-        "excludes tlora_min_rank: the norms would have different ranks in each process": (
-            config.least_rank is not None
-        ),
         "excludes offload model: each process keeps its shard on its device": (
             config.offload == "model"
         ),
@@ -259,7 +251,8 @@ def shard(
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for model in modules.values():
         whole = set(_kept_whole(model))
-        inner = [module for module in model.modules() if type(module).__name__ in UNITS]
+        names: Any = getattr(model, "_no_split_modules", None) or ()
+        inner = [module for module in model.modules() if type(module).__name__ in names]
         for unit in [*reversed(inner), model]:
             # Reshard the outermost unit too: `FullWeights.base_weights` writes to the shards.
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.learning import HOOKS
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
@@ -40,7 +39,6 @@ from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, s
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer, stepped_parameters
 from dora_diffusion.training.processes import make_accelerator, shards_model
-from dora_diffusion.training.results.effect import Probe
 from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.results.write import check_prompts
 from dora_diffusion.training.run import Run
@@ -57,7 +55,6 @@ if TYPE_CHECKING:
 __all__ = ["TrainResult", "TrainingError", "train"]
 
 
-@check_arguments()
 def train(
     config: TrainConfig,
     on_event: events.OnEvent | None = None,
@@ -115,7 +112,7 @@ def _train(folder: RunFolder) -> TrainResult:
     """Train a run and write its result."""
     try:
         folder.begin()
-        while not folder.is_over():
+        while not folder.answer_requests():
             folder.record(folder.run.step(folder.steps + 1))
         return folder.finish()
     except Exception as error:
@@ -228,7 +225,6 @@ def assemble(
         dataset=data.dataset,
         sampler=data.sampler,
         step=build_step(config, accelerator, components, weights, batches),
-        probe=Probe(components, weights, data.dataset.captions, shards_model(accelerator)),
         validation=validation,
     )
 
@@ -256,12 +252,7 @@ def build_step(
     optimizer = build_optimizer(parameters.groups, config)
     # Built before Accelerate wraps the optimizer, since the schedule patches its `step` method.
     lr_schedule = build_lr_schedule(optimizer, config)
-    kind = Step
-    if config.cuda_graph:
-        from dora_diffusion.training.graph import step_kind
-
-        kind = step_kind(config, accelerator)
-    step = kind(
+    step = Step(
         config=config,
         accelerator=accelerator,
         components=components,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.inputs.subject import Subject, triggers_of
-from dora_diffusion.training.results.effect import Probe
+from dora_diffusion.training.processes import gather
 from dora_diffusion.training.step import Step
 
 if TYPE_CHECKING:
@@ -33,9 +36,9 @@ class Run:
         dataset: Photos and class images.
         sampler: Order of this process's batches.
         step: The optimizer step.
-        probe: Measures the effect of training on the model's predictions.
         validation: Measures the loss on held-out photos; None if there are none.
         activate: Attaches the run's adapters if several runs share the model.
+        initial: Digest of the trained weights before the first step; empty if unknown.
     """
 
     config: TrainConfig
@@ -46,9 +49,9 @@ class Run:
     dataset: DreamBoothDataset
     sampler: EpochSampler
     step: Step
-    probe: Probe
     validation: Validation | None = None
     activate: Callable[[], None] = lambda: None
+    initial: str = ""
 
     @property
     def report(self) -> str:
@@ -81,6 +84,17 @@ class Run:
             for hook in self.step.hooks:
                 stack.enter_context(hook.in_use())
             yield
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the trained weights, in the first process of a sharded model.
+
+        All processes of a sharded model must call this method.
+        """
+        digest = hashlib.sha256()
+        for parameter in self.weights.parameters().values():
+            numbers: Any = gather(parameter).contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(numbers)
+        return digest.hexdigest()
 
     def data_position(self) -> dict[str, Any]:
         """Return the run's position in its data, for a checkpoint."""

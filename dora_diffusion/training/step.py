@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.inject import AdapterSet
-from dora_diffusion.adapters.stack import BASE, AdapterStack, RankRoute
+from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
@@ -90,12 +90,12 @@ class Step:
         """Accumulate the gradients of a step's batches. Returns ``(loss, prior)`` of each."""
         with self.stack.scope():  # Norms are computed once: no parameter changes inside.
             drawn = (self.draw() for _ in range(self.turns))
-            return [self.backward(batch, self.route(batch)) for batch in drawn]
+            return [self.backward(batch) for batch in drawn]
 
-    def backward(self, drawn: Drawn, route: RankRoute) -> Tensor:
+    def backward(self, drawn: Drawn) -> Tensor:
         """Accumulate the gradients of a batch. Returns ``(loss, prior)``, detached."""
         # Backward stays inside the context: gradient checkpointing recomputes blocks.
-        with self.stack.of(0, *route):
+        with self.stack.of(0):
             with self.accelerator.autocast():
                 base = partial(self.base, self.stack)
                 answers = answer(self.components, drawn.distinct(), base)
@@ -130,13 +130,6 @@ class Step:
             hook.done(number)
         self.is_whole = True
         return record | ({"prior_loss": prior} if self.config.holds_prior else {})
-
-    def route(self, drawn: Drawn) -> RankRoute:
-        """Return the rank masks for a batch."""
-        route = RankRoute()
-        for hook in self.hooks:
-            route = hook.route(drawn, route)
-        return route
 
     def losses(self, drawn: Drawn, answers: Mapping[Question, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the total loss of a batch and its prior-preservation loss."""

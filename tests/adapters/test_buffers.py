@@ -168,26 +168,6 @@ def test_a_step_that_failed_leaves_no_gradient_to_the_next() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_passes_of_a_step_add_up_in_float32() -> None:
-    """Many small gradients beside a large one: bfloat16 would lose all of them."""
-    model = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 4, 1))
-    model = model.bfloat16()
-    inject_adapters(model, everything(rank=2))
-    move(model)
-    stack, x = stacked(model), torch.ones(2, 6, dtype=torch.bfloat16)
-
-    def gradients(times: list[float]) -> list[Tensor]:
-        with stack.scope():
-            for factor in times:
-                with stack.of(0):
-                    (model(x).sum() * factor).backward()
-        return [parameter.grad.clone() for parameter in adapter_parameters(model)]
-
-    once, small = gradients([1.0]), gradients([2.0**-9])
-    for many, one, little in zip(gradients([1.0, *[2.0**-9] * 64]), once, small, strict=True):
-        torch.testing.assert_close(many, one + 64 * little, rtol=1e-5, atol=1e-6)
-
-
 def test_recomputed_layers_add_nothing() -> None:
     model = moved()
     wanted, stack = expected(model), stacked(model)
@@ -221,53 +201,6 @@ def test_nothing_is_copied_and_nothing_moves_from_step_to_step(dtype: torch.dtyp
         flat.finish()
     assert places[0] == places[1] == places[2]
     assert len(places[0]) > 30
-
-
-def test_memory_of_another_order_is_not_used() -> None:
-    """The gradients are right, and are copied."""
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 5))
-    inject_adapters(model, everything(rank=2))
-    move(model)
-    x = torch.ones(2, 6)
-    with norm_scope(model):
-        loss = model(x).square().sum()
-        wanted = torch.autograd.grad(loss, list(adapter_parameters(model)))
-    flat = FlatParameters(by_role(model), list(reversed(AdapterSet.of(model).parameters())))
-    stack = stacked(model, flat.memory)
-    with stack.scope(), stack.of(0):
-        model(x).square().sum().backward()
-    flat.take_gradients()
-    for parameter, gradient in zip(adapter_parameters(model), wanted, strict=True):
-        assert parameter.grad is not flat.memory[parameter]
-        torch.testing.assert_close(flat.memory[parameter], gradient, rtol=1e-5, atol=1e-5)
-
-
-def test_a_scope_of_ones_own_keeps_the_values_that_it_was_opened_with() -> None:
-    """A backward pass after the scope, and after a step of an optimizer, is that of before."""
-    model = nn.Sequential(nn.Linear(6, 5))
-    inject_adapters(model, everything(rank=2))
-    move(model)
-    found = []
-    for changes in (False, True):
-        x = torch.ones(2, 6, requires_grad=True)
-        with norm_scope(model):
-            y = model(x)
-        if changes:
-            move(model, seed=5)
-        y.square().sum().backward()
-        found.append(x.grad)
-    assert torch.equal(*found)
-
-
-def test_a_bias_that_was_written_to_is_read_in_the_next_step() -> None:
-    model = moved()
-    stack = stacked(model)
-    for _ in range(2):
-        with stack.scope(), stack.of(0):
-            found = model(IDS)
-        with norm_scope(model):
-            torch.testing.assert_close(found, model(IDS))
-        model.first.bias.data.add_(1)
 
 
 def test_consecutive_tensors_are_one_vector() -> None:

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from dora_diffusion.adapters.inject import inject_adapters, merge_adapters, remove_adapters
 from dora_diffusion.adapters.state import adapter_state, load_adapter, save_adapter
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.formats.adapter.file import AdapterFormatError, AdapterMetadata
+from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.numerics.weights import LayerWeights
-from tests.adapters.helpers import everything, move
+from tests.adapters.helpers import move
 
 
 class Blocks(nn.Module):
@@ -77,25 +77,6 @@ def test_the_weights_of_the_modules_tell_the_axis_of_flat_magnitudes(tmp_path: P
     assert_same(adapter_state({"unet": model}), state)
 
 
-def test_an_adapter_of_another_family_is_named(tmp_path: Path, model: Blocks) -> None:
-    path = save_adapter(model, tmp_path, metadata=AdapterMetadata("sdxl"))
-    other = nn.ModuleDict({"conv_in": nn.Conv2d(4, 8, 3)})
-    with pytest.raises(AdapterFormatError, match=r"Stable Diffusion XL \(sdxl\), the base is"):
-        load_adapter(other, path, family="sd1")
-
-
-def test_an_alpha_that_is_assumed_is_said(tmp_path: Path, model: Blocks) -> None:
-    path = save_adapter(model, tmp_path, "kohya", metadata=AdapterMetadata("sd1"))
-    tensors = {key: t for key, t in load_file(path).items() if not key.endswith(".alpha")}
-    save_file(tensors, path)
-    remove_adapters(model)
-    with pytest.warns(UserWarning, match="alpha = rank is assumed; if it was trained with another"):
-        load_adapter(model, path)
-    remove_adapters(model)
-    load_adapter(model, path, alpha=3.0)
-    assert {layer.alpha for layer in adapter_state({"unet": model}).values()} == {3.0}
-
-
 class Kinds(nn.Module):
     """Every kind of layer that PEFT knows."""
 
@@ -145,27 +126,3 @@ def test_peft_loads_every_kind_of_layer(tmp_path):
     save_adapter(model, tmp_path, "peft")
     twin = PeftModel.from_pretrained(kinds(), tmp_path / "unet")
     torch.testing.assert_close(twin(IDS), model(IDS), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_groups_and_one_dimension_are_loaded_from_kohya_files(tmp_path, axis):
-    def make():
-        torch.manual_seed(0)
-        return nn.ModuleDict(
-            {
-                "conv_in": nn.Conv2d(8, 12, 3, groups=4),
-                "conv_out": nn.Conv1d(6, 9, 3, groups=3, bias=False),
-            }
-        ).requires_grad_(False)
-
-    model = make()
-    inject_adapters(model, everything(norm_axis=axis))
-    move(model)
-    path = tmp_path / "a.safetensors"
-    save_adapter(model, path, "kohya", metadata=AdapterMetadata(family="sd1"))
-    other = make()
-    load_adapter(other, path)
-    for name, shape in (("conv_in", (2, 8, 5, 5)), ("conv_out", (2, 6, 7))):
-        x = torch.randn(shape)
-        torch.testing.assert_close(other[name](x), model[name](x))
-        assert not torch.allclose(make()[name](x), model[name](x), atol=1e-2)

@@ -112,13 +112,6 @@ def test_a_dora_starts_from_a_lora_with_the_norms_of_its_weights(net, x, axis):
         )
 
 
-def test_layers_that_the_other_lacks_start_afresh(net, x):
-    start = {path: layer for path, layer in other(net).items() if path in ("square", "point")}
-    model, fresh = started(net, start, **FRESH), started(net, {}, **FRESH)
-    assert torch.equal(output(model, x), output(attached(net, start), x))
-    assert torch.equal(model.wide.adapters["default"].down, fresh.wide.adapters["default"].down)
-
-
 @pytest.mark.parametrize(
     ("method", "config", "message"),
     [

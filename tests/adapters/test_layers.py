@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -29,9 +27,7 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.devices import default_device
 from tests.adapters.helpers import (
     AXES,
-    block,
     everything,
-    gradients,
     kept_by,
     move,
 )
@@ -159,29 +155,6 @@ def in_two_processes(function: Callable[..., None], *args: str) -> None:
     torch.multiprocessing.start_processes(function, args, nprocs=2, start_method=method)
 
 
-def _broadcast(rank: int, store: str, results: str) -> None:
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    net = adapted(seed=rank)
-    with norm_scope(net):
-        net(X)
-    # The constructor sends the first process's parameters to all others.
-    wrapped = DistributedDataParallel(net)
-    with norm_scope(net):
-        torch.save((wrapped(X).detach(), dense(net, X).detach()), f"{results}/{rank}")
-    dist.destroy_process_group()
-
-
-def test_a_broadcast_of_parameters_is_seen(tmp_path):
-    store = tmp_path / "store"
-    in_two_processes(_broadcast, str(store), str(tmp_path))
-    (first, reference), (second, _) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
-    torch.testing.assert_close(first, second)
-    torch.testing.assert_close(second.double(), reference, rtol=1e-4, atol=1e-4)
-
-
 class Blocks(nn.Module):
     """A layer, and two blocks of which each is recomputed."""
 
@@ -273,18 +246,6 @@ def test_the_backward_pass_keeps_what_lora_keeps_and_the_output(axis, shape):
     assert sum(kept.values()) - allowed <= 2 * 4 * positions, "the rank-wide A x, as LoRA keeps it"
 
 
-def test_sampling_caches_vectors_only():
-    net = adapted().eval()
-    with norm_scope(net), torch.no_grad():
-        net(X)
-        for _, layer in adapted_layers(net):
-            for scales in layer.route.norms.values():
-                factors = scales.factors(torch.float32)
-                assert scales.norm.shape == factors.gain.shape == (layer.weight.shape[0],)
-                assert factors.direction is None
-    assert all(layer.route is None for _, layer in adapted_layers(net))
-
-
 def test_switching_adapters_copies_no_base():
     net = adapted()
     config = AdapterConfig(targets=("full",), rank=2, conv_rank=2)
@@ -301,22 +262,6 @@ def test_switching_adapters_copies_no_base():
     assert torch.equal(net(X), outputs[0])
     assert not torch.allclose(*outputs)
     assert {path: layer.weight.data_ptr() for path, layer in adapted_layers(net)} == weights
-
-
-def test_checkpointing_still_frees_what_it_frees():
-    """A recomputation holds no tensor: a checkpointed block keeps nothing but its input."""
-    model, x = block("output"), torch.randn(2, 8, 40, 40, requires_grad=True)
-    alive = weakref.WeakSet()
-    model.norm.register_forward_hook(lambda module, args, output: alive.add(output))
-    with norm_scope(model):
-        y = checkpoint(model, x, use_reentrant=False)
-        gc.collect()
-        assert len(alive) == 0
-        y.square().sum().backward()
-    expected = gradients(block("output"), x.detach())
-    found = [x.grad, *(p.grad for p in adapter_parameters(model))]
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def unet_keeps(adapt) -> int:

@@ -105,21 +105,6 @@ def test_gradients_are_those_of_the_dense_formula_in_float64(net, x, kind, axis)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_backward_passes_in_one_norm_scope_add_up(net, x, kind):
-    """Gradient accumulation goes through one graph of A and B several times."""
-    inject_adapters(net, everything(**kind))
-    move(net)
-    with norm_scope(net):
-        for part in x:
-            net(part[None]).square().sum().backward()
-    together = [p.grad.clone() for p in adapter_parameters(net)]
-    net.zero_grad()
-    net(x).square().sum().backward()
-    for grad, parameter in zip(together, adapter_parameters(net), strict=True):
-        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axis", AXES)
 def test_what_a_file_holds_is_an_ordinary_adapter_of_the_same_output(net, x, kind, axis):
     inject_adapters(net, everything(norm_axis=axis, rslora=True, **kind))
@@ -234,17 +219,6 @@ def test_vera_has_the_outputs_and_gradients_of_pefts(use_dora):
     for mine, one in pairs:
         assert one.grad.abs().max() > 1e-3
         torch.testing.assert_close(mine.grad, one.grad, rtol=1e-5, atol=1e-5)
-
-
-def test_all_layers_share_one_copy_of_the_projections(net):
-    inject_adapters(net, everything(parametrization="vera", rank=8))
-    shared = {id(m.adapters["default"].parametrization.projections)
-              for m in net.modules() if hasattr(m, "adapters")}  # fmt: skip
-    assert len(shared) == 1
-    assert not any("projections" in name for name in net.state_dict())
-    assert {name.rpartition(".")[2] for name, p in net.named_parameters() if p.requires_grad} == {
-        "down", "up", "magnitude"
-    }  # fmt: skip
 
 
 def test_the_leading_part_of_a_large_weight_is_what_starts_it():

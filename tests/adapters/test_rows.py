@@ -181,26 +181,6 @@ def test_what_changes_inside_counts_from_the_next_call(change):
     torch.testing.assert_close(found, one_by_one(model, ROWS, ids, images))
 
 
-def test_an_adapter_may_be_on_some_layers_only_and_a_row_s_rank_is_its_own():
-    model = adapted(kinds=("time", "conv", "out", "words"))
-    ids, images = inputs(6)
-    expected = one_by_one(model, ROWS, ids, images)
-    with row_scope(model, rows=ROWS):
-        torch.testing.assert_close(model(ids, images), expected, rtol=1e-11, atol=1e-11)
-
-
-def test_dropout_drops_each_row_s_own_inputs():
-    model = adapted(dropout=0.5).train()
-    ids, images = inputs(6)
-    with row_scope(model, rows=ROWS):
-        torch.manual_seed(3)
-        first, second = model(ids, images), model(ids, images)
-        assert not torch.allclose(first[0], second[0])
-        assert torch.equal(first[2], second[2])
-        found = model.eval()(ids, images)
-    torch.testing.assert_close(found, one_by_one(model, ROWS, ids, images))
-
-
 def test_a_channel_of_small_gain_has_its_gradient():
     model = adapted(kinds=("time",) * 4)
     with torch.no_grad():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -27,7 +25,6 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
 from dora_diffusion.adapters.scope import NormCache, norm_scope
-from dora_diffusion.training.optimizer import FlatParameters
 from tests.adapters.helpers import Net, everything, gradients, move
 
 
@@ -134,20 +131,6 @@ def test_what_changes_between_two_steps_is_noticed(net, x, axis, change):
         assert torch.equal(found, expected), number
 
 
-def test_another_model_is_another_set_of_layers(net, x):
-    other = Net().requires_grad_(False)
-    cache = NormCache()
-    for number, model in enumerate((net, other)):
-        inject_adapters(model, everything())
-        move(model, seed=number)
-    for models in ((net,), (other,), (net,), (net, other), (other, net)):
-        with norm_scope(*models, cache=cache):
-            assert all(layer.route.norms for m in models for _, layer in adapted_layers(m))
-            found = [model(x) for model in models]
-        with norm_scope(*models):
-            assert all(map(torch.equal, found, [model(x) for model in models]))
-
-
 def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
     inject_adapters(net, everything())
     move(net)
@@ -164,20 +147,6 @@ def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
             net(x)
         write_adapter(net)
         assert len(calls) == expected
-
-
-@pytest.mark.parametrize("settings", [{"parametrization": "vera"}, {}])
-def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
-    """Vectors train; the matrices that they make are large, and of one step."""
-    inject_adapters(net, everything(**settings))
-    cache = NormCache()
-    with norm_scope(net, cache=cache):
-        net(x)
-        scales = net.square.scales("default", net.square.adapters["default"])
-        made = weakref.ref(scales.plan.layout.sites[scales.place].adapters[0].down)
-    del scales
-    gc.collect()
-    assert (made() is None) == ("parametrization" in settings)
 
 
 def test_a_layer_whose_output_is_overwritten_now_is_noticed(net, x):
@@ -209,16 +178,6 @@ def test_layers_of_other_scales_and_ranks_lie_in_one_layout(x, axis):
         *(p.grad for _, layer in adapted_layers(net) for p in layer.adapters.parameters()),
     ]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_loop_can_be_left_by_an_exception(net, x):
-    inject_adapters(net, everything())
-    cache = NormCache()
-    with pytest.raises(KeyError), norm_scope(net, cache=cache):
-        raise KeyError
-    assert all(layer.route is None for _, layer in adapted_layers(net))
-    with norm_scope(net, cache=cache), disabled(net):
-        net(x)
 
 
 class PastCounters(torch.optim.SGD):
@@ -270,18 +229,6 @@ def test_a_loop_of_steps_inside_one_scope_is_an_error(net, x, optimizer, looped,
     with norm_scope(net):
         inside = net(x)
     torch.testing.assert_close(inside, net(x))
-
-
-def test_so_it_is_with_flat_parameters(net, x):
-    inject_adapters(net, everything())
-    flat = FlatParameters([{"params": list(adapter_parameters(net))}])
-    update = torch.optim.AdamW(flat.groups, fused=True)
-    update.register_step_pre_hook(lambda *_: flat.take_gradients())
-    update.register_step_post_hook(lambda *_: flat.finish())
-    steps = train_inside(norm_scope(net), net, x, update)
-    next(steps)
-    with pytest.raises(RuntimeError, match=MISTAKE):
-        next(steps)
 
 
 CHANGES_INSIDE: dict[str, Callable[[Any], Any]] = {

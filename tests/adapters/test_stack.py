@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-from itertools import zip_longest
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import inject_adapters, layer_adapters, remove_adapters
+from dora_diffusion.adapters.inject import inject_adapters, layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.dora import adapted_norm, low_rank_delta, per_channel
-from dora_diffusion.numerics.weights import LayerWeights, Strengths
+from dora_diffusion.numerics.weights import Strengths
 
 
 def make(ranks: list[int], **settings: object) -> tuple[nn.Module, list[list[LayerAdapter]]]:
@@ -111,102 +106,6 @@ def test_rows_and_gradients_are_those_of_each_adapter_by_itself(
     torch.testing.assert_close(base, model(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"norm_axis": "input"},
-        {"use_dora": False},
-        {"init": "pissa"},
-        {"parametrization": "vera"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("rows", [[0, 0, 0], [1, 0, 1]], ids=str)
-@pytest.mark.parametrize("tiny_gain", [False, True])
-@pytest.mark.parametrize("kind", ["", "shared", "active"])
-def test_masks_leave_out_ranks_of_each_row(
-    settings: dict[str, object], rows: list[int], tiny_gain: bool, kind: str
-) -> None:
-    """Against weights ``g (W + s B diag(mask) A)`` of each row.
-
-    With the norm of the whole update, or of those ranks that are active, whatever else masks them.
-    """
-    is_one, is_shared = len(set(rows)) == 1, kind == "shared"
-    if not is_one and ("init" in settings or "parametrization" in settings or is_shared):
-        return
-    settings = {"conv_rank": 3, **settings} if "parametrization" in settings else settings
-    model, adapters = make([3] if is_one else [3, 4], **settings)
-    if tiny_gain and adapters[0][0].magnitude is not None:
-        with torch.no_grad():
-            adapters[0][0].magnitude[0] = 0
-            adapters[0][2].magnitude[1] = 1e-9
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
-    up = torch.randn(3, 6, generator=generator, dtype=torch.float64)
-    layers = list(adapted_layers(model))
-    masks = [
-        torch.rand(1 if is_shared else 3, max(a.down.shape[0] for a in own), generator=generator)
-        for own in zip(*adapters, strict=True)
-    ]
-    # The last layer has none; the others leave a row 1 rank, 2, and all.
-    active: list[Tensor | None] = [
-        (torch.arange(mask.shape[1]) < torch.tensor([1, 2, 9])[:, None]).float()
-        for mask in masks[:-1]
-        if kind == "active"
-    ]
-    active.append(None)
-    masks = [m if a is None else m * a for m, a in zip_longest(masks, active)]
-    plain = copy.deepcopy(model)
-    remove_adapters(plain)
-    outputs = []
-    for row, k in enumerate(rows):
-        weights = {}
-        for number, (path, layer) in enumerate(layers):
-            own = adapters[k][number].weights()
-            rank = adapters[k][number].down.shape[0]
-
-            def masked(mask: Tensor, own: LayerWeights = own, rank: int = rank) -> LayerWeights:
-                mask = mask[:rank].double().repeat(own.rank // rank)
-                return replace(own, down=own.down * mask.view(-1, *[1] * (own.down.ndim - 1)))
-
-            applied = masked(masks[number][row % len(masks[number])])
-            changed = layer.weight + low_rank_delta(applied.down, own.up, own.scale)
-            if own.magnitude is not None:
-                limits = active[number] if number < len(active) else None
-                normed = own if limits is None else masked(limits[row])
-                gain = own.magnitude / adapted_norm(layer.weight, normed).clamp_min(1e-30)
-                changed = per_channel(gain, changed.ndim, own.norm_axis) * changed
-            weights[f"{path}.weight"] = changed
-        outputs.append(torch.func.functional_call(plain, weights, (x[row, None],)))
-    wanted = torch.cat(outputs)
-    trained = [p for own in adapters for p in parameters(own)]
-    gradients = torch.autograd.grad((wanted * up).sum(), trained)
-    stack = stacked(model, adapters)
-    with stack.scope(), stack.of(rows, masks, active):
-        made = model(x)
-        (made * up).sum().backward()
-        unmasked = stack.of(rows)
-        with unmasked:
-            assert not torch.allclose(model(x), made)
-        torch.testing.assert_close(model(x), made, rtol=0, atol=0)
-    torch.testing.assert_close(made, wanted, rtol=0, atol=1e-7)
-    found = [parameter.grad for parameter in trained]
-    torch.testing.assert_close(found, list(gradients), rtol=1e-6, atol=1e-6)
-
-
-def test_masks_have_a_row_for_each_of_a_batch() -> None:
-    model, adapters = make([2])
-    stack = stacked(model, adapters)
-    masks = [torch.ones(2, own.down.shape[0]) for own in adapters[0]]
-    with (
-        stack.scope(),
-        stack.of(0, masks),
-        pytest.raises(ValueError, match="of 3, but adapters are given for 2 rows"),
-    ):
-        model(torch.zeros(3, 3, 8, 8, dtype=torch.float64))
-
-
 def stacked(model: nn.Module, adapters: list[list[LayerAdapter]]) -> AdapterStack:
     layers = [layer for _, layer in adapted_layers(model)]
     return AdapterStack(layers, list(zip(*adapters, strict=True)))
@@ -285,9 +184,6 @@ def test_all_of_an_input_is_dropped_while_it_trains_and_nothing_after(is_trainin
     for _ in range(2):
         with stack.scope(), stack.of(0):
             torch.testing.assert_close(model(x), wanted)
-    if is_training:  # Nothing is left for masks.
-        with stack.scope(), stack.of(0, [torch.rand(2, len(a.down)) for a in adapters[0]]):
-            torch.testing.assert_close(model(x), wanted)
 
 
 @pytest.mark.parametrize("parametrization", ["adalora", "vera"])
@@ -301,17 +197,6 @@ def test_what_makes_a_and_b_gets_the_gradients(parametrization: str) -> None:
     with stack.scope(), stack.of(0):
         model(x).square().sum().backward()
     torch.testing.assert_close([parameter.grad for parameter in trained], list(wanted))
-
-
-def test_a_batch_has_a_row_for_each_of_its_adapters() -> None:
-    model, adapters = make([2, 2])
-    stack = stacked(model, adapters)
-    with (
-        stack.scope(),
-        stack.of([0, 1]),
-        pytest.raises(ValueError, match="batch of 3, but adapters are given for 2"),
-    ):
-        model(torch.zeros(3, 3, 8, 8, dtype=torch.float64))
 
 
 def test_adapters_that_change_inside_of_a_step_are_refused() -> None:
@@ -336,19 +221,3 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     pairs = list(zip(adapters[0], layer_adapters(model, "lora"), strict=True))
     with pytest.raises(ValueError, match="all DoRA on one norm axis or all LoRA"):
         AdapterStack(layers, pairs)
-
-
-@pytest.mark.parametrize("ranks", [[3], [3, 2]])
-def test_layers_that_no_row_reached_have_no_gradient(ranks: list[int]) -> None:
-    """Of any of their adapters; the others have all of theirs."""
-    model, adapters = make(ranks)
-    layers = [layer for _, layer in adapted_layers(model)]
-    stack = AdapterStack(layers, list(zip(*adapters, strict=True)))
-    rows = list(range(len(ranks)))
-    with stack.scope(), stack.of(rows):
-        model[-1](torch.ones(len(rows), 6, dtype=torch.float64)).square().sum().backward()
-    for own in adapters:
-        reached = [adapter.up.grad is not None for adapter in own]
-        assert reached == [layer is model[-1] for layer in layers]
-        assert all((a.up.grad is None) == (a.down.grad is None) for a in own)
-        assert all((a.up.grad is None) == (a.magnitude.grad is None) for a in own)

@@ -56,15 +56,3 @@ def test_state_round_trip_and_misfits(net, x):
     state["unet.nowhere"] = state["unet.square"]
     with pytest.raises(ValueError, match="no layer nowhere"):
         load_adapter_state({"unet": Net()}, state)
-
-
-def test_text_encoder_names_always_have_text_model(sd1_folder):
-    from transformers import CLIPTextModel
-
-    encoder = CLIPTextModel.from_pretrained(sd1_folder / "text_encoder")
-    inject_adapters(encoder, AdapterConfig(targets=("text-encoder-attention",), rank=2))
-    state = adapter_state({"text_encoder": encoder})
-    assert all(k.startswith("text_encoder.text_model.encoder.layers.") for k in state)
-    remove_adapters(encoder)
-    load_adapter_state({"text_encoder": encoder}, state)
-    assert set(adapter_state({"text_encoder": encoder})) == set(state)

@@ -94,8 +94,6 @@ def fill() -> Callable[[Workspace], None]:
     """Subjects, finished runs and comparisons: every field of every tab is to be seen."""
 
     def prepared(workspace: Workspace) -> None:
-        text = "name,prompt\nink,in ink\nnight,at night\n"
-        workspace.styles.write_text(text, encoding="utf-8")
         for name in ("heart_teapot", "ring_robot", "bolt_mug"):
             take_sample(workspace, SAMPLES, name)
         for title in ("first", "second"):

@@ -132,27 +132,6 @@ def test_adapters_are_lists_patterns_and_none(tmp_path):
     ]  # fmt: skip
 
 
-def test_adapters_that_prompts_name_are_their_cells_own(tmp_path):
-    """A1111's way to an axis of strengths: search and replace in <lora:NAME:STRENGTH>."""
-    files = [tmp_path / f"{name}.safetensors" for name in ("dog", "cat")]
-    for file in files:
-        file.touch()
-    given = {"adapter_dir": str(tmp_path), "prompt": "a red mug <lora:dog:0.5>"}
-    settings = GenerateSettings.read(
-        given | {"base": "b", "output": "o",
-               "grid": ["replace=dog:0.5, dog:1, cat", "unet_strength=0.25, 1"]}
-    )  # fmt: skip
-    found = [cell.adapters.adapter for cell in plan_grid(settings).cells.values()]
-    names = [f"{files[0]}:0.5", f"{files[0]}:1.0", f"{files[1]}:1.0"]
-    assert found[::2] == [[f"{name}:0.25"] for name in names]
-    assert {cell.prompts.prompt for cell in plan_grid(settings).cells.values()} == {"a red mug"}
-
-
-@pytest.mark.parametrize("word", ["adapter=/a/x, /b/x", "base=/a/x, /b/x"])
-def test_names_that_are_the_same_have_their_folder(word):
-    assert plan_grid(asked(word)).axes[0].labels == ["a/x", "b/x"]
-
-
 def test_every_setting_is_an_axis_or_says_why_not():
     usual = {str: "a, b", int: "16, 32", float: "0.5, 1", bool: "on, off"}
     for setting in GenerateSettings.settings():
@@ -236,13 +215,6 @@ def test_too_many_cells_are_counted_and_have_to_be_confirmed():
     with refused("grid_limit", "150 images"):  # fmt: skip
         plan_grid(asked(*axes))
     assert len(cells(*axes, grid_limit=150)) == 150
-
-
-def test_what_acts_in_no_cell_is_said():
-    idle = {"strength": "no adapter is given"}
-    assert asked("strength=1, 0.5", "steps=1, 2").without_effect() == idle
-    assert asked("steps=1, 2", strength=0.5).without_effect() == idle
-    assert asked("adapter=none, a", strength=0.5).without_effect() == {}
 
 
 @pytest.mark.parametrize("file", ADAPTER_FILES)

@@ -1,4 +1,4 @@
-"""The command line: its help, its completion, and what is wrong usage."""
+"""The command line: its help, and what is wrong usage."""
 
 from __future__ import annotations
 
@@ -131,30 +131,6 @@ def test_commands_ask_torch_for_large_pages_unless_the_user_has_a_say(monkeypatc
     cli.tune_process()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("dora-diffusion ver", {"verify "}),
-        ("dora-diffusion train --prior_preservation_mode i", {"images", "image-free"}),
-        ("dora-diffusion demo --subject ring", {"ring_robot "}),
-        ("dora-diffusion app --runs", {"--runs_dir "}),
-    ],
-)
-def test_a_line_is_completed(line, expected, tmp_path):
-    pytest.importorskip("argcomplete")
-    answer = tmp_path / "answer"
-    environment = {
-        "_ARGCOMPLETE": "1",
-        "_ARGCOMPLETE_IFS": "\n",
-        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
-        "COMP_LINE": line,
-        "COMP_POINT": str(len(line)),
-    }
-    code = "import sys; from dora_diffusion.cli.main import main; main()"
-    subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=True)
-    assert set(answer.read_text(encoding="utf-8").split("\n")) == expected
 
 
 def test_a_character_that_the_code_page_lacks_does_not_end_a_command(tmp_path):

@@ -26,22 +26,18 @@ KINDS: dict[str, type[CommandSettings]] = {
 # Of these, what any other setting's value cannot be.
 OTHERS: dict[str, Any] = {
     "max_token_length": 150, "vae_tile_size": 64, "host": "localhost", "auth": "Ann:a password",
-    "allowed_hosts": ["studio.example"], "detail_denoise": 0.25, "detail_padding": 64,
-    "grid": ["steps=1, 2"],
+    "allowed_hosts": ["studio.example"], "grid": ["steps=1, 2"],
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _files_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command reads it before any other setting is checked."""
-    (tmp_path / "styles.csv").write_text("name,prompt\n--style,ink\n", encoding="utf-8")
-    monkeypatch.setitem(OTHERS, "styles", str(tmp_path / "styles.csv"))
     text = "a dog\nSteps: 2, CFG scale: 7, Seed: 3"
     image = save_image(Image.new("RGB", (8, 8)), tmp_path / "image.png", text)
     monkeypatch.setitem(OTHERS, "repeat", str(image))
     # By their names, which could be taken for flags.
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "--adapter_dir").mkdir()
     (tmp_path / "--adapter").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "--adapter" / "pytorch_lora_weights.safetensors")
 

@@ -73,19 +73,6 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, text: str, said: 
         read(tmp_path / "bad.yaml", text)
 
 
-def test_settings_without_effect_are_said_by_entry() -> None:
-    entries = [{**TWO[0], "keep_tags": 2}, {**TWO[1], "with_prior_preservation": True}]
-    config = TrainConfig(dataset_config=entries, instance_prompt="a sks dog", class_word="dog")
-    assert without_effect(config) == {
-        "instance_prompt": "instance_prompt has no effect because each entry of dataset_config "
-        "has its own",
-        "keep_tags": "dataset_config, entry 1: keep_tags has no effect because shuffle_tags is off "
-        "and tag_dropout is 0.0",
-    }
-    # What one entry uses has an effect.
-    assert not without_effect(TrainConfig(dataset_config=entries[1:], prior_loss_weight=0.5))
-
-
 def test_a_resumed_run_is_compared_entry_by_entry() -> None:
     config = TrainConfig(dataset_config=TWO)
     moved = [{**TWO[0], "instance_data_dir": "elsewhere"}, {**TWO[1], "repeats": 4}]

@@ -12,7 +12,6 @@ import pytest
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import TrainConfig, settings
-from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.elsewhere import DIFFERENCES
 from tests.config.test_flag_map import _ADVANCED, _FLOW, _SCRIPTS, _SD_SCRIPTS
 from tests.every import every
@@ -63,11 +62,11 @@ _SAME = {
         gradient_checkpointing huber_c huber_schedule learning_rate loss_type lr_scheduler
         lr_warmup_steps masked_loss max_bucket_reso max_grad_norm max_token_length max_train_steps
         min_bucket_reso mixed_precision noise_offset output_dir pretrained_model_name_or_path
-        prior_loss_weight resolution sample_prompts save_precision scale_weight_norms seed
+        prior_loss_weight resolution sample_prompts save_precision seed
         text_encoder_lr train_batch_size use_8bit_adam validation_split zero_terminal_snr
         """,
     "Diffusers": """
-        adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder
+        adam_beta1 adam_beta2 adam_epsilon adam_weight_decay
         allow_tf32 cache_latents caption_dropout center_crop checkpointing_steps
         checkpoints_total_limit
         class_data_dir class_prompt clip_skip dataloader_num_workers gradient_accumulation_steps
@@ -76,7 +75,7 @@ _SAME = {
         lr_scheduler max_grad_norm max_train_steps mixed_precision noise_offset num_class_images
         num_new_tokens_per_abstraction num_train_epochs num_validation_images optimizer output_dir
         pretrained_model_name_or_path pretrained_vae_model_name_or_path prior_loss_weight
-        prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction
+        prodigy_safeguard_warmup prodigy_use_bias_correction
         random_flip rank repeats report_to resolution resume_from_checkpoint revision
         sample_batch_size seed snr_gamma text_encoder_lr train_batch_size train_text_encoder
         train_text_encoder_ti train_text_encoder_ti_frac use_8bit_adam use_dora validation_epochs
@@ -162,15 +161,6 @@ def test_every_difference_is_said_where_it_is_given(tmp_path: Path) -> None:
     assert said(["--lr_scheduler", "cosine"]) == []
     assert said(["--clip_skip", "1"]) == [], "sd-scripts' 2, as most mean it"
     assert said(["--snr_gamma", "5"]) == [], "everybody's"
-
-
-def test_the_file_of_a_run_says_nothing_again(tmp_path: Path) -> None:
-    """It has every setting, and was not typed."""
-    file = tmp_path / "config.yaml"
-    file.write_text(as_yaml(TrainConfig(clip_skip=2, snr_gamma=4.0)), encoding="utf-8")
-    assert said(["--config", str(file)]) == []
-    [line] = said(["--config", str(file), "--ema_decay", "0.99"])
-    assert line.startswith("ema_decay is 0.99; OneTrainer")
 
 
 def test_what_another_trainer_has_as_value_is_refused() -> None:

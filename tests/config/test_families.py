@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.config import settings
 from dora_diffusion.config.families import (
     FAMILIES,
     TEXT_ENCODERS,
@@ -27,15 +26,6 @@ def test_what_tells_families_apart_differs() -> None:
     for family in families:
         assert family.text_encoder_names == TEXT_ENCODERS[: len(family.text_encoders)]
         assert family.text_encoder("vae") is None
-
-
-def test_the_default_number_of_steps_is_stated_as_it_is() -> None:
-    usual, large = FAMILIES["sd1"].default_steps, FAMILIES["sdxl"].default_steps
-    text = f"{usual}; SDXL and flows {large}"
-    assert FAMILIES["sd2"].default_steps == usual
-    assert {f.default_steps for f in FAMILIES.values() if f.is_flow} == {large}
-    [setting] = [setting for setting in settings() if setting.name == "max_train_steps"]
-    assert setting.default_text == text
 
 
 @pytest.mark.parametrize(

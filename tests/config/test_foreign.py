@@ -275,19 +275,6 @@ def test_what_cannot_be_together_is_said(tmp_path: Path) -> None:
     ]
 
 
-def test_a_setting_that_no_table_has_is_said_to_be_unknown(tmp_path: Path) -> None:
-    file = tmp_path / "preset.json"
-    file.write_text('{"LoRA_type": "Standard", "epohc": 3, "lr_scheduler": "cosinus"}', "utf-8")
-    text = answers(file)
-    assert "\n# epohc: no setting is known for it\n" in text
-    assert (
-        text.replace("\n#   ", " ")
-        .splitlines()[3]
-        .startswith("# lr_scheduler: lr_scheduler is 'cosinus'; it must be one of constant, ")
-    )
-    assert "did you mean" not in text
-
-
 OWN = {
     "a.yaml": "rank: 4\nmethod: lora  # as train_dreambooth_lora_sdxl.py --rank=4\n",
     "b.json": '{"rank": 4, "method": "lora"}',

@@ -176,42 +176,12 @@ def check_option(option: str, table: str, images: Path, tmp_path: Path) -> None:
         assert read(file) == [{"instance_data_dir": str(images), **NOTHING, **expected}]
 
 
-def test_a_name_cut_short_and_a_value_of_another_type_are_refused(
-    images: Path, tmp_path: Path
-) -> None:
-    with every() as case:
-        for option in VALUES:
-            with case(option):
-                check_spelling_and_type(option, images, tmp_path)
-
-
-def check_spelling_and_type(option: str, images: Path, tmp_path: Path) -> None:
-    file, folder = tmp_path / "sd.json", {"image_dir": str(images)}
-    with refused("dataset_config", f"no option {option[:-1]} (did you mean {option}?"):
-        read(written(file, {**folder, option[:-1]: 1}))
-    not_read = ("bucket_no_upscale", "validation_seed", "token_warmup_min")
-    if isinstance(VALUES[option][1], str) or option in not_read:
-        return
-    table = SUBSETS if SUBSETS in TABLES[option] else DATASETS
-    subset = folder | ({option: {}} if table == SUBSETS else {})
-    with refused("dataset_config", f"{option} is {{}}; it must be"):
-        read(written(file, subset, **({} if table == SUBSETS else {table: {option: {}}})))
-
-
 @pytest.mark.parametrize("is_random", [False, True])
 def test_random_crops_are_those_in_buckets(is_random: bool, images: Path, tmp_path: Path) -> None:
     options = {"enable_bucket": True, "random_crop": is_random, "bucket_reso_steps": 32}
     (entry,) = read(written(tmp_path / "sd.json", {"image_dir": str(images)}, datasets=options))
     assert entry["center_crop"] is not is_random
     assert (entry["min_bucket_reso"], entry["bucket_reso_steps"]) == (256, 32)
-
-
-def test_the_lower_table_wins(images: Path, tmp_path: Path) -> None:
-    subset = {"image_dir": str(images), "flip_aug": False}
-    above = {"general": {"flip_aug": True, "keep_tokens": 1, "num_repeats": 2},
-             "datasets": {"keep_tokens": 3}}  # fmt: skip
-    (entry,) = read(written(tmp_path / "sd.json", subset, **above))
-    assert (entry["random_flip"], entry["keep_tags"], entry["repeats"]) == (False, 3, 2)
 
 
 def test_toml_and_json_are_one(images: Path, tmp_path: Path) -> None:
@@ -232,15 +202,6 @@ def test_toml_and_json_are_one(images: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_text("{", "utf-8")
         with refused("dataset_config", f"{name}: this is not valid {name[4:].upper()}"):
             read(tmp_path / name)
-
-
-@pytest.mark.parametrize("ends", ["\n", "\r\n"])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_file_of_windows_is_read(mark: bytes, ends: str, images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tomllib")
-    lines = ["[[datasets]]", "[[datasets.subsets]]", f"image_dir = '{images.as_posix()}'", ""]
-    (tmp_path / "sd.toml").write_bytes(mark + ends.join(lines).encode())
-    assert read(tmp_path / "sd.toml") == [{"instance_data_dir": images.as_posix(), **NOTHING}]
 
 
 @pytest.mark.parametrize("name", ["sd.toml", "sd.json"])
@@ -507,16 +468,6 @@ def test_a_byte_order_mark_that_sd_scripts_trains_is_named(images: Path, tmp_pat
         assert len(marks) == (encoding == "utf-8-sig")
 
 
-def test_captions_that_never_name_the_first_word_have_no_token(
-    images: Path, tmp_path: Path
-) -> None:
-    options = {"image_dir": str(images), "class_tokens": "a drawing", "caption_extension": "txt"}
-    file = written(tmp_path / "sd.json", options)
-    assert read(file)[0]["token"] == "a"
-    (images / "a.txt").write_text("mug, ink", encoding="utf-8")
-    assert (read(file)[0]["token"], read(file)[0]["class_word"]) == ("", "drawing")
-
-
 def test_kohya_folders_are_the_same_images_as_often(folders: Path) -> None:
     (folders / "notes").mkdir()
     with pytest.warns(UserWarning, match="left out notes; name a subject's folder like"):
@@ -536,22 +487,3 @@ def test_kohya_folders_are_the_same_images_as_often(folders: Path) -> None:
     with refused("dataset_config", "holds no folder such as") as info:
         TrainConfig(dataset_config=str(folders / "notes"))
     assert str(info.value).endswith("class)")
-
-
-@pytest.mark.parametrize("is_reg", [False, True])
-def test_a_missing_folder_of_images_is_named_with_where_it_was_looked_for(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, is_reg: bool
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    mug = {"image_dir": str(images), "class_tokens": "sks mug", "caption_extension": ".txt"}
-    for folder, where in (("gone", f" in {tmp_path}, the working directory"), ("/gone", "")):
-        gone = {**mug, "image_dir": folder, "is_reg": is_reg}
-        file = written(tmp_path / "sd.json", *([mug] * is_reg), gone)
-        with refused("dataset_config", f"image_dir '{folder}' does not exist{where};"):
-            read(file)
-
-
-def test_captions_of_other_programs_are_named(images: Path) -> None:
-    (images / "a.caption").write_text("a sks dog", encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"without effect: a\.caption; rename them to \.txt"):
-        list_photos(images)

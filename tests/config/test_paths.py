@@ -50,17 +50,6 @@ def test_every_path_setting_moves_with_the_run(name: str, project: Path) -> None
         assert resolve_paths(kept, "/new/my-run") == kept  # A file that a person wrote.
 
 
-def test_names_of_models_stay_and_other_values_too(project: Path) -> None:
-    values = {
-        "pretrained_model_name_or_path": "stabilityai/sdxl", "caption_separator": ".",
-        "pretrained_vae_model_name_or_path": None, "init_adapter": "someone/adapter",
-    }  # fmt: skip
-    assert relative_paths(values, "my-run") == values
-    assert resolve_paths({**MARK, **values}, "my-run") == values
-    lost = {"class_data_dir": "lost"}  # A folder, there or not.
-    assert relative_paths(lost, "my-run") == {"class_data_dir": "../lost"}
-
-
 def test_paths_of_entries_move_too(project: Path) -> None:
     names = sorted({*NAMES} & {*ENTRY_SETTINGS})
     assert names

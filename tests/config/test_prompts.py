@@ -11,8 +11,6 @@ from dora_diffusion.config.prompts import (
     SamplePrompt,
     parse_prompt,
     read_prompts,
-    read_styles,
-    with_styles,
 )
 from tests.refusal import refused
 
@@ -77,69 +75,3 @@ def test_a_file_that_cannot_be_used_is_refused(
         file.write_bytes(text)
     with refused("sample_prompts", message, "prompts.txt"):
         read_prompts(file)
-
-
-STYLES = """\ufeffname,prompt,negative_prompt
-ink, ink drawing ,"color, \"\"photo\"\""
-paper,"{prompt}, on\npaper. {prompt}!",{prompt} -- glossy
-only negative,,blurry
-ink twice,first,
-ink twice,"second ",
-short
-"""
-
-
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_styles_are_applied_one_after_the_other(newline: str, tmp_path: Path) -> None:
-    (tmp_path / "styles.csv").write_bytes(STYLES.replace("\n", newline).encode())
-    cases = {
-        (): ("a dog ", "cat"),
-        ("ink",): ("a dog, ink drawing", 'cat, color, "photo"'),
-        ("paper",): ("a dog , on\npaper. a dog !", "cat -- glossy"),
-        ("ink", "paper"): (
-            "a dog, ink drawing, on\npaper. a dog, ink drawing!",
-            'cat, color, "photo" -- glossy',
-        ),
-        ("paper", "ink"): (
-            "a dog , on\npaper. a dog !, ink drawing",
-            'cat -- glossy, color, "photo"',
-        ),
-        ("only negative",): ("a dog", "cat, blurry"),
-        ("ink twice", "short"): ("a dog, second", "cat"),
-    }
-    for names, expected in cases.items():
-        styles = read_styles(tmp_path / "styles.csv", names)
-        prompt = with_styles("a dog ", [style.prompt for style in styles])
-        negative = with_styles("cat", [style.negative_prompt for style in styles])
-        assert (prompt, negative) == expected
-    (style,) = read_styles(tmp_path / "styles.csv", ["ink"])
-    assert with_styles(" ", style[:1]) == "ink drawing"
-
-
-def test_old_files_of_styles_are_read(tmp_path: Path) -> None:
-    (tmp_path / "styles.csv").write_text("name,text\nink,an ink drawing\n", encoding="utf-8")
-    assert read_styles(tmp_path / "styles.csv", ["ink"]) == [("an ink drawing", "")]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "cannot read"),
-        (b"\x89PNG\r\n\x1a\n", "is not UTF-8 text"),
-        (b"name,prompt\0", "is not UTF-8 text"),
-        (b"", "must begin with the line name,prompt,negative_prompt"),
-        (b"ink,an ink drawing,\n", "must begin with the line name,prompt,negative_prompt"),
-        (b"name,prompt\nink," + b"x" * 200_000, "line 2: field larger than"),
-        (b"name,prompt\nInk,x\noil,x\n", "no style 'ink' (did you mean Ink?); there are Ink, oil"),
-        (bytes([65]) * (2**24 + 1), "larger than 16 MiB"),
-    ],
-    ids=["missing", "image", "null", "empty", "headless", "long", "unknown", "large"],
-)
-def test_a_file_of_styles_that_cannot_be_used_is_refused(
-    tmp_path: Path, text: bytes | None, message: str
-) -> None:
-    file = tmp_path / "styles.csv"
-    if text is not None:
-        file.write_bytes(text)
-    with refused("style" if "no style" in message else "styles", message, "styles.csv"):
-        read_styles(file, ["ink"])

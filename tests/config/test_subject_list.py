@@ -153,13 +153,3 @@ def test_kohyas_folders_and_a_yaml_file_are_read(tmp_path: Path) -> None:
     for source, words in ((tmp_path / "none", "does not exist"), ([], "holds no subject")):
         with refused("subjects", words):
             subject_configs(source, TrainConfig())
-
-
-def test_a_setting_that_every_subject_has_for_itself_is_said() -> None:
-    entries = [{"name": name, "instance_data_dir": name, "rank": 4, "seed": 2} for name in "ab"]
-    shared = TrainConfig(rank=16, seed=1, output_dir="out")
-    with pytest.warns(UserWarning, match="^rank, seed without effect: each entry of subjects has"):
-        assert subject_configs(entries, shared)["a"].rank == 4
-    del entries[0]["rank"]
-    with pytest.warns(UserWarning, match="^seed without effect"):
-        assert subject_configs(entries, shared)["a"].rank == 16

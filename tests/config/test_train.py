@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dora_diffusion.config import AdapterConfig, TrainConfig, settings
+from dora_diffusion.config.derived import as_yaml
 from tests.every import every
 from tests.refusal import refused
 
@@ -66,12 +68,6 @@ def test_every_setting_says_what_it_is() -> None:
         assert setting.default is not None or setting.default_text, setting.name
 
 
-def test_the_warm_up_takes_effect_with_the_constant_schedule() -> None:
-    assert TrainConfig().lr_schedule == "constant"
-    assert TrainConfig(lr_warmup_steps=3).lr_schedule == "constant_with_warmup"
-    assert TrainConfig(lr_warmup_steps=3, lr_scheduler="cosine").lr_schedule == "cosine"
-
-
 def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:
     with refused("push_to_hub", "publishes adapters"):
         TrainConfig(method="full", push_to_hub=True, hub_model_id="me/dog")
@@ -81,11 +77,48 @@ def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:
     assert TrainConfig(method="full", learning_rate=1e-4).unet_lr == 1e-4
 
 
+# Setting -> a value of another type, and the type that the error names.
+WRONG_TYPES: dict[str, tuple[Any, str]] = {
+    "rank": (8.0, "is 8.0; it must be a whole number"),
+    "conv_rank": ("8", "is '8'; it must be a whole number"),
+    "rslora": (1, "is 1; it must be true or false"),
+    "init": (None, "is empty; give a value, or leave it out"),
+    "rank_pattern": ({"to_k": True}, "is True; it must be a whole number"),
+    "alpha_pattern": ([4.0], "is [4.0]; it must be a mapping, of patterns to values"),
+}
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, AdapterConfig])
+def test_a_value_of_another_type_is_refused_in_python(kind: Any) -> None:
+    alpha, dropout = ("lora_alpha", "lora_dropout") if kind is TrainConfig else ("alpha", "dropout")
+    wrong = WRONG_TYPES | {
+        alpha: (True, "is True; it must be a number"),
+        dropout: ("0.1", "is '0.1'; it must be a number"),
+        "targets": ([3], "is 3; it must be text"),
+    }
+    with every() as case:
+        for name, (value, line) in wrong.items():
+            with case(name), refused(name) as error:
+                kind(**{name: value})
+            assert str(error.value) == f"{name} {line}"
+    with refused("validation_prompt", "is 'a dog'; it must be a list"):
+        TrainConfig(validation_prompt="a dog")  # type: ignore[arg-type]
+
+
 def test_an_adapter_checks_its_own_numbers() -> None:
-    wrong = {"rank": "8", "alpha": "8", "conv_rank": 0, "conv_alpha": -1, "dropout": 1.0}
+    wrong = {"conv_rank": 0, "conv_alpha": -1, "dropout": 1.0, "projection_seed": -1}
+    wrong |= {"rank_pattern": {"to_k": 0}}
     with every() as case:
         for name, value in {**wrong, "targets": ()}.items():
             with case(name), refused(name):
                 AdapterConfig(**{name: value})
-    with refused("rank", "is '8'; it must be a whole number"):
-        AdapterConfig(rank="8")
+
+
+def test_numbers_of_numpy_become_numbers_of_python() -> None:
+    numbers = {"learning_rate": np.float64(1e-3), "rank": np.int64(4), "rslora": np.bool_(True)}
+    config = TrainConfig(**numbers, rank_pattern={"*.to_q": np.int64(2)})
+    plain = TrainConfig(learning_rate=1e-3, rank=4, rslora=True, rank_pattern={"*.to_q": 2})
+    assert config == plain
+    assert [type(getattr(config, name)) for name in numbers] == [float, int, bool]
+    assert as_yaml(config) == as_yaml(plain)
+    assert type(AdapterConfig(rank=np.int64(4)).rank) is int

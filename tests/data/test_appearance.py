@@ -30,10 +30,6 @@ def test_blur_is_that_of_the_paper_in_the_worse_direction(size, radius) -> None:
     assert radius == 0 or expected > 0.15 > blur(Image.fromarray(values), side=32)
 
 
-def test_a_flat_image_is_not_blurred() -> None:
-    assert blur(Image.new("L", (64, 64), 128)) == 0.0
-
-
 def test_a_fingerprint_is_where_brightness_rises() -> None:
     values = np.random.default_rng(1).integers(0, 256, (8, 9), np.uint8)
     bits = (np.diff(values.astype(int), axis=1) > 0).flatten()

@@ -86,24 +86,6 @@ def test_buckets_of_sd_scripts(
     assert tuple(theirs(*photo, side, least, most, step)) == expected
 
 
-@given(
-    st.integers(100, 4000), st.integers(100, 4000), st.sampled_from([512, 768, 1024]),
-    st.sampled_from([64, 128, 256, 320, 512]), st.sampled_from([1024, 1280, 1536, 2048]),
-    st.sampled_from([32, 64, 128]),
-)  # fmt: skip
-def test_any_sides_give_the_buckets_of_sd_scripts(
-    width: int, height: int, side: int, least: int, most: int, step: int
-) -> None:
-    expected = theirs(width, height, side, least // step * step or step, most, step)
-    bucket = Buckets(side, step, max(least, step), most)((height, width))
-    assert bucket == tuple(expected[::-1])
-
-
-def test_a_photo_of_a_buckets_size_is_its_own() -> None:
-    for size in Buckets(512, 64, 64, 2048).sizes:
-        assert Buckets(512, 64, 64, 2048)(size) == size
-
-
 @pytest.mark.parametrize(
     "arguments", [(500,), (32,), (512, 0), (512, 64, 576), (512, 64, 32), (512, 64, 256, 448)]
 )

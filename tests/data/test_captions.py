@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import (
     CaptionRules,
     Wildcards,
@@ -20,9 +18,7 @@ from dora_diffusion.data.captions import (
     require_token,
     stated_rules,
 )
-from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.metadata import without_path
-from tests.refusal import refused
 
 
 def test_a_caption_file_wins_over_the_prompt(tmp_path: Path) -> None:
@@ -61,10 +57,6 @@ def test_class_captions(caption: str, token: str, expected: str) -> None:
     assert class_caption(caption, token, "dog") == expected
 
 
-def test_class_words_are_not_patterns() -> None:
-    assert class_caption("a sks", "sks", r"\1 toy") == r"a \1 toy"
-
-
 TAGS = "sks dog, grass, sun, ball, tree"
 
 
@@ -79,19 +71,6 @@ def test_shuffling_keeps_the_first_tags_and_loses_none() -> None:
         assert order.startswith("sks dog, ")
         assert sorted(order.split(", ")) == sorted(TAGS.split(", "))
     assert set(drawn(TAGS, shuffle_tags=True, keep_tags=9)) == {TAGS}
-
-
-def test_what_was_drawn_before_is_drawn_again() -> None:
-    """By torch alone, as earlier versions drew it: the order first, then whether it is dropped."""
-    rules = CaptionRules(shuffle_tags=True, dropout=0.3)
-    for epoch in range(30):
-        generator = generator_for("caption", 7, epoch, "photo")
-        first, *rest = TAGS.split(", ")
-        order = torch.randperm(len(rest), generator=generator).tolist()
-        expected = ", ".join([first, *(rest[i] for i in order)])
-        if torch.rand((), generator=generator).item() < 0.3:
-            expected = ""
-        assert rules.draw(TAGS, 7, epoch, "photo") == expected
 
 
 @pytest.mark.parametrize(
@@ -177,25 +156,6 @@ def test_a_prompt_follows_the_seed_of_its_image() -> None:
     assert CaptionRules().draw_prompt("a {red|blue}  dog", 3) == "a {red|blue}  dog"
 
 
-def test_a_separator_of_nothing_is_refused() -> None:
-    with refused("caption_separator"):
-        TrainConfig(caption_separator="")
-
-
-def test_tags_are_counted_once_per_caption() -> None:
-    counts = CaptionRules().tag_frequency(
-        ["sks dog, grass, grass", "sks dog,, sun ", "sks dog", ""]
-    )
-    assert list(counts.items()) == [("sks dog", 3), ("grass", 1), ("sun", 1)]
-    assert CaptionRules(separator=";").tag_frequency(["a, b; c"]) == {"a, b": 1, "c": 1}
-
-
-def test_dropout_has_the_asked_rate() -> None:
-    assert 430 < drawn("sks dog", 2000, dropout=0.25).count("") < 570
-    assert set(drawn("sks dog", dropout=0.0)) == {"sks dog"}
-    assert set(drawn("sks dog", dropout=1.0)) == {""}
-
-
 def test_the_trigger_token_is_required() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -206,17 +166,6 @@ def test_the_trigger_token_is_required() -> None:
         require_token(["a sksy dog"], "sks")
     with pytest.raises(ValueError, match="token is empty"):
         require_token(["a dog"], " ")
-
-
-def test_long_captions_are_quoted_short_and_one_is_singular():
-    long = "a photo of a dog on a beach, " + "very detailed, " * 60
-    with pytest.raises(ValueError, match=r"not in the caption 'a photo of a") as error:
-        require_token([long], "sks")
-    assert len(str(error.value)) < 250
-    with pytest.warns(UserWarning, match="missing from 1 of 2 captions: 'a photo") as said:
-        require_token([long, "a sks dog"], "sks")
-    (warning,) = (each for each in said if each.category is UserWarning)
-    assert len(str(warning.message)) < 200
 
 
 def test_rules_are_stated_for_whoever_reads_captions_later() -> None:
@@ -233,14 +182,3 @@ def test_rules_are_stated_for_whoever_reads_captions_later() -> None:
     assert stated_rules({"": CaptionRules(shuffle_tags=True)}) == ""
     for damaged in ("", "[1]", "{", "3", '{"prefix": null}'):
         assert CaptionRules.from_stated(damaged) == CaptionRules()
-
-
-def test_the_rules_of_several_subjects_are_stated_for_each() -> None:
-    mug, cat = CaptionRules(prefix="a", suffix="b"), CaptionRules(per_line=True)
-    alike = stated_rules({"sks mug": mug, "zwx cat": mug})
-    assert alike == stated_rules({"": mug})
-    assert CaptionRules.from_stated(alike, trigger="zwx cat") == mug
-    text = stated_rules({"sks mug": mug, "zwx cat": cat, "qrs dog": CaptionRules()})
-    for trigger, rules in {"sks mug": mug, "zwx cat": cat, "qrs dog": CaptionRules()}.items():
-        assert CaptionRules.from_stated(text, trigger=trigger) == rules
-    assert CaptionRules.from_stated(text, trigger="another") == CaptionRules()

@@ -71,19 +71,6 @@ def test_resolutions_off_the_latent_grid_are_refused(resolution: int | tuple[int
         plan_crop((600, 600), resolution)
 
 
-@pytest.mark.parametrize(("resolution", "shown"), [(7, "7"), ((7, 7), "7"), ((64, 60), "60 x 64")])
-def test_a_refused_resolution_is_said_as_a_user_has_it(
-    resolution: int | tuple[int, int], shown: str
-) -> None:
-    with pytest.raises(ValueError, match=f"resolution {shown} must be a multiple of 8, "):
-        plan_crop((600, 600), resolution)
-
-
-def test_a_crop_of_another_photo_is_refused() -> None:
-    with pytest.raises(ValueError, match="planned for a photo of"):
-        apply_crop(gradient(40, 40), CropRecord((40, 50), (0, 0), (32, 32)))
-
-
 def test_a_mask_follows_its_photo() -> None:
     image = gradient(80, 48)
     record = CropRecord((48, 80), (0, 7), (24, 24), flipped=True)

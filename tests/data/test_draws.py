@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from dora_diffusion.data.captions import CaptionRules
@@ -38,18 +37,6 @@ def test_a_setting_does_not_move_the_draws_of_another() -> None:
         assert not plain.flipped
 
 
-def test_crop_variants_bound_the_crops_but_not_the_flips() -> None:
-    draws = SampleTransform(32, center_crop=False, random_flip=True, crop_variants=3)
-    places = []
-    for number in range(4):
-        crops = {draws.crop(photo(number), epoch) for epoch in range(80)}
-        places.append({crop.crop_top_left for crop in crops})
-        assert len(crops) == 2 * len(places[-1])
-    # Two variants of a photo may fall on one place by chance, never more than were asked for.
-    assert max(len(place) for place in places) == 3
-    assert min(len(place) for place in places) >= 2
-
-
 def test_caption_dropout_and_shuffling_are_drawn_per_epoch() -> None:
     draws = SampleTransform(32, captions=CaptionRules(dropout=0.3, shuffle_tags=True))
     tagged = photo(0, "sks dog, red, big, old")
@@ -67,18 +54,6 @@ def test_sizes_are_the_resolution_the_bucket_or_the_partners() -> None:
     bucketed = SampleTransform(40, buckets=lambda size: (48, 24))
     assert bucketed.target_size(tall) == bucketed.crop(tall, 0).target_size == (48, 24)
     assert bucketed.crop(tall, 0, (24, 48)).target_size == (24, 48)
-
-
-def test_the_first_crops_are_those_of_the_first_epochs() -> None:
-    draws = SampleTransform(32, center_crop=False)
-    crops = list(draws.first_crops(photo(5)))
-    assert crops == [draws.crop(photo(5), epoch) for epoch in range(len(crops))]
-    assert len(set(crops)) > 3
-
-
-def test_bad_resolutions_fail_at_once() -> None:
-    with pytest.raises(ValueError, match="multiple of 16"):
-        SampleTransform(40, multiple=16)
 
 
 def test_random_masks_are_rectangles_ellipses_and_whole_images() -> None:

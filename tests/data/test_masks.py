@@ -58,27 +58,6 @@ def test_a_black_mask_is_refused_with_its_image(alpha: bool, photos: Path) -> No
         masked(photos)
 
 
-def test_a_mask_outside_of_the_only_crop_is_refused(photos: Path) -> None:
-    """A middle crop takes columns 20 to 60."""
-    for name in "abc":
-        write_mask(photos, name)
-    write_mask(photos, "c", 0, 15)
-    with pytest.raises(PhotoError, match=r"c\.mask\.png is black in every training crop"):
-        masked(photos, center_crop=True)
-    # Where crops are drawn, one of the first few shows it.
-    assert len(masked(photos, center_crop=False)) == 3
-
-
-def test_images_without_a_mask_beside_others_are_named(photos: Path) -> None:
-    write_mask(photos, "b")
-    opaque = Image.open(photos / "c.png").convert("RGBA")
-    opaque.save(photos / "c.png")
-    with pytest.warns(UserWarning, match=r"2 images of 3 without a mask.*: a\.png, c\.png"):
-        found = masked(photos)
-    assert [photo.mask_path for photo in found] == [None, photos / "b.mask.png", None]
-    assert open_mask(found[0]) is None
-
-
 def test_an_alpha_channel_among_mask_files_is_named(photos: Path) -> None:
     write_mask(photos, "a", 30, 50)
     for name in "ab":

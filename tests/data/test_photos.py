@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
-import shutil
-import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
 
-from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.dataset import SampleTransform
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.data.photos import (
@@ -31,71 +25,6 @@ from dora_diffusion.data.photos import (
 )
 
 PROMPT = "a photo of sks dog"
-WATCHED: list[list[Path]] = []
-
-
-@functools.cache  # A hook cannot be taken out again.
-def watch_files() -> None:
-    """List each file that is opened, by whatever library, as Python itself tells."""
-
-    def hook(event: str, arguments: tuple) -> None:
-        if WATCHED and event == "open" and isinstance(arguments[0], (str, Path)):
-            WATCHED[-1].append(Path(arguments[0]))
-
-    sys.addaudithook(hook)
-
-
-def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
-    sd1_folder: Path,
-    samples_root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Three photos with a mask file, one with an alpha channel, one with neither."""
-    from dora_diffusion.training.inputs.subject import subjects_of
-    from dora_diffusion.training.processes import make_accelerator
-    from dora_diffusion.training.recipe import assemble
-
-    folder = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
-    (folder / "config.yaml").unlink()
-    photos = sorted(folder.glob("*.jpg"))
-    for photo in photos[:3]:
-        Image.new("L", Image.open(photo).size, 255).save(photo.with_name(f"{photo.stem}.mask.png"))
-    cut_out = Image.open(photos[3]).convert("RGBA")
-    cut_out.putalpha(Image.linear_gradient("L").resize(cut_out.size))
-    cut_out.save(photos[3].with_suffix(".png"))
-    photos[3].unlink()
-    files = [file for file in folder.iterdir() if file.suffix in (".jpg", ".png")]
-    assert len(files) == 8
-
-    decoded = []
-    load = ImageFile.ImageFile.load
-
-    def count(image: ImageFile.ImageFile) -> object:
-        if image.tile and getattr(image, "_im", None) is None:
-            decoded.append(image.size)
-        return load(image)
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", count)
-    config = TrainConfig(
-        pretrained_model_name_or_path=str(sd1_folder),
-        instance_data_dir=str(folder),
-        instance_prompt="a photo of a sks mug",
-        output_dir=str(tmp_path / "run"),
-        resolution=32,
-        rank=2,
-        conv_rank=2,
-        max_train_steps=1,
-        masked_loss=True,
-    )
-    watch_files()
-    WATCHED.append([])
-    with pytest.warns(UserWarning, match=r"1 image of 5 without a mask.*: 05\.jpg"):
-        assemble(config, subjects_of(config), make_accelerator(config))
-    opened = Counter(file for file in WATCHED.pop() if file.parent == folder and file.exists())
-    assert {file.name: opened[file] for file in files} == {file.name: 1 for file in files}
-    assert max(opened.values()) == 1, "captions are read once too"
-    assert len(decoded) == len(files)
 
 
 def test_a_photo_is_its_content_upright_with_its_caption(tmp_path: Path, write_images) -> None:
@@ -111,16 +40,6 @@ def test_a_photo_is_its_content_upright_with_its_caption(tmp_path: Path, write_i
     path.with_suffix(".txt").unlink()
     again = path.rename(tmp_path / "again.png")
     assert read_photo(again, PROMPT) == Photo(again, digest, (60, 40), PROMPT)
-
-
-def test_jpeg_photos_open_and_have_distinct_digests(samples_root: Path) -> None:
-    paths = list_photos(samples_root / "bolt_mug")
-    photos = read_photos(paths, PROMPT)
-    assert len({photo.digest for photo in photos}) == len(paths) == 5
-    for path, photo in zip(paths, photos, strict=True):
-        with Image.open(path) as reference:
-            assert photo.size == (reference.height, reference.width)
-            np.testing.assert_array_equal(np.asarray(open_photo(path)), np.asarray(reference))
 
 
 def test_unreadable_photos_are_named_and_skipped_only_if_asked(
@@ -162,15 +81,6 @@ def test_bad_masks_are_named_and_never_skipped(tmp_path: Path, write_images, ski
     assert len(read_photos(photos[:3], PROMPT)) == 3
 
 
-def test_listing_takes_photos_only(tmp_path: Path) -> None:
-    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "c.mask.png", ".e.gif"):
-        (tmp_path / name).touch()
-    (tmp_path / "sub.jpg").mkdir()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert [path.name for path in list_photos(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
-
-
 def test_images_that_are_left_out_are_named(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.bmp", "c.TIF", "d.gif", "notes.txt"):
         (tmp_path / name).touch()
@@ -204,13 +114,6 @@ def test_a_weight_beside_a_photo_is_one_number_above_zero(tmp_path: Path, write_
         path.with_suffix(".weight").write_text(bad, encoding="utf-8")
         with pytest.raises(PhotoError, match=r"00\.weight: the weight must be one number"):
             read_photo(path, PROMPT)
-
-
-def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "dog").mkdir()
-    (tmp_path / "dog" / "a.jpg").touch()
-    assert list_photos("~/dog") == [tmp_path / "dog" / "a.jpg"]
 
 
 def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_diffusion.data.sampler import EpochIndex, EpochSampler, generator_for
+from dora_diffusion.data.sampler import EpochIndex, EpochSampler
 
 
 def batches(sampler: EpochSampler, count: int) -> list[list[EpochIndex]]:
@@ -93,17 +93,6 @@ def test_groups_never_mix_and_all_samples_appear() -> None:
     assert set(counts) == set(range(6))
     assert max(counts.values()) == 2
     assert {item.epoch for batch in epoch for item in batch} == {0}
-
-
-def test_batches_per_epoch_rounds_up() -> None:
-    assert EpochSampler(5, batch_size=2).batches_per_epoch == 3
-    assert EpochSampler(5, batch_size=1, num_processes=5, process_index=4).batches_per_epoch == 1
-
-
-def test_seeds_of_different_parts_differ() -> None:
-    seeds = {generator_for(*parts).initial_seed() for parts in [(1, 23), (12, 3), ("1", 2, 3)]}
-    assert len(seeds) == 3
-    assert generator_for(1, 23).initial_seed() == generator_for(1, 23).initial_seed()
 
 
 def test_another_batch_size_goes_on_with_whole_groups():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import ImageChops
 
-from dora_diffusion.data.sheets import image_grid, labelled_sheet, sheet
+from dora_diffusion.data.sheets import labelled_sheet, sheet
 from tests.training.helpers import find, noise
 
 PROMPTS = ["a photo of a sks mug on the snow", "a sks mug, at night"]
@@ -59,23 +59,6 @@ def test_a_column_head_longer_than_its_column_is_broken_into_lines():
     )
     assert whole.height > head.height
     assert ImageChops.difference(whole, shorter).getbbox() is not None
-
-
-def test_stacked_sheets_keep_their_pixels():
-    first, second = noise((40, 20), 1), noise((30, 10), 2)
-    whole = image_grid([first, second], 1)
-    assert find(whole, first) == [(0, 0)]
-    assert len(find(whole, second)) == 1
-
-
-def test_a_grid_places_images_in_rows():
-    colors = ["red", "green", "blue"]
-    grid = image_grid([Image.new("RGB", (8, 6), color) for color in colors], 2, gap=1)
-    assert grid.size == (17, 13)
-    assert grid.getpixel((0, 0)) == (255, 0, 0)
-    assert grid.getpixel((9, 0)) == (0, 128, 0)
-    assert grid.getpixel((0, 7)) == (0, 0, 255)
-    assert grid.getpixel((8, 0)) == (255, 255, 255)
 
 
 def test_a_table_of_images_has_every_label_and_image_in_bands():

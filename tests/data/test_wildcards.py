@@ -105,12 +105,6 @@ def test_what_cannot_be_drawn_is_one_line(
         wildcards.parse(text)
 
 
-def test_what_is_no_name_of_a_file_is_read_as_it_is(wildcards: Wildcards) -> None:
-    """And nothing outside of the folder."""
-    text = "a __../sea/fish__"
-    assert render(wildcards.parse(text), preferring(bool)) == text
-
-
 def test_the_folder_must_be_there(tmp_path: Path) -> None:
     with refused("wildcard_dir", "is not a folder"):
         Wildcards(tmp_path / "gone")

@@ -30,7 +30,7 @@ SECONDS = 2 * WAIT_SECONDS
 """Seconds after which a page that has stopped moving is ended."""
 MARK = "\x1e"
 # Of the others, `make test` checks what they name.
-QUICK = {"docs/reference/exit-codes.md"}
+QUICK = {"docs/reference/commands.md"}
 # Blocks of a clone, and of a running app, which `tests/studio/app/test_api.py` runs.
 ELSEWHERE = {"CONTRIBUTING.md", "remote.md"}
 
@@ -150,20 +150,6 @@ def test_blocks_run_and_print_what_is_shown(
     assert code == 0, f"{page.name}:{failed.block.line} ended with {code}\n{printed[-1:]}"
     assert len(printed) == len(examples)
     record_property("blocks", len(examples))
-
-
-@pytest.mark.parametrize(
-    ("expected", "printed", "same"),
-    [
-        ("done: x\n", "done: x\n\n", True),
-        ("step ...\ndone: ...", "step 1/2\nstep 2/2\ndone: x", True),
-        ("...\ndone", "\rstep 1\rstep 2\ndone", True),
-        ("done: x", "done: y", False),
-        ("done", "warning: no\ndone", False),
-    ],
-)
-def test_output_is_compared_as_doctest_compares(expected: str, printed: str, same: bool) -> None:
-    assert matches(expected, printed) == same
 
 
 def test_blocks_of_a_page_share_their_folder_shell_and_program(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from dora_diffusion.config import TrainConfig, settings
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.prompts import OPTIONS
-from dora_diffusion.data.checks import FEWEST, MOST
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, TARGETS
 from tests.every import every
 from tools import site
@@ -150,7 +149,7 @@ def named_commands(page: Page) -> list[str]:
 @each_page
 def test_flags_exist(page: Page) -> None:
     """In sentences and tables too, in a command that the page shows or names."""
-    text = re.sub("<!-- generated.*?<!-- end", "", page.source, flags=re.DOTALL)
+    text = page.source
     known = flags_of_scripts().union(*map(flags_of, named_commands(page)))
     if OF_OTHERS.search(page.name):
         text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
@@ -209,12 +208,6 @@ def test_defaults_are_those_of_the_code(page: Page) -> None:
             assert float(stated["value"]) == float(known), stated
         except ValueError:
             assert stated["value"] == known, stated
-
-
-def test_defaults_are_stated_in_these_forms() -> None:
-    found = [stated["name"] for page in PAGES for stated in stated_defaults(page)]
-    assert len(found) > 15
-    assert {"max_train_steps", "learning_rate", "num_class_images", "rank", "window"} < {*found}
 
 
 def test_the_fields_of_a_request_are_those_of_the_code() -> None:
@@ -297,21 +290,10 @@ def test_every_flag_and_setting_has_a_text() -> None:
         assert re.search(rf"^- \*\*`--{setting.name}\b", page, re.MULTILINE)
 
 
-def test_generated_lists_are_current() -> None:
-    """So that GitHub shows them; ``python -m tools.site`` writes them."""
-    generated = [page for page in PAGES if "<!-- generated: " in page.source]
-    assert [page.name for page in generated if site.current(page.source) != page.source] == []
-    names = [
-        n for p in generated for n in re.findall(r"^<!-- generated: ([a-z-]+) -->$", p.source, re.M)
-    ]
+def test_every_generated_text_is_on_one_page() -> None:
+    blocks = [block.language for page in PAGES for block in page.blocks]
+    names = [name.split()[1] for name in blocks if name.startswith("{generated}")]
     assert sorted(names) == sorted(site.TEXTS)
-
-
-@each_page
-def test_as_many_photos_are_asked_for_as_the_code_does(page: Page) -> None:
-    asked = set(re.findall(r"(\d+) (?:to|-) (\d+) photos", " ".join(page.source.split())))
-    assert asked <= {(str(FEWEST), str(MOST))}
-    assert asked or page.name != "README.md"
 
 
 def test_the_segments_that_are_shown_are_of_settings_that_may_change() -> None:

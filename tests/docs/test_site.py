@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import threading
@@ -173,16 +172,6 @@ def swapped(word: str) -> str:
 
 def dropped(word: str) -> str:
     return word[: len(word) // 2] + word[len(word) // 2 + 1 :]
-
-
-@pytest.mark.parametrize("mistake", [swapped, dropped])
-def test_the_search_forgives_a_typing_error(mistake: Callable[[str], str], found: Any) -> None:
-    """One in the longest word of each question."""
-    longest = {q: max(re.findall(r"[a-zA-Z]+", q.title), key=len) for q in search.questions()}
-    asked = [question for question, word in longest.items() if len(word) > 4]
-    assert len(asked) > 90
-    got = ranks(found, [q.title.replace(longest[q], mistake(longest[q])) for q in asked], asked)
-    assert sum(rank <= 3 for rank in got) >= 0.9 * len(got)
 
 
 def test_results_show_what_they_found(browser: Any, built: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.data.captions import CaptionRules, Wildcards, stated_rules
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.measures import summarize
@@ -45,21 +43,6 @@ def test_prompts_name_subject_class_and_other_things() -> None:
     assert nameless[0].meaning == "it here"
     with pytest.raises(ValueError, match=r"has no \{\}"):
         photo_requests("sks dog", "dog", [0], ["a dog"])
-
-
-def test_captions_are_read_as_in_training(held_out_photos, tmp_path) -> None:
-    folder = shutil.copytree(held_out_photos, tmp_path / "photos")
-    first, second = list_photos(folder)[:2]
-    first.with_suffix(".txt").write_text("a {tin|old} sks mug\na sks", encoding="utf-8")
-    second.with_suffix(".txt").unlink(missing_ok=True)
-    rules = CaptionRules(per_line=True, wildcards=Wildcards(), suffix=", photo", tag_dropout=1)
-    subject = read_subject(
-        folder, "sks mug", "mug", rules=CaptionRules.from_stated(stated_rules({"": rules}))
-    )
-    assert subject.photos[0].caption == "a tin sks mug, photo"
-    assert subject.photos[1].caption == "a photo of a sks mug, photo"
-    plain = read_subject(folder, "sks mug", "mug")
-    assert plain.photos[0].caption == "a {tin|old} sks mug a sks"
 
 
 def test_figures_are_the_plain_cosines(clip_folder, dino_folder, held_out_photos) -> None:
@@ -143,15 +126,6 @@ def test_photos_that_were_trained_on_are_counted_by_their_content(held_out_photo
         trained_on = {*sorted(digests)[:known], "another"}
         cautions = replace(subject, trained_on=trained_on).cautions
         assert [text.partition(" trained on")[0] for text in cautions] == ([which] if which else [])
-
-
-def test_transparent_parts_are_a_caution(held_out_photos, tmp_path) -> None:
-    photos = shutil.copytree(held_out_photos, tmp_path / "photos")
-    image = Image.open(list_photos(photos)[0]).convert("RGBA")
-    image.putalpha(100)
-    image.save(photos / "cut.png")
-    (caution,) = read_subject(photos, "sks mug", "mug").cautions
-    assert caution == "transparent parts of 1 image are white: cut.png, and are compared as such"
 
 
 def test_intervals_of_losses_are_over_photos():

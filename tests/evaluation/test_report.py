@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.data.sheets import sheet
-from dora_diffusion.evaluation.report import LOSS_ROSE, Evaluation, shown
+from dora_diffusion.evaluation.report import Evaluation, shown
 from dora_diffusion.evaluation.statistics import Interval
 
 
@@ -63,27 +61,3 @@ def test_the_json_says_everything(evaluation: Evaluation, tmp_path: Path) -> Non
     assert "not measured: likeness" in table
     with Image.open(files["images"]) as image:
         assert image.width > 3 * 112
-
-
-@pytest.mark.parametrize("similarity", [-0.2, 0.0, 0.2])
-@pytest.mark.parametrize("loss", [-0.1, 0.0, 0.1])
-def test_a_loss_that_rises_with_the_similarity_is_explained(similarity: float, loss: float) -> None:
-    """And nothing else is."""
-    base = {
-        "subject_similarity": ((0.1, 0.2), (0.3, 0.2)),
-        "denoising_loss": ((0.2, 0.3), (0.2, 0.1)),
-    }
-    moved = {"subject_similarity": similarity, "denoising_loss": loss}
-    adapted = {
-        name: tuple(tuple(v + moved[name] * (1 + v) for v in row) for row in rows)
-        for name, rows in base.items()
-    }
-    table = Evaluation("mug", {"base": base, "adapted": adapted}, (0, 1)).table()
-    assert (LOSS_ROSE in table.splitlines()) == (similarity > 0 and loss > 0)
-
-
-def test_a_sheet_breaks_into_bands() -> None:
-    rows = {"base": [Image.new("RGB", (9, 7), "red")] * 5}
-    one, two = sheet(rows, ["x"] * 5, columns=5), sheet(rows, ["x"] * 5, columns=3)
-    assert (one.width > two.width, two.height) == (True, 2 * one.height + 2)
-    assert (np.asarray(one) == (255, 0, 0)).all(-1).sum() > 5 * 100 * 100

@@ -115,17 +115,6 @@ def test_the_correlation_is_pearson_s_and_its_interval_that_of_a_plain_bootstrap
     assert (again.mean, again.low) == pytest.approx((found.mean, found.low), abs=1e-6)
 
 
-def test_pairs_of_one_group_are_not_many_observations() -> None:
-    """Copies of what a group holds narrow nothing."""
-    generator = np.random.default_rng(0)
-    points = generator.normal(size=(12, 2))
-    one = correlation_interval({str(i): [tuple(p)] for i, p in enumerate(points)})
-    many = correlation_interval({str(i): [tuple(p)] * 50 for i, p in enumerate(points)})
-    assert one is not None
-    assert many is not None
-    assert (many.low, many.high) == pytest.approx((one.low, one.high), abs=1e-9)
-
-
 def test_where_there_is_no_correlation_there_is_none() -> None:
     assert correlation_interval({}) is None
     assert correlation_interval({"a": [(0, 1), (1, 2)], "b": []}) is None

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from huggingface_hub import ModelCard
 
 from dora_diffusion.config import TrainConfig
@@ -79,21 +78,6 @@ def test_figures_are_those_of_the_result_s_step(tmp_path: Path) -> None:
     data = card_of(tmp_path, "somebody/model")
     figures = {result.metric_type: result.metric_value for result in data.eval_results}
     assert figures == {"validation_loss": 0.125, "similarity_to_the_photos": 0.7}
-
-
-def test_what_is_not_known_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for base in ("embedded:tiny-sd", "models/mine", "/data/model", "model.safetensors"):
-        data = card_of(tmp_path, base)
-        assert data.base_model is data.license is data.get("base_model_relation") is None
-    data = card_of(tmp_path, "somebody/model")
-    assert (data.base_model, data.license) == ("somebody/model", None)
-    config = TrainConfig(output_dir="out", **SUBJECT)
-    metadata = AdapterMetadata("sd1", "somebody/model", extra=STEPS)
-    file = tmp_path / "out" / "a.safetensors"
-    data = data_of(model_card(config, subjects_of(config), metadata, file, "2 layers", {}))
-    assert data.eval_results is data.get("widget") is data.get("model-index") is None
 
 
 def test_every_released_model_has_its_license() -> None:

@@ -40,7 +40,6 @@ from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths, Strengths
-from dora_diffusion.system import HANGUP
 from tests.export.helpers import MakeAdapter, assert_equal, tensors_of
 
 
@@ -146,44 +145,6 @@ def test_a_killed_export_leaves_the_old_one(
     assert all(file.startswith(".") and file.endswith(".tmp") for file in left), left
 
 
-LIMITED = """
-import resource, sys
-from dora_diffusion.cli.main import main
-
-base, adapter, *outputs = sys.argv[1:]
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-for output in outputs:
-    assert main(["export", "--overwrite", "--base", base, "--adapter", adapter,
-                 "--output", output]) == 1
-for target in ("dense", "peft", "diffusers"):
-    assert main(["convert", adapter, outputs[0] + target, "--to", target, "--base", base]) == 1
-"""
-
-
-@pytest.mark.skipif(HANGUP is None, reason="the limit is one of POSIX")
-def test_files_that_may_grow_no_further(
-    tmp_path: Path, sd1_folder: Path, random_adapter: Callable[..., Any]
-) -> None:
-    """The system itself stops the writing halfway, at 100 kB: the same as a disk that is full."""
-    path = write_adapter(
-        tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=3), AdapterMetadata("sd1"))
-    )
-    old = tmp_path / "old.safetensors"
-    old.write_bytes(WHOLE)
-    command = [sys.executable, "-c", LIMITED, str(sd1_folder), str(path), str(tmp_path / "new"),
-               str(old)]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 5
-    assert all("would be larger than this disk or account allows" in line for line in lines)
-    assert "error: old.safetensors would" in lines[1]
-    assert lines[1].endswith("; the file that was there is unchanged")
-    assert lines[4].endswith("; no file was left behind")
-    assert old.read_bytes() == WHOLE
-    assert {p.name for p in tmp_path.iterdir()} == {"a", "old.safetensors"}
-
-
 def state_of(pipeline: Any) -> dict[str, Tensor]:
     """Canonical tensors of a live pipeline."""
     state = {}
@@ -231,53 +192,6 @@ def test_the_folder_loads_and_holds_the_merge(
     names = {p.relative_to(base) for p in base.rglob("*") if p.is_file()}
     written = {p.relative_to(output) for p in output.rglob("*") if p.is_file()}
     assert written == names | {Path("README.md")}
-
-
-def test_the_single_file_loads_and_equals_the_folder(
-    base: Path, family: str, tmp_path: Path, adapter: tuple[Path, dict[str, LayerWeights]]
-) -> None:
-    import diffusers
-
-    folder = export_checkpoint(base, adapter[0], tmp_path / "merged")
-    file = export_checkpoint(base, adapter[0], tmp_path / "merged.safetensors")
-    name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
-    pipeline = getattr(diffusers, name).from_single_file(
-        str(file), config=str(folder), local_files_only=True
-    )
-    assert_equal(state_of(pipeline), tensors_of(folder))
-    assert len(pipeline.tokenizer) > 500
-
-
-def test_dtype_applies_to_all_but_the_vae(
-    base: Path, tmp_path: Path, adapter: tuple[Path, dict[str, LayerWeights]]
-) -> None:
-    path, layers = adapter
-    output = export_checkpoint(base, path, tmp_path / "half", dtype=torch.float16)
-    expected = merged_state(tensors_of(base), layers, Strengths())
-    for name, tensor in tensors_of(output).items():
-        wanted = expected[name] if name.startswith("vae.") else expected[name].half()
-        assert torch.equal(tensor, wanted), name
-    config = json.loads((output / "text_encoder" / "config.json").read_text(encoding="utf-8"))
-    assert {config.get("dtype"), config.get("torch_dtype")} <= {None, "float16"}
-
-
-def test_several_adapters_in_any_order(
-    sd1_folder: Path, tmp_path: Path, random_adapter: MakeAdapter
-) -> None:
-    files = [
-        write_adapter(
-            tmp_path / str(i), AdapterFile(random_adapter(sd1_folder, seed=i, every=2 + i))
-        )
-        for i in range(2)
-    ]
-    one = export_checkpoint(
-        sd1_folder, [(files[0], 0.5), (files[1], 0.7)], tmp_path / "one.safetensors"
-    )
-    two = export_checkpoint(
-        sd1_folder, [(files[1], 0.7), (files[0], 0.5)], tmp_path / "two.safetensors"
-    )
-    first, second = load_file(one), load_file(two)
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_shards_variants_and_left_over_weights(
@@ -353,17 +267,6 @@ def test_a_failed_export_leaves_nothing(
         with pytest.raises(DiskFullError, match=r"0\.00 GB free"):
             export_checkpoint(sd1_folder, file, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_the_home_folder_is_found(
-    tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch, random_adapter: MakeAdapter
-) -> None:
-    """A quoted ~ in a command, and every one in Python."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(sd1_folder, tmp_path / "base")
-    write_adapter(tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=20)))
-    export_checkpoint("~/base", "~/a.safetensors", "~/merged")
-    assert (tmp_path / "merged" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("axis", ["output", "input"])

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dora_diffusion.export import (
     ExportError,
@@ -20,7 +19,6 @@ from dora_diffusion.export import (
 from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
-    AdapterFormatError,
     AdapterMetadata,
     read_adapter,
     write_adapter,
@@ -53,24 +51,6 @@ def summed(
                 total += strength * (merge_tensor(base, [(layers[name], Strengths())]) - base)
         result[name] = base, total
     return result
-
-
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_one_adapter_is_itself(
-    tmp_path: Path, sd1_folder: Path, axis: str, random_adapter: MakeAdapter
-) -> None:
-    """Bit for bit, as any conversion of it; its words and tags, too."""
-    file, layers = written(tmp_path / "a.safetensors", sd1_folder, random_adapter, axis=axis)
-    report = combine_adapters(sd1_folder, file, tmp_path / "b.safetensors", key_format="kohya")
-    assert set(report.errors) == set(layers)
-    assert report.total_error < 1e-6
-    before, after = load_file(file), load_file(report.path)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    facts = read_adapter(report.path).metadata
-    assert (facts.trigger, facts.tags, facts.resolutions) == ("a", ("a",), (64,))
-    assert facts.extra["combined"] == "a.safetensors:1"
-    assert "approximation" not in facts.extra
 
 
 @pytest.mark.parametrize(
@@ -133,18 +113,6 @@ def test_a_smaller_rank_states_its_error(
     assert inspect_adapter(report.path).tools["diffusers"] == said
     merged = export_checkpoint(sd1_folder, report.path, tmp_path / "merged.safetensors")
     assert verify_checkpoint(merged, sd1_folder, report.path).ok
-
-
-def test_loras_stay_one_if_asked(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    file, layers = written(tmp_path / "a.safetensors", sd1_folder, random_adapter, axis=None)
-    report = combine_adapters(sd1_folder, file, tmp_path / "lora", FitSettings(method="lora"))
-    found = read_adapter(report.path).layers
-    for name, layer in layers.items():
-        assert found[name].magnitude is None
-        assert torch.equal(found[name].down, layer.down)
-    assert inspect_adapter(report.path).method == "LoRA"
 
 
 def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter) -> None:
@@ -238,11 +206,3 @@ def test_a_token_with_two_meanings_is_refused(
     report = combine_adapters(sd1_folder, [pairs[0], (other.path, 1.0)], output)
     assert not read_adapter(report.path).tokens["<s1>"]["text_encoder"].any()
     assert any("c_s1.safetensors is not next to it" in note for note in report.notes)
-
-
-def test_a_token_of_another_model_is_refused(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    file = with_token(tmp_path / "a.safetensors", sd1_folder, random_adapter, "<s1>", torch.ones(8))
-    with pytest.raises(AdapterFormatError, match="made for another model: it has 8 numbers"):
-        combine_adapters(sd1_folder, file, tmp_path / "b.safetensors")

@@ -17,10 +17,8 @@ from dora_diffusion.cli.main import main
 from dora_diffusion.config import ConfigError
 from dora_diffusion.export import (
     ExportError,
-    combine_adapters,
     convert_adapter,
     export_checkpoint,
-    extract_adapter,
     inspect_adapter,
 )
 from dora_diffusion.export.fit import FitSettings
@@ -32,20 +30,15 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
-from dora_diffusion.formats.layouts import COLUMNS, CONVERSIONS, PROGRAMS, TARGETS
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, TARGETS
 from dora_diffusion.numerics.dora import weight_change
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from tests.export.helpers import MakeAdapter
-from tests.formats.adapter.helpers import TABLE_HOLDS
 from tests.formats.layouts.helpers import (
-    assert_close_to_merge,
-    load_pipeline,
-    module_at,
     weights_of,
 )
 from tests.formats.layouts.test_compatibility import a1111, comfyui, meant, plain_lora
-from tests.formats.layouts.test_kohya import load_metadata
 
 
 def test_approximation_reports_its_error(
@@ -186,46 +179,6 @@ def test_an_approximation_is_called_exact_for_itself_only(
     assert float(percent.rstrip("%")) == pytest.approx(100 * most, abs=0.1)
 
 
-@TABLE_HOLDS
-@pytest.mark.parametrize("way", ["lora", "extract", "combine"])
-def test_diffusers_reads_each_kohya_lora_of_ours_exactly(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, way: str
-) -> None:
-    """Of layers with ranks of their own, in the UNet and the text encoder."""
-    dora = random_adapter(sd1_folder, every=7)
-    dora |= random_adapter(sd1_folder, components=["text_encoder"])
-    dora = write_adapter(tmp_path / "dora", AdapterFile(dora, AdapterMetadata("sd1")))
-    file = tmp_path / "lora.safetensors"
-    if way == "lora":
-        convert_adapter(dora, file, "lora", FitSettings(energy=0.6), base=sd1_folder)
-    elif way == "combine":
-        combine_adapters(
-            sd1_folder, dora, file, FitSettings(method="lora", energy=0.6), key_format="kohya"
-        )
-    else:
-        tuned = export_checkpoint(sd1_folder, dora, tmp_path / "tuned")
-        extract_adapter(
-            sd1_folder,
-            tuned,
-            file,
-            FitSettings(rank=64, method="lora", energy=0.6),
-            key_format="kohya",
-        )
-    layers = read_adapter(file).layers
-    assert len({layer.rank for layer in layers.values()}) > 1
-    assert len({layer.alpha for layer in layers.values()}) == 1
-    report = inspect_adapter(file)
-    assert report.tools["diffusers"].startswith("exact for this LoRA")
-    assert {report.alpha} == {f"{layer.alpha:g}" for layer in layers.values()}
-    assert report.alpha == load_metadata(file)["dora_diffusion.alpha"]
-    pipeline = load_pipeline(sd1_folder)
-    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
-    pipeline.fuse_lora(components=["unet", "text_encoder"])
-    pipeline.unload_lora_weights()
-    for name in layers:
-        assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
-
-
 def test_an_approximation_of_full_rank_is_exact(
     tmp_path: Path, sd1_folder: Path, dora: Path
 ) -> None:
@@ -337,36 +290,6 @@ def test_each_program_computes_the_file_that_is_made_for_it(
                 wanted = meant(weight, layers[name])
                 error = (formula(weight, file) - wanted).norm() / (wanted - weight).norm()
                 assert error < 1e-4, (formula, name)
-
-
-def test_each_program_is_told_that_its_file_is_exact(
-    of_axes: tuple[Path, dict[str, LayerWeights]], sd1_folder: Path, tmp_path: Path
-) -> None:
-    """Diffusers, too, which reads no names of kohya's; `inspect` says it of the column."""
-    source, layers = of_axes
-    is_mixed = len({(w.norm_axis, w.magnitude is None) for w in layers.values()}) > 1
-    for name, program in PROGRAMS.items():
-        assert set(program.columns) < set(COLUMNS)
-        assert {program.output_axis, program.input_axis, program.lora} < {*CONVERSIONS, ""}
-        if is_mixed and name == "diffusers":
-            with pytest.raises(AdapterFormatError, match="its magnitude runs along the input axis"):
-                convert_adapter(source, tmp_path / name, name, base=sd1_folder)
-            continue
-        report = convert_adapter(source, tmp_path / name, name, base=sd1_folder)
-        tools = inspect_adapter(report.path).tools
-        if not is_mixed or report.target not in ("comfyui", "kohya"):
-            assert all(tools[column].startswith("exact") for column in program.columns), name
-
-
-def test_a_program_without_the_base_that_it_needs(dora: Path, tmp_path: Path) -> None:
-    for name, program in PROGRAMS.items():
-        if not CONVERSIONS[program.output_axis].for_one_base:
-            convert_adapter(dora, tmp_path / name, name)
-            continue
-        needs = f"{program.title} needs this adapter as a {program.output_axis} file, which is made"
-        with pytest.raises(ExportError, match=needs):
-            convert_adapter(dora, tmp_path / name, name)
-        assert not (tmp_path / name).exists()
 
 
 def written(source: Path, output: Path, target: str, **options: Any) -> Path | str:

@@ -96,37 +96,6 @@ def test_what_was_exported_is_extracted_again(
     assert steps[-1] == (total, total)
 
 
-def test_the_error_is_that_of_the_weights_in_the_file(tmp_path: Path, sd1_folder: Path) -> None:
-    """By NumPy in float64, of both methods; a DoRA is nearer in every layer, and so is said."""
-    tuned = tuned_copy(sd1_folder, tmp_path / "tuned", noisy)
-    before, after = tensors_of(sd1_folder), tensors_of(tuned)
-    errors = {}
-    for method, dtype in (("dora", None), ("lora", torch.bfloat16)):
-        output = tmp_path / f"{method}.safetensors"
-        report = extract_adapter(
-            sd1_folder, tuned, output, FitSettings(rank=3, conv_rank=2, method=method, dtype=dtype)
-        )
-        layers, left, size = read_adapter(output).layers, 0.0, 0.0
-        for name, layer in layers.items():
-            base, wanted = (w[f"{name}.weight"].double().numpy() for w in (before, after))
-            product = layer.up.flatten(1).double() @ layer.down.flatten(1).double()
-            found = base + layer.scale * product.numpy().reshape(base.shape)
-            if layer.magnitude is not None:
-                norm = np.sqrt((found**2).reshape(len(found), -1).sum(1))
-                factor = layer.magnitude.double().numpy() / norm
-                found = found * factor.reshape(-1, *[1] * (base.ndim - 1))
-            off, change = np.linalg.norm(found - wanted), np.linalg.norm(wanted - base)
-            assert report.errors[name] == pytest.approx(off / change, rel=1e-3, abs=1e-5), name
-            assert layer.rank == (2 if base.ndim == 4 else 3)
-            left, size = left + off**2, size + change**2
-        assert report.total_error == pytest.approx((left / size) ** 0.5, rel=1e-3)
-        errors[method] = report.errors
-        kind = {"dora": "DoRA", "lora": "LoRA"}[method]
-        said = f"exact for this {kind}, which is off the tuned model by {report.total_error:.1%}"
-        assert inspect_adapter(output).tools["diffusers"] == said
-    assert all(errors["dora"][name] < error for name, error in errors["lora"].items())
-
-
 def test_a_lora_is_the_truncated_svd_of_the_difference(tmp_path: Path, sd1_folder: Path) -> None:
     """Its error and its rank, in every layer, by NumPy in float64; by energy, too."""
     tuned = tuned_copy(sd1_folder, tmp_path / "tuned", noisy)
@@ -260,43 +229,3 @@ def test_refusals_say_what_to_do(tmp_path: Path, sd1_folder: Path, sd2_folder: P
         extract_adapter(sd1_folder, tuned, output, FitSettings(rank=1))
     with pytest.raises(ExportError, match="pickles are not written"):
         extract_adapter(sd1_folder, tuned, tmp_path / "a.pt", FitSettings(rank=1))
-
-
-def test_programs_read_it_as_any_adapter(tmp_path: Path, sd1_folder: Path) -> None:
-    """Diffusers and PEFT merge the very weights that are stated; LyCORIS reads the same tensors."""
-    from diffusers import DiffusionPipeline
-    from peft import PeftModel
-
-    tuned = tuned_copy(sd1_folder, tmp_path / "tuned", noisy_in_part)
-    for key_format in ("diffusers", "peft", "kohya"):
-        output = tmp_path / key_format / ("" if key_format == "peft" else "a.safetensors")
-        extract_adapter(sd1_folder, tuned, output, FitSettings(rank=3), key_format=key_format)
-    layers = read_adapter(tmp_path / "diffusers" / "a.safetensors").layers
-    pipeline = DiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
-    with_peft = DiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True).unet
-    with_peft = PeftModel.from_pretrained(with_peft, tmp_path / "peft" / "unet").merge_and_unload()
-    pipeline.load_lora_weights(tmp_path / "diffusers", weight_name="a.safetensors")
-    pipeline.fuse_lora(components=["unet"])
-    pipeline.unload_lora_weights()
-    kohya = read_adapter(tmp_path / "kohya" / "a.safetensors").layers
-    for name, layer in layers.items():
-        path = name.removeprefix("unet.")
-        base = tensors_of(sd1_folder)[f"{name}.weight"] if path == "conv_in" else None
-        found = pipeline.unet.get_submodule(path).weight
-        torch.testing.assert_close(with_peft.get_submodule(path).weight, found)
-        assert torch.equal(kohya[name].down, layer.down)
-        assert torch.equal(kohya[name].magnitude, layer.magnitude)
-        if base is not None:
-            torch.testing.assert_close(found, merge_tensor(base, [(layer, Strengths())]))
-    verdicts = inspect_adapter(tmp_path / "kohya" / "a.safetensors").tools
-    assert verdicts["LyCORIS"].startswith("exact for this DoRA")
-
-
-def test_a_file_that_is_there_stays_if_extraction_fails(tmp_path: Path, sd1_folder: Path) -> None:
-    output, broken = tmp_path / "out.safetensors", tmp_path / "broken"
-    output.write_bytes(b"an adapter")
-    tuned_copy(sd1_folder, broken, lambda name, tensor: tensor / 0)
-    with pytest.raises(ExportError, match="not finite"):
-        extract_adapter(sd1_folder, broken, output, FitSettings(rank=2), overwrite=True)
-    assert output.read_bytes() == b"an adapter"
-    assert sorted(tmp_path.iterdir()) == [broken, output]

@@ -15,7 +15,7 @@ from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     write_adapter,
 )
-from tests.export.helpers import MakeAdapter, assert_equal, tensors_of
+from tests.export.helpers import MakeAdapter, tensors_of
 
 
 def test_existing_outputs_are_kept_unless_asked(
@@ -91,17 +91,3 @@ def test_an_interruption_puts_the_old_folder_back(
             export_checkpoint(sd1_folder, file, merged, strength=0.5, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
     assert (merged / "mine.txt").read_text(encoding="utf-8") == "of the old folder"
-
-
-def test_a_linked_folder_is_replaced_where_it_lies(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
-    real = export_checkpoint(sd1_folder, file, tmp_path / "elsewhere" / "real", strength=0.0)
-    link = tmp_path / "link"
-    link.symlink_to(real)
-    export_checkpoint(sd1_folder, file, link, overwrite=True)
-    assert link.is_symlink()
-    assert not real.is_symlink()
-    expected = tensors_of(export_checkpoint(sd1_folder, file, tmp_path / "plain"))
-    assert_equal(tensors_of(real), expected)

@@ -234,13 +234,6 @@ def test_a_refusal_is_one_line_with_what_to_do(hub: FakeHub, run_folder: Path, p
     assert TOKEN not in refused.stderr
 
 
-def test_a_hub_that_is_not_there_is_said_in_one_line(run_folder: Path, push: Push) -> None:
-    gone = push(run_folder, address="http://127.0.0.1:9")
-    assert gone.code == 1
-    assert "Traceback" not in gone.stderr
-    assert "could not be reached" in gone.stderr.strip().splitlines()[-1]
-
-
 @pytest.mark.parametrize("name", ["mug", "a/b/c", "", "../x", "ann/mug\n", "ann /mug", "/mug"])
 def test_a_name_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(HubError, match="NAME/MODEL"):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from dora_diffusion.cli.main import main
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merge_spec import MergeSpec
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.files.stream import file_hash
 from dora_diffusion.numerics.merging import merge_tensor
-from dora_diffusion.numerics.weights import LayerWeights, MergeStrengths, Strengths
+from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from tests.every import every
 from tests.export.helpers import MakeAdapter, tensors_of
 
@@ -74,25 +72,3 @@ def test_the_hubs_name_of_a_file_is_its_hash(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(blob)
     assert file_hash([tmp_path / "model.safetensors"]) == blob.name
     assert file_hash([blob, blob]) == hashlib.sha256(b"largelarge").hexdigest()
-
-
-def test_a_strength_of_what_no_adapter_holds_is_said(
-    tmp_path: Path,
-    sd1_folder: Path,
-    random_adapter: Callable[..., dict[str, LayerWeights]],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    layers = random_adapter(sd1_folder, components=("unet",), every=9)
-    file = write_adapter(tmp_path / "a", AdapterFile(layers), "diffusers")
-
-    def said(*flags: str) -> list[str]:
-        words = ["--base", str(sd1_folder), "--adapter", str(file), "--overwrite", *flags]
-        assert main(["export", *words, "--output", str(tmp_path / "m.safetensors")]) == 0
-        lines = capsys.readouterr().err.splitlines()
-        return [line for line in lines if "has no effect" in line]
-
-    assert said("--text_encoder_strength", "0.5") == [
-        "warning: text_encoder_strength has no effect because no adapter has a layer of a text "
-        "encoder"
-    ]
-    assert said("--unet_strength", "0.5", "--magnitude_strength", "0.5") == []

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.export import (
-    ExportError,
     export_checkpoint,
     inspect_model,
     programs,
@@ -55,12 +52,6 @@ def test_each_file_says_what_it_predicts_to_each_program(
     base = predicting(family, prediction)
     export_checkpoint(base, (), file)
     keys, is_v = load_file(file), prediction == "v_prediction"
-    place = file.with_suffix(".yaml")
-    assert place.is_file() == (is_v or family == "sd2")
-    # A1111 builds the model that the YAML names; without one, noise models of SD1 and SDXL.
-    params = yaml.safe_load(place.read_text("utf-8"))["model"]["params"] if place.is_file() else {}
-    scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {})
-    assert is_v == ("VScaling" in str(scaling) or params.get("parameterization") == "v")
     if family == "sd2":  # InvokeAI's rule
         step = keys.get("global_step")
         assert (step is None or bool(step != 220000)) == is_v
@@ -73,25 +64,7 @@ def test_each_file_says_what_it_predicts_to_each_program(
     # And to this program, whose bits are the base's.
     again = export_checkpoint(file, (), tmp_path / "again.safetensors")
     assert load_file(again).keys() == keys.keys()
-    assert again.with_suffix(".yaml").is_file() == place.is_file()
-    place.unlink(missing_ok=True)
-    missing = [f"{place.name} is not next to it: export it again for A1111"]
-    assert inspect_model(file).notes == (missing if params else [])
-
-
-def test_the_step_of_a_base_is_its_own_where_no_program_asks_for_it(
-    predicting: Callable[..., Path], tmp_path: Path
-) -> None:
-    for family, prediction, kept in (
-        ("sd1", "epsilon", 5), ("sd2", "epsilon", 220000), ("sd2", "v_prediction", None),
-    ):  # fmt: skip
-        one = export_checkpoint(predicting(family, prediction), (), tmp_path / "one.safetensors",
-                                overwrite=True)  # fmt: skip
-        metadata = {"modelspec.prediction_type": "v" if prediction[0] == "v" else "epsilon"}
-        step = 220000 if kept is None else 5
-        save_file({**load_file(one), "global_step": torch.tensor(step)}, one, metadata)
-        written = load_file(export_checkpoint(one, (), tmp_path / f"{kept}.safetensors"))
-        assert written.get("global_step", torch.tensor(-1)).item() == (-1 if kept is None else kept)
+    assert not file.with_suffix(".yaml").exists()
 
 
 def test_a_file_with_the_step_is_proven(
@@ -106,27 +79,6 @@ def test_a_file_with_the_step_is_proven(
     assert inspect_model(merged).adapters == [(adapter.name, 1.0)]
 
 
-def test_the_yaml_of_a_model_goes_with_it_and_no_other_is_touched(
-    predicting: Callable[..., Path], tmp_path: Path
-) -> None:
-    v, noise = predicting("sdxl", "v_prediction"), predicting("sdxl", "epsilon")
-    file = tmp_path / "mug.safetensors"
-    place = file.with_suffix(".yaml")
-    place.write_text("learning_rate: 1\n", encoding="utf-8")
-    for overwrite in (False, True):
-        with pytest.raises(ExportError, match=r"mug\.yaml exists and is not a model's"):
-            export_checkpoint(v, (), file, overwrite=overwrite)
-        assert not file.exists()
-    export_checkpoint(noise, (), file)
-    assert place.read_text("utf-8") == "learning_rate: 1\n"
-    place.unlink()
-    export_checkpoint(v, (), file, overwrite=True)
-    assert "VScaling" in place.read_text("utf-8")
-    export_checkpoint(v, (), file, overwrite=True)
-    export_checkpoint(noise, (), file, overwrite=True)
-    assert not place.exists()
-
-
 def test_export_and_inspect_end_with_what_each_program_makes_of_it(
     predicting: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,7 +89,7 @@ def test_export_and_inspect_end_with_what_each_program_makes_of_it(
     assert first == f"{file} (reopened and checked)"
     assert lines[1:4] == [
         "ComfyUI, Forge: exact",
-        "A1111: exact with its YAML: keep the file of the same name beside the model",
+        "A1111: exact if told so: by a YAML file of its name beside it, with its prediction type",
         "InvokeAI: wrong: it takes one file for a noise model; give it the exported folder",
     ]
     assert lines[4].startswith("note: zero terminal SNR: in A1111 choose it")
@@ -165,14 +117,6 @@ def test_damaged_metadata_is_not_believed(text: str, sd1_folder: Path, tmp_path:
     assert (report.base, report.adapters) == ("1" if "name" in text else "", [])
     with pytest.raises(ValueError, match="does not have the shapes of"):
         load_components(file)
-
-
-def test_a_model_that_no_program_knows_says_so(
-    sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "tiny.safetensors"
-    assert main(["export", "--base", str(sd1_folder), "--output", str(file)]) == 0
-    assert "ComfyUI, Forge, A1111, InvokeAI: no: it loads models of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_diffusion.export import ExportError, convert_adapter, inspect_adapter
-from dora_diffusion.export.fit import FitSettings, axis_of, key_format_for
+from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -110,16 +110,3 @@ def test_a_rank_must_be_given(tmp_path: Path, sd1_folder: Path, dora: Path) -> N
     assert inspect_adapter(smaller.path).metadata.extra["approximation"] == (
         "singular values, rank 64, energy 0.5"
     )
-
-
-def test_what_holds_which_layers(sd1_folder: Path, random_adapter: MakeAdapter) -> None:
-    kinds = {a: random_adapter(sd1_folder, every=40, axis=a) for a in ("output", "input", None)}
-    formats = {axis: key_format_for(layers) for axis, layers in kinds.items()}
-    assert formats == {"output": "diffusers", "input": "kohya", None: "diffusers"}
-    (name, layer), *_ = kinds[None].items()
-    mixed = {**kinds["output"], name: layer}
-    assert key_format_for(mixed) == "kohya"
-    assert axis_of(kinds["input"].values()) == "input"
-    assert axis_of(mixed.values()) == "output"
-    assert axis_of([*kinds["input"].values(), *kinds["output"].values()]) == "output"
-    assert axis_of([]) == "output"

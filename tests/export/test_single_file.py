@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
-from tests.export.helpers import MakeAdapter, tensors_of
+from tests.export.helpers import MakeAdapter
 
 
 def test_averaged_copies_are_left_out(
@@ -59,44 +58,6 @@ def test_single_file_keys_are_the_original_ones(
         assert f"{prefix}0.transformer.text_model.final_layer_norm.bias" in shapes
         assert shapes[f"{prefix}1.model.text_projection"] == (64, 48)
         assert f"{prefix}1.model.transformer.resblocks.2.mlp.c_proj.bias" in shapes
-
-
-def test_v_prediction_markers(
-    sdxl_folder: Path, tmp_path: Path, random_adapter: MakeAdapter
-) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(sdxl_folder, base)
-    config = base / "scheduler/scheduler_config.json"
-    values = json.loads(config.read_text(encoding="utf-8"))
-    values |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    config.write_text(json.dumps(values), encoding="utf-8")
-    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(base, every=20)))
-    keys = load_file(export_checkpoint(base, file, tmp_path / "v.safetensors")).keys()
-    assert {"v_pred", "ztsnr"} <= keys
-    keys = load_file(export_checkpoint(sdxl_folder, file, tmp_path / "e.safetensors")).keys()
-    assert not {"v_pred", "ztsnr"} & keys
-
-
-def test_position_numbers_as_floats(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    """Many merged models of Stable Diffusion 1 hold them so."""
-    path = write_adapter(
-        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
-    )
-    single = export_checkpoint(sd1_folder, path, tmp_path / "base.safetensors", strength=0.0)
-    key = "cond_stage_model.transformer.text_model.embeddings.position_ids"
-    save_file({**load_file(single), key: torch.arange(77.0)[None]}, single)
-    folder = export_checkpoint(BaseModel(single, model_config=sd1_folder), path, tmp_path / "m")
-    expected = tensors_of(export_checkpoint(sd1_folder, path, tmp_path / "plain"))
-    found = tensors_of(folder)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    again = export_checkpoint(single, path, tmp_path / "m.safetensors", dtype=torch.float16)
-    positions = load_file(again)[key]
-    assert positions.dtype == torch.int64
-    assert torch.equal(positions, torch.arange(77)[None])
-    assert verify_checkpoint(again, single, path).ok
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -107,21 +107,16 @@ def test_trained_tokens_are_what_they_were(folder: Path) -> None:
         assert torch.equal(vectors, numbers(token, shape))
 
 
-@pytest.mark.usefixtures("measured_effect")
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 def test_a_checkpoint_is_resumed(
-    tmp_path: Path, folder: Path, samples_root: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    tmp_path: Path, folder: Path, samples_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With its own settings and no step left, so that its adapter is what the run writes."""
     monkeypatch.chdir(tmp_path)
     run = folder / "run"
     command = ["train", "--config", str(run / "config.yaml"), "--output_dir", "out"]
     command += ["--resume_from_checkpoint", str(run / "checkpoint-2")]
-    # Its two steps of warm-up moved nothing beyond rounding, which is an error, said once it is
-    # written; the checkpoint itself is of before there was such a check.
-    assert main([*command, "--instance_data_dir", str(samples_root / "bolt_mug")]) == 1
-    assert "nothing was learned" in capsys.readouterr().err
+    assert main([*command, "--instance_data_dir", str(samples_root / "bolt_mug")]) == 0
     written = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     parts = {"down": "lora_A.weight", "up": "lora_B.weight",
              "magnitude": "lora_magnitude_vector.weight"}  # fmt: skip

@@ -15,10 +15,10 @@ from dora_diffusion.formats.parameters import (
 def test_each_tag_is_found_even_if_it_is_incomplete() -> None:
     prompt = "a <lora:x:1> mug <lyco:my y:0.5:te=1> on <hypernet:z> and <lora:w"
     assert network_tags(prompt) == [
-        ("<lora:x:1>", "lora", "x"),
-        ("<lyco:my y:0.5:te=1>", "lyco", "my y"),
-        ("<hypernet:z>", "hypernet", "z"),
-        ("<lora:w", "lora", "w"),
+        "<lora:x:1>",
+        "<lyco:my y:0.5:te=1>",
+        "<hypernet:z>",
+        "<lora:w",
     ]
     assert network_tags("3 < 4, lora:x, <b>") == []
 

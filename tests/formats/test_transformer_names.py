@@ -70,22 +70,6 @@ def test_every_layer_is_read_again_in_every_layout(
     assert WRITTEN[family] <= done
 
 
-def test_each_layer_alone_is_read_again(
-    model: tuple[str, Path], tmp_path: Path, random_adapter: Callable[..., Layers]
-) -> None:
-    """By the family in the file's metadata; without it, by the names of the base."""
-    family, folder = model
-    layers = random_adapter(folder, components=["transformer"])
-    with PipelineFolder.open(folder) as base:
-        for number, (name, layer) in enumerate(layers.items()):
-            for stated in (family, ""):
-                file = AdapterFile({name: layer}, AdapterMetadata(stated))
-                path = write_adapter(tmp_path / f"{number}{stated}.safetensors", file, "diffusers")
-                assert list(read_adapter(path, base).layers) == [name]
-                if stated:
-                    assert list(read_adapter(path).layers) == [name]
-
-
 def test_the_formats_that_a_refusal_names_are_written(
     model: tuple[str, Path], tmp_path: Path, random_adapter: Callable[..., Layers]
 ) -> None:

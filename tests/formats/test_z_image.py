@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_diffusion.export import convert_adapter, inspect_adapter
-from dora_diffusion.export.files import ExportError
 from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -187,15 +186,6 @@ def test_comfyui_computes_the_converted_file(
     assert inspect_adapter(report.path, folder).fits.startswith("yes, all 37 layers")
 
 
-def test_comfyui_is_off_with_a_standard_dora_scale(
-    tmp_path: Path, weights: dict[str, Tensor], layers_of: Callable[..., Layers]
-) -> None:
-    file = write(tmp_path / "a.safetensors", layers_of("output"), "diffusion_model")
-    errors = errors_in_comfyui(file, weights, layers_of("output"))
-    assert 0.02 < min(errors) < max(errors) < 0.5
-    assert inspect_adapter(file).tools["ComfyUI and Forge"].startswith("wrong")
-
-
 @pytest.mark.parametrize("axis", ["output", "input", None])
 @pytest.mark.parametrize("target", ["diffusers", "peft", "diffusion_model"])
 def test_a_written_file_reads_as_the_same_adapter(
@@ -215,17 +205,6 @@ def test_a_written_file_reads_as_the_same_adapter(
     assert StoredAdapter.open(path).layout.name == target
     assert_same_layers(read_adapter(path).layers, layers)
     assert read_adapter(path).family == "z-image"
-
-
-def test_a_compensated_file_is_not_read_as_an_adapter(
-    tmp_path: Path, folder: Path, layers_of: Callable[..., Layers]
-) -> None:
-    source = write(tmp_path / "a.safetensors", layers_of("output"))
-    report = convert_adapter(source, tmp_path / "b.safetensors", "comfyui", base=folder)
-    with pytest.raises(AdapterFormatError, match="use the adapter that it was converted from"):
-        read_adapter(report.path)
-    with pytest.raises(ExportError, match="ComfyUI needs this adapter as a comfyui file"):
-        convert_adapter(source, tmp_path / "c.safetensors", "comfyui")
 
 
 def original(path: str) -> str:
@@ -273,34 +252,6 @@ def test_names_of_other_programs_are_read(
     assert_same_layers(read.layers, layers)
     tools = inspect_adapter(tmp_path / "b.safetensors").tools
     assert tools["A1111"].startswith("no: ")
-
-
-@pytest.mark.parametrize("name", ["lora_unet_{}_qkv", "diffusion_model.{}.qkv"])
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_a_joined_projection_is_split_by_rows(
-    tmp_path: Path, weights: dict[str, Tensor], name: str, axis: str
-) -> None:
-    """Exact for magnitudes per output. One magnitude per input belongs to all rows together."""
-    block = "layers.1.attention"
-    projections = [f"transformer.{block}.{part}" for part in PROJECTIONS]
-    joined = torch.cat([weights[projection] for projection in projections])
-    key = name.format(block.replace(".", "_") if "_{}" in name else block)
-    generator = torch.Generator().manual_seed(2)
-    down, up = (torch.randn(*size, generator=generator) for size in ((4, 48), (144, 4)))
-    magnitude = 1.1 * joined.norm(dim=1 if axis == "output" else 0, keepdim=True)
-    save_file(
-        {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.dora_scale":
-         magnitude, f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors",
-    )  # fmt: skip
-    if axis == "input":
-        with pytest.raises(AdapterFormatError, match="cannot be split on the input axis"):
-            read_adapter(tmp_path / "a.safetensors")
-        return
-    layers = read_adapter(tmp_path / "a.safetensors").layers
-    assert list(layers) == projections
-    split = torch.cat([meant(weights[name], layer) for name, layer in layers.items()])
-    whole = meant(joined, LayerWeights(down, up, magnitude.flatten(), 2.0))
-    torch.testing.assert_close(split, whole, rtol=1e-12, atol=0)
 
 
 def test_formats_and_programs_without_transformers_are_refused(

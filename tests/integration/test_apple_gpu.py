@@ -17,7 +17,6 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, ConfigError
 from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.models.memory import describe_device
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import has_gradient_scaler
 from dora_diffusion.sampling.load import load_adapted
@@ -99,15 +98,6 @@ def test_precision_that_the_device_lacks_is_refused_in_one_line(run, sd1_folder,
     monkeypatch.setattr(torch, "__version__", "2.7.1")
     with apple_gpu(), refused("mixed_precision", "torch 2.8"):
         train(run(sd1_folder, "out", mixed_precision="fp16"))
-
-
-def test_the_device_is_described():
-    with apple_gpu():
-        device = describe_device()
-        assert (device.kind, device.name, device.has_bf16) == ("mps", "Apple M3 Max", True)
-        assert device.has_gradient_scaler == has_gradient_scaler("mps")
-        assert not device.has_8bit_adam
-        assert device.free_gib == pytest.approx(12)
 
 
 @pytest.mark.parametrize(("family", "count"), [("sd1", 1), ("sdxl", 2)])

@@ -16,21 +16,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, merge_adapters
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.models.memory import describe_device
 from dora_diffusion.numerics.norms import widens_products
 from dora_diffusion.training import optimizer as optimizer_module
-from dora_diffusion.training.graph import CAPTURES
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.processes import make_accelerator
@@ -43,7 +40,6 @@ from tests.integration.emulated import (
     PARTS,
     assert_learned,
     figures,
-    images_of,
 )
 from tests.nvidia import NvidiaGPU, nvidia_gpu
 from tests.refusal import refused
@@ -174,81 +170,6 @@ def test_steps_and_their_records_wait_for_nothing(
         log.close()
         for record, values in zip(records, seen, strict=True):
             assert values["loss"] == float(record["loss"].cpu())
-
-
-class Called:
-    """Stand-in for a CUDA graph on the emulated device: a replay calls the function.
-
-    Inside, nothing may be copied between host and device: a graph would copy from memory that is
-    used for something else by then.
-    """
-
-    gpu: NvidiaGPU
-
-    def capture(self, function, other):
-        gpu = self.gpu
-        before = len(gpu._pinned), gpu.copies_begun, sum(gpu.waits.values())
-        self.function, self.outputs = function, function()
-        assert (len(gpu._pinned), gpu.copies_begun, sum(gpu.waits.values())) == before
-        return self.outputs
-
-    def replay(self):
-        new, old = self.function(), self.outputs
-        old.losses.copy_(new.losses)
-        for parameter, gradient in new.gradients.items():
-            old.gradients[parameter].copy_(gradient)
-        for (_, kept, _), (_, flags, _) in zip(old.flags, new.flags, strict=True):
-            kept.copy_(flags)
-
-
-@emulated_only
-@pytest.mark.parametrize(("family", "precision"), [("sd1", "bf16"), ("sdxl", "no")])
-def test_steps_by_graphs_wait_for_nothing(family, precision, run, request, monkeypatch):
-    """Once the graphs were compared with ordinary steps. Their copies of flags do not wait."""
-    settings = SMALL | {
-        "mixed_precision": precision, "center_crop": True, "targets": ["cross-attention"],
-        "gradient_checkpointing": True, "cuda_graph": True, "with_prior_preservation": True,
-    }  # fmt: skip
-    monkeypatch.setitem(CAPTURES, "cuda", Called)
-    folder, seen = request.getfixturevalue(f"{family}_folder"), []
-    with cuda() as gpu:
-        Called.gpu = gpu
-        session = open_on(two_photos(run(folder, "out", **settings)))
-        plain = open_on(two_photos(run(folder, "plain", **(settings | {"cuda_graph": False}))))
-        for number in range(1, 6):
-            torch.cuda.set_sync_debug_mode("error" if number > 3 else "default")
-            try:
-                seen.append(session.step(number)["loss"])
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        assert all(graph.is_checked for graph in session.step._graphs.values())
-        for number, loss in enumerate(seen, 1):
-            assert float(loss.cpu()) == float(plain.step(number)["loss"].cpu())
-
-
-@pytest.mark.skipif(not IS_REAL, reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"lora_dropout": 0.3},
-        {"mixed_precision": "bf16", "gradient_accumulation_steps": 2, "caption_dropout": 0.5},
-        {"gradient_checkpointing": True, "with_prior_preservation": True, "rank_dropout": 0.3},
-    ],
-    ids=["dropout", "bf16", "checkpointing"],
-)
-def test_twenty_steps_by_graphs_are_the_ordinary_ones(family, settings, run, request):
-    """Dropout as well: each step seeds it, and a graph reads the seed when it is replayed."""
-    settings = SMALL | settings | {"max_train_steps": 20}
-    folder, losses = request.getfixturevalue(f"{family}_folder"), {}
-    for on in (False, True):
-        session = open_on(run(folder, f"out-{on}", **settings, cuda_graph=on))
-        losses[on] = [float(session.step(number)["loss"]) for number in range(1, 21)]
-    assert not session.step.is_off
-    assert all(graph is None or graph.is_checked for graph in session.step._graphs.values())
-    assert any(session.step._graphs.values())
-    rounding = 0.03 if settings.get("mixed_precision") == "bf16" else 1e-3
-    assert losses[True] == pytest.approx(losses[False], rel=rounding)
 
 
 def with_gradients(value):
@@ -408,28 +329,6 @@ def test_eight_bit_adam_that_is_not_installed_is_said_before_the_model_is_loaded
         train(run(sd1_folder, "out", optimizer="adamw8bit"))
 
 
-@emulated_only
-def test_the_device_is_described():
-    with nvidia_gpu():
-        device = describe_device()
-        assert (device.kind, device.name) == ("cuda", "NVIDIA GeForce RTX 3090")
-        assert device.has_bf16
-        assert device.has_gradient_scaler
-        assert device.free_gib == pytest.approx(20)
-
-
-@pytest.mark.parametrize(("family", "count"), [("sd1", 1), ("sdxl", 2)])
-def test_images_are_those_of_the_cpu(family, count, request, random_adapter):
-    folder = request.getfixturevalue(f"{family}_folder")
-    axes = ("output", "input")
-    adapters = [random_adapter(folder, axis=axes[i], seed=i, every=3) for i in range(count)]
-    expected = images_of(folder, adapters, device="cpu")
-    with cuda() as gpu:
-        actual = images_of(folder, adapters, device="cuda")
-        assert gpu is None or "convolution" in gpu.operators
-    assert np.abs(actual - expected).max() <= 2
-
-
 class Net(nn.Module):
     """A convolution with a stride, and Linears without and with a bias."""
 
@@ -537,16 +436,3 @@ def test_a_fresh_adapter_changes_no_bit(dtype):
         with norm_scope(net):
             assert torch.equal(net(x), base)
         assert torch.equal(net(x), base)
-
-
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_a_merged_model_is_the_adapted_one(axis, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    net = adapted_net(axis)
-    with cuda(), torch.no_grad():
-        net.to("cuda")
-        x = torch.randn(2, 8, 10, 6).to("cuda")
-        expected = net(x)
-        merge_adapters(net)
-        assert type(net.wide) is nn.Linear
-        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)

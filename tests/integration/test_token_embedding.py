@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.training.recipe import train
 from dora_diffusion.training.trainable.adapters import inject_trained
-from tests.training.helpers import assert_same_adapter, make_config
+from tests.training.helpers import make_config
 
 TABLE = "text_encoder.text_model.embeddings.token_embedding"
 
@@ -120,16 +119,6 @@ def test_a_combination_is_fitted_as_other_layers_are(
     torch.testing.assert_close(combined, table + 0.75 * (once - table), rtol=1e-4, atol=1e-6)
 
 
-def test_it_resumes(sd1_folder: Path, photos: Path, tmp_path: Path) -> None:
-    changes = {"gradient_accumulation_steps": 2, "checkpointing_steps": 2}
-    whole = settings(sd1_folder, photos, tmp_path / "whole", **changes)
-    train(whole)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
-    half = replace(whole, output_dir=str(tmp_path / "half"))
-    train(replace(half, resume_from_checkpoint="latest"))
-    assert_same_adapter(tmp_path / "whole", tmp_path / "half", rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -161,13 +150,3 @@ def test_trained_tokens_beside_it_are_refused_where_the_table_is_live(
         load_adapted(sd1_folder, file)
     export_checkpoint(sd1_folder, file, tmp_path / "out" / "merged.safetensors")
     assert len(list((tmp_path / "out" / "embeddings").iterdir())) == 1
-
-
-def test_checkpointing_and_accumulation_train_the_same_table(
-    sd1_folder: Path, photos: Path, tmp_path: Path
-) -> None:
-    plain = settings(sd1_folder, photos, tmp_path / "plain", gradient_accumulation_steps=2)
-    train(replace(plain, max_train_steps=2))
-    train(replace(plain, max_train_steps=2, output_dir=str(tmp_path / "saved"),
-                  gradient_checkpointing=True))  # fmt: skip
-    assert_same_adapter(tmp_path / "plain", tmp_path / "saved", rtol=1e-4, atol=1e-6)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -114,19 +111,3 @@ def test_a_file_of_one_of_two_releases_must_say_which(tmp_path: Path) -> None:
         load_components(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"the shapes of a released Stable Diffusion 2"):
         load_components(BaseModel(tmp_path / "x.safetensors", prediction_type="epsilon"))
-
-
-def test_diffusers_is_imported_while_weights_can_be_drawn(
-    monkeypatch: pytest.MonkeyPatch, sd1_folder: Path
-) -> None:
-    """It sets back the functions that it finds: stand-ins that draw nothing would stay for good."""
-    real, seen = torch.nn.init.normal_, []
-
-    class Watched(ModuleType):
-        def __getattr__(self, name: str) -> object:
-            seen.append((name, torch.nn.init.normal_))
-            return getattr(diffusers, name)
-
-    monkeypatch.setitem(sys.modules, "diffusers", Watched("diffusers"))
-    empty_module(sd1_folder / "vae", "AutoencoderKL")
-    assert seen[0] == ("AutoencoderKL", real)

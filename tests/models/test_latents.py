@@ -144,15 +144,6 @@ def test_shifts_and_channel_statistics_are_taken_off(sd1_folder: Path) -> None:
 
 
 @torch.no_grad()
-def test_latent_channels_are_not_assumed(sd1_folder: Path) -> None:
-    from diffusers import AutoencoderKL
-
-    config = dict(AutoencoderKL.load_config(sd1_folder / "vae"), latent_channels=8)
-    vae = AutoencoderKL.from_config(config)
-    assert encode_images(vae, pixels(1)).shape == (1, 8, 8, 6)
-
-
-@torch.no_grad()
 def test_a_float32_vae_takes_half_precision_from_the_unet(sdxl_folder: Path) -> None:
     vae = load_components(sdxl_folder, dtype=torch.bfloat16).vae
     latents = encode_images(vae, pixels().bfloat16())
@@ -190,10 +181,3 @@ def test_in_half_precision_sizes_and_timesteps_stay_exact(dtype) -> None:
     assert unet.given["timesteps"].tolist() == [999]
     for name in ("latents", "states", "text_embeds"):
         assert unet.given[name].dtype == dtype
-
-
-def test_a_family_without_sizes_is_given_none() -> None:
-    unet = RecordingUNet(torch.float32)
-    hidden = Conditioning(torch.ones(2, 77, 8))
-    predict_by_unet(unet, torch.ones(2, 4, 8, 8), torch.tensor([1, 2]), hidden)
-    assert set(unet.given) == {"latents", "timesteps", "states"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.config.families import FAMILIES, MemoryRow
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.models.memory import (
     PROCESS_GIB,
     Device,
@@ -35,12 +35,6 @@ def card(free: float, *, bf16: bool = True, adam: bool = False) -> Device:
     return Device("cuda", "a card", free, has_bf16=bf16, has_8bit_adam=adam)
 
 
-@pytest.mark.parametrize(("family", "row"), TABLE)
-def test_a_row_of_the_table_comes_back_as_it_is(family: str, row: MemoryRow) -> None:
-    gib = training_memory(family, row.resolution, gradient_checkpointing=row.gradient_checkpointing)
-    assert gib == pytest.approx(row.gib)
-
-
 def test_activations_grow_with_pixels_and_float32_doubles_all_but_the_process() -> None:
     small, large = (
         next(r.gib for name, r in TABLE
@@ -55,24 +49,6 @@ def test_activations_grow_with_pixels_and_float32_doubles_all_but_the_process() 
     assert full == pytest.approx(2 * small - PROCESS_GIB)
     assert training_memory("sd2", 512) == pytest.approx(small + 0.42)
     assert training_memory("", 512) is training_memory("sd3", 512) is None
-
-
-def test_inpainting_takes_what_text_to_image_does() -> None:
-    """The five more channels of the first convolution are 0.03 MB in half precision."""
-    for family in ("sd1", "sdxl"):
-        inpainting = f"{family}-inpainting"
-        assert training_memory(inpainting, 768) == training_memory(family, 768)
-        found = gpu_training_memory(inpainting, 768, {})
-        assert found == gpu_training_memory(family, 768, {})
-
-
-def test_both_lines_of_a_family_meet_at_what_does_not_grow_with_the_image() -> None:
-    """Weights, adapter, optimizer and process: the same with and without checkpointing."""
-    for family, fixed in (("sd1", 2.5), ("sdxl", 7.4)):
-        for on in (True, False):
-            rows = [r for name, r in TABLE if (name, r.gradient_checkpointing) == (family, on)]
-            (x0, y0), (x1, y1) = sorted((r.resolution**2, r.gib) for r in rows)[:2]
-            assert y0 - x0 * (y1 - y0) / (x1 - x0) == pytest.approx(fixed, abs=0.15)
 
 
 def test_a_batch_that_was_measured_is_not_understated() -> None:
@@ -168,13 +144,6 @@ def test_the_document_states_what_was_counted() -> None:
             assert f"| {title}, {size} px | {'on' if on else 'off'} | {figures} |" in text
 
 
-def test_offloading_is_proposed_first() -> None:
-    settings = HALF | {"offload": "none"}
-    free = needed_memory("sdxl", 1024, HALF | {"offload": "auto"}, A100)
-    assert what_would_fit("sdxl", 1024, settings, card(free)) == "offload auto"
-    assert what_would_fit("sdxl", 1024, HALF, card(free - 0.01)) == "gradient_checkpointing on"
-
-
 def test_a_cpu_and_apples_gpu_take_the_measured_table() -> None:
     for kind in ("cpu", "mps"):
         needed = needed_memory("sd1", 512, HALF, Device(kind, "shared", 9.0))
@@ -182,30 +151,6 @@ def test_a_cpu_and_apples_gpu_take_the_measured_table() -> None:
     assert needed_memory("sd1", 512, HALF, A100) == pytest.approx(
         1.1 * gpu_training_memory("sd1", 512, {})
     )
-
-
-def test_less_is_taken_with_checkpointing_and_more_by_larger_images() -> None:
-    for family, sizes in (("sd1", (256, 512, 768, 1024)), ("sdxl", (512, 768, 1024))):
-        for on in (False, True):
-            taken = [training_memory(family, s, gradient_checkpointing=on) for s in sizes]
-            assert taken == sorted(taken)
-            assert taken[0] > 1
-        for size in sizes[1:]:
-            saved = training_memory(family, size, gradient_checkpointing=True)
-            assert saved < training_memory(family, size)
-
-
-@pytest.mark.parametrize(
-    ("device", "precision"),
-    [(card(38), "bf16"), (card(38, bf16=False), "fp16"), (Device("cpu", "CPU", 64.0), "no"),
-     (Device("mps", "Apple GPU", 64.0), "bf16"), (Device("xpu", "Arc", 64.0), "bf16"),
-     (Device("mps", "Apple GPU", 64.0, has_bf16=False), "fp16"),
-     (Device("mps", "Apple GPU", 64.0, has_bf16=False, has_gradient_scaler=False), "no")],
-)  # fmt: skip
-def test_with_memory_to_spare_the_quick_settings_stay(device: Device, precision: str) -> None:
-    assert fitting_settings("sdxl", 1024, device) == {
-        "mixed_precision": precision, "gradient_checkpointing": False, "optimizer": "adamw",
-    }  # fmt: skip
 
 
 def test_settings_follow_the_free_memory_step_by_step() -> None:
@@ -262,18 +207,6 @@ def test_a_quantised_base_takes_the_bytes_of_its_codes(family: str) -> None:
         assert single == pytest.approx((1 + share) * unet, abs=0.02)
 
 
-def test_a_cpu_goes_to_bfloat16_where_float32_does_not_fit() -> None:
-    single = {"mixed_precision": "no", "gradient_checkpointing": True}
-    free = needed_memory("sd1", 512, single, Device())
-    assert fitting_settings("sd1", 512, Device(free_gib=free))["mixed_precision"] == "no"
-    assert fitting_settings("sd1", 512, Device(free_gib=free - 0.01))["mixed_precision"] == "bf16"
-
-
-def test_8_bit_adam_is_for_a_device_with_bitsandbytes_alone() -> None:
-    assert fitting_settings("sdxl", 1024, card(1.0, adam=True))["optimizer"] == "adamw8bit"
-    assert fitting_settings("sdxl", 1024, card(1.0))["optimizer"] == "adamw"
-
-
 def test_what_is_not_known_gets_settings_that_are_safe() -> None:
     for device, family in ((card(38), ""), (Device("cuda", "a card", None), "sdxl")):
         found = fitting_settings(family, 1024, device)
@@ -310,41 +243,6 @@ def test_what_to_change_is_said_and_then_fits() -> None:
     sharded = saving | {"sharding": "fsdp"}
     assert what_would_fit("sdxl", 1024, sharded, card(smaller)) == "resolution 768"
     assert what_would_fit("sdxl", 1024, saving, card(0.5)) == ""
-
-
-CHANGES: dict[str, dict[str, object]] = {
-    "mixed_precision bf16": {"mixed_precision": "bf16"},
-    "gradient_checkpointing on": {"gradient_checkpointing": True},
-    "quantize int8": {"quantize": "int8"},
-    "quantize nf4": {"quantize": "nf4"},
-    "quantize_convolutions on": {"quantize_convolutions": True},
-    "train_batch_size 1": {},
-    "no prior": {},
-}
-
-
-@pytest.mark.parametrize("free", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0, 30.0])
-@pytest.mark.parametrize("start", [HALF, HALF | {"mixed_precision": "no"}], ids=["half", "single"])
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_nothing_is_proposed_that_is_not_needed(family: str, start: object, free: float) -> None:
-    """The proposal for a batch of four with a prior fits, and without any part of it does not."""
-
-    def fits(changes: list[str]) -> bool:
-        size, settings = 1024, dict(start)
-        for change in changes:
-            settings |= CHANGES.get(change, {})
-            size = int(change.split()[1]) if change.startswith("resolution") else size
-        photos = 1 if "train_batch_size 1" in changes else 4
-        images = photos * (1 if "no prior" in changes else 2)
-        return needed_memory(family, size, settings, A100, batch=images) <= free
-
-    said = what_would_fit(family, 1024, start, card(free), batch=4, without_prior="no prior")
-    changes = said.split(" and ") if said else []
-    everything = [name for name in CHANGES if name != "quantize int8"]
-    assert bool(changes) == (not fits([]) and fits([*everything, "resolution 256"]))
-    assert not changes or fits(changes)
-    for left_out in changes:
-        assert not fits([change for change in changes if change != left_out])
 
 
 def test_a_change_without_effect_is_not_proposed() -> None:

@@ -51,14 +51,6 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features, dim=1)
 
 
-def test_images_are_prepared_as_transformers_does(clip_folder, images, processed) -> None:
-    prepare = read_preprocessing(clip_folder / "preprocessor_config.json")
-    mine = torch.stack([prepare(image) for image in images])
-    assert mine.shape == processed.shape
-    # Pillow rounds to whole grey levels, of which one is 0.015 here.
-    assert (mine - processed).abs().max() < 0.02
-
-
 def test_clip_gives_clips_features(clip_folder, images, processed) -> None:
     from transformers import AutoTokenizer, CLIPModel
 

@@ -33,14 +33,6 @@ def test_auto_is_what_the_device_computes(device, has_bf16, dtype, name, monkeyp
     assert precision.precision_of("auto", device) == name
 
 
-def test_emulated_bfloat16_is_none(monkeypatch):
-    """Old GPUs emulate it, slower than float16."""
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-    )
-    assert precision.auto_dtype("cuda") == torch.float16
-
-
 def test_memory_and_models_state_one_rule(monkeypatch):
     """The meaning of `auto` on a device is decided in one place."""
     monkeypatch.setattr(precision, "auto_precision", lambda device: "fp16")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config.base import BaseModel
@@ -117,14 +116,6 @@ def test_markers_of_v_prediction_win_over_the_configuration(
     assert loaded.scheduler.config.rescale_betas_zero_snr is True
 
 
-def test_another_shape_than_the_released_one_needs_its_configuration(
-    sd1_folder: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=r"set --model_config") as raised:
-        load_components(single_file(sd1_folder, tmp_path))
-    assert "\n" not in str(raised.value)
-
-
 def test_models_of_another_kind_of_schedule_are_refused(sdxl_folder: Path, tmp_path: Path) -> None:
     file = single_file(sdxl_folder, tmp_path)
     save_file({**load_file(file), "edm_mean": torch.zeros(4)}, file)
@@ -140,16 +131,3 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     adapter.write_bytes(b"not safetensors at all")
     with pytest.raises(ValueError, match=r"adapter\.safetensors could not be loaded"):
         load_components(adapter)
-
-
-def test_a_stated_prediction_type_wins_over_the_configuration(
-    sd1_folder: Path, tmp_path: Path
-) -> None:
-    file = single_file(sd1_folder, tmp_path)
-    with safe_open(file, framework="pt") as opened:
-        stated = dict(opened.metadata())
-    assert load_components(BaseModel(file, model_config=sd1_folder)).prediction_type == "epsilon"
-    save_file(load_file(file), file, {**stated, "modelspec.prediction_type": "v"})
-    assert (
-        load_components(BaseModel(file, model_config=sd1_folder)).prediction_type == "v_prediction"
-    )

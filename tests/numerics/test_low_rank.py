@@ -120,31 +120,6 @@ def test_it_is_the_paper_s_formula(shape: tuple[int, ...], axis: NormAxis, chang
     assert found.squared_norm == pytest.approx((before**2).sum(), rel=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stored_numbers_are_taken_as_they_are(dtype: torch.dtype) -> None:
-    weight, tuned = (tensor.to(dtype) for tensor in pair((8, 6, 3, 3)))
-    for axis in NORM_AXES:
-        wide = decompose(weight.double(), tuned.double(), axis)
-        assert decompose(weight, tuned, axis) == wide
-    assert torch.equal(
-        singular_values(weight, tuned), singular_values(weight.double(), tuned.double())
-    )
-
-
-@pytest.mark.parametrize("axis", NORM_AXES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scaling_turns_nothing(shape: tuple[int, ...], axis: NormAxis) -> None:
-    weight, _ = pair(shape)
-    shares = torch.linspace(0.9, 1.2, shape[0 if axis == "output" else 1], dtype=torch.float64)
-    tuned = weight.transpose(0, 1 if axis == "input" else 0)
-    tuned = tuned * shares.view(-1, *[1] * (weight.ndim - 1))
-    tuned = tuned.transpose(0, 1 if axis == "input" else 0)
-    found = decompose(weight, tuned, axis)
-    norms = np.linalg.norm(channels(weight, axis), axis=1)
-    assert found.delta_d < 1e-15
-    assert found.delta_m == pytest.approx((np.abs(shares.numpy() - 1) * norms).mean(), rel=1e-12)
-
-
 @pytest.mark.parametrize("axis", NORM_AXES)
 def test_turning_every_channel_moves_no_magnitude(axis: NormAxis) -> None:
     """By a rotation of the space that the channels lie in, through one known angle."""

@@ -26,7 +26,6 @@ from tests.numerics.test_threads import Visitor
 
 B = torch.backends
 HAS_NEW = hasattr(B.cuda.matmul, "fp32_precision")
-new_api = pytest.mark.skipif(not HAS_NEW, reason="torch before 2.9 has no fp32_precision")
 
 
 @pytest.fixture(autouse=True)
@@ -132,16 +131,6 @@ def test_two_threads_round_nothing_until_the_last_one_leaves(device: str, first_
     assert everything() == before
 
 
-@new_api
-def test_a_setting_that_followed_a_more_general_one_follows_it_again() -> None:
-    B.fp32_precision = "tf32"
-    with full_precision(torch.device("cuda")):
-        assert not rounds_float32("cuda")
-    assert rounds_float32("cuda")
-    B.fp32_precision = "ieee"
-    assert not rounds_float32("cuda")
-
-
 @pytest.mark.parametrize("name", OLDER)
 def test_a_torch_without_the_newer_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_setting", lambda *_: None)
@@ -187,19 +176,6 @@ def test_tf32_without_a_gpu_that_has_it_is_said(is_available, capability, is_sai
         allow_tf32()
     expected = "allow_tf32 has no effect because there is no NVIDIA GPU of Ampere or later"
     assert [str(warning.message) for warning in caught] == [expected] * is_said
-
-
-def test_allow_tf32_can_still_be_read_by_others() -> None:
-    if HAS_NEW:
-        B.cuda.matmul.fp32_precision = "ieee"
-    allow_tf32()
-    assert B.cuda.matmul.allow_tf32
-    assert torch.get_float32_matmul_precision() == "high"
-
-
-def test_norms_and_merges_are_without_autocast() -> None:
-    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 def tf32(tensor: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,10 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import psutil
 import pytest
-from filelock import FileLock
 
 from tests.portable import windows
 from tests.waiting import STAY
@@ -22,59 +17,6 @@ from tests.waiting import STAY
 pytestmark = pytest.mark.skipif(
     not windows.is_installed(), reason="Windows is not emulated: make test-portable"
 )
-
-
-@pytest.mark.parametrize("module", windows.GONE_MODULES)
-def test_modules_of_posix_are_gone(module: str) -> None:
-    with pytest.raises(ModuleNotFoundError):
-        __import__(module)
-    with pytest.raises(pytest.skip.Exception):
-        pytest.importorskip(module)
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [(os, n) for n in windows.GONE["os"]] + [(signal, n) for n in windows.GONE["signal"]],
-)
-def test_names_of_posix_are_gone(module: object, name: str) -> None:
-    assert not hasattr(module, name)
-    with pytest.raises(AttributeError, match=name):
-        getattr(module, name)
-
-
-def test_names_that_are_imported_are_gone_too() -> None:
-    with pytest.raises(ImportError):
-        from os import fork  # noqa: F401
-    with pytest.raises(ImportError):
-        from signal import SIGKILL  # noqa: F401
-
-
-def test_proc_is_gone_for_us_and_not_for_psutil() -> None:
-    assert not Path("/proc/self/stat").exists()
-    for look in (
-        lambda: open("/proc/self/stat", encoding="utf-8"),  # noqa: SIM115
-        lambda: Path("/proc/meminfo").read_text(encoding="utf-8"),
-        lambda: os.listdir("/proc"),
-        lambda: list(Path("/proc").iterdir()),
-    ):
-        with pytest.raises(FileNotFoundError):
-            look()
-    assert psutil.Process().memory_info().rss > 0
-
-
-def test_libraries_keep_what_they_use(tmp_path: Path) -> None:
-    assert subprocess.run([sys.executable, "-c", "print(1)"], check=True, capture_output=True)
-    assert ctypes.util.find_library("c")
-    with FileLock(tmp_path / "lock"):
-        assert shutil.disk_usage(tmp_path).free > 0
-
-
-def test_processes_are_started_by_spawn_and_in_no_session_of_their_own() -> None:
-    assert multiprocessing.get_start_method() == "spawn"
-    with pytest.raises(ValueError, match="start_new_session is not supported"):
-        subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
-    with pytest.raises(ValueError, match="preexec_fn"):
-        subprocess.run([sys.executable, "-c", ""], preexec_fn=print, check=True)
 
 
 SLEEP = f"import signal; signal.signal(signal.SIGTERM, print); {STAY}"
@@ -149,18 +91,6 @@ def test_a_file_that_another_process_has_open_stays_too(opened: Path) -> None:
     opened.unlink()
 
 
-def test_a_mapped_file_is_neither_removed_nor_cut(tmp_path: Path) -> None:
-    path = tmp_path / "a.npy"
-    np.save(path, np.zeros(9))
-    array = np.load(path, mmap_mode="r")
-    with pytest.raises(PermissionError):
-        path.unlink()
-    with pytest.raises(PermissionError):
-        path.open("wb")
-    del array
-    path.unlink()
-
-
 def test_a_rename_replaces_nothing(opened: Path) -> None:
     other = opened.with_name("other.txt")
     other.write_bytes(b"other")
@@ -192,19 +122,3 @@ def test_names_that_windows_has_not(name: str, opened: Path) -> None:
         with pytest.raises(OSError, match="name is incorrect"):
             make()
     assert os.listdir(opened.parent) == ["file.txt"]
-
-
-@pytest.mark.parametrize("name", ["console", "null", "a.con", "Ünïcode with spaces", ".hidden"])
-def test_names_that_only_look_alike_are_fine(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(b"")
-    assert os.listdir(tmp_path) == [name]
-
-
-def test_names_do_not_differ_in_case_alone(opened: Path) -> None:
-    with pytest.raises(FileExistsError):
-        opened.with_name("File.TXT").write_bytes(b"")
-    with pytest.raises(FileExistsError):
-        opened.with_name("FILE.txt").mkdir()
-    opened.write_bytes(b"again")
-    opened.rename(opened.with_name("File.txt"))
-    assert os.listdir(opened.parent) == ["File.txt"]

@@ -47,7 +47,6 @@ def tiled(pipeline: Any) -> None:
     pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 64, 8
 
 
-INK = "name,prompt,negative_prompt\nink,ink drawing of {prompt},photo\n"
 CASES: dict[str, Case] = {
     "prompt": Case({"prompt": "a red mug, on grass"}, {"prompt": "a red mug, on grass"}),
     "negative_prompt": Case({"negative_prompt": "a cat"}, {"negative_prompt": "a cat"}),
@@ -64,12 +63,6 @@ CASES: dict[str, Case] = {
         lambda pipeline: pipeline.vae.enable_slicing(),
         (3, 4),
     ),
-    "styles": Case(
-        {"styles": "styles.csv", "style": ["ink"]},
-        {"prompt": "ink drawing of a dog", "negative_prompt": "photo"},
-    ),
-    "wildcards": Case({"prompt": "a {dog|dog}", "wildcards": True}),
-    "wildcard_dir": Case({"prompt": "a __pet__", "wildcards": True, "wildcard_dir": "."}),
     "prompt_weights": Case(
         {"prompt": "a (dog:1.2)", "prompt_weights": False}, {"prompt": "a (dog:1.2)"}
     ),
@@ -86,44 +79,25 @@ CASES: dict[str, Case] = {
         for name, each in SCHEDULERS.items()
     },
 }  # fmt: skip
-CASES["style"] = CASES["styles"]
 
 STACKED = "sampling/test_stack.py::test_a_stack_is_the_exported_merge_of_the_same_adapters"
 PAINTED = "sampling/test_painting.py::test_images_are_those_of_the_pipelines_called_by_hand"
-ENLARGED = "sampling/test_painting.py::test_a_second_pass_is_image_to_image_over_the_enlarged_first"
 GRID = (
     "cli/commands/test_grid.py"
     "::test_each_cell_is_the_plain_image_of_its_settings_and_repeats_to_the_same_bytes"
 )
 READ = "sampling/test_generate.py::test_prompts_are_read_as_the_adapter_says"
-DETAIL = (
-    "sampling/test_detail.py"
-    "::test_what_is_found_is_the_pipelines_image_of_its_crop_and_all_else_stays"
-)
 ELSEWHERE = {
     "adapter": STACKED,
-    "adapter_dir": "cli/commands/test_generate.py::test_prompts_may_name_adapters_of_a_folder",
     "strength": STACKED,
     "direction_strength": "sampling/test_generate.py::test_the_knobs_reach_every_layer",
     "magnitude_strength": "sampling/test_generate.py::test_the_knobs_reach_every_layer",
-    "layer_strength": "sampling/test_stack.py::test_strengths_are_those_of_component_and_layer",
-    "strength_schedule": "sampling/test_stack.py::test_a_schedule_switches_between_steps",
     "adapters_file": "sampling/test_pool.py::test_each_image_is_that_of_its_adapter_alone",
     "image": PAINTED,
     "mask_image": PAINTED,
     "denoise": PAINTED,
     "grid": GRID,
     "grid_limit": GRID,
-    "hires": ENLARGED,
-    "hires_denoise": ENLARGED,
-    "hires_steps": ENLARGED,
-    "detail": DETAIL,
-    "detail_denoise": DETAIL,
-    "detail_padding": DETAIL,
-    "detail_prompt": (
-        "sampling/test_detail.py::test_rows_of_several_adapters_have_details_of_their_own"
-    ),
-    "detail_label": "cli/commands/test_generate.py::test_details_are_painted_said_and_repeated",
     "clip_skip": READ,
     "max_token_length": READ,
     "zero_terminal_snr": (
@@ -164,14 +138,12 @@ def parts(sd1_folder):
     return diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder).components
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "style"])
+@pytest.mark.parametrize("name", CASES)
 def test_images_are_those_of_the_pipeline_called_by_hand(
     name, sd1_folder, parts, tmp_path, monkeypatch
 ):
     case = CASES[name]
     monkeypatch.chdir(tmp_path)
-    Path("styles.csv").write_text(INK, encoding="utf-8")
-    Path("pet.txt").write_text("dog\n", encoding="utf-8")
     settings = {"base": str(sd1_folder), "output": "image.png", **BASE, **case.settings}
     assert GenerateSettings.read(settings).perform() == 0
     pipeline = diffusers.StableDiffusionPipeline(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
-import io
 import json
 import random
 import re
@@ -15,15 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import dora_diffusion
-from dora_diffusion.data import images
-from dora_diffusion.data.images import PhotoError, open_photo
+from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
-from dora_diffusion.sampling.detail import Detail
 from dora_diffusion.sampling.images import (
     RecordedAdapter,
     parameters_text,
@@ -32,7 +28,6 @@ from dora_diffusion.sampling.images import (
     read_parameters,
     save_image,
     settings_of,
-    thumbnail,
 )
 from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from tests.every import every
@@ -136,14 +131,6 @@ def test_a_full_disk_keeps_the_old_image_and_says_so(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [old]
 
 
-def test_an_image_is_replaced_whole(tmp_path):
-    file = save_image(IMAGE, tmp_path / "image.png", "old")
-    save_image(Image.new("RGB", (4, 4), "red"), file, "new")
-    assert read_parameters(file) == "new"
-    with Image.open(file) as image:
-        assert np.array_equal(np.asarray(image), np.full((4, 4, 3), (255, 0, 0)))
-
-
 def test_parameters_are_written_as_a1111_writes_them():
     text = parameters_text(
         ImageRow("a photo of a sks dog", 12),
@@ -197,12 +184,6 @@ def test_parameters_of_a1111_are_read():
     assert parse_parameters("only a prompt")["Prompt"] == "only a prompt"
 
 
-def test_an_image_without_parameters_gives_none(tmp_path):
-    for suffix in SUFFIXES:
-        save_image(Image.new("RGB", (4, 4)), tmp_path / f"x{suffix}")
-        assert read_parameters(tmp_path / f"x{suffix}") is None
-
-
 def test_a_failed_save_keeps_the_old_image(tmp_path, monkeypatch):
     path = save_image(Image.new("RGB", (4, 4), "red"), tmp_path / "x.png", "old")
 
@@ -214,22 +195,6 @@ def test_a_failed_save_keeps_the_old_image(tmp_path, monkeypatch):
         save_image(Image.new("RGB", (4, 4), "blue"), path, "new")
     assert read_parameters(path) == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_sheet_of_samples_has_a_thumbnail(tmp_path, monkeypatch):
-    """A strip, and one beyond the limits of photos and of Pillow, a hundredth of the real ones."""
-    for name in ("FULL_SIZE_MEGAPIXELS", "MAX_MEGAPIXELS"):
-        monkeypatch.setattr(images, name, getattr(images, name) / 100)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS // 100)
-    for size in ((64, 875), (1500, 1400)):
-        Image.new("L", size, "gray").save(tmp_path / "sheet.png", compress_level=1)
-        with pytest.raises(PhotoError):
-            open_photo(tmp_path / "sheet.png")
-        kind, _, data = thumbnail(tmp_path / "sheet.png").partition(",")
-        assert kind == "data:image/jpeg;base64"
-        with Image.open(io.BytesIO(base64.b64decode(data))) as small:
-            assert max(small.size) == 256
-            assert abs(small.width / small.height - size[0] / size[1]) < 0.01
 
 
 def test_a_line_of_spaces_is_read_in_steps_that_grow_with_it() -> None:
@@ -288,15 +253,6 @@ def words(rng: random.Random, most: int) -> str:
     return "sks " + " ".join(rng.choice(pieces) for _ in range(rng.randint(0, most)))
 
 
-def random_detail(rng: random.Random) -> Detail:
-    return Detail(
-        lambda image: image, rng.uniform(0.02, 1), rng.randint(16, 500),
-        prompt=rng.choice(["", re.sub(r"\s+", " ", words(rng, 4)).strip()]),
-        model=rng.choice(["rembg", "rembg:isnet-general-use", "org/face, seg"]),
-        label=rng.choice(["", "face", "wall; a: b"]),
-    )  # fmt: skip
-
-
 def test_random_settings_are_read_again_and_by_a1111(tmp_path):
     with every() as case:
         for number in range(200):
@@ -314,10 +270,6 @@ def check_random_settings(number, tmp_path):
         width=8 * rng.randint(2, 256),
         height=8 * rng.randint(2, 256),
         negative_prompt=words(rng, 6) if rng.random() < 0.7 else "",
-        hires=rng.choice([None, 1.5, rng.uniform(1.01, 4)]),
-        hires_denoise=rng.uniform(0.02, 1),
-        hires_steps=rng.choice([None, 10**3]),
-        detail=rng.choice([None, random_detail(rng)]),
     )
     seed, prompt, model = (
         rng.randrange(2**63),
@@ -346,26 +298,8 @@ def check_random_settings(number, tmp_path):
         # To a tokenizer all spaces are one.
         assert values[name].split() == said.split()
         assert theirs[name.capitalize().replace("_", " ")].split() == said.split()
-    names = ["steps", "guidance_scale", "width", "height"]
-    names += ["hires", "hires_denoise"] * (settings.hires is not None)
-    names += ["hires_steps"] * (settings.hires is not None and settings.hires_steps is not None)
-    for name in names:
+    for name in ("steps", "guidance_scale", "width", "height"):
         assert values[name] == getattr(settings, name)
-    their_names = {"hires": "Hires upscale", "hires_denoise": "Denoising strength"}
-    assert [float(theirs.get(name, 0)) for name in their_names.values()] == [
-        getattr(settings, name) if settings.hires else 0 for name in their_names
-    ]
-    if detail := settings.detail:
-        expected = {
-            "detail": detail.model, "detail_label": detail.label, "detail_prompt": detail.prompt,
-            "detail_denoise": detail.denoise, "detail_padding": detail.padding,
-        }  # fmt: skip
-        known = {name: value for name, value in values.items() if name.startswith("detail")}
-        assert known == {name: value for name, value in expected.items() if value}
-        for name in ("model", "label", "prompt"):
-            assert theirs.get(f"Detail {name}", "") == getattr(detail, name)
-    else:
-        assert not any("etail" in name for name in [*values, *theirs])
     assert values.get("guidance_rescale", 0) == settings.guidance_rescale
     assert values.get("scheduler") == settings.scheduler
     assert (values["seed"], theirs["Seed"]) == (seed, str(seed))
@@ -386,75 +320,6 @@ def check_random_settings(number, tmp_path):
     if adapters:
         assert values.get("direction_strength", 1) == kinds[0]
         assert values.get("magnitude_strength", 1) == kinds[1]
-
-
-WORKFLOW = {
-    "3": {"class_type": "KSampler", "inputs": {
-        "seed": 156680208700286, "steps": 20, "cfg": 8.0, "sampler_name": "dpmpp_2m",
-        "scheduler": "karras", "denoise": 1.0, "model": ["11", 0], "positive": ["6", 0],
-        "negative": ["7", 0], "latent_image": ["5", 0]}},
-    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd 1,5.safetensors"}},
-    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 768}},
-    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a sks dog, 8k", "clip": ["11", 1]}},
-    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "text: watermark", "clip": ["10", 1]}},
-    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
-    "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x", "images": ["8", 0]}},
-    "10": {"class_type": "LoraLoader", "inputs": {
-        "lora_name": "dog.safetensors", "strength_model": 0.7, "strength_clip": 0.7,
-        "model": ["4", 0], "clip": ["4", 1]}},
-    "11": {"class_type": "LoraLoader", "inputs": {
-        "lora_name": "cat.safetensors", "strength_model": 0.5, "strength_clip": 1,
-        "model": ["10", 0], "clip": ["10", 1]}},
-    "12": {"class_type": "UpscaleModelLoader", "inputs": {"model_name": "4x.pth"}},
-}  # fmt: skip
-
-
-def save_workflow(path: Path, workflow: object) -> Path:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("prompt", workflow if isinstance(workflow, str) else json.dumps(workflow))
-    IMAGE.save(path, pnginfo=info)
-    return path
-
-
-def test_a_plain_workflow_of_comfyui_is_read_and_the_rest_of_it_named(tmp_path):
-    fields = read_fields(save_workflow(tmp_path / "x.png", WORKFLOW))
-    values, unread = settings_of(fields)
-    assert values == {
-        "prompt": "a sks dog, 8k", "negative_prompt": "text: watermark", "steps": 20,
-        "guidance_scale": 8.0, "seed": 156680208700286, "width": 512, "height": 768,
-        "scheduler": "dpm++_karras",
-    }  # fmt: skip
-    assert (fields["Adapter"], fields["Adapter strength"]) == ("dog, cat", "0.7, 1:0.5")
-    assert fields["Model"] == "sd 1,5"
-    assert unread == ["Other nodes: UpscaleModelLoader"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"3": None},
-        {"20": WORKFLOW["3"]},
-        {"3": {"class_type": "KSampler"}},
-        {"3": {"class_type": "KSampler", "inputs": {"model": ["3", 0], "seed": {}}}},
-        {"10": {**WORKFLOW["10"], "inputs": {"model": ["11", 0]}}},
-        {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["99", 0]}}},
-    ],
-    ids=str,
-)
-def test_other_workflows_are_no_crash(change, tmp_path):
-    path = save_workflow(tmp_path / "x.png", WORKFLOW | change)
-    text = read_parameters(path)
-    assert (text is None) == (len(text or "") == 0 or "20" in change or change == {"3": None})
-    if text:
-        settings_of(read_fields(path))
-
-
-@pytest.mark.parametrize("text", ["[]", "{", "null", "1", "[" * 100_000, '{"1": 2}'])
-def test_what_is_no_workflow_says_nothing(text, tmp_path):
-    path = save_workflow(tmp_path / "x.png", text)
-    assert read_parameters(path) is None
-    with pytest.raises(PhotoError, match=r"x\.png does not say how it was made"):
-        read_fields(path)
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path):
@@ -483,24 +348,6 @@ def test_comments_of_either_order_of_bytes_are_read(order, tmp_path):
     exif.get_ifd(0x8769)[0x9286] = b"JIS\0\0\0\0\0\xff"
     IMAGE.save(tmp_path / "x.jpg", exif=exif)
     assert read_parameters(tmp_path / "x.jpg") is None
-
-
-def test_a_comment_is_where_the_standard_has_it(tmp_path):
-    """Read by the rules of TIFF: IFD 0, its tag 0x8769, and there tag 0x9286 of type 7."""
-    text = "un año, 狗"
-    data = save_image(IMAGE, tmp_path / "x.jpg", text).read_bytes()
-    tiff = data[data.index(b"Exif\0\0") + 6 :]
-    order = {b"MM": ">", b"II": "<"}[tiff[:2]]
-
-    def entries(at: int) -> dict[int, tuple[int, int, int]]:
-        (count,) = struct.unpack_from(f"{order}H", tiff, at)
-        rows = (struct.unpack_from(f"{order}HHII", tiff, at + 2 + 12 * n) for n in range(count))
-        return {row[0]: row[1:] for row in rows}
-
-    (first,) = struct.unpack_from(f"{order}I", tiff, 4)
-    kind, count, at = entries(entries(first)[0x8769][2])[0x9286]
-    assert (kind, tiff[at : at + 8]) == (7, b"UNICODE\0")
-    assert tiff[at + 8 : at + count].decode("utf-16-be") == text
 
 
 def test_samplers_are_known_by_the_names_that_a1111_gives_them():

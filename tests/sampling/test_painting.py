@@ -1,4 +1,4 @@
-"""Images over and into others, and second passes: those of Diffusers' pipelines called by hand."""
+"""Images over and into others: those of Diffusers' pipelines called by hand."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ SETTINGS = SamplingSettings(5, 4.0, negative_prompt=NEGATIVE)
 PIPELINES = {
     ("sd1", "image"): diffusers.StableDiffusionImg2ImgPipeline,
     ("sd1", "mask"): diffusers.StableDiffusionInpaintPipeline,
-    ("sd1", "text"): diffusers.StableDiffusionPipeline,
     ("sdxl", "image"): diffusers.StableDiffusionXLImg2ImgPipeline,
     ("sdxl", "mask"): diffusers.StableDiffusionXLInpaintPipeline,
-    ("sdxl", "text"): diffusers.StableDiffusionXLPipeline,
 }
 
 
@@ -105,27 +103,6 @@ def test_images_are_those_of_the_pipelines_called_by_hand(masked, denoise, famil
         assert difference(first, second) > 1
 
 
-def test_a_second_pass_is_image_to_image_over_the_enlarged_first(family, folder, loaded):
-    settings = replace(SETTINGS, width=48, height=64, hires=1.6, hires_denoise=0.5, hires_steps=4)
-    components, parts = loaded(folder)
-    done = []
-    first, second = generate_images(
-        components, PROMPT, [5, 6], settings, batch_size=1, on_step=lambda *n: done.append(n)
-    )
-    assert (first.size, settings.size(components.default_resolution)) == ((72, 96), (48, 64))
-    small = by_hand(parts, family, "text", 5, num_inference_steps=5, width=48, height=64)
-    larger = small.resize((72, 96), Image.Resampling.LANCZOS)
-    expected = by_hand(parts, family, "image", 5, image=larger, strength=0.5, num_inference_steps=4)
-    assert difference(first, expected) == 0
-    assert difference(larger, expected) > 3
-    assert difference(first, second) > 3
-    shares = [step / steps for step, steps in done]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1
-    together = generate_images(components, PROMPT, [5, 6], settings)
-    assert max(map(difference, together, (first, second))) <= 1
-
-
 @pytest.mark.parametrize("name", ["embedded:tiny-sd", "embedded:tiny-sdxl"])
 def test_latents_of_any_channels_are_painted_into(name):
     """Under a white mask it is image to image; where the mask is black, the image stays."""
@@ -175,34 +152,26 @@ def test_rows_of_several_adapters_are_painted_too(sd1_folder):
         with torch.no_grad():
             for parameter in adapter_parameters(components.denoiser, name):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    for changes in ({"image": photo()}, {"hires": 1.5}):
-        settings = replace(SETTINGS, **changes)
-        mixed = generate_images(components, PROMPT, [5, 5, 5], settings, adapters=["a", None, "b"])
-        for image, name in zip(mixed, ("a", None, "b"), strict=True):
-            (alone,) = generate_images(components, PROMPT, [5], settings, adapters=[name])
-            assert difference(image, alone) <= 1
-        assert difference(mixed[0], mixed[1]) > 1
+    settings = replace(SETTINGS, image=photo())
+    mixed = generate_images(components, PROMPT, [5, 5, 5], settings, adapters=["a", None, "b"])
+    for image, name in zip(mixed, ("a", None, "b"), strict=True):
+        (alone,) = generate_images(components, PROMPT, [5], settings, adapters=[name])
+        assert difference(image, alone) <= 1
+    assert difference(mixed[0], mixed[1]) > 1
 
 
 def test_an_autoencoder_that_overflows_stays_in_float32(sdxl_folder):
     components = load_components(sdxl_folder, dtype=torch.bfloat16)
-    for changes in ({"image": photo()}, {"image": photo(), "mask_image": mask()}, {"hires": 2.0}):
+    for changes in ({"image": photo()}, {"image": photo(), "mask_image": mask()}):
         settings = replace(SETTINGS, **changes)
         (image,) = generate_images(components, PROMPT, [1], settings, require_finite=True)
         assert components.vae.dtype == torch.float32
-        assert image.size == ((128, 128) if "hires" in changes else (64, 64))
+        assert image.size == (64, 64)
 
 
 @pytest.mark.parametrize(
     ("setting", "changes", "words"),
     [
-        ("hires", {"hires": 1.0}, "1; it must be above 1 and at most 4"),
-        ("hires", {"hires": 4.1}, "4.1; it must be above 1 and at most 4"),
-        ("hires", {"hires": float("nan")}, "nan"),
-        ("hires", {"hires": 2.0, "image": photo()}, "from text alone"),
-        ("hires", {"hires": 2.0, "width": 8192}, "2 of a width of 8192 is above 8192"),
-        ("hires_denoise", {"hires": 2.0, "hires_denoise": 0.0}, "it must be above 0"),
-        ("hires_denoise", {"hires": 2.0, "hires_denoise": 0.1}, "less than one step"),
         ("denoise", {"image": photo(), "denoise": 1.5}, "1.5; it must be above 0 and at most 1"),
         ("denoise", {"image": photo(), "denoise": 0.1}, "0.1 of 5 steps is less than one step"),
         ("denoise", {"image": photo(), "denoise": float("nan")}, "nan"),
@@ -210,7 +179,7 @@ def test_an_autoencoder_that_overflows_stays_in_float32(sdxl_folder):
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )
-def test_passes_that_cannot_be_are_one_line(setting, changes, words):
+def test_paintings_that_cannot_be_are_one_line(setting, changes, words):
     with refused(setting, words):
         replace(SETTINGS, **changes)
 

@@ -103,23 +103,6 @@ def test_loading_one_more_looks_at_none_of_those_that_are_there(sdxl_folder, fil
     assert calls[7] == pytest.approx(calls[2], rel=0.01)
 
 
-def test_what_is_asked_for_again_is_not_read_again(sdxl_folder, files, monkeypatch):
-    pool, read = AdapterPool(load_components(sdxl_folder)), []
-    from dora_diffusion.sampling import pool as module
-
-    attach = module.attach_file
-    monkeypatch.setattr(module, "attach_file", lambda *a, **k: read.append(a[1]) or attach(*a, **k))
-    first = pool.names([files[0], files[1], files[0], None])
-    assert first[0] == first[2] != first[1]
-    assert pool.names([files[1], files[0]]) == [first[1], first[0]]
-    assert read == [files[0], files[1]]
-    # Another strength is another adapter; so is a file that was written since.
-    assert pool.names([(files[0], 0.5)]) != [first[0]]
-    write_adapter(files[1], AdapterFile(load_layers(files[1]), AdapterMetadata("sdxl")))
-    assert pool.names([files[1]]) != [first[1]]
-    assert len(read) == 4
-
-
 def test_the_longest_unused_leave_when_the_budget_is_exceeded(sdxl_folder, files):
     sizes = [size_of(file) for file in files]
     components = load_components(sdxl_folder)

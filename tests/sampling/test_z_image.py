@@ -18,7 +18,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.cli.main import main
@@ -26,14 +26,10 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.detail import FEATHER, Detail
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import read_fields
 from dora_diffusion.sampling.load import few_steps, load_adapted
-from dora_diffusion.sampling.pool import AdapterPool
-from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
-from dora_diffusion.sampling.stack import AdapterUse
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.refusal import refused
 from tests.z_image import write_z_image
 
@@ -100,12 +96,6 @@ CASES: dict[str, Case] = {
     "seed": Case({"seed": 9}, seeds=(9,)),
     "num_images": Case({"num_images": 2, "batch_size": 1}, seeds=(3, 4)),
     "batch_size": Case({"num_images": 3, "batch_size": 2}, seeds=(3, 4, 5)),
-    "styles": Case(
-        {"styles": "styles.csv", "style": ["ink"]},
-        {"prompt": "ink drawing of a dog", "negative_prompt": "photo"},
-    ),
-    "wildcards": Case({"prompt": "a {dog|dog}", "wildcards": True}),
-    "wildcard_dir": Case({"prompt": "a __pet__", "wildcards": True, "wildcard_dir": "."}),
     "dtype": Case({"dtype": "bfloat16"}, {"dtype": torch.bfloat16}),
     "vae_tile_size": Case(
         {"vae_tile_size": 64, "width": 128}, {"width": 128, "height": 64}, change=tiled
@@ -114,7 +104,6 @@ CASES: dict[str, Case] = {
     "denoise": Case({"image": PHOTO, "denoise": 0.4}, OVER | {"strength": 0.4}, "image"),
     "mask_image": Case({"image": PHOTO, "mask_image": MASK}, OVER | {"mask_image": mask()}, "mask"),
 }  # fmt: skip
-CASES["style"] = CASES["styles"]
 # A setting, another one that is needed, and the same image without it.
 WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "scheduler": ({"scheduler": "dpm++"}, {}),
@@ -133,15 +122,11 @@ WITH_ADAPTER: dict[str, dict[str, Any]] = {
     "strength": {"strength": 0.5},
     "direction_strength": {"direction_strength": 0.2},
     "magnitude_strength": {"magnitude_strength": 0.0},
-    "layer_strength": {"layer_strength": ["transformer.layers.*:0.2"]},
-    "strength_schedule": {"strength_schedule": ["0:0, 0.5:1"]},
 }
 HERE = "a test of its own below"
 ELSEWHERE = {
-    "adapter": HERE, "adapters_file": HERE, "adapter_dir": HERE, "clip_skip": HERE, "grid": HERE,
-    "grid_limit": HERE, "repeat": HERE, "hires": HERE, "hires_denoise": HERE, "hires_steps": HERE,
-    "detail": HERE, "detail_denoise": HERE, "detail_padding": HERE, "detail_prompt": HERE,
-    "detail_label": "which mask is made, before there is a model", "quantize": HERE,
+    "adapter": HERE, "adapters_file": HERE, "clip_skip": HERE, "grid": HERE,
+    "grid_limit": HERE, "repeat": HERE, "quantize": HERE,
     "base": "every case has one", "variant": "which files are read", "revision": "of a hub",
     "model_config": "how a single file is read, before there is a model",
     "alpha": "how an adapter's file is read, before there is a model",
@@ -171,9 +156,6 @@ def adapters(folder, random_adapter, tmp_path_factory):
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = "name,prompt,negative_prompt\nink,ink drawing of {prompt},photo\n"
-    Path("styles.csv").write_text(text, encoding="utf-8")
-    Path("pet.txt").write_text("dog\n", encoding="utf-8")
     photo().save(PHOTO)
     mask().save(MASK)
 
@@ -225,7 +207,7 @@ def test_every_setting_is_answered():
     assert FAMILY.refused.keys() & settings <= REFUSED.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "style"])
+@pytest.mark.parametrize("name", CASES)
 def test_images_are_those_of_diffusers(name, folder, generate):
     case = CASES[name]
     with warnings.catch_warnings():
@@ -270,26 +252,11 @@ def test_sizes_between_patches_are_refused_with_the_nearest(name, generate, fold
         generate(**{name: 72})
 
 
-@pytest.mark.parametrize("name", WITH_ADAPTER)
-def test_strengths_act(name, generate, adapters):
-    adapter = [str(adapters[0])]
-    whole = generate("whole.png", adapter=adapter)
-    part = generate("part.png", adapter=adapter, **WITH_ADAPTER[name])
-    assert difference(part, whole) > 1
-    assert difference(part, generate("base.png")) > 1
-    again = generate("again.png", repeat=str(part), adapter=adapter)
-    assert difference(again, part) == 0
-
-
 def test_an_adapter_gives_the_image_of_diffusers_with_its_file(folder, generate, adapters):
     image = generate(adapter=[str(adapters[0])])
     (expected,) = by_hand(folder, adapter=adapters[0])
     assert difference(image, expected) <= 1
     assert difference(image, by_hand(folder)[0]) > 3
-    named = generate(
-        "named.png", prompt="a dog <lora:first:1>", adapter_dir=str(adapters[0].parent)
-    )
-    assert difference(named, image) == 0
 
 
 def test_each_image_of_a_batch_has_its_own_adapter_and_prompt(folder, generate, adapters):
@@ -304,13 +271,6 @@ def test_each_image_of_a_batch_has_its_own_adapter_and_prompt(folder, generate, 
     for seed, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
         case = Case({}, {"prompt": prompt}, seeds=(seed,))
         assert difference(Path(f"rows-{seed + 1}.png"), by_hand(folder, case, file)[0]) <= 1
-
-
-def test_schedules_of_adapters_for_each_row_are_refused(folder, adapters):
-    use = AdapterUse(adapters[0], Strengths(1.0))
-    settings = SamplingSettings(1, strength_schedules={"adapter": [(0.0, 0.5)]})
-    with pytest.raises(ValueError, match="schedules are of adapters that are on for all images"):
-        AdapterPool(load_components(folder)).generate([ImageRow("a", 1, use)], settings)
 
 
 def states_of(pipeline: Any, prompt: str, layer: int) -> list[torch.Tensor]:
@@ -336,48 +296,6 @@ def test_clip_skip_leaves_out_one_more_layer(folder, generate):
     assert difference(image, by_hand(folder, Case({}, call))[0]) <= 1
     assert difference(image, by_hand(folder)[0]) > 1
     assert difference(generate("again.png", repeat=str(image)), image) == 0
-
-
-def test_a_second_pass_is_image_to_image_over_the_enlarged_first(folder, generate):
-    image = generate(hires=1.6, hires_denoise=0.5, hires_steps=4)
-    larger = by_hand(folder)[0].resize((96, 96), Image.Resampling.LANCZOS)
-    call = {"image": larger, "strength": 0.5, "num_inference_steps": 4}
-    assert difference(image, by_hand(folder, Case({}, call, "image"))[0]) <= 1
-    assert difference(image, larger) > 1
-
-
-def test_a_detail_is_inpainted_at_sides_of_whole_patches(folder):
-    components, box = load_components(folder), (20, 20, 60, 30)
-
-    def find(image: Image.Image) -> Image.Image:
-        found = Image.new("L", image.size)
-        found.paste(255, box)
-        return found
-
-    detail = Detail(find, denoise=0.5, padding=16, prompt="a cat")
-    settings = SamplingSettings(4, 4.0, width=96, height=64, detail=detail)
-    (image,) = generate_images(components, "a dog", [3], settings)
-    case = Case({}, {"width": 96, "height": 64, "num_inference_steps": 4})
-    (before,) = by_hand(folder, case)
-    # 72 by 64 pixels, painted at 64 by 64.
-    crop = (4, 0, 76, 64)
-    feather = find(before).filter(ImageFilter.GaussianBlur(FEATHER)).crop(crop)
-    call = {
-        "prompt": "a cat", "strength": 0.5, "num_inference_steps": 4,
-        "image": before.crop(crop).resize((64, 64), Image.Resampling.LANCZOS),
-        "mask_image": feather.point([0] + [255] * 255).resize((64, 64), Image.Resampling.NEAREST),
-    }  # fmt: skip
-    (painted,) = by_hand(folder, Case({}, call, "mask"))
-    expected = before.copy()
-    expected.paste(painted.resize((72, 64), Image.Resampling.LANCZOS), crop[:2], feather)
-    assert difference(image, expected) <= 2
-    assert difference(image, before) > 3
-
-
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_base_in_fewer_bits_gives_nearly_its_image(kind, generate):
-    change = np.abs(pixels(generate(quantize=kind)) - pixels(generate("whole.png")))
-    assert 0 < change.mean() < 12
 
 
 def test_a_long_prompt_is_cut_at_512_tokens_without_advice_that_does_not_help(folder):
@@ -406,14 +324,6 @@ def test_a_grid_has_a_cell_for_each_value(folder, inputs, adapters):
     )  # fmt: skip
     (expected,) = by_hand(folder, adapter=adapters[0])
     assert difference(whole, expected) <= 1
-
-
-def test_the_familys_steps_and_guidance_are_used_where_none_is_given(folder, generate):
-    fields = read_fields(generate(steps=None, guidance_scale=None))
-    assert (fields["Steps"], fields["CFG scale"]) == ("50", "6")
-    case = Case({}, {"num_inference_steps": 50, "guidance_scale": 5.0})
-    assert difference(Path("image.png"), by_hand(folder, case)[0]) <= 1
-    assert read_fields(generate("few.png", steps=2, guidance_scale=None))["CFG scale"] == "6"
 
 
 def test_a_turbo_model_is_known_by_its_name(tmp_path, folder, generate):

@@ -117,14 +117,6 @@ def test_what_keeps_a_rule_is_not(rule: Rule, text: str) -> None:
     assert problems(rule, text) == []
 
 
-def test_a_reason_to_skip_needs_a_row() -> None:
-    text = "pytest.skip(f'{name} is not so')\npytest.importorskip('ray')"
-    found = list(suite.skips_stand_in_the_table(Repository({"tests/here.py": text})))
-    assert found[0].startswith("tests/here.py:1: 'torchao is not so' is in no row of docs/")
-    assert all("no test has the reason" in problem for problem in found[1:])
-    assert not any("could not import ..." in problem for problem in found)
-
-
 @pytest.mark.parametrize(
     ("address", "badge"),
     [

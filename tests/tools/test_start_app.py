@@ -77,16 +77,6 @@ def test_the_first_start_makes_an_environment_and_the_next_ones_use_it(machine: 
     assert machine.ran == [[*app, "--port", "7900"]]
 
 
-def test_another_pyproject_is_installed_even_if_its_time_is_older(machine: Machine) -> None:
-    ready_environment(machine.root)
-    machine.ran.clear()
-    project = machine.root / "pyproject.toml"
-    project.write_text(PROJECT.replace("2.4", "2.5"), encoding="utf-8")
-    os.utime(project, (0, 0))
-    ready_environment(machine.root)
-    assert machine.ran == [pip(machine, "--editable", str(machine.root))]
-
-
 def test_an_environment_that_does_not_run_is_made_anew(machine: Machine) -> None:
     ready_environment(machine.root)
     machine.ran.clear()
@@ -109,11 +99,6 @@ def test_what_fails_is_said_and_tried_again(
     machine.fails = ""
     assert main() == 0
     assert any("--editable" in command for command in machine.ran)
-
-
-def test_the_app_s_exit_code_is_returned(machine: Machine) -> None:
-    machine.fails = "app"
-    assert main() == 1
 
 
 def test_torch_for_an_nvidia_gpu_is_installed_first_and_from_pytorch_alone(
@@ -232,28 +217,6 @@ def test_it_starts_with_the_first_python_that_is_new_enough(clone: Path, tmp_pat
         "python3", str(clone), "tools/start_app.py", "--port", "1 2",
     ]  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@posix
-def test_without_a_python_it_says_what_to_install(clone: Path, tmp_path: Path) -> None:
-    done = start(clone, tmp_path, {"python3": {"old": 1}})
-    assert done.returncode == 1
-    assert "https://www.python.org/downloads/macos/" in done.stdout
-    assert done.stdout.endswith("Press Enter to close.")
-
-
-@posix
-def test_the_window_stays_open_when_it_failed(clone: Path, tmp_path: Path) -> None:
-    done = start(clone, tmp_path, {"python3": {"code": 3}})
-    assert done.returncode == 3
-    assert "(exit code 3): the lines above say why. Press Enter to close." in done.stdout
-
-
-@posix
-def test_a_double_click_runs_it() -> None:
-    assert os.access(ROOT / "start.command", os.X_OK)
-    assert b"\r" not in (ROOT / "start.command").read_bytes()
-    assert "read -r _" in (ROOT / "start.command").read_text(encoding="utf-8")
 
 
 def test_windows_can_read_its_start_file() -> None:

@@ -68,7 +68,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "model").is_dir() or (folder / "model_index.json").is_file():
         place = folder / "model" if (folder / "model").is_dir() else folder
         with open_model(str(place)) as model:
-            return {n: model[n] for n in model.specs if n.startswith(("unet.", "text_encoder."))}
+            return {
+                n: model[n]
+                for n in model.specs
+                if n.startswith(("unet.", "transformer.", "text_encoder."))
+            }
     return {
         f"{name}.{part}": tensor
         for name, layer in read_adapter(folder).layers.items()

@@ -1,261 +1,187 @@
-"""Every setting, changed alone, changes what a run does: none is lost on its way to where it acts.
+"""Every setting is read where a run acts: none is lost on its way.
 
-What a run only says of its settings (its card, its ``config.yaml``, the metadata of its files) does
-not count: a setting that is lost is still written there.
+A spy notes who reads each setting, in one training for each group of settings that act together.
+Code that checks a setting, compares it with a checkpoint's or describes it (the card, the saved
+settings, metadata of files) does not count: a setting that is lost is still written there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import re
 import shutil
 import sys
-import types
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config.subject import ModelSettings
 from dora_diffusion.config.train import settings
-from dora_diffusion.training import events, processes
+from dora_diffusion.training import events
 from dora_diffusion.training.recipe import train
 from tests.conftest import shallow_config
 from tests.training.helpers import SAMPLES
 
 Settings = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Another value than the default, and the settings beside which it acts.
-
-    Attributes:
-        value: The other value; ``{name}`` is a place.
-        beside: The settings of both runs.
-        into: The place that both runs begin with in their output folder.
-    """
-
-    value: Any
-    beside: Settings = field(default_factory=dict)
-    into: str = ""
-
-
-PRIOR = {"with_prior_preservation": True}
-CLASS_IMAGES = {**PRIOR, "prior_preservation_mode": "images", "num_class_images": 2}
-WORDS = {
-    "train_text_encoder_ti": True, "token": "zwq", "instance_prompt": "a zwq mug",
-    "instance_data_dir": "{bare}",
-}  # fmt: skip
-SAMPLED = {"num_validation_images": 1}
-HELD_OUT = {"validation_split": 1}
-BUCKETS = {"aspect_ratio_buckets": True, "resolution": 256, "max_train_steps": 1}
-TAGS = {"shuffle_tags": True}
-FULL = {"method": "full", "targets": ["cross-attention"], "full_weights": "targets"}
-TEXT = {"train_text_encoder": True}
-SLIDER = {
-    "teach": "slider", "instance_data_dir": None, "instance_prompt": None,
-    "target": ["a mug"], "positive": ["a red mug"], "negative": ["a dog"], "num_class_images": 4,
-}  # fmt: skip
-ALLOCATED = {"parametrization": "adalora", "rank": 4}
-FIVE = {**ALLOCATED, "max_train_steps": 5, "allocation_interval": 1}
-PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "max_train_steps": 8}
-LOGIT_NORMAL = {"timestep_distribution": "logit_normal"}
-USUAL = {
+USUAL: dict[str, Any] = {
     "pretrained_model_name_or_path": "{sd1}", "instance_data_dir": "{photos}",
     "instance_prompt": "a sks mug", "resolution": 32, "rank": 2, "conv_rank": 2,
     "targets": ["cross-attention"], "max_train_steps": 2, "learning_rate": 1e-3,
     "num_validation_images": 0, "validation_inference_steps": 2, "checkpointing_steps": 0,
 }  # fmt: skip
-CASES: dict[str, Case] = {
-    "pretrained_model_name_or_path": Case("{sd2}"),
-    "variant": Case("fp16", {"pretrained_model_name_or_path": "{variants}"}),
-    "prediction_type": Case("v_prediction"),
-    "zero_terminal_snr": Case(True, {"prediction_type": "v_prediction"}),
-    "pretrained_vae_model_name_or_path": Case("{vae}"),
-    "quantize": Case("nf4"),
-    "quantize_convolutions": Case(True, {"quantize": "nf4"}),
-    "vae_tile_size": Case(32, {"resolution": 64}),
-    "dataset_config": Case([{"instance_data_dir": "{others}", "instance_prompt": "a sks mug"}]),
-    "instance_data_dir": Case("{others}"),
-    "instance_prompt": Case("a red sks mug", {"instance_data_dir": "{bare}"}),
-    "token": Case(
-        "zwq", {"instance_prompt": "a zwq sks mug", "instance_data_dir": "{bare}", **PRIOR}
-    ),
-    "class_word": Case("red dog", PRIOR),
-    "repeats": Case(2, {"num_train_epochs": 1, "max_train_steps": None}),
-    "weight": Case(2.0, {"max_grad_norm": 0.0}),
-    "train_text_encoder_ti": Case(True, {**WORDS, "train_text_encoder_ti": False}),
-    "new_words": Case(["zwq", "mug"], WORDS),
-    "num_new_tokens_per_abstraction": Case(1, WORDS),
-    "initializer_concept": Case(["dog"], WORDS),
-    "embedding_lr": Case(0.1, WORDS),
-    "train_text_encoder_ti_frac": Case(0.3, WORDS),
-    "target": Case(["a cat"], SLIDER),
-    "positive": Case(["a red dog"], SLIDER),
-    "negative": Case(["a red dog"], SLIDER),
-    "anchors": Case(["a cat"], SLIDER),
-    "slider_guidance": Case(2.0, {**SLIDER, "max_grad_norm": 0.0}),
-    "resolution": Case(64),
-    "center_crop": Case(False),
-    "random_flip": Case(True, {"max_train_steps": 8}),
-    "aspect_ratio_buckets": Case(True, {"resolution": 256, "max_train_steps": 1}),
-    "min_bucket_reso": Case(256, BUCKETS),
-    "max_bucket_reso": Case(256, BUCKETS),
-    "bucket_reso_steps": Case(128, BUCKETS),
-    "masked_loss": Case(True),
-    "unmasked_prior": Case(1.0, {"masked_loss": True}),
-    "inpainting_mask": Case("subject", {"pretrained_model_name_or_path": "{inpainting}"}),
-    "caption_per_line": Case(True),
-    "caption_prefix": Case("red"),
-    "caption_suffix": Case("red"),
-    "wildcards": Case(True, {"wildcard_dir": "{photos}"}),
-    "wildcard_dir": Case("{words}", {"wildcards": True, "wildcard_dir": "{photos}"}),
-    "shuffle_tags": Case(True),
-    "tag_dropout": Case(0.9),
-    "keep_tags": Case(0, TAGS),
-    "caption_separator": Case(" ", TAGS),
-    "caption_dropout": Case(0.9),
-    "max_token_length": Case(150, {"instance_data_dir": "{long}"}),
-    "clip_skip": Case(1),
-    "cache_latents": Case(False, {"center_crop": False, "max_train_steps": 12}),
-    "dataloader_num_workers": Case(1, {"cache_latents": False}),
-    "with_prior_preservation": Case(True),
-    "prior_preservation_mode": Case("images", {**PRIOR, "num_class_images": 2}),
-    "class_data_dir": Case("{others}", CLASS_IMAGES),
-    "class_prompt": Case("a red dog", CLASS_IMAGES),
-    "num_class_images": Case(3, CLASS_IMAGES),
-    "prior_loss_weight": Case(0.1, {**PRIOR, "max_grad_norm": 0.0}),
-    "sample_batch_size": Case(1, {**CLASS_IMAGES, "num_class_images": 4}),
-    "method": Case("lora"),
-    "init_adapter": Case("{adapter}"),
-    "full_weights": Case("all", FULL),
-    "targets": Case(["attention+conv"]),
-    "text_encoder_targets": Case(["*.fc1"], TEXT),
-    "train_text_encoder": Case(True),
-    "rank": Case(3),
-    "lora_alpha": Case(8.0),
-    "conv_rank": Case(3, {"targets": ["attention+conv"]}),
-    "conv_alpha": Case(8.0, {"targets": ["attention+conv"]}),
-    "rank_pattern": Case({"to_k": 4}),
-    "alpha_pattern": Case({"mid_block.*": 8.0}),
-    "rslora": Case(True),
-    "parametrization": Case("vera"),
-    "vera_rank": Case(3, {"parametrization": "vera"}),
-    "target_rank": Case(1, {**ALLOCATED, "max_train_steps": 4, "allocation_warmup": 0}),
-    "allocation_warmup": Case(2, {**FIVE, "allocation_final": 1}),
-    "allocation_final": Case(3, {**FIVE, "allocation_warmup": 0, "allocation_final": 0}),
-    "allocation_interval": Case(
-        3, {**ALLOCATED, "max_train_steps": 6, "allocation_warmup": 0, "allocation_final": 1}
-    ),
-    "orthogonality_weight": Case(10.0, {**ALLOCATED, "max_train_steps": 4}),
-    "init": Case("pissa"),
-    "lora_dropout": Case(0.5),
-    "rank_dropout": Case(0.5),
-    "tlora_min_rank": Case(1),
-    "scale_weight_norms": Case(1e-3),
-    "use_dora": Case(False),
-    "norm_axis": Case("input"),
-    "max_train_steps": Case(4),
-    "num_train_epochs": Case(2, {"num_train_epochs": 1, "max_train_steps": None}),
-    "train_batch_size": Case(2),
-    "gradient_accumulation_steps": Case(2),
-    "learning_rate": Case(2e-3),
-    "text_encoder_lr": Case(2e-3, TEXT),
-    "magnitude_lr": Case(2e-3),
-    "lr_pattern": Case({"*up_blocks*": 2e-3}),
-    "loraplus_ratio": Case(4.0),
-    "lr_scheduler": Case("cosine"),
-    "lr_warmup_steps": Case(2),
-    "lr_num_cycles": Case(2, {"lr_scheduler": "cosine_with_restarts", "max_train_steps": 4}),
-    "lr_power": Case(2.0, {"lr_scheduler": "polynomial"}),
-    "optimizer": Case("adafactor"),
-    "use_8bit_adam": Case(True),
-    "adam_beta1": Case(0.5),
-    "adam_beta2": Case(0.5),
-    "adam_weight_decay": Case(0.5),
-    "adam_weight_decay_text_encoder": Case(0.5, {**TEXT, "text_encoder_lr": 1e-3}),
-    "adam_epsilon": Case(0.1),
-    "prodigy_beta3": Case(0.1, PRODIGY),
-    "prodigy_decouple": Case(False, {**PRODIGY, "adam_weight_decay": 0.5}),
-    "prodigy_use_bias_correction": Case(True, PRODIGY),
-    "prodigy_safeguard_warmup": Case(False, {**PRODIGY, "lr_warmup_steps": 2}),
-    "max_grad_norm": Case(1e-3, {"adam_epsilon": 1e-3}),
-    "ema_decay": Case(0.5),
-    "snr_gamma": Case(0.1),
-    # Without gamma, whose default depends on it.
-    "debiased_estimation_loss": Case(True, {"snr_gamma": 0.0}),
-    "loss_type": Case("huber"),
-    "huber_schedule": Case("constant", {"loss_type": "huber"}),
-    "huber_c": Case(0.01, {"loss_type": "huber"}),
-    "noise_offset": Case(0.5),
-    "timestep_distribution": Case("power"),
-    "logit_mean": Case(1.0, LOGIT_NORMAL),
-    "logit_std": Case(0.1, LOGIT_NORMAL),
-    "timestep_power": Case(4.0, {"timestep_distribution": "power"}),
-    "mixed_precision": Case("bf16"),
-    "gradient_checkpointing": Case(True),
-    "compile": Case(True),
-    "allow_tf32": Case(True),
-    "seed": Case(7),
-    "validation_prompt": Case(["a red sks dog"], SAMPLED),
-    "sample_prompts": Case("{prompts}", SAMPLED),
-    "sample_at_start": Case(True, SAMPLED),
-    "num_validation_images": Case(2),
-    "validation_steps": Case(1, SAMPLED),
-    "validation_epochs": Case(1, {**SAMPLED, "max_train_steps": 5}),
-    "validation_inference_steps": Case(1, SAMPLED),
-    "validation_guidance_scale": Case(1.0, SAMPLED),
-    "validation_data_dir": Case("{others}"),
-    "validation_split": Case(1),
-    "validation_loss_steps": Case(1, HELD_OUT),
-    "validation_metric_model": Case("{metric}", {**HELD_OUT, **SAMPLED, "validation_steps": 1}),
-    "keep_best": Case(True, {**HELD_OUT, "validation_loss_steps": 1, "learning_rate": 1.0}),
-    "early_stopping_patience": Case(
-        1, {**HELD_OUT, "validation_loss_steps": 1, "learning_rate": 1.0, "max_train_steps": 6}
-    ),
-    "overwrite_output_dir": Case(True, into="run"),
-    "checkpointing_steps": Case(1),
-    "checkpointing_minutes": Case(1e-6, {"checkpointing_steps": 100}),
-    "checkpoints_total_limit": Case(1, {"checkpointing_steps": 1}),
-    "resume_from_checkpoint": Case("latest", into="run"),
-    "single_file": Case(True, FULL),
-    "save_precision": Case("float16", FULL),
-    "report_to": Case("tensorboard"),
-    "logging_dir": Case("other-logs", {"report_to": "tensorboard"}),
-    "push_to_hub": Case(True, {"hub_model_id": "me/mug"}),
-    "hub_model_id": Case("me/other", {"push_to_hub": True, "hub_model_id": "me/mug"}),
-}
+# Settings that switch each group on.
+GROUPS: dict[str, dict[str, Any]] = {
+    "one subject": {
+        "targets": ["attention+conv"], "train_text_encoder": True, "masked_loss": True,
+        "unmasked_prior": 0.5, "wildcards": True, "wildcard_dir": "{words}", "shuffle_tags": True,
+        "with_prior_preservation": True, "loss_type": "huber", "lr_scheduler": "polynomial",
+        "timestep_distribution": "logit_normal",
+    },
+    "samples and results": {
+        "num_validation_images": 1, "validation_split": 1, "validation_loss_steps": 1,
+        "validation_steps": 1, "validation_metric_model": "{metric}", "keep_best": True,
+        "early_stopping_patience": 5, "checkpointing_steps": 1, "report_to": "tensorboard",
+        "push_to_hub": True, "hub_model_id": "me/mug",
+    },
+    "several subjects": {
+        "dataset_config": [{"instance_data_dir": "{others}"}], "num_train_epochs": 1,
+        "max_train_steps": None,
+    },
+    "class images": {
+        "with_prior_preservation": True, "prior_preservation_mode": "images",
+        "num_class_images": 2,
+    },
+    "words": {
+        "train_text_encoder_ti": True, "token": "zwq", "instance_prompt": "a zwq mug",
+        "instance_data_dir": "{bare}",
+    },
+    "slider": {
+        "teach": "slider", "instance_data_dir": None, "instance_prompt": None,
+        "target": ["a mug"], "positive": ["a red mug"], "negative": ["a dog"],
+        "num_class_images": 4,
+    },
+    "full": {"method": "full", "full_weights": "targets"},
+    "adalora": {"parametrization": "adalora", "rank": 4, "max_train_steps": 4},
+    "vera": {"parametrization": "vera"},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "buckets": {"aspect_ratio_buckets": True, "resolution": 256, "max_train_steps": 1},
+    "quantised": {"quantize": "nf4"},
+    "inpainting": {"pretrained_model_name_or_path": "{inpainting}"},
+    "resumed": {"resume_from_checkpoint": "latest", "max_train_steps": 3},
+    "power": {"timestep_distribution": "power"},
+}  # fmt: skip
+# Settings of each group, with another value than the default; ``{name}`` is a file or folder.
+CASES: dict[str, dict[str, Any]] = {
+    "one subject": {
+        "pretrained_model_name_or_path": "{sd2}", "variant": "fp16",
+        "prediction_type": "v_prediction", "zero_terminal_snr": True,
+        "pretrained_vae_model_name_or_path": "{vae}", "vae_tile_size": 32,
+        "instance_data_dir": "{others}", "instance_prompt": "a red sks mug", "token": "zwq",
+        "class_word": "red dog", "weight": 2.0, "resolution": 64, "center_crop": False,
+        "random_flip": True, "aspect_ratio_buckets": True, "masked_loss": True,
+        "unmasked_prior": 1.0, "caption_per_line": True, "caption_prefix": "red",
+        "caption_suffix": "red", "wildcards": True, "wildcard_dir": "{photos}",
+        "shuffle_tags": True, "tag_dropout": 0.9, "keep_tags": 0, "caption_separator": " ",
+        "caption_dropout": 0.9, "max_token_length": 150, "clip_skip": 1, "cache_latents": False,
+        "dataloader_num_workers": 1, "with_prior_preservation": True,
+        "prior_preservation_mode": "images", "prior_loss_weight": 0.1, "method": "lora",
+        "targets": ["attention+conv"], "text_encoder_targets": ["*.fc1"],
+        "train_text_encoder": True, "rank": 3, "lora_alpha": 8.0, "conv_rank": 3,
+        "conv_alpha": 8.0, "rank_pattern": {"to_k": 4}, "alpha_pattern": {"mid_block.*": 8.0},
+        "rslora": True, "parametrization": "vera", "init": "pissa", "init_adapter": "{adapter}",
+        "lora_dropout": 0.5,
+        "use_dora": False, "norm_axis": "input",
+        "max_train_steps": 4, "train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "learning_rate": 2e-3, "text_encoder_lr": 2e-3, "magnitude_lr": 2e-3,
+        "lr_pattern": {"*up_blocks*": 2e-3}, "loraplus_ratio": 4.0, "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2, "lr_num_cycles": 2, "lr_power": 2.0, "optimizer": "adafactor",
+        "use_8bit_adam": True, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_weight_decay": 0.5,
+        "adam_epsilon": 0.1, "max_grad_norm": 1e-3,
+        "ema_decay": 0.5, "snr_gamma": 0.1, "debiased_estimation_loss": True,
+        "loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.01,
+        "noise_offset": 0.5, "timestep_distribution": "power", "logit_mean": 1.0,
+        "logit_std": 0.1, "mixed_precision": "bf16", "gradient_checkpointing": True,
+        "compile": True, "allow_tf32": True, "seed": 7, "quantize": "nf4",
+    },
+    "samples and results": {
+        "validation_prompt": ["a red sks dog"], "sample_prompts": "{prompts}",
+        "sample_at_start": True, "num_validation_images": 2, "validation_steps": 1,
+        "validation_inference_steps": 1,
+        "validation_guidance_scale": 1.0, "validation_data_dir": "{others}",
+        "validation_split": 1, "validation_loss_steps": 1,
+        "validation_metric_model": "{metric}", "keep_best": True, "early_stopping_patience": 1,
+        "overwrite_output_dir": True, "checkpointing_steps": 1, "checkpointing_minutes": 1e-6,
+        "checkpoints_total_limit": 1, "report_to": "tensorboard", "logging_dir": "other-logs",
+        "push_to_hub": True, "hub_model_id": "me/other",
+    },
+    "several subjects": {
+        "dataset_config": [{"instance_data_dir": "{others}", "instance_prompt": "a sks mug"}],
+        "num_train_epochs": 2, "repeats": 2,
+    },
+    "class images": {
+        "class_data_dir": "{others}", "class_prompt": "a red dog", "num_class_images": 3,
+        "sample_batch_size": 1,
+    },
+    "words": {
+        "train_text_encoder_ti": True, "new_words": ["zwq", "mug"],
+        "num_new_tokens_per_abstraction": 1, "initializer_concept": ["dog"],
+        "embedding_lr": 0.1, "train_text_encoder_ti_frac": 0.3,
+    },
+    "slider": {
+        "target": ["a cat"], "positive": ["a red dog"], "negative": ["a red dog"],
+        "anchors": ["a cat"], "slider_guidance": 2.0,
+    },
+    "full": {"full_weights": "all", "single_file": True, "save_precision": "float16"},
+    "adalora": {
+        "target_rank": 1, "allocation_warmup": 2, "allocation_final": 3,
+        "allocation_interval": 3, "orthogonality_weight": 10.0,
+    },
+    "vera": {"vera_rank": 3},
+    "prodigy": {
+        "prodigy_use_bias_correction": True,
+        "prodigy_safeguard_warmup": False,
+    },
+    "buckets": {"min_bucket_reso": 256, "max_bucket_reso": 256, "bucket_reso_steps": 128},
+    "quantised": {"quantize_convolutions": True},
+    "inpainting": {"inpainting_mask": "subject"},
+    "resumed": {"resume_from_checkpoint": "latest"},
+    "power": {"timestep_power": 4.0},
+}  # fmt: skip
+VALUES = {name: value for values in CASES.values() for name, value in values.items()}
 ELSEWHERE = {
+    "validation_epochs": "tests/training/results/test_samples.py: it becomes validation_steps",
     "model_config": "tests/models/test_single_file.py: it needs a released model's whole file",
     "revision": "tests/models/test_load.py: only the hub has revisions",
-    "output_dir": "tests/training/test_every_setting.py: each case reads its own",
+    "output_dir": "tests/training/test_every_setting.py: each group has its own",
     "teach": "tests/training/test_slider.py: a slider has no photos, and a subject some",
     "offload": "tests/models/test_offload.py: it moves nothing where there is no GPU",
-    "cuda_graph": "tests/training/test_graph.py: it has no effect where there is no GPU",
     "sharding": "tests/training/test_two_processes.py: it needs two processes",
 }
 """Settings that one process on a CPU cannot show, and the tests that show them."""
-STEPS = "max_train_steps"
 ALONE: dict[str, Any] = {
-    **{name: case.value for name, case in CASES.items() if case.beside.keys() - {STEPS}},
+    **VALUES,
     # Of photos that have captions it names the subject; weights are trained as one of two.
     "instance_prompt": "a sks dog", "full_weights": "targets", "model_config": "{sd1}",
     "revision": "main", "offload": "model", "sharding": "fsdp", "teach": "slider",
-    "cuda_graph": True,
+    "validation_epochs": 1,
 }  # fmt: skip
-"""Settings that act only beside others, or not here at all; `output_dir` always acts."""
+"""Each setting without those that it needs."""
+DESCRIBE = (
+    "dora_diffusion.config.checks", "dora_diffusion.config.derived",
+    "dora_diffusion.training.results.card", "dora_diffusion.training.results.record",
+    "dora_diffusion.training.results.resume",
+)  # fmt: skip
+"""Modules whose reading is no effect."""
 
 
 def is_said_by_itself(name: str) -> bool:
@@ -271,7 +197,7 @@ TOGETHER = [name for name in ALONE if is_said_by_itself(name)]
 
 
 def one_level(folder: Path, root: Path, family: str, in_channels: int = 4) -> Path:
-    """A model with a UNet of one level: some two hundred runs train it."""
+    """A model with a UNet of one level: a dozen runs train it."""
     made = Path(shutil.copytree(folder, root / folder.name))
     shutil.rmtree(made / "unet")
     sizes: dict[str, Any] = {
@@ -343,7 +269,7 @@ def places(
     found |= {"sd1": sd1, "sd2": sd2, "inpainting": inpainting}
     found |= {"metric": dino_folder, "adapter": run / "pytorch_lora_weights.safetensors"}
     steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
-    seen(TrainConfig(**filled({**USUAL, **steps}, found)))
+    train(TrainConfig(**filled({**USUAL, **steps}, found)))
     return found
 
 
@@ -356,100 +282,51 @@ def filled(value: Any, places: Mapping[str, Path]) -> Any:
     return value.format_map(places) if isinstance(value, str) and value.startswith("{") else value
 
 
-def seen(config: TrainConfig, said: list[str] | None = None) -> dict[str, Any]:
-    """Train, and return what is left of it: losses, weights, images and files."""
-    told: list[events.Event] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train(config, told.append)
-    if said is not None:
-        said += [str(warning.message) for warning in caught]
-    folder = Path(config.output_dir)
-    found: dict[str, Any] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if "tfevents" in name:  # with the time in its name
-            name = name.partition("events")[0]
-        found[name] = ""
-        if path.suffix == ".safetensors":
-            found[name] = {
-                key: (tensor.dtype, hashlib.sha256(tensor.float().numpy()).hexdigest())
-                for key, tensor in load_file(path).items()
-            }
-        elif path.suffix == ".png":
-            with Image.open(path) as image:
-                found[name] = hashlib.sha256(image.tobytes()).hexdigest()
-    found["trigger"] = [e.trigger for e in told if isinstance(e, events.TrainingStarted)]
-    found["losses"] = [event.loss for event in told if isinstance(event, events.StepDone)]
-    found["held out"] = [
-        {name: value for name, value in event.record.items() if "time" not in name}
-        for event in told
-        if isinstance(event, events.Validated)
-    ]
-    return found
+NAMES = {setting.name for setting in settings()}
+OF_BASE = {field.name for field in fields(ModelSettings)}
 
 
-@pytest.fixture(scope="module")
-def usual_runs() -> dict[str, Any]:
-    """Outcomes of runs, by their settings: what one case changes, another one may begin with."""
-    return {}
+class Spied(TrainConfig):
+    """Settings that know which of them acting code has read."""
+
+    read: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in NAMES and acts(sys._getframe(1)):
+            self.read.add(name)
+        elif name == "base_model":  # It reads the settings as one mapping.
+            self.read.update(OF_BASE)
+        return super().__getattribute__(name)
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, denoiser: type) -> list[str]:
-    """Calls of libraries where no number of a run changes, or which are not installed."""
-    asked: list[str] = []
+def acts(frame: FrameType | None) -> bool:
+    """True if the first module outside of the config that asks does more than describe."""
+    while frame is not None:
+        module = frame.f_globals["__name__"]
+        if frame.f_code.co_name in ("__post_init__", "to_dict") or module.startswith(DESCRIBE):
+            return False
+        # Properties of the settings ask by way of the config and of the spy.
+        if not module.startswith(("dora_diffusion.config", "functools", __name__)):
+            return bool(module.startswith("dora_diffusion."))
+        frame = frame.f_back
+    return False
 
-    class Adam8bit(torch.optim.AdamW):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            asked.append("AdamW8bit")
-            super().__init__(*args, **kwargs)
 
-    def note(place: Any, name: str, told: Callable[..., object] = lambda *_, **__: "") -> None:
-        real = getattr(place, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            asked.append(f"{name} {told(*args, **kwargs)}")
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(place, name, wrapped)
-
-    note(denoiser, "enable_gradient_checkpointing")
-    note(denoiser, "forward", lambda _, *given, **named: len((*given, *named.values())[0]))
-    note(AutoencoderKL, "encode", lambda *_, **__: sum("encode" in each for each in asked))
-    note(torch, "save", lambda *_, **__: len(asked))
-    note(processes, "allow_tf32")
-
-    def loader(self: Any, *args: Any, real: Any = DataLoader.__init__, **kwargs: Any) -> None:
-        asked.append(f"{kwargs.get('num_workers')} workers")
-        real(self, *args, **{**kwargs, "num_workers": 0})
-
-    def push(folder: Path, name: str, *, private: bool) -> str:
-        asked.append(f"push {sorted(os.listdir(folder))} {name} {private}")
-        return name
-
-    library = types.ModuleType("bitsandbytes")
-    library.optim = types.SimpleNamespace(AdamW8bit=Adam8bit)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
-    monkeypatch.setattr(DataLoader, "__init__", loader)
-    monkeypatch.setattr(
-        "dora_diffusion.adapters.compiled.compile_blocks",
-        lambda unet: asked.append("compile"),
-    )
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
+def read_by(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Train, and return the settings that acting code has read."""
     monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
-    monkeypatch.setattr("dora_diffusion.export.hub.push", push)
-    return asked
-
-
-@pytest.fixture
-def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Calls of libraries during a test."""
-    return watched(monkeypatch, UNet2DConditionModel)
+    monkeypatch.setattr("dora_diffusion.export.hub.push", lambda *_, **__: "")
+    monkeypatch.setattr(Spied, "read", set())
+    object.__setattr__(config, "__class__", Spied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(config)
+    return Spied.read
 
 
 def test_each_setting_has_a_case() -> None:
-    names = [setting.name for setting in settings()]
-    assert sorted(names) == sorted([*CASES, *ELSEWHERE])
+    listed = [name for values in CASES.values() for name in values]
+    assert sorted(listed) == sorted(NAMES - ELSEWHERE.keys())
     assert set(ELSEWHERE) - set(ALONE) == {"output_dir"}
     root = Path(__file__).parents[2]
     for name, place in ELSEWHERE.items():
@@ -457,81 +334,60 @@ def test_each_setting_has_a_case() -> None:
         assert name in path.read_text(encoding="utf-8"), f"{path} says nothing of {name}"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_setting_alone_changes_what_is_done(
-    name: str, places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
+@pytest.mark.parametrize("group", GROUPS)
+def test_settings_are_read_where_they_act(
+    group: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = CASES[name]
-
-    def trained(output: Path, values: Settings) -> Any:
-        if case.into:
-            shutil.copytree(places[case.into], output)
-        acts.clear()
-        try:
-            found = seen(TrainConfig(**filled({**values, "output_dir": str(output)}, places)))
-        except ConfigError as error:
-            if not case.into:
-                raise
-            return str(error).replace(str(output), "")
-        return found, sorted(set(acts))
-
-    def outcome(part: str, changes: Settings) -> Any:
-        values = {**USUAL, **case.beside, **changes}
-        key = f"{sorted(values.items(), key=str)} {case.into}"
-        if key not in usual_runs:
-            usual_runs[key] = trained(tmp_path / part, values)
-        return usual_runs[key]
-
-    assert outcome("changed", {name: case.value}) != outcome("usual", {})
+    values = {**USUAL, **GROUPS[group], "output_dir": str(tmp_path / "out")}
+    if "resume_from_checkpoint" in values:
+        shutil.copytree(places["run"], tmp_path / "out")
+    read = read_by(TrainConfig(**filled(values, places)), monkeypatch)
+    assert CASES[group].keys() - read == set()
 
 
-@pytest.fixture
-def alone(
-    places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
-) -> Callable[..., tuple[bool, list[str]]]:
-    """Trains with settings; whether that is as without them to the bit, and what is said."""
-
-    def compare(steps: int, changes: Settings) -> tuple[bool, list[str]]:
-        said = list[str]()
-
-        def outcome(part: str, changes: Settings) -> Any:
-            acts.clear()
-            said.clear()
-            values = {**USUAL, STEPS: steps, "output_dir": str(tmp_path / part), **changes}
-            return seen(TrainConfig(**filled(values, places)), said), sorted(set(acts))
-
-        if (key := f"alone {steps}") not in usual_runs:
-            usual_runs[key] = outcome("usual", {})
-        return outcome("changed", changes) == usual_runs[key], said
-
-    return compare
+def test_settings_of_the_base_model_are_those_of_its_load() -> None:
+    usual = TrainConfig().base_model
+    for name in OF_BASE & VALUES.keys():
+        needs = {"prediction_type": "v_prediction"} if name == "zero_terminal_snr" else {}
+        needs |= {"quantize": "nf4"} if name == "quantize_convolutions" else {}
+        [base, other] = (
+            TrainConfig(**v).base_model for v in (needs, {**needs, name: VALUES[name]})
+        )
+        assert base != other, name
+        assert needs or base == usual
 
 
-def lines_on(name: str, said: list[str]) -> list[str]:
-    return [line for line in said if re.search(rf"\b{name}\b.*has no effect", line)]
-
-
-def test_settings_that_are_said_to_do_nothing_do_nothing(alone: Any) -> None:
+def test_settings_that_are_said_to_do_nothing_do_nothing(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
     """To the bit, all of them together: each line says why that is, and none is lost."""
     assert len(TOGETHER) > 60
-    is_same, said = alone(1, {name: ALONE[name] for name in TOGETHER})
-    assert {name for name in TOGETHER if len(lines_on(name, said)) != 1} == set()
-    assert is_same
+    results, said = [], list[str]()
+    for part, changes in (("usual", {}), ("changed", {name: ALONE[name] for name in TOGETHER})):
+        said.clear()
+        values = {**USUAL, "max_train_steps": 1, "output_dir": str(tmp_path / part), **changes}
+        results.append(trained(TrainConfig(**filled(values, places)), said))
+    for name in TOGETHER:
+        assert len([s for s in said if re.search(rf"\b{name}\b.*has no effect", s)]) == 1, name
+    assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", [name for name in ALONE if name not in TOGETHER])
-def test_a_setting_that_does_nothing_by_itself_is_said_to(name: str, alone: Any) -> None:
-    """And what is said to do nothing does nothing, to the bit."""
-    with contextlib.suppress(ValueError):  # Refused, with what it needs.
-        # Each photo more than once, where what is kept of it counts.
-        is_same, said = alone(4 if name == "cache_latents" else 1, {name: ALONE[name]})
-        assert len(lines_on(name, said)) == is_same, said
+def trained(config: TrainConfig, said: list[str]) -> tuple[list[float], list[str], dict[str, str]]:
+    """Train, and return losses, names of files and digests of weights; warnings go to `said`."""
+    losses: list[float] = []
 
+    def note(event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
+            losses.append(event.loss)
 
-def test_what_a_run_does_is_the_same_again(places: dict[str, Path], tmp_path: Path) -> None:
-    """Without it, the cases would tell nothing."""
-    both = [
-        seen(TrainConfig(**filled({**USUAL, **SAMPLED, "output_dir": str(folder)}, places)))
-        for folder in (tmp_path / "one", tmp_path / "two")
-    ]
-    assert both[0] == both[1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(config, note)
+    said += [str(warning.message) for warning in caught]
+    folder = Path(config.output_dir)
+    weights = {
+        f"{path.name} {key}": sha256(tensor.float().numpy()).hexdigest()
+        for path in folder.rglob("*.safetensors")
+        for key, tensor in load_file(path).items()
+    }
+    return losses, sorted(path.name for path in folder.rglob("*")), weights

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,15 @@ from torch import Tensor
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import without_effect
-from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.locate import known_family
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.sampling.load import load_adapted
-from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.prediction import answer
 from dora_diffusion.training.recipe import train
 from tests.flux2_klein import write_flux2_klein
-from tests.training.helpers import assert_same_adapter, losses, open_run
+from tests.training.helpers import open_run
 
 CAPTION = "a photo of a sks mug"
 
@@ -73,7 +69,7 @@ def test_a_rows_loss_is_that_of_diffusers_example(
     step = run.step
     drawn = step.draw()
     batch = drawn.batch
-    with step.stack.scope(), step.stack.of(0, *step.route(drawn)), torch.no_grad():
+    with step.stack.scope(), step.stack.of(0), torch.no_grad():
         answers = answer(run.components, drawn.distinct(), step.base)
         (term,), (questions,) = step.terms, drawn.questions
         rows = term.losses(batch, *(answers[question] for question in questions)).rows
@@ -81,7 +77,7 @@ def test_a_rows_loss_is_that_of_diffusers_example(
     shares = (batch.inputs.timesteps + 1) / 1000
     mixed = shares.view(-1, 1, 1, 1)
     noisy = (1 - mixed) * batch.latents + mixed * batch.noise
-    with step.stack.scope(), step.stack.of(0, *step.route(drawn)):
+    with step.stack.scope(), step.stack.of(0):
         velocity = predicted(pipeline, noisy, shares, list(batch.captions))
     wanted = (velocity - (batch.noise - batch.latents)).square().flatten(1).mean(1)
     torch.testing.assert_close(rows, wanted, rtol=0, atol=1e-6)
@@ -108,33 +104,6 @@ def test_a_file_in_diffusers_predicts_as_the_live_model(
     pipeline.load_lora_weights(file.parent, weight_name=file.name)
     found = predicted(pipeline, noisy, (timesteps + 1) / 1000, [CAPTION])
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
-
-
-def test_a_resumed_run_is_that_without_a_break(config: Callable[..., TrainConfig]) -> None:
-    settings = {"rank_dropout": 0.3, "tlora_min_rank": 1, "checkpointing_steps": 2}
-    whole, half = config("whole", **settings), config("half", **settings)
-    train(whole)
-    shutil.copytree(whole.output_dir, half.output_dir, ignore=shutil.ignore_patterns("*-4"))
-    train(replace(half, resume_from_checkpoint="latest"))
-    folders = [Path(each.output_dir) for each in (whole, half)]
-    assert_same_adapter(*folders)
-    assert losses(folders[0]) == losses(folders[1])
-
-
-def test_a_pack_of_two_is_each_alone(
-    config: Callable[..., TrainConfig], small_photos: Path, tmp_path: Path
-) -> None:
-    entries: list[dict[str, Any]] = [
-        {"name": "one", "instance_data_dir": str(small_photos), "seed": 1},
-        {"name": "other", "instance_data_dir": str(small_photos), "rank": 2,
-         "instance_prompt": "a sks teapot"},
-    ]  # fmt: skip
-    configs = subject_configs(entries, config("pack", instance_data_dir=None, learning_rate=1e-3))
-    assert train_pack(configs).failures == {}
-    for name, packed in configs.items():
-        alone = tmp_path / "alone" / name
-        train(replace(packed, output_dir=str(alone)))
-        assert_same_adapter(Path(packed.output_dir), alone, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["train_text_encoder", "zero_terminal_snr"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,18 +197,6 @@ def test_what_is_outside_stays_with_the_base(run: Make) -> None:
         assert outside.sum() > 0
         moved[weight] = float(((trained - base).square() * outside).sum() / outside.sum())
     assert moved[10.0] < 0.5 * moved[0.0]
-
-
-def test_a_resumed_run_is_the_whole_one(run: Make, tmp_path: Path) -> None:
-    settings = {"unmasked_prior": 0.5, "with_prior_preservation": True, "train_text_encoder": True}
-    whole = run(output_dir=str(tmp_path / "whole"), checkpointing_steps=2, **settings)
-    train(whole)
-    shutil.copytree(tmp_path / "whole", tmp_path / "parted")
-    shutil.rmtree(tmp_path / "parted" / "checkpoint-4")
-    parted = replace(whole, output_dir=str(tmp_path / "parted"))
-    train(replace(parted, resume_from_checkpoint="checkpoint-2"))
-    assert_same_adapter(tmp_path / "whole", tmp_path / "parted")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parted")
 
 
 def test_subjects_of_a_pack_have_their_own_weight(

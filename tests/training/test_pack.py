@@ -245,7 +245,6 @@ def test_who_is_killed_and_resumed_or_fails_changes_nobody(
         ("method", {"method": "full"}, {}, "of mug is not possible"),
         ("lora_dropout", {"lora_dropout": 0.1}, {}, "is not possible"),
         ("compile", {"compile": True}, {}, "is not possible"),
-        ("cuda_graph", {"cuda_graph": True}, {}, "is not possible"),
         ("targets", {}, {"targets": ["attention"]}, "must be the same in a pack; mug has"),
         ("norm_axis", {}, {"norm_axis": "input"}, "must be the same"),
     ],

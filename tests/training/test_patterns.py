@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,15 @@ import torch
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.adapters.targets import TargetError
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.training.metrics import TrainingError
-from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.write import result_metadata
 from tests.formats.layouts.helpers import assert_close_to_merge, load_pipeline, module_at
 from tests.refusal import refused
 from tests.training.helpers import (
     assert_same_adapter,
-    losses,
     make_config,
     open_run,
     warnings_of,
@@ -54,19 +50,6 @@ def run(
     config = make_config(sd1_folder, small_photos, folder, **settings)
     train(config)
     return config
-
-
-def test_a_resumed_run_is_the_whole_one(run: TrainConfig, tmp_path: Path) -> None:
-    parted = Path(shutil.copytree(run.output_dir, tmp_path / "parted"))
-    shutil.rmtree(parted / "checkpoint-4")
-    train(replace(run, output_dir=str(parted), resume_from_checkpoint="latest"))
-    assert_same_adapter(run.output_dir, parted)
-    assert losses(parted) == losses(run.output_dir)
-    assert read_config_file(parted / "config.yaml")["rank_pattern"] == PATTERNS["rank_pattern"]
-    other = replace(run, output_dir=str(parted), resume_from_checkpoint="checkpoint-2")
-    for name, value in {"rank_pattern": {"conv1": 3}, "lr_pattern": {}}.items():
-        with refused("resume_from_checkpoint", name):
-            train(replace(other, **{name: value}))
 
 
 def test_a_layer_whose_rate_is_0_stays(run: TrainConfig) -> None:
@@ -108,25 +91,6 @@ def test_diffusers_merges_what_the_run_has(run: TrainConfig, sd1_folder: Path) -
             assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
 
 
-def test_members_of_a_pack_have_patterns_of_their_own(
-    sd1_folder: Path, photos: Path, tmp_path: Path
-) -> None:
-    usual = {"targets": MODEL["targets"]}
-    configs = {
-        name: make_config(sd1_folder, photos, tmp_path / "pack" / name, **usual, **own)
-        for name, own in {
-            "none": {},
-            "ranks": {"rank_pattern": {"*up_blocks*": 5, "conv1": 3}, "seed": 4},
-            "alphas": {"alpha_pattern": {"to_k": 8.0}, "lr_pattern": {"mid_block.*": 5e-3}},
-        }.items()
-    }
-    result = train_pack(configs)
-    assert not result.failures
-    for name, config in configs.items():
-        train(replace(config, output_dir=str(tmp_path / name)))
-        assert_same_adapter(tmp_path / name, tmp_path / "pack" / name, rtol=1e-3, atol=1e-5)
-
-
 def test_rates_are_those_of_the_pattern(sd1_folder: Path, photos: Path, tmp_path: Path) -> None:
     settings = {**MODEL, "lr_pattern": PATTERNS["lr_pattern"], "loraplus_ratio": 4.0}
     session = open_run(
@@ -159,7 +123,6 @@ def test_one_rate_for_some_layers_is_that_rate_for_all(
     assert_same_adapter(tmp_path / "usual", tmp_path / "pattern")
 
 
-@pytest.mark.usefixtures("measured_effect")
 @pytest.mark.parametrize("parametrization", ["low-rank", "adalora"])
 def test_an_adapter_starts_ranks_of_its_layers(
     run: TrainConfig, tmp_path: Path, parametrization: str

@@ -74,9 +74,7 @@ def launch(config: TrainConfig, tmp_path: Path, before: str = "", fails: str = "
     [
         pytest.param({"ema_decay": 0.5}, id="dora"),
         pytest.param({"init": "pissa"}, id="pissa"),
-        pytest.param(
-            {"scale_weight_norms": 0.01, "lr_pattern": {"mid_block.*": 2e-3}}, id="limited"
-        ),
+        pytest.param({"lr_pattern": {"mid_block.*": 2e-3}}, id="rates"),
         pytest.param(
             {"parametrization": "adalora", "rank": 4, "allocation_interval": 1}, id="adalora"
         ),

@@ -41,7 +41,6 @@ def test_a_torch_that_cannot_shard_is_refused(monkeypatch):
         ),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
         ({"sharding": "fsdp", "compile": True}, {}, "excludes compile"),
-        ({"sharding": "fsdp", "tlora_min_rank": 1}, {}, "excludes tlora_min_rank"),
         ({"sharding": "fsdp", "offload": "model"}, {}, "excludes offload model"),
         (
             {"sharding": "fsdp", "method": "full", "use_8bit_adam": True},

@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_diffusion import generate_images, load_components, set_strength
-from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.cli.console.training import training_summary
 from dora_diffusion.config import TrainConfig, without_effect
@@ -40,7 +39,6 @@ from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.pack import check_pack
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
-from dora_diffusion.training.results.write import SampleWriter
 from tests.formats.layouts.test_compatibility import comfyui
 from tests.refusal import refused
 from tests.training.helpers import find, losses, names
@@ -216,20 +214,6 @@ def test_settings_of_images_have_no_effect_which_is_said(sd1_folder: Path, tmp_p
     assert_same_file(train(plain), train(other))
 
 
-def test_settings_of_sliders_have_no_effect_on_a_subject() -> None:
-    given = {
-        "positive": ["a"],
-        "negative": ["b"],
-        "target": ["c"],
-        "slider_guidance": 2.0,
-        **ANCHORS,
-    }
-    assert [*without_effect(TrainConfig(**given))] == [
-        "target", "positive", "negative", "anchors", "slider_guidance"
-    ]  # fmt: skip
-    assert not without_effect(TrainConfig(**PROMPTS, **ANCHORS, num_class_images=9))
-
-
 @pytest.mark.parametrize(
     ("setting", "changes", "words"),
     [
@@ -257,15 +241,6 @@ def test_what_makes_no_slider_is_refused_in_a_line(
 ) -> None:
     with refused(setting, words):
         TrainConfig(**{**PROMPTS, **changes})
-
-
-@pytest.mark.parametrize("name", ["target", "positive", "negative"])
-def test_prompts_of_a_slider_that_is_not_asked_for_lead_to_it(name: str) -> None:
-    with refused("instance_data_dir", "or use --teach slider"):
-        subjects_of(TrainConfig(**{name: ["a"]}))
-    with refused("instance_data_dir") as error:
-        subjects_of(TrainConfig())
-    assert "slider" not in str(error.value)
 
 
 def test_prompts_that_are_read_alike_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
@@ -316,27 +291,6 @@ def test_samples_are_a_strip_of_the_written_file(sd1_folder: Path, tmp_path: Pat
     assert places == [(left, top) for left in columns for top in rows]
     assert json.loads(metadata.extra["slider"]) == [[TARGET, HIGH, LOW]]
     assert metadata.trigger == ""
-
-
-def test_samples_in_between_change_nothing(
-    sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    strengths: set[float] = set()
-    real = SampleWriter.at_step
-
-    def note(self: SampleWriter, step: int) -> Any:
-        made = real(self, step)
-        for model in self._run.weights.modules.values():
-            strengths.update(part.strengths.strength for part in layer_adapters(model))
-        return made
-
-    monkeypatch.setattr(SampleWriter, "at_step", note)
-    plain = slider(sd1_folder, tmp_path / "plain", method="dora", max_train_steps=2)
-    sampled = replace(
-        plain, output_dir=str(tmp_path / "sampled"), num_validation_images=1, validation_steps=1
-    )
-    assert_same_file(train(plain), train(sampled))
-    assert strengths == {1.0}
 
 
 @pytest.fixture(scope="module", params=["lora", "dora"])
@@ -430,9 +384,3 @@ def tensors_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     """A layer's tensors of a file that web UIs read, without its name in their keys."""
     prefix = f"{kohya_name(name, FAMILIES['sd1'])}."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def test_wildcards_are_of_sample_prompts_alone(sd1_folder: Path, tmp_path: Path) -> None:
-    target = "a photo of a {red|toy} dog"
-    config = slider(sd1_folder, tmp_path, target=[target], wildcards=True)
-    assert {caption for batch, _ in drawn_by(config, 3) for caption in batch.captions} == {target}

@@ -388,23 +388,6 @@ def test_cached_moments_train_as_the_pixels_do(sdxl_folder) -> None:
     assert_same(Reference(sdxl_folder, components, case), subject, prior, batch)
 
 
-def test_a_batch_is_its_parts(sd1_folder) -> None:
-    """Rows are drawn by their place in the run, so two processes see what one would."""
-    case = Case("sd1")
-    components = adapted_components(sd1_folder, case)
-    batch = make_batch(case)
-    whole, _, _ = ours(components, case, batch)
-    part = replace(
-        batch, sample_ids=["photo 2"], captions=batch.captions[2:], crops=batch.crops[2:],
-        is_prior=batch.is_prior[2:], pixels=batch.pixels[2:],
-    )  # fmt: skip
-    config = TrainConfig(seed=SEED, noise_offset=0)
-    last = draw_batch(components, components.process, part, config, MICRO_STEP, FIRST_ROW + 2)
-    assert torch.equal(last.noise, whole.noise[2:])
-    assert torch.equal(last.inputs.timesteps, whole.inputs.timesteps[2:])
-    torch.testing.assert_close(last.latents, whole.latents[2:], rtol=1e-6, atol=1e-6)
-
-
 def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
     """One row holds its prior by a class image, one without, one not at all, each of its weight."""
     case = Case("sdxl", prior="images")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dora_diffusion.training.recipe import train
+from tests.flux2_klein import write_flux2_klein
 from tests.training.helpers import losses, names
 from tests.training.pairs import (
     EVERYTHING,
@@ -26,6 +27,7 @@ from tests.training.pairs import (
     shared,
     train_by_two,
 )
+from tests.z_image import write_z_image
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +53,37 @@ def runs(
     small_model: Path, sd1_folder: Path, small_photos: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:  # fmt: skip
-    """Full fine-tuning and two DoRAs, by one process and by two; and one that goes wrong."""
+    """Full fine-tunings and DoRAs, by one process and by two; and one that goes wrong."""
     folder = tmp_path_factory.mktemp("runs")
-    full = settings(small_model, folder / "full-1", **EVERYTHING)
-    dora = settings(small_model, folder / "dora-1", max_train_steps=2)
+    flow = {"max_train_steps": 2, "targets": ["full"], "resolution": 64, "learning_rate": 1e-3}
+    z_image, klein = write_z_image(folder / "z-image"), write_flux2_klein(folder / "klein")
+    configs = {
+        "full": settings(small_model, folder / "full-1", **EVERYTHING),
+        "dora": settings(small_model, folder / "dora-1", max_train_steps=2),
+        "z-image": settings(z_image, folder / "z-image-1", **flow),
+        "klein": settings(klein, folder / "klein-1", **flow, method="full"),
+    }
     one, two = agreeing(sd1_folder, folder, {"ema_decay": 0.5})
-    for config in (full, dora, one):
+    for config in (*configs.values(), one):
         train(config)
     wrong = settings(
         sd1_folder, folder / "wrong", targets=["cross-attention"], max_train_steps=9,
         checkpointing_steps=1, checkpoints_total_limit=1, train_batch_size=1,
     )  # fmt: skip
-    pair = [shared(full, folder / "full-2"), shared(dora, folder / "dora-2"), two, wrong]
+    pair = [*(shared(config, folder / f"{n}-2") for n, config in configs.items()), two, wrong]
     return Runs(folder, train_by_two(pair, folder / "two", is_last_wrong=True))
 
 
 @needs_fork
 @needs_sharding
 def test_two_processes_train_what_one_does(runs: Runs) -> None:
-    for name in ("full", "dora"):
+    for name in ("full", "dora", "z-image", "klein"):
         assert_same(runs.folder / f"{name}-1", runs.folder / f"{name}-2")
     assert_agree(runs.folder / "agree-1", runs.folder / "agree-2")
     for look in (
         the_first_process_alone_tells_of_results,
         each_process_has_half_of_the_matrices,
+        each_block_is_gathered_by_itself,
         the_files_are_those_of_one_process,
         layers_of_which_a_process_has_some_rows_have_the_gradients_of_whole_ones,
         what_goes_wrong_in_one_process_ends_both_with_what_there_is,
@@ -83,13 +92,29 @@ def test_two_processes_train_what_one_does(runs: Runs) -> None:
 
 
 def the_first_process_alone_tells_of_results(runs: Runs) -> None:
-    assert [process["tells"] for process in runs.told] == [[True] * 3, [False] * 3]
+    assert [process["tells"] for process in runs.told] == [[True] * 5, [False] * 5]
 
 
 def each_process_has_half_of_the_matrices(runs: Runs) -> None:
     for process in runs.told:
-        for sizes in process["sizes"][:2]:
+        for sizes in process["sizes"][:4]:
             assert sizes["whole"] / 2 <= sizes["alive"] <= 0.51 * sizes["whole"]
+
+
+def each_block_is_gathered_by_itself(runs: Runs) -> None:
+    """Blocks that the model's class names, and the model around them."""
+    unet = {"BasicTransformerBlock": 4, "ResnetBlock2D": 8, "UpBlock2D": 1, "CrossAttnUpBlock2D": 1,
+            "UNet2DConditionModel": 1}  # fmt: skip
+    units = [
+        {**unet, "CLIPTextEmbeddings": 1, "CLIPEncoderLayer": 3, "CLIPTextModel": 1},
+        unet,
+        {"ZImageTransformerBlock": 4, "ZImageTransformer2DModel": 1},
+        {"Flux2TransformerBlock": 1, "Flux2SingleTransformerBlock": 2,
+         "Flux2Transformer2DModel": 1},
+    ]  # fmt: skip
+    for process in runs.told:
+        found = [sizes["units"] for sizes in process["sizes"][:4]]
+        assert found == [{f"FSDP{n}": count for n, count in of_run.items()} for of_run in units]
 
 
 def the_files_are_those_of_one_process(runs: Runs) -> None:

@@ -183,15 +183,6 @@ def test_a_dvora_leaves_a_compact_file_beside_an_ordinary_one(tiny_run, tmp_path
     assert "DVoRA (projections of rank 8" in (run / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_run_over_it_leaves_no_compact_file_of_the_one_before(tiny_run, tmp_path):
-    train(tiny_run(parametrization="vera", vera_rank=8, max_train_steps=1))
-    assert (tmp_path / "out" / "vera.safetensors").is_file()
-    train(tiny_run(max_train_steps=1, overwrite_output_dir=True))
-    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == [
-        "pytorch_lora_weights.safetensors"
-    ]
-
-
 def test_projections_that_are_not_drawn_as_before_are_no_checkpoint_of_the_run(
     sd1_folder: Path, photos: Path, tmp_path: Path
 ) -> None:

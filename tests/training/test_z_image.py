@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from dora_diffusion.adapters.state import LiveWeights, adapter_state, load_adapter_state
-from dora_diffusion.adapters.targets import TargetError
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.data.sampler import generator_for
@@ -27,7 +26,6 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import sample_noise
 from dora_diffusion.training.batch import Batch, ModelInputs
-from dora_diffusion.training.events import EffectMeasured
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.prediction import answer
@@ -114,7 +112,7 @@ def losses_of(run: Run) -> tuple[Batch, Tensor, Tensor, list[Tensor]]:
     """A batch with its loss, its prior and the losses of each term's rows."""
     step = run.step
     drawn, rows = step.draw(), list[Tensor]()
-    with step.stack.scope(), step.stack.of(0, *step.route(drawn)), torch.no_grad():
+    with step.stack.scope(), step.stack.of(0), torch.no_grad():
         answers = answer(run.components, drawn.distinct(), partial(step.base, step.stack))
         for term, questions in zip(step.terms, drawn.questions, strict=True):
             found = term.losses(drawn.batch, *(answers[question] for question in questions))
@@ -180,13 +178,10 @@ def test_a_sliders_loss_is_that_of_the_formula(folders: dict[float, Path], tmp_p
     assert float(loss) == pytest.approx(float(error.square().mean()), abs=1e-6)
 
 
-MASKED = {"rank_dropout": 0.3, "tlora_min_rank": 1, "lora_dropout": 0.2}
-
-
 def test_a_resumed_run_is_that_without_a_break(config: Callable[..., TrainConfig]) -> None:
-    """With masks of ranks by row, an average, dropped captions, and photos of two sizes."""
+    """With dropout, an average, dropped captions, and photos of two sizes."""
     settings = {
-        **MASKED, "ema_decay": 0.5, "caption_dropout": 0.3, "train_batch_size": 2,
+        "lora_dropout": 0.2, "ema_decay": 0.5, "caption_dropout": 0.3, "train_batch_size": 2,
         "aspect_ratio_buckets": True, "min_bucket_reso": 48, "bucket_reso_steps": 16,
         "targets": ["full"], "checkpointing_steps": 2,
     }  # fmt: skip
@@ -202,7 +197,9 @@ def test_a_resumed_run_is_that_without_a_break(config: Callable[..., TrainConfig
 def test_gradient_checkpointing_changes_no_bit(config: Callable[..., TrainConfig]) -> None:
     outputs = []
     for is_on in (False, True):
-        made = config(f"{is_on}", gradient_checkpointing=is_on, train_batch_size=3, **MASKED)
+        made = config(
+            f"{is_on}", gradient_checkpointing=is_on, train_batch_size=3, lora_dropout=0.2
+        )
         train(made)
         outputs.append(Path(made.output_dir))
     assert losses(outputs[0]) == losses(outputs[1])
@@ -214,7 +211,7 @@ def test_a_pack_of_two_is_each_alone(
 ) -> None:
     """Of other ranks, with captions of other lengths, whose padding is masked."""
     entries: list[dict[str, Any]] = [
-        {"name": "one", "instance_data_dir": str(photos), "seed": 1, "rank_dropout": 0.3},
+        {"name": "one", "instance_data_dir": str(photos), "seed": 1},
         {"name": "other", "instance_data_dir": str(tmp_path / "other"), "rank": 2,
          "instance_prompt": "a very long caption of the same sks teapot with a red heart on it"},
     ]  # fmt: skip
@@ -235,7 +232,7 @@ def max_change(layer: Any) -> float:
 
 
 def effect_of(folder: Path, adapter: Path | None, captions: list[str]) -> Tensor:
-    """Predictions at the inputs of the probe, which are even in noise."""
+    """Predictions at fixed inputs, which are even in noise."""
     components = load_components(folder)
     if adapter is not None:
         layers = read_adapter(adapter, LiveWeights(components.adaptable())).layers
@@ -262,22 +259,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_file_has_the_effect_that_the_run_measured(
-    name: str, config: Callable[..., TrainConfig], measured_effect: None
+def test_a_file_of_each_variant_changes_the_predictions_of_its_base(
+    name: str, config: Callable[..., TrainConfig]
 ) -> None:
-    """On the model that trained; a quantised one is not the base of the file."""
-    made, done = config(name, **{"learning_rate": 1e-2, **VARIANTS[name]}), list[Any]()
-    result = train(made, done.append)
-    [effect] = [event.effect for event in done if isinstance(event, EffectMeasured)]
-    assert effect.figures.keys() == {"prediction", "transformer"}
-    assert str(effect).startswith("training moved the transformer's predictions at fixed inputs")
+    made = config(name, **{"learning_rate": 1e-2, **VARIANTS[name]})
+    result = train(made)
     base = Path(made.pretrained_model_name_or_path)
     captions = sorted(CAPTIONS)
     before, after = (effect_of(base, file, captions) for file in (None, result.adapter))
-    found = float((after - before).norm() / before.norm())
-    tolerance = 0.3 if name in ("int8", "nf4", "bf16") else 1e-3
-    assert found == pytest.approx(effect.prediction, rel=tolerance)
-    assert found > 1e-3
+    assert float((after - before).norm() / before.norm()) > 1e-3
     layers = read_adapter(result.adapter).layers
     assert not any("embedder" in key for key in layers if "t_embedder" not in key)
 
@@ -313,16 +303,13 @@ def test_full_fine_tuning_writes_the_model(config: Callable[..., TrainConfig]) -
         assert torch.equal(weight, trained.text_encoder.state_dict()[name])
 
 
-@pytest.mark.parametrize("settings", [{"rank_dropout": 0.3}, {"tlora_min_rank": 1}])
-def test_layers_without_rows_are_refused_where_rows_count(
-    settings: dict[str, Any], config: Callable[..., TrainConfig], photos: Path
+def test_layers_without_rows_are_refused_in_a_pack(
+    config: Callable[..., TrainConfig], photos: Path
 ) -> None:
-    with pytest.raises(TargetError, match=r"cap_embedder\.1"):
-        train(config("out", targets=["cap_embedder.1"], **settings))
     entries = [{"name": "one", "instance_data_dir": str(photos)}]
     shared = config("pack", targets=["*_embedder.*"], instance_data_dir=None)
     [error] = train_pack(subject_configs(entries, shared)).failures.values()
-    assert "all_x_embedder.2-1, cap_embedder.1 cannot be trained with a pack" in str(error)
+    assert "all_x_embedder.2-1, cap_embedder.1 cannot be trained in a pack" in str(error)
 
 
 def test_a_validation_loss_is_even_in_noise(folders: dict[float, Path]) -> None:

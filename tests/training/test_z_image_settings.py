@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 import warnings
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 
 from dora_diffusion.adapters.targets import TargetError
 from dora_diffusion.cli import main as cli
@@ -20,184 +18,81 @@ from dora_diffusion.cli.console.training import training_summary
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.presets import PRESETS, preset_settings
-from dora_diffusion.config.train import settings
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training import events, recipe
 from tests.flux2_klein import write_flux2_klein
 from tests.refusal import check
 from tests.training import test_every_setting as every
-from tests.training.test_every_setting import CASES, ELSEWHERE, Case, filled, seen
+from tests.training.test_every_setting import CASES, VALUES, filled
 from tests.z_image import write_z_image
 
 FAMILY = FAMILIES["z-image"]
-SLOW = pytest.mark.slow
+FLOWS = {"z-image": "{z_image}", "flux2-klein": "{klein}"}
 USUAL = {
     **every.USUAL, "pretrained_model_name_or_path": "{z_image}", "targets": ["attention"],
 }  # fmt: skip
-FULL = {**every.FULL, "targets": ["attention"]}
-# Values that differ from Stable Diffusion's: the names of layers are others.
-OWN = {
-    "pretrained_model_name_or_path": Case("{other}"),
-    "variant": Case("fp16", {"pretrained_model_name_or_path": "{variants}"}),
-    "targets": Case(["attention+ff"]),
-    "full_weights": Case("all", FULL),
-    "single_file": Case(True, FULL),
-    "save_precision": Case("float16", FULL),
-    "alpha_pattern": Case({"layers.0.*": 8.0}),
-    "lr_pattern": Case({"*refiner*": 2e-3}),
-    "prodigy_safeguard_warmup": Case(
-        False, {**every.PRODIGY, "lr_warmup_steps": 4, "max_train_steps": 12}
-    ),
-}
 # Settings of features that the family refuses.
 OF_REFUSED = {
     "train_text_encoder": {
-        "text_encoder_targets", "text_encoder_lr", "adam_weight_decay_text_encoder",
+        "text_encoder_targets", "text_encoder_lr",
     },
     "train_text_encoder_ti": {
         "new_words", "num_new_tokens_per_abstraction", "initializer_concept", "embedding_lr",
         "train_text_encoder_ti_frac",
     },
 }  # fmt: skip
-# Without effect on every model that is no inpainting model, or has no adapted convolution.
-NO_LAYERS = {"conv_rank": 3, "conv_alpha": 8.0, "inpainting_mask": "subject"}
-REFUSED = {name: CASES[name].value for name in FAMILY.refused if name in CASES}
-FLOWS = {"z-image": "{z_image}", "flux2-klein": "{klein}"}
 REFUSALS = [
     (flow, key)
     for flow in FLOWS
     for key in FAMILIES[flow].refused
-    if key.partition("=")[0] in CASES
+    if key.partition("=")[0] in VALUES
 ]
-INACTIVE = {name: CASES[name].value for name in FAMILY.without_effect if name in CASES}
-INACTIVE |= NO_LAYERS
-ACTING = set(CASES) - {*REFUSED, *INACTIVE}.union(*OF_REFUSED.values())
+INACTIVE = {name: VALUES[name] for name in FAMILY.without_effect if name in VALUES}
+# Without effect on every model that is no inpainting model, or has no adapted convolution.
+INACTIVE |= {"conv_rank": 3, "conv_alpha": 8.0, "inpainting_mask": "subject"}
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, dino_folder: Path) -> dict[str, Path]:
     """Files and folders that the cases name."""
     root = tmp_path_factory.mktemp("places")
-    found = places_of("z-image", write_z_image, root, dino_folder)
-    return found | {"klein": write_flux2_klein(root / "klein")}
+    found = {**every.write_photos(root), "metric": dino_folder}
+    return found | {
+        "z_image": write_z_image(root / "z"),
+        "klein": write_flux2_klein(root / "klein"),
+    }
 
 
-@pytest.fixture(scope="module")
-def klein_places(tmp_path_factory: pytest.TempPathFactory, dino_folder: Path) -> dict[str, Path]:
-    """The same for FLUX.2-klein."""
-    root = tmp_path_factory.mktemp("klein")
-    return places_of("flux2-klein", write_flux2_klein, root, dino_folder)
-
-
-def places_of(flow: str, write: Callable[..., Path], root: Path, metric: Path) -> dict[str, Path]:
-    """Models of a family, photos, and a run on it."""
-    model, run = write(root / "model"), root / "run"
-    found = {**every.write_photos(root), **every.write_variants(model, root)}
-    found |= {FLOWS[flow][1:-1]: model, "other": write(root / "other", seed=1), "metric": metric}
-    found |= {"run": run, "adapter": run / "pytorch_lora_weights.safetensors"}
-    steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
-    seen(TrainConfig(**filled({**usual_of(flow), **steps}, found)))
-    return found
-
-
-def usual_of(flow: str) -> dict[str, Any]:
-    return {**USUAL, "pretrained_model_name_or_path": FLOWS[flow]}
-
-
-@pytest.fixture(scope="module")
-def usual_runs() -> dict[str, Any]:
-    """Outcomes of runs, by their settings."""
-    return {}
-
-
-@pytest.fixture
-def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Calls of libraries during a test."""
-    return every.watched(monkeypatch, ZImageTransformer2DModel)
+def settings_of(flow: str, group: str) -> dict[str, Any]:
+    """Settings of a group of cases on a family, without those that it refuses."""
+    values = {**every.GROUPS[group], "pretrained_model_name_or_path": FLOWS[flow]}
+    values = {**USUAL, **{n: v for n, v in values.items() if n not in FAMILIES[flow].refused}}
+    return {**values, "targets": ["attention"]}
 
 
 def test_each_setting_is_told_apart() -> None:
-    names = {setting.name for setting in settings()}
-    assert names == {*CASES, *ELSEWHERE}
+    names = every.NAMES
     assert set(FAMILY.refused) | set(FAMILY.defaults) <= names
-    assert set(INACTIVE).isdisjoint(REFUSED)
-    assert set(OF_REFUSED) <= set(REFUSED)
-    assert len(ACTING) > 100
+    assert set(INACTIVE).isdisjoint(FAMILY.refused)
+    assert set(OF_REFUSED) <= set(FAMILY.refused)
 
 
-# Quickly those that the family computes in its own way; the others once more at length.
-QUICK = {
-    "targets", "rank", "snr_gamma", "huber_schedule", "timestep_distribution", "clip_skip",
-    "tlora_min_rank", "train_batch_size", "quantize", "gradient_checkpointing", "single_file",
-    "caption_dropout", "aspect_ratio_buckets", "norm_axis",
-}  # fmt: skip
-ONCE = [name if name in QUICK else pytest.param(name, marks=SLOW) for name in sorted(ACTING)]
-
-
-@pytest.mark.parametrize("name", ONCE)
-def test_a_setting_acts(
-    name: str, places: dict[str, Path], tmp_path: Path, acts: list[str], usual_runs: dict[str, Any]
-) -> None:
-    case = OWN.get(name, CASES[name])
-    check_acting(name, case, "z-image", places, tmp_path, acts, usual_runs)
-
-
-ACTING_ON_KLEIN = ACTING.difference(
-    FAMILIES["flux2-klein"].without_effect, {"single_file", "norm_axis"}
+@pytest.mark.parametrize(
+    ("flow", "group"),
+    [*product(FLOWS, ["one subject", "full"]), ("z-image", "samples and results")],
 )
-KLEIN = {
-    **OWN,
-    "pretrained_vae_model_name_or_path": Case("{other}/vae"),
-    # More images of a prompt at once than rows of a step.
-    "sample_batch_size": Case(1, {**every.CLASS_IMAGES, "num_class_images": 12}),
-    "alpha_pattern": Case({"transformer_blocks.0.*": 8.0}),
-    "lr_pattern": Case({"single_*": 2e-3}),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(ACTING_ON_KLEIN))
-def test_a_setting_acts_on_flux2_klein(
-    name: str,
-    klein_places: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    usual_runs: dict[str, Any],
-) -> None:
-    acts = every.watched(monkeypatch, Flux2Transformer2DModel)
-    case = KLEIN.get(name, CASES[name])
-    check_acting(name, case, "flux2-klein", klein_places, tmp_path, acts, usual_runs)
-
-
-def check_acting(
-    name: str,
-    case: Case,
+def test_settings_are_read_where_they_act(
     flow: str,
+    group: str,
     places: dict[str, Path],
     tmp_path: Path,
-    acts: list[str],
-    usual_runs: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Check that a run with a setting differs from one without it, or is refused on resuming."""
-
-    def outcome(part: str, changes: dict[str, Any]) -> Any:
-        values = {**usual_of(flow), **case.beside, **changes}
-        key = f"{sorted(values.items(), key=str)} {case.into}"
-        if key not in usual_runs:
-            output = tmp_path / part
-            if case.into:
-                shutil.copytree(places[case.into], output)
-            acts.clear()
-            config = TrainConfig(**filled({**values, "output_dir": str(output)}, places))
-            try:
-                usual_runs[key] = seen(config), sorted(set(acts))
-            except ConfigError:
-                if not case.into:
-                    raise
-                usual_runs[key] = "refused"
-        return usual_runs[key]
-
-    assert outcome("changed", {name: case.value}) != outcome("usual", {})
+    values = {**settings_of(flow, group), "output_dir": str(tmp_path / "out")}
+    read = every.read_by(TrainConfig(**filled(values, places)), monkeypatch)
+    family = FAMILIES[flow]
+    idle = {*family.refused, *family.without_effect, *INACTIVE}.union(*OF_REFUSED.values())
+    assert CASES[group].keys() - read - idle == set()
 
 
 def test_settings_without_effect_are_named_with_the_reason(
@@ -209,7 +104,7 @@ def test_settings_without_effect_are_named_with_the_reason(
     def run(part: str, **changes: Any) -> tuple[Any, list[str]]:
         said = list[str]()
         values = {**USUAL, **quantised, "output_dir": str(tmp_path / part), **changes}
-        return seen(TrainConfig(**filled(values, places)), said), said
+        return every.trained(TrainConfig(**filled(values, places)), said), said
 
     usual, _ = run("usual")
     changed, said = run("changed", **INACTIVE)
@@ -230,10 +125,8 @@ def test_a_setting_is_refused_before_weights_are_read(
 ) -> None:
     name = key.partition("=")[0]
     monkeypatch.setattr(recipe, "load_base", lambda *_: pytest.fail("the model was loaded"))
-    family, case = FAMILIES[flow], CASES[name]
-    values: dict[str, Any] = {**USUAL, "pretrained_model_name_or_path": FLOWS[flow]}
-    values |= {n: v for n, v in case.beside.items() if n not in family.refused}
-    values |= {name: case.value, "output_dir": str(tmp_path / "out")}
+    family, group = FAMILIES[flow], next(g for g, cases in CASES.items() if name in cases)
+    values = {**settings_of(flow, group), name: VALUES[name], "output_dir": str(tmp_path / "out")}
     with pytest.raises(ConfigError, match=rf"\({re.escape(family.title)}\)") as error:
         recipe.train(TrainConfig(**filled(values, places)))
     check(error.value, name, family.refused[key])

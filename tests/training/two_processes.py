@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def train_all(configs: Sequence[Mapping[str, Any]], recipe: Any) -> dict[str, An
 
     from dora_diffusion.config import TrainConfig
 
-    sizes: list[dict[str, int]] = []
+    sizes: list[dict[str, Any]] = []
     assemble = recipe.assemble
     recipe.assemble = lambda *args, **kwargs: _measured(assemble(*args, **kwargs), sizes)
     # The next run goes on with the same processes.
@@ -92,17 +93,18 @@ def error_of(settings: Mapping[str, Any], recipe: Any, *, has_nan: bool) -> str:
     return ""
 
 
-def _measured(run: Any, sizes: list[dict[str, int]]) -> Any:
-    """Note the bytes of a run's matrices that are alive in this process, and of whole ones."""
-    alive, whole = {}, 0
+def _measured(run: Any, sizes: list[dict[str, Any]]) -> Any:
+    """Note a run's matrices that are alive in this process and all, in bytes, and its units."""
+    alive, whole, units = {}, 0, Counter[str]()
     for model in run.weights.modules.values():
+        units.update(type(m).__name__ for m in model.modules() if type(m).__name__[:4] == "FSDP")
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and ".adapters." not in name:
                 here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 storage = here.untyped_storage()
                 alive[storage.data_ptr()] = storage.nbytes()
                 whole += parameter.numel() * parameter.element_size()
-    sizes.append({"alive": sum(alive.values()), "whole": whole})
+    sizes.append({"alive": sum(alive.values()), "whole": whole, "units": units})
     return run
 
 

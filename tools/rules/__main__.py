@@ -38,6 +38,8 @@ RULES: tuple[Rule, ...] = (
     project.pages_are_short,
     project.pages_have_words_to_be_found_by,
     project.pages_name_paths_that_exist,
+    project.contributors_find_what_pages_name,
+    project.code_names_paths_that_exist,
     project.every_page_is_linked,
     project.small_cards_have_the_counted_memory,
     project.images_have_a_text_and_a_page,

@@ -187,20 +187,18 @@ OF_ONE_VENDOR = {
     f"{PACKAGE}/models/offload.py": "memory that CUDA fetches from by itself",
     f"{PACKAGE}/numerics/norms.py": "a product of bfloat16 in float32, which CUDA has",
     f"{PACKAGE}/adapters/flags.py": "an event to read behind; others read at once",
-    f"{PACKAGE}/config/run.py": "the setting of CUDA graphs",
-    f"{PACKAGE}/training/graph.py": "graphs of operations, which CUDA has",
     f"{PACKAGE}/training/metrics.py": "a fused optimizer that CUDA can hold back",
     f"{PACKAGE}/models/precision.py": "what Apple's GPU needs for bfloat16",
     f"{PACKAGE}/models/memory.py": "a GPU of so much memory: taken to be CUDA",
     f"{PACKAGE}/training/results/record.py": "a switch of cuDNN, which changes bits",
-    f"{PACKAGE}/cli/console/environment.py": "NVIDIA's program, variables of each vendor",
+    f"{PACKAGE}/cli/console/environment.py": "an NVIDIA GPU that torch cannot use",
     f"{PACKAGE}/adapters/compiled.py": "what to install so that torch compiles for a device",
     "tools/start_app.py": "which torch to install, before there is one to ask",
     "tools/rules/code.py": "the names that are looked for",
     "tools/rules/project.py": "a compiler that a message may name",
 }
 """Files that name what the hardware of one vendor alone has, and why."""
-VENDOR = re.compile(r"cuda(?!_graph)|cudnn|nvidia|\bmps\b|\bxpu\b|\brocm\b", re.IGNORECASE)
+VENDOR = re.compile(r"cuda|cudnn|nvidia|\bmps\b|\bxpu\b|\brocm\b", re.IGNORECASE)
 
 
 def devices_are_not_named(repository: Repository) -> Iterator[str]:
@@ -221,7 +219,7 @@ def devices_are_not_named(repository: Repository) -> Iterator[str]:
 
 
 TEMPORARY = {
-    "gettempdir": (f"{PACKAGE}/cli/console/environment.py", f"{PACKAGE}/system.py"),
+    "gettempdir": (f"{PACKAGE}/system.py",),
     "/tmp": (f"{PACKAGE}/system.py",),
     "mktemp(": (),
 }

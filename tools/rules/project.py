@@ -6,6 +6,7 @@ import ast
 import os
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 from packaging.requirements import Requirement
 
@@ -161,6 +162,45 @@ def pages_name_paths_that_exist(repository: Repository) -> Iterator[str]:
             is_there = (ROOT / name).exists() or (ROOT / PACKAGE / name).exists()
             if not is_there and not of_runs.match(name):
                 yield f"{page.name}:1: {name} is not there; name where it went"
+
+
+def contributors_find_what_pages_name(repository: Repository) -> Iterator[str]:
+    """Files by name alone, and folders."""
+    for page in PAGES:
+        if page.name.startswith(("CONTRIBUTING.md", "docs/contributing/")):
+            for code in page.inline_code:
+                is_path = re.fullmatch(r"(?:[a-z_]\w*/)*[a-z_]\w*(?:\.py|/)", code)
+                if is_path and not _names_a_path(repository, code):
+                    yield f"{page.name}:1: {code} is not there; name where it went"
+
+
+def code_names_paths_that_exist(repository: Repository) -> Iterator[str]:
+    """In docstrings and messages from the package or the clone; in lists of scripts, any."""
+    tops = {"tests", "tools", "benchmarks", PACKAGE}
+    tops |= {path.partition("/")[0] for path in _below_package(repository)}
+    mention = re.compile(rf"(?<![\w/.*{{}}<-])(?:{'|'.join(sorted(tops))})/[\w/*]*\.py\b")
+    for source in repository.python(PACKAGE, "tools", "benchmarks"):
+        for node, text in source.strings():
+            names = {*mention.findall(text)}
+            if not source.path.startswith(PACKAGE):
+                names |= {*re.findall(r"\A(?:[\w*]+/)+[\w*]+\.py\Z", text)}
+            for name in sorted(names):
+                if not _names_a_path(repository, name):
+                    yield source.problem(node, f"{name} is not there; name where it went")
+
+
+def _below_package(repository: Repository) -> list[str]:
+    """Paths of the package's modules in its folders."""
+    paths = [path.removeprefix(f"{PACKAGE}/") for path in repository.files]
+    return [path for path in paths if "/" in path and f"{PACKAGE}/{path}" in repository.files]
+
+
+def _names_a_path(repository: Repository, name: str) -> bool:
+    """Return whether a file or folder has this path, or ends with it; ``*`` is any text."""
+    pattern = f"*/{name}*" if name.endswith("/") else f"*/{name}"
+    return (ROOT / name).exists() or any(
+        fnmatchcase(f"/{path}", pattern) for path in repository.files
+    )
 
 
 def every_page_is_linked(repository: Repository) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Subcommands: each is ``run(args)`` of the module with its name."""
+"""Subcommands: dataclasses of settings, whose method `perform` runs the command."""

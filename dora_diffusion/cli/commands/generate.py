@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import progress, say
 from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, warn_of_triggers
-from dora_diffusion.cli.repeat import Repeated, repeated_settings
+from dora_diffusion.cli.repeat import Repeated, base_and_adapters, repeated_settings
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.config_file import read_config_file
-from dora_diffusion.config.fields import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,25 +31,16 @@ class GenerateSettings(RequestedImages):
 
         Raises:
             ConfigError, PhotoError: If one of these cannot be read, a value is not valid, or the
-                image's base or adapters are neither given nor found.
+                image's base or adapters are neither given nor there.
         """
         values = {**(read_config_file(file) if file else {}), **given}
         image = values.get("repeat")
         if not image:
-            return super().read(given, file).named_adapters()
+            return super().read(given, file)
         repeated, adapters = repeated_settings(str(image))
         repeated = {name: value for name, value in repeated.items() if name not in values}
-        model = str(repeated.get("detail", ""))
-        require(
-            not model or model.startswith("rembg") or "/" in model or Path(model).is_dir(),
-            f"{Path(str(image)).name} was made with the detail model {model}; give its folder with "
-            "--detail",
-            "detail",
-        )
-        from dora_diffusion.cli.lookup import base_and_adapters
-
         repeated |= base_and_adapters(str(image), values, adapters)
-        return super().read({**given, **repeated}, file).named_adapters()
+        return super().read({**given, **repeated}, file)
 
     def perform(self) -> int:
         """Generate images, and write them with their parameters."""

@@ -57,8 +57,7 @@ Show = Callable[[int, int], None]
 Load = Callable[[RequestedImages, Sequence[AdapterUse]], "Components"]
 _MODEL = (*(setting.name for setting in Model.settings()), "alpha")
 # Settings that may differ between the rows of a batch.
-_OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength",
-        "layer_strength", "wildcards", "wildcard_dir"}  # fmt: skip
+_OWN = {"prompt", "seed", "adapter", "strength", "direction_strength", "magnitude_strength"}
 _ALIKE = {setting.name for setting in RequestedImages.settings()} - _OWN - {*NO_AXES}
 # Settings that the model determines if they are not given, and their fields in an image's text.
 _CHOSEN = {"steps": "Steps", "guidance_scale": "CFG scale", "scheduler": "Sampler"}
@@ -71,7 +70,7 @@ class _Cell:
     Attributes:
         settings: Settings of the cell; ones without effect have their default. The output is its
             file.
-        row: Prompt with drawn wildcards, seed, and the adapter if there is exactly one.
+        row: Prompt, seed, and the adapter if there is exactly one.
         uses: Adapters of the cell.
     """
 
@@ -103,8 +102,8 @@ class _Cell:
     @property
     def is_pooled(self) -> bool:
         """True if the cell may share a batch with cells of other adapters."""
-        model, schedule = self.settings.model, self.settings.adapters.strength_schedule
-        return len(self.uses) < 2 and not (schedule or model.compile or model.alpha is not None)
+        model = self.settings.model
+        return len(self.uses) < 2 and not (model.compile or model.alpha is not None)
 
     @property
     def model_key(self) -> tuple[object, ...]:
@@ -361,15 +360,12 @@ def _digest(
     values = settings.values()
     names = [name for name in defaults if name not in NO_AXES]
     facts = {name: values[name] for name in names if values[name] != defaults[name]}
-    facts |= {"prompt": row.prompt, "seed": row.seed, "style": settings.prompts.chosen_styles}
-    facts |= dict.fromkeys(("wildcards", "wildcard_dir", "styles"))
+    facts |= {"prompt": row.prompt, "seed": row.seed}
     facts |= {"base": _files_of(settings.model.base), "clip": clip_skip}
     facts["adapter"] = [
         (used.name, used.hash or _files_of(str(use.path)), vars(use.strengths))
         for use, used in zip(uses, recorded(uses), strict=True)
     ]
-    if path := facts.get("detail"):
-        facts["detail"] = _files_of(path)
     for name in ("image", "mask_image"):
         if path := facts.get(name):
             facts[name] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dora_diffusion.config.fields import Setting
+from dora_diffusion.config.flag_map import removal
 from dora_diffusion.config.wording import closest, counted
 
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "1": True}
@@ -67,8 +68,8 @@ class Parser(argparse.ArgumentParser):
     """Parser with one-line errors below a short usage.
 
     Attributes:
-        refusal: Returns the error for a flag of other programs, given without dashes; None for
-            other flags.
+        refusal: Returns the error for a flag of former versions or other programs, given without
+            dashes; None for other flags.
         meant_by: Returns the flag that an unknown one stands for, or None; both without dashes.
         first: Destinations of the flags in ``--help``, if ``--help-all`` shows the rest; None: all.
         has_file: Whether a file may contain the required settings.
@@ -77,7 +78,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         # No abbreviations, since a new flag could make them ambiguous.
         super().__init__(**{"allow_abbrev": False, **options})
-        self.refusal: Callable[[str], str | None] = lambda name: None
+        self.refusal: Callable[[str], str | None] = removal
         self.meant_by: Callable[[str], str | None] = self._near_flag
         self.first: Container[str] | None = None
         self.has_file = False
@@ -175,7 +176,9 @@ class Parser(argparse.ArgumentParser):
             self.error("; ".join(dict.fromkeys(unknown)))
 
     def _answer(self, name: str) -> str:
-        if refusal := self.refusal(name[2:].replace("-", "_")):
+        word = name[2:].replace("-", "_")
+        is_known = f"--{word}" in self._option_string_actions
+        if not is_known and (refusal := self.refusal(word)):
             return f"--{refusal}"
         where = "" if self._subparsers is None else " before the command"
         meant = self.meant_by(name[2:])
@@ -229,6 +232,8 @@ class Parser(argparse.ArgumentParser):
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
             is_command = isinstance(action, argparse._SubParsersAction)
+            if is_command and (refusal := removal(str(value).replace("-", "_"))):
+                self.error(refusal)
             what = "there is no command" if is_command else f"{error.argument_name} cannot be"
             self.error(f"{what} {str(value)!r}{_other_choice(action, str(value))}")
 

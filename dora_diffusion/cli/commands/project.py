@@ -54,14 +54,13 @@ class DoctorSettings(AnyBase):
         "Diffusers folder with the configuration of a single-file base.",
         needs=(OfModel("base", "base", "file"),),
     )
-    runs_dir: Path = flag(Path("runs"), "The app's folder of runs and photos, or another output.")
     json: bool = flag(False, "Print JSON.")
 
     def perform(self) -> int:
         """Print the findings, without secrets. Returns 1 if one is a problem."""
         from dora_diffusion.cli.console.environment import describe_environment
 
-        environment = describe_environment(self.runs_dir, self.base_model)
+        environment = describe_environment(self.base_model)
         if self.json:
             print_json(asdict(environment))
         else:

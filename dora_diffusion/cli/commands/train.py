@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.cli.commands.parser import CONFIG_HELP, Parser, add_flags
 from dora_diffusion.cli.console.errors import explain
 from dora_diffusion.cli.console.training import (
-    PackProgress,
     TrainProgress,
     next_steps,
     training_summary,
@@ -115,7 +114,7 @@ class TrainSettings(CommandSettings):
             return 128 + result.signal_number
         if written := result.adapter or result.model:
             print(f"done: {written}")
-            print(trigger_line(progress.trigger, example_prompt(config), config.is_slider))
+            print(trigger_line(progress.triggers[""], example_prompt(config), config.is_slider))
             print("\n".join(next_steps(config, written)))
             if result.kept is not None:
                 print(f"the file keeps {result.kept:.1%} of what training changed")
@@ -183,11 +182,11 @@ def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     """Train several subjects at once. Returns 1 if one of them failed."""
     from dora_diffusion.training.pack import train_pack
 
-    progress = PackProgress()
+    progress = TrainProgress()
     try:
-        pack = train_pack(configs, progress)
+        pack = train_pack(configs, lambda name, event: progress(event, name))
     finally:
-        progress.bar.close()
+        progress.close()
     for name, result in pack.results.items():
         if result.interrupted:
             print(f"{name}: {stopped_line(result)}")

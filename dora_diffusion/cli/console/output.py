@@ -13,17 +13,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from dora_diffusion import system
 
-
-class Sink(Protocol):
-    """Receiver of progress: ``phase``, ``done`` of ``total`` in ``unit``, other figures."""
-
-    def __call__(self, **figures: Any) -> None:
-        """Receive the figures that have changed."""
-
+Sink = Callable[..., None]
+"""Receiver of changed figures of progress: ``phase``, ``done`` of ``total`` in ``unit``, others."""
 
 _sinks: list[Sink] = []
 

@@ -20,7 +20,6 @@ from dora_diffusion.training.events import (
     CheckpointSaved,
     ClassImagesAnnounced,
     ClassImagesProgress,
-    EffectMeasured,
     Event,
     ModelLoading,
     SampleSaved,
@@ -40,65 +39,94 @@ _LISTED, _DRAWN = 20, 4
 
 
 class TrainProgress:
-    """Progress bar with loss and time left, from the trainer's events; reports phases to `tell`."""
+    """Display of a run, or of all subjects of a pack: lines, one bar of steps, phases for `tell`.
+
+    The lines of a pack have the subject's name.
+
+    Attributes:
+        triggers: Trigger words of each started subject, by name; "" in a run of its own.
+    """
 
     def __init__(self) -> None:
         self.bar: Any = None
         self.images: ProgressBar | None = None
-        self.trigger = ""
+        self.triggers: dict[str, str] = {}
         self.losses = {"loss": "?"}
+        self._steps: dict[str, tuple[int, int]] = {}
 
     @property
     def started(self) -> bool:
         """True if training has started in this process."""
-        return self.bar is not None
+        return bool(self.triggers)
 
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
+    def __call__(self, event: Event, name: str = "") -> None:
+        """Show one event of a run, or of the named subject of a pack."""
         match event:
             case ModelLoading():
                 precision = {"no": "float32"}.get(event.precision, event.precision)
                 print(f"training {event.model} on {event.device} in {precision}", flush=True)
                 tell(phase="loading the model", device_name=device_name(default_device()))
             case TrainingStarted():
-                self._start(event)
+                self._start(event, name)
             case ClassImagesAnnounced():
-                say(_class_images_text(event))
-            case ClassImagesProgress(done, total):
+                say((f"{name}: " if name else "") + _class_images_text(event))
+            case ClassImagesProgress(done, total) if not name:
                 self._count_images("class images", done, total)
-            case CachingProgress(done, total):
+            case CachingProgress(done, total) if not name:
                 self._count_images("caching latents", done, total)
-            case SamplingProgress(done, total):
+            case SamplingProgress(done, total) if not name:
                 share = "" if done == total else f"sampling {100 * done // total}%"
                 # In a log file, every refresh would be a line.
                 self.bar.set_description_str(share, refresh=sys.stderr.isatty())
             case StepDone():
-                self.losses["loss"] = f"{event.loss:.4f}"
-                self.bar.set_postfix(self.losses, refresh=False)
-                self.bar.update()
-                if event.step == event.total_steps:
-                    tell(phase="saving and sampling")
+                self._count_step(event, name)
+            case Validated(step, loss) if loss is not None and name:
+                say(f"{name}, step {step}: validation loss {loss:.4f}")
             case Validated(step, loss) if loss is not None:
                 self._say_validation(step, loss, event.best_step)
-            case Validated():
+            case Validated() if not name:
                 say(
                     f"step {event.step}: similarity of the samples to the held-out photos "
                     f"{event.record['validation_similarity']:.3f}"
                 )
             case SampleSaved():
-                say(f"sample: {event.path}")
+                say(f"{name or 'sample'}: {event.path}")
             case CheckpointSaved():
-                say(f"checkpoint: {_checkpoint_text(event)}")
-            case EffectMeasured(effect):
-                say(str(effect))
+                removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
+                say(f"{name or 'checkpoint'}: {event.path}{removed}")
+            case TrainingEnded(step, interrupted) if name:
+                say(f"{name}: {'interrupted' if interrupted else 'done'} after step {step}")
             case TrainingEnded():
                 self._say_end(event)
+            case SubjectLeft(reason):
+                say(f"{name} has left the pack: {reason}")
 
     def close(self) -> None:
         """End the bar's line, so that further output starts on a new line."""
         for bar in (self.images, self.bar):
             if bar is not None:
                 bar.close()
+
+    def _count_step(self, event: StepDone, name: str) -> None:
+        """Move the bar, which has the steps of all subjects."""
+        self._steps[name] = event.step, event.total_steps
+        done, total = (sum(counts) for counts in zip(*self._steps.values(), strict=True))
+        if self.bar is None:
+            self._open_bar(done, total)
+        if name:
+            tell(phase="training", done=done, total=total)
+        else:
+            self.losses["loss"] = f"{event.loss:.4f}"
+            self.bar.set_postfix(self.losses, refresh=False)
+            if done == total:
+                tell(phase="saving and sampling")
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def _open_bar(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def _say_validation(self, step: int, loss: float, best_step: int | None) -> None:
         self.losses["validation"] = f"{loss:.4f}"
@@ -128,10 +156,14 @@ class TrainProgress:
             self.images.close()
             self.images = None
 
-    def _start(self, event: TrainingStarted) -> None:
-        from tqdm import tqdm
-
-        self.trigger = event.trigger
+    def _start(self, event: TrainingStarted, name: str) -> None:
+        self.triggers[name] = event.trigger
+        self._steps[name] = event.step, event.total_steps
+        if name:
+            photos = counted(event.photos, "photo")
+            resumed = f"; resumed from {event.resumed_from}" if event.resumed_from else ""
+            say(f"{name}: {photos} at {pixels(event.resolutions)}, {event.adapter}{resumed}")
+            return
         tell(
             phase="training",
             first_step=event.step,
@@ -153,54 +185,7 @@ class TrainProgress:
             print(f"changed from step {event.step + 1} on: {listed(event.changed)}")
         if event.unused:
             print(f"without effect, since no step is left: {listed(event.unused)}")
-        self.bar = tqdm(
-            total=event.total_steps, initial=event.step, unit="step", dynamic_ncols=True
-        )
-
-
-class PackProgress:
-    """Progress bar over the steps of all subjects of a pack, and lines with the subject's name.
-
-    Attributes:
-        triggers: Trigger words of each started subject.
-    """
-
-    def __init__(self) -> None:
-        self.triggers: dict[str, str] = {}
-        self.bar = ProgressBar("step")
-        self._done: dict[str, int] = {}
-        self._totals: dict[str, int] = {}
-
-    def __call__(self, name: str, event: Event) -> None:
-        """Show one event of a subject."""
-        match event:
-            case ModelLoading():
-                TrainProgress()(event)
-            case TrainingStarted():
-                self.triggers[name] = event.trigger
-                self._done[name], self._totals[name] = event.step, event.total_steps
-                photos = counted(event.photos, "photo")
-                resumed = f"; resumed from {event.resumed_from}" if event.resumed_from else ""
-                say(f"{name}: {photos} at {pixels(event.resolutions)}, {event.adapter}{resumed}")
-            case ClassImagesAnnounced():
-                say(f"{name}: {_class_images_text(event)}")
-            case StepDone():
-                self._done[name] = event.step
-                done, total = sum(self._done.values()), sum(self._totals.values())
-                self.bar(done, total)
-                tell(phase="training", done=done, total=total)
-            case Validated(step, loss) if loss is not None:
-                say(f"{name}, step {step}: validation loss {loss:.4f}")
-            case SampleSaved():
-                say(f"{name}: {event.path}")
-            case CheckpointSaved():
-                say(f"{name}: {_checkpoint_text(event)}")
-            case EffectMeasured(effect):
-                say(f"{name}: {effect}")
-            case TrainingEnded(step, interrupted):
-                say(f"{name}: {'interrupted' if interrupted else 'done'} after step {step}")
-            case SubjectLeft(reason):
-                say(f"{name} has left the pack: {reason}")
+        self._open_bar(event.step, event.total_steps)
 
 
 def training_summary(config: TrainConfig) -> str:
@@ -380,11 +365,6 @@ def _class_images_text(event: ClassImagesAnnounced) -> str:
         return f"{images}: about {duration(event.seconds)}"
     advice = f"; {event.advice}" if event.advice else ""
     return f"{images} to generate before the first step, in {event.folder}{advice}"
-
-
-def _checkpoint_text(event: CheckpointSaved) -> str:
-    removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
-    return f"{event.path}{removed}"
 
 
 def _resumed_line(event: TrainingStarted) -> str:

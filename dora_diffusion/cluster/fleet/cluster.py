@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dora_diffusion.cluster.fleet.connection import connect, ray_library
@@ -32,6 +32,7 @@ from dora_diffusion.cluster.fleet.queue import (
 from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import counted
+from dora_diffusion.training.events import StepDone
 
 _WAIT_SECONDS = 1.0
 # Most consecutive workers that may fail to start.
@@ -39,7 +40,7 @@ _MOST_FAILED = 3
 
 
 class _Actor:
-    """Worker in a Ray process. It can report progress while a task runs."""
+    """Worker in a Ray process. It can return the last step while a task runs."""
 
     def __init__(self, work: Work) -> None:
         raylet = os.getppid()
@@ -60,15 +61,15 @@ class _Actor:
 
     def do(self, payload: Any, waited: float) -> tuple[Any, Exception | None]:
         """Run a task. Returns its result and its error."""
-        self._worker.waited, self._worker.told = waited, {}
+        self._worker.waited, self._worker.step = waited, None
         try:
             return self._work(payload, self._worker), None
         except Exception as error:
             traceback.print_exc()  # into the worker's log
             return None, _portable(error)
 
-    def told(self) -> dict[str, Any]:
-        return self._worker.told
+    def step(self) -> StepDone | None:
+        return self._worker.step
 
 
 def _portable(error: Exception) -> Exception:
@@ -91,8 +92,8 @@ class _ActorSlot:
     location: WorkerLocation | None = None
     waited: float = 0.0
     task: Task | None = None
-    progress_call: Any = None
-    progress: dict[str, Any] = field(default_factory=dict)
+    step_call: Any = None
+    step: StepDone | None = None
 
 
 class RayWorkers(Workers):
@@ -182,7 +183,7 @@ class RayWorkers(Workers):
             num_cpus=self._demand.get("CPU", 0),
             num_gpus=self._demand.get("GPU", 0),
             max_restarts=0,
-            max_concurrency=2,  # It reports progress during a task.
+            max_concurrency=2,  # It returns the last step during a task.
             scheduling_strategy="SPREAD",
         ).remote(self._work)
         return _ActorSlot(actor, time.monotonic(), actor.ready.remote())
@@ -194,7 +195,7 @@ class RayWorkers(Workers):
     def start(self, task: Task) -> WorkerLocation:
         slot = self._idle_slots()[0]
         assert slot.location is not None
-        slot.task, slot.progress = task, {}
+        slot.task, slot.step = task, None
         slot.call = slot.actor.do.remote(task.payload, slot.waited)
         slot.waited = 0.0
         return slot.location
@@ -206,7 +207,7 @@ class RayWorkers(Workers):
             return []
         self._ray.wait(calls, num_returns=1, timeout=_WAIT_SECONDS)
         reports = [report for slot in list(self._slots) for report in self._settle(slot)]
-        self._fetch_progress()
+        self._fetch_steps()
         return reports
 
     def _is_there(self, reference: Any) -> bool:
@@ -241,18 +242,18 @@ class RayWorkers(Workers):
             return []
         return [TaskReport(task, slot.location, *answer)]
 
-    def _fetch_progress(self) -> None:
-        """Collect the progress of busy actors, and request it again, without waiting."""
+    def _fetch_steps(self) -> None:
+        """Collect the last steps of busy actors, and request them again, without waiting."""
         for slot in self._slots:
-            if slot.progress_call is not None and self._is_there(slot.progress_call):
+            if slot.step_call is not None and self._is_there(slot.step_call):
                 with contextlib.suppress(Exception):  # A dead actor is handled with its task.
-                    slot.progress = self._ray.get(slot.progress_call)
-                slot.progress_call = None
-            if slot.progress_call is None and slot.task is not None:
-                slot.progress_call = slot.actor.told.remote()
+                    slot.step = self._ray.get(slot.step_call)
+                slot.step_call = None
+            if slot.step_call is None and slot.task is not None:
+                slot.step_call = slot.actor.step.remote()
 
-    def progress(self) -> dict[str, Any]:
-        return {slot.task.name: slot.progress for slot in self._slots if slot.task is not None}
+    def progress(self) -> dict[str, StepDone | None]:
+        return {slot.task.name: slot.step for slot in self._slots if slot.task is not None}
 
 
 def _reason(error: Exception) -> str:

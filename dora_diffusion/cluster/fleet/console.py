@@ -86,13 +86,12 @@ def table_lines(fleet: Fleet) -> list[str]:
     ]  # fmt: skip
     if queue.per_hour is not None:
         counts += [f"{queue.per_hour:.0f} an hour", f"{duration(queue.seconds_left)} left"]
-    lines, progress = [", ".join(counts)], fleet.workers.progress()
+    lines, steps = [", ".join(counts)], fleet.workers.progress()
     for name, task in list(queue.running.items())[:_ROWS]:
-        figures = progress.get(name) or {}
-        step = "starting"
-        if figures:
-            step = f"step {figures['step']} of {figures['total']}, loss {figures['loss']:.4f}"
-        lines.append(f"  {name}: {step} ({task.location.worker})")
+        text, step = "starting", steps.get(name)
+        if step is not None:
+            text = f"step {step.step} of {step.total_steps}, loss {step.loss:.4f}"
+        lines.append(f"  {name}: {text} ({task.location.worker})")
     if len(queue.running) > _ROWS:
         lines.append(f"  and {len(queue.running) - _ROWS} more")
     return lines

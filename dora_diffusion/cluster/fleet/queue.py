@@ -10,6 +10,7 @@ from typing import Any
 
 from dora_diffusion.config.fields import require
 from dora_diffusion.models.load import BaseCache
+from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.metrics import TrainingError
 
 
@@ -63,23 +64,23 @@ class Worker:
     """Context of the work, which persists between tasks.
 
     Args:
-        on_progress: Called after each progress report.
+        on_progress: Called after each step.
 
     Attributes:
         load: Loads base models, and keeps the last one in memory.
         waited: Seconds that the current task waited for this worker to start.
-        told: Last progress report of the current task.
+        step: Last step of the current task; None before it.
     """
 
     def __init__(self, on_progress: Callable[[], None] = lambda: None) -> None:
         self.load = BaseCache()
         self.waited = 0.0
-        self.told: dict[str, Any] = {}
+        self.step: StepDone | None = None
         self._on_progress = on_progress
 
-    def tell(self, **figures: Any) -> None:
-        """Report progress of the task."""
-        self.told = figures
+    def report(self, step: StepDone) -> None:
+        """Report a step of the task."""
+        self.step = step
         self._on_progress()
 
 
@@ -94,7 +95,7 @@ class Workers:
         work: Function of a task's payload.
 
     Attributes:
-        on_progress: Called after each progress report of a running task.
+        on_progress: Called after each step of a running task.
     """
 
     def __init__(self, work: Work) -> None:
@@ -115,7 +116,7 @@ class Workers:
 
     def start(self, task: Task) -> WorkerLocation:
         """Start a task on an idle worker."""
-        self._task, self._worker.told = task, {}
+        self._task, self._worker.step = task, None
         return WorkerLocation("this process")
 
     def wait(self) -> list[TaskReport]:
@@ -129,9 +130,9 @@ class Workers:
         self._task = None
         return [report]
 
-    def progress(self) -> dict[str, Any]:
-        """Return the last progress report of each running task, by name."""
-        return {} if self._task is None else {self._task.name: self._worker.told}
+    def progress(self) -> dict[str, StepDone | None]:
+        """Return the last step of each running task, by name."""
+        return {} if self._task is None else {self._task.name: self._worker.step}
 
 
 @dataclass

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dora_diffusion import system
+from dora_diffusion.cli.console.errors import explain
 from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
 from dora_diffusion.config.derived import listed
 from dora_diffusion.config.wording import counted, duration
@@ -28,7 +29,6 @@ from dora_diffusion.data.images import digest_of
 from dora_diffusion.data.photos import COMPANIONS, PHOTO_SUFFIXES
 from dora_diffusion.evaluation.report import LinkedImage, Section, as_html
 from dora_diffusion.formats.files.atomic import require_writable, save_text
-from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import locked
 
@@ -178,13 +178,8 @@ def done_before(
 
 def cause_of(error: Exception) -> str:
     """Return an error in one line, with its type if it is not a user's mistake."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
-    elif isinstance(error, OSError) and error.strerror:
-        text = " ".join(error.strerror.split())
-    is_known = isinstance(error, ValueError | OSError | TrainingError)
-    text = text if is_known and text else f"{type(error).__name__}: {text}"
+    text = explain(error, "train")[1] or f"{type(error).__name__}: {error}"
+    text = " ".join(text.split())
     return text if len(text) <= _LONG else f"{text[:_LONG].rstrip()} ..."
 
 

@@ -30,7 +30,6 @@ from dora_diffusion.cluster.fleet.results import (
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
 from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError, TrainConfig, settings
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
@@ -83,7 +82,6 @@ def workers_for(work: Work, address: str | None, share: Share | None = None) -> 
     return RayWorkers(work, address, share or Share())
 
 
-@check_arguments()
 def run_fleet(
     configs: Mapping[str, TrainConfig | ConfigError],
     output: str | PathLike[str],

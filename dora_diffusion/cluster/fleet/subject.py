@@ -223,7 +223,7 @@ def _train(runs: Mapping[str, _SubjectRun], worker: Worker) -> PackResult:
 
     def on_event(name: str, event: events.Event) -> None:
         if isinstance(event, events.StepDone):
-            worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
+            worker.report(event)
         for run in [runs[name]] if name else runs.values():  # "" is the whole pack.
             run.on_event(event)
 

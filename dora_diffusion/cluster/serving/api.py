@@ -29,6 +29,7 @@ from dora_diffusion.cluster.serving.engine import (
     Reply,
     refusal_of,
 )
+from dora_diffusion.config.flag_map import removal
 from dora_diffusion.config.wording import counted
 from dora_diffusion.formats.adapter.metadata import READING, ZERO_TERMINAL_SNR
 from dora_diffusion.formats.adapter.stored import find_adapter
@@ -332,6 +333,8 @@ def value_line(error: Mapping[str, Any]) -> str:
         return f"the body is not JSON: {error['ctx']['error']}, at character {field[0]}"
     name = ".".join(map(str, field))
     if error["type"] == "extra_forbidden":
+        if refusal := removal(name):
+            return refusal
         meant = nearest_name(name, ApiRequest.model_fields)
         return f"there is no field {name}" + (f" (did you mean {meant}?)" if meant else "")
     return f"{name or 'the body'}: {error['msg']}"

@@ -43,7 +43,6 @@ def alpha_rule(
     metadata: Mapping[str, str],
     config: Mapping[str, Any] | None,
     alpha: float | None,
-    is_stated: bool,
 ) -> tuple[AlphaOf, Note | None]:
     """Return the rule for the effective alpha of a layer, given its name and rank.
 
@@ -51,7 +50,6 @@ def alpha_rule(
         metadata: The file's metadata.
         config: The ``adapter_config.json`` of a PEFT folder; None for other files.
         alpha: Alpha of training, for a file that does not store it.
-        is_stated: Whether the layout of the file always states alpha.
 
     Returns:
         The rule, and a note on layers that do not store their alpha.
@@ -60,7 +58,7 @@ def alpha_rule(
         AdapterFormatError: Here or from the rule, if the source of alpha is damaged; or if an alpha
             is given, but the file states one.
     """
-    is_stated = is_stated or OWN + "target" in metadata or DIFFUSERS_METADATA in metadata
+    is_stated = OWN + "target" in metadata or DIFFUSERS_METADATA in metadata
     is_stated = is_stated or "lora_alpha" in (config or {})
     if is_stated and alpha is not None:
         raise AdapterFormatError("the file determines its alpha; leave out the given one")

@@ -89,8 +89,7 @@ class Decoder:
         layers, beside = split_joined(layers, notes), split_joined(beside, [])
         if self.shapes is None or self.base is None:
             return layers, beside, notes
-        has_no_component = not component and not self.layout.says_alpha
-        if has_no_component and not all(map(has_component, tensors)):
+        if not component and not all(map(has_component, tensors)):
             layers = move_to_second_encoder(layers, self.shapes, notes)
         fitted = fit_to_model(layers, self.shapes, kinds_of(self.base))
         return fitted, fit_to_model(beside, self.shapes), notes
@@ -100,8 +99,7 @@ class Decoder:
     ) -> tuple[Layers, Layers, list[str]]:
         """Return the layers of the file, LoRA layers to add, and notes."""
         metadata = file.metadata
-        says_alpha = self.layout.says_alpha
-        alpha_of, without_alpha = alpha_rule(metadata, file.config, self.alpha, says_alpha)
+        alpha_of, without_alpha = alpha_rule(metadata, file.config, self.alpha)
         groups = self.layout.group(tensors, metadata, self.shapes, component)
         notes = key_notes(tensors) if component is None else []
         if without_alpha and any("alpha" not in group for group in groups.values()):

@@ -258,8 +258,6 @@ def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor])
         raise AdapterFormatError("alpha has no effect: a VeRA has none; leave it out")
     tokens: dict[str, Vectors] = {**take_bundled(tensors)}
     is_bundled = bool(tokens)
-    for key in layout.tokens(tensors, metadata):
-        tokens[key] = {"text_encoder": tensors.pop(key)}
     if file.config is not None:
         component = peft_component(list(tensors), folder.name, metadata.get(OWN + "component", ""))
         folder = folder.parent

@@ -52,8 +52,7 @@ class AdapterReport:
     Attributes:
         path: The file, or the folder of a PEFT adapter.
         key_format: ``"diffusers"``, ``"kohya"`` or ``"peft"``; from early 2023 ``"attn_procs"``,
-            the attention processors of diffusers, and ``"cloneofsimo"``, the numbered layers of the
-            first LoRA trainer; ``"other"`` if a key is not of these programs.
+            the attention processors of diffusers; ``"other"`` if a key is not of these programs.
         metadata: Metadata of the file. A missing family is guessed from shapes.
         layers: Number of layers per component.
         kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 3x3"``, ``"Embedding"``.

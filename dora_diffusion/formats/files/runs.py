@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from dora_diffusion import system
@@ -13,8 +12,6 @@ from dora_diffusion import system
 PIPELINE_NAME = "model"
 """Folder of the model in the output folder of full fine-tuning."""
 _LONGEST = 60
-# Limits of the search for adapters. Checkpoints in a folder of runs are on the third level.
-_LEVELS, _MOST_FOLDERS = 3, 5000
 # Reserved names of devices in Windows, with any suffix.
 _DEVICE = re.compile(r"con|nul|aux|prn|com\d|lpt\d")
 RESULT_NAME = "result"
@@ -51,24 +48,6 @@ def runs_folder() -> Path:
 def result_adapter(folder: Path) -> Path | None:
     """Return the adapter file of a completed run or a checkpoint, or None."""
     return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
-
-
-def adapter_files(folder: Path) -> list[Path]:
-    """Return the tensor files of a folder and three levels of sub-folders, nearest first.
-
-    Hidden folders and pipeline folders are skipped.
-    """
-    files, level = list[Path](), [folder]
-    for _ in range(1 + _LEVELS):
-        files += sorted((f for path in level for f in path.glob("*.safetensors")), reverse=True)
-        inner = (path for above in level for path in above.glob("*") if _may_hold_adapters(path))
-        level = list(islice(inner, _MOST_FOLDERS))
-    return files
-
-
-def _may_hold_adapters(path: Path) -> bool:
-    is_open = path.is_dir() and not path.name.startswith(".")
-    return is_open and not (path / "model_index.json").is_file()
 
 
 def adapter_checkpoints(folder: Path) -> tuple[str, ...]:

@@ -161,6 +161,7 @@ _MODEL_KEYS = (
     "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
     "cap_embedder.1.weight",
 )  # fmt: skip
+_NUMBERED = re.compile(r"(unet|text_encoder):\d+:(up|down)")
 _PREFIX_TWICE = re.compile(r"(lora_unet_unet|lora_te\d?_te\d?|lora_te\d?_text_encoder)_.*")
 
 
@@ -178,6 +179,13 @@ def unknown_keys_message(keys: Collection[str]) -> str:
         return (
             "its names have the component's prefix twice, as a broken converter wrote them, so "
             f"that no program finds its layers; convert the file that it was made from again {such}"
+        )
+    if has(_NUMBERED):
+        return (
+            "its layers have numbers for names, which only the program that wrote it can resolve "
+            "(cloneofsimo/lora, of 2022); merge it with that program's lora_add, and make an "
+            "adapter from the merged model with 'dora-diffusion extract --base BASE --tuned MODEL "
+            f"--rank RANK --output ADAPTER' {such}"
         )
     for method, pattern in patterns.items():
         if has(pattern):

@@ -151,7 +151,6 @@ class AdapterLayout:
         name: Name in the list of layouts, for users too.
         key_format: Name of the key format in reports; ``"other"`` if no known program writes it.
         file_name: Default file name; None for a folder of files.
-        says_alpha: Whether the alpha of all layers is known without stored values.
         is_compact: Whether the file has fewer values than the layers that it represents.
         form: For files for one base model: suffix of the key whose tensor has the layer's shape.
         method: For these files: name of the method in reports.
@@ -160,7 +159,7 @@ class AdapterLayout:
 
     name = key_format = "other"
     file_name: str | None = ""
-    says_alpha = is_compact = False
+    is_compact = False
     form = method = note = ""
 
     def parse(self, key: str) -> Key | None:
@@ -179,10 +178,6 @@ class AdapterLayout:
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
         """Return the canonical name of a key's module, None if it is unknown."""
         return key.path
-
-    def tokens(self, keys: Collection[str], metadata: Fields) -> list[str]:
-        """Return the keys of trained tokens."""
-        return []
 
     def group(
         self, tensors: Tensors, metadata: Fields, shapes: Shapes | None, component: str | None

@@ -108,7 +108,7 @@ class Vera(AdapterLayout):
 
     name = "vera"
     file_name = VERA_FILE
-    says_alpha = is_compact = True
+    is_compact = True
 
     def matches(self, keys: Collection[str], metadata: Fields) -> bool:
         return metadata.get(OWN + "target") == self.name

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, model_name, open_model
@@ -66,7 +65,6 @@ from dora_diffusion.training.results.checkpoint import folders_after, step_of
 Progress = Callable[[int, int], None]
 
 
-@check_arguments()
 def analyze_weights(
     sources: str | PathLike[str] | Sequence[str | PathLike[str]],
     base: AnyModel,

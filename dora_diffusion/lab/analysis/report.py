@@ -14,7 +14,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.evaluation import report
 from dora_diffusion.evaluation.statistics import Interval, correlation_interval
@@ -394,7 +393,6 @@ class Analysis:
                 })  # fmt: skip
         return text.getvalue()
 
-    @check_arguments()
     def write(self, folder: str | PathLike[str]) -> dict[str, Path]:
         """Write the `FILES`; returns their paths."""
         folder = Path(folder)

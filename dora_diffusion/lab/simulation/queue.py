@@ -16,14 +16,12 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.fields import require, require_positive
 
 HOUR = 3600.0
 Values = npt.NDArray[np.float64]
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class QueuePlan:
     """Workers of a fleet, with their costs and failures.
@@ -126,7 +124,6 @@ class QueueOutcome:
         return len(self.waits) / self.seconds * HOUR
 
 
-@check_arguments()
 def simulate_queue(
     plan: QueuePlan,
     arrivals: Sequence[float] | Values,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.flag_map import find_training_setting
@@ -30,7 +29,6 @@ _RESERVED = (
 _HELD_OUT = frozenset(setting.name for setting in fields(ValidationSettings))
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class Method:
     """Training method of a study.
@@ -53,7 +51,6 @@ class Method:
         return not self.learning_rates and not self.rate_of
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class Tuning:
     """Tuning of learning rates, on other subjects, with the same number of trials per method.
@@ -82,7 +79,6 @@ class Tuning:
         return self.method_rates.get(method, self.learning_rates)
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class SamplingOptions:
     """Sampling options for images of trained models.
@@ -102,7 +98,6 @@ class SamplingOptions:
     analysis_points: int = 4
 
 
-@check_arguments()
 @dataclass(frozen=True)
 class Study:
     """Settings of a study.

@@ -11,7 +11,6 @@ from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Worker, WorkQue
 from dora_diffusion.cluster.fleet.run import absolute, workers_for
 from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.arguments import check_arguments
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.fields import require
 from dora_diffusion.evaluation.measures import measure_of
@@ -33,7 +32,6 @@ from dora_diffusion.models.metric_models import open_metric_model
 OnTrial = Callable[[int, int, Record, bool], None]
 
 
-@check_arguments()
 def run_study(
     study: Study,
     output: str | PathLike[str],

@@ -174,8 +174,7 @@ def _result(job: Job, output: Path) -> str:
         return download(output / "report.html", "The report as one file")
     if job.kind == "prepare":
         return _look(printed(job.folder), image(output, "Contact sheet"))
-    files = [output, *(f for f in [output.with_suffix(".yaml")] if f.is_file())]
-    links = [download(file, f"Download {file.name}") for file in files]
+    links = [download(output, f"Download {output.name}")]
     if is_adapter(job):
         links.append(button("Add to the library", "add", job.id))
     lines = [line.replace(str(output), output.name) for line in printed(job.folder)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -10,7 +11,6 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.cli.console.environment import describe_environment
 from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.api import add_api
@@ -31,7 +31,7 @@ from dora_diffusion.studio.jobs.store import UserError, ids_in
 
 TICK_SECONDS = 2.0
 CHOOSERS = (
-    "run", "adapter", "library_run", "study", "subject", *MORE, "find_run", "words_file", "style",
+    "run", "adapter", "library_run", "study", "subject", *MORE, "find_run",
     "library_other", "library_rival", "study_subjects", "study_base", "others", "start", "base",
 )  # fmt: skip
 """Fields for choosing objects; a choice whose object was deleted becomes `GONE`."""
@@ -84,9 +84,7 @@ def build_page(context: Context) -> gr.Blocks:
             "chooser_cards": run_view.cards,
             "adapter": generating.adapter, **generating.more, "turn": generating.turn,
             "history": generating.gallery.list, "find_run": generating.gallery.run,
-            "template": generating.template, "style": generating.fields["style"],
-            "words": generating.words.kept, "words_row": generating.words.row,
-            "words_file": generating.words.file,
+            "template": generating.template,
             "library": stored.gallery, "library_run": stored.run,
             "library_other": stored.other, "library_rival": stored.rival,
             "library_side": stored.side, "tasks": stored.tasks,
@@ -245,12 +243,15 @@ def add_report(context: Context) -> None:
                 "a shared app does not describe the machine that it runs on; its operator can call "
                 "'dora-diffusion doctor' there"
             )
-        return str(describe_environment(context.workspace.root))
+        # Another process: it trains, and a broken package may end Python.
+        command = [sys.executable, "-m", "dora_diffusion", "doctor"]
+        done = subprocess.run(command, capture_output=True, check=False)
+        return (done.stdout or done.stderr).decode(errors="replace")
 
     with gr.Accordion("For a bug report", open=False, elem_id="bug-report") as box:
         text = (
             "What this installation is, as 'dora-diffusion doctor' prints it: no token, no "
-            "password, no name of yours. Add the traceback, or the end of the run's log."
+            "password, no home folder. Add the traceback, or the end of the run's log."
         )
         ui.html_block(html.quiet(text))
         # The copy button needs a label.

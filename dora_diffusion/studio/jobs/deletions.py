@@ -8,9 +8,8 @@ from pathlib import Path
 from dora_diffusion.config.wording import counted, quoted
 from dora_diffusion.data.photos import mask_path, photos_in
 from dora_diffusion.studio.jobs.image_store import ImageStore
-from dora_diffusion.studio.jobs.inputs import list_prompt_files
 from dora_diffusion.studio.jobs.snapshot import read_run
-from dora_diffusion.studio.jobs.store import MissingError, Workspace
+from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.studio.jobs.subjects import captions_of, photo_path, read_subject
 
 FINAL = "It cannot be restored."
@@ -81,21 +80,6 @@ def image_question(images: ImageStore, name: object) -> str:
     prompt = parse_parameters(image.parameters)["Prompt"]
     title = f"the image {image.path.name}" + (f", {quoted(prompt)}" if prompt else "")
     return _question(title, [], [image.path])
-
-
-def prompt_file_question(workspace: Workspace, name: object) -> str:
-    """Return the question before a file of styles or wildcards is deleted.
-
-    Raises:
-        UserError: If the file does not exist.
-    """
-    file = next((file for file in list_prompt_files(workspace) if file.name == name), None)
-    if file is None:
-        raise MissingError("this file no longer exists; choose another one")
-    is_styles = file.name == workspace.styles.name
-    path = workspace.styles if is_styles else workspace.wildcards / file.name
-    counts = [_some(len(file.names), "style") if is_styles else ", ".join(file.names)]
-    return _question(file.name, counts, [path])
 
 
 def _question(title: str, contents: Sequence[str], files: Iterable[Path], text: str = FINAL) -> str:

@@ -21,7 +21,7 @@ _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
     "train_text_encoder_ti", "teach", "anchors", "quantize", "quantize_convolutions",
     "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
-    "unmasked_prior", "cuda_graph",
+    "unmasked_prior",
     "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
     "method", "use_dora", "parametrization", "full_weights", "targets", "text_encoder_targets",
     "rank", "conv_rank", "rank_pattern", "lora_dropout",

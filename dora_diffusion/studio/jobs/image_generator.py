@@ -6,29 +6,27 @@ import gc
 import hashlib
 import random
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import open as open_image
 
 from dora_diffusion.cli.image_rows import LoadedRequest, image_rows, trigger_messages
-from dora_diffusion.cli.image_settings import Prompts
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.command import group
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError, flag
-from dora_diffusion.config.prompts import MOST_CHARACTERS, SAFE_STEP, Style
+from dora_diffusion.config.prompts import SAFE_STEP
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.studio.jobs.queue import PERSON, holding, is_running
-from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, clean_text, new_id
+from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, new_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,20 +48,6 @@ class _Model(AdaptedModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prompts(Prompts):
-    """Prompts with a subject, which replaces ``{subject}`` in the prompt of a style."""
-
-    subject: str = ""
-
-    @cached_property
-    def chosen_styles(self) -> list[Style]:
-        """The chosen styles with the subject in their prompts, one line each."""
-        styles = super().chosen_styles
-        texts = ((s.prompt.replace("{subject}", self.subject), s.negative_prompt) for s in styles)
-        return [Style(*(clean_text(s, MOST_CHARACTERS, "style") for s in pair)) for pair in texts]
-
-
-@dataclass(frozen=True, kw_only=True)
 class GenerationRequest(RequestedImages):
     """Request for images: settings of ``generate`` within the app's limits.
 
@@ -76,18 +60,16 @@ class GenerationRequest(RequestedImages):
     """
 
     model: _Model = group(_Model)
-    prompts: _Prompts = group(_Prompts)
     output: str = flag("", "Image file; each image of the app has its own.")
     batch_position: tuple[int, int] = (1, 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_prompt(self.styled("prompt"))
+        _require_prompt(self.prompts.prompt or "")
         denoising = self.denoising
         for name, value, low, high in (
             ("images", self.num_images, 1, MAX_IMAGES),
             ("steps", denoising.steps, 1, MAX_STEPS),
-            ("steps of the second pass", self.second_pass.hires_steps, 1, MAX_STEPS),
             ("guidance", denoising.guidance_scale, 0, MAX_GUIDANCE),
             ("width", denoising.width, SAFE_STEP, MAX_SIDE),
             ("height", denoising.height, SAFE_STEP, MAX_SIDE),
@@ -191,17 +173,17 @@ class ImageGenerator:
         from dora_diffusion.adapters.inject import disabled
 
         prepared = self._started(replace(request, num_images=1) if with_base else request)
-        rows = _rows(prepared)
+        rows = list(image_rows(prepared).values())
         base_images: list[Image] = []
         with self._device(request):
-            with _untouched() as lines:
-                loaded = self._load(prepared, request.sampling)
-                if with_base:
-                    with disabled(*loaded.components.adaptable().values()):
-                        base_images = self._sample(loaded, rows, on_step)
-                images = self._sample(loaded, rows, on_step)
-            notes = _notes(loaded, [row.prompt for row in rows], lines)
-        alone = prepared.changed(adapter=None, layer_strength=[], strength_schedule=[])
+            loaded = self._load(prepared, request.sampling)
+            step = self._until_withdrawn(on_step)
+            if with_base:
+                with disabled(*loaded.components.adaptable().values()):
+                    base_images = loaded.sample(rows, step)
+            images = loaded.sample(rows, step)
+            notes = _notes(loaded, [row.prompt for row in rows])
+        alone = prepared.changed(adapter=None)
         base = self._write(loaded._replace(request=alone), rows, base_images, notes)
         return base, self._write(loaded, rows, images, notes)
 
@@ -240,10 +222,9 @@ class ImageGenerator:
             text = f"the grid has too many images; {MAX_GRID} can be made at once"
             raise UserError(text) from None
         with self._device(request):
-            with _untouched() as lines:
-                run.make(self._until_withdrawn(on_step))
+            run.make(self._until_withdrawn(on_step))
             read = (parse_parameters(text)["Prompt"] for text in run.record.texts.values())
-            notes = _notes(self._load(prepared, request.sampling), [*filter(None, read)], lines)
+            notes = _notes(self._load(prepared, request.sampling), [*filter(None, read)])
         first = run.record.texts[run.record.files[0]]
         with open_image(run.folder / SHEET) as sheet:
             path = self.workspace.images / f"{new_id()}-{run.record.seed}.png"
@@ -254,26 +235,13 @@ class ImageGenerator:
     def _started(self, request: GenerationRequest) -> GenerationRequest:
         """Return the request with a seed and a file name."""
         output = str(self.workspace.images / f"{new_id()}.png")
-        # Only images of one prompt can be repeated exactly; drawn prompts are sampled one by one.
-        size = 1 if request.prompts.wildcards else request.batch_size
-        return replace(request, seed=_first_seed(request), output=output, batch_size=size)
+        return replace(request, seed=_first_seed(request), output=output)
 
     def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> LoadedRequest:
         uses = request.uses()
         components = self._model(request, uses)
         sampling, _ = request.distilled(sampling, components, uses)
         return LoadedRequest(request, components, sampling, request.batch_position)
-
-    def _sample(
-        self, loaded: LoadedRequest, rows: Sequence[ImageRow], on_step: Step | None
-    ) -> list[Image]:
-        """Sample the rows, within the limit of the second pass's size."""
-        longest = max(loaded.size) * (loaded.sampling.hires or 1)
-        if longest > MAX_SIDE:
-            raise UserError(
-                f"the second pass would be {longest:.0f} pixels long; at most {MAX_SIDE} are made"
-            )
-        return loaded.sample(rows, self._until_withdrawn(on_step))
 
     @contextmanager
     def _device(self, request: GenerationRequest) -> Iterator[None]:
@@ -331,24 +299,8 @@ class ImageGenerator:
         return saved
 
 
-@contextmanager
-def _untouched() -> Iterator[list[str]]:
-    """Collect, after the block, the warnings about images that got no detail pass."""
-    from dora_diffusion.sampling.detail import NO_PASS
-
-    lines = list[str]()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield lines
-    messages = (str(warning.message) for warning in caught)
-    lines += dict.fromkeys(f"{s[:1].upper()}{s[1:]}" for s in messages if s.endswith(NO_PASS))
-
-
-def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
-    """Return notes on truncated prompts and on settings unsuitable for a distilled model.
-
-    ``lines`` are appended.
-    """
+def _notes(loaded: LoadedRequest, prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return notes on truncated prompts and on settings unsuitable for a distilled model."""
     from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import truncated_text
     from dora_diffusion.sampling.conditioning import inactive_messages, reads_weights
@@ -375,7 +327,7 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str], lines: Sequence[str]) 
                 f"{name} is for few steps ({few.kind}): set steps {few.steps}, guidance "
                 f"{few.guidance_scale:g}{scheduler}"
             )
-    return *notes, *lines
+    return tuple(notes)
 
 
 def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[str]:
@@ -390,18 +342,6 @@ def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[st
 
 def _first_seed(request: GenerationRequest) -> int:
     return random.randrange(SEED_LIMIT - MAX_IMAGES) if request.seed is None else request.seed
-
-
-def _rows(request: GenerationRequest) -> list[ImageRow]:
-    """Return the rows of a request, with drawn wildcards.
-
-    Raises:
-        ConfigError, UserError: If wildcards cannot be drawn, or a drawn prompt is empty.
-    """
-    rows = list(image_rows(request).values())
-    for row in rows:
-        _require_prompt(row.prompt)
-    return rows
 
 
 def _require_prompt(text: str) -> None:

@@ -7,8 +7,6 @@
       subjects/<id>/ photos, captions and masks of a subject
       images/        generated images (see `dora_diffusion.studio.jobs.image_store`)
       exports/<id>/  converted adapters and merged checkpoints, for download
-      styles.csv     styles for prompts, in A1111's format
-      wildcards/     wildcard files: a random line of colours.txt replaces __colours__
       cache/         Gradio's uploads
 """
 
@@ -79,8 +77,6 @@ class Workspace:
         favourites: Folder with an empty file for each image marked as a favourite.
         thumbnails: Folder of small JPEGs of generated images.
         exports: Folder of files for download.
-        styles: File of styles; missing until a user uploads one.
-        wildcards: Folder of wildcard files.
         cache: Folder of Gradio's uploads.
         device_lock: Lock on the compute device, held by a worker or the Generate tab.
         queue_lock: Lock of the app that starts jobs.
@@ -97,8 +93,6 @@ class Workspace:
     favourites = _Below("images", "favourites")
     thumbnails = _Below("images", "thumbnails")
     exports = _Below("exports")
-    styles = _Below("styles.csv")
-    wildcards = _Below("wildcards")
     cache = _Below("cache")
     device_lock = _Below(".device.lock")
     queue_lock = _Below(".queue.lock")
@@ -107,7 +101,7 @@ class Workspace:
         """Create the folders."""
         for folder in (
             self.root, self.subjects, self.images, self.inputs, self.favourites, self.thumbnails,
-            self.exports, self.wildcards, self.cache,
+            self.exports, self.cache,
         ):  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True)
         return self

@@ -5,9 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from dora_diffusion.adapters.stack import RankRoute
-from dora_diffusion.training.prediction import Drawn
-
 Record = dict[str, Any]
 """Metrics of a step by name, still on the device."""
 
@@ -25,10 +22,6 @@ class Hook:
 
     def begin(self, number: int) -> None:
         """Act before the batches of a step are drawn. Steps are counted from 1."""
-
-    def route(self, drawn: Drawn, route: RankRoute) -> RankRoute:
-        """Change the rank masks for a batch."""
-        return route
 
     def gradients(self, number: int) -> None:
         """Act after the backward passes, before gradients are averaged and clipped.

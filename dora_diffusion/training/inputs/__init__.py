@@ -1,1 +1,1 @@
-"""Inputs of a step: subjects, photos, class images, noise and timesteps."""
+"""Inputs of a run: base model, subjects, photos, cached latents, held-out photos, priors."""

@@ -1,1 +1,1 @@
-"""Output of a run: checkpoints, metrics, samples, the adapter and its card."""
+"""Results of a run: its folder, checkpoints, resuming, validation, the adapter and its card."""

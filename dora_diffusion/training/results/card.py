@@ -38,7 +38,6 @@ def model_card(
     written: Path,
     report: str,
     samples: Mapping[str, str],
-    effect: object = "",
 ) -> str:
     """Return the model card of a result: trigger words, sample images, usage and training.
 
@@ -49,7 +48,6 @@ def model_card(
         written: Adapter file or model folder.
         report: Summary of the trained parameters.
         samples: Caption -> path of an image, relative to the card.
-        effect: Measured effect as text; empty if it was not measured.
     """
     base = without_path(metadata.base_model)
     trigger, first = triggers_of(subjects), subjects[0].settings
@@ -58,7 +56,7 @@ def model_card(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
     steps = metadata.extra["training_steps"]
-    measured = _validation(config, metadata, written) + _as_sentence(effect)
+    measured = _validation(config, metadata, written)
     _, method = _method(config)
     family, size = FAMILIES[metadata.family], pixels(metadata.resolutions)
     stated = stated_reading(metadata.extra)
@@ -132,11 +130,6 @@ def _model_index(
     dataset = {"type": "imagefolder", "name": "Held-out photos"}
     results = [{"task": task, "dataset": dataset, "metrics": metrics}]
     return [{"name": title, "results": results}] if metrics else []
-
-
-def _as_sentence(effect: object) -> str:
-    text = str(effect)
-    return f"\n{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _validation(config: TrainConfig, metadata: AdapterMetadata, written: Path) -> str:

@@ -123,7 +123,7 @@ def state_of(run: Run, segments: object, step: int) -> dict[str, Any]:
         "scaler": None if scaler is None else scaler.state_dict(),
         "projections": run.weights.projections(),
         "start": run.weights.start(),
-        "probe": run.probe.state_dict(),
+        "initial": run.initial,
         "validation": None if run.validation is None else run.validation.state_dict(),
     }
 
@@ -177,7 +177,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         if hook.name:
             hook.load_state_dict(state[hook.name])
     run.sampler.load_state_dict(state["sampler"])
-    run.probe.load_state_dict(state.get("probe", {}))
+    run.initial = state.get("initial", "")
     step.batches.index = int(state["batches"])
     if state["scaler"] is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])

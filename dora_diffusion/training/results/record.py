@@ -1,4 +1,4 @@
-"""``run.json``: versions and hardware, on which exact results depend, and the measured effect."""
+"""``run.json``: versions and hardware, on which exact results depend, and the outcome."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.devices import device_name
 from dora_diffusion.training.results.checkpoint import FORMAT
-from dora_diffusion.training.results.effect import Effect
 from dora_diffusion.training.results.folders import RECORD_NAME
 
 Conditions = dict[str, str]
@@ -64,18 +63,23 @@ def changed_conditions(name: str, before: Mapping[str, str], now: Conditions) ->
 
 
 def save_record(
-    folder: Path, conditions: Sequence[Mapping[str, Any]], effect: Effect | None = None
+    folder: Path, conditions: Sequence[Mapping[str, Any]], learned: bool | None = None
 ) -> Path:
-    """Write ``run.json``: the conditions, each with its first step, and the effect."""
-    figures = None if effect is None else effect.figures
-    record = {"format": FORMAT, "conditions": conditions, "effect": figures}
+    """Write ``run.json``: the conditions, each with its first step, and the outcome.
+
+    Args:
+        folder: Output folder of the run.
+        conditions: Versions and hardware (`conditions_of`).
+        learned: Whether training has changed the result; None before the end.
+    """
+    record = {"format": FORMAT, "conditions": conditions, "learned": learned}
     return save_text(folder / RECORD_NAME, json.dumps(record, indent=1) + "\n")
 
 
 def has_learned_nothing(folder: Path) -> bool:
-    """Return whether a completed run in the folder had no effect according to its record."""
+    """Return whether a completed run in the folder has changed nothing, by its record."""
     try:
-        figures = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))["effect"]
-        return figures is not None and Effect(figures["prediction"], 0.0).is_nothing
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        return record["learned"] is False
     except (OSError, ValueError, KeyError, TypeError):
         return False

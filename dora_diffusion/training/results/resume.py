@@ -14,6 +14,7 @@ from dora_diffusion.config import ConfigError, TrainConfig, differences, setting
 from dora_diffusion.config.derived import Changes, as_yaml, listed, removed_settings
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.file import SEGMENTS
+from dora_diffusion.config.flag_map import REMOVED
 from dora_diffusion.config.learning import OptimizerSettings
 from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.run import SampleSettings
@@ -221,7 +222,8 @@ def check_same_run(
         UserWarning: If the order of the images differs, which changes the order of the batches.
     """
     if removed := removed_settings(state["config"]):
-        values = ", ".join(f"{setting} {shown(value)}" for setting, value in removed.items())
+        advice = {setting: f" ({REMOVED[setting]})" for setting in removed if setting in REMOVED}
+        values = ", ".join(f"{n} {shown(v)}{advice.get(n, '')}" for n, v in removed.items())
         raise ConfigError(
             f"cannot resume {name}: it was trained with {values}, which this version of "
             "dora-diffusion does not have; start over in another --output_dir, or resume with the "

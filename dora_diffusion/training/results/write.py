@@ -117,7 +117,6 @@ def write_result(
     if shards_model(accelerator):
         accelerator.wait_for_everyone()
     preserved_share = weights.reload(written)
-    run.probe.measure()
 
     def add_thumbnail(grid: Image.Image) -> None:
         """Write the adapter again with a sample as thumbnail for adapter managers."""
@@ -205,8 +204,7 @@ def _write_card(
         if name in samples
     }
     metadata, report = result_metadata(run, steps), run.report
-    effect = run.probe.effect
-    card = model_card(run.config, run.subjects, metadata, written, report, images, effect)
+    card = model_card(run.config, run.subjects, metadata, written, report, images)
     save_text(folder / "README.md", card)
 
 

@@ -1,1 +1,1 @@
-"""Trainable parts: adapters, all weights, words, ranks."""
+"""Trainable parameters: adapters, all weights, new words."""

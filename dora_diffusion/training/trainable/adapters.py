@@ -34,7 +34,6 @@ from dora_diffusion.adapters.targets import (
     check_pattern,
     first_naming,
     match_targets,
-    require_rows,
 )
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
@@ -285,9 +284,6 @@ def adapter_configs(
     layers = {}
     for name, model in modules.items():
         layers[name] = {path: model.get_submodule(path) for path in matched(name, model, config)}
-        for setting in ("rank_dropout", "tlora_min_rank"):
-            if getattr(config, setting):
-                require_rows(layers[name], setting)
     for setting in (*PATTERNS, "lr_pattern"):
         check_pattern(setting, getattr(config, setting), layers.values())
 
@@ -374,8 +370,6 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
     if config.gradient_checkpointing:
         # Reentrant checkpointing needs an input that requires a gradient.
         settings: dict[str, Any] = {"use_reentrant": False}
-        if config.cuda_graph and not _drops(model, config):
-            settings["preserve_rng_state"] = False  # A capture cannot read the random state.
         if not keeps_random_state(components.device.type):
             settings["context_fn"] = partial(_repeating_draws, components.device.type)
         module: Any = model
@@ -387,13 +381,6 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
         from dora_diffusion.adapters.compiled import compile_blocks
 
         compile_blocks(model)
-
-
-def _drops(model: nn.Module, config: TrainConfig) -> bool:
-    """Return whether a component has dropout."""
-    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    of_attention = getattr(getattr(model, "config", None), "attention_dropout", 0.0)
-    return any((config.lora_dropout, of_attention, *rates))
 
 
 def _repeating_draws(device_type: str) -> tuple[_Draws, _Draws]:

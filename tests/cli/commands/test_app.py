@@ -54,20 +54,6 @@ def test_a_bad_password_is_refused(auth: str) -> None:
         parse_launch(["--share", "--auth", auth])
 
 
-def test_a_password_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DORA_DIFFUSION_AUTH", "ann:long:enough")
-    assert parse_launch(["--share"]).logins == {"ann": "long:enough"}
-
-
-def test_model_folders_are_named_on_the_command_line() -> None:
-    launch = parse_launch(["--model_folders", "a", "b", "--models", "c"])
-    assert (launch.model_folders, launch.models) == ([Path("a"), Path("b")], ["c"])
-
-
-def test_the_browser_is_opened_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [parse_launch(flags).browser for flags in ([], ["--browser"])] == [False, True]
-
-
 def test_help_and_refusal_need_no_gradio() -> None:
     code = (
         "import sys; from dora_diffusion.cli.main import main; code = main(['app', '--share']);"

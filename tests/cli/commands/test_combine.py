@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
@@ -31,16 +29,3 @@ def test_strengths_stand_behind_the_files(
     words = ["--rank", "1", "--output", str(output), "--overwrite"]
     assert main([*command, *words]) == 0
     assert "in total 0.00%" not in capsys.readouterr().out
-
-
-def test_one_adapter_stays_itself(
-    trained: Path, sd1_folder: Path, tmp_path: Path, last_line: Callable[[], str]
-) -> None:
-    output = tmp_path / "same.safetensors"
-    words = ["combine", str(trained), "--base", str(sd1_folder), "--output", str(output)]
-    assert main(words) == 0
-    before, after = read_adapter(trained).layers, read_adapter(output).layers
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name].up, after[name].up) for name in before)
-    assert main(words) == 1
-    assert "exists" in last_line()

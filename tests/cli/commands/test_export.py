@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from dora_diffusion.cli.main import main
@@ -42,16 +41,3 @@ def test_a_name_with_a_suffix_is_one_file_in_the_precision_that_is_asked_for(
     with safe_open(file, "pt") as tensors:
         written = tensors.get_tensor(key)
     assert torch.equal(written, loaded.denoiser.time_embedding.linear_1.weight.half())
-
-
-def test_a_base_alone_is_written_in_another_layout(sd1_folder, tmp_path, capsys):
-    file = tmp_path / "one.safetensors"
-    argv = ["export", "--base", str(sd1_folder), "--output", str(file), "--strength", "0.5"]
-    assert main(argv) == 0
-    printed = capsys.readouterr()
-    assert f"{file} (reopened and checked)" in printed.out
-    lines = [line for line in printed.err.splitlines() if line.startswith("warning")]
-    assert lines == ["warning: strength has no effect because no adapter is given"]
-    with pytest.raises(SystemExit):
-        main(["verify", str(file), "--base", str(sd1_folder)])
-    assert "--adapter must be given" in capsys.readouterr().err

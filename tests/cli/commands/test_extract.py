@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,24 +43,3 @@ def test_it_says_how_near_and_who_reads_it(
     report = json.loads(capsys.readouterr().out)
     assert report["errors"].keys() == read_adapter(file).layers.keys()
     assert all(layer.magnitude is None for layer in read_adapter(file).layers.values())
-
-
-def test_what_has_no_effect_and_what_is_refused(
-    tuned: Path, sd1_folder: Path, tmp_path: Path, last_line: Callable[[], str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    command = ["extract", "--base", str(sd1_folder), "--rank", "1"]
-    output = ["--output", str(tmp_path / "a.safetensors")]
-    assert main([*command, "--tuned", str(sd1_folder), *output]) == 1
-    assert last_line().endswith("in every layer; there is nothing to extract")
-    words = [*command, "--tuned", str(tuned), *output, "--method", "lora", "--norm_axis", "input"]
-    assert main(words) == 0
-    said = "warning: norm_axis has no effect because a LoRA has no magnitudes"
-    assert said in capsys.readouterr().err.splitlines()
-    assert main([*command, "--tuned", str(tuned), *output]) == 1
-    assert "exists" in last_line()
-    assert main([*command, "--tuned", str(sd1_folder), *output, "--tuned_variant", "nope"]) == 1
-    assert "has no weights of the variant 'nope'" in last_line()
-    assert main([*command, "--tuned", str(tuned), *output, "--tuned_variant", "fp16"]) == 1
-    said = "warning: tuned_variant has no effect because the tuned model is a single file"
-    assert said in capsys.readouterr().err.splitlines()

@@ -50,8 +50,3 @@ def test_a_dry_run_lists_what_each_is_trained_on(words, tmp_path, capsys):
     assert "empty: " in out
     assert "wrong: " in out
     assert not (tmp_path / "out").exists()
-
-
-def test_a_share_without_a_cluster_is_said(words, capsys):
-    cli.main([*words, "--dry_run", "--workers", "2"])
-    assert "workers has no effect because no address is given" in capsys.readouterr().err

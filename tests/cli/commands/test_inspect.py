@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from dora_diffusion.cli.main import main
 
 
@@ -25,15 +23,6 @@ def test_it_says_what_a_file_is_for_people_and_for_scripts(trained, capsys):
 def test_something_else_is_one_line(tmp_path, last_line):
     assert main(["inspect", str(tmp_path)]) == 1
     assert "no adapter file in it" in last_line()
-
-
-def test_what_is_not_known_is_called_so(lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(lora)]) == 0
-    text = capsys.readouterr().out
-    assert "LyCORIS            not known\n" in text
-    assert "diffusers key format, " in text
-    assert "trained\n" not in text
-    assert "unet layers per block" not in text
 
 
 def test_one_of_several_files_is_asked_for(

@@ -23,49 +23,7 @@ def said(line: str) -> list[str]:
     return [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("generate --base b --prompt x --output x.png", []),
-        ("generate --base b --prompt x --output x.png --adapter a --strength 0.5 --alpha 3", []),
-        ("generate --base b --prompt x --output x.png --strength 0.5 --alpha 3",
-         ["alpha has no effect because no adapter is given",
-          "strength has no effect because no adapter is given"]),
-        ("evaluate a --base b --subject s --model_config c",
-         ["model_config has no effect because the base is not a single .safetensors file"]),
-        ("generate --base b.safetensors --model_config c --prompt x --output x.png", []),
-        ("export --base b.safetensors --adapter a --output o --model_config c", []),
-        ("export --base b.safetensors --adapter a --output o.safetensors --model_config c",
-         ["model_config has no effect because the output is a single file, which contains no "
-          "configuration"]),
-    ],
-)  # fmt: skip
-def test_a_flag_without_effect_is_said(line, expected):
-    assert said(line) == expected
-
-
 EVALUATE, GENERATE = "evaluate a --subject bolt_mug", "generate --prompt x --output x.png"
-_LIMITS = "it must be between -10 and 10, where 1 is the adapter as trained"
-
-
-@pytest.mark.parametrize(
-    ("command", "flags", "message"),
-    [
-        (EVALUATE, "--strength 70", f"strength is 70; {_LIMITS}"),
-        (EVALUATE, "--guidance_scale nan", "guidance_scale is nan; it must be a finite number"),
-        (EVALUATE, "--steps 0", "steps is 0; it must be at least 1"),
-        *((command, "--vae_tile_size 500", "vae_tile_size is 500; it must be a multiple of 32, "
-           "such as 512, or 0") for command in (EVALUATE, GENERATE)),
-    ],
-)  # fmt: skip
-def test_numbers_that_cannot_work_are_refused_before_the_model_is_loaded(
-    command, flags, message, tmp_path, monkeypatch, capsys
-):
-    """A table of NaNs with exit code 0 would be taken for a result."""
-    monkeypatch.chdir(tmp_path)
-    assert cli.main([*f"{command} --base no-such/model {flags}".split()]) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

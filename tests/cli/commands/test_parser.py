@@ -87,11 +87,6 @@ def test_a_tracker_may_be_none():
     assert train_config(args).report_to is None
 
 
-def test_dtypes_are_taken_under_their_short_names():
-    words = ["generate", "--base", "x", "--prompt", "y", "--output", "z.png", "--dtype", "bf16"]
-    assert cli.build_parser().parse_args(words).dtype == "bfloat16"
-
-
 def test_a_file_of_settings_leaves_the_parser_as_it_was():
     """Help can be shown with it, and the next command needs what is required again."""
     (commands,) = (a for a in cli.build_parser()._actions if isinstance(a.choices, dict))

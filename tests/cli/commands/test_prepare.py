@@ -100,41 +100,6 @@ def test_several_subjects_have_a_folder_each_and_their_imbalance_is_said(folder,
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--caption", "a sks mug"], ["a sks mug"] * 3),
-        (["--find", "mug", "--replace", "cup"], ["a cup on grass", "red cup", ""]),
-        (["--find", "mug"], ["a on grass", "red", ""]),
-        (["--caption_prefix", "sks,"], ["sks, a mug on grass", "sks, red mug", ""]),
-        (
-            ["--remove_tag", "red mug", "--first_tag", "sks", "--add_tag", "photo"],
-            ["sks, a mug on grass, photo", "sks, photo", ""],
-        ),
-        (
-            ["--find", "a mug", "--replace", "mug", "--caption_prefix", "a sks"],
-            ["a sks mug on grass", "a sks red mug", ""],
-        ),
-    ],
-)
-@pytest.mark.parametrize("where", ["--in_place", "--output"])
-def test_captions_of_all_photos_are_changed(flags, expected, where, folder, capsys):
-    own = ["a mug on grass", "red mug"]
-    for number, caption in enumerate(own, start=1):
-        (folder / f"0{number}.txt").write_text(caption, encoding="utf-8")
-    assert prepare("mug", where, *([] if where == "--in_place" else ["set"]), *flags) == 0
-    target = folder if where == "--in_place" else folder.parent / "set"
-    files = [target / f"0{number}.txt" for number in (1, 2, 3)]
-    assert [f.read_text("utf-8").strip() if f.exists() else "" for f in files] == expected
-    if where == "--output":
-        assert [(folder / f"0{n}.txt").read_text("utf-8") for n in (1, 2)] == own
-
-
-def test_a_replacement_without_a_text_to_find_is_said(folder, capsys):
-    assert prepare("mug", "--replace", "cup") == 0
-    assert "warning: replace has no effect because no --find is given" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
     ("flags", "line"),
     [
         (["--masks", "rembg"], "captions, masks and copies need either --output FOLDER or"),
@@ -164,20 +129,3 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(
     assert said.startswith("error: ")
     assert line in said
     assert sorted(folder.parent.rglob("*")) == before
-
-
-def test_flags_without_effect_are_said(folder, capsys):
-    flags = [
-        "--only_copies",
-        "--seed",
-        "3",
-        "--mask_label",
-        "mug",
-        "--caption_prompt",
-        "What is it?",
-    ]
-    assert prepare("mug", *flags) == 0
-    err = capsys.readouterr().err
-    needs = {"seed": "background", "only_copies": "background", "mask_label": "masks"}
-    for name, needed in (needs | {"caption_prompt": "caption_model"}).items():
-        assert f"warning: {name} has no effect because no --{needed} is given" in err

@@ -15,24 +15,6 @@ from dora_diffusion.cluster.serving.engine import Reply
 pytest.importorskip("prometheus_client", reason="it comes with the extra ray")
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--host", "0.0.0.0"], "lets others ask this server; give --token_file, or set DORA_"),
-        (["--adapters", "nowhere"], "nowhere does not exist; give a folder of adapters"),
-        (["--base", "./nowhere"], "./nowhere does not exist"),
-        (["--replicas", "0"], "replicas is 0; it must be at least 1"),
-        (["--token_file", "nowhere"], "nowhere does not exist"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_served_is_one_line(flags, line, monkeypatch, last_line):
-    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
-    monkeypatch.setattr(deploy, "deployed", None)
-    assert main(["serve", "--base", "embedded:tiny-sd", *flags]) == 1
-    assert line in last_line()
-
-
 def test_it_serves_until_it_is_interrupted(tmp_path, monkeypatch, capsys):
     from dora_diffusion.cluster.serving import server
 

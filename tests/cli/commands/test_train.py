@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -13,13 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.cli.commands.parser import Parser
-from dora_diffusion.cli.commands.train import add_settings, train_config
+from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import PRESETS, TrainConfig, read_config_file
 from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
@@ -33,10 +30,6 @@ ROOT = Path(__file__).parents[3]
 
 def parsed(*flags):
     return train_config(cli.build_parser().parse_args(["train", *flags]))
-
-
-def test_no_flags_are_the_defaults():
-    assert parsed() == TrainConfig()
 
 
 def test_flags_take_the_types_of_their_settings():
@@ -66,55 +59,6 @@ def test_flags_take_precedence_over_the_file(tmp_path):
     assert config.validation_prompt == ["a sks dog"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "seed: 1\nlearning_rte: 1",
-            "run.yaml, line 2: there is no setting learning_rte (did you mean learning_rate?)",
-        ),
-        ("seed: 1\nrank: many", "run.yaml, line 2: rank is 'many'; it must be a whole number"),
-        ("rank: 0", "line 1: rank is 0; it must be greater than 0"),
-        ("optimizer: adamx", "line 1: optimizer is 'adamx'"),
-        ("seed: 1\nrank: [", "run.yaml, line 2: this is not valid YAML"),
-        (
-            "seed: 1\nscale_lr: true",
-            "line 2: scale_lr of Diffusers' scripts is not here",
-        ),
-        (
-            "rank: 0\nseed: 1\nsnr_gamma: -1",
-            "run.yaml, line 1: rank is 0; it must be greater than 0; "
-            "{file}, line 3: snr_gamma is -1.0",
-        ),
-        (
-            "rank: x\nseed: y",
-            "line 1: rank is 'x'; it must be a whole number; {file}, line 2: seed",
-        ),
-        (
-            "rnak: 4\nseed: -1\nscale_lr: true\nrank: many",
-            "line 1: there is no setting rnak (did you mean rank?); {file}, line 2: seed is -1; it "
-            "must not be negative; {file}, line 3: scale_lr of Diffusers' scripts is not here",
-        ),
-        (
-            "rnak: 4\nseed: -1\nscale_lr: true\nrank: many",
-            "{file}, line 4: rank is 'many'; it must be a whole number",
-        ),
-    ],
-)
-def test_a_wrong_file_is_one_line(tmp_path, last_line, text, message):
-    file = tmp_path / "run.yaml"
-    file.write_text(text, encoding="utf-8")
-    assert cli.main(["train", "--config", str(file)]) == 1
-    line = last_line()
-    assert line.startswith("error: ")
-    assert message.format(file=file) in line
-
-
-def test_a_missing_file_is_one_line(last_line):
-    assert cli.main(["train", "--config", "nowhere.yaml"]) == 1
-    assert "cannot read the config file nowhere.yaml" in last_line()
-
-
 def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, capsys):
     output = tmp_path / "run"
     assert cli.main(["train", *train_flags(output)]) == 0
@@ -129,20 +73,6 @@ def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, caps
     assert Path(f"{output}.safetensors").is_file()
     saved = read_config_file(output / "config.yaml")
     assert TrainConfig.from_dict(saved).learning_rate == 1e-2
-
-
-def test_the_script_trains_the_same(trained, train_flags, tmp_path):
-    flags = train_flags(tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_dreambooth_dora.py"), *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = read_adapter(trained).layers, read_adapter(tmp_path / "run").layers
-    assert all(torch.equal(layer.up, second[name].up) for name, layer in first.items())
 
 
 @pytest.mark.parametrize(
@@ -172,13 +102,6 @@ def test_what_is_wrong_is_one_line(changes, message, train_flags, photos, tmp_pa
     assert message in line
     assert "Traceback" not in captured.err
     assert not list(tmp_path.rglob("*lora_weights*"))
-
-
-def test_an_earlier_result_is_not_overwritten(trained, train_flags, last_line):
-    before = (trained / "pytorch_lora_weights.safetensors").read_bytes()
-    assert cli.main(["train", *train_flags(trained)]) == 1
-    assert "--overwrite_output_dir" in last_line()
-    assert (trained / "pytorch_lora_weights.safetensors").read_bytes() == before
 
 
 @pytest.mark.skipif(HANGUP is None, reason="signals between processes are POSIX's")
@@ -218,13 +141,6 @@ def quick_flags(photos, output, *more):
     ]  # fmt: skip
 
 
-def test_the_model_and_the_device_are_one_line(train_flags, tmp_path, sd1_folder, capsys):
-    assert cli.main(["train", *train_flags(tmp_path / "out")]) == 0
-    captured = capsys.readouterr()
-    assert captured.out.splitlines()[0] == f"training {sd1_folder} on cpu in float32"
-    assert "NO BASE MODEL" not in captured.err
-
-
 def test_the_toy_model_is_not_taken_silently(photos, tmp_path, capsys):
     assert cli.main(quick_flags(photos, tmp_path / "out")) == 0
     captured = capsys.readouterr()
@@ -240,13 +156,6 @@ def test_the_toy_model_that_is_named_says_what_it_does_not_know(photos, tmp_path
         err = capsys.readouterr().err
         assert ("warning: embedded:tiny-sd is a toy model of a drawn world" in err) == expected
         assert ("but no dog. Trained on real photos" in err) == expected
-
-
-def test_a_model_that_the_file_names_is_named(photos, tmp_path, capsys):
-    file = tmp_path / "run.yaml"
-    file.write_text("pretrained_model_name_or_path: embedded:tiny-sd\n", encoding="utf-8")
-    assert cli.main(quick_flags(photos, tmp_path / "out", "--config", str(file))) == 0
-    assert "NO BASE MODEL" not in capsys.readouterr().err
 
 
 def test_a_run_without_a_token_names_no_empty_trigger_word(train_flags, tmp_path, capsys):
@@ -332,31 +241,6 @@ def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, 
     assert "1 photo without a caption (03.jpg); write a .txt file" in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_what_is_drawn_of_captions(tmp_path, samples_root, capsys, recwarn):
-    """Prefix, suffix, lines and alternatives; and no warning of lines that are there."""
-    photos = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
-    (photos / "01.txt").write_text("a sks mug\na {red|blue} sks mug", encoding="utf-8")
-    (photos / "02.txt").write_text("a sks mug {1|2|3|4|5|6|7}", encoding="utf-8")
-    words = ["--instance_data_dir", str(photos), "--instance_prompt", "a sks mug", "--wildcards"]
-    words += ["--caption_per_line", "--caption_prefix", "best,", "--caption_suffix", ", photo"]
-    words += ["--resolution", "64", "--caption_dropout", "0.25", "--validation_split", "1"]
-    assert cli.main(["train", *words, "--dry_run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    facts = "4 images, at 64 px, captions dropped: 0.25, 1 image held out"
-    assert lines[0] == f"sks mug: {facts}, in {photos}"
-    first = lines.index("    01.jpg: best, a sks mug, photo")
-    assert lines[first + 1 : first + 4] == [
-        "        or best, a red sks mug, photo", "        or best, a blue sks mug, photo",
-        "    02.jpg: best, a sks mug 1, photo",
-    ]  # fmt: skip
-    assert lines[first + 7 : first + 9] == [
-        "        or best, a sks mug 5, photo", "        or 2 more",
-    ]  # fmt: skip
-    assert lines[-1] == "an epoch: 4 images"
-    # Others may be of what earlier tests have left, which is collected at any time.
-    assert [str(w.message) for w in recwarn if w.category is UserWarning] == []
-
-
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
@@ -385,14 +269,6 @@ def test_a_dry_run_shows_what_sd_scripts_options_do(options, facts, tmp_path, ca
     facts = f", {facts}" if facts else ""
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f"sks mug: 2 images{facts}, in {tmp_path}"
-
-
-def test_a_preset_is_where_settings_start(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("caption_dropout: 0.2\n", encoding="utf-8")
-    config = parsed("--preset", "style", "--config", str(file), "--no-aspect_ratio_buckets")
-    assert (config.token, config.caption_dropout) == ("", 0.2)
-    assert not config.aspect_ratio_buckets
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -436,16 +312,6 @@ def test_a_preset_says_that_it_is_for_other_numbers_of_photos(tmp_path, recwarn)
     assert [line.partition(": ")[2].partition(" and")[0] for line in lines] == [
         f"{count} photos: this preset is for a single one" for count in (2, 3)
     ]
-
-
-def test_a_preset_says_what_it_was_measured_on():
-    add_settings(parser := Parser())
-    help_of_preset = next(a.help for a in parser._actions if "--preset" in a.option_strings)
-    for name, preset in PRESETS.items():
-        assert re.search("[Mm]easured", preset.measured), name
-        assert f"{name}: {preset.about} {preset.measured}" in help_of_preset
-    tokens = re.findall("It sets --token '(.*?)'", help_of_preset)
-    assert tokens == ["<sks>", ""]
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -33,10 +33,3 @@ def test_another_strength_is_not_proven(merged, sd1_folder, trained, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("wrong: ") for line in lines)
     assert lines[-1].startswith("NOT what this base and these adapters give")
-
-
-def test_a_model_that_is_missing_is_asked_for(sd1_folder, trained, last_line):
-    assert main(["verify", "--base", str(sd1_folder), "--adapter", str(trained)]) == 1
-    assert last_line().startswith(
-        "error: the merged model is missing: 'dora-diffusion verify MERGED"
-    )

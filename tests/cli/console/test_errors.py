@@ -40,12 +40,6 @@ def test_out_of_memory_has_its_own_code_and_advice(error, capsys):
     assert "--batch_size" in last_line(capsys)
 
 
-def test_the_cpu_allocator_is_recognised():
-    with pytest.raises(RuntimeError) as failure:
-        torch.empty(10**15)
-    assert errors.is_out_of_memory(failure.value)
-
-
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -89,12 +83,6 @@ def test_a_long_message_of_a_defect_is_cut():
     assert line.startswith("unexpected RuntimeError: a key is missing a key ")
     assert len(line) < 600
     assert "dora-diffusion doctor" in line
-
-
-def test_a_defect_s_kind_is_enough_where_others_read_it():
-    line = errors.asking_for_report("TypeError", " in the server's log")
-    assert line.startswith("unexpected TypeError; this is a bug: please report it with the ")
-    assert "traceback in the server's log and" in line
 
 
 def test_debug_shows_every_traceback(monkeypatch):

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from dora_diffusion.cli.console.errors import reporting_errors
 from dora_diffusion.cli.console.output import (
     ProgressBar,
-    print_json,
     print_rows,
     progress,
-    rows_text,
     say,
     tell,
     telling,
@@ -71,12 +67,6 @@ def test_a_bar_begins_where_it_is_told():
     assert "0/8" not in shown.getvalue()
 
 
-def test_without_a_bar_a_line_is_a_line():
-    with terminal() as shown:
-        say("done")
-    assert shown.getvalue() == "done\n"
-
-
 def test_who_listens_is_told_instead_of_a_bar():
     told = []
     with terminal() as shown:
@@ -114,21 +104,3 @@ def test_texts_stand_in_one_column_and_wrap_there(
         "base model  word word word word word word word word word",
         "            word word word",
     ]
-
-
-def test_a_narrow_terminal_still_gets_forty_columns_of_text(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "10")
-    print_rows([("note", "x" * 40)])
-    assert capsys.readouterr().out == f"note  {'x' * 40}\n"
-
-
-def test_what_json_does_not_have_is_text(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json({"path": Path("a/b"), "error": 0.5})
-    assert json.loads(capsys.readouterr().out) == {"path": "a/b", "error": 0.5}
-
-
-def test_rows_as_text_are_not_wrapped_and_say_a_name_once():
-    rows = [("a", "x " * 99), ("device", "1"), ("device", "2"), ("a", "3")]
-    assert rows_text(rows) == f"a       {'x ' * 99}\ndevice  1\n        2\na       3"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.cli.console.output import telling
 from dora_diffusion.cli.console.training import TrainProgress, next_steps
 from dora_diffusion.cli.main import build_parser, read_settings
@@ -25,7 +24,6 @@ from dora_diffusion.training.events import (
     TrainingStarted,
     Validated,
 )
-from tools.pages import ROOT, Page
 
 
 def started(**changes: Any) -> TrainingStarted:
@@ -60,11 +58,6 @@ def test_what_is_trained_and_on_what_is_said_first(show) -> None:
     ]
     assert "1/9" in bar
     assert "loss=0.2500" in bar
-
-
-def test_every_resolution_is_said(show) -> None:
-    lines, _ = show(started(resolutions=(64, 128)))
-    assert lines[0].startswith("Stable Diffusion 1 on cpu: 5 photos at 64, 128 px, DoRA; ")
 
 
 def test_a_job_is_told_of_phases_and_where_it_began(show) -> None:
@@ -118,12 +111,6 @@ def test_what_is_written_is_named_and_class_images_are_counted(show) -> None:
     assert "6/6" in bar
 
 
-def test_a_process_that_reports_nothing_has_not_started() -> None:
-    progress = TrainProgress()
-    assert not progress.started
-    progress.close()
-
-
 ADAPTER = "pytorch_lora_weights.safetensors"
 
 
@@ -170,14 +157,6 @@ def test_the_next_steps_are_commands_that_the_parser_takes(
     if "variant" not in settings:
         args = read(comfyui[1:])
         assert getattr(args, "to", None) == (to[1] if len(to) > 1 else None)
-
-
-def test_the_line_for_comfyui_is_the_readmes_command() -> None:
-    """Word for word: after the README's training, the last lines say what its next section does."""
-    commands = {words[1]: words[2:] for words in reversed(Page(ROOT / "README.md").commands)}
-    config = train_config(build_parser().parse_args(["train", *commands["train"]]))
-    line = next_steps(config, Path(config.output_dir, ADAPTER))[1]
-    assert shlex.split(line, comments=True)[3:] == commands["convert"]
 
 
 def test_the_line_for_diffusers_is_python_with_the_path_quoted() -> None:

@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from dora_diffusion.cluster.fleet.queue import Worker
 from dora_diffusion.cluster.fleet.results import SubjectRecord
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
+from dora_diffusion.training.events import StepDone
 
 SAMPLES = Path(__file__).parents[3] / "samples"
 NAMES = ("bolt_mug", "ring_robot", "heart_teapot")
@@ -29,19 +29,19 @@ DEADLY, STEP = "ring_robot", 3
 def _train(
     subjects: Sequence[FleetSubject], worker: Worker, at_step: Callable[[str, int], None]
 ) -> list[SubjectRecord]:
-    """As `train_subjects`, with a call before each step is told."""
+    """As `train_subjects`, with a call before each step is reported."""
     (subject,) = subjects
-    tell = worker.tell
+    report = worker.report
 
-    def tell_later(**figures: Any) -> None:
-        at_step(subject.record.name, figures["step"])
-        tell(**figures)
+    def report_later(step: StepDone) -> None:
+        at_step(subject.record.name, step.step)
+        report(step)
 
-    worker.tell = tell_later
+    worker.report = report_later
     try:
         return train_subjects(subjects, worker)
     finally:
-        worker.tell = tell
+        worker.report = report
 
 
 def _die_once(mark: Path) -> None:

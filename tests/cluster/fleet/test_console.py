@@ -8,19 +8,20 @@ from dora_diffusion.cluster.fleet.console import FleetTable, table_lines
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, WorkerLocation, WorkQueue
 from dora_diffusion.cluster.fleet.results import SubjectRecord
 from dora_diffusion.cluster.fleet.run import Fleet
+from dora_diffusion.training.events import StepDone
 
 
-class Told:
-    """Workers that only tell."""
+class Workers:
+    """Workers that only report their steps."""
 
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, steps):
+        self.steps = steps
 
     def start(self, task):
         return WorkerLocation("node-1:42", "node-1")
 
     def progress(self):
-        return self.told
+        return self.steps
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def fleet():
     """One known, one done, one failed in 60 seconds; two run, one waits."""
     now = [0.0]
     queue = WorkQueue(clock=lambda: now[0])
-    workers = Told({"c": {"step": 3, "total": 40, "loss": 0.125}})
+    workers = Workers({"c": StepDone(3, 40, 0.125, {})})
     queue.add(Task(name, None) for name in "abcde")
     for _ in range(4):
         queue.start(workers)

@@ -115,22 +115,6 @@ def test_a_task_takes_since_its_first_worker():
     assert ended.seconds == 12
 
 
-def test_pace_and_time_left_are_those_of_the_clock():
-    now = [100.0]
-    queue = WorkQueue(clock=lambda: now[0])
-    queue.add(Task(str(number), None, 5) for number in range(6))
-    workers = ScriptedWorkers(2, {})
-    assert queue.per_hour is None
-    assert queue.seconds_left is None
-    queue.start(workers)
-    queue.start(workers)
-    now[0] += 30
-    ended = [queue.settle(TaskReport(task, WorkerLocation())) for task in list(workers.busy)]
-    assert [one.seconds for one in ended] == [30, 30]
-    assert queue.per_hour == 5 * 240
-    assert queue.seconds_left == 60
-
-
 def test_what_the_caller_raises_dismisses_the_workers():
     def refuse(ended: TaskReport) -> None:
         raise RuntimeError(ended.task.name)

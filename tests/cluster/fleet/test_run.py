@@ -17,16 +17,12 @@ import pytest
 from dora_diffusion.cluster.fleet import run as module
 from dora_diffusion.cluster.fleet import subject as worker_side
 from dora_diffusion.cluster.fleet.connection import connect
-from dora_diffusion.cluster.fleet.queue import Worker
 from dora_diffusion.cluster.fleet.results import (
-    FleetResults,
     SubjectRecord,
-    cause_of,
     settings_digest,
 )
 from dora_diffusion.cluster.fleet.run import run_fleet
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
-from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.training.recipe import train
 from tests.cluster.fleet.helpers import DEADLY, NAMES, STEP, assert_same_results, losses
@@ -88,36 +84,6 @@ def test_what_is_done_is_not_repeated(serial, subjects, trained, tmp_path):
     assert again.records == fleet.records
 
 
-def test_records_of_subjects_that_are_no_longer_listed_are_kept(
-    serial, subjects, trained, tmp_path
-):
-    output = Path(shutil.copytree(serial.output, tmp_path / "out"))
-    before = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
-    for _ in range(2):
-        fleet = run_fleet({NAMES[1]: subjects[NAMES[1]]}, output)
-        assert (list(fleet.records), list(fleet.unlisted)) == ([NAMES[1]], [NAMES[0], NAMES[2]])
-        lines = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
-        assert lines == [before[1], before[0], before[2]]
-    assert not trained
-    page = (output / "index.html").read_text(encoding="utf-8")
-    assert "3 subjects: 3 done, 0 failed." in page
-    assert f'src="{NAMES[-1]}/samples/' in page
-    assert list(run_fleet(subjects, output).unlisted) == []
-    lines = (output / "fleet.jsonl").read_text(encoding="utf-8").splitlines()
-    assert lines == before
-
-
-def test_what_a_worker_that_was_thought_lost_has_ended_is_not_trained_again(
-    serial, subjects, monkeypatch
-):
-    """Its node was gone, and its process lived long enough."""
-    name, results = NAMES[0], FleetResults(serial.output)
-    record = results.record(name)
-    monkeypatch.setattr(worker_side, "train", None)
-    subject = FleetSubject(subjects[name], serial.output, replace(record, status="running"))
-    assert train_subjects([subject], Worker()) == [record]
-
-
 def test_other_settings_or_photos_of_a_subject_that_is_done_are_said(
     serial, subjects, trained, tmp_path
 ):
@@ -174,20 +140,20 @@ def stopping(monkeypatch, error, name=DEADLY, step=STEP):
     is_over = []
 
     def train_until(subjects, worker):
-        inner = worker.tell
+        inner = worker.report
 
-        def stop(**figures):
+        def stop(event):
             names = [subject.record.name for subject in subjects]
-            if name in names and figures["step"] == step and not is_over:
+            if name in names and event.step == step and not is_over:
                 is_over.append(True)
                 raise error
-            inner(**figures)
+            inner(event)
 
-        worker.tell = stop
+        worker.report = stop
         try:
             return train_subjects(subjects, worker)
         finally:
-            worker.tell = inner
+            worker.report = inner
 
     monkeypatch.setattr(module, "train_subjects", train_until)
 
@@ -338,19 +304,6 @@ def test_what_is_wrong_with_one_subject_is_a_line_and_the_others_go_on(
     assert again.records["full"].status == "done"
 
 
-def test_warnings_of_a_training_arrive(serial):
-    for record in serial.records.values():
-        assert "conv_rank has no effect because targets name no Conv2d layer" in record.warnings
-
-
-@pytest.mark.parametrize("name", ["resume_from_checkpoint", "push_to_hub"])
-def test_settings_that_are_the_fleet_s_own_are_refused(subjects, tmp_path, name):
-    values = {"push_to_hub": True, "hub_model_id": "me/x"} if name == "push_to_hub" else {}
-    config = replace(subjects[NAMES[0]], **(values or {name: "latest"}))
-    (failed,) = run_fleet({"one": config}, tmp_path).failed
-    assert f"{name} is set by the fleet" in failed.cause
-
-
 def test_an_entry_that_is_wrong_fails_alone(subjects, tmp_path):
     """Also one whose record cannot be read."""
     (tmp_path / "blocked" / "fleet.json").mkdir(parents=True)
@@ -463,15 +416,3 @@ def test_a_cluster_that_refuses_may_want_a_token(monkeypatch, mode):
                 connect(address)
             has_hint = "set RAY_AUTH_MODE=token" in str(caught.value)
             assert has_hint == (mode is None and ":" in address)
-
-
-@pytest.mark.parametrize("share", [{"num_gpus": -1.0}, {"workers": 0}])
-def test_a_share_that_cannot_be_is_refused(share):
-    with refused(*share):
-        Share(**share)
-
-
-def test_a_cause_is_one_line():
-    assert cause_of(ValueError("two\n lines")) == "two lines"
-    assert cause_of(KeyError("x")) == "KeyError: 'x'"
-    assert len(cause_of(RuntimeError("x" * 1000))) < 330

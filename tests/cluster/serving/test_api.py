@@ -247,41 +247,6 @@ def test_without_a_token_another_name_of_this_machine_is_refused(folder):
     assert {run(ask(host)) for host in bad} == {400}
 
 
-def test_no_page_loads_scripts_from_elsewhere(folder):
-    async def ask():
-        async with client_of(folder, Workers(), token=None) as client:
-            schema = (await client.get("/openapi.json")).json()
-            paths = [*schema["paths"], "/docs", "/redoc", "/docs/oauth2-redirect", "/"]
-            answers = [await client.get(path) for path in paths]
-            return paths, [a.headers.get("content-type", "") for a in answers]
-
-    paths, types = run(ask())
-    assert {"/v1/images", "/v1/adapters", "/health", "/ready", "/metrics"} < set(paths)
-    assert not [path for path, kind in zip(paths, types, strict=True) if "html" in kind]
-
-
-@pytest.mark.parametrize("letter", ["a", "\xe9", "\u9f8d", "\U0001f600", '"', "\\", "\n"])
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_notes_fit_into_a_header_and_begin_as_they_do(folder, letter, count):
-    notes = [f"note {n}: {letter * 4000}" for n in range(count)]
-
-    class Noting(Workers):
-        async def __call__(self, batch):
-            return Reply([ApiAnswer(b"png", 0, ("short", *notes)) for _ in batch], 0)
-
-    async def ask():
-        async with client_of(folder, Noting()) as client:
-            return await post(client)
-
-    header = run(ask()).headers["X-Notes"]
-    assert len(header.encode()) <= 2048
-    assert len(header) > 1000
-    short, *cut = json.loads(header)
-    assert short == "short"
-    assert [note[:9] for note in cut] == [f"note {n}: {letter}" for n in range(count)]
-    assert all(note.endswith(" ...") for note in cut)
-
-
 def test_each_request_is_a_line_of_the_log_without_prompts_and_tokens(folder, caplog):
     workers = Workers()
 
@@ -352,18 +317,6 @@ def test_an_adapter_that_no_request_can_use_has_its_problem_and_is_not_counted(
     assert alone.counted_adapters() == "4 adapters (1 more with a problem: see /v1/adapters)"
 
 
-def test_an_adapter_whose_name_is_taken_is_listed_with_its_problem(folder):
-    (folder / "new").mkdir()
-    (folder / "new" / "dog.safetensors").write_bytes((folder / "dog.safetensors").read_bytes())
-    service = Service(Catalogue([folder, folder / "new"]), Workers(), None, 1.0)
-    first, second = (row for row in service.adapters() if row["name"] == "dog")
-    assert (first["trigger"], first["problem"]) == ("sks dog", None)
-    assert second == {
-        "name": "dog", "trigger": None, "family": None,
-        "problem": f"there is another dog in {folder.name}; rename one of them",
-    }  # fmt: skip
-
-
 def test_a_defect_is_told_in_the_log_and_not_to_who_asks(folder, caplog):
     class Broken(Workers):
         async def __call__(self, batch):
@@ -408,28 +361,3 @@ def test_adapters_may_come_go_and_break_while_clients_list_and_ask(folder, monke
     assert found[:3] == ["x: Permission denied", "x: Input/output error", "torn"]
     assert "KeyError" in found[3]
     assert str(folder) not in str(problems)
-
-
-def test_listings_beside_scans_and_a_folder_that_changes_never_fail(folder):
-    async def ask():
-        async with client_of(folder, Workers(), token=None) as client:
-            codes, text = set(), (folder / "dog.safetensors").read_bytes()
-
-            def change():
-                for number in range(200):
-                    file = folder / f"new{number % 5}.safetensors"
-                    if file.exists():
-                        file.unlink()
-                    else:
-                        file.write_bytes(text)
-
-            changing = asyncio.ensure_future(asyncio.to_thread(change))
-            while not changing.done():
-                asked = [client.get("/v1/adapters"), client.get("/v1/adapters")]
-                asked += [post(client, adapter=f"new{number}") for number in range(5)]
-                codes |= {answer.status_code for answer in await asyncio.gather(*asked)}
-            await changing
-            return codes
-
-    # A file that is being written cannot be read yet.
-    assert asyncio.run(ask()) <= {200, 404, 422, 429}

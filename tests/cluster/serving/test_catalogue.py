@@ -12,7 +12,6 @@ from dora_diffusion.cluster.serving.catalogue import MOST_MISSING, RESCAN, Catal
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from tests.cluster.serving.helpers import serving_log
-from tests.refusal import refused
 
 
 @pytest.fixture
@@ -81,18 +80,6 @@ def test_a_file_that_was_written_since_is_read_again(folder):
         catalogue.metadata(catalogue.find("dog"))
 
 
-def test_a_file_beside_a_folder_of_its_name_has_its_suffix(folder):
-    """As `convert my-mug my-mug.safetensors` writes one; each can be asked for."""
-    catalogue = Catalogue([folder])
-    shutil.copy(folder / "dog.safetensors", folder / "cat run.safetensors")
-    assert catalogue.scan() == Catalogue([folder]).scan() == {
-        "cat run": folder / "cat run", "cat run.safetensors": folder / "cat run.safetensors",
-        "dog": folder / "dog.safetensors",
-    }  # fmt: skip
-    assert catalogue.metadata(catalogue.find("cat run.safetensors")).trigger == "sks dog"
-    assert catalogue.metadata(catalogue.find("cat run")).trigger == "sks cat"
-
-
 def test_the_first_of_two_of_one_name_is_served_and_the_other_is_named(folder, caplog):
     other, dog = folder / "other", folder / "dog.safetensors"
     other.mkdir()
@@ -111,11 +98,6 @@ def test_the_first_of_two_of_one_name_is_served_and_the_other_is_named(folder, c
     assert serving_log(caplog) == [
         f"adapter 'dog' is {other / 'dog.safetensors'} now; it was {dog}"
     ]
-
-
-def test_a_folder_that_is_not_there_is_refused(folder):
-    with refused("adapters", "nowhere does not exist"):
-        Catalogue([folder / "nowhere"])
 
 
 @pytest.mark.parametrize("locked", ["cat run", "photos", "dog.safetensors"])

@@ -230,22 +230,6 @@ def test_a_file_that_goes_while_its_batch_is_sampled_matters_to_nobody(
     assert answers[1].notes == ("the prompt lacks the adapter's trigger word, 'sks cat'",)
 
 
-def test_an_answer_that_cannot_be_made_is_one_request_s(files, sd1_folder, monkeypatch):
-    engine, answer = Engine(AdapterPool(load_components(sd1_folder)), "base"), Engine._answer
-
-    def failing(self, asked, row, image):
-        if asked.request.adapter == "cat":
-            raise OSError(5, "Input/output error", str(asked.file))
-        return answer(self, asked, row, image)
-
-    monkeypatch.setattr(Engine, "_answer", failing)
-    first, failed, last = engine.answer(
-        [ask(files, "dog", 1), ask(files, "cat", 2), ask(files, None, 3)]
-    ).answers
-    assert (failed.status, failed.line) == (422, "cat.safetensors: Input/output error")
-    assert image(first).shape == image(last).shape == (64, 64, 3)
-
-
 def test_a_pinned_adapter_that_was_dropped_is_not_another_file_s(files, sd1_folder, tmp_path):
     file = Path(shutil.copy(files["dog"], tmp_path / "a.safetensors"))
     pool = AdapterPool(load_components(sd1_folder))

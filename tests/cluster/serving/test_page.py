@@ -69,8 +69,3 @@ def test_the_compose_file_starts_what_there_is_and_lets_it_end():
     from dora_diffusion.cluster.serving.deploy import TOKEN_VARIABLE
 
     assert variable == TOKEN_VARIABLE
-
-
-def test_the_proxy_waits_as_long_as_a_request_has():
-    seconds = int(re.search(r"proxy_read_timeout (\d+)s", block("nginx"))[1])
-    assert seconds > parsed(["serve", "--base", "x"]).timeout

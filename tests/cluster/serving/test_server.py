@@ -105,15 +105,6 @@ def test_a_port_in_use_is_refused_by_name():
         listen("nowhere.invalid", 80)
 
 
-def test_a_server_that_has_ended_leaves_its_port_free():
-    async def scenario():
-        async with Running() as one:
-            assert (await one.image()).status_code == 200
-        listen("127.0.0.1", one.port).close()
-
-    asyncio.run(scenario())
-
-
 def test_it_is_ready_when_it_has_started_and_answers_by_every_address_of_this_machine():
     async def scenario(host, name):
         async with Running(host) as one:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from dora_diffusion.data.captions import CaptionEdit, class_caption, with_trigger
-from dora_diffusion.data.photos import PhotoError, list_photos, mask_path
+from dora_diffusion.data.photos import list_photos, mask_path
 from dora_diffusion.data.prepare import COLOURS, Preparation, PrepareError
 
 
@@ -140,14 +140,6 @@ def test_in_place_adds_captions_and_masks_and_touches_nothing(preparation, photo
     assert [photo["caption"] for photo in report.photos][2] is None
     with pytest.raises(PrepareError, match="copies need an output folder other than the photos'"):
         replace(preparation, target=photos).run(list_photos(photos))
-
-
-def test_copies_alone_leave_the_photos_out(preparation, photos):
-    report = replace(preparation, originals=False).run(list_photos(photos))
-    names = {path.name for path in preparation.target.iterdir()}
-    assert all("-plain-" in name for name in names)
-    assert len(names) == 15
-    assert +report.written == {"copies": 5}
 
 
 def test_a_damaged_photo_is_listed_and_the_others_go_on(preparation, photos):
@@ -284,17 +276,6 @@ def test_captions_are_changed_where_the_photos_are_written(photos, toy, tmp_path
         assert [written(index) for index in (1, 2)] == expected[1:]
 
 
-def test_a_caption_of_a_model_is_changed_too(photos, tmp_path):
-    run = Preparation(
-        tmp_path / "out", 128, caption=lambda image: "a mug on grass", token="sks",
-        class_word="mug", edit=CaptionEdit(find="grass", replace="the lawn", prefix="photo,"),
-    )  # fmt: skip
-    for _ in range(2):
-        run.run(list_photos(photos))
-        text = (run.target / "0.txt").read_text(encoding="utf-8")
-        assert text == "photo, a sks mug on the lawn\n"
-
-
 def test_a_replacement_of_nothing_is_refused():
     with pytest.raises(ValueError, match="but find is empty"):
         CaptionEdit(replace="x")
@@ -317,8 +298,3 @@ def test_photos_that_would_share_files_are_refused(preparation, photos):
     with pytest.raises(PrepareError, match=r"3\.jpg, 3\.png would share a caption and a mask"):
         preparation.run(list_photos(photos))
     Preparation(resolution=128).run(list_photos(photos))
-
-
-def test_a_folder_without_photos_is_refused(tmp_path):
-    with pytest.raises(PhotoError, match="no photos in this folder"):
-        Preparation().run(list_photos(tmp_path))

@@ -98,18 +98,6 @@ def test_an_alpha_that_was_not_lost_is_not_replaced(
     assert not (tmp_path / "b").exists()
 
 
-def test_the_alpha_in_diffusers_metadata_is_not_replaced(tmp_path: Path) -> None:
-    tensors = {
-        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
-        "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1),
-    }
-    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 6})
-    path = saved(tmp_path, tensors, {"lora_adapter_metadata": config})
-    assert read_adapter(path).layers["unet.conv_in"].scale == 3.0
-    with pytest.raises(AdapterFormatError, match="the file determines its alpha"):
-        read_adapter(path, alpha=2.0)
-
-
 def test_an_alpha_that_is_assumed_is_said(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
     capsys: pytest.CaptureFixture[str],
@@ -174,33 +162,3 @@ def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, start: str) -> N
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
     with pytest.raises(AdapterFormatError, match=f"initialized by {start}, which changes"):
         read_adapter(file)
-
-
-def test_what_is_assumed_is_not_told_by_words(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    """A file may hold the words of a finding, in the name of a token's file."""
-    layers = random_adapter(sd1_folder, every=30)
-    path = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-    said = {"dora_diffusion.embeddings": '["alpha = rank is assumed.safetensors"]'}
-    save_file(load_file(path), path, said)
-    adapter = read_adapter(path)
-    assert len(adapter.notes) == 1
-    assert adapter.assumptions == ()
-    assert not adapter.lacks_alpha
-
-
-def test_an_alpha_of_0_is_no_scaling(tmp_path: Path) -> None:
-    """As LyCORIS reads it: a layer of a scale of 0 would do nothing."""
-    from lycoris.modules.locon import LoConModule
-    from torch import nn
-
-    layer = LoConModule("lora_unet_x", nn.Linear(8, 6), lora_dim=4, alpha=0)
-    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {
-        f"{name}.lora_down.weight": torch.randn(4, 8), f"{name}.lora_up.weight": torch.randn(6, 4),
-        f"{name}.alpha": torch.tensor(0.0),
-    }  # fmt: skip
-    save_file(tensors, tmp_path / "a.safetensors")
-    (read,) = read_adapter(tmp_path / "a.safetensors").layers.values()
-    assert read.scale == layer.scale == 1

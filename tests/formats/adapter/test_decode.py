@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from tests.formats.adapter.helpers import (
     ODD,
     MakeAdapter,
     SameLayers,
-    kohya,
     kohya_linear,
     read_or_refused,
     saved,
@@ -53,24 +51,6 @@ def test_tucker_convolutions_are_folded(tmp_path: Path) -> None:
     conv = nn.functional.conv2d
     expected = conv(conv(conv(x, down), mid), up)
     torch.testing.assert_close(conv(conv(x, layer.down), layer.up), expected, atol=1e-4, rtol=0)
-
-
-def test_old_diffusers_spellings_are_read(tmp_path: Path) -> None:
-    block = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor"
-    text = "text_encoder.text_model.encoder.layers.0"
-    tensors = {
-        f"{block}.to_out_lora.down.weight": torch.randn(2, 8),
-        f"{block}.to_out_lora.up.weight": torch.randn(8, 2),
-        f"{text}.self_attn.k_proj.lora_linear_layer.down.weight": torch.randn(2, 8),
-        f"{text}.self_attn.k_proj.lora_linear_layer.up.weight": torch.randn(8, 2),
-    }
-    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
-    layers = read_adapter(tmp_path).layers
-    assert set(layers) == {
-        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
-        f"{text}.self_attn.k_proj",
-    }
-    assert all(layer.scale == 1.0 for layer in layers.values())
 
 
 def test_another_models_adapter_is_refused(tmp_path: Path, sd1_folder: Path) -> None:
@@ -226,14 +206,6 @@ def test_wrong_kinds_of_numbers_are_named(
     save_file(tensors, path, {"format": "pt", **fields})
     with pytest.raises(AdapterFormatError, match=rf"^a\.safetensors: .*{reason}"):
         read_adapter(path)
-
-
-def test_the_fuzzed_file_is_good_when_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(WHOLE)
-    (layer,) = read_adapter(path).layers.values()
-    assert (layer.norm_axis, layer.alpha) == ("output", 2.0)
-    assert json.loads(WHOLE[8:HEADER_BYTES])["__metadata__"]["ss_network_dim"] == "2"
 
 
 def test_text_encoder_keys_without_prefixes(
@@ -447,22 +419,6 @@ def test_the_dora_of_ai_toolkit_is_merged_with_its_alpha(
         write_adapter(tmp_path / "k", adapter, "kohya")
 
 
-def test_the_command_says_what_it_repaired(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    layers = random_adapter(sd1_folder, every=9)
-    flat = {
-        k: t.flatten() if k.endswith("dora_scale") else t
-        for k, t in kohya(tmp_path, layers).items()
-    }
-    command = ["convert", str(saved(tmp_path, flat)), str(tmp_path / "c"), "--to", "kohya"]
-    assert main([*command, "--family", "sd1"]) == 1
-    assert "Give the base model" in capsys.readouterr().err
-    assert main([*command, "--base", str(sd1_folder)]) == 0
-    assert "note: " in capsys.readouterr().out
-
-
 def test_the_half_renamed_file_of_diffusers_is_repaired(
     tmp_path: Path,
     sdxl_folder: Path,
@@ -486,22 +442,3 @@ def test_the_half_renamed_file_of_diffusers_is_repaired(
     assert any("half renamed" in note for note in report.notes)
     fixed = convert_adapter(tmp_path / "b.safetensors", tmp_path / "c", "kohya", base=sdxl_folder)
     assert_same_layers(read_adapter(fixed.path).layers, layers)
-
-
-def test_the_magnitudes_of_ai_toolkit_are_read(tmp_path: Path) -> None:
-    prefix = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    save_file(
-        {
-            f"{prefix}.lora_down.weight": torch.randn(2, 8),
-            f"{prefix}.lora_up.weight": torch.randn(8, 2),
-            f"{prefix}.magnitude": torch.rand(8),
-        },
-        tmp_path / "a.safetensors",
-    )
-    (layer,) = read_adapter(tmp_path / "a.safetensors").layers.values()
-    assert (layer.norm_axis, layer.scale) == ("output", 1.0)
-    assert layer.magnitude is not None
-    stored = load_file(tmp_path / "a.safetensors")[f"{prefix}.magnitude"]
-    assert torch.equal(layer.magnitude, stored)
-    notes = inspect_adapter(tmp_path / "a.safetensors").notes
-    assert any(note.endswith("alpha = rank is assumed") for note in notes)

@@ -17,14 +17,12 @@ from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.export import inspect_adapter
 from dora_diffusion.formats.adapter.embeddings import (
     are_equal,
-    bundled,
     embedding_files,
-    embedding_notes,
     read_embedding,
     write_embeddings,
 )
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.layouts import FACTS, PROGRAMS
+from dora_diffusion.formats.layouts import FACTS
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.families import UNETS
 
@@ -118,11 +116,6 @@ def test_a_bundled_word_is_read_by_every_program(tmp_path: Path, name: str) -> N
     assert "write '<bolt> ,' for '<bolt>,'" in note
 
 
-def test_a_family_that_is_not_known_gets_the_usual_keys() -> None:
-    tokens = {"x": {"text_encoder": torch.ones(4), "text_encoder_2": torch.ones(6)}}
-    assert list(bundled(tokens, None)) == ["bundle_emb.x.clip_l", "bundle_emb.x.clip_g"]
-
-
 def test_a_file_of_another_trainer_is_called_by_its_name(tmp_path: Path) -> None:
     save_file({"emb_params": torch.ones(2, 8)}, tmp_path / "mine.safetensors")
     assert list(read_embedding(tmp_path / "mine.safetensors")) == ["mine"]
@@ -182,25 +175,3 @@ def test_each_program_is_told_what_may_follow_a_word(after: str, sd1_folder: Pat
     assert "any character may touch" in told["diffusers"]
     assert re.findall(r"<[a-zA-Z0-9., _-]+>", f"a <{name}>{after}x") == [f"<{name}>"]
     assert "any character may touch" in told["invokeai"]
-
-
-@pytest.mark.parametrize("before", ["", *string.punctuation.replace(")", ""), *"a \n"])
-def test_what_may_precede_a_word_of_comfyui_is_told(before: str) -> None:
-    is_read = comfyui_reads(f"x {before}embedding:bolt x", "bolt")
-    assert is_read == (before in ("", *" (\n"))
-    assert "a space or ( before it" in FACTS["trained_words"]["comfyui"]
-
-
-@pytest.mark.parametrize("program", ["", *PROGRAMS])
-def test_of_words_the_program_that_was_asked_for_is_told_of_alone(
-    tmp_path: Path, program: str
-) -> None:
-    written = tmp_path / "a.safetensors"
-    save_file({"x": torch.zeros(1)}, written)
-    *_, how = embedding_notes(written, {"<bolt>": tmp_path / "a_bolt.safetensors"}, program)
-    titles = {
-        "a1111": {"A1111", "Forge"}, "forge": {"A1111", "Forge"}, "comfyui": {"ComfyUI"},
-        "invokeai": {"InvokeAI"}, "diffusers": {"Diffusers"},
-    }  # fmt: skip
-    every = {"A1111", "Forge", "ComfyUI", "InvokeAI", "Diffusers"}
-    assert {title for title in every if title in how} == titles.get(program, every)

@@ -76,22 +76,6 @@ def test_round_trip(
         assert file.read_bytes() == (tmp_path / "a" / relative).read_bytes(), relative
 
 
-@pytest.mark.parametrize("target", ["diffusers", "kohya", "peft"])
-def test_conversion_chain_keeps_the_effect(
-    tmp_path: Path,
-    sdxl_folder: Path,
-    target: str,
-    random_adapter: MakeAdapter,
-    assert_same_layers: Callable[..., None],
-) -> None:
-    layers = random_adapter(sdxl_folder, mixed_ranks=True, every=5)
-    adapter = AdapterFile(layers, FACTS)
-    for index, step in enumerate(["kohya", "diffusers", "peft", target]):
-        write_adapter(tmp_path / str(index), adapter, step)
-        adapter = read_adapter(tmp_path / str(index))
-    assert_same_layers(adapter.layers, layers, tolerance=1e-5)
-
-
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensors = kohya_linear((6, 1))

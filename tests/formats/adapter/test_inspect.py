@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
-from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -43,24 +41,6 @@ def test_inspect(
     )  # fmt: skip
     assert 4 * report.parameters < report.nbytes < 5 * report.parameters
     assert report.notes
-
-
-def test_inspect_files_for_one_base(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    layers = random_adapter(sd1_folder)
-    facts = AdapterMetadata("sd1", "some/model")
-    source = write_adapter(tmp_path / "a", AdapterFile(layers, facts))
-    whole = inspect_adapter(source)
-    for target, method in (("comfyui", "DoRA"), ("dense", "full differences")):
-        file = convert_adapter(source, tmp_path / "b", target, base=sd1_folder, overwrite=True).path
-        report = inspect_adapter(file)
-        assert (report.method, report.rank, report.alpha) == (method, "4", "3")
-        assert sum(report.layers.values()) == len(layers)
-        assert report.kinds == whole.kinds
-        assert report.notes[1] == "for one base model: some/model"
-    with pytest.raises(AdapterFormatError, match="full differences"):
-        read_adapter(file)
 
 
 def test_a_model_is_no_adapter(
@@ -110,41 +90,6 @@ def dora(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter) -> Path:
     """A DoRA of rank 4 and alpha 3."""
     layers = random_adapter(sd1_folder, every=9)
     return write_adapter(tmp_path / "dora", AdapterFile(layers, AdapterMetadata("sd1")))
-
-
-def test_half_precision_is_said(tmp_path: Path, sd1_folder: Path, dora: Path) -> None:
-    for dtype, text in ((torch.float16, "float16: exact means up to 5e-4"),
-                        (torch.bfloat16, "bfloat16: exact means up to 4e-3")):  # fmt: skip
-        report = convert_adapter(
-            dora, tmp_path / "a", "kohya", FitSettings(dtype=dtype), base=sd1_folder, overwrite=True
-        )
-        assert any(text in note for note in inspect_adapter(report.path).notes)
-    assert not any("rounded" in note for note in inspect_adapter(dora).notes)
-
-
-@pytest.mark.parametrize(
-    ("axis", "target", "is_said"),
-    [
-        ("output", "kohya", True),
-        ("input", "kohya", True),
-        ("output", "comfyui", True),
-        ("output", "dense", False),
-        ("output", "lora", False),
-        ("output", "diffusers", False),
-    ],
-)
-def test_a_loader_that_ignores_magnitudes_is_said(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, axis: str, target: str,
-    is_said: bool,
-) -> None:  # fmt: skip
-    """ComfyUI's bypass mode: of each file that holds magnitudes for it."""
-    layers = random_adapter(sd1_folder, axis=axis, every=30)
-    source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-    report = inspect_adapter(convert_adapter(source, tmp_path / "b", target, base=sd1_folder).path)
-    bypass = "bypass mode, which patches no weights, ignores the magnitudes"
-    assert any(bypass in note for note in report.notes) == is_said
-    verdict = report.tools["ComfyUI and Forge"]
-    assert (bypass in verdict) == (is_said and verdict.startswith("exact"))
 
 
 @pytest.mark.parametrize("target", ["comfyui", "dense"])

@@ -130,12 +130,3 @@ def test_convolutions_in_pefts_shape(
     report = convert_adapter(path, tmp_path / "d", "kohya", base=sd1_folder)
     assert_same_layers(read_adapter(report.path).layers, layers)
     assert f"{len(square)} magnitudes were of a shape that fits both axes" in report.notes[0]
-
-
-def test_a_square_input_axis_is_still_the_input_axis(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    layers = random_adapter(sd1_folder, axis="input", components=["unet"])
-    read = read_adapter(saved(tmp_path, kohya(tmp_path, layers)))
-    assert {layer.norm_axis for layer in read.layers.values()} == {"input"}
-    assert read.notes == ()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import io
 import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -90,20 +88,6 @@ def test_local_names_stay_here(tmp_path: Path, sd1_folder: Path, adapter: Adapte
                 assert b"my base" in raw or file.suffix == ".json" or target == "peft"
 
 
-@pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])
-def test_the_captions_tags_go_along(tmp_path: Path, adapter: AdapterFile, target: str) -> None:
-    """Counts of each in training, as web UIs have them; and what is added by hand."""
-    counts = {"sks dog": 4, "grass": 2}
-    facts = dataclasses.replace(adapter.metadata, tag_frequency=counts)
-    path = write_adapter(tmp_path / "a", dataclasses.replace(adapter, metadata=facts), target)
-    assert read_adapter(path).metadata.tag_frequency == counts
-    kohya = convert_adapter(path, tmp_path / "k", "kohya", tags=["pet", "grass"]).path
-    fields = read_header(kohya).metadata
-    assert json.loads(fields["ss_tag_frequency"]) == {"images": {**counts, "pet": 1}}
-    again = convert_adapter(kohya, tmp_path / "again", target).path
-    assert read_adapter(again).metadata.tag_frequency == {**counts, "pet": 1}
-
-
 def test_the_tags_of_other_programs_are_read(tmp_path: Path, adapter: AdapterFile) -> None:
     """Of several datasets, whose folders' names stay behind; nonsense is left out."""
     tensors = load_file(write_adapter(tmp_path / "a.safetensors", adapter, "kohya"))
@@ -113,20 +97,6 @@ def test_the_tags_of_other_programs_are_read(tmp_path: Path, adapter: AdapterFil
         save_file(tensors, path, {"ss_v2": "False", "ss_tag_frequency": text})
         assert read_adapter(path).metadata.tag_frequency == expected
     assert b"secret" not in convert_adapter(path, tmp_path / "c", "diffusers").path.read_bytes()
-
-
-def test_rewriting_is_stable_with_all_facts(tmp_path: Path, adapter: AdapterFile) -> None:
-    """Write, read, write: the same bytes, hashes and images included."""
-    thumbnail = "data:image/png;base64," + base64.b64encode(b"image").decode()
-    facts = AdapterMetadata(
-        "sd1", "some/model", "sks dog", (512,), tags=("dog",), thumbnail=thumbnail
-    )
-    for target in ("kohya", "diffusers"):
-        layers = adapter.layers
-        one = write_adapter(tmp_path / "1" / "a.safetensors", AdapterFile(layers, facts), target)
-        two = write_adapter(tmp_path / "2" / "a.safetensors", read_adapter(one), target)
-        assert one.read_bytes() == two.read_bytes()
-        assert all(t.dtype == torch.float32 for t in load_file(two).values())
 
 
 def test_how_prompts_are_read_goes_along_and_is_read_of_sd_scripts(adapter: AdapterFile) -> None:

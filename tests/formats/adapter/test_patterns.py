@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from dora_diffusion.formats.adapter.alpha import NamePatterns
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
 from tests.formats.adapter.helpers import BLOCK
 from tests.properties import at_least
-from tests.waiting import Clock
 
 ATOMS = st.sampled_from(
     ["a", "b", "0", "_", "-", ".", r"\.", r"\-", "[ab]", "[^a]", "[a-c_.]", "[]a]", r"[\d.]",
@@ -85,25 +83,6 @@ def test_what_cannot_be_matched_is_refused_by_name(pattern: str, reason: str) ->
     with pytest.raises(AdapterFormatError, match=f"the pattern .* {reason}|is {reason}") as refused:
         NamePatterns().matches(pattern, "a")
     assert repr(pattern)[1:20] in str(refused.value)
-
-
-def test_all_names_and_patterns_of_a_file_share_a_limit() -> None:
-    patterns = NamePatterns()
-    assert not patterns.matches("(?=a)b", "a")
-    assert 0 < patterns.seconds < NamePatterns().seconds
-    patterns.seconds = 0
-    with pytest.raises(AdapterFormatError, match=r"takes too long to match; write the mod"):
-        patterns.matches("((.|.)+)+(?<=x)", "a" * 60)
-
-
-def test_a_machine_that_stands_still_takes_nothing_of_the_limit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock, patterns = Clock(), NamePatterns()
-    clock.step = 100
-    monkeypatch.setattr(time, "monotonic", clock.monotonic)  # of the library, too
-    assert not patterns.matches("(?=a)b", "a")
-    assert patterns.seconds > 0
 
 
 def test_a_file_with_a_pattern_that_does_not_end_is_refused(

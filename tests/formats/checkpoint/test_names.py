@@ -14,7 +14,6 @@ from dora_diffusion.formats.checkpoint.weights import (
     checkpoint_names,
     entries_of_file,
     plan_checkpoint,
-    standard_key,
 )
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.names.modules import NameTable, UNetLayout, canonical, released_layout
@@ -143,29 +142,3 @@ def test_the_layout_is_read_from_the_file(family: str) -> None:
     assert layout.layers_per_block == 2
     assert layout.up_attention == FAMILIES[family].up_attention[: len(layout.up_attention)]
     assert not any(FAMILIES[family].up_attention[len(layout.up_attention) :])
-
-
-def test_names_that_programs_drop_or_repeat() -> None:
-    prefix = "conditioner.embedders.0.transformer."
-    for text in ("", "text_model.", "text_model.text_model."):
-        key = f"{prefix}{text}encoder.layers.0.mlp.fc1.bias"
-        assert standard_key(key) == f"{prefix}text_model.encoder.layers.0.mlp.fc1.bias"
-    assert standard_key("model.diffusion_model.out.2.bias") == "model.diffusion_model.out.2.bias"
-
-
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_full_size_inpainting_unet_is_converted_as_diffusers_does(family: str) -> None:
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    table = released_names(f"{family}-inpainting")
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNETS[family], in_channels=9)
-        state = unet.state_dict()
-    original = {table.to_original(f"unet.{key}"): tensor for key, tensor in state.items()}
-    conv_in = original["model.diffusion_model.input_blocks.0.0.weight"]
-    assert conv_in.shape == (320, 9, 3, 3)
-    settings = dict(unet.config) | {"class_embed_type": None}
-    found = convert_ldm_unet_checkpoint(dict(original), settings)
-    assert {key: tensor.shape for key, tensor in found.items()} == {
-        key: tensor.shape for key, tensor in state.items()
-    }

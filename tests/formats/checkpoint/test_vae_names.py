@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.formats.checkpoint.weights import count_levels, is_projection_weight, vae_names
+from dora_diffusion.formats.checkpoint.weights import count_levels, vae_names
 from dora_diffusion.formats.names.modules import modern_vae_path
 
 
@@ -27,10 +27,3 @@ def test_the_decoder_is_numbered_from_the_outputs_side(levels: int) -> None:
 def test_names_of_the_first_diffusers(early: str, name: str) -> None:
     attention = "encoder.mid_block.attentions.0"
     assert modern_vae_path(f"{attention}.{early}.bias") == f"{attention}.{name}.bias"
-
-
-def test_which_weights_are_convolutions_in_the_original() -> None:
-    assert is_projection_weight("decoder.mid.attn_1.proj_out.weight")
-    assert is_projection_weight("first_stage_model.encoder.mid.attn_1.q.weight")
-    assert not is_projection_weight("decoder.mid.attn_1.q.bias")
-    assert not is_projection_weight("decoder.mid.attn_1.norm.weight")

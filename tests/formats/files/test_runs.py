@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dora_diffusion import system
 from dora_diffusion.formats.files import runs
-from dora_diffusion.formats.files.runs import adapter_files, file_stem, runs_folder
+from dora_diffusion.formats.files.runs import file_stem, runs_folder
 from tests.portable.windows import is_name
 
 
@@ -34,14 +34,6 @@ def test_whatever_the_words_are_it_is_a_name_on_windows(words: str) -> None:
     assert 1 <= len(stem) <= 60
 
 
-@pytest.mark.parametrize(
-    ("words", "stem"),
-    [("sks mug", "sks-mug"), ("sks  Red-mug", "sks-red-mug"), ("Straße", "strasse"), ("", "x")],
-)
-def test_plain_words_stay_readable(words: str, stem: str) -> None:
-    assert file_stem(words, "x") == stem
-
-
 def test_runs_lie_where_the_app_is_started_and_on_windows_with_the_users_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,16 +46,3 @@ def test_runs_lie_where_the_app_is_started_and_on_windows_with_the_users_data(
     assert runs_folder() == Path("AppData/Local/dora-diffusion/runs")
     (tmp_path / "runs").mkdir()
     assert runs_folder() == Path("runs"), "runs that are there are not left behind"
-
-
-def test_adapters_are_found_three_levels_deep_and_in_no_hidden_folder_or_model(
-    tmp_path: Path,
-) -> None:
-    found = ["a", "b/a", "b/c/a", "b/c/checkpoint-5/a", "sub/loras/a"]
-    for name in [*found, "b/c/d/e/a", ".cache/a", "b/.old/a", "b/model/unet/a"]:
-        file = tmp_path / f"{name}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    (tmp_path / "b" / "model" / "model_index.json").touch()
-    names = [str(f.relative_to(tmp_path).with_suffix("")) for f in adapter_files(tmp_path)]
-    assert names == ["a", "b/a", "sub/loras/a", "b/c/a", "b/c/checkpoint-5/a"]

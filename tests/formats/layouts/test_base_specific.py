@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dora_diffusion.cli.main import main
 from dora_diffusion.export import convert_adapter, inspect_adapter
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -22,13 +19,11 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.files.stream import read_header
-from dora_diffusion.formats.layouts import COMFYUI_CHANGE, COMFYUI_FORMULA
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from tests.formats.layouts.helpers import (
     MakeAdapter,
 )
-from tests.formats.layouts.test_compatibility import DOCS
 
 
 def kohya_weights(
@@ -90,47 +85,6 @@ def test_comfyui_computes_the_merge(
         assert read_header(plain).metadata["dora_diffusion.target"] == "kohya"
         assert "dora_diffusion.comfyui_formula" not in read_header(plain).metadata
         assert inspect_adapter(plain).tools["A1111"] == "exact"
-
-
-def test_inspect_and_the_page_say_what_to_do_if_comfyui_changes_its_formula(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """In the same words; the file that they advise has no magnitudes, which a formula scales."""
-    page = " ".join((DOCS / "understand" / "programs.md").read_text(encoding="utf-8").split())
-    assert f"`inspect` shows: `{COMFYUI_FORMULA}`." in page
-    assert COMFYUI_CHANGE in page
-    layers = random_adapter(sd1_folder, every=9)
-    source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
-    file = convert_adapter(source, tmp_path / "b", "comfyui", base=sd1_folder).path
-    assert main(["inspect", str(file)]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert f"comfyui formula {COMFYUI_FORMULA}" in text
-    assert COMFYUI_CHANGE in text
-    command = shlex.split(re.search("`dora-diffusion (.*?)`", COMFYUI_CHANGE)[1])  # type: ignore[index]
-    paths = {
-        "ADAPTER": str(source), "OUTPUT": str(tmp_path / "c.safetensors"), "MODEL": str(sd1_folder),
-    }  # fmt: skip
-    assert main([paths.get(word, word) for word in command]) == 0
-    tensors = load_file(paths["OUTPUT"])
-    for prefix, (weight, merged) in kohya_weights(sd1_folder, layers).items():
-        found = weight + tensors.pop(f"{prefix}.diff")
-        torch.testing.assert_close(found, merged, rtol=0, atol=1e-6, msg=prefix)
-    assert not tensors
-
-
-def test_the_standard_output_axis_is_wrong_in_comfyui(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    """The reason for the `comfyui` target."""
-    layers = random_adapter(sd1_folder, every=3)
-    file = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-    tensors = load_file(file)
-    errors = [
-        ((comfyui_merge(weight, tensors, prefix) - merged).norm() / (merged - weight).norm()).item()
-        for prefix, (weight, merged) in kohya_weights(sd1_folder, layers).items()
-    ]
-    assert max(errors) > 0.05
 
 
 @pytest.mark.parametrize("axis", ["output", "input"])

@@ -216,23 +216,6 @@ def test_wrong_uses(tmp_path: Path, axis: str, target: str, formula: Formula, le
     assert min(errors(tmp_path, axis, target, formula)) > least
 
 
-def test_a_scale_beside_the_norm_is_wrong_in_older_a1111(tmp_path: Path) -> None:
-    """The reason to write input-axis files with alpha = rank."""
-    weight = base_weights()[f"unet.{BLOCK}.attn1.to_q"].double()
-    layer = adapter("input").layers[f"unet.{BLOCK}.attn1.to_q"]
-    assert layer.magnitude is not None
-    file = {
-        "lora_up.weight": layer.up, "lora_down.weight": layer.down,
-        "alpha": torch.tensor(layer.alpha), "dora_scale": layer.magnitude[None],
-    }  # fmt: skip
-    wanted = meant(weight, layer)
-    size = (wanted - weight).norm()
-    assert (a1111(weight, file) - wanted).norm() < EXACT * size
-    assert (a1111_older(weight, file) - wanted).norm() > 0.1 * size
-    stored = files(tmp_path, "input", "kohya")[f"unet.{BLOCK}.attn1.to_q"]
-    assert stored["alpha"] == layer.rank
-
-
 def figures(folder: Path) -> dict[str, str]:
     """The measured figures of docs/measurements/programs.md, by the words before them."""
 
@@ -296,30 +279,6 @@ def test_kinds_of_files() -> None:
     assert judged("kohya", "mixed") == {}
     for others in (judged("peft", "input"), judged("vera", "output"), OTHER.judge({}, "", ())):
         assert all(verdict.startswith("convert") for verdict in others.values())
-
-
-def test_diffusers_and_a_kohya_file(tmp_path: Path, sd1_folder: Path) -> None:
-    """It takes a plain LoRA exactly, and drops the magnitudes of a DoRA with a warning."""
-    from diffusers import StableDiffusionPipeline
-
-    name = "down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k"
-    pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
-    weight = pipeline.unet.get_submodule(name).weight.detach().clone()
-    generator = torch.Generator().manual_seed(0)
-    down = torch.randn(4, weight.shape[1], generator=generator)
-    up = torch.randn(weight.shape[0], 4, generator=generator)
-    magnitude = 2 * norms(weight, "output").flatten()
-    for moved in (None, magnitude):
-        layers = {f"unet.{name}": LayerWeights(down, up, moved, 3.0)}
-        path = tmp_path / f"{moved is None}.safetensors"
-        write_adapter(path, AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-        pipeline.load_lora_weights(path.parent, weight_name=path.name)
-        pipeline.fuse_lora(components=["unet"])
-        pipeline.unload_lora_weights()
-        fused = pipeline.unet.get_submodule(name).weight.detach().clone()
-        # Both times the plain LoRA.
-        torch.testing.assert_close(fused, weight + 0.75 * up @ down, rtol=0, atol=1e-5)
-        pipeline.unet.get_submodule(name).weight.data.copy_(weight)
 
 
 TO_K = "unet.down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -417,38 +376,6 @@ def test_what_is_called_exact_is_exact_in_diffusers(
         model.get_submodule(path).weight.data.copy_(weight)
     error = (fused - wanted).norm() / (wanted - weight).norm()
     assert (error < EXACT).item() == is_exact
-
-
-@TABLE_HOLDS
-def test_processors_without_a_component_in_diffusers(
-    tmp_path: Path, diffusers_pipeline: Any
-) -> None:
-    """Diffusers' own files of early 2023: its loader leaves them out, and reads them if told so."""
-    unet = diffusers_pipeline.unet
-    path = TO_K.removeprefix("unet.")
-    parameter = unet.get_submodule(path).weight
-    weight = parameter.detach().clone()
-    generator = torch.Generator().manual_seed(0)
-    down = 0.1 * torch.randn(4, weight.shape[1], generator=generator)
-    up = 0.1 * torch.randn(weight.shape[0], 4, generator=generator)
-    key = path.replace(".to_k", ".processor.to_k")
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    save_file({f"{key}_lora.down.weight": down, f"{key}_lora.up.weight": up}, file)
-    report = inspect_adapter(file)
-    assert report.key_format == "attn_procs"
-    verdict = report.tools["diffusers"]
-    assert verdict.startswith("exact if told so: with pipeline.unet.load_lora_adapter(FILE, prefix")
-    diffusers_pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    assert not any("lora" in name for name, _ in unet.named_parameters())
-    with pytest.raises(ValueError, match="does not seem to be in the correct format"):
-        unet.load_attn_procs(tmp_path)
-    unet.load_lora_adapter(file, prefix=None)
-    unet.fuse_lora()
-    fused = parameter.detach().double()
-    unet.unload_lora()
-    parameter.data.copy_(weight)
-    wanted = meant(weight.double(), LayerWeights(down, up, None, 4.0))
-    assert (fused - wanted).norm() < EXACT * (wanted - weight).norm()
 
 
 BLOCKS = "unet.down_blocks.2.attentions.0.transformer_blocks.0"
@@ -641,31 +568,6 @@ def test_kohya_loras_of_others_in_diffusers(
             parameter.data.copy_(before[name])
     assert short == ("wrong" if wrong else "exact")
     assert not wrong or f" {some_layers(wrong)} " in verdict
-
-
-@pytest.mark.parametrize(
-    ("change", "kind"),
-    [
-        ({}, "exact"),
-        ({".dora_scale": ".lora_magnitude_vector"}, "convert"),
-        ({".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight"}, "convert"),
-        ({"lora_unet_": "lora_unet."}, "convert"),
-        ({"to_k.": "to_kv."}, "convert"),
-    ],
-)
-def test_kohya_files_in_other_key_formats(
-    tmp_path: Path, change: dict[str, str], kind: str
-) -> None:
-    """Only the key format that LyCORIS writes is called exact there."""
-    tensors = {
-        f"{FLAT}.lora_down.weight": torch.ones(2, 6), f"{FLAT}.lora_up.weight": torch.ones(8, 2),
-        f"{FLAT}.alpha": torch.tensor(1.0), f"{FLAT}.dora_scale": torch.ones(8, 1),
-    }  # fmt: skip
-    for old, new in change.items():
-        tensors = {key.replace(old, new): tensor for key, tensor in tensors.items()}
-    save_file(tensors, tmp_path / "a.safetensors")
-    report = inspect_adapter(tmp_path / "a.safetensors")
-    assert report.tools["LyCORIS"].partition(":")[0] == kind
 
 
 def test_strength_stacking_and_hotswap_in_diffusers(

@@ -69,12 +69,6 @@ def test_left_over_keys_are_listed() -> None:
         group_keys(keys, name_resolver())
 
 
-def test_two_keys_for_one_tensor_are_listed() -> None:
-    keys = ["unet.conv_in.lora_A.weight", "lora_unet_input_blocks_0_0.lora_down.weight"]
-    with pytest.raises(AdapterFormatError, match="two keys for one tensor"):
-        group_keys(keys, name_resolver())
-
-
 def test_modules_that_share_a_name_are_refused() -> None:
     facts, factor = AdapterMetadata("sd1"), torch.ones(2, 2)
     layer = LayerWeights(factor, factor)

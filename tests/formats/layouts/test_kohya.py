@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.inspect import report_on
-from dora_diffusion.formats.layouts import VERDICTS
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
@@ -87,50 +84,6 @@ def test_lycoris_merges_the_kohya_file_exactly(
             LycorisNetwork.LORA_PREFIX = "lycoris"
     for name in layers:
         assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in VERDICTS if kind.startswith("kohya ")])
-def test_lycoris_finds_no_layer_without_the_prefix(
-    tmp_path: Path, sd1_folder: Path, kind: str, random_adapter: MakeAdapter
-) -> None:
-    """And finds all with it: so says every verdict."""
-    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
-
-    axis = "output" if "output" in kind else "input" if "input" in kind else None
-    layers = random_adapter(sd1_folder, axis=axis, every=9, components=["unet"])
-    adapter = AdapterFile(layers, AdapterMetadata(family="sd1"))
-    file = write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
-    prefix = re.search(r'LORA_PREFIX = "(\w+)"', report_on(file).tools["LyCORIS"])
-    assert LycorisNetwork.LORA_PREFIX == "lycoris"
-    found = []
-    for name in ("lycoris", prefix[1]):
-        LycorisNetwork.LORA_PREFIX = name
-        try:
-            with lycoris_axis(axis or "output"):
-                unet = load_pipeline(sd1_folder).unet
-                network, _ = create_lycoris_from_weights(1.0, str(file), unet)
-        finally:
-            LycorisNetwork.LORA_PREFIX = "lycoris"
-        found.append(len(network.loras))
-    assert found == [0, len(layers)]
-
-
-def test_lycoris_untold_of_the_input_axis(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    """An error, not a wrong image. If this fails, docs/understand/programs.md is out of date."""
-    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
-
-    layers = random_adapter(sd1_folder, axis="input", every=9, components=["unet"])
-    file = write_adapter(
-        tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata(family="sd1")), "kohya"
-    )
-    LycorisNetwork.LORA_PREFIX = "lora_unet"
-    try:
-        with pytest.raises(RuntimeError, match="broadcast shape"):
-            create_lycoris_from_weights(1.0, str(file), load_pipeline(sd1_folder).unet)
-    finally:
-        LycorisNetwork.LORA_PREFIX = "lycoris"
 
 
 def test_kohya_shapes_and_metadata(
@@ -210,38 +163,6 @@ def test_one_alpha_changes_no_weight_and_is_told_from_that_of_the_training(
         assert json.loads(report.rank)[name] == str(layer.rank)
     back = write_adapter(tmp_path / "diffusers", read)
     assert report_on(back).alpha == report.alpha
-
-
-def test_one_alpha_that_all_had_keeps_every_bit(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    layers = random_adapter(sd1_folder, axis=None, every=9)
-    adapter = AdapterFile(layers, AdapterMetadata(family="sd1"))
-    read = read_adapter(write_adapter(tmp_path / "a.safetensors", adapter, "kohya"))
-    for name, layer in layers.items():
-        assert read.layers[name].alpha == 3.0
-        assert torch.equal(read.layers[name].up, layer.up), name
-
-
-@pytest.mark.parametrize(("factor", "alpha"), [(1e-5, 0.5), (3e3, 4.0)])
-def test_one_alpha_fits_half_precision(
-    tmp_path: Path, sd1_folder: Path, factor: float, alpha: float, random_adapter: MakeAdapter
-) -> None:
-    """B grows, so that small numbers are not rounded to none, as far as the largest has room."""
-    layers = random_adapter(sd1_folder, axis=None, every=9)
-    for index, (name, layer) in enumerate(layers.items()):
-        up = factor * layer.up / layer.up.abs().max()
-        layers[name] = dataclasses.replace(layer, up=up, alpha=(0.5, 64.0)[index % 2])
-    file = tmp_path / "a.safetensors"
-    adapter = AdapterFile(layers, AdapterMetadata(family="sd1"))
-    write_adapter(file, adapter, "kohya", dtype=torch.float16)
-    (written,) = one_alpha(file)
-    assert alpha <= written < 2 * alpha
-    for name, layer in read_adapter(file).layers.items():
-        wanted = layers[name].scale * layers[name].up
-        error = (layer.scale * layer.up - wanted).norm() / wanted.norm()
-        # A number of 1e-5 or less is kept to 6e-8 alone, where its layer has the smallest alpha.
-        assert error < (1e-2 if layers[name].alpha == 0.5 and factor < 1 else 1e-3), name
 
 
 def test_a_kohya_file_needs_its_family(

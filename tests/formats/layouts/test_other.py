@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from dora_diffusion.export import inspect_adapter
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, group_keys
 from dora_diffusion.formats.names.kohya import name_resolver
 
@@ -12,6 +17,17 @@ from dora_diffusion.formats.names.kohya import name_resolver
 def test_other_methods_are_named() -> None:
     with pytest.raises(AdapterFormatError, match="LoHa"):
         group_keys(["lora_unet_conv_in.hada_w1_a"], name_resolver())
+
+
+def test_numbered_layers_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Files of cloneofsimo/lora, with a trained token."""
+    file = tmp_path / "lora.safetensors"
+    pair = {"unet:0:down": torch.ones(1, 4), "unet:0:up": torch.ones(4, 1)}
+    save_file({**pair, "<s1>": torch.ones(4)}, file, {"<s1>": "<embed>"})
+    with pytest.raises(AdapterFormatError) as caught:
+        inspect_adapter(file)
+    assert str(caught.value).startswith(f"{file.name}: its layers have numbers for names, ")
+    assert "'dora-diffusion extract --base BASE --tuned MODEL " in str(caught.value)
 
 
 # What LyCORIS calls its methods -> what we call them; None for those that are read.
@@ -44,22 +60,6 @@ def test_every_method_of_lycoris_is_read_or_named(method: str) -> None:
         f"it holds {expected}, which is not part of a LoRA or DoRA;"
     )
     assert "no known module" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("keys", "method"),
-    [
-        (["base_model.model.down_blocks.0.attentions.0.proj_in.ia3_l"], "IA3"),
-        (["base_model.model.conv_in.oft_R.weight"], "OFT or BOFT"),
-        (["base_model.model.conv_in.vera_lambda_b", "base_model.vera_A"], "VeRA"),
-        (["lora_unet_conv_in.up_list.0", "lora_unet_conv_in.down_list.0"], "DyLoRA"),
-        (["lora_unet_conv_in.lora_up.bias", "lora_unet_conv_in.lora_up.weight"], "LoRA biases"),
-        (["lora_unet_conv_in.w_norm", "lora_unet_conv_in.b_norm"], "norm weights"),
-    ],
-)
-def test_methods_of_other_programs_are_named(keys: list[str], method: str) -> None:
-    with pytest.raises(AdapterFormatError, match=f"it holds {method}"):
-        group_keys(keys, name_resolver(), "unet")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -28,7 +28,6 @@ from tests.formats.layouts.helpers import (
 )
 
 TABLE = "text_encoder.text_model.embeddings.token_embedding"
-Q_PROJ = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -51,43 +50,6 @@ def test_diffusers_loads_the_exact_weights(
     for name in layers:
         weight = module_at(pipeline, name).weight
         assert_close_to_merge(weight, folder, layers, name)
-
-
-def test_diffusers_loads_plain_lora(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    layers = random_adapter(sd1_folder, axis=None, every=4)
-    write_adapter(tmp_path, AdapterFile(layers))
-    pipeline = load_pipeline(sd1_folder)
-    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
-    pipeline.fuse_lora(components=["unet", "text_encoder"])
-    pipeline.unload_lora_weights()
-    for name in layers:
-        assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
-
-
-@TABLE_HOLDS
-def test_a_bare_magnitude_key_is_lost_by_diffusers(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
-) -> None:
-    """The reason for the name `.lora_magnitude_vector.weight` of text-encoder magnitudes.
-
-    If this fails, diffusers reads both names and docs/understand/programs.md is out of date.
-    """
-    layers = random_adapter(sd1_folder, components=["text_encoder"])
-    file = write_adapter(tmp_path / "a", AdapterFile(layers))
-    bare = {
-        key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): tensor
-        for key, tensor in load_file(file).items()
-    }
-    save_file(bare, tmp_path / "bare.safetensors")
-    pipeline = load_pipeline(sd1_folder)
-    pipeline.load_lora_weights(tmp_path, weight_name="bare.safetensors")
-    pipeline.fuse_lora(components=["text_encoder"])
-    pipeline.unload_lora_weights()
-    weight = module_at(pipeline, Q_PROJ).weight
-    expected = merged(sd1_folder, layers, Q_PROJ)
-    assert (weight - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -205,25 +167,6 @@ def test_what_peft_writes_of_embeddings_is_read(tmp_path: Path, sd1_folder: Path
     pipeline.text_encoder = model.merge_and_unload()
     for name in adapter.layers:
         assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, adapter.layers, name)
-
-
-@pytest.mark.parametrize("target", ["diffusers", "peft"])
-def test_an_embedding_is_read_back(
-    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, target: str
-) -> None:
-    layers = with_table(sd1_folder, random_adapter)
-    path = write_adapter(tmp_path / "adapter", AdapterFile(layers), target)
-    for base in (None, sd1_folder):
-        if base is None:
-            found = read_adapter(path).layers
-        else:
-            with PipelineFolder.open(base) as pipeline:
-                found = read_adapter(path, pipeline).layers
-        assert (found[TABLE].kind, found[Q_PROJ].kind) == ("embedding", "plain")
-        assert found[TABLE].stored_shape == found[TABLE].weight_shape[::-1]
-        torch.testing.assert_close(
-            merged(sd1_folder, found, TABLE), merged(sd1_folder, layers, TABLE)
-        )
 
 
 def test_an_embedding_alone_is_refused_for_diffusers(tmp_path: Path, sd1_folder: Path) -> None:

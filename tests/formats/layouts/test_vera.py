@@ -102,14 +102,6 @@ def test_it_holds_vectors_and_facts_alone(file):
     assert json.loads(metadata[OWN + "projections"])["unet"]["inputs"] == {"1x1": 8, "3x3": 4}
 
 
-def test_what_is_made_from_it_says_nothing_of_its_projections(file, tmp_path):
-    ordinary = write_adapter(tmp_path / "a.safetensors", read_adapter(file))
-    _, metadata = parts(ordinary)
-    assert OWN + "projections" not in metadata
-    assert OWN + "shapes" not in metadata
-    assert metadata[OWN + "trigger"] == "sks mug"
-
-
 def test_a_folder_with_the_ordinary_file_too_means_that(file, tmp_path):
     adapter = dataclasses.replace(read_adapter(file), metadata=AdapterMetadata(family="sd1"))
     assert read_adapter(tmp_path).notes

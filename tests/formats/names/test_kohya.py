@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.names import kohya
-from dora_diffusion.formats.names.kohya import joined_parts, kohya_name, kohya_table, name_resolver
+from dora_diffusion.formats.names.kohya import kohya_name, kohya_table, name_resolver
 from dora_diffusion.formats.names.modules import released_layout, renamed, unet_names
 
 
@@ -31,16 +30,6 @@ def test_kohya_names_go_there_and_back(family: str, request: pytest.FixtureReque
         assert by_structure(flat) == name
         assert by_table(flat) == name
         assert re.fullmatch(r"\w+", flat)
-
-
-def test_both_block_names_of_sdxl_are_read(sdxl_folder: Path) -> None:
-    names = modules(sdxl_folder)
-    by_diffusers = dataclasses.replace(FAMILIES["sdxl"], kohya_names_original_blocks=False)
-    for name in names:
-        diffusers_name = kohya_name(name, by_diffusers)
-        assert diffusers_name is not None
-        assert name_resolver(names)(diffusers_name) == name
-        assert name_resolver()(diffusers_name) == name
 
 
 def test_known_kohya_names_of_released_models() -> None:
@@ -92,17 +81,3 @@ def test_each_underscore_name_has_one_reading() -> None:
 def test_modules_that_share_a_flat_name_are_refused() -> None:
     with pytest.raises(ValueError, match="could be"):
         kohya_table(["unet.a.b_c", "unet.a_b.c"])
-
-
-def test_names_of_the_model_decide() -> None:
-    resolve = name_resolver(["unet.my_odd.block_1"])
-    assert resolve("lora_unet_my_odd_block_1") == "unet.my_odd.block_1"
-    assert resolve("lora_unet_conv_in") is None
-
-
-def test_joined_projections_follow_the_blocks_of_the_model(sdxl_folder: Path) -> None:
-    parts = joined_parts("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_qkv")
-    flat = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_qkv"
-    for resolve in (name_resolver(), name_resolver(modules(sdxl_folder))):
-        assert joined_parts(resolve(flat) or "") == parts
-    assert len(parts) == 3

@@ -8,7 +8,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio as gr
 
 from dora_diffusion.studio.app.context import plain
-from dora_diffusion.studio.jobs.store import UserError, Withdrawn
+from dora_diffusion.studio.jobs.store import Withdrawn
 
 
 def shown(error: Exception) -> str:
@@ -19,11 +19,6 @@ def shown(error: Exception) -> str:
     with pytest.raises(gr.Error) as caught:
         handler()
     return str(caught.value.message)
-
-
-def test_what_can_be_mended_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert shown(UserError("no <b>photo</b> yet")) == "No &lt;b&gt;photo&lt;/b&gt; yet"
-    assert capsys.readouterr().err == ""
 
 
 def test_what_its_user_took_back_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

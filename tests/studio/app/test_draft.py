@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +16,10 @@ from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import ADVANCED, LABELS
 from dora_diffusion.studio.app.views.draft import can_hold, kept_fields
 from dora_diffusion.studio.app.views.ui import LIMIT
-from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.queue import start_time
-from dora_diffusion.studio.jobs.store import GONE, write_json
+from dora_diffusion.studio.jobs.store import GONE
 from dora_diffusion.studio.jobs.subjects import new_subject
 from tests.studio.app.views.helpers import built_page
-from tests.studio.jobs.helpers import about, ended_run, started_run
+from tests.studio.jobs.helpers import about, ended_run
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +69,6 @@ def restoring(blocks: gr.Blocks) -> Any:
     return one
 
 
-@pytest.mark.parametrize("kept", [None, [], "x", {}, {"train/rank": ["evil"], "unknown": "x"}])
-def test_what_is_no_draft_changes_nothing(blocks: gr.Blocks, kept: Any) -> None:
-    assert all(update == gr.skip() for update in restoring(blocks).fn(kept))
-
-
 def test_what_was_kept_is_filled_in_again(blocks: gr.Blocks) -> None:
     dependency = restoring(blocks)
     there = next(field.value for field in dependency.outputs if field.label == "Steps")
@@ -89,39 +81,6 @@ def test_what_was_kept_is_filled_in_again(blocks: gr.Blocks) -> None:
     assert values == {"rank": "17", "Seed": 5}
 
 
-def test_a_choice_that_another_version_had_is_empty_with_its_reason(
-    blocks: gr.Blocks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Presets, schedulers, programs and all other lists that do not change, one by one."""
-    told: list[str] = []
-    monkeypatch.setattr(gr, "Warning", told.append)
-    dependency = restoring(blocks)
-    lists = {
-        name: field for name, field in kept_fields(blocks).items()
-        if isinstance(field, (gr.Radio, gr.Dropdown)) and field.choices
-        and not (isinstance(field, gr.Dropdown) and (field.multiselect or field.allow_custom_value))
-    }  # fmt: skip
-    assert {"train/Preset", "train/optimizer", "generate/Scheduler", "library/Program"} < {*lists}
-    for name, field in lists.items():
-        updates = zip(dependency.outputs, dependency.fn({name: "unheard-of"}), strict=True)
-        changed = {one._id: update for one, update in updates if update != gr.skip()}
-        assert changed == {field._id: gr.update(value=None)}, name
-        assert told.pop() == f"{field.label}: unheard-of is no longer a choice; choose again"
-    assert not told
-
-
-def test_a_slider_is_widened_to_what_an_image_or_an_earlier_visit_says(blocks: gr.Blocks) -> None:
-    kept = {"generate/Strength": 2.5, "generate/Direction": -1, "generate/Magnitude": 0.5}
-    dependency = restoring(blocks)
-    updates = zip(dependency.outputs, dependency.fn(kept), strict=True)
-    limits = {
-        field.label: (update["minimum"], update["value"], update["maximum"])
-        for field, update in updates
-        if "value" in update
-    }
-    assert limits == {"Strength": (-3, 2.5, 3), "Direction": (-1, -1, 2), "Magnitude": (0, 0.5, 2)}
-
-
 def opened(blocks: gr.Blocks, kept: dict[str, Any], query: dict[str, str]) -> dict[Any, Any]:
     """The tab, and values by field, of a page that is loaded with an address."""
     restore = restoring(blocks)
@@ -131,34 +90,6 @@ def opened(blocks: gr.Blocks, kept: dict[str, Any], query: dict[str, str]) -> di
         for field, update in zip(restore.outputs, updates, strict=True)
         if update != gr.skip()
     }
-
-
-def test_an_address_names_the_tab_that_a_reload_opens(tmp_path: Path) -> None:
-    context = Context(Launch(runs_dir=tmp_path / "runs"))
-    blocks = built_page(context)
-    [tabs] = [one for one in blocks.blocks.values() if isinstance(one, gr.Tabs)]
-    ids = [tab.id for tab in tabs.children]
-    assert ids == ["subject", "train", "generate", "library", "compare"]
-    shown = {tab: {} if tab == "subject" else {tabs: tab} for tab in ids}
-    other = ({}, {"tab": "none"}, {"tab": ""})
-    for tab in ids:
-        assert opened(blocks, {}, {"tab": tab}) == shown[tab]
-    assert [opened(blocks, {}, query) for query in other] == [{}] * 3
-    # While a run trains, a page without a tab of its own shows it.
-    folder = started_run(context.workspace, 4)
-    write_json(folder / records.WORKER, {"pid": os.getpid(), "start": start_time(os.getpid())})
-    assert [job.is_active for job in context.jobs(fresh=True)] == [True]
-    for tab in ids[1:]:
-        assert opened(blocks, {}, {"tab": tab})[tabs] == tab
-    assert tabs not in opened(blocks, {}, {"tab": "subject"})
-    assert [opened(blocks, {}, query)[tabs] for query in other] == ["train"] * 3
-    # Each tab that is opened is written there.
-    selecting = {
-        part: one.js for one in blocks.fns.values() for part, event in one.targets
-        if event == "select" and "locate" in str(one.js)
-    }  # fmt: skip
-    assert selecting == {tab._id: f"() => studio.locate('tab', '{tab.id}')"
-                         for tab in tabs.children}  # fmt: skip
 
 
 def test_an_address_names_what_is_selected_and_what_is_gone_is_left_out(tmp_path: Path) -> None:

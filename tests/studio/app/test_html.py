@@ -82,22 +82,6 @@ def test_a_job_that_failed_shows_the_last_lines_of_its_last_attempt(workspace: W
         assert "<pre>" not in html.status_card(job)
 
 
-@pytest.mark.parametrize(("code", "share"), [(0, "100.0%"), (1, "0.0%")])
-def test_the_bar_of_a_job_without_units_is_full_when_it_is_done(
-    workspace: Workspace, tmp_path: Path, code: int, share: str
-) -> None:
-    output = tmp_path / "a.safetensors"
-    output.touch()
-    folder = workspace.new_job()
-    folder.mkdir()
-    record = records.JobRecord(["convert", "a", str(output)], "Convert a", output=str(output))
-    records.write_record(folder, record)
-    write_json(folder / records.RESULT, {"code": code})
-    job = read_job(folder)
-    assert job is not None
-    assert f"style='width:{share}'" in html.status_card(job)
-
-
 @pytest.mark.parametrize(
     ("kind", "unit", "done", "total", "shown"),
     [("train", "", 0, 0, "step 4 of 10"), ("export", "B", 3 * 2**19, 3 * 2**20, "1.5 of 3.0 MB"),

@@ -6,7 +6,6 @@ import functools
 import re
 import shutil
 from collections.abc import Callable
-from html import unescape
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,7 +24,6 @@ from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.page import CHOOSERS, _changes
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
 from dora_diffusion.studio.app.views import gallery
-from dora_diffusion.studio.app.views.library import page_of
 from dora_diffusion.studio.app.views.request import BASE, UNSET, make_request
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs import snapshot as snapshots
@@ -34,7 +32,7 @@ from dora_diffusion.studio.jobs.store import GONE, UserError, Workspace, write_j
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
 from tests.every import every
 from tests.studio.app.views.helpers import built_page
-from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, forbid, photo, started_run
+from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, photo
 
 ADAPTER = Path(__file__).parents[2] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 # What the app decides itself, and names that stand for more than one field.
@@ -126,13 +124,11 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     about(runs[0].folder, "compare")
     subject = new_subject(workspace, "Mug")
     add_photos(workspace, subject, [photo(tmp_path / "a.png")])
-    (workspace.wildcards / "hue.txt").write_text("red", encoding="utf-8")
-    workspace.styles.write_text("name,prompt,negative_prompt\nink,ink,\n", encoding="utf-8")
     context.jobs(fresh=True)
     gone = dict.fromkeys(choosers, "20260101-000000-abcdef")
     gone["subject"] = "20260101-000000-abcdee"
     gone |= dict.fromkeys(("base", "study_base"), str(workspace.root / "a/model"))
-    several = {"style", "study_subjects", "others"}
+    several = {"study_subjects", "others"}
     for chosen in (gone, dict.fromkeys(choosers, GONE)):
         values = {name: [value] if name in several else value for name, value in chosen.items()}
         updates = filled(handler, page, values)
@@ -146,7 +142,7 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     run = runs[0].id
     there = {
         "run": run, "adapter": f"{run}/checkpoint-2", "library_run": run, "subject": subject,
-        "adapter_second": run, "find_run": run, "words_file": "hue.txt", "style": ["ink"],
+        "adapter_second": run, "find_run": run,
         "library_other": runs[1].id, "library_rival": run, "study_subjects": [subject],
         "start": "/mug.safetensors", "base": str(workspace.root), "study_base": "org/model",
     }  # fmt: skip
@@ -158,7 +154,7 @@ def test_no_chooser_that_is_empty_acts_on_another_object(context: Context) -> No
     ended_run(context.workspace, (2,), 2)
     form = {**UNSET, "prompt": "a mug", "seed": 1}
     base = f"{BASE}/{context.models[0]}"
-    for choice, more in ((GONE, {}), (base, {"adapter_third": GONE}), (base, {"style": [GONE]})):
+    for choice, more in ((GONE, {}), (base, {"adapter_third": GONE})):
         with pytest.raises(UserError, match="no longer"):
             make_request(context, choice, form | more)
     for act in (context.allowed_model, context.starting_adapter, context.job):
@@ -189,10 +185,10 @@ def test_no_deletion_without_a_question_that_names_it(
 ) -> None:
     """By every handler that calls a function of the jobs that deletes."""
     page = app[2]
-    deleting = {"delete_job", "delete_subject", "remove_photo", "delete_prompt_file", "delete"}
+    deleting = {"delete_job", "delete_subject", "remove_photo", "delete"}
     found = [one for one in page.fns.values() if _names(one.fn, set()) & deleting]
     assert {one.fn.__module__.rpartition(".")[2] for one in found} == {
-        "subject", "photo", "run", "results", "words", "library", "compare"
+        "subject", "photo", "run", "results", "library", "compare"
     }  # fmt: skip
     for one in found:
         assert one.js == "studio.confirmed", one.fn
@@ -267,44 +263,6 @@ def _damage_what_lies_beside(workspace: Workspace, content: bytes | None) -> Non
     write_json(job / records.RESULT, {"code": 0})
 
 
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
-        ('{"rows": 1, "notes": []}', "rows is '1'"),
-        ('{"rows": [{"name": "base"}], "notes": []}', "rows.0.similarity is missing"),
-        ('{"notes": []}', "rows is missing"),
-        (
-            '{"rows": [{"name": "base", "similarity": "a", "drift": 0}], "notes": []}',
-            "rows.0.similarity is 'a'",
-        ),
-        ('{"rows": [{"name": ["base"]}], "notes": []}', "rows.0.name is \"['base']\""),
-        ('{"rows": [], "missing": [], "notes": 1}', "notes is '1'"),
-    ],
-)
-def test_a_damaged_comparison_is_said_and_can_be_made_again(
-    context: Context, shown: Callable[[str | None], str], text: str, wrong: str
-) -> None:
-    run = ended_run(context.workspace, (50,), 120)
-    folder = context.workspace.exports / run.id / "comparison"
-    folder.mkdir(parents=True)
-    (folder / "comparison.json").write_text(text, encoding="utf-8")
-    page = unescape(shown(run.id))
-    assert f"comparison.json is damaged ({wrong}); fix or delete it, or rank again" in page
-    assert "Rank the checkpoints" in page
-
-
-def test_a_run_without_permissions_is_one_run(
-    context: Context, shown: Callable[[str | None], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, locked = started_run(context.workspace, 3), started_run(context.workspace, 2)
-    forbid(monkeypatch, locked)
-    for run in (good, locked):
-        page = shown(run.name)
-        assert "cannot be shown" not in page
-        assert good.name in page
-        assert "job.json is damaged (Permission denied)" in page or run == good
-
-
 def test_of_a_subject_with_a_broken_photo_the_others_are_shown(
     context: Context, handler: Callable[[str], Any], tmp_path: Path
 ) -> None:
@@ -336,24 +294,6 @@ def test_of_a_subject_with_a_broken_photo_the_others_are_shown(
     choose = handler("photo.connect.<locals>.choose")
     event = gradio.SelectData(None, {"index": 3, "value": ""})
     assert choose(subject, [f"00{n}.jpg" for n in range(1, 6)], event)[0] == "004.jpg"
-
-
-def test_a_run_is_chosen_by_its_card_where_one_has_no_image(
-    context: Context, handler: Callable[[str], Any], shown: Callable[[str | None], str]
-) -> None:
-    runs = [ended_run(context.workspace, (50,), 120) for _ in range(2)]
-    newest, oldest = [job.folder for job in snapshot(context.workspace.root)]
-    (oldest / "photos").mkdir()
-    photo(oldest / "photos" / "001.jpg")
-    assert ">2 runs<" in shown(runs[0].id)
-    first, second = page_of(context, {})["cards"].split("</button>")[:2]
-    assert f"data-value='{newest.name}'" in first
-    assert "no image" in first
-    assert f"data-value='{oldest.name}'" in second
-    assert f"thumbnails/{oldest.name}.jpg" in second
-    choose = handler("library.connect.<locals>.choose")
-    for job_id, chosen in ((oldest.name, oldest.name), ("../x", gradio.skip())):
-        assert choose(gradio.EventData(None, {"what": "show", "value": job_id})) == chosen
 
 
 def test_a_tab_that_fails_leaves_the_others_and_is_said(
@@ -393,11 +333,6 @@ def test_what_could_not_be_deleted_is_not_said_to_be(
     )  # of the four of a run, the last one is removal
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
     assert "are deleted at the next start of the app" in str(handler(*chosen))
-
-
-def test_nothing_is_said_to_be_gone_for_good(app: Any) -> None:
-    page = str(app[2].get_config_file())
-    assert "There is no way back" not in page
 
 
 def _texts(value: object) -> list[str]:
@@ -442,42 +377,6 @@ def test_a_message_calls_a_setting_as_its_field_is_called(
                 assert label in labels
                 assert html.note(message) == f"<div class='dd-note dd-info'>{told}</div>"
                 assert sentence(message) == told
-
-
-def test_a_wait_for_images_is_shown_on_results_and_not_on_fields(tmp_path: Path) -> None:
-    page = built_page(Context(Launch(runs_dir=tmp_path / "runs")))
-    waits = [function for function in page.fns.values() if function.show_progress == "full"]
-    signs = [function.show_progress_on or function.outputs for function in waits]
-    assert len(waits) >= 7
-    assert {type(sign).__name__ for each in signs for sign in each} == {
-        "HTML", "Gallery", "ImageSlider"
-    }  # fmt: skip
-    beside = ["turn" in {sign.elem_id for sign in each} for each in signs]
-    assert sum(beside) == 3, "of the buttons below the form: images, side by side, grid"
-
-
-def test_an_event_marks_few_fields_and_none_without_a_sign_of_work(tmp_path: Path) -> None:
-    """The page looks for each field that is marked in all of itself, at each step of an event."""
-    config = built_page(Context(Launch(runs_dir=tmp_path))).get_config_file()
-    for event in config["dependencies"]:
-        marked = event["show_progress_on"]
-        if event["show_progress"] == "hidden":
-            assert marked == [], event["targets"]
-        else:
-            assert len(event["outputs"] if marked is None else marked) < 15, event["targets"]
-
-
-def test_an_event_is_never_repeated_for_two_that_wait_for_the_last(tmp_path: Path) -> None:
-    """Gradio repeats the event itself for one that waited: two would repeat each other for ever."""
-    config = built_page(Context(Launch(runs_dir=tmp_path))).get_config_file()
-    waiting = [
-        name
-        for event in config["dependencies"]
-        if event["backend_fn"] and event["trigger_mode"] == "always_last"
-        for _, name in event["targets"]
-    ]
-    assert len(waiting) >= 12
-    assert {*waiting} == {"then"}
 
 
 def test_a_restart_of_the_app_forgets_nothing(

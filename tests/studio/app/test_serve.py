@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,13 +21,12 @@ import httpx
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs import snapshot as snapshots
 from dora_diffusion.studio.jobs.queue import JobQueue
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
 from dora_diffusion.studio.jobs.uploads import MAX_FILE
-from tests.studio.jobs.helpers import ended_run, make, photo, pretend_running
-from tests.waiting import WAIT_SECONDS, wait_until
+from tests.studio.jobs.helpers import make, photo, pretend_running
+from tests.waiting import WAIT_SECONDS
 
 SAMPLES = Path(__file__).resolve().parents[3] / "samples"
 
@@ -131,21 +129,6 @@ def test_the_page_is_served(served: Served) -> None:
     assert "DoRA studio" in answer.text
     assert str(served.client.base_url.port) in served.url
     assert served.client.base_url.port not in (None, 0)
-
-
-def test_runs_are_read_before_a_page_asks_for_them(tmp_path: Path) -> None:
-    run = ended_run(Workspace(tmp_path / "runs").make(), (2,), 4).folder
-    snapshots._ENDED.clear()
-    one = Served(Launch(runs_dir=tmp_path / "runs"))
-    try:
-        wait_until(lambda: run.resolve() in snapshots._ENDED)
-    finally:
-        one.blocks.close(verbose=False)
-
-
-def test_screen_readers_hear_words_and_no_names_of_words(served: Served) -> None:
-    words = served.client.get("config").json()["i18n_translations"]["en"]
-    assert words == {"common.complete": "Complete"}
 
 
 def test_exports_and_images_are_given_out_and_nothing_else(served: Served) -> None:
@@ -319,9 +302,9 @@ def filled(field: Any, value: object) -> object:
 FREE = ("Api", "Dropdown", "Textbox", "State", "HTML", "File", "Gallery")
 
 
-@pytest.mark.parametrize("number", range(len(HOSTILE)))
+@pytest.mark.parametrize("first", [0, 3])
 def test_no_handler_can_be_led_astray(
-    served: Served, number: int, monkeypatch: pytest.MonkeyPatch
+    served: Served, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every endpoint, private or not, with something else in its fields than the page sends."""
     workspace = served.context.workspace
@@ -329,10 +312,11 @@ def test_no_handler_can_be_led_astray(
         "dora_diffusion.studio.jobs.image_generator.ImageGenerator._model", _no_model
     )
     before = files_of(workspace)
-    value, refusals = HOSTILE[number], []
+    refusals = []
     for index, one in served.blocks.fns.items():
         if one.fn is None or not one.inputs or one.fn.__name__ == "tick":
             continue
+        value = HOSTILE[(first + index) % len(HOSTILE)]
         fields = [filled(field, value) for field in one.inputs]
         said = served.ask(index, fields, {"index": value, "what": value, "value": value})
         if not said["success"]:
@@ -365,13 +349,6 @@ def test_a_files_path_that_was_not_uploaded_is_refused(served: Served) -> None:
     assert list((served.context.workspace.subjects / subject / "photos").iterdir()) == []
 
 
-def test_errors_are_plain_and_escaped(served: Served) -> None:
-    size = ["embedded:tiny-sd", "", False]
-    said = served.call("<locals>.create", ["<img src=x>" * 20, *size])
-    message = json.loads(said.removeprefix("data: "))["output"]["error"]
-    assert re.match(r"The name has \d+ characters; at most 60 are taken", message)
-
-
 def test_a_page_does_not_hold_the_environment(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,23 +370,6 @@ def test_a_shared_app_does_not_publish_in_its_owner_s_name(tmp_path: Path) -> No
     )  # fmt: skip
     with pytest.raises(gradio.Error, match="does not publish"):
         push("20261125-020304-abcdef", "ann/mug", True)
-
-
-@pytest.mark.parametrize("browser", [False, True])
-def test_the_browser_opens_the_page_s_address(
-    browser: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from dora_diffusion.studio.app import serve
-
-    opened: list[str] = []
-    started = (MagicMock(), MagicMock(), "http://127.0.0.1:7861/")
-    monkeypatch.setattr(serve, "start", lambda launch: started)
-    monkeypatch.setattr(serve.signal, "signal", MagicMock())
-    monkeypatch.setattr(serve.threading, "Event", MagicMock)
-    monkeypatch.setattr(serve.webbrowser, "open", opened.append)
-    serve.serve(Launch(browser=browser))
-    assert opened == ["http://127.0.0.1:7861/"] * browser
-    assert capsys.readouterr().out == "open http://127.0.0.1:7861/\nThe app has ended.\n"
 
 
 def test_who_closes_the_app_is_told_what_continues_and_what_waits(

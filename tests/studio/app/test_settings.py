@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,22 +16,15 @@ from dora_diffusion.cli.main import build_parser
 from dora_diffusion.config import (
     PRESETS,
     TrainConfig,
-    read_config_file,
-    without_effect,
 )
-from dora_diffusion.config.derived import as_yaml, resolve
-from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.config.fields import words_of
-from dora_diffusion.models.memory import Device, fitting_settings, needed_memory
+from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.settings import (
     ADVANCED,
     EMBEDDED,
-    EMBEDDED_MODELS,
     GROUPS,
     SETTINGS,
     command_line,
     make_config,
-    preset_sentence,
     preset_values,
     setting_text,
     shown_choices,
@@ -91,12 +83,6 @@ def test_the_command_line_makes_the_same_config(changes: dict[str, object]) -> N
     assert train_config(build_parser().parse_args(words[4:])) == one
 
 
-def test_the_settings_file_makes_the_same_config(tmp_path: Path) -> None:
-    one = config(rank=5)
-    (tmp_path / "settings.yaml").write_text(as_yaml(one), encoding="utf-8")
-    assert TrainConfig.from_dict(read_config_file(tmp_path / "settings.yaml")) == one
-
-
 def test_names_of_models_and_paths_stay_as_they_are() -> None:
     name = "/data/My  models/Ünique  One.safetensors"
     one = make_config(name, Path("p"), Path("o"), "sks", "mug", [], {"class_data_dir": f" {name} "})
@@ -104,47 +90,6 @@ def test_names_of_models_and_paths_stay_as_they_are() -> None:
     for wrong in ("x" * 501, "org/mo\ndel"):
         with pytest.raises(UserError, match="the model name has more than 500 characters, or"):
             make_config(wrong, Path("p"), Path("o"), "sks", "mug", [], {})
-
-
-def test_prompts_name_the_subject() -> None:
-    one = config()
-    assert one.instance_prompt == "a photo of a sks toy robot"
-    assert one.validation_prompt == ["a sks toy robot at night"]
-
-
-@pytest.mark.parametrize(
-    ("model", "family"), [("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd1"), (SDXL, "sdxl")]
-)
-def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: str) -> None:
-    steps = {preset: preset_values(preset, model)["max_train_steps"] for preset in PRESETS}
-    default = FAMILIES[family].default_steps
-    assert default == {"sd1": 800, "sdxl": 1000}[family]
-    assert str(default) in str(SETTINGS["max_train_steps"].derived)
-    assert (steps["fast"], steps["balanced"], steps["quality"]) == (
-        default // 2, default, default * 3 // 2,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("model", ["stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL])
-def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None:
-    """Values that neither preset nor device sets are those of `train` without a flag."""
-    fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
-    about = {"max_train_steps", "with_prior_preservation", "rank"}
-    about |= {n for preset in PRESETS.values() for n in (*preset.settings, *preset.released)}
-    default = TrainConfig().to_dict()
-    for preset in PRESETS:
-        values = preset_values(preset, model)
-        moved = {name for name, value in values.items() if value != default[name]}
-        assert moved <= fitted | about, preset
-    resolved = resolve(
-        TrainConfig(with_prior_preservation=True, instance_prompt="a sks dog"),
-        prediction_type="epsilon", resolution=512, total_steps=800, steps_per_epoch=5,
-        mixed_precision="bf16", family=FAMILIES["sd1"],
-    )  # fmt: skip
-    assert resolved.center_crop
-    assert resolved.prior_preservation_mode == "image-free"
-    assert (resolved.validation_steps, resolved.num_validation_images) == (200, 4)
-    assert resolved.checkpointing_steps == 100
 
 
 def test_a_switch_that_follows_from_the_model_has_three_states(tmp_path: Path) -> None:
@@ -200,13 +145,6 @@ def test_what_cannot_be_is_refused_by_name(name: str, text: str) -> None:
         config(**{name: text})
 
 
-def test_a_zero_that_was_typed_is_a_zero() -> None:
-    assert config(magnitude_lr="0").magnitude_lr == 0.0
-    assert config(magnitude_lr="").magnitude_lr is None
-    assert config(rank=" 16 ").rank == 16
-    assert config(learning_rate="1e-4").learning_rate == 1e-4
-
-
 def test_paths_are_looked_for_before_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     for changes, match in (
@@ -236,22 +174,6 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
         assert {SETTINGS[name].group for name in names} == {group}
 
 
-def test_no_preset_holds_a_value_without_effect() -> None:
-    models = (EMBEDDED, "embedded:tiny-sdxl", "org/model", SDXL)
-    devices = (Device(), Device("cuda", "x", 8.0, True, True))
-    with every() as case:
-        for preset, model, device in itertools.product(PRESETS, models, devices):
-            with case((preset, model, device.kind)):
-                assert without_effect(made_of(model, preset_values(preset, model, device))) == {}
-
-
-def test_an_empty_field_means_the_default() -> None:
-    one = config(learning_rate=None, targets="", class_prompt=" ", resolution=None)
-    default = TrainConfig()
-    assert one.learning_rate == default.learning_rate
-    assert (one.targets, one.class_prompt, one.resolution) == (default.targets, None, None)
-
-
 @pytest.mark.parametrize(
     ("token", "word", "match"),
     [
@@ -264,55 +186,6 @@ def test_an_empty_field_means_the_default() -> None:
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
         make_config(EMBEDDED, Path("p"), Path("o"), token, word, [], {})
-
-
-BASES = [*EMBEDDED_MODELS, *(family.released_id for family in FAMILIES.values()), "/none"]
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_tells_what_it_sets_for_the_model_and_nothing_else(preset: str) -> None:
-    usual = TrainConfig().to_dict()
-    for base in BASES:
-        text, _, advice = preset_sentence(preset, base).partition(". ")
-        family = next((f for f in FAMILIES.values() if f.released_id == base), FAMILIES["sd1"])
-        assert bool(advice) == family.is_flow
-        first, *parts = text.removeprefix("For this model: ").removesuffix(".").split(", ")
-        # As the fields are filled in; how a device is fitted is said beside its memory.
-        values = preset_values(preset, base, Device())
-        fitted = fitting_settings("", 512, Device()) if base not in EMBEDDED_MODELS else {}
-        changed = {n: v for n, v in values.items() if v != usual[n] and n not in fitted}
-        assert first == f"{changed.pop('max_train_steps')} steps"
-        if preset != "slider":
-            switches = [changed.pop(n, False) for n in ("with_prior_preservation", "random_flip")]
-            words = ["with" if on else "without" for on in switches]
-            named, parts = parts[:2], parts[2:]
-            assert named == [f"{words[0]} prior preservation", f"{words[1]} mirrored photos"]
-        assert parts == [
-            n.replace("_", " ") + ("" if value is True else f" {' '.join(words_of(value))}")
-            for n, value in changed.items()
-        ]
-    pet = [preset_sentence("pet", base) for base in (EMBEDDED, FAMILIES["sd1"].released_id)]
-    assert ["without mirrored photos" in text for text in pet] == [True, False]
-
-
-def test_the_purpose_of_a_preset_holds_for_every_model() -> None:
-    for preset in PRESETS.values():
-        assert not re.search("mirror|prior|class|encoder|rank|parameter|token|<", preset.about)
-
-
-def test_what_a_preset_says_of_its_steps_holds_for_every_model() -> None:
-    """In relation to a preset that is named."""
-    said, usual = {}, PRESETS["balanced"]
-    for name, preset in PRESETS.items():
-        pairs = ((preset.steps, usual.steps), (preset.embedded_steps, usual.embedded_steps))
-        more, fewer = all(a > b for a, b in pairs), all(a < b for a, b in pairs)
-        text = preset.about.lower()
-        assert ("more steps than balanced" in text) <= more, name
-        assert ("fewer steps than balanced" in text) <= fewer, name
-        if found := re.search("(more|fewer) steps", text):
-            said[name] = found[1]
-            assert f"{found[0]} than balanced" in text, name
-    assert said == {"fast": "fewer", "fast-word": "fewer", "quality": "more", "face": "more"}
 
 
 def test_a_preset_with_a_token_of_its_own_says_what_to_type_in_the_app() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.models.locate import model_info
-from dora_diffusion.studio.jobs.bases import check_base, check_variant
+from dora_diffusion.studio.jobs.bases import check_base
 from dora_diffusion.studio.jobs.store import UserError
 from tests.studio.jobs.helpers import write_checkpoint, write_folder
 
@@ -72,22 +72,6 @@ def test_a_file_or_folder_that_is_no_base_model_is_refused(tmp_path: Path) -> No
             check_base(str(tmp_path / name))
     check_base(str(write_checkpoint(tmp_path / "xl.safetensors", "sdxl")))
     check_base(str(write_folder(tmp_path / "pipeline")))
-
-
-def test_the_hub_is_asked_only_when_a_run_is_to_begin(cache: Path) -> None:
-    check_base("nobody/nothing")
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        check_base("nobody/nothing", ask_hub=True)
-    write_folder(cache / "models--nobody--nothing" / "snapshots" / "1")
-    check_base("nobody/nothing", ask_hub=True)
-
-
-def test_a_variant_without_weights_is_refused(tmp_path: Path) -> None:
-    folder = str(write_folder(tmp_path / "pipeline"))
-    check_variant(folder, None)
-    check_variant(folder, "fp16")
-    with pytest.raises(UserError, match=r"no weights of the variant 'bf16'; it has .*fp16"):
-        check_variant(folder, "bf16")
 
 
 def test_what_a_run_names_is_what_is_loaded() -> None:

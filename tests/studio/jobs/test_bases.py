@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dora_diffusion.formats.files.runs import PIPELINE_NAME
 from dora_diffusion.studio.jobs import bases
 from dora_diffusion.studio.jobs.bases import Base, in_folder, in_hub_cache, model_folders
 from tests.studio.jobs.helpers import write_checkpoint, write_folder
@@ -72,21 +71,3 @@ def test_downloaded_models_are_offered_once_and_only_with_weights(
     assert where[SDXL] == "to be downloaded"
     assert where["org/listed"] == "named with --models"
     assert names[0] == "embedded:tiny-sd"
-
-
-def test_a_model_that_a_run_fine_tuned_is_offered(cache: Path, tmp_path: Path) -> None:
-    model = write_folder(tmp_path / "20260101-120000-abcdef" / "model")
-    write_folder(tmp_path / "20260101-120000-abcdef" / "checkpoint-5")
-    offered = {base.name: base.where for base in bases.bases(tmp_path, (), ())}
-    assert offered[str(model)] == "fine-tuned in run 20260101-120000-abcdef"
-    assert not [name for name in offered if "checkpoint-5" in name]
-
-
-@pytest.mark.parametrize("text", ["[1]", "3", "", "{", '{"unet": 1}', "[" * 1500, "\0"])
-def test_a_damaged_model_of_a_run_does_not_keep_the_app_from_starting(
-    tmp_path: Path, text: str
-) -> None:
-    for number, broken in enumerate(("model_index.json", "unet/config.json")):
-        folder = write_folder(tmp_path / f"20261125-02030{number}-abcdef" / PIPELINE_NAME)
-        (folder / broken).write_text(text, encoding="utf-8")
-    assert len(bases.of_runs(tmp_path)) == 2

@@ -88,15 +88,6 @@ def test_the_question_about_an_image_has_its_prompt(workspace: Workspace) -> Non
     assert question("8.png").startswith("Delete the image 8.png (0.0 MB)?")
 
 
-def test_the_question_about_a_file_of_prompts_has_what_it_gives(workspace: Workspace) -> None:
-    rows = "name,prompt,negative_prompt\nink,ink,\noil,oil,\n"
-    workspace.styles.write_text(rows, encoding="utf-8")
-    (workspace.wildcards / "hue.txt").write_text("red", encoding="utf-8")
-    question = partial(deletions.prompt_file_question, workspace)
-    assert question("styles.csv").startswith("Delete styles.csv with 2 styles (0.0 MB)?")
-    assert question("hue.txt").startswith("Delete hue.txt with __hue__ (0.0 MB)?")
-
-
 @pytest.mark.parametrize("name", ["20260101-000000-abcdef", GONE, "../x", 3, ["a"]])
 def test_no_question_is_about_what_is_gone(
     workspace: Workspace, subject: str, name: object
@@ -107,7 +98,6 @@ def test_no_question_is_about_what_is_gone(
         partial(deletions.photo_question, workspace, subject),
         partial(deletions.photo_question, workspace, photo="001.jpg"),
         partial(deletions.image_question, ImageStore(workspace)),
-        partial(deletions.prompt_file_question, workspace),
     ):  # fmt: skip
         with pytest.raises(UserError, match="no longer exists"):
             ask(name)

@@ -11,7 +11,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.models.memory import Device
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.estimates import announced_class_images, estimate
+from dora_diffusion.studio.jobs.estimates import estimate
 from dora_diffusion.studio.jobs.snapshot import snapshot
 from dora_diffusion.studio.jobs.store import Workspace, write_json
 from tests.studio.jobs.helpers import (
@@ -57,20 +57,3 @@ def test_estimates_are_measured_or_unknown(workspace: Workspace) -> None:
     card = html.estimate_card(unknown, 10)
     assert "known after the first steps" in card
     assert "will not fit" not in card
-
-
-def test_class_images_are_announced_with_their_number_and_time(workspace: Workspace) -> None:
-    """100 images of 25 steps are 5,000 passes, as many as 833 steps of 6 (3 for an image)."""
-    images = TrainConfig(with_prior_preservation=True, prior_preservation_mode="images")
-    cost = estimate(images, (), workspace.root, Device())
-    said = announced_class_images(images, cost)
-    assert said == (
-        "100 class images come first, in the run's folder, which takes about as long as 833 "
-        "training steps, unless a run has generated them; prior_preservation_mode image-free is a "
-        "prior without class images."
-    )
-    measured = dataclasses.replace(cost, seconds=200.0)
-    told = dataclasses.replace(images, max_train_steps=100)
-    assert "takes about 27 min 47 s," in announced_class_images(told, measured)
-    for config in (TrainConfig(), TrainConfig(with_prior_preservation=True)):
-        assert announced_class_images(config, cost) == ""

@@ -9,44 +9,32 @@ from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from dora_diffusion.cli.image_rows import warn_of_triggers
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.data.captions import CaptionRules, Wildcards
-from dora_diffusion.formats.adapter.stored import read_metadata
-from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.detail import Detail
-from dora_diffusion.sampling.generate import BrokenImageError, generate_images
+from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import parse_parameters
-from dora_diffusion.sampling.load import load_adapted, load_model
+from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
-from dora_diffusion.sampling.stack import AdapterUse, name_of
-from dora_diffusion.studio.jobs import tasks
+from dora_diffusion.sampling.stack import AdapterUse
 from dora_diffusion.studio.jobs.image_generator import (
     GeneratedImage,
     GenerationRequest,
     ImageGenerator,
-    _Turn,
-    prompt_messages,
 )
-from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input
 from dora_diffusion.studio.jobs.queue import PERSON, Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
-from tests.studio.jobs.helpers import job_of, perform
+from tests.studio.jobs.helpers import job_of
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +43,10 @@ def studio(finished: tuple[Workspace, str]) -> ImageGenerator:
 
 
 def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
-    job, root = job_of(finished), finished[0]
+    job = job_of(finished)
     usual: dict[str, Any] = {
         "adapter": [str(adapter_of(job))], "prompt": "a photo of a sks dog", "seed": 5, "steps": 2,
-        "width": 64, "height": 64, "styles": str(root.styles), "wildcard_dir": str(root.wildcards),
+        "width": 64, "height": 64,
     }  # fmt: skip
     return GenerationRequest.of(base=job.base, **(usual | changes))
 
@@ -94,27 +82,7 @@ def test_one_seed_gives_the_same_pixels_and_the_file_says_how(
     assert str(finished[0].root) not in first.parameters
 
 
-def test_strength_0_is_the_base_and_1_is_not(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    base, adapted = studio.compare(ask(finished))
-    (plain,) = studio.make(ask(finished, strength=0.0))
-    (full,) = studio.make(ask(finished))
-    assert pixels(plain.path) == pixels(base.path)
-    assert pixels(full.path) == pixels(adapted.path) != pixels(base.path)
-    assert "<lora:" not in base.parameters
-    assert "<lora:" in adapted.parameters
-
-
-def test_direction_and_magnitude_are_written_into_the_file(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    (image,) = studio.make(ask(finished, direction_strength=0.5, magnitude_strength=0.0))
-    found = fields_of(image)
-    assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
-
-
-def test_several_adapters_images_to_start_from_and_second_passes_are_the_library_s(
+def test_several_adapters_and_images_to_start_from_are_the_library_s(
     finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     """Images of the page are those of the library with the same settings, bit for bit."""
@@ -123,27 +91,22 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
     assert result is not None
     assert early is not None
     uses = (
-        AdapterUse(result, Strengths(0.7, 0.9), {"unet.*attn2*": 0.5}),
-        AdapterUse(early, Strengths(-0.5, 0.9), {"unet.*attn2*": 0.5}, [(0.0, 1.0), (0.5, 0.0)]),
+        AdapterUse(result, Strengths(0.7, 0.9)),
+        AdapterUse(early, Strengths(-0.5, 0.9)),
     )
     source = Image.effect_noise((80, 64), 60).convert("RGB")
     mask = Image.new("L", source.size)
     mask.paste(255, (0, 0, 40, 64))
-    quick = SamplingSettings(
-        steps=2, width=64, height=64, scheduler="euler",
-        strength_schedules={name_of(1): uses[1].schedule},
-    )  # fmt: skip
+    quick = SamplingSettings(steps=2, width=64, height=64, scheduler="euler")
     files = {"image": kept(finished, source), "mask_image": kept(finished, mask)}
     over, into = {"image": files["image"], "denoise": 0.6}, {**files, "denoise": 0.6}
     wanted: dict[str, tuple[dict[str, Any], SamplingSettings]] = {
         "several": ({}, quick),
         "over": (over, replace(quick, image=source, denoise=0.6)),
         "into": (into, replace(quick, image=source, mask_image=mask, denoise=0.6)),
-        "hires": ({"hires": 1.5, "width": 48}, replace(quick, hires=1.5, width=48)),
     }
     several = plain.changed(
         adapter=[f"{result}:0.7", f"{early}:-0.5"], direction_strength=0.9,
-        layer_strength=["unet.*attn2*:0.5"], strength_schedule=["0:1", "0:1, 0.5:0"],
     )  # fmt: skip
     studio.make(plain)  # with another adapter before
     components = load_adapted(BaseModel(job.base), uses, device="cpu")[0]
@@ -154,20 +117,14 @@ def test_several_adapters_images_to_start_from_and_second_passes_are_the_library
         fields = fields_of(made)
         assert fields["Adapter"] == f"{finished[1]}, {finished[1]}-checkpoint-2"
         assert fields["Adapter strength"] == "0.7, -0.5"
-        assert fields["Layer strength"] == "unet.*attn2*:0.5"
-        assert fields["Strength schedule"] == "0:1 | 0:1, 0.5:0"
         assert ("Init image hash" in fields) == (settings.image is not None)
         assert ("Mask image hash" in fields) == (name == "into")
-        assert fields["Size"] == ("48x64" if name == "hires" else "64x64")
     # The other way round, on the model that is loaded: nothing of the one before stays.
-    (alone,) = studio.make(several.changed(adapter=[f"{result}:0.7"], strength_schedule=[]))
+    (alone,) = studio.make(several.changed(adapter=[f"{result}:0.7"]))
     (full,) = studio.make(with_adapter(plain, result))
     assert pixels(full.path) == pixels(studio.make(plain)[0].path) != pixels(alone.path)
-    with pytest.raises(UserError, match="would be 2400 pixels long; at most 2048"):
-        studio.make(plain.changed(width=1600, hires=1.5))
     base, adapted = studio.compare(several)
     assert pixels(base.path) == pixels(studio.make(plain.changed(strength=0.0))[0].path)
-    assert "Strength schedule" not in fields_of(base)
     assert adapted.parameters == studio.make(several)[0].parameters
     # Cells of a grid have them all too.
     asked = several.changed(**into)
@@ -190,154 +147,6 @@ def test_an_image_of_a_batch_is_made_again_in_its_batch(
         assert pixels(again.path) == pixels(six[place].path)
 
 
-def test_wildcards_are_drawn_by_each_image_s_seed(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    words = finished[0].wildcards / "sea" / "fish.txt"
-    words.parent.mkdir(parents=True, exist_ok=True)
-    words.write_text("cod\n# none\neel\n", encoding="utf-8")
-    plain = ask(finished, prompt="a {red|blue} __sea/fish__ of sks dog")
-    drawing = plain.changed(wildcards=True, num_images=6)
-    rules = CaptionRules(wildcards=Wildcards(finished[0].wildcards))
-    wanted = [rules.draw_prompt(plain.prompts.prompt, seed) for seed in range(5, 11)]
-    assert len({*wanted}) > 1
-    made = studio.make(drawing)
-    assert [fields_of(image)["Prompt"] for image in made] == wanted
-    # Each is repeated by what its file says, bit for bit.
-    for image in made[:2]:
-        assert "Batch size" not in fields_of(image)
-        prompt = fields_of(image)["Prompt"]
-        (again,) = studio.make(plain.changed(prompt=prompt, seed=image.seed))
-        assert again.parameters == image.parameters
-        assert pixels(again.path) == pixels(image.path)
-    assert [fields_of(one)["Prompt"] for one in studio.compare(drawing)] == wanted[:1] * 2
-    (text,) = studio.make(plain)
-    assert fields_of(text)["Prompt"] == plain.prompts.prompt
-    cells, _ = studio.grid(drawing, ["strength=1"], lambda *_: None)
-    assert cells.parameters == made[0].parameters
-    with pytest.raises(ValueError, match="the wildcard __sea/bird__ has no file"):
-        studio.make(drawing.changed(prompt="a __sea/bird__"))
-    before = sorted(finished[0].images.iterdir())
-    with pytest.raises(UserError, match="write a prompt"):
-        studio.make(drawing.changed(prompt="{|}"))
-    assert sorted(finished[0].images.iterdir()) == before
-
-
-def test_a_grid_s_cells_have_the_styles_that_are_chosen(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    text = 'name,prompt,negative_prompt\nink,"{prompt},\n ink of {subject}",photo\nsea,sea,\n'
-    finished[0].styles.write_text(text, encoding="utf-8")
-    plain = ask(finished, negative_prompt="cat")
-    styled = plain.changed(style=["ink"], subject="sks dog")
-    (alone,) = studio.make(styled)
-    texts = fields_of(alone)
-    assert (texts["Prompt"], texts["Negative prompt"]) == (
-        f"{plain.prompts.prompt}, ink of sks dog", "cat, photo"
-    )  # fmt: skip
-    cells = {
-        "prompt=a dog": ("a dog, ink of sks dog", "cat, photo"),
-        "style=sea": (f"{plain.prompts.prompt}, sea", "cat"),
-    }
-    for axis, (prompt, negative) in cells.items():
-        sheet, _ = studio.grid(styled, [axis], lambda *_: None)
-        wanted = plain.changed(prompt=prompt, negative_prompt=negative)
-        assert sheet.parameters == studio.make(wanted)[0].parameters
-
-
-def test_a_detail_pass_is_the_library_s_and_it_is_said_where_there_is_none(
-    finished: tuple[Workspace, str], studio: ImageGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def boxed(image: Image.Image, box: tuple[int, int, int, int] = (8, 8, 40, 44)) -> Image.Image:
-        mask = Image.new("L", image.size)
-        mask.paste(255, box)
-        return mask
-
-    def blank(image: Image.Image) -> Image.Image:
-        return Image.new("L", image.size)
-
-    plain, job = ask(finished), job_of(finished)
-    masks, opened = [boxed], []
-    monkeypatch.setattr(
-        "dora_diffusion.data.prepare.open_masker",
-        lambda name, *, label: opened.append((name, label)) or masks[-1],
-    )
-    asked = plain.changed(
-        detail="rembg:isnet", detail_label="dog", detail_prompt="a sks dog, close",
-        detail_denoise=0.6, detail_padding=16,
-    )  # fmt: skip
-    assert asked.sampling.detail is not None  # The page opens it before it waits.
-    (made,) = studio.make(asked)
-    detail = Detail(boxed, 0.6, 16, "a sks dog, close", "rembg:isnet", "dog")
-    components, _ = load_adapted(job.base, adapter_of(job), device="cpu")
-    settings = SamplingSettings(steps=2, width=64, height=64, detail=detail)
-    (wanted,) = generate_images(components, plain.prompts.prompt, [5], settings)
-    assert pixels(made.path) == wanted.tobytes() != pixels(studio.make(plain)[0].path)
-    assert made.notes == ()
-    assert fields_of(made)["Detail model"] == "rembg:isnet"
-    # Once, and not when its turn has come.
-    assert opened == [("rembg:isnet", "dog")]
-    sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
-    assert sheet.parameters == made.parameters
-    assert {*opened} == {("rembg:isnet", "dog")}
-    masks.append(blank)
-    nothing = replace(asked)
-    line = "No dog was found in the image of seed {}; it has no detail pass"
-    assert studio.make(nothing.changed(num_images=2))[0].notes == (line.format(5), line.format(6))
-    assert studio.compare(nothing)[1].notes == (line.format(5),)
-
-
-def test_the_page_says_what_of_a_long_prompt_was_not_read(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.results import _one
-
-    short = ask(finished)
-    long = ask(finished, prompt="a photo of a sks dog" + " on grass" * 60 + " by the <lake>")
-    for images in (
-        studio.make(long),
-        studio.compare(long),
-        [studio.grid(long, ["strength=1"], lambda *_: None)[0]],
-    ):
-        for image in images:
-            (line,) = image.notes
-            assert line.startswith("The prompt is longer than the model's 77 tokens; it did not")
-            assert line.endswith("by the < lake >")
-    context: Any = SimpleNamespace(images=ImageStore(finished[0]))
-    assert "by the &lt; lake &gt;" in _one(context, images[0])[0]
-    (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].notes
-    assert negative.startswith("The negative prompt is longer")
-    (plain,), (cut,) = studio.make(short), studio.make(long)
-    assert plain.notes == ()
-    (whole,) = studio.make(long.changed(max_token_length=0))
-    assert whole.notes == ()
-    assert pixels(whole.path) != pixels(cut.path)
-    (skips,) = studio.make(short.changed(clip_skip=1))
-    assert pixels(skips.path) != pixels(plain.path)
-    found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
-    assert found == [None, "2"]
-    assert "longer than" not in _one(context, studio.compare(short)[1])[0]
-
-
-def test_a_prompt_without_trigger_words_is_said_as_the_command_line_does(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    lacking = ask(finished, prompt="a photo of a dog", style=[])
-    metadata = read_metadata(lacking.uses()[0].path)
-    with pytest.warns(UserWarning, match="trigger word") as told:
-        warn_of_triggers([(lacking.prompts.prompt or "", metadata)])
-    text = str(told[0].message)
-    assert text == "the prompt lacks the adapter's trigger word; write 'sks dog' to get the subject"
-    line = f"T{text[1:]}"
-    made = [*studio.make(lacking), *studio.compare(lacking)]
-    made += [studio.grid(lacking, ["strength=1"], lambda *_: None)[0]]
-    assert [image.notes for image in made] == [(line,)] * 4
-    for prompt, lines in (("a SKS, dog", []), ("sksdog", [line]), ("a dog", [line])):
-        assert prompt_messages(lacking, [prompt]) == lines
-    assert prompt_messages(lacking.changed(adapter=None), ["a dog"]) == []
-
-
 def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
     finished: tuple[Workspace, str], studio: ImageGenerator, tmp_path: Path
 ) -> None:
@@ -357,33 +166,6 @@ def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
         sheet, _ = studio.grid(asked, ["strength=1"], lambda *_: None)
         assert sheet.parameters == studio.make(asked)[0].parameters
         assert fields_of(sheet)["Sampler"] == name
-
-
-def test_images_that_would_be_black_are_refused_in_words(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    job, images = job_of(finished), finished[0].images
-    file = adapter_of(job)
-    assert file is not None
-    broken = file.with_name("broken.safetensors")
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    save_file(
-        {name: torch.full_like(tensor, 3e38) for name, tensor in load_file(file).items()},
-        broken,
-        metadata,
-    )
-    asked = with_adapter(ask(finished), broken)
-    before = sorted(images.glob("*"))
-    for make in (
-        studio.make,
-        studio.compare,
-        lambda one: studio.grid(one, ["strength=1"], lambda *_: None),
-    ):
-        with pytest.raises(BrokenImageError, match=r"not finite|black all"):
-            make(asked)
-    broken.unlink()
-    assert sorted(images.glob("*")) == before
 
 
 def test_a_grid_is_a_sheet_and_a_page_of_images_that_are_made_once(
@@ -502,31 +284,6 @@ def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
     lock.free()
 
 
-def test_a_request_that_ends_while_another_is_looked_for_hides_it_not(tmp_path: Path) -> None:
-    studio = ImageGenerator(Workspace(tmp_path))
-    making = _Turn("", is_making=True)
-
-    class Ending:
-        is_withdrawn = is_making = False
-
-        @property
-        def person(self) -> str:
-            studio._turns[:] = [making]
-            return ""
-
-    class EndingLate(Ending):
-        person, is_making = "", Ending.person
-
-    studio._turns = cast("list[_Turn]", [Ending(), making])
-    assert studio.turn == "making"
-    studio._turns = cast("list[_Turn]", [EndingLate(), making])
-    step = studio._until_withdrawn(None)
-    studio._turns = cast("list[_Turn]", [Ending(), making])
-    studio.withdraw()
-    with pytest.raises(Withdrawn):
-        step(1, 2)
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"prompt": ""}, {"num_images": 99}, {"steps": 999}, {"width": 4096}, {"seed": -2}],
@@ -551,37 +308,3 @@ def test_a_model_that_makes_images_holds_no_file(
         assert mapped() == [str(weights)]
     studio.make(ask(finished))
     assert mapped() == []
-
-
-def write_other_vae(source: Path, target: Path) -> torch.Tensor:
-    """The VAE of a folder with one weight changed; that weight."""
-    vae = load_vae(source)
-    weight = vae.decoder.conv_out.weight
-    with torch.no_grad():
-        weight.add_(1.0)
-    vae.save_pretrained(target)
-    return weight.detach()
-
-
-def test_another_vae_is_used_for_images_too(sd1_folder: Path, tmp_path: Path) -> None:
-    changed = write_other_vae(sd1_folder, tmp_path / "vae")
-    plain = load_model(BaseModel(sd1_folder), None)
-    other = load_model(BaseModel(sd1_folder, vae=tmp_path / "vae"), None)
-    loaded = other.vae.decoder.conv_out.weight.float().cpu()
-    assert torch.equal(loaded, changed.to(other.vae.dtype).float())
-    assert not torch.equal(loaded, plain.vae.decoder.conv_out.weight.float().cpu())
-    assert not other.vae.decoder.conv_out.weight.requires_grad
-
-
-def test_a_merged_model_makes_the_adapter_s_images(
-    finished: tuple[Workspace, str], studio: ImageGenerator
-) -> None:
-    workspace, run = finished[0], job_of(finished)
-    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
-    (adapted,) = studio.make(ask(finished))
-    merged = ask(finished).changed(base=merge.record.output, model_config=run.base, adapter=None)
-    (image,) = studio.make(merged)
-    (base,) = studio.make(ask(finished).changed(adapter=None))
-    # The sum is rounded once more where it is stored.
-    apart = [np.asarray(Image.open(one.path), np.int16) for one in (adapted, image, base)]
-    assert np.abs(apart[0] - apart[1]).max() <= 2 < np.abs(apart[0] - apart[2]).max()

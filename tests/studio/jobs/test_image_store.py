@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.sampling.images import INIT_IMAGE, MASK_IMAGE, save_image
-from dora_diffusion.studio.jobs.image_store import PAGE, ImageStore, Search, _Entry
+from dora_diffusion.studio.jobs.image_store import PAGE, ImageStore, Search
 from dora_diffusion.studio.jobs.inputs import keep_input, read_input
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 
@@ -130,46 +130,6 @@ def test_ten_thousand_images_are_listed_by_opening_one_page_of_them(
     add(store, "new.png", "another\nSteps: 3, Seed: 1")
     assert page_of(store, {})["total"] == COUNT + 1
     assert len(opened) == 2
-
-
-def test_an_image_that_is_deleted_while_others_are_listed_is_left_out(
-    store: ImageStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, gone = (add(store, name, "a mug") for name in ("a.png", "b.png"))
-    scan = os.scandir
-
-    def deleted(folder: Path) -> list[os.DirEntry[str]]:
-        found = [*scan(folder)]
-        gone.unlink()
-        return found
-
-    monkeypatch.setattr(os, "scandir", deleted)
-    assert names(store) == [kept.name]
-
-
-def test_texts_that_others_read_or_forget_meanwhile_are_no_error(store: ImageStore) -> None:
-    """The clock, each page's list and its search read them in threads of their own."""
-
-    class Name(str):
-        """A name with which another text is read, as often as it is looked for."""
-
-        __slots__ = ()
-
-        def __hash__(self) -> int:
-            store._texts.setdefault(_Entry(f"{len(store._texts)}.png", 0), "")
-            return super().__hash__()
-
-    class Forgotten(dict[_Entry, str]):
-        """Texts that are replaced by others as soon as one is added."""
-
-        def __setitem__(self, entry: _Entry, text: str) -> None:
-            store._texts = {}
-
-    add(store, "a.png", "a mug\nSteps: 3, Seed: 1")
-    store._texts[_Entry(Name("a.png"), 0)] = ""
-    (entry,) = store.entries()
-    store._texts = Forgotten()
-    assert store.text(entry).startswith("a mug")
 
 
 def test_files_are_read_without_model_code() -> None:

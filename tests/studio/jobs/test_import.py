@@ -12,7 +12,7 @@ from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.queue import delete_job, waiting_jobs
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_run
 from dora_diffusion.studio.jobs.store import UserError, Workspace
-from tests.studio.jobs.helpers import make, seen
+from tests.studio.jobs.helpers import seen
 
 GOLDEN = Path(__file__).parents[2] / "formats/golden/0.1.0"
 
@@ -75,29 +75,3 @@ def test_what_is_no_adapter_leaves_nothing(
     with pytest.raises((UserError, AdapterFormatError), match=reason):
         imported(workspace, file)
     assert workspace.job_folders == []
-
-
-def test_a_file_that_is_too_large_is_not_read(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tasks, "MAX_FILE", 1000)
-    with pytest.raises(UserError, match="is larger than"):
-        imported(workspace, GOLDEN / "kohya-dora-output.safetensors")
-
-
-def test_stars_and_a_note_are_kept_and_change_nothing_else(workspace: Workspace) -> None:
-    folder = make(workspace, "sks mug", max_train_steps=3)
-    before = seen(folder)
-    tasks.annotate_run(workspace, folder.name, "good at night\n<b>0.8</b>", 4)
-    after = seen(folder)
-    assert (after.record.note, after.record.stars) == ("good at night\n<b>0.8</b>", 4)
-    assert (after.state, after.title, after.settings) == (
-        before.state,
-        before.title,
-        before.settings,
-    )
-    for stars in (-1, 6, "5", None):
-        tasks.annotate_run(workspace, folder.name, "", stars)
-        assert (seen(folder).record.note, seen(folder).record.stars) == ("", 0)
-    with pytest.raises(UserError, match="characters; at most"):
-        tasks.annotate_run(workspace, folder.name, "x\n" * 600, 1)

@@ -9,8 +9,6 @@ from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.records import (
     check_metrics,
     last_error,
-    log_tail,
-    log_warnings,
     read_metrics,
     read_validation,
 )
@@ -66,22 +64,6 @@ def test_metrics_that_a_resumed_run_has_cut_are_read_anew(workspace: Workspace) 
     assert [record["seconds"] for record in read_metrics(folder)] == [2, 2, 9, 9, 9, 9]
     (folder / "metrics.jsonl").write_text("", encoding="utf-8")
     assert read_metrics(folder) == ()
-
-
-def test_a_progress_bar_shows_its_latest_state(workspace: Workspace) -> None:
-    folder = started_run(workspace, 1)
-    (folder / records.LOG).write_text("start\n\r 1%|a\r 2%|b\r 3%|c\ndone\n", encoding="utf-8")
-    assert log_tail(folder) == "start\n 3%|c\ndone"
-
-
-def test_only_the_latest_attempt_s_warnings_are_shown(tmp_path: Path) -> None:
-    bar = "steps:  50%\r"
-    (tmp_path / records.LOG).write_text(
-        f"--- 1 a ---\nwarning: old\n--- 2 a ---\n{bar}warning: new\nwarning: new\n{bar}done\n",
-        encoding="utf-8",
-    )
-    assert log_warnings(tmp_path) == ("new",)
-    assert log_warnings(tmp_path / "nowhere") == ()
 
 
 def test_a_defect_s_cause_asks_for_a_report_whoever_caught_it(tmp_path: Path) -> None:

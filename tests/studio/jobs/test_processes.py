@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import psutil
@@ -28,11 +27,6 @@ def test_a_process_is_found_by_its_start_or_by_its_command_line() -> None:
     seen: list[list[str]] = []
     assert find_process(os.getpid(), None, lambda words: not seen.append(words)) is not None
     assert seen == [psutil.Process().cmdline()]
-
-
-@pytest.mark.parametrize("pid", [None, "12", 0, -1, 2**22 + 1, 2**70])
-def test_what_is_no_pid_of_a_process_is_nobody(pid: object) -> None:
-    assert find_process(pid, None, lambda words: True) is None
 
 
 def test_a_zombie_is_dead() -> None:
@@ -98,16 +92,6 @@ def test_lock_of_a_holder_in_this_process(tmp_path: Path) -> None:
     one.free()
     assert two.take()
     two.free()
-
-
-def test_a_lock_is_freed_by_another_thread_than_the_one_that_took_it(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "lock")
-    taker = threading.Thread(target=lock.take)
-    taker.start()
-    taker.join()
-    assert not Lock(tmp_path / "lock").take()
-    lock.free()
-    assert Lock(tmp_path / "lock").take()
 
 
 def test_a_disk_without_locks_is_a_plain_error(

@@ -44,20 +44,6 @@ def test_a_living_process_is_running_until_it_is_asked_to_stop(
     assert seen(folder).state == "stopping"
 
 
-def test_a_job_that_starts_while_it_is_taken_out_is_asked_to_stop(
-    workspace: Workspace, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, write = make(workspace), records.write_result
-
-    def start(of: Path, result: records.JobResult) -> None:
-        pretend_running(of, sleeper)
-        write(of, result)
-
-    monkeypatch.setattr(records, "write_result", start)
-    jobs.stop_job(folder)
-    assert (folder / records.STOP).exists()
-
-
 def test_a_waiting_job_can_be_taken_out_and_put_back(workspace: Workspace) -> None:
     folder = make(workspace)
     jobs.stop_job(folder)
@@ -75,14 +61,6 @@ def test_a_waiting_job_can_be_taken_out_and_put_back(workspace: Workspace) -> No
         jobs.requeue_job(folder)
         words = read_json(folder / records.JOB)["arguments"]
         assert words[3:] == ["--resume_from_checkpoint", "latest"]
-
-
-def test_a_resumed_job_goes_to_the_end_of_the_queue(workspace: Workspace) -> None:
-    first, second = make(workspace), make(workspace)
-    jobs.stop_job(first)
-    jobs.requeue_job(first)
-    assert [seen(f).state for f in (first, second)] == ["waiting", "waiting"]
-    assert {j.id: j.position for j in snapshot(workspace.root)} == {second.name: 1, first.name: 2}
 
 
 def test_a_running_job_is_neither_resumed_nor_deleted(
@@ -122,17 +100,6 @@ def test_delete_removes_the_job_and_its_exports(workspace: Workspace) -> None:
     assert not folder.exists()
     assert not export.exists()
     assert snapshot(workspace.root) == ()
-
-
-def test_what_was_made_of_a_deleted_run_goes_with_it(workspace: Workspace) -> None:
-    run, other = make(workspace), make(workspace)
-    for of in (run, other):
-        about(of)
-    jobs.delete_job(workspace, run.name)
-    kept = {job.id: job.record.run for job in snapshot(workspace.root)}
-    assert list(kept.values()).count(other.name) == 1
-    assert run.name not in kept.values()
-    assert len(kept) == 2
 
 
 @pytest.mark.parametrize("kind", ["export", "rank-checkpoints", "push", "convert"])
@@ -247,13 +214,6 @@ def test_a_second_job_waits_for_the_first_and_starts_when_that_has_crashed(
     queue.close()
 
 
-def test_the_queue_has_an_end(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_MOST_JOBS_WAITING", 2)
-    make(workspace), make(workspace)
-    with pytest.raises(UserError, match="the queue is full"):
-        make(workspace)
-
-
 def starting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Note workers instead of starting them; returns the titles of those that were."""
     started: list[str] = []
@@ -294,20 +254,6 @@ def test_a_run_starts_though_the_app_s_memory_cannot_be_freed(
     failing.clear()
     queue.tick()
     assert queue.problem == ""
-    queue.close()
-
-
-def test_a_job_that_cannot_be_started_lets_the_next_one_pass(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    started = starting(monkeypatch)
-    bad, good = make(workspace, "bad"), make(workspace, "good")
-    queue = jobs.JobQueue(workspace)
-    assert queue.tick() == good.name
-    assert started == ["good"]
-    assert queue.problem == f"run {bad.name} could not be started: log.txt: Is a directory"
-    assert queue.problem in capsys.readouterr().err
-    assert seen(bad).state == "waiting"
     queue.close()
 
 

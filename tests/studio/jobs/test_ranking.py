@@ -10,12 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking, write_ranking
-from dora_diffusion.studio.jobs.snapshot import read_ranking
-from dora_diffusion.studio.jobs.store import Workspace
-from tests.studio.jobs.helpers import (
-    ended_run,
-)
+from dora_diffusion.evaluation.ranking import RankedCheckpoint, Ranking
 
 IMAGES = (Path("gone.png"), Path("gone-others.png"))
 
@@ -61,21 +56,3 @@ def test_where_nothing_was_learned_nothing_is_suggested_and_it_is_said() -> None
     assert "None of these checkpoints" in page
     assert "suggested" not in page.lower()
     assert "similarity to training photos" in page
-
-
-def test_rows_of_lost_checkpoints_are_not_shown_and_new_ones_are_named(
-    workspace: Workspace,
-) -> None:
-    job = ended_run(workspace, (50, 100), 120)
-    assert read_ranking(workspace, job) is None
-    folder = workspace.ranking(job.id)
-    folder.mkdir(parents=True)
-    rows = [
-        RankedCheckpoint(name, 0.5, 0.1, (folder / f"{name}.png",), step=0)
-        for name in ("base", "checkpoint-25", "checkpoint-50")
-    ]
-    write_ranking(folder, Ranking(tuple(rows), (), ("n",)))
-    found = read_ranking(workspace, job)
-    assert found is not None
-    assert [(row.name, row.step) for row in found.rows] == [("base", 0), ("checkpoint-50", 50)]
-    assert found.missing == ("checkpoint-100",)

@@ -13,22 +13,16 @@ import pytest
 
 from dora_diffusion.cli.main import settings_of
 from dora_diffusion.studio.app import html
-from dora_diffusion.studio.app.html import task_list
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.queue import create_job
 from dora_diffusion.studio.jobs.records import (
     JobProgress,
     JobRecord,
-    JobResult,
     ProgressFile,
     read_progress,
     read_record,
-    read_result,
     write_record,
-    write_result,
 )
-from dora_diffusion.studio.jobs.snapshot import snapshot
-from dora_diffusion.studio.jobs.store import DamagedFile, Workspace
+from dora_diffusion.studio.jobs.store import DamagedFile
 from tests.waiting import Clock
 
 RUN = "20261125-020304-abcdef"
@@ -70,15 +64,6 @@ def test_every_kind_of_job_is_a_command_that_the_page_knows(tmp_path: Path, comm
         assert settings_of(command) is records.JOBS[command]
 
 
-def test_what_is_made_of_runs_is_listed(workspace: Workspace) -> None:
-    for command in STATES:
-        record = JobRecord((command,), f"{command} Dog")
-        create_job(workspace.new_job(), record)
-    listed = task_list(snapshot(workspace.root), None)
-    shown = {command for command in STATES if f"<h3>{command} Dog</h3>" in listed}
-    assert shown == {"export", "convert", "combine", "extract", "analyze", "push"}
-
-
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "{}", '{"kind": "train"}', '{"arguments": []}', '{"arguments": [["train"]]}',
@@ -90,16 +75,6 @@ def test_what_is_no_job_is_damaged(tmp_path: Path, text: str) -> None:
     (tmp_path / records.JOB).write_text(text, encoding="utf-8")
     with pytest.raises(DamagedFile, match=r"job\.json is damaged \((it is no|kind is|arguments)"):
         read_record(tmp_path)
-
-
-def test_a_result_tells_how_it_ended(tmp_path: Path) -> None:
-    assert read_result(tmp_path) is None
-    write_result(tmp_path, JobResult(3, started=10.0, finished=12.5, peak_memory=1.25))
-    result = read_result(tmp_path)
-    assert result == JobResult(3, 10.0, 12.5, 1.25, None)
-    assert result is not None
-    assert result.seconds == 2.5
-    assert JobResult(143, finished=5.0).seconds is None  # it never began
 
 
 def test_progress_is_kept_and_not_written_too_often(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,10 @@ import pytest
 
 from dora_diffusion import system
 from dora_diffusion.studio.jobs import queue as jobs
-from dora_diffusion.studio.jobs import store
 from dora_diffusion.studio.jobs.store import (
     UserError,
     Workspace,
     clean_text,
-    ids_in,
-    new_id,
     read_json,
     remove_folder,
     write_json,
@@ -27,12 +23,6 @@ from tests.studio.jobs.helpers import (
     started_run,
 )
 from tests.waiting import Clock
-
-
-@pytest.mark.parametrize("name", ["notes", "20261125-020304-ABCDEF", ".new-20261125-020304-abcdef"])
-def test_other_folders_are_no_jobs(workspace: Workspace, name: str) -> None:
-    (workspace.root / name).mkdir()
-    assert ids_in(workspace.root) == []
 
 
 @pytest.mark.parametrize("job_id", ["..", "../subjects", "", None, 7, "20261125-020304-abcdef\n"])
@@ -125,33 +115,3 @@ def test_what_was_cut_off_is_removed_at_the_start_and_nothing_else(
     other.tick()
     assert left[0].is_dir()
     queue.close()
-
-
-def test_it_is_told_whether_a_folder_is_gone(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert remove_folder(started_run(workspace, 1))
-    folder = started_run(workspace, 1)
-    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
-    assert not jobs.delete_job(workspace, folder.name)
-    assert workspace.job_folders == []
-    queue = jobs.JobQueue(workspace)
-    queue.tick()
-    queue.close()
-    doomed = workspace.root / f".deleted-{folder.name}"
-    assert f"warning: {doomed} could not be removed" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert workspace.remove_leftovers() == []
-    assert not doomed.exists()
-
-
-def test_ids_made_in_one_second_sort_by_age(clock: Callable[..., Clock]) -> None:
-    clock(store).step = 0.01
-    ids = [new_id() for _ in range(150)]
-    assert ids == sorted(ids)
-    assert len({name[:15] for name in ids}) == 2
-
-
-def test_names_of_one_moment_differ(clock: Callable[..., Clock]) -> None:
-    clock(store)
-    assert len({new_id() for _ in range(4096)}) == 4096

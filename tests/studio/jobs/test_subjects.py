@@ -26,7 +26,6 @@ from dora_diffusion.studio.jobs.subjects import (
     save_caption,
     subjects_in,
     take_sample,
-    training_crop,
     undo_captions,
     uses_masks,
     write_captions,
@@ -81,24 +80,6 @@ def test_a_removed_photo_takes_its_caption_along(workspace: Workspace, subject: 
     remove_photo(workspace, subject, "001.jpg")
     folder = workspace.subject(subject) / "photos"
     assert sorted(path.name for path in folder.iterdir()) == ["002.jpg"]
-
-
-def test_the_crop_shown_is_the_middle_square(workspace: Workspace, tmp_path: Path) -> None:
-    image = Image.new("RGB", (300, 100), "red")
-    image.paste((0, 0, 255), (100, 0, 200, 100))
-    image.save(tmp_path / "a.png")
-    subject = new_subject(workspace, "x")
-    (stored,) = add_photos(workspace, subject, [tmp_path / "a.png"]).accepted
-    crop = training_crop(stored, 96)
-    assert crop.size == (96, 96)
-    corners = [crop.getpixel(at) for at in ((4, 4), (91, 91))]
-    assert all(blue > 200 and red < 60 for red, _, blue in corners)
-
-
-def test_warnings_name_the_photo(workspace: Workspace, subject: str) -> None:
-    found = photo_warnings(read_subject(workspace, subject), 512)
-    assert "only 2 photos" in found[""][0]
-    assert any("smaller than the training size" in line for line in found["001.jpg"])
 
 
 @pytest.mark.parametrize("masked_loss", [False, True])

@@ -20,7 +20,7 @@ from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.export import hub
 from dora_diffusion.formats.layouts import PROGRAMS
 from dora_diffusion.sampling.images import adapter_name
-from dora_diffusion.studio.jobs import records, store, tasks
+from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_run
 from dora_diffusion.studio.jobs.store import UserError, Workspace, ids_in
@@ -70,13 +70,6 @@ def test_a_run_is_named_by_hand_or_by_its_subject_and_the_time(
             tasks.rename_run(workspace, named.id, name)
 
 
-def test_a_run_has_the_minute_of_its_id_in_its_name(
-    workspace: Workspace, subject: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "new_id", lambda: "20261125-235900-abcdef")
-    assert seen(start(workspace, subject)).label == "Dog 23:59 · 11-25"
-
-
 def test_the_folder_of_a_run_is_named_by_its_words(workspace: Workspace, subject: str) -> None:
     stored = read_subject(workspace, subject)
     for seed, (name, words) in enumerate(
@@ -89,20 +82,6 @@ def test_the_folder_of_a_run_is_named_by_its_words(workspace: Workspace, subject
         assert workspace.job(run).name == run
         tasks.rename_run(workspace, run, "Rex")
         assert workspace.job(run).name == run
-
-
-@pytest.mark.parametrize("name", ["e", "Convert", "to", "Convert e to diffusers", " e e "])
-def test_only_the_run_s_own_place_in_a_title_is_renamed(
-    workspace: Workspace, subject: str, name: str
-) -> None:
-    stored = read_subject(workspace, subject)
-    run = workspace.root / tasks.start_training(workspace, CONFIG, [stored], name)
-    title = seen(run).title
-    made = about(run, title=f"Convert {title} to diffusers")
-    tasks.rename_run(workspace, run.name, "Rex")
-    assert seen(made).title == "Convert Rex to diffusers"
-    tasks.rename_run(workspace, run.name, name)
-    assert seen(made).title == f"Convert {title} to diffusers"
 
 
 def test_a_finished_run_is_queued_again_with_more_steps(
@@ -231,14 +210,6 @@ def test_a_command_that_says_so_has_a_button_with_its_settings(
     assert list(usual.record.arguments[-2:]) == ["--output", usual.record.output]
     with refused("rank"):
         tasks.start_task("shrink", workspace, run, "0", "", False)
-
-
-def test_a_title_cannot_be_taken_for_a_flag(workspace: Workspace) -> None:
-    run = dataclasses.replace(
-        run_of(workspace), record=records.JobRecord(("train",), "--overwrite --json")
-    )
-    args = parsed(tasks.start_task("analyze", workspace, run), workspace)
-    assert (args.title, args.json) == (["--overwrite --json"], False)
 
 
 def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, str]) -> None:
@@ -373,22 +344,6 @@ def test_no_conversion_downloads_a_base(
     assert (args.base, args.revision) == (str(sd1_folder), None)  # what the revision stood for
 
 
-def test_programs_are_offered_by_their_names() -> None:
-    """Each program of `convert --to`; of the formats, those that a program of its own reads."""
-    offered = tasks.targets()
-    assert set(offered) == {*PROGRAMS, "kohya", "peft"}
-    for name, program in PROGRAMS.items():
-        assert offered[name] == f"{program.title} ({program.place})"
-    assert not [text for text in offered.values() if re.search("kohya|dense|axis|lora-", text)]
-
-
-def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:
-    job = job_of(finished)
-    card = tasks.write_card(finished[0], job)
-    assert card.name == f"{job.id}-step-3-README.md"
-    assert "sks dog" in card.read_text(encoding="utf-8")
-
-
 def test_a_smaller_file_is_a_conversion_of_the_nearest_rank(workspace: Workspace) -> None:
     run = run_of(workspace)
     args = parsed(tasks.start_task("resize", workspace, run, "4", "", "0.9"), workspace)
@@ -414,15 +369,3 @@ def test_two_adapters_of_one_base_are_combined(workspace: Workspace) -> None:
     for other, reason in ((None, "choose another adapter"), (far, "choose two of one base model")):
         with pytest.raises(UserError, match=reason):
             tasks.start_task("combine", workspace, first, other, "", "", "", "dora")
-
-
-def test_a_fine_tuned_model_gives_an_adapter(workspace: Workspace) -> None:
-    job = seen(
-        workspace.root / tasks.start_extraction(workspace, "org/base", "/a/tuned.safetensors", "16")
-    )
-    args = parsed(job.id, workspace)
-    assert (args.base, args.tuned, args.rank) == ("org/base", "/a/tuned.safetensors", 16)
-    assert Path(args.output).name == "tuned-extracted.safetensors"
-    assert Path(args.output).is_relative_to(workspace.exports / job.id)
-    with refused("rank", "'many'"):
-        tasks.start_extraction(workspace, "org/base", "x", "many")

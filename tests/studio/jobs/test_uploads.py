@@ -78,7 +78,7 @@ def test_a_crop_of_a_large_photo_is_that_of_what_was_seen(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept at half its size, turned by the camera, and cropped by fractions: one quarter is red."""
-    monkeypatch.setattr("dora_diffusion.data.decoding.FULL_SIZE_MEGAPIXELS", 0.2)
+    monkeypatch.setattr("dora_diffusion.data.images.FULL_SIZE_PIXELS", 200_000)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned to the right: the lower left quarter comes to the upper left
     image = Image.new("RGB", (800, 512), "blue")
@@ -146,11 +146,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     assert bomb.stat().st_size < 40_000
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     assert "megapixels" in refused(bomb, folder)
-
-
-def test_a_strip_is_refused(tmp_path: Path, folder: Path) -> None:
-    strip = photo(tmp_path / "strip.png", (600, 20))
-    assert "600 x 20 is a strip" in refused(strip, folder)
 
 
 def test_a_large_file_is_refused_unread(
@@ -242,11 +237,6 @@ def test_only_images_that_say_how_they_were_made_load(tmp_path: Path) -> None:
     for name, match in (("a.png", "does not say"), ("b.png", "cannot be read")):
         with pytest.raises(UserError, match=match):
             read_generation_settings(tmp_path / name)
-
-
-def test_settings_load_from_a_grid_that_is_a_strip(tmp_path: Path) -> None:
-    path = save_image(Image.new("RGB", (640, 20)), tmp_path / "a.png", "a dog\nSteps: 3, Seed: 7")
-    assert read_generation_settings(path) == "a dog\nSteps: 3, Seed: 7"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])

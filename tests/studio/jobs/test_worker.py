@@ -5,27 +5,24 @@ from __future__ import annotations
 import html
 import json
 import shlex
-import shutil
 import signal
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.studio import worker
-from dora_diffusion.studio.app.html import figures, status_card, task_card
+from dora_diffusion.studio.app.html import figures, task_card
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.queue import Lock
-from dora_diffusion.studio.jobs.records import log_tail, log_warnings, read_metrics
+from dora_diffusion.studio.jobs.records import log_tail, read_metrics
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import Workspace
 from tests.studio.jobs.helpers import (
@@ -66,17 +63,6 @@ def test_the_commands_that_are_shown_make_the_same_adapter(
         assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-def test_a_finished_run_continues_with_more_steps(
-    workspace: Workspace, sd1_folder: Path, photos: Path
-) -> None:
-    job_id = add_run(workspace, sd1_folder, photos)
-    assert perform(workspace, job_id).step == 3
-    tasks.continue_run(workspace.root / job_id, 2)
-    job = perform(workspace, job_id)
-    assert (job.state, job.progress.first_step, job.step, job.total) == ("done", 3, 5, 5)
-    assert job.checkpoints[-1] == "checkpoint-5"
-
-
 def test_a_run_whose_worker_was_killed_goes_on_and_one_that_is_stopped_saves(
     workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path, photos: Path
 ) -> None:
@@ -110,15 +96,6 @@ def _goes_on(job: Job, at: int) -> bool:
     return job.progress.first_step == at and job.step > at
 
 
-def test_a_run_that_cannot_work_says_why(
-    workspace: Workspace, photos: Path, tmp_path: Path
-) -> None:
-    job = attempt(workspace, add_run(workspace, tmp_path / "no-model", photos))
-    assert job.state == "failed"
-    assert "no-model does not exist" in job.cause
-    assert "\n" not in job.cause
-
-
 @pytest.mark.parametrize(
     ("moment", "code"), [("_run", records.STOPPED_CODE), ("_peaks", 1)], ids=["before", "after"]
 )
@@ -143,33 +120,6 @@ def test_a_stop_at_either_end_of_a_job_is_no_crash(
     assert result.code == code
 
 
-def test_a_merge_loads_and_counts_bytes(finished: tuple[Workspace, str]) -> None:
-    workspace, run = finished[0], job_of(finished)
-    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
-    output = Path(merge.record.output)
-    assert any(name.startswith("model.diffusion_model.") for name in read_header(output).specs)
-    assert merge.step == merge.total == output.stat().st_size - header_bytes(output)
-    assert merge.progress.unit == "B"
-    shown = html.unescape(task_card(merge))
-    assert f"Download {output.name}" in shown
-    assert f"{output.name} (reopened and checked)" in shown
-    assert "InvokeAI: no: it loads models of the released shapes" in shown
-    assert merge.record.command in shown
-    beside = output.with_suffix(".yaml")
-    assert beside.name not in shown
-    beside.write_text("model:", encoding="utf-8")  # as a v-prediction model has it for A1111
-    assert f"Download {beside.name}" in html.unescape(task_card(merge))
-    output.unlink()
-    assert (seen(merge.folder).state, seen(merge.folder).cause) == (
-        "failed", f"{output.name} is gone",
-    )  # fmt: skip
-
-
-def header_bytes(file: Path) -> int:
-    """The header of a safetensors file."""
-    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
-
-
 def test_a_conversion_says_what_the_command_line_says(
     finished: tuple[Workspace, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,16 +140,6 @@ def test_a_conversion_says_what_the_command_line_says(
     for line in printed.replace(str(again), output.name).splitlines():
         assert line in shown
     assert f"{output}: " not in shown  # the name alone
-
-
-def test_a_folder_is_packed_for_the_download(finished: tuple[Workspace, str]) -> None:
-    workspace, run = finished[0], job_of(finished)
-    for _ in range(2):  # the second one replaces the first
-        job = perform(workspace, tasks.start_conversion(workspace, run, "peft"))
-    output = Path(job.record.output)
-    names = zipfile.ZipFile(output).namelist()
-    assert any("adapter_model" in name for name in names)
-    assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
 def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) -> None:
@@ -225,24 +165,6 @@ def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) 
     output.rename(output.with_name("elsewhere"))
     assert figures(output) == {}
     assert (seen(job.folder).state, seen(job.folder).cause) == ("failed", f"{output.name} is gone")
-
-
-def test_what_the_source_file_lacked_is_said(
-    workspace: Workspace, finished: tuple[Workspace, str]
-) -> None:
-    """An adapter file without its metadata does not say its alpha; merge and conversion assume."""
-    folder = workspace.root / finished[1]
-    shutil.copytree(finished[0].root / finished[1], folder)
-    run = seen(folder)
-    file = chosen_adapter(run)
-    tensors = {name: tensor for name, tensor in load_file(file).items() if "alpha" not in name}
-    save_file(tensors, file)
-    merge = perform(workspace, tasks.start_task("export", workspace, run, "1"))
-    assert any("alpha" in line for line in log_warnings(merge.folder))
-    card = html.unescape(status_card(merge))
-    assert all(line in card for line in log_warnings(merge.folder))
-    job = perform(workspace, tasks.start_conversion(workspace, run, "kohya"))
-    assert "alpha" in task_card(job)
 
 
 def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(workspace: Workspace) -> None:

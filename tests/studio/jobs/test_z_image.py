@@ -21,7 +21,6 @@ from dora_diffusion.models.memory import (
     gpu_training_memory,
     needed_memory,
 )
-from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.studio.jobs.bases import (
     Base,
     check_base,
@@ -30,8 +29,7 @@ from dora_diffusion.studio.jobs.bases import (
     in_folder,
     in_hub_cache,
 )
-from dora_diffusion.studio.jobs.image_generator import GenerationRequest, ImageGenerator
-from dora_diffusion.studio.jobs.store import UserError, Workspace
+from dora_diffusion.studio.jobs.store import UserError
 from tests.refusal import refused
 from tests.z_image import write_z_image
 
@@ -112,18 +110,3 @@ def test_train_says_that_a_cpu_was_not_measured(tmp_path: Path, capsys, monkeypa
     words = ["train", "--memory=auto", f"--pretrained_model_name_or_path={NAME}", "--dry_run"]
     main([*words, f"--output_dir={tmp_path / 'run'}", "--instance_data_dir=samples/bolt_mug"])
     assert "memory auto is not compared with training of Tongyi-MAI" in capsys.readouterr().err
-
-
-def test_images_of_the_app_note_settings_without_effect(folder: Path, tmp_path: Path) -> None:
-    generator = ImageGenerator(Workspace(tmp_path / "runs").make())
-    request = GenerationRequest.of(
-        base=str(folder), prompt="a (dog:1.2)", steps=1, seed=1, scheduler="euler",
-        max_token_length=150,
-    )  # fmt: skip
-    (image,) = generator.make(request)
-    reasons = FAMILIES["z-image"].without_effect
-    assert list(image.notes) == [
-        f"{name} has no effect on Z-Image: {reasons[name]}"
-        for name in ("max_token_length", "prompt_weights", "scheduler")
-    ]
-    assert not parse_parameters(image.parameters).keys() & {"Sampler", "Max token length"}

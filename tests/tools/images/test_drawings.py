@@ -13,8 +13,7 @@ from PIL import Image
 
 from tools.images import grids
 from tools.images.directions import rows_of
-from tools.images.grids import GRIDS, draw, trained
-from tools.images.walk import walk
+from tools.images.grids import GRIDS, trained
 
 IMAGES = Path(__file__).parents[3] / "docs" / "images"
 
@@ -56,24 +55,6 @@ def test_a_training_has_its_token_in_every_caption_and_is_not_repeated(
     (folder / "pytorch_lora_weights.safetensors").touch()
     trained("blue", {}, "blue", tmp_path, None)
     assert len(configs) == 2
-
-
-@pytest.mark.slow
-def test_a_grid_is_drawn(tmp_path: Path) -> None:
-    [file] = draw("no-prior", tmp_path, tmp_path / "work", steps=1)
-    with Image.open(file) as made, Image.open(IMAGES / file.name) as shown:
-        assert made.size == shown.size
-
-
-def test_the_walk_is_one_of_the_model() -> None:
-    made = walk()
-    signal, noise = math.sqrt(made["alpha_bar"]), math.sqrt(1 - made["alpha_bar"])
-    # The target tells the photo from the noise: both come back from it.
-    latents = signal * made["noisy_latents"] - noise * made["target"]
-    torch.testing.assert_close(latents, made["latents"], atol=1e-5, rtol=1e-5)
-    loss = (made["model_pred"] - made["target"]).double().square().mean().item()
-    assert made["loss"] == pytest.approx(loss, rel=1e-5)
-    assert loss < 0.2 * made["target"].square().mean().item()
 
 
 def test_rows_are_compared_by_norm_and_angle() -> None:

@@ -172,23 +172,6 @@ def test_a_step_that_fp16_skips_tells_it_nothing(tiny_run):
     assert any((diagonal == 0).any() for diagonal in allocation._diagonals)
 
 
-def test_the_last_choice_is_made_a_step_later_if_fp16_skips_its_step():
-    model = two_linears()
-    inject_adapters(model, AdapterConfig(targets=("*",), rank=RANK, use_dora=False,
-                                         parametrization="adalora"))  # fmt: skip
-    schedule = BudgetSchedule(2 * RANK, 2 * TARGET, STEPS, warmup=2, final=4, interval=20)
-    allocation = RankAllocation(layer_adapters(model), schedule, 0.0)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for number, x in enumerate(batches(STEPS, 10), 1):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        if number != schedule.last:
-            optimizer.step()
-            allocation.after_step(number)
-    kept = torch.cat([(diagonal != 0) for diagonal in allocation._diagonals])
-    assert int(kept.sum()) == 2 * TARGET
-
-
 def test_prodigy_does_not_see_the_term(tiny_run):
     """It takes its step size from gradients; the term acts beside it, at the rate that it found."""
     pytest.importorskip("prodigyopt")

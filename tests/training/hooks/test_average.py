@@ -115,13 +115,6 @@ def test_it_is_that_of_a_loop_in_float64(kind: str, run: Callable[..., TrainConf
     assert not are_equal(live, found)
 
 
-def test_a_decay_of_0_is_what_trains(run: Callable[..., TrainConfig]) -> None:
-    session = session_of(run(ema_decay=0.0))
-    for step in (1, 2):
-        session.step(step)
-        assert are_equal(used(session), values(session))
-
-
 def test_it_begins_where_the_run_does(run: Callable[..., TrainConfig], tmp_path: Path) -> None:
     settings = {"start": {"learning_rate": 0.0}, "live": {"ema_decay": 0.0},
                 "average": {"ema_decay": 0.9}}  # fmt: skip
@@ -192,7 +185,6 @@ def test_the_average_of_schedule_free_adamw_is_the_mean_of_its_z(
         ("ema_decay", {"ema_decay": 0.9}),
         ("adam_beta1", {"adam_beta1": 0.0}),
         ("optimizer", {"parametrization": "adalora"}),
-        ("scale_weight_norms", {"scale_weight_norms": 1.0}),
     ],
 )
 def test_what_a_schedule_free_run_cannot_have(setting: str, values: dict[str, Any]) -> None:

@@ -19,14 +19,13 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import Photo, mask_path
-from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.inputs import base
 from dora_diffusion.training.inputs.dataset import check_captions
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from tests.refusal import refused
-from tests.training.helpers import losses, make_config, noise, open_run, warnings_of
+from tests.training.helpers import make_config, noise, open_run, warnings_of
 
 PRIOR = {"with_prior_preservation": True}
 
@@ -77,15 +76,6 @@ def opened_with(config):
     return [str(w.message) for w in caught]
 
 
-def test_workers_leave_the_latent_cache_on(config):
-    plain = replace(config, output_dir=f"{config.output_dir}-plain")
-    train(plain)
-    said = warnings_of(replace(config, dataloader_num_workers=2))
-    assert said == ["dataloader_num_workers has no effect because cache_latents is on"]
-    first, second = (read_adapter(run.output_dir).layers for run in (plain, config))
-    assert all(torch.equal(layer.up, second[name].up) for name, layer in first.items())
-
-
 def test_without_the_cache_workers_load_pixels(config):
     bare = replace(config, cache_latents=False, dataloader_num_workers=1)
     session = assemble(bare, subjects_of(bare), make_accelerator(bare))
@@ -126,24 +116,6 @@ def test_one_photo_trains_with_a_warning(sd1_folder, photos, tmp_path):
         train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1))
 
 
-def test_buckets_masks_and_tags_train_together(sd1_folder, photos, tmp_path):
-    from PIL import Image
-
-    for path in photos.glob("*.jpg"):
-        size = Image.open(path).size
-        mask = Image.new("L", size, 0)
-        mask.paste(255, (0, 0, size[0], size[1] // 2))
-        mask.save(path.with_name(f"{path.stem}.mask.png"))
-    config = make_config(
-        sd1_folder, photos, tmp_path / "masked", resolution=64, aspect_ratio_buckets=True,
-        masked_loss=True, shuffle_tags=True, train_batch_size=2,
-    )  # fmt: skip
-    train(config)
-    train(replace(config, masked_loss=False, output_dir=str(tmp_path / "whole")))
-    masked, whole = losses(tmp_path / "masked"), losses(tmp_path / "whole")
-    assert all(masked[step] != whole[step] for step in masked)
-
-
 def test_every_cached_latent_is_that_of_its_own_image(sd1_folder, tmp_path):
     """Over three epochs, in each one's order, with photos and class images of one size."""
     files = {}
@@ -168,16 +140,6 @@ def test_every_cached_latent_is_that_of_its_own_image(sd1_folder, tmp_path):
             torch.testing.assert_close(moments, posterior.parameters[0], rtol=1e-4, atol=1e-4)
             seen.append(caption)
     assert min(seen.count(caption) for caption in files) > 1, "some came from the cache"
-
-
-@pytest.mark.parametrize("dropout", [0.0, 1.0])
-def test_dropped_captions_are_dropped(dropout, sd1_folder, shaped_photos, tmp_path):
-    session = open_run(
-        sd1_folder, shaped_photos, tmp_path / "out", train_batch_size=5, caption_dropout=dropout
-    )
-    captions = next(session.step.batches.samples).captions
-    assert len(captions) == 5
-    assert all((caption == "") == (dropout == 1.0) for caption in captions)
 
 
 def check(tmp_path, captions, **settings):
@@ -258,24 +220,6 @@ def test_wildcards_are_refused_before_a_model_is_loaded(config, photos, monkeypa
     ):
         with refused(reason, words):
             subjects_of(replace(wild, **{setting: value}))
-
-
-def test_another_line_of_a_wildcard_file_is_another_caption(config, photos, tmp_path):
-    """A checkpoint's record of a photo tells of its caption's alternatives."""
-    (tmp_path / "place.txt").write_text("grass\n", encoding="utf-8")
-    (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
-    wild = replace(config, wildcards=True, wildcard_dir=str(tmp_path))
-
-    def captions():
-        dataset = assemble(wild, subjects_of(wild), make_accelerator(wild)).dataset
-        return dataset, [row["caption"] for row in dataset.contents()["images"]]
-
-    (first, before), (_, same) = captions(), captions()
-    (tmp_path / "place.txt").write_text("grass\nsand\n", encoding="utf-8")
-    second, after = captions()
-    assert before == same
-    assert [a == b for a, b in zip(before, after, strict=True)].count(False) == 1
-    assert [len(each.captions) for each in (first, second)] == [5, 6]
 
 
 def test_no_class_image_is_made_before_all_captions_were_looked_at(tiny_run, photos, monkeypatch):

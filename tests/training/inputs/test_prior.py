@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.cli.console.training import PackProgress, TrainProgress, training_summary
+from dora_diffusion.cli.console.training import TrainProgress, training_summary
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.models.memory import Device
 from dora_diffusion.sampling.generate import BrokenImageError
@@ -17,13 +16,12 @@ from dora_diffusion.studio.jobs.estimates import announced_class_images, estimat
 from dora_diffusion.training.events import (
     ClassImagesAnnounced,
     ClassImagesProgress,
-    EffectMeasured,
     ModelLoading,
     StepDone,
     TrainingEnded,
     TrainingStarted,
 )
-from dora_diffusion.training.inputs.prior import _Announcer, ensure_class_images, own_class_images
+from dora_diffusion.training.inputs.prior import ensure_class_images, own_class_images
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -132,9 +130,9 @@ def test_plan_and_run_announce_the_same_images(own, tiny_run, photos, tmp_path, 
 
 
 def test_a_pack_announces_the_class_images_of_each_subject(capsys):
-    show = PackProgress()
-    show("mug", ClassImagesAnnounced(3, None, "out/class_images", ""))
-    show("dog", ClassImagesAnnounced(1, 75.0, "out/class_images"))
+    show = TrainProgress()
+    show(ClassImagesAnnounced(3, None, "out/class_images", ""), "mug")
+    show(ClassImagesAnnounced(1, 75.0, "out/class_images"), "dog")
     assert capsys.readouterr().out.splitlines() == [
         "mug: 3 class images to generate before the first step, in out/class_images",
         "dog: 1 class image: about 1 min 15 s",
@@ -157,7 +155,7 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
     kinds = list(dict.fromkeys(type(event) for event in events))
     assert kinds == [
         ModelLoading, ClassImagesAnnounced, ClassImagesProgress, TrainingStarted, StepDone,
-        EffectMeasured, TrainingEnded,
+        TrainingEnded,
     ]  # fmt: skip
     # The number before any is made, and the time while the first batch is.
     first, timed = (e for e in events if isinstance(e, ClassImagesAnnounced))
@@ -169,21 +167,6 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
     folder = tiny_run().output_dir + "/class_images"
     assert f"6 class images to generate before the first step, in {folder}; " in captured.out
     assert "\n6 class images: about " in captured.out
-
-
-def test_the_time_of_class_images_is_that_of_the_second_step_for_all(monkeypatch):
-    clock = iter([100.0, 100.5, 103.5, 200.0])
-    monkeypatch.setattr(
-        "dora_diffusion.training.inputs.prior.time.perf_counter", lambda: next(clock)
-    )
-    told = []
-    announcer = _Announcer(told.append, 4, Path("class"), "--num_class_images 1")
-    announcer.on_image(1, 10)
-    for step in (1, 2, 3, 4):
-        announcer.on_step(step, 25)
-    # 9 are missing: three batches of 25 steps. The clock is read at the ends of steps 1 and 2 ...
-    assert told[0] == ClassImagesAnnounced(9, None, "class", "--num_class_images 1")
-    assert told[-1] == ClassImagesAnnounced(9, 0.5 * 25 * 3, "class")
 
 
 def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):

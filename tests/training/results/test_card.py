@@ -45,14 +45,6 @@ def test_the_card_of_a_run_without_a_token_names_no_empty_trigger_word(tmp_path:
     assert "no trigger word: write prompts like its captions, such as `a mug on grass`." in card
 
 
-def test_the_card_has_no_gap_where_there_are_no_samples(tmp_path: Path) -> None:
-    prompt = "a photo of a sks dog"
-    assert "\n\n\n" not in card_of(tmp_path, {}, instance_prompt=prompt)
-    card = card_of(tmp_path, {"Base": "samples/base.png"}, instance_prompt=prompt)
-    assert "\n\n**Base**\n\n![Base](samples/base.png)\n\n## Use it\n" in card
-    assert "\n\n\n" not in card
-
-
 def test_the_card_is_valid_whatever_the_prompt_says(sd1_folder, photos, tmp_path):
     import yaml
 

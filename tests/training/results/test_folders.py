@@ -62,18 +62,6 @@ def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(
     assert train(config).adapter.is_file()
 
 
-def test_within_one_process_too(tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path / "out"))
-    with (
-        output_folder(config),
-        refused("output_dir", "another run is writing"),
-        output_folder(config),
-    ):
-        pytest.fail("both hold it")
-    with output_folder(config) as folder:
-        assert folder == tmp_path / "out"
-
-
 def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch):
     import filelock
 
@@ -164,14 +152,6 @@ def test_files_that_no_run_wrote_are_not_replaced_unasked(name, tiny_run, tmp_pa
         "", encoding="utf-8"
     )  # a run's own, that saved nothing
     train(tiny_run(max_train_steps=1))
-
-
-def test_a_finished_result_is_not_written_over(sd1_folder, photos, tmp_path):
-    config = make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1)
-    train(config)
-    with refused("output_dir", "already contains a trained adapter"):
-        train(config)
-    train(replace(config, overwrite_output_dir=True))
 
 
 def test_an_overwritten_result_leaves_nothing_behind(sd1_folder, photos, tmp_path):

@@ -352,18 +352,6 @@ def test_the_best_is_kept_without_other_checkpoints_and_its_loss_is_said(
         train(replace(config, max_train_steps=1))
 
 
-def test_a_last_step_between_two_regular_ones_does_not_count_for_a_longer_run(
-    scripted, short, tmp_path
-) -> None:
-    """Of three steps the last has the lowest; six stop where they would in one piece: at 4."""
-    settings = {"validation_loss_steps": 2, "early_stopping_patience": 1, "keep_best": False}
-    scripted.update({2: 0.2, 3: 0.1, 4: 0.3})
-    config = short(str(tmp_path / "out"), max_train_steps=3, **settings)
-    assert train(config).steps == 3
-    longer = replace(config, max_train_steps=6, resume_from_checkpoint="latest")
-    assert train(longer).steps == 4
-
-
 def test_losses_of_other_photos_are_dropped(scripted, short, folders, tmp_path) -> None:
     config = short(
         str(tmp_path / "out"), instance_data_dir=str(folders["kept"]), validation_split=0.0,

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.scope import norm_scope
-from dora_diffusion.adapters.state import adapter_state, load_adapter, save_adapter
+from dora_diffusion.adapters.state import load_adapter, save_adapter
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig, without_effect
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import AdapterFormatError, AdapterMetadata, read_adapter
@@ -54,7 +54,9 @@ def test_a_compiled_run_follows_the_other_in_few_graphs(
     backend = partial(compile_blocks, backend=counter, fullgraph=True)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
+    )
     torch._dynamo.reset()
     plain = make_config(
         sd1_folder, shaped_photos, tmp_path / "out", aspect_ratio_buckets=True, resolution=64,
@@ -98,17 +100,6 @@ def test_text_encoders_carry_adapters_only_where_they_train(sdxl_folder, config)
             if p.requires_grad
         )  # fmt: skip
     assert kinds == {False: {"unet"}, True: {"unet", "text_encoder", "text_encoder_2"}}
-
-
-def test_a_seed_draws_the_same_adapter(sd1_folder, config):
-    def drawn(seed):
-        adapters = inject_trained(load_components(sd1_folder), replace(config, seed=seed))
-        return torch.cat(
-            [layer.down.flatten() for layer in adapter_state(adapters.modules).values()]
-        )
-
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
 
 
 TARGETS = {"unet": ("cross-attention",), "text_encoder": ("text-encoder-attention",)}

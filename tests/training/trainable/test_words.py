@@ -15,11 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.adapters.state import load_adapter
-from dora_diffusion.config import TrainConfig, without_effect
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.learning import OPTIMIZERS, PRODIGIES
-from dora_diffusion.config.presets import preset_settings
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.derive import combine_adapters
 from dora_diffusion.export.files import open_model
@@ -184,8 +182,8 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
     seen = [{name: rows.clone() for name, rows in words.parameters().items()}]
     encoded, trains = [], []
     condition = session.step.encode
-    tokenized = condition._tokenized
-    condition._tokenized = lambda captions: encoded.append(list(captions)) or tokenized(captions)
+    encode = condition._encode
+    condition._encode = lambda captions: encoded.append(list(captions)) or encode(captions)
     for step in (1, 2, 3):
         record = session.step(step)
         seen.append({name: rows.clone() for name, rows in words.parameters().items()})
@@ -239,33 +237,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     assert all(torch.equal(tensor, states[2][name]) for name, tensor in states[1].items())
     assert not torch.equal(*(state["text_encoder.words"] for state in states[:2]))
     assert_same_adapter(whole, tmp_path)
-
-
-def test_the_preset_with_a_word_resumes_and_its_file_shows_the_word(
-    sd1_folder: Path, tmp_path: Path
-) -> None:
-    prompt, plain = "a photo of a <sks> mug", "a photo of a sks mug"
-    photos = caption(
-        Path(shutil.copytree(small_samples() / "bolt_mug", tmp_path / "photos")), prompt
-    )
-    preset = preset_settings("fast-word", DEFAULT_FAMILY, is_embedded=True)
-    preset |= {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2}
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    config = make_config(sd1_folder, photos, whole, **preset | {"instance_prompt": prompt})
-    train(config)
-    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
-    train(replace(config, output_dir=str(resumed), resume_from_checkpoint="latest"))
-    assert_same_adapter(whole, resumed)
-    tokens = read_adapter(whole).tokens
-    assert list(tokens) == ["<sks>"]
-    assert are_equal(tokens["<sks>"], read_adapter(resumed).tokens["<sks>"])
-    assert all(layer.startswith("unet.up_blocks.") for layer in read_adapter(whole).layers)
-    pipeline = load_adapted(sd1_folder, whole, device="cpu")[0].pipeline()
-    shown, without_word = image(pipeline, prompt), image(pipeline, plain)
-    shutil.rmtree(whole / "embeddings")
-    alone = load_adapted(sd1_folder, whole, device="cpu")[0].pipeline()
-    np.testing.assert_array_equal(image(alone, plain), without_word)
-    assert min(np.abs(shown - image(alone, text)).max() for text in (prompt, plain)) > 1e-3
 
 
 def test_full_fine_tuning_writes_a_model_that_knows_the_word(
@@ -496,14 +467,6 @@ def test_a_concept_that_is_spelled_is_said(sd1_folder: Path, named: Path, tmp_pa
 def test_settings_that_cannot_work(setting: str, values: dict[str, object], words: str) -> None:
     with refused(setting, words):
         TrainConfig(**{"train_text_encoder_ti": True, "token": "<a>", **values})
-
-
-def test_a_rate_of_zero_is_said() -> None:
-    config = TrainConfig(train_text_encoder_ti=True, token="<a>", embedding_lr=0)
-    assert without_effect(config) == {
-        "embedding_lr": "embedding_lr has no effect because it is 0: no new word is trained"
-    }
-    assert list(without_effect(TrainConfig(new_words=["<a>"]))) == ["new_words"]
 
 
 def test_a_run_starts_from_the_words_of_an_adapter(

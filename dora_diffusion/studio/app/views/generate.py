@@ -12,8 +12,8 @@ from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.settings import NAME_LIMIT, PROMPT_LIMIT
-from dora_diffusion.studio.app.views import gallery, grid, results, start, ui, words
+from dora_diffusion.studio.app.settings import PROMPT_LIMIT
+from dora_diffusion.studio.app.views import gallery, grid, results, start, ui
 from dora_diffusion.studio.app.views.request import (
     BASE,
     FORM,
@@ -21,6 +21,7 @@ from dora_diffusion.studio.app.views.request import (
     MORE,
     OWN,
     UNSET,
+    Chosen,
     adapter_choices,
     choices,
     in_words,
@@ -58,8 +59,6 @@ class GenerateTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._add_prompt()
-                self.words = words.WordsView()
-                self.fields |= self.words.fields
                 self._add_strengths()
                 with gr.Accordion("Start from an image", open=False) as self.start_box:
                     self.start = start.StartView()
@@ -108,7 +107,7 @@ class GenerateTab:
             self._add_slider("direction_strength", 0, 2, 0.05, info=text, min_width=165)
             text = "DoRA's learned norms."
             self._add_slider("magnitude_strength", 0, 2, 0.05, info=text, min_width=165)
-        with gr.Accordion("More adapters, layers and steps", open=False):
+        with gr.Accordion("More adapters", open=False):
             text = "Several adapters act together, each at its own strength, on the same base."
             ui.html_block(html.quiet(text))
             self.more = {}
@@ -118,28 +117,8 @@ class GenerateTab:
                     self.more[name] = ui.id_dropdown(label=FORM[name].label, **options)
                     self._add_slider(strength, -3, 3, 0.05, min_width=165)
             self.fields |= self.more
-            options = {"max_length": PROMPT_LIMIT, "info": "Factors by layers' names."}
-            self._add_line("layer_strength", "unet.up_blocks.*:0.5 text_encoder*:0", **options)
-            options["info"] = "From a fraction of the steps on; separate several adapters by |."
-            self._add_line("strength_schedule", "0:0.4, 0.5:1", **options)
 
     def _add_sampling(self) -> None:
-        with gr.Accordion("Second pass, for larger images (hires)", open=False):
-            text = "The image is enlarged, and painted over at the new size. 1 disables this."
-            self._add_slider("hires", 1, 4, 0.25, info=text)
-            self._add_slider("hires_denoise", 0.05, 1, 0.05)
-            self._add_line("hires_steps", "as the first pass")
-        with gr.Accordion("Detail pass, for faces and subjects", open=False):
-            text = (
-                "A face or subject is found in each finished image, enlarged, painted over and put "
-                "back. Name rembg, or a segmentation model: its folder or hub id."
-            )
-            ui.html_block(html.quiet(text))
-            self._add_line("detail", "no detail pass", max_length=NAME_LIMIT)
-            self._add_line("detail_label", "the only one", max_length=NAME_LIMIT)
-            self._add_line("detail_prompt", "the image's", max_length=PROMPT_LIMIT)
-            self._add_slider("detail_denoise", 0.05, 1, 0.05)
-            self._add_slider("detail_padding", 16, 256, 8)
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
             options: dict[str, Any] = {"value": OWN, "label": FORM["scheduler"].label}
             titled = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
@@ -164,7 +143,7 @@ class GenerateTab:
         self.compare = ui.button("Side by side with the base", "side-by-side")
         self.grid = grid.GridView()
         with gr.Accordion("Load settings from an image", open=False):
-            text = "An image made here, or by A1111, Forge or ComfyUI"
+            text = "An image made here, or by A1111 or Forge"
             options = {"height": 120, "elem_id": "load-png"}
             self.load = gr.File(
                 label=text, file_types=[".png", ".jpg", ".jpeg", ".webp"], **options
@@ -197,9 +176,10 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
         count = len(tab.grid.fields)
         model = _given(context, choice)
         common, kind = request(model, values[count:]), model.partition("/")[0]
+        subject = Chosen.of(context, model).subject
         job = None if kind in (BASE, MERGED) else context.job(kind)
         try:
-            axes = grid.grid_axes(values[:count], job, common.prompts.subject)
+            axes = grid.grid_axes(values[:count], job, subject)
             sheet, page = context.generator.grid(common, axes, on_step(progress))
         except ConfigError as error:
             raise UserError(in_words(error)) from error
@@ -219,7 +199,6 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
     ui.on(tab.grid.make.click, make_grid, of_grid, [*outputs, tab.grid.files], **options)
     ui.on(tab.turn.click, withdraw)
     gallery.connect(tab.gallery)
-    words.connect(context, tab.words)
     filled = [restored, *start.connect(context, tab.start, tab.results.shown)]
     _connect_acting(context, tab, dict(zip(names, fields, strict=True)), filled)
     results.connect(context, tab.results, tab)
@@ -282,7 +261,6 @@ def refresh(
         **{name: ui.choosing(adapters, more.get(name), known=named) for name in MORE},
         "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
         **gallery.refresh(context.images, jobs, more.get("find_run")),
-        **words.refresh(context.workspace, more.get("words_file"), more.get("style")),
         "turn": html.pieces.turn(context.generator.turn, busy),
     }
 

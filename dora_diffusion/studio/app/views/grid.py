@@ -19,10 +19,9 @@ from dora_diffusion.studio.jobs.store import UserError, clean_text
 CHECKPOINT = "checkpoint"
 # Settings with a path are not axes, because any user of the page may type a value.
 _SETTINGS = (
-    "strength", "direction_strength", "magnitude_strength", "layer_strength", "strength_schedule",
+    "strength", "direction_strength", "magnitude_strength",
     "seed", "steps", "scheduler", "guidance_scale", "guidance_rescale", "clip_skip", "prompt",
-    "negative_prompt", "style", "prompt_weights", "denoise", "hires", "hires_denoise",
-    "detail_denoise",
+    "negative_prompt", "prompt_weights", "denoise",
 )  # fmt: skip
 AXES: Mapping[str, str] = {
     "": "None", CHECKPOINT: "Checkpoint", REPLACE: "Words of the prompt", SIZE: "Size",

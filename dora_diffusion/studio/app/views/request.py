@@ -15,7 +15,6 @@ from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.formats.files.runs import RESULT_NAME
 from dora_diffusion.formats.parameters import network_tags, settings_line
-from dora_diffusion.models.locate import cached_models, looks_local
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
@@ -24,7 +23,7 @@ from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest, prompt_messages
 from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
-from dora_diffusion.studio.jobs.store import GONE, UserError, clean_text
+from dora_diffusion.studio.jobs.store import UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask
 
 OWN = "the model's own"
@@ -41,7 +40,6 @@ class Field(NamedTuple):
         needs: Field without which this one has no effect.
         is_visible: True if the field is visible when the tab opens; others are in folded sections.
         is_omitted: True if the unset value is not a value of the setting.
-        separator: Separator of a list's items.
     """
 
     label: str
@@ -49,7 +47,6 @@ class Field(NamedTuple):
     needs: str = ""
     is_visible: bool = False
     is_omitted: bool = False
-    separator: str = ""
 
 
 MORE: Mapping[str, str] = {
@@ -64,8 +61,6 @@ FORM: Mapping[str, Field] = {
     "strength": Field("Strength", is_visible=True),
     "direction_strength": Field("Direction", is_visible=True),
     "magnitude_strength": Field("Magnitude", is_visible=True),
-    "layer_strength": Field("Strength of layers", separator=" "),
-    "strength_schedule": Field("Strength over the steps", separator=" | "),
     "steps": Field("Steps"),
     "scheduler": Field("Scheduler", OWN, is_omitted=True),
     "guidance_scale": Field("Guidance (CFG)"),
@@ -78,16 +73,6 @@ FORM: Mapping[str, Field] = {
     "image": Field("Image to start from"),
     "mask_image": Field("Mask", needs="image"),
     "denoise": Field("Denoising strength", DENOISE, needs="image"),
-    "hires": Field("Second pass, times as large", 1, is_omitted=True),
-    "hires_denoise": Field("Second pass denoising strength", needs="hires"),
-    "hires_steps": Field("Second pass steps", needs="hires"),
-    "style": Field("Styles", []),
-    "wildcards": Field("Draw {a|b} and __file__ of the prompt, by each image's seed"),
-    "detail": Field("Model that finds the face or subject"),
-    "detail_label": Field("Label that it finds", needs="detail"),
-    "detail_prompt": Field("Prompt of the detail pass", needs="detail"),
-    "detail_denoise": Field("Denoising strength of the detail pass", needs="detail"),
-    "detail_padding": Field("Pixels around what is found", needs="detail"),
     **{name: Field(f"{name[8:].capitalize()} adapter", "") for name in MORE},
     **{
         strength: Field(f"{name[8:].capitalize()} strength", 1, needs=name)
@@ -98,7 +83,7 @@ FORM: Mapping[str, Field] = {
 
 
 def _blank(default: Any) -> Any:
-    return "" if default in (None, []) else default
+    return "" if default is None else default
 
 
 _KNOWN = {setting.name: setting for setting in RequestedImages.settings()}
@@ -115,7 +100,7 @@ def acting(context: Context, form: Mapping[str, Any]) -> list[str]:
     changed = {
         name
         for name, field in FORM.items()
-        if not field.is_visible and form[name] not in (None, "", [], UNSET[name])
+        if not field.is_visible and form[name] not in (None, "", UNSET[name])
     }
     acts = [name for name in FORM if name in changed and (FORM[name].needs or name) in changed]
     listed = adapter_choices(context.jobs()) if changed & MORE.keys() else []
@@ -128,7 +113,7 @@ def prompt_notes(context: Context, choice: str | None, form: Mapping[str, Any]) 
     try:
         first = choice or choices(context, context.jobs())[0][1]
         request = make_request(context, first, form)
-        return prompt_messages(request, [request.styled("prompt")])
+        return prompt_messages(request, [request.prompts.prompt or ""])
     except (ValueError, OSError):
         return []
 
@@ -142,9 +127,8 @@ def _described(name: str, value: Any, adapters: Mapping[str, str]) -> str:
         value = SCHEDULERS[value].title if value in SCHEDULERS else value
     elif name in MORE:
         value = adapters.get(value, value)
-    text = ", ".join(map(str, value)) if isinstance(value, list) else value
     # Without the label's hint about values.
-    return f"{re.split(r':| [(]', label)[0]}: {'off' if value is False else text}"
+    return f"{re.split(r':| [(]', label)[0]}: {'off' if value is False else value}"
 
 
 def make_request(
@@ -171,19 +155,14 @@ def make_request(
             f"{base.path} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {base.path}', or by training on it"
         )
-    subject, workspace = next(iter(split_triggers(source.trigger)), ""), context.workspace
     model = {name: value for name, value in vars(base).items() if name != "path"}
     try:
-        values = {"guidance_scale": source.guidance_scale, **_values(context, form, subject)}
+        values = {"guidance_scale": source.guidance_scale, **_values(context, form, source.subject)}
         values |= _adapters(context, source.adapter, form)
         request = GenerationRequest.of(
-            base=str(base.path), **model, **values, styles=str(workspace.styles),
-            wildcard_dir=str(workspace.wildcards), subject=subject, batch_position=batch_position,
-        )  # fmt: skip
-        for name in ("prompt", "negative_prompt"):
-            clean_text(request.styled(name), PROMPT_LIMIT, FORM[name].label.lower())
-        prompts = f"{request.styled('prompt')} {request.detail_pass.detail_prompt}"
-        if any(tag.kind == "lora" for tag in network_tags(prompts)):
+            base=str(base.path), **model, **values, batch_position=batch_position
+        )
+        if network_tags(request.prompts.prompt or ""):
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"
@@ -201,16 +180,11 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
         UserError, ConfigError: If a value is invalid.
     """
     values = dict[str, Any]()
-    if GONE in (form["style"] or []):
-        raise UserError("a style that was chosen is no longer here; choose another one")
     for name, field in FORM.items():
         if name not in _KNOWN or name in ("image", "mask_image"):
             continue
         value, label = form[name], field.label.lower()
-        if field.separator:
-            items = str(value or "").split(field.separator.strip() or None)
-            value = [item.strip() for item in items if item.strip()]
-        elif name.endswith("prompt"):
+        if name.endswith("prompt"):
             if line := settings_line(str(value or "")):
                 raise UserError(
                     f"the {label} holds the settings of an image ({quoted(line)}); "
@@ -220,10 +194,8 @@ def _values(context: Context, form: Mapping[str, Any], subject: str) -> dict[str
             value = value if name == "negative_prompt" else value.replace("{subject}", subject)
         elif isinstance(value, str):
             value = value.strip()
-        if value not in (None, "", [], field.unset if field.is_omitted else None):
+        if value not in (None, "", field.unset if field.is_omitted else None):
             values[name] = _KNOWN[name].cast(value)
-    if "detail" in values:
-        values["detail"] = _detail(context, values["detail"])
     inputs = _inputs(context, form)
     if not inputs:
         values.pop("denoise", None)
@@ -236,8 +208,7 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
     A single adapter has its strength in a separate setting.
 
     Raises:
-        UserError, ValueError: If an adapter was deleted, strengths are set without an adapter, or a
-            strength is invalid.
+        UserError, ValueError: If an adapter was deleted, or a strength is invalid.
     """
     adapters = [(adapter, form["strength"])] if adapter else []
     for name, strength in MORE.items():
@@ -248,9 +219,6 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
             except UserError as error:
                 raise UserError(f"{FORM[name].label}: {error}") from error
             adapters.append((path, form[strength]))
-    needs_adapter = (name for name, field in FORM.items() if field.separator)
-    if not adapters and any(str(form[name] or "").strip() for name in needs_adapter):
-        raise UserError("no adapter is chosen; empty the strengths of layers and over the steps")
     strengths = [Strengths(_KNOWN["strength"].cast(value)).strength for _, value in adapters]
     words = [str(path) for path, _ in adapters]
     if len(words) == 1:
@@ -262,19 +230,6 @@ def _adapters(context: Context, adapter: Path | None, form: Mapping[str, Any]) -
 def in_words(error: Exception) -> str:
     """Return an error's text with the labels of fields instead of settings' names."""
     return _NAME.sub(lambda name: f"“{FORM[name[1]].label}”", str(error))
-
-
-def _detail(context: Context, name: str) -> str:
-    """Return the model of a detail pass.
-
-    Raises:
-        UserError: If the model may not be loaded, or is not on this machine.
-    """
-    name = context.allowed_model(name)
-    is_here = name.partition(":")[0] == "rembg" or Path(name).expanduser().is_dir()
-    if not (is_here or looks_local(name) or name in cached_models()):
-        raise UserError(f"{name} is not on this machine; get it by 'hf download {name}'")
-    return name
 
 
 def _inputs(context: Context, form: Mapping[str, Any]) -> dict[str, str]:
@@ -354,6 +309,11 @@ class Chosen(NamedTuple):
     adapter: Path | None
     trigger: str
     guidance_scale: float
+
+    @property
+    def subject(self) -> str:
+        """Replacement of ``{subject}``: the trigger words, of the first of several subjects."""
+        return next(iter(split_triggers(self.trigger)), "")
 
     @classmethod
     def of(cls, context: Context, choice: str) -> Chosen:

@@ -59,8 +59,7 @@ def restore(context: Context, text: str) -> Restored:
     unknown += [f"{name} {value}" for name, value in values.items() if name not in UNSET]
     unread = [f"no field here: {setting}" for setting in unknown]
     form = {**UNSET, **{n: shown_value(n, values[n]) for n in values if n in UNSET}}
-    adapters, layers = _adapters_of(context, fields, unread)
-    form["layer_strength"] = f"{form['layer_strength']} {layers}".strip()
+    adapters = _adapters_of(context, fields, unread)
     form["strength"] = adapters[0][1] if adapters else 1
     further = zip(MORE.items(), adapters[1:], strict=False)
     for (name, strength_name), (adapter, strength) in further:
@@ -81,10 +80,6 @@ def restore(context: Context, text: str) -> Restored:
         if form[name] and input_path(context.workspace, form[name]) is None:
             unread.append(f"{FORM[name].label}: it is not here, choose or paint it")
             form[name] = ""
-    model = str(form["detail"])
-    if model and not model.startswith("rembg") and "/" not in model:
-        unread.append(f"{FORM['detail'].label}: {model} is a folder's name; give its path")
-        form["detail"] = ""
     numbers = [fields.get(key, "") for key in (images.BATCH_SIZE, images.BATCH_POSITION)]
     size, position = (int(text) if text.isdecimal() else 0 for text in numbers)
     is_batch = position < size <= MAX_IMAGES and position <= form["seed"]
@@ -94,10 +89,6 @@ def restore(context: Context, text: str) -> Restored:
 
 def shown_value(name: str, value: Any) -> Any:
     """Convert a setting's value to the value of its field."""
-    if name == "style":
-        return value
-    if isinstance(value, list):
-        return FORM[name].separator.join(value)
     if isinstance(value, float):
         value = (
             UNSET[name] if not math.isfinite(value) else int(value) if value.is_integer() else value
@@ -107,12 +98,8 @@ def shown_value(name: str, value: Any) -> Any:
 
 def _adapters_of(
     context: Context, fields: Mapping[str, str], unread: list[str]
-) -> tuple[list[tuple[str, float]], str]:
-    """Return the adapters of an image, as (choice or `GONE`, strength).
-
-    The second value is the relative strength of the text encoders, as a strength of layers; empty
-    if it is 1.
-    """
+) -> list[tuple[str, float]]:
+    """Return the adapters of an image, as (choice or `GONE`, strength of the UNet)."""
     from dora_diffusion.numerics.weights import MergeStrengths
     from dora_diffusion.sampling import images
 
@@ -127,7 +114,7 @@ def _adapters_of(
     except ValueError as error:
         used, meaningless = [], [str(error)]
     unread += meaningless
-    adapters, shares = list[tuple[str, float]](), set[float]()
+    adapters, differs = list[tuple[str, float]](), False
     for adapter in used:
         files = known.get(adapter.name, [])
         if len(adapters) > len(MORE):
@@ -145,15 +132,13 @@ def _adapters_of(
         encoders, unet = strengths.text_encoder_strength, strengths.unet_strength
         choice = next((choice for choice, _ in same or files), GONE)
         adapters.append((choice, unet))
-        share = encoders / unet if unet else math.inf
-        shares.add(1.0 if encoders == unet else round(share, 9) + 0)
-    if len(shares) > 1 or math.inf in shares:
+        differs |= encoders != unet
+    if differs:
         unread.append(
             f"strengths {fields['Adapter strength']} of text encoders and UNet: the UNet's are of "
             "both"
         )
-        shares.clear()
-    return adapters, "".join(f"text_encoder*:{share:.9g}" for share in shares - {1.0})
+    return adapters
 
 
 def _base_of(context: Context, fields: Mapping[str, str], unread: list[str]) -> str | None:

@@ -26,7 +26,6 @@ from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.store import GONE, UserError
 
 DEVICE: dict[str, Any] = {"show": "full", "concurrency_id": "device", "concurrency_limit": 1}
-HIRES = 1.5
 _STARS = {True: "★ Favourite", False: "☆ Favourite"}
 
 
@@ -50,7 +49,6 @@ class ResultsView:
             with gr.Row():
                 self.again = _button("Same again", "image-again")
                 self.vary = _button("Another seed", "image-vary")
-                self.hires = _button("Larger (hires)", "image-hires")
                 self.start = _button("Image to image, inpainting", "image-start")
             with gr.Row():
                 self.use = _button("Use its settings", "image-use")
@@ -126,7 +124,7 @@ def connect(context: Context, tab: ResultsView, form: Any) -> None:
 
     def begin(name: str) -> list[Any]:
         known = _restored(context, name)
-        values = {**known.form, "image": input_of(context, name), "mask_image": "", "hires": 1}
+        values = {**known.form, "image": input_of(context, name), "mask_image": ""}
         return [*fill(context, form, replace(known, form=values)), gr.update(open=True)]
 
     def use(name: str) -> list[Any]:
@@ -183,19 +181,8 @@ def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
         values["seed"] = -1
         return 1, 0
 
-    def enlarge(values: dict[str, Any]) -> tuple[int, int]:
-        if values["hires"] != 1 or values["image"]:
-            raise UserError(
-                "a second pass is of images from text alone, and done once; start from this image "
-                "instead, at a larger width and height"
-            )
-        values["hires"] = HIRES
-        return 1, 0
-
     filled = [*form.filled, *tab.filled]
-    for button, change in (
-        (tab.again, lambda values: None), (tab.vary, vary), (tab.hires, enlarge)
-    ):  # fmt: skip
+    for button, change in ((tab.again, lambda values: None), (tab.vary, vary)):
         ui.on(
             button.click, remake(change), [tab.shown], filled, show_progress_on=tab.signs, **DEVICE
         )

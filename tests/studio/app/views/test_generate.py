@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,50 +15,20 @@ import gradio
 import numpy as np
 from PIL import Image
 
-from dora_diffusion.cli.repeat import loaded_text
-from dora_diffusion.config import TrainConfig
-from dora_diffusion.sampling.images import RecordedAdapter, save_image
+from dora_diffusion.sampling.images import save_image
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import generate
 from dora_diffusion.studio.app.views.generate import GenerateTab, refresh
-from dora_diffusion.studio.app.views.library import _facts
 from dora_diffusion.studio.app.views.request import MORE, UNSET, make_request
 from dora_diffusion.studio.app.views.restore import restore
-from dora_diffusion.studio.app.views.results import show_acting
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage, _Turn
-from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
+from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import GONE, UserError, write_json
-from dora_diffusion.studio.jobs.subjects import read_subject
 from tests.studio.app.views.helpers import handler, handlers, triggers
 from tests.studio.jobs.helpers import ended_run, photo, seen, started_run
 
 ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
-
-
-def test_a_template_that_is_opened_and_left_keeps_the_prompt(context: Context) -> None:
-    use = handler(context, "use", "generate")
-    # Nothing stays chosen, which would be sent again.
-    assert use("a photo of two {subject}s") == ["a photo of two {subject}s", None]
-    for left in (None, ""):
-        assert use(left) == [gradio.skip()] * 2
-
-
-def test_the_newest_result_is_chosen_until_somebody_chooses(context: Context) -> None:
-    def chosen(shown: str | None, *jobs: Job) -> Any:
-        return refresh(context, jobs, shown)["adapter"][0]
-
-    base = f"base/{context.models[0]}"
-    first = chosen(None)
-    assert "value" not in first
-    assert first["choices"][0][1] == base
-    job = dataclasses.replace(
-        seen(started_run(context.workspace, 4)), state="done", checkpoints=("checkpoint-4",)
-    )
-    assert job.stands
-    assert chosen(None, job)["value"] == job.id
-    # Whoever wants the base model keeps it.
-    assert "value" not in chosen(base, job)
 
 
 def test_images_are_made_of_the_newest_result_where_nothing_is_chosen(
@@ -130,9 +99,7 @@ def stored(context: Context, name: str, text: str, side: int = 64) -> str:
 OWN = "Model: embedded:tiny-sd, Version: dora_diffusion 0.1.0"
 
 
-def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
-    context: Context, made: list[Any]
-) -> None:
+def test_an_image_s_menu_makes_it_again_and_varies_it(context: Context, made: list[Any]) -> None:
     find = handlers(context)
     text = (
         "a (red:1.2) mug\nNegative prompt: blurred\n"
@@ -140,11 +107,10 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
         f"Size: 64x72, Batch size: 4, Batch pos: 2, Guidance rescale: 0.5, {OWN}"
     )
     name = stored(context, "a.png", text)
-    for nth, (seed, batch, hires) in enumerate(((7, (4, 2), None), (None, (1, 0), None),
-                                                (7, (1, 0), 1.5))):  # fmt: skip
+    for nth, (seed, batch) in enumerate(((7, (4, 2)), (None, (1, 0)))):
         filled = find("run", "results", nth)(name)
         asked = made.pop()
-        assert (asked.seed, asked.batch_position, asked.sampling.hires) == (seed, batch, hires)
+        assert (asked.seed, asked.batch_position) == (seed, batch)
         assert (asked.prompts.prompt, asked.sampling.negative_prompt) == (
             "a (red:1.2) mug",
             "blurred",
@@ -161,41 +127,6 @@ def test_an_image_s_menu_makes_it_again_varies_it_and_enlarges_it(
             and isinstance(one["value"], (str, int))
         }  # fmt: skip
         assert "made-1.png" in filled[-4:]
-    large = stored(context, "b.png", f"a mug\nSteps: 3, Seed: 7, Hires upscale: 2, {OWN}")
-    with pytest.raises(gradio.Error, match="done once; start from this image"):
-        find("run", "results", 2)(large)
-
-
-def test_settings_out_of_sight_that_an_image_fills_in_are_said_at_once(context: Context) -> None:
-    """A field that is folded is not on the page, and tells of no change."""
-    find = handlers(context)
-    text = f"a mug\nSteps: 3, Sampler: Euler, Seed: 7, Size: 64x72, Hires upscale: 2, {OWN}"
-    *_, said = find("use", "results")(stored(context, "a.png", text))
-    for line in ("Steps: 3", "Scheduler: Euler", "Width: 64", "times as large: 2"):
-        assert line in said
-    assert "Seed" not in said
-    # Fields that change, a page that is loaded, and an image to start from that comes or goes.
-    assert [bool(find("describe", "generate", nth)) for nth in range(5)] == [True] * 5
-
-
-def test_a_prompt_without_trigger_words_is_said_before_images_are_made(context: Context) -> None:
-    run = ended_run(context.workspace, (4,), 8).folder
-    (run / records.SETTINGS).write_text(
-        "pretrained_model_name_or_path: embedded:tiny-sd\ntoken: sks\nclass_word: dog\n", "utf-8"
-    )
-    shutil.copyfile(ADAPTER, run / "checkpoint-4" / "pytorch_lora_weights.safetensors")
-    context.jobs(fresh=True)
-    line = "lacks the adapter&#39;s trigger word; write &#39;sks dog&#39; to get the subject"
-    base, own = f"base/{context.models[0]}", run.name
-    for choice, prompt, more, is_said in (
-        (own, "a dog", {}, True), (own, "a sks dog", {}, False), (own, "a {subject}", {}, False),
-        (None, "a dog", {}, True), (base, "a dog", {}, False),
-        (base, "a dog", {"adapter_second": own}, True), (own, "", {}, False),
-        (GONE, "a dog", {}, False),
-    ):  # fmt: skip
-        said = show_acting(context, {**UNSET, "prompt": prompt, **more}, choice)
-        assert (line in said) is is_said, (choice, prompt, more)
-    assert {("prompt", "blur"), ("adapter", "change")} < triggers(context, "describe", "generate")
 
 
 def test_what_of_an_image_is_not_here_is_said_and_not_made(
@@ -243,32 +174,26 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
         shutil.copyfile(ADAPTER, folder / "pytorch_lora_weights.safetensors")
     context.jobs(fresh=True)
     tags = f"<lora:{job.id}-checkpoint-4:0.7> <lora:{job.id}:-0.5>"
-    more = 'Layer strength: "unet.*:0.5, *a:0", Strength schedule: "0:1 | 0:0, 0.5:1"'
-    known = restore(
-        context, f"a mug {tags}\nSteps: 3, Seed: 7, Direction strength: 0.5, {more}, {OWN}"
-    )
+    known = restore(context, f"a mug {tags}\nSteps: 3, Seed: 7, Direction strength: 0.5, {OWN}")
     assert known.unread == ()
     assert (known.choice, known.form["strength"]) == (f"{job.id}/checkpoint-4", 0.7)
     (second, strength), *_ = MORE.items()
     assert (known.form[second], known.form[strength]) == (job.id, -0.5)
     assert (known.form["direction_strength"], known.form["magnitude_strength"]) == (0.5, 1)
-    assert known.form["layer_strength"] == "unet.*:0.5 *a:0"
-    assert known.form["strength_schedule"] == "0:1 | 0:0, 0.5:1"
-    # Of text encoders and UNet: a factor of layers, which all adapters share.
-    for strengths, layers, lines in (
-        (("0.35:0.7", "-0.25:-0.5"), "text_encoder*:0.5", 0),
-        (("0:0.7", "0:-0.5"), "text_encoder*:0", 0),
-        (("0.7:0.7", "-0.5"), "", 0), (("0.35:0.7", "-0.5"), "", 1), (("0.7:0", "0.7:0"), "", 1),
+    # The form has no strength of text encoders alone.
+    for strengths, lines in (
+        (("0.7:0.7", "-0.5"), 0), (("0.35:0.7", "-0.5"), 1), (("0.7:0", "0.7:0"), 1),
     ):  # fmt: skip
         names = (f"{job.id}-checkpoint-4", job.id)
         tags = " ".join(f"<lora:{n}:{s}>" for n, s in zip(names, strengths, strict=True))
         known = restore(context, f"a mug {tags}\nSteps: 3, Seed: 7, {OWN}")
-        assert known.form["layer_strength"] == layers, strengths
         assert len(known.unread) == lines, strengths
     known = restore(
-        context, f"a <lora:{job.id}:0.5:1>\nSteps: 3, Layer strength: unet.*:0.5, {OWN}"
+        context, f"a <lora:{job.id}:1>\nSteps: 3, Strength schedule: 0:1, Detail model: x, {OWN}"
     )
-    assert known.form["layer_strength"] == "unet.*:0.5 text_encoder*:0.5"
+    assert known.unread == (
+        "no field here: Strength schedule: 0:1", "no field here: Detail model: x"
+    )  # fmt: skip
     # What was trained further since is another adapter.
     text = (
         f'a mug <lora:{job.id}:1>\nSteps: 3, Seed: 7, Lora hashes: "{job.id}: 0123456789ab", {OWN}'
@@ -287,76 +212,6 @@ def test_an_adapter_s_image_chooses_the_run_and_its_strengths(
         assert (known.choice, known.form[second]) == places
         assert (known.form["strength"], known.form[strength]) == (0.4, 0.2)
         assert ["gone is not here" in line for line in known.unread] == [True]
-
-
-def test_an_adapter_has_one_name_in_images_downloads_and_library(
-    context: Context, subject: str, tmp_path: Path
-) -> None:
-    """Web UIs look for the file that an image's settings name, whatever program it is for."""
-    settings = TrainConfig(instance_prompt="a photo of a sks mug", class_word="mug")
-    stored = read_subject(context.workspace, subject)
-    file = shutil.copyfile(ADAPTER, tmp_path / "Blue mug.safetensors")
-    trained = tasks.start_training(context.workspace, settings, [stored], "Käthe's mug")
-    imported = tasks.import_adapter(
-        context.workspace, file, "", "embedded:tiny-sd", context.allowed_model
-    )
-    folder = context.workspace.job(trained)
-    (folder / "checkpoint-4").mkdir()
-    for place in (folder, folder / "checkpoint-4"):
-        shutil.copyfile(ADAPTER, place / "pytorch_lora_weights.safetensors")
-    (folder / "checkpoint-4" / "training_state.pt").write_bytes(b"x")
-    records.write_result(folder, records.JobResult(0))
-    assert [trained[23:], imported[23:]] == ["kathe-s-mug", "blue-mug"]
-    for run, checkpoint, name in (
-        (trained, "", trained), (trained, "checkpoint-4", f"{trained}-checkpoint-4"),
-        (imported, "", imported),
-    ):  # fmt: skip
-        job = dataclasses.replace(context.job(run), chosen=checkpoint)
-        adapter = chosen_adapter(job)
-        used = RecordedAdapter.of(adapter)
-        assert used.tag == f"<lora:{name}:1>"
-        assert f"<dd>{name}</dd>" in _facts(job)
-        for target in tasks.targets():
-            made = tasks.start_conversion(context.workspace, job, target)
-            assert Path(context.job(made).record.output).stem == name
-        context.jobs(fresh=True)
-        known = restore(context, f"a mug {used.tag}\nSteps: 3, Lora hashes: {name}: {used.hash}")
-        assert known.choice in (run, f"{run}/{checkpoint}")
-        assert not [line for line in known.unread if "adapter" in line]
-
-
-def test_reading_of_prompts_is_stated_where_the_adapter_does_not(context: Context) -> None:
-    def read(more: str) -> tuple[str, str]:
-        form = restore(context, f"a mug\nSteps: 3, Seed: 7, {more}").form
-        return form["clip_skip"], form["max_token_length"]
-
-    assert read(OWN) == ("", "")
-    assert read(f"Clip skip: 2, Max token length: 150, {OWN}") == ("1", "150")
-    known = restore(
-        context, f"a mug\nSteps: 3, Seed: 7, CFG scale: nan, Denoising strength: inf, {OWN}"
-    )
-    assert (known.form["guidance_scale"], known.form["denoise"]) == ("", 0.75)
-    (line,) = restore(context, f"a\nSteps: 3, Init image hash: ../../.device.lock, {OWN}").unread
-    assert line.startswith("Image to start from: it is not here")
-    # Web UIs read all of a prompt.
-    assert read("Model: embedded:tiny-sd") == ("", "0")
-
-
-def test_a_base_that_is_loaded_in_another_way_is_of_the_image_s_run(context: Context) -> None:
-    """As the command writes it; another base cannot repeat the image."""
-    job = ended_run(context.workspace, (), 8, code=0)
-    (job.folder / records.SETTINGS).write_text(
-        "pretrained_model_name_or_path: embedded:tiny-sd\nquantize: int8\n", encoding="utf-8"
-    )
-    shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
-    context.jobs(fresh=True)
-    asked = make_request(context, job.id, {**UNSET, "prompt": "a mug"})
-    text = loaded_text(asked.model)
-    assert (asked.model.base_model.quantize, text) == ("int8", '{"quantize": "int8"}')
-    for written, lines in ((text, ()), ("", ()), ('{"quantize": "nf4"}', ("loaded with",))):
-        more = f", Loaded with: {json.dumps(written)}" if written else ""
-        unread = restore(context, f"a mug <lora:{job.id}:1>\nSteps: 3, {OWN}{more}").unread
-        assert tuple(line[:11] for line in unread) == lines
 
 
 def test_a_grid_is_of_a_base_with_further_adapters_too(

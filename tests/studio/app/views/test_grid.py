@@ -18,8 +18,8 @@ from dora_diffusion.studio.jobs.store import UserError
 from tests.refusal import refused
 
 KNOWN = {setting.name: setting for setting in GenerateSettings.settings()}
-PATHS = ("adapter", "adapter_dir", "base", "image", "mask_image", "model_config", "wildcard_dir",
-         "styles", "detail", "output", "repeat", "adapters_file")  # fmt: skip
+PATHS = ("adapter", "base", "image", "mask_image", "model_config",
+         "output", "repeat", "adapters_file")  # fmt: skip
 
 
 class Run:

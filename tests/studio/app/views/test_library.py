@@ -21,11 +21,10 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views import library
 from dora_diffusion.studio.app.views.library import _thumbnail
-from dora_diffusion.studio.app.views.request import adapter_choices
 from dora_diffusion.studio.jobs import records, tasks
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.image_store import PAGE
-from dora_diffusion.studio.jobs.queue import delete_job, requeue_job
+from dora_diffusion.studio.jobs.queue import delete_job
 from dora_diffusion.studio.jobs.store import write_json
 from tests.studio.app.views.helpers import handler, pressed, triggers
 from tests.studio.jobs.helpers import ended_run
@@ -40,11 +39,6 @@ def test_of_a_sheet_one_image_is_shown_without_its_labels(tmp_path: Path) -> Non
     path = save_image(sheet, tmp_path / "adapted.png", "a mug\nSteps: 2, Seed: 0, Size: 64x48")
     # The first of the last row.
     assert _thumbnail(path).getcolors() == [(256 * 256, (0, 60, 90))]
-
-
-def test_of_a_photo_a_square_is_shown(tmp_path: Path) -> None:
-    Image.new("RGB", (90, 60), (9, 8, 7)).save(tmp_path / "001.png")
-    assert _thumbnail(tmp_path / "001.png").getcolors() == [(256 * 256, (9, 8, 7))]
 
 
 def test_two_hundred_runs_are_listed_by_opening_one_page_of_their_images(
@@ -127,13 +121,6 @@ def test_a_shared_app_takes_no_adapter_of_a_model_that_it_does_not_offer(
     assert context.jobs(fresh=True) == ()
     with pytest.raises(gradio.Error, match="offers only"):
         handler(context, "extract", "library")(None, "org/model", "/home/ann/model", "8")
-
-
-def test_an_adapter_made_elsewhere_is_offered_without_steps(context: Context) -> None:
-    made = tasks.import_adapter(context.workspace, KOHYA, "a", "org/model", str)
-    (job,) = context.jobs()
-    assert adapter_choices([job]) == [(job.label, made)]
-    assert "step" not in job.label
 
 
 def test_two_adapters_are_compared_at_one_seed(
@@ -227,29 +214,6 @@ def test_a_download_has_a_link_and_a_model_card(context: Context, trained: str) 
     tasks.start_conversion(context.workspace, context.job(trained), "comfyui")
     assert "waiting" in library.refresh(context.jobs(fresh=True), other)["tasks"]
     assert triggers(context, "card", "library") == {("convert", "click")}
-
-
-def test_a_run_that_was_resumed_stays_in_the_library(context: Context) -> None:
-    run = ended_run(context.workspace, (2,), 4)
-    library_run = library.refresh([run], run.id)["library_run"][0]
-    assert "value" not in library_run
-    requeue_job(run.folder)
-    (resumed,) = context.jobs(fresh=True)
-    assert resumed.state == "waiting"
-    waiting = library.refresh([resumed], run.id)["library_run"][0]
-    assert [value for _, value in waiting["choices"]] == [run.id]
-    assert "value" not in waiting
-    assert library.page_of(context, {})["total"] == 1
-
-
-def test_nothing_is_published_without_a_network(
-    context: Context, trained: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    push = pressed(context, "push")
-    with pytest.raises(gradio.Error, match="HF_HUB_OFFLINE is set"):
-        push(trained, "ann/mug", False)
-    assert [job.kind for job in context.jobs(fresh=True)] == ["train"]
 
 
 def test_a_run_is_renamed_and_a_smaller_file_of_it_is_taken_in(

@@ -6,7 +6,6 @@ import base64
 import io
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +18,11 @@ import gradio as gr
 from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
-from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.prompts import DENOISE
 from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
-from dora_diffusion.numerics.weights import STRENGTH_LIMIT, MergeStrengths
+from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.images import painted_fields, parse_parameters
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.views.generate import GenerateTab
 from dora_diffusion.studio.app.views.request import adapter_choices
 from dora_diffusion.studio.jobs import records
@@ -38,19 +35,6 @@ from tests.studio.jobs.helpers import ended_run
 
 OWN = "Model: embedded:tiny-sd, Version: dora_diffusion 0.1.0"
 ADAPTER = Path(__file__).parents[3] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("text", "pixels"), [("", None), (" ", None), ("512", 512), ("504", 504), (64, 64)]
-)
-def test_an_empty_size_is_the_model_s(text: object, pixels: int | None) -> None:
-    assert _asked(width=text).sampling.width == pixels
-
-
-@pytest.mark.parametrize(("text", "next_size"), [("500", 496), ("20", 16)])
-def test_a_size_is_refused_as_on_the_command_line(text: str, next_size: int) -> None:
-    with pytest.raises(UserError, match=f"width is {text}; .* such as {next_size}"):
-        _asked(width=text)
 
 
 @pytest.mark.parametrize(
@@ -67,37 +51,6 @@ def test_empty_steps_and_guidance_are_the_model_s(
     assert image.notes == ()
 
 
-@pytest.mark.parametrize("name", ["strength", "direction_strength", "magnitude_strength"])
-def test_the_limits_of_strengths_are_the_library_s(run: SimpleNamespace, name: str) -> None:
-    for value in (-STRENGTH_LIMIT, STRENGTH_LIMIT):
-        (use,) = run.asked(**{name: value}).uses()
-        assert getattr(use.strengths, name) == value
-        with pytest.raises(ValueError, match=f"must be between -{STRENGTH_LIMIT} and") as wrong:
-            run.asked(**{name: 1.01 * value})
-        assert name == "strength" or name not in str(wrong.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [("0", "between 16 and 2048"), ("-8", "between 16 and 2048"), ("4096", "between 16 and 2048"),
-     ("wide", "a whole number"), ("1.5", "a whole number")],
-)  # fmt: skip
-def test_a_size_that_is_none_is_refused(text: str, wanted: str) -> None:
-    with pytest.raises(UserError, match=rf"height is '?{text}'?; it must be {wanted}"):
-        _asked(height=text)
-
-
-@pytest.mark.parametrize(
-    ("text", "scale"), [("5", 5.0), ("4.5", 4.5), (2, 2.0), ("0", 0.0), ("", 3.5), (None, 3.5)]
-)
-def test_an_empty_guidance_is_the_model_s(text: object, scale: float) -> None:
-    assert _asked(guidance_scale=text).sampling.guidance_scale == scale
-
-
-def test_a_released_model_has_the_usual_guidance(tmp_path: Path) -> None:
-    assert _asked(str(tmp_path), guidance_scale="").sampling.guidance_scale == 7.5
-
-
 def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(name: str, **options: Any) -> str:
         assert options["local_files_only"]
@@ -106,31 +59,6 @@ def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(UserError, match=r"org/model is not on this machine.*hf download org/m"):
         _asked("org/model")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [("much", "“Guidance .CFG.” is 'much'; it must be a number"),
-     ("-1", "guidance is -1.0; it must be between 0 and 30"),
-     ("31", "guidance is 31.0; it must be between 0 and 30"),
-     ("nan", "“Guidance .CFG.” is nan; it must be a finite number")],
-)  # fmt: skip
-def test_a_guidance_that_is_none_is_refused(text: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        _asked(guidance_scale=text)
-
-
-@pytest.mark.parametrize("settings", [{"validation_guidance_scale": 6.0}, {}])
-def test_a_run_s_guidance_is_that_of_its_samples(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
-) -> None:
-    request = pytest.importorskip("dora_diffusion.studio.app.views.request")
-    monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
-    base = BaseModel("embedded:tiny-sd")
-    run = SimpleNamespace(base=base.path, base_model=base, trigger="sks mug", settings=settings)
-    context = _context(job=lambda name, field: run)
-    guidance = request.Chosen.of(context, "20260101-000000-abcdef").guidance_scale
-    assert guidance == settings.get("validation_guidance_scale", 3.5)
 
 
 @pytest.fixture
@@ -157,20 +85,19 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     from dora_diffusion.studio.app.views.request import FORM, MORE, UNSET
 
     # Of the file, the model and the machine, which are a run's and the app's own; and files of many
-    # adapters, which are the command line's. Files of styles and wildcards are the runs folder's.
+    # adapters, which are the command line's.
     others = {
         "adapter", "adapters_file", "base", "variant", "revision", "dtype", "model_config",
         "compile", "quantize", "quantize_convolutions", "vae_tile_size", "prediction_type",
         "zero_terminal_snr", "alpha", "output", "overwrite", "repeat", "offload", "batch_size",
-        "wildcard_dir", "styles", "grid", "grid_limit", "adapter_dir",
+        "grid", "grid_limit",
     }  # fmt: skip
     settings = {setting.name: setting for setting in GenerateSettings.settings()}
     further = {*MORE, *MORE.values()}
     assert {*FORM} - further | others == {*settings}
     assert not {*FORM} & others
     for name in (
-        "guidance_rescale", "prompt_weights", "hires_denoise", "strength", "style", "wildcards",
-        "detail_denoise", "detail_padding",
+        "guidance_rescale", "prompt_weights", "strength",
     ):  # fmt: skip
         assert UNSET[name] == settings[name].default
     assert UNSET["denoise"] == DENOISE
@@ -185,15 +112,8 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     assert [A1111_NAMES[title.lower()] for title, _ in titles] == [*SCHEDULERS]
 
 
-STYLES = 'name,prompt,negative_prompt\nink,ink,photo\npaper,"{prompt}\n  on paper",\n'
-
-
 def strengths_of(asked: GenerationRequest) -> Any:
     return asked.uses()[0].strengths
-
-
-def texts_of(asked: GenerationRequest) -> tuple[str, str]:
-    return asked.styled("prompt"), asked.sampling.negative_prompt
 
 
 # A value of each field that is not the default -> what of the request is then another.
@@ -205,12 +125,6 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "strength": (0.5, lambda asked: strengths_of(asked).strength == 0.5),
     "direction_strength": (0.5, lambda asked: strengths_of(asked).direction_strength == 0.5),
     "magnitude_strength": (0.5, lambda asked: strengths_of(asked).magnitude_strength == 0.5),
-    "layer_strength": ("unet.*:0.5 *a:0", lambda asked: asked.uses()[0].layers
-                       == {"unet.*": 0.5, "*a": 0.0}),
-    "strength_schedule": ("0:0.4, 0.5:1", lambda asked: asked.uses()[0].schedule
-                          == [(0.0, 0.4), (0.5, 1.0)]
-                          and asked.sampling.strength_schedules
-                          == {"default": asked.uses()[0].schedule}),
     "steps": (9, lambda asked: asked.sampling.steps == 9),
     "scheduler": ("euler", lambda asked: asked.sampling.scheduler == "euler"),
     "guidance_scale": ("3", lambda asked: asked.sampling.guidance_scale == 3),
@@ -220,21 +134,14 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "max_token_length": ("150", lambda asked: asked.model.max_token_length == 150),
     "clip_skip": ("1", lambda asked: asked.model.clip_skip == 1),
     "prompt_weights": (False, lambda asked: not asked.sampling.prompt_weights),
-    "hires": (1.5, lambda asked: asked.sampling.hires == 1.5),
-    "hires_denoise": (0.25, lambda asked: asked.sampling.hires_denoise == 0.25),
-    "hires_steps": ("3", lambda asked: asked.sampling.hires_steps == 3),
-    "style": (["paper", "ink"], lambda asked: texts_of(asked)
-              == ("a sks mug on paper, ink", "photo")),
-    "wildcards": (True, lambda asked: asked.prompts.wildcards),
 }  # fmt: skip
 
 
 def test_no_field_is_ignored(run: SimpleNamespace) -> None:
     from dora_diffusion.studio.app.views.request import FORM, MORE
 
-    others = {name for name in FORM if name.startswith("detail")} | {*MORE, *MORE.values()}
+    others = {*MORE, *MORE.values()}
     assert {*CHANGED} == {*FORM} - {"image", "mask_image", "denoise"} - others
-    run.context.workspace.styles.write_text(STYLES, encoding="utf-8")
     usual = run.asked()
     for name, (value, is_there) in CHANGED.items():
         assert is_there(run.asked(**{name: value})), name
@@ -242,23 +149,17 @@ def test_no_field_is_ignored(run: SimpleNamespace) -> None:
     second, third, _ = MORE
     several = run.asked(
         **{second: f"{run.id}/checkpoint-4", MORE[second]: -0.5}, strength=0.7,
-        direction_strength=0.9, layer_strength="*:0.5", strength_schedule="0:1 | 0:0, 0.5:1",
+        direction_strength=0.9,
     )  # fmt: skip
     uses = several.uses()
     assert [Path(use.path).parent.name for use in uses] == [run.id, "checkpoint-4"]
     assert [use.strengths for use in uses] == [
         MergeStrengths(1.0, 0.9, 1.0, share, share) for share in (0.7, -0.5)
     ]
-    assert [use.schedule for use in uses] == [[(0, 1)], [(0, 0), (0.5, 1)]]
-    assert [*several.sampling.strength_schedules] == ["default", "default_1"]
     with pytest.raises(UserError, match="Third adapter: this run no longer exists; choose another"):
         run.asked(**{third: "20260101-000000-abcdef"})
     with pytest.raises(UserError, match="the same adapter is chosen twice"):
         run.asked(**{third: run.id})
-    with pytest.raises(UserError, match="“Strength over the steps” has 2 values, for 1 adapters"):
-        run.asked(strength_schedule="0:1 | 0:0")
-    with pytest.raises(UserError, match="no adapter is chosen; empty the strengths of layers"):
-        _asked(layer_strength="unet.*:0.5")
 
 
 def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespace) -> None:
@@ -272,7 +173,7 @@ def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespac
     }  # fmt: skip
     visible = {name for name, field in FORM.items() if field.is_visible}
     assert folded == {*tab.fields} - visible
-    assert len(page.blocks) > len(folded) > 20
+    assert len(page.blocks) > len(folded) > 10
 
     def said(**changes: object) -> list[str]:
         return acting(run.context, {**UNSET, "prompt": "a {subject}", "seed": 1, **changes})
@@ -280,9 +181,8 @@ def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespac
     second, strength = next(iter(MORE.items()))
     other = f"{run.id}/checkpoint-4"
     changed = {name: value for name, (value, _) in CHANGED.items()} | {
-        "image": "0" * 32, "mask_image": "1" * 32, "denoise": 0.5, "detail": "rembg", second: other,
-        "detail_label": "face", "detail_prompt": "a face", "detail_denoise": 0.9,
-        "detail_padding": 64, **dict.fromkeys(MORE.values(), 0.5),
+        "image": "0" * 32, "mask_image": "1" * 32, "denoise": 0.5, second: other,
+        **dict.fromkeys(MORE.values(), 0.5),
         **dict.fromkeys([*MORE][1:], run.id),
     }  # fmt: skip
     # Each has a line with its label, and those that are in sight have none.
@@ -295,17 +195,11 @@ def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespac
     assert heads <= {re.split(r":| [(]", label)[0] for label in labels}
     # Alone, unless they do something to another one only; whoever empties a field sends nothing.
     for name in {*UNSET} - visible:
-        is_detail = name in {"denoise", "mask_image"} or name.startswith(
-            ("hires_", "detail_", "strength_") if name != "strength_schedule" else "none"
-        )
+        is_detail = name in {"denoise", "mask_image", *MORE.values()}
         assert len(said(**{name: changed[name]})) == (not is_detail), name
         assert said(**{name: None}) == []
-    assert said(style=["noir", "ink"], prompt_weights=False, wildcards=True) == [
-        "Weights in prompts: off", "Styles: noir, ink", FORM["wildcards"].label,
-    ]  # fmt: skip
-    assert said(scheduler="dpm++_karras", hires=1.5, hires_steps="3") == [
-        "Scheduler: DPM++ 2M Karras", "Second pass, times as large: 1.5", "Second pass steps: 3",
-    ]  # fmt: skip
+    assert said(prompt_weights=False) == ["Weights in prompts: off"]
+    assert said(scheduler="dpm++_karras") == ["Scheduler: DPM++ 2M Karras"]
     label = next(text for text, value in adapter_choices(run.context.jobs()) if value == other)
     assert said(**{second: other, strength: -0.5}) == [
         f"Second adapter: {label}", "Second strength: -0.5"
@@ -365,95 +259,13 @@ def test_an_image_to_start_from_is_kept_with_its_mask(run: SimpleNamespace) -> N
     empty.save(data := io.BytesIO(), format="PNG")
     nothing = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
     assert run.asked(image=name, mask_image=nothing).sampling.mask_image is None
-    with pytest.raises(UserError, match=r"a second pass \(hires\) is of images from text alone"):
-        run.asked(image=name, hires=1.5)
     for gone in ("0" * 32, "../../etc/passwd", "x"):
         with pytest.raises(UserError, match="no longer here; choose it again"):
             run.asked(image=gone)
     with pytest.raises(UserError, match="mask could not be read"):
         run.asked(image=name, mask_image="data:image/png;base64,AAAA")
-    with pytest.raises(
-        UserError, match=r"“Second pass denoising strength” 0\.1 of 4 steps is less"
-    ):
-        run.asked(hires=1.5, hires_denoise=0.1)
     with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
         run.asked(prompt="a mug <lora:mug:1>")
-
-
-def test_a_detail_pass_is_that_of_its_fields(
-    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dora_diffusion.studio.app.views.request import FORM, make_request
-    from dora_diffusion.studio.app.views.restore import restore
-
-    opened = []
-
-    def open_masker(name: str, *, label: str = "") -> Any:
-        opened.append((name, label))
-        return lambda image: Image.new("L", image.size)
-
-    monkeypatch.setattr("dora_diffusion.data.prepare.open_masker", open_masker)
-    values = {
-        "detail": "rembg:isnet", "detail_label": "face", "detail_prompt": "a, {subject}",
-        "detail_denoise": 0.6, "detail_padding": 40,
-    }  # fmt: skip
-    assert {*values} == {name for name in FORM if name.startswith("detail")}
-    assert run.asked(**{**values, "detail": " "}).sampling.detail is None
-    assert opened == []
-    settings = run.asked(**values).sampling
-    made = settings.detail
-    assert opened == [("rembg:isnet", "face")]
-    told = (made.model, made.label, made.prompt, made.denoise, made.padding)
-    assert told == ("rembg:isnet", "face", "a, sks mug", 0.6, 40)
-    with pytest.raises(UserError, match="“Pixels around what is found” is 3; it must be at least"):
-        run.asked(**values | {"detail_padding": 3})
-    with pytest.raises(UserError, match=r"the prompt holds <lora:\.\.\.>"):
-        run.asked(**values | {"detail_prompt": "<lora:x:1>"})
-    with pytest.raises(UserError, match=r"org/seg is not on this machine.*hf download org/seg"):
-        run.asked(**values | {"detail": "org/seg"})
-
-    # An image's file asks for the same, but for the path of a folder.
-    def restored(model: str) -> Any:
-        last = painted_fields(replace(settings, detail=replace(made, model=model)))
-        texts = ", ".join(f'{name}: "{text}"' for name, text in last.items())
-        return restore(run.context, f"a mug\nSteps: 4, Seed: 1, {texts}, {OWN}")
-
-    known = restored("rembg:isnet")
-    assert known.unread == ()
-    again = make_request(run.context, run.id, known.form).sampling
-    assert painted_fields(again) == painted_fields(settings)
-    known = restored("/home/ann/seg")
-    (line,) = known.unread
-    assert line == "Model that finds the face or subject: seg is a folder's name; give its path"
-    assert known.form["detail"] == ""
-    # A shared app loads no model that it does not offer.
-    monkeypatch.setattr(run.context, "launch", Launch(share=True, auth="ann:correct horse"))
-    with pytest.raises(UserError, match="this app is shared, and offers only"):
-        run.asked(**values)
-
-
-def test_styles_are_of_the_prompt_once(run: SimpleNamespace) -> None:
-    from dora_diffusion.studio.app.views.request import PROMPT_LIMIT, make_request
-    from dora_diffusion.studio.app.views.restore import restore
-
-    with pytest.raises(ValueError, match=r"cannot read styles .*styles\.csv"):
-        run.asked(style=["ink"])
-    styles = run.context.workspace.styles
-    styles.write_text(STYLES + "own,<lora:x:1>,\nlong," + "x" * PROMPT_LIMIT + ",\n", "utf-8")
-    for name, words in (
-        ("pink", "no style 'pink' .did you mean ink"), ("own", r"the prompt holds <lora:\.\.\.>"),
-        ("long", "the prompt has .* characters"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            run.asked(style=[name])
-    asked = run.asked(style=["ink", "paper"], negative_prompt="blurred")
-    prompt, negative = texts_of(asked)
-    assert (prompt, negative) == ("a sks mug, ink on paper", "blurred, photo")
-    # An image's file has the prompt that this gives: its settings ask for the same.
-    text = f"{prompt}\nNegative prompt: {negative}\nSteps: 4, Seed: 1"
-    form = restore(run.context, text).form
-    assert form["style"] == []
-    assert texts_of(make_request(run.context, run.id, form)) == (prompt, negative)
 
 
 def _context(**parts: Any) -> Any:
@@ -482,7 +294,7 @@ def test_a_prompt_that_holds_an_image_s_text_is_refused() -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
     from dora_diffusion.studio.app.views.request import FORM
 
-    for name in ("prompt", "negative_prompt", "detail_prompt"):
+    for name in ("prompt", "negative_prompt"):
         for line in ("Steps: 12, Seed: 7", "Negative prompt: blurred"):
             with pytest.raises(UserError) as caught:
                 _asked(**{name: f"a mug\n {line}\nmore"})

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -22,7 +21,7 @@ from dora_diffusion.formats.files.runs import REQUESTS
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views.run import refresh
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.queue import start_time, stop_job
+from dora_diffusion.studio.jobs.queue import start_time
 from dora_diffusion.studio.jobs.store import GONE, write_json
 from tests.studio.app.views.helpers import handler
 from tests.studio.jobs.helpers import ended_run, make, pretend_running, seen, started_run
@@ -35,24 +34,6 @@ def shown(context: Context, run: str | None = None) -> dict[str, Any]:
     """Updates that the clock would send; fields that are updated as their options."""
     parts = refresh(context, context.jobs(fresh=True), run)
     return {name: part[0] if isinstance(part, tuple) else part for name, part in parts.items()}
-
-
-def test_a_run_that_never_began_does_not_displace_a_finished_one(
-    context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = (f"20260101-00000{second}-abcdef" for second in range(9))
-    monkeypatch.setattr("dora_diffusion.studio.jobs.store.new_id", lambda: next(ids))
-    finished = ended_run(context.workspace, (2,), 2)
-    waiting = make(context.workspace, "next")
-    assert shown(context)["run"]["value"] == waiting.name
-    assert shown(context)["stop"] == {"value": "Remove from queue", "visible": True}
-    _, chosen, *_ = handler(context, "run", "run", nth=0)(waiting.name)
-    assert chosen["value"] == finished.id
-    assert shown(context)["run"]["value"] == finished.id
-    assert shown(context, waiting.name)["resume"] == {"visible": True}
-    stop_job(make(context.workspace, "alone"))
-    write_json(finished.folder / records.RESULT, {"code": 1})
-    assert shown(context)["run"]["value"] == finished.id
 
 
 def pretend_training(folder: Path) -> None:
@@ -98,25 +79,6 @@ def test_the_held_out_loss_is_beside_that_of_training(context: Context) -> None:
     for gone in (None, GONE, "20260101-000000-abcdef"):  # The last one was deleted just now.
         drawn = handler(context, "draw", "run")(gone)
         assert [one.items() >= hidden.items() for one in drawn] == [True, True]
-
-
-def test_samples_are_flipped_through_in_the_order_of_their_steps(context: Context) -> None:
-    run = ended_run(context.workspace, (2,), 20)
-    assert shown(context, run.id)["samples"] == ""
-    (run.folder / "samples").mkdir()
-    names = ("adapted", "base", "step-000010", "step-000009", "base_above_adapted")
-    for shade, name in enumerate(names):
-        Image.new("RGB", (8, 8), (shade, 0, 0)).save(run.folder / "samples" / f"{name}.png")
-    markup = shown(context, run.id)["samples"]
-    options = re.findall(r"<option data-image='gradio_api/file=([^?]*)\?\d*'>([^<]*)", markup)
-    titles = [title for _, title in options]
-    assert titles == ["the base model", "step 9", "step 10", "the result"]
-    files = [Path(unquote(file)) for file, _ in options]
-    assert [Image.open(file).getpixel((0, 0))[0] for file in files] == [1, 3, 2, 0]
-    assert all(context.workspace.cache.resolve() in file.parents for file in files)
-    files[0].unlink()  # as Gradio does after a day
-    assert shown(context, run.id)["samples"] != ""
-    assert files[0].is_file()
 
 
 def test_a_run_s_command_line_is_there_as_a_file_and_as_flags(context: Context) -> None:
@@ -174,17 +136,6 @@ def finished_run(context: Context) -> Path:
     for place in (folder, folder / "checkpoint-4", folder / "checkpoint-8"):
         shutil.copyfile(ADAPTER, place / "pytorch_lora_weights.safetensors")
     return folder
-
-
-def test_a_finished_run_says_its_words_and_continues_with_more_steps(context: Context) -> None:
-    folder = finished_run(context)
-    parts = shown(context)
-    assert "Write “sks mug” in a prompt" in parts["status"]
-    assert (parts["next"], parts["extend"]) == ({"visible": True},) * 2
-    assert handler(context, "run", "run", nth=5)(folder.name, 4)[0] == ""
-    again = seen(folder)
-    assert (again.state, again.total) == ("waiting", 12)
-    assert again.record.arguments[-2:] == ["--resume_from_checkpoint", "latest"]
 
 
 def test_checkpoints_are_ranked_and_one_is_chosen(context: Context) -> None:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
-import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.data.captions import with_trigger
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import mask_path
-from dora_diffusion.data.prepare import open_captioner
 from dora_diffusion.studio import app
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.html import pieces
@@ -43,7 +39,7 @@ from dora_diffusion.studio.jobs.subjects import (
     take_sample,
     training_crop,
 )
-from tests.studio.app.views.helpers import handler, triggers
+from tests.studio.app.views.helpers import handler
 
 
 def test_photos_are_looked_at_by_a_job_whose_table_and_sheet_are_shown(
@@ -92,24 +88,6 @@ def upload(context: Context, subject: str | None, *files: Path, name: str = "") 
 def make_photo(path: Path) -> Path:
     Image.effect_noise((96, 80), 60).convert("RGB").save(path)
     return path
-
-
-def test_an_upload_without_a_subject_of_one_s_own_makes_one(
-    context: Context, tmp_path: Path
-) -> None:
-    files = [make_photo(tmp_path / name) for name in ("a.jpg", "b.jpg")]
-    titles = []
-    for name in ("", "", "Rex"):
-        shown = upload(context, None, *files, name=name)
-        titles.append(subjects_in(context.workspace)[0].title)
-        assert f"2 photos added to the new subject {titles[-1]}" in shown[7]
-        assert f"join {titles[-1]}" in shown[3]  # where the next ones go
-        assert shown[1] == ""
-    assert sorted(titles) == ["My subject", "My subject 2", "Rex"]
-    (tmp_path / "no.jpg").write_text("text", encoding="utf-8")
-    before = subjects_in(context.workspace)
-    assert "not a JPEG" in upload(context, None, tmp_path / "no.jpg", name="Kept")[7]
-    assert subjects_in(context.workspace) == before
 
 
 def test_photos_join_a_sample_only_where_that_was_asked_for(
@@ -244,35 +222,6 @@ def test_captions_of_all_photos_are_changed_by_buttons(
     assert now() == ["", "night, a <mug> on sand", ""]
 
 
-@pytest.mark.parametrize("kind", ["blip", "git"])
-def test_a_model_writes_the_captions_that_are_missing(
-    context: Context, subject: str, tmp_path: Path, models: Any, kind: str
-) -> None:
-    """By a job, as `prepare` does it, with the subject's token and class."""
-    add_photos(context.workspace, subject, [make_photo(tmp_path / "b.jpg")])
-    save_caption(context.workspace, subject, "002.jpg", "by hand")
-    keep_words(context.workspace, subject, "mug", "sks")
-    start = handler(context, "automatic", "subject")
-    with pytest.raises(gradio.Error, match="Name a captioning model first"):
-        start(subject, " ", EMBEDDED, "")
-    shown = start(subject, str(models(kind)), EMBEDDED, "")
-    assert "waiting" in shown.lower()
-    (job_id,) = ids_in(context.workspace.root)
-    folder = context.workspace.root / job_id
-    assert cli.main(list(records.read_record(folder).arguments)) == 0
-    records.write_result(folder, records.JobResult(0))
-    context.jobs(fresh=True)
-    stored = read_subject(context.workspace, subject)
-    written = captions_of(stored)
-    expected = with_trigger(
-        open_captioner(str(models(kind)))(open_photo(stored.photos[0])), "sks", "mug"
-    )
-    assert written == {"001.jpg": expected, "002.jpg": "by hand"}
-    assert "sks" in expected
-    rows = handler(context, "reread", "subject")(subject)[1]
-    assert html.escape(expected) in rows
-
-
 def test_a_shared_app_captions_with_no_model_but_its_own(
     context: Context, subject: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,78 +256,3 @@ def test_a_mask_lies_over_the_photo_where_it_leaves_it_out(context: Context, sub
 def _image_of(markup: str) -> Image.Image:
     content = markup.partition("base64,")[2].partition("'")[0]
     return Image.open(io.BytesIO(base64.b64decode(content)))
-
-
-def test_uploads_are_checked_file_by_file(context: Context, tmp_path: Path) -> None:
-    sample = Path(__file__).parents[4] / "samples" / "bolt_mug"
-    good = []
-    for number in range(1, 4):
-        with Image.open(sample / f"{number:02d}.jpg") as image:
-            good.append(tmp_path / f"good{number}.jpg")
-            image.crop((20, 20, 620, 580)).save(good[-1])
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    exif[0x010F] = "Camera of Ann"
-    turned = tmp_path / "turned.jpg"
-    Image.effect_noise((120, 60), 70).convert("RGB").save(turned, exif=exif)
-    fake, vector, huge, twin, blurred = (
-        tmp_path / name
-        for name in ("fake.jpg", "drawing.svg", "huge.png", "twin.jpg", "blurred.jpg")
-    )
-    fake.write_bytes(b"this is text")
-    vector.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", encoding="utf-8")
-    Image.new("1", (15_000, 14_000)).save(huge)
-    with Image.open(good[0]) as image:
-        image.resize((620, 580)).save(twin)
-    smooth = Image.linear_gradient("L").resize((600, 600)).convert("RGB")
-    smooth.paste("white", (200, 200, 400, 400))
-    smooth.filter(ImageFilter.GaussianBlur(12)).save(blurred)
-    before = {path: path.read_bytes() for path in [*good, turned, twin, blurred]}
-    shown = upload(context, None, *good, turned, fake, vector, huge, twin, blurred)
-    crops, report = shown[4]["value"], html.unescape(shown[7])
-    assert "6 photos added" in report
-    assert "fake.jpg: not a JPEG" in report
-    assert "drawing.svg: not a JPEG" in report
-    assert re.search(r"huge\.png[^<]*megapixels", report)
-    assert "001.jpg and 005.jpg are nearly the same photo" in report
-    assert "006.jpg: looks blurred" in report
-    assert "004.jpg: 60 x 120 is smaller" in report
-    assert [label.removeprefix("⚠ ") for _, label in crops] == [f"00{n}.jpg" for n in range(1, 7)]
-    (stored,) = context.workspace.subjects.glob("2*/photos")
-    with Image.open(stored / "004.jpg") as image:
-        assert image.size == (60, 120)
-        assert dict(image.getexif()) == {}
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def test_sizes_are_judged_by_the_model_that_is_chosen(context: Context, tmp_path: Path) -> None:
-    subject = new_subject(context.workspace, "Small")
-    Image.effect_noise((200, 200), 80).convert("RGB").save(tmp_path / "photo.png")
-    said = upload(context, subject, tmp_path / "photo.png")[7]
-    assert "1 photo added" in said
-    assert "smaller than the training size" not in said
-    resize = handler(context, "resize", "subject")
-    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
-    assert "200 x 200 is smaller than the training size 1024" in resize(subject, sdxl, "", False)
-    assert "smaller than the training size" not in resize(subject, EMBEDDED, "", False)
-    assert "200 x 200 is smaller than the training size 256" in resize(
-        subject, EMBEDDED, "256", False
-    )
-    fields = {("base-model", "change"), ("train-resolution", "change")}
-    assert triggers(context, "resize", "subject") == fields
-
-
-def test_a_photo_s_label_follows_masked_loss_of_the_train_tab(
-    context: Context, tmp_path: Path
-) -> None:
-    cut = new_subject(context.workspace, "Cut")
-    Image.new("RGBA", (80, 64), (200, 0, 0, 0)).save(tmp_path / "cut.png")
-    add_photos(context.workspace, cut, [tmp_path / "cut.png"])
-    relabel = handler(context, "relabel", "subject")
-    for masked_loss, use in ((False, "learned as white"), (True, "masked, not learned")):
-        gallery, report = relabel(cut, EMBEDDED, "", masked_loss)
-        [(_, label)] = gallery["value"]
-        assert label.endswith(f"001.png (transparent parts {use})")
-        assert f"transparent parts of 1 image are {use}: 001.png" in report
-    assert {event for _, event in triggers(context, "relabel", "subject")} == {"change"}
-    assert [name for name, _ in triggers(context, "relabel", "subject")] == ["train-masked_loss"]

@@ -16,10 +16,6 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.config import PRESETS, TrainConfig
-from dora_diffusion.config.answers import ForeignAnswers
-from dora_diffusion.config.foreign import ForeignFileError, require_own
-from dora_diffusion.config.wording import counted
-from dora_diffusion.data.photos import mask_path
 from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -29,7 +25,6 @@ from dora_diffusion.studio.app.settings import (
     PROMPTS,
     preset_values,
     setting_text,
-    with_labels,
 )
 from dora_diffusion.studio.app.views import generate, library, run, train
 from dora_diffusion.studio.jobs import records
@@ -42,8 +37,6 @@ from dora_diffusion.studio.jobs.subjects import (
     read_subject,
     save_caption,
 )
-from dora_diffusion.training.inputs.subject import subjects_of
-from tests.every import every
 from tests.studio.app.views.helpers import built_page, handler
 from tests.studio.jobs.helpers import photo
 
@@ -61,18 +54,6 @@ def fields(subject: str, prompts: str) -> list[Any]:
     values = preset_values("fast", EMBEDDED)
     shown = [setting_text(values[name]) for name in ADVANCED]
     return [subject, EMBEDDED, "sks", "mug", prompts, *shown]
-
-
-def test_a_run_can_go_on_from_another_working_directory(
-    context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handler(context, "start")("", *fields(subject, "a photo of a {subject} on the snow"))
-    monkeypatch.chdir("/")
-    (job_id,) = ids_in(tmp_path / "runs")
-    folder = tmp_path.resolve() / "runs" / job_id
-    settings = yaml.safe_load((folder / records.SETTINGS).read_text(encoding="utf-8"))
-    assert settings["output_dir"] == str(folder)
-    assert settings["instance_data_dir"] == str(folder / "photos")
 
 
 def test_a_sample_prompt_without_the_token_is_said_to_show_the_class(
@@ -214,19 +195,6 @@ def test_the_plan_says_what_will_not_fit_and_what_to_change(
     assert "Set quantize int8 and train_batch_size 1." in said(needed, **five)
 
 
-def test_the_plan_warns_of_a_subject_that_the_toy_world_does_not_know(
-    context: Context, subject: str
-) -> None:
-    def said(model: str, word: str) -> str:
-        values = asked(context, subject, model)
-        values[3] = word
-        return html.unescape(handler(context, "plan")(*values)[0])
-
-    assert "toy model of a drawn world" in said(EMBEDDED, "dog")
-    assert "toy model" not in said(EMBEDDED, "mug")
-    assert "toy model" not in said("stable-diffusion-v1-5/stable-diffusion-v1-5", "dog")
-
-
 def test_the_plan_announces_class_images(context: Context, subject: str) -> None:
     def said(mode: str) -> str:
         changes = {"with_prior_preservation": True, "prior_preservation_mode": mode}
@@ -347,28 +315,6 @@ def test_words_typed_before_there_is_a_subject_are_the_first_one_s(context: Cont
     assert fill(second, now)[:2] == ["", "sks"]
 
 
-def test_a_preset_for_another_number_of_photos_is_said_beside_it(
-    context: Context, subject: str, tmp_path: Path
-) -> None:
-    about = train._about
-    assert "Mug: 1 photo: this preset is for several" in about(context, "balanced", subject)
-    assert "dd-warn" not in about(context, "one-photo", subject)
-    other = new_subject(context.workspace, "<Rex>")
-    for number in (2, 3):
-        photo(tmp_path / f"{number}.png", (80, 60 + number))
-    add_photos(context.workspace, other, [tmp_path / "2.png", tmp_path / "3.png"])
-    assert "dd-warn" not in about(context, "balanced", other)
-    text = about(context, "one-photo", subject, [other])
-    assert "&lt;Rex&gt;: 2 photos: this preset is for a single one" in text
-    assert "Mug" not in text
-    assert about(context, "none", subject) == ""
-    fast, style = (about(context, name, subject) for name in ("fast-word", "style"))
-    assert "Type a new word such as &lt;sks&gt; as Token. For this" in fast
-    assert "captions. Leave Token and Class empty. For this" in style
-    for name in PRESETS:  # Nothing is learned yet.
-        assert "dd-warn" not in about(context, name, None, None)
-
-
 def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: Context) -> None:
     use_preset = handler(context, "use_preset")
     values = preset_values("quality", EMBEDDED)
@@ -379,40 +325,6 @@ def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: C
         _, *updates = use_preset("quality", EMBEDDED, "", before, *shown)
         changed = {ADVANCED[i] for i, update in enumerate(updates) if update != gradio.skip()}
         assert changed == {*ADVANCED} - {name, "init_adapter"}, name
-
-
-def test_what_a_preset_has_filled_in_is_not_sent_again(context: Context) -> None:
-    """A list of models that is left sends its model as if it had just been chosen."""
-    texts = {n: setting_text(v) for n, v in preset_values("fast", EMBEDDED).items()}
-    texts["init_adapter"] = "20261129-one"
-    use_preset, use_start = handler(context, "use_preset"), handler(context, "use_start")
-    filled, *updates = use_preset("fast", EMBEDDED, "", texts, *texts.values())
-    assert (filled, updates) == (texts, [gradio.skip()] * len(ADVANCED))
-    assert {*map(str, use_start("20261129-one", filled))} == {str(gradio.skip())}
-    assert use_start("", filled)[0]["init_adapter"] == ""
-
-
-def test_a_preset_fits_the_memory_that_is_asked_for(
-    context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(context, "device", lambda: Device("cuda", "a card", 78.0))
-    use_preset = handler(context, "use_preset")
-    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
-    for memory, expected in (("", "none"), ("6", "int8"), ("4", "nf4"), ("24", "none")):
-        assert use_preset("object", sdxl, memory, *FILLED)[0]["quantize"] == expected
-    with pytest.raises(gradio.Error, match="give GiB"):
-        use_preset("object", sdxl, "x", *FILLED)
-
-
-def test_a_message_keeps_the_letters_of_a_model_s_name(
-    context: Context, subject: str, tmp_path: Path
-) -> None:
-    (tmp_path / "mymodel").mkdir()
-    (tmp_path / "mymodel.ckpt").write_bytes(b"")
-    plan = handler(context, "plan")
-    for name in ("mymodel", "mymodel.ckpt"):
-        assert f">{name} is " in plan(*asked(context, subject, name))[0]
-    assert ">There is no subject" in plan(*asked(context, "", EMBEDDED))[0]
 
 
 def test_a_model_that_is_not_there_starts_nothing(context: Context, subject: str) -> None:
@@ -482,23 +394,6 @@ def test_several_subjects_are_one_run_each_with_its_own_words(
     ]  # fmt: skip
     with pytest.raises(gradio.Error, match="same photos and settings is number 1 in the queue"):
         handler(context, "start")("", *asked)
-
-
-@pytest.mark.parametrize("painted", [(), (0,), (1,), (0, 1)])
-@pytest.mark.parametrize("masked_loss", [False, True])
-def test_a_painted_mask_masks_the_loss_of_its_own_subject(
-    context: Context, subject: str, tmp_path: Path, painted: tuple[int, ...], masked_loss: bool
-) -> None:
-    """A run refuses a subject whose masks are to be used, but that has none."""
-    other = new_subject(context.workspace, "Cat", "cat", "zwx")
-    add_photos(context.workspace, other, [photo(tmp_path / "b.png")])
-    for number, name in enumerate((subject, other)):
-        for path in read_subject(context.workspace, name).photos if number in painted else ():
-            Image.new("L", Image.open(path).size, 255).save(mask_path(path))
-    form = [*asked(context, subject, EMBEDDED, masked_loss=masked_loss), [other]]
-    config, _ = train.read_form(context, *form)
-    used = [one.settings.masked_loss for one in subjects_of(config)]
-    assert used == [masked_loss or number in painted for number in range(2)]
 
 
 def test_a_photo_of_two_subjects_is_said_before_the_start(
@@ -574,52 +469,6 @@ def test_an_empty_start_is_refused_in_plain_words(context: Context) -> None:
     assert "Start one in the Train tab" in handler(context, "show", "library")(None, "")[0]
 
 
-def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
-    context: Context, subject: str
-) -> None:
-    form = asked(context, subject, EMBEDDED, lora_alpha="eight")
-    message = "lora_alpha is 'eight'; it must be a number"
-    cost, command = handler(context, "plan")(*form)
-    assert message in html.unescape(cost)
-    assert command == ""
-    with pytest.raises(gradio.Error) as refused:
-        handler(context, "start")("", *form)
-    assert message in html.unescape(str(refused.value))
-    assert ids_in(context.workspace.root) == []
-
-
-def test_a_model_that_is_not_there_is_said_before_the_start(context: Context, subject: str) -> None:
-    for name, message in (
-        ("/no/such/model.safetensors", "does not exist; choose a Diffusers folder"),
-        (str(context.workspace.root), "is not a diffusers pipeline"),
-    ):
-        assert message in html.unescape(handler(context, "plan")(*asked(context, subject, name))[0])
-    # The hub is asked only at the start.
-    assert (
-        "nobody/nothing" in handler(context, "plan")(*asked(context, subject, "nobody/nothing"))[1]
-    )
-    with pytest.raises(gradio.Error, match="HF_HUB_OFFLINE is set"):
-        handler(context, "start")("", *asked(context, subject, "nobody/nothing"))
-
-
-def test_a_start_says_the_place_in_the_queue(context: Context, subject: str) -> None:
-    start = handler(context, "start")
-    for number in (1, 2):
-        chosen, said, _ = start("", *asked(context, subject, EMBEDDED, seed=str(number)))
-        assert re.search(rf"Queued Mug [0-9:]{{5}}: number {number} in the queue", said)
-        shown = run.refresh(context, context.jobs(fresh=True), chosen["value"])
-        assert f"number {number} in the queue" in shown["status"]
-
-
-def test_the_label_of_a_preset_is_its_name_or_what_it_does(context: Context) -> None:
-    [field] = [one for one in built_page(context).blocks.values() if one.elem_id == "preset"]
-    labels = {name: label for label, name in field.choices}
-    assert [*labels] == [*PRESETS]
-    assert labels["fast-word"] == "Fast, with a trained word"
-    for name, label in labels.items():
-        assert label.startswith(name.partition("-")[0].capitalize())
-
-
 FOREIGN = Path(__file__).parents[4] / "tests/config/foreign"
 # The fields that a file fills in, in the order of the page's updates.
 LOADED = [
@@ -633,28 +482,6 @@ def loaded(context: Context, file: Path) -> tuple[str, dict[str, Any]]:
     message, *updates = handler(context, "load_settings")(str(file))
     fields = zip(LOADED, updates, strict=True)
     return html.unescape(message), {n: one["value"] for n, one in fields if "value" in one}
-
-
-def test_an_uploaded_file_of_another_trainer_fills_in_the_form(context: Context) -> None:
-    with every() as case:
-        for file in FOREIGN.iterdir():
-            with case(file.name):
-                check_loaded(context, file)
-
-
-def check_loaded(context: Context, file: Path) -> None:
-    with pytest.raises(ForeignFileError) as error:
-        require_own(file)
-    answers = ForeignAnswers(error.value.file)
-    message, filled = loaded(context, file)
-    left = sorted(answers.values.keys() - filled.keys())
-    note = f"{file.name} is {error.value.title}: {counted(len(filled), 'setting')} filled in"
-    assert with_labels(note + (f"; not in this form: {', '.join(left)}" if left else "")) in message
-    assert answers.text in message
-    assert "did you mean" not in message
-    assert not {*left} & {*LOADED}
-    shown = {name: setting_text(answers.values[name]) for name in filled if name in ADVANCED}
-    assert shown.items() <= filled.items()
 
 
 def test_an_uploaded_file_of_a_run_fills_in_the_form(context: Context, tmp_path: Path) -> None:

@@ -5,20 +5,11 @@ from __future__ import annotations
 import pytest
 
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.views.ui import choosing, id_dropdown
+from dora_diffusion.studio.app.views.ui import choosing
 from dora_diffusion.studio.jobs.store import GONE
 from tests.studio.app.views.helpers import pressed, triggers
 
 pytest.importorskip("gradio", reason="gradio is not installed")
-
-
-def test_an_id_that_is_no_choice_any_more_reaches_its_handler() -> None:
-    """Gradio rebuilds a field with each update, and would refuse what was just deleted."""
-    field = id_dropdown(label="Run")
-    again = type(field)(**{**field.constructor_args, "choices": [("b", "b")]})
-    assert again.preprocess("a") == "a"
-    assert again.preprocess(["a"]) is None
-    assert again.get_block_name() == "dropdown"
 
 
 def test_a_choice_that_the_page_shows_is_left_to_whoever_chooses() -> None:
