@@ -60,7 +60,6 @@ LONG = (
     "_later[adafactor]",
     "integration/test_cuda.py::test_steps_and_their_records_wait_for_nothing[sdxl",
     "test_wheel.py::test_a_user_s_program_passes_mypy_strictly",
-    "training/trainable/test_full.py::test_a_model_is_evaluated_beside_its_base",
     "training/trainable/test_full.py::test_a_resumed_run_is_that_of_one_piece_bit_for_bit[adafactor]",
     "training/trainable/test_full.py::test_compiled_blocks_train_the_same_weights",
     "training/test_run.py::test_no_bit_of_a_run_depends_on_it[class images]",
