@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -73,6 +74,20 @@ def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, caps
     assert Path(f"{output}.safetensors").is_file()
     saved = read_config_file(output / "config.yaml")
     assert TrainConfig.from_dict(saved).learning_rate == 1e-2
+
+
+def test_the_script_trains_the_same(trained, train_flags, tmp_path):
+    flags = train_flags(tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_dreambooth_dora.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = read_adapter(trained).layers, read_adapter(tmp_path / "run").layers
+    assert all(torch.equal(layer.up, second[name].up) for name, layer in first.items())
 
 
 @pytest.mark.parametrize(
