@@ -162,9 +162,9 @@ def test_blocks_of_the_page_run(
     (variant,) = names["variants"]
     seed = int(re.search(r"-(\d+)\.png$", variant)[1])  # type: ignore[index]
     start = dataclasses.replace(settings, image=open_photo(names["images"][0]), denoise=0.5)
-    [wanted] = generate_images(components, "a sks dog made of glass", [seed], start)
+    [expected] = generate_images(components, "a sks dog made of glass", [seed], start)
     with Image.open(variant) as opened:
-        assert opened.tobytes() == wanted.tobytes()
+        assert opened.tobytes() == expected.tobytes()
 
 
 def test_a_waiting_program_sees_each_change_and_why_a_job_failed(
