@@ -38,7 +38,7 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHO
 # In parts, and each failure once more: see tests/suite.py.
 SUITE = -m tests.suite -n $(WORKERS) $(PYTEST_ARGS)
 
-.PHONY: demo docs test test-portable test-slow test-docs test-properties test-lowest test-newest test-bare
+.PHONY: demo docs test test-lab test-portable test-slow test-docs test-properties test-lowest test-newest test-bare
 .PHONY: lint format dist clean
 
 demo: $(READY)
@@ -51,6 +51,10 @@ docs: $(READY_TO_TEST)
 
 test: lint
 	$(TEST_ENV) $(BIN)/python $(SUITE)
+
+# The laboratory's own: studies, analysis, simulation, pretraining.
+test-lab: $(READY_TO_TEST)
+	$(TEST_ENV) $(BIN)/python $(SUITE) lab/tests
 
 # What touches files, processes and folders, where what Windows has not is gone: see
 # tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
@@ -68,6 +72,7 @@ test-portable: $(READY_TO_TEST)
 # Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
 test-slow: $(READY_TO_TEST)
 	$(TEST_ENV) $(BIN)/python $(SUITE) -m slow
+	$(TEST_ENV) $(BIN)/python $(SUITE) -m slow lab/tests
 	$(PORTABLE) $(PORTABLE_LONG)
 
 # The same tests with the lowest versions that pyproject.toml states, with the newest that there

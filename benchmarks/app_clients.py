@@ -138,7 +138,7 @@ def in_browser(address: str) -> dict[str, float]:
         )
         usable, painted = (page.evaluate(script) / 1000 for script in millis)
         times = {"first paint": painted, "usable": usable}
-        for name in ("Train", "Generate", "Library", "Compare", "Subject"):
+        for name in ("Train", "Generate", "Library", "Subject"):
             tab = page.get_by_role("tab", name=name, exact=True)
             times[f"tab {name}"] = timed(lambda tab=tab: (tab.click(), page.evaluate(drawn)))
     return times

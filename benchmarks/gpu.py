@@ -92,7 +92,7 @@ def about() -> Row:
 
 
 def report(folder: Path) -> str:
-    """Return everything that was written, as `docs/measurements/gpu-operations.md` shows it."""
+    """Return everything that was written, as `lab/measurements/gpu-operations.md` shows it."""
     known = read(folder / "about.json")
     device = known.pop("device", "")
     blocks = [", ".join([device, *(f"{name} {version}" for name, version in known.items())])]

@@ -1,6 +1,6 @@
 """Costs of required packages in an install: disk space, and processor time from pip's cache.
 
-    python benchmarks/install_cost.py --without gradio matplotlib
+    python benchmarks/install_cost.py --without gradio
 
 Installs all requirements of the package into a new environment, then all except one, each with what
 it brings. The first install, which fills pip's cache, is not timed.
@@ -40,7 +40,7 @@ def install(without: str) -> tuple[int, float, int]:
 def main() -> None:
     """Install, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--without", nargs="*", default=["gradio", "matplotlib"])
+    parser.add_argument("--without", nargs="*", default=["gradio"])
     names = parser.parse_args().without
     install("")
     print(f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}\n")

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/quantised.py --adapters quantised-adapters
     OMP_NUM_THREADS=1 python benchmarks/quantised.py --load /tmp/full
 
-With ``--adapters``, trains subjects of docs/measurements/quantised.yaml on the base in 4 bits, as
+With ``--adapters``, trains subjects of lab/measurements/quantised.yaml on the base in 4 bits, as
 that study does, and uses each adapter on the quantised and on the dense base: images at the same
 seeds, and each layer's update ``W' - W``. The update is compared too as it would be with codes
 whose rows do not keep their norm, as is and with ``m norm(W) / norm(W_q)``. A run that is there is
@@ -36,9 +36,6 @@ from torch import Tensor
 from dora_diffusion import TrainConfig, train
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.lab.judges import answer, measure, toy_requests
-from dora_diffusion.lab.study.config import Study, read_study
-from dora_diffusion.lab.study.subjects import ToySource, find_subject
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.dora import adapted_weight, weight_norm
@@ -46,6 +43,9 @@ from dora_diffusion.numerics.quantised import QUANTISATIONS, PackedWeight, memor
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
+from dora_diffusion.toy.judges import answer, measure, toy_requests
+from lab.study.config import Study, read_study
+from lab.study.subjects import ToySource, find_subject
 
 STUDY = Path(__file__).parents[1] / "docs" / "measurements" / "quantised.yaml"
 KINDS = ("nf4", "nf4-conv")

@@ -1,7 +1,7 @@
-"""Cost of many subjects, in arithmetic: the tables of docs/measurements/scale.md.
+"""Cost of many subjects, in arithmetic: the tables of lab/measurements/scale.md.
 
     python benchmarks/scale.py
-    python benchmarks/scale.py --records docs/measurements/scale-records.jsonl   # measured costs
+    python benchmarks/scale.py --records lab/measurements/scale-records.jsonl   # measured costs
     python benchmarks/scale.py --count                # the counted constants anew; half a minute
 
 Costs at full size are counted, not measured: parameters and products by torch on its meta device
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dora_diffusion.lab.simulation.forecasts import expected_completion
+from lab.simulation.forecasts import expected_completion
 
 DAY, HOUR = 86_400, 3_600
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from dora_diffusion import TrainConfig, generate_images, load_components, set_strength, train
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.data.sheets import labelled_sheet
-from dora_diffusion.lab.judges import SAMPLING, judge
-from dora_diffusion.lab.toy.instrument import load_instrument, silhouette
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.dora import adapted_weight
 from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.toy.instrument import load_instrument, silhouette
+from dora_diffusion.toy.judges import SAMPLING, judge
 
 STRENGTHS, OTHERS = (-3.0, -1.5, 0.0, 1.5, 3.0), (-3.0, -1.0, 0.0, 1.0, 3.0)
 FEW_STEPS = replace(SAMPLING, steps=10)

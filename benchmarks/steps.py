@@ -1,6 +1,6 @@
-"""Steps until a likeness is learned: the tables of docs/measurements/steps.md.
+"""Steps until a likeness is learned: the tables of lab/measurements/steps.md.
 
-    python benchmarks/steps.py docs/measurements
+    python benchmarks/steps.py lab/measurements
 
 Reads the records of steps.yaml, steps-photos.yaml and steps-balanced.yaml. Drift is the rise of the
 denoising loss of other images over the base's. Between the rows of a series, similarity is
@@ -20,7 +20,7 @@ from typing import Any
 
 from dora_diffusion.evaluation.report import shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
-from dora_diffusion.lab.study.config import BASE
+from lab.study.config import BASE
 
 USUAL, STEPS = "usual", 50
 """The reference: other series are compared at its similarity after these steps."""

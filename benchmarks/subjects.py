@@ -32,7 +32,11 @@ from dora_diffusion import TrainConfig, load_components, train
 from dora_diffusion.data.sheets import image_grid, labelled_sheet
 from dora_diffusion.evaluation.measures import LEAKAGE, similarities
 from dora_diffusion.evaluation.photos import sample
-from dora_diffusion.lab.judges import (
+from dora_diffusion.models.components import Components
+from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.toy.benchmark_subjects import SUBJECTS, TRIGGER, write_photos
+from dora_diffusion.toy.instrument import load_instrument
+from dora_diffusion.toy.judges import (
     JUDGED_SIZE,
     SAMPLING,
     ToyRequest,
@@ -43,12 +47,8 @@ from dora_diffusion.lab.judges import (
     toy_requests,
     true_images,
 )
-from dora_diffusion.lab.toy.benchmark_subjects import SUBJECTS, TRIGGER, write_photos
-from dora_diffusion.lab.toy.instrument import load_instrument
-from dora_diffusion.lab.toy.shapes import CLASSES
-from dora_diffusion.lab.toy.world import BACKGROUNDS, PLACES, render
-from dora_diffusion.models.components import Components
-from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.toy.shapes import CLASSES
+from dora_diffusion.toy.world import BACKGROUNDS, PLACES, render
 
 TOKENS = (TRIGGER, "zwx", "vqo")
 # Case -> embedded model, steps, and the subjects that one adapter learns.

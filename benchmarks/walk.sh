@@ -17,8 +17,6 @@ try() {
 }
 
 try dora-diffusion demo
-try dora-diffusion analyze demo-output/bolt_mug --base embedded:tiny-sd
 try dora-diffusion extract --base embedded:tiny-sd --tuned demo-output/merged --rank 16 --output my-style.safetensors
 try dora-diffusion combine demo-output/bolt_mug:0.7 my-style.safetensors:0.5 --base embedded:tiny-sd --output both.safetensors
-try dora-diffusion compare --quick --output quick
 (cd "$(dirname "$steps")/.." && python "$steps" --calls)

@@ -51,11 +51,11 @@ nitpicky = True
 # Undocumented classes, and documented ones that a module imports by name. The build warns about
 # unused entries.
 LEFT_OUT = [
-    "AdaptedLayerReport", "AdapterRef", "CheckpointChange", "Factors", "Finding",
+    "AdaptedLayerReport", "AdapterRef", "Effect", "Factors", "Finding",
     "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "Masker", "MemoryRow", "MergeStrengths",
-    "NoiseSchedule", "NormRoute", "Package", "Path", "Photo", "PhotoSource", "Plan",
+    "NoiseSchedule", "NormRoute", "Package", "Path", "Photo", "Plan",
     "Preprocessing", "Preset", "Route", "RowShard", "ScheduleInfo", "Site", "Strengths",
-    "SubjectRecord", "TextEncoder", "ToySource", "Values", "Wildcards", "WorkQueue", "Workers",
+    "SubjectRecord", "TextEncoder", "Values", "Wildcards", "WorkQueue", "Workers",
 ]  # fmt: skip
 # Also types of other libraries, since a build without a network has no indexes of them, and types
 # that autodoc splits at a comma.
@@ -66,7 +66,6 @@ nitpick_ignore_regex = [
 ]
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-# The other files in this folder are data and plots of measurements, which commands read.
 exclude_patterns = ["_build"]
 
 # Documents at the top of the repository, and the pages that include them.
@@ -78,15 +77,27 @@ INCLUDED = {
 
 
 def complete(app: Sphinx, document: str, source: list[str]) -> None:
-    """Put the Python interface in; link the pages that include documents at the top."""
+    """Put the Python interface in; link the pages that include documents at the top.
+
+    Links to the laboratory become the paths of its files.
+    """
     folder = Path(document).parent
 
     def page(link: re.Match[str]) -> str:
         path = os.path.relpath(INCLUDED[link[1]], folder)
         return f"]({Path(path).as_posix()}.md"
 
-    text = site.expanded(source[0])
+    text = _LABORATORY.sub(_to_laboratory, site.expanded(source[0]))
     source[0] = re.sub(rf"\]\((?:\.\./)+({'|'.join(INCLUDED)})", page, text)
+
+
+# A page of the laboratory is not a page of the site.
+_LABORATORY = re.compile(r"(\(?)\[([^\[\]]+)\]\((?:\.\./)+(lab/[^)#\s]+)[^)\s]*\)")
+
+
+def _to_laboratory(link: re.Match[str]) -> str:
+    before, text, path = link.groups()
+    return f"({text}, `{path}`" if before else f"{text} (`{path}`)"
 
 
 def open_to_all(

@@ -18,9 +18,6 @@ The whole Python interface::
     export_checkpoint                                 base + adapter -> merged model
     FitSettings, extract_adapter                      base and tuned model -> the nearest adapter
     combine_adapters, convert_adapter                 several in one; another format or rank
-    analyze_weights                                   changes of a model's weights by training
-    Study, run_study                                  methods compared over rates, seeds, subjects
-    QueuePlan, simulate_queue                         waiting times for a fleet's workers
 
 Exceptions (subclasses of `ValueError` unless stated otherwise), with a message of one line::
 

@@ -33,11 +33,6 @@ from dora_diffusion.formats.checkpoint.weights import CheckpointLayoutError as C
 from dora_diffusion.formats.files.atomic import DiskFullError as DiskFullError
 from dora_diffusion.formats.files.stream import TensorFileError as TensorFileError
 from dora_diffusion.formats.layouts.layout import AdapterFormatError as AdapterFormatError
-from dora_diffusion.lab.analysis import analyze_weights as analyze_weights
-from dora_diffusion.lab.simulation.queue import QueuePlan as QueuePlan
-from dora_diffusion.lab.simulation.queue import simulate_queue as simulate_queue
-from dora_diffusion.lab.study.config import Study as Study
-from dora_diffusion.lab.study.run import run_study as run_study
 from dora_diffusion.models.load import load_components as load_components
 from dora_diffusion.models.locate import ModelNotFoundError as ModelNotFoundError
 from dora_diffusion.numerics.weights import MergeError as MergeError

@@ -72,7 +72,7 @@ def test_training_imports_none_of_the_rooms_beside_it() -> None:
         "for module in pkgutil.walk_packages(room.__path__, room.__name__ + '.'):\n"
         "    importlib.import_module(module.name)\n"
         "beside = ('gradio', 'ray', 'matplotlib.pyplot')\n"
-        "beside += tuple(f'dora_diffusion.{name}' for name in ('cluster', 'studio', 'lab'))\n"
+        "beside += tuple(f'dora_diffusion.{name}' for name in ('cluster', 'studio', 'toy'))\n"
         "print([name for name in sys.modules if name.startswith(beside)])"
     )
     done = subprocess.run(

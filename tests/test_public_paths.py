@@ -91,9 +91,6 @@ def test_a_path_of_any_kind_has_the_result_of_its_text(
             dd.BaseModel(p(sd1_folder), vae=p(sd1_folder)), p(adapter), p(new / "model"), **options
         ),
         "verify_checkpoint": lambda p: verify_checkpoint(p(merged), p(sd1_folder), p(adapter)).ok,
-        "analyze_weights": lambda p: (
-            dd.analyze_weights([p(adapter)], p(sd1_folder), layers=["unet.mid*"]).base
-        ),
         "read_subject": lambda p: dd.read_subject(p(photo.parent), "sks", "mug").name,
         "subject_configs": lambda p: dd.subject_configs(
             p(subjects), dd.TrainConfig(class_word="mug")

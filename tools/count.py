@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[1] / "dora_diffusion"
-EXTRAS = ("cluster", "studio", "lab")
+EXTRAS = ("cluster", "studio", "toy")
 """Rooms that the core never imports."""
 FORMER = {
     **dict.fromkeys(("app", "jobs"), "studio"),
-    **dict.fromkeys(("toy", "study", "analysis", "simulation"), "lab"),
+    **dict.fromkeys(("study", "analysis", "simulation"), "lab"),
     **dict.fromkeys(("fleet", "serving"), "cluster"),
     **dict.fromkeys(("commands", "console"), "cli"),
     "prepare": "data",

@@ -12,7 +12,7 @@ from pathlib import Path
 from tools import site
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+DOCS, LAB = ROOT / "docs", ROOT / "lab"
 
 _FENCE = re.compile(r"^ *(?P<fence>`{3,}|~{3,}) *(?P<info>[^`\n]*)\n", re.MULTILINE)
 _SYNONYMS = re.compile(r"\A---\n(?:.*\n)*?---\n|<!-- search: .*? -->")
@@ -150,3 +150,4 @@ def _commands(text: str) -> Iterator[list[str]]:
 
 PAGES = [Page(path) for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")]
 PAGES += [Page(path) for path in sorted(DOCS.rglob("*.md"))]
+PAGES += [Page(path) for path in sorted([*LAB.glob("*.md"), *LAB.glob("measurements/*.md")])]

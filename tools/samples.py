@@ -7,12 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from dora_diffusion.lab.toy.benchmark_subjects import (
+from dora_diffusion.toy.benchmark_subjects import (
     SAMPLE_BACKGROUNDS,
     SAMPLE_SUBJECTS,
     SampleSubject,
 )
-from dora_diffusion.lab.toy.world import render
+from dora_diffusion.toy.world import render
 
 
 def write_photos(sample: SampleSubject, folder: Path) -> list[Path]:

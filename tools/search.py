@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parents[1] / "docs"
-QUESTIONS = DOCS / "measurements" / "search-questions.yaml"
+QUESTIONS = DOCS.parent / "lab" / "measurements" / "search-questions.yaml"
 RANKS = QUESTIONS.with_name("search-ranks.json")
 _SYNONYMS = re.compile(r"<!-- search: (.*?) -->", re.DOTALL)
 
@@ -76,7 +76,7 @@ def table(held_out: bool) -> str:
     rows = ["| rank | asked | at | answered by |", "|---|---|---|---|"]
     for place, question in zip(places, asked, strict=True):
         parts = [answer.partition("#") for answer in question.answers]
-        links = ", ".join(f"[{page}](../{page}.md{mark}{at})" for page, mark, at in parts)
+        links = ", ".join(f"[{page}](../../docs/{page}.md{mark}{at})" for page, mark, at in parts)
         shown = "-" if place == math.inf else place
         rows.append(f"| {shown} | {plain(question.title)} | {question.source} | {links} |")
     counts = f"{first} of {len(asked)} by the first page, {three} by the first three."

@@ -1,6 +1,7 @@
 """Parts of pages that come from the code: flags, settings, figures.
 
 The texts of `TEXTS` are put in as the site is built, by a block such as ``{generated} commands``.
+``python -m tools.site`` writes them into the laboratory's pages, which are not of the site.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, advice, rules
 from dora_diffusion.studio import client
 from tools import search
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS, LAB = (Path(__file__).parents[1] / name for name in ("docs", "lab"))
 _BLOCK = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
-_PACKAGES = ("config", "export", "lab.analysis")
+_PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
+_PACKAGES = ("config", "export")
 """Packages that say themselves which of their names are public."""
 _RESUME = {
     "same": "Resuming: must be the same.",
@@ -43,6 +45,11 @@ def expanded(source: str) -> str:
     return _BLOCK.sub(lambda block: TEXTS[block[1]]().rstrip(), source)
 
 
+def current(source: str) -> str:
+    """A page of the laboratory whose generated parts are what the code says now."""
+    return _PART.sub(lambda part: f"{part[1]}\n{TEXTS[part[2]]().rstrip()}\n\n", source)
+
+
 def plain(text: str) -> str:
     """Markdown of a text that has none: flags as code, all else as it is written."""
     parts = re.split(r"((?<![\w-])--[a-z][\w-]*|`[^`]+`)", text)
@@ -54,10 +61,13 @@ def plain(text: str) -> str:
 @cache
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, with all its flags."""
+    return parsers_of(cli.build_parser())
+
+
+def parsers_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command of a program."""
     [commands] = (
-        action
-        for action in cli.build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
     )
     return dict(commands.choices)
 
@@ -298,7 +308,7 @@ def scale(table: str) -> str:
     """A table of `benchmarks/scale.py`."""
     code = runpy.run_path(str(DOCS.parent / "benchmarks" / "scale.py"), run_name="scale")
     if table == "measured":
-        return str(code["measured_table"](DOCS / "measurements" / "scale-records.jsonl"))
+        return str(code["measured_table"](LAB / "measurements" / "scale-records.jsonl"))
     names = ("counted", "gpu", "fleets", "serving")
     return str(code["tables"](code["Device"]())[names.index(table)])
 
@@ -383,3 +393,10 @@ TEXTS: dict[str, Callable[[], str]] = {
         for table in ("measured", "counted", "gpu", "fleets", "serving")
     },
 }
+
+if __name__ == "__main__":
+    for path in sorted(LAB.glob("measurements/*.md")):
+        source = path.read_text(encoding="utf-8")
+        if (text := current(source)) != source:
+            path.write_text(text, encoding="utf-8")
+            print(f"written: {path}")

@@ -11,7 +11,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -26,10 +26,7 @@ COMMANDS = {
     "generate": "generate images",
     "serve": "generate over HTTP, with many adapters in one batch",
     "evaluate": "measure subject similarity, subject leakage and language drift",
-    "analyze": "analyze how training changed the weights: magnitude, direction, rank",
     "fleet": "train an adapter for each of many subjects, on this machine or on a Ray cluster",
-    "compare": "train several methods on several subjects and seeds, and report what differs",
-    "simulate": "plan a fleet: waiting times for workers, and costs",
     "rank-checkpoints": "measure the checkpoints of a run, and suggest one",
     "export": "merge an adapter into a model",
     "verify": "verify a merged model: recompute it and compare",
@@ -55,11 +52,12 @@ HOMES = {
     "cli.commands.prepare": ("prepare",),
     "cli.commands.project": ("samples", "doctor"),
     "cluster.commands": ("fleet", "serve"),
-    "lab.commands": ("analyze", "compare", "demo"),
-    "lab.simulation.command": ("simulate",),
     "studio.app.command": ("app",),
+    "toy.command": ("demo",),
 }
 """Module -> its commands. Packages outside of the core are named here and not imported."""
+LAB = ("analyze", "compare", "simulate")
+"""Commands of the laboratory, which is in the repository only."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,12 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         of memory, 128 + N saved and stopped by signal N.
     """
     words = sys.argv[1:] if argv is None else argv
-    args = build_parser(COMMANDS.keys() & words).parse_args(words)
+    return perform(build_parser(COMMANDS.keys() & words).parse_args(words), read_settings)
+
+
+def perform(args: argparse.Namespace, read: Callable[[argparse.Namespace], Any]) -> int:
+    """Perform a parsed command with the settings that ``read`` returns; returns the exit code."""
     tune_process()
     let_break_interrupt()
     _print_anything()
     with reporting_errors(args.command, debug=args.debug) as outcome:
-        outcome.code = read_settings(args).perform()
+        outcome.code = read(args).perform()
     return outcome.code
 
 
@@ -86,13 +88,24 @@ def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
         description="Teach Stable Diffusion, SDXL or Z-Image your subject with DoRA.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
+    add_commands(parser, COMMANDS, {name: settings_of(name) for name in COMMANDS if name in filled})
+    return parser
+
+
+def add_commands(
+    parser: Parser, texts: Mapping[str, str], kinds: Mapping[str, type[CommandSettings]]
+) -> None:
+    """Add a subparser for each command, with the flags of its settings if they are in ``kinds``."""
+    commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.refused = {
+        name: f"it is in the laboratory; run python -m lab {name} ... in a clone of the repository"
+        for name in LAB
+    }
+    for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("--debug", action="store_true", help="Show tracebacks. Default: off.")
-        if name in filled:
-            settings_of(name).add_arguments(command)
-    return parser
+        if name in kinds:
+            kinds[name].add_arguments(command)
 
 
 def read_settings(args: argparse.Namespace) -> Any:

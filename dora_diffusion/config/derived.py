@@ -104,7 +104,7 @@ def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
     """Default gamma of min-SNR; 0: no weighting.
 
     For v-prediction, its weight goes to 0 with the SNR, at the timesteps that decide the shape of
-    the image: docs/measurements/min-snr.md measures the cost. A slider weights all predictions
+    the image: lab/measurements/min-snr.md measures the cost. A slider weights all predictions
     alike, as in its paper.
     """
     is_usual = prediction_type == "epsilon" and not config.weightings and not config.is_slider

@@ -47,7 +47,7 @@ class Preset:
         return "1 photo: this preset is for several; one-photo has half the steps, for a single one"
 
 
-# Measured on tiny-sd and its twin (docs/measurements/fast.md): other models have other rates.
+# Measured on tiny-sd and its twin (lab/measurements/fast.md): other models have other rates.
 _FAST: Mapping[str, Any] = {
     "targets": ["up_blocks.*"], "learning_rate": 5e-3, "lr_scheduler": "constant",
     "lr_warmup_steps": 3, "ema_decay": 0.99, "train_batch_size": 10,

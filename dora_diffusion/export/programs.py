@@ -1,6 +1,6 @@
 """Whole models in other programs: a report on a model.
 
-The behaviour of each program was observed or read from its source: docs/measurements.
+The behaviour of each program was observed or read from its source: lab/measurements.
 """
 
 from __future__ import annotations

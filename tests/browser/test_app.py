@@ -23,7 +23,7 @@ from tests.browser.helpers import ADAPTER, SAMPLES, App, Visit, finished_run, se
 from tests.studio.jobs.helpers import METRICS, about, make, pretend_running
 from tests.waiting import STAY
 
-TABS = ("Subject", "Train", "Generate", "Library", "Compare")
+TABS = ("Subject", "Train", "Generate", "Library")
 CHOICES = (("base", 0.1, 0.0), ("checkpoint-4", 0.5, 0.1), ("result", 0.7, 0.2))
 
 

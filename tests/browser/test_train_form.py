@@ -283,7 +283,6 @@ def test_nothing_scrolls_sideways_on_any_screen(visit: Callable[..., Visit]) -> 
     for name, shown, section in (
         ("Subject", "#upload", "New subject"), ("Train", "#status", "Advanced settings"),
         ("Generate", "#make", "Grid of"), ("Library", "#library-facts", ""),
-        ("Compare", "#study", ""),
     ):  # fmt: skip
         page.tab(name)
         page.wait_for(f"{shown}:visible")

@@ -11,8 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
-from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.store import Workspace, write_json
+from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.studio.jobs.subjects import (
     captions_of,
     read_subject,
@@ -91,18 +90,13 @@ HOLD = """([first, second]) => {
 
 @pytest.fixture
 def fill() -> Callable[[Workspace], None]:
-    """Subjects, finished runs and comparisons: every field of every tab is to be seen."""
+    """Subjects and finished runs: every field of every tab is to be seen."""
 
     def prepared(workspace: Workspace) -> None:
         for name in ("heart_teapot", "ring_robot", "bolt_mug"):
             take_sample(workspace, SAMPLES, name)
         for title in ("first", "second"):
             finished_run(workspace, title, checkpoints=(3,))
-            study = workspace.new_job()
-            study.mkdir()
-            record = records.JobRecord(["compare", "study.yaml"], f"{title} study")
-            records.write_record(study, record)
-            write_json(study / records.RESULT, {"code": 143})
 
     return prepared
 
@@ -183,7 +177,6 @@ class Form:
 # Of each tab, the field of what is looked at.
 LOOKED_AT = {
     "Subject": "#subject", "Train": "#run", "Generate": "#adapter", "Library": "#library-run",
-    "Compare": "#compare-Comparison",
 }  # fmt: skip
 
 
@@ -223,14 +216,14 @@ def test_a_reload_opens_the_tab_and_what_was_looked_at(
     page.page.close()
     page.page = window
     page.reload()
-    assert page.opened() == "Compare"
+    assert page.opened() == "Library"
     for tab in LOOKED_AT:
         page.tab(tab)
         assert shown(tab) == chosen[tab]
     # Today's default is shown in place of what is gone.
     address = dict(parse_qsl(urlsplit(page.page.url).query))
-    assert address.keys() == {"tab", "subject", "run", "adapter", "library", "study"}
-    gone = {"subjects": "subject", "": "run", ".": "study"}
+    assert address.keys() == {"tab", "subject", "run", "adapter", "library"}
+    gone = {"subjects": "subject", "": "run"}
     for folder, name in gone.items():
         shutil.rmtree(app.runs / folder / address[name])
     app.ask("api/v1/queue")

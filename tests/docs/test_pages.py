@@ -23,11 +23,13 @@ from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, TARGETS
+from lab.__main__ import build_parser as laboratory
 from tests.every import every
 from tools import site
 from tools.pages import DOCS, PAGES, ROOT, Page
 
 PACKAGE = ROOT / "dora_diffusion"
+PARSERS = site.parsers() | site.parsers_of(laboratory())
 
 # Of pip, uv, venv, accelerate, docker.
 FLAGS_OF_OTHERS = {
@@ -63,8 +65,9 @@ def own_command(words: list[str]) -> list[str] | None:
     """Arguments that a command gives our own parser; None for other programs."""
     words = list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words))
     scripts = {"train_dreambooth_dora.py": "train", "app.py": "app"}
-    if "dora_diffusion" in words[:9] and "-m" in words:
-        return words[words.index("dora_diffusion") + 1 :]
+    for package in ("dora_diffusion", "lab"):
+        if package in words[:9] and "-m" in words:
+            return words[words.index(package) + 1 :]
     for place, word in enumerate(words):
         if command := scripts.get(Path(word).name):
             return [command, *words[place + 1 :]]
@@ -85,12 +88,12 @@ def test_commands_parse(page: Page) -> None:
     for words in page.commands:
         command = own_command(without_redirections(words))
         if command and command[0] not in ("--version", "--help"):
-            assert command[0] in site.parsers(), shlex.join(words)
+            assert command[0] in PARSERS, shlex.join(words)
             if not {"--help", "--help-all"} & {*command}:
                 error = io.StringIO()
                 try:
                     with contextlib.redirect_stderr(error):
-                        site.parsers()[command[0]].parse_args(command[1:])
+                        PARSERS[command[0]].parse_args(command[1:])
                 except SystemExit:
                     pytest.fail(f"{shlex.join(words)}: {error.getvalue()}")
 
@@ -135,14 +138,14 @@ def flags_of_scripts() -> set[str]:
 
 
 def flags_of(command: str) -> set[str]:
-    return {name for a in site.parsers()[command]._actions for name in a.option_strings}
+    return {name for a in PARSERS[command]._actions for name in a.option_strings}
 
 
 def named_commands(page: Page) -> list[str]:
     """The commands that a page shows or names, in its order; then `train`."""
     shown = [own_command(words) or [""] for words in page.commands]
     inline = [code.removeprefix("dora-diffusion ").split() or [""] for code in page.inline_code]
-    names = [words[0] for words in [*shown, *inline] if words and words[0] in site.parsers()]
+    names = [words[0] for words in [*shown, *inline] if words and words[0] in PARSERS]
     return list(dict.fromkeys([*names, "train"]))
 
 
@@ -164,7 +167,7 @@ def test_flags_of_a_command_are_its_own(page: Page) -> None:
     codes = [code.removeprefix("dora-diffusion ") for code in page.inline_code]
     sections = re.findall(r"^#+ [^\n`]*`([a-z-]+)`$(.*?)(?=^#|\Z)", page.prose, re.DOTALL | re.M)
     for name, text in [*(code.partition(" ")[::2] for code in codes), *sections]:
-        if name in site.parsers():
+        if name in PARSERS:
             named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
             assert named - flags_of(name) - FLAGS_OF_OTHERS == set(), (name, text)
 
@@ -175,7 +178,7 @@ def default_of(name: str, page: Page, command: str | None) -> str:
     texts = {setting.name: setting.default_text for setting in settings()}
     if command in ("train", "fleet") and name in texts:
         return texts[name]
-    [action] = [a for a in site.parsers()[command]._actions if f"--{name}" in a.option_strings]
+    [action] = [a for a in PARSERS[command]._actions if f"--{name}" in a.option_strings]
     said = re.search(r"Default: ([\w.+-]+)", action.help or "")
     return said[1].rstrip(".") if said else str(action.default)
 
@@ -227,9 +230,9 @@ def test_the_fields_of_a_request_are_those_of_the_code() -> None:
 
 @cache
 def the_code() -> str:
-    """The text of package, tools, benchmarks and samples, and of what builds them."""
+    """The text of package, laboratory, tools, benchmarks and samples, and of what builds them."""
     texts = []
-    for top in ("dora_diffusion", "tools", "benchmarks", "samples"):
+    for top in ("dora_diffusion", "lab", "tools", "benchmarks", "samples"):
         for suffix in ("py", "yaml", "json", "css", "js", "sh"):
             texts += [path.read_text("utf-8") for path in (ROOT / top).rglob(f"*.{suffix}")]
     texts += [(ROOT / name).read_text("utf-8") for name in ("Makefile", "pyproject.toml")]

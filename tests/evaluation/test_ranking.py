@@ -23,9 +23,9 @@ from dora_diffusion.evaluation.ranking import (
     ask_photos,
     rank,
 )
-from dora_diffusion.lab.judges import ask_toy
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
+from dora_diffusion.toy.judges import ask_toy
 from tests.evaluation.helpers import Brightness
 
 
@@ -183,8 +183,8 @@ def test_a_sample_is_judged_against_its_truth() -> None:
     assert [request.group for request in questions.requests] == ["subject"] * 5 + ["others"] * 6
     assert all("sks mug" in prompt for prompt in prompts[:5])
     assert not any("sks" in prompt for prompt in prompts[5:])
-    from dora_diffusion.lab.judges import toy_requests, true_images
-    from dora_diffusion.lab.toy.benchmark_subjects import find_subject
+    from dora_diffusion.toy.benchmark_subjects import find_subject
+    from dora_diffusion.toy.judges import toy_requests, true_images
 
     def truth(name: str) -> list[Any]:
         requests = toy_requests(find_subject(name), "sks mug", [0], ("subject", "others"))

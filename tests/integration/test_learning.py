@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import mean
 
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.lab.judges import SAMPLING, evaluate_toy
-from dora_diffusion.lab.toy.benchmark_subjects import find_subject
 from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.toy.benchmark_subjects import find_subject
+from dora_diffusion.toy.judges import SAMPLING, evaluate_toy
 from dora_diffusion.training.recipe import train
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "bolt_mug"

@@ -59,7 +59,7 @@ def test_a_batch_that_was_measured_is_not_understated() -> None:
 
 def test_the_document_states_the_table() -> None:
     """Each precision's columns, float32's derived from bfloat16's."""
-    page = document("docs", "measurements", "gpu-memory.md")
+    page = document("lab", "measurements", "gpu-memory.md")
     titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
     for family, size in {(name, row.resolution) for name, row in TABLE}:
         half, single = [], []
@@ -126,7 +126,7 @@ def test_sdxl_at_1024_fits_a_card_of_8_gb() -> None:
 
 
 def test_the_document_states_what_was_counted() -> None:
-    text = document("docs", "measurements", "gpu-memory.md")
+    text = document("lab", "measurements", "gpu-memory.md")
     titles = {"sd1": "SD1.5", "sdxl": "SDXL", "z-image": "Z-Image", "flux2-klein": "FLUX.2-klein"}
     for family, title in titles.items():
         size = FAMILIES[family].gpu_memory.resolution
@@ -276,13 +276,13 @@ def document(*path: str) -> str:
 
 
 def test_the_readme_names_for_each_card_the_quickest_flags_that_fit_it() -> None:
-    """From the peaks that docs/measurements/gpu-memory.md has for each, quickest first.
+    """From the peaks that lab/measurements/gpu-memory.md has for each, quickest first.
 
     Each row has other flags than the one before, and the command above fits the cards that it says.
     """
     rows = re.findall(
         r"^\| `(--with_prior_preservation|)\s?(--[^|`]+)?` \| (?:([\d.]+) )?\| ([\d.]+) \|$",
-        document("docs", "measurements", "gpu-memory.md").partition("## One training step")[0],
+        document("lab", "measurements", "gpu-memory.md").partition("## One training step")[0],
         re.MULTILINE,
     )
     assert len(rows) == 8

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-OURS = ("dora_diffusion", "tests", "tools", "benchmarks")
+OURS = ("dora_diffusion", "lab", "tests", "tools", "benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 
 GONE_MODULES = (

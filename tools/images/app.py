@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDTH, PHONE, PHONE_HEIGHT, GAP = 1280, 390, 945, 20
 QUALITY = 82
 # Of the image in JPEG. What is below is cut off, so that all of them are about one screen high.
-HEIGHTS = {"subject": 945, "train": 955, "generate": 1178, "library": 942, "compare": 640}
+HEIGHTS = {"subject": 945, "train": 955, "generate": 1178, "library": 942}
 SCHEMES = {"light": "", "dark": "-dark"}
 # Of all waiting together; a training by the page's own settings takes some minutes.
 LIMIT_SECONDS, LOOK_MILLISECONDS = 1800, 1000
@@ -158,8 +158,6 @@ def take(browser: Any, url: str, steps: int | None) -> Images:
     tab.page.click("#convert")
     tab.wait("document.querySelector('#tasks a.dd-download')")
     images |= tab.images("library", HEIGHTS["library"])
-    tab.open("Compare")
-    images |= tab.images("compare", HEIGHTS["compare"])
     tab.page.close()
     images |= checkpoints(browser, url, until)
     return images | phone(browser, url, until)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dora_diffusion import load_components
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.lab.analysis.plots import save_figure, tidy
 from dora_diffusion.numerics.dora import adapted_weight
+from lab.analysis.plots import save_figure, tidy
 from tools.images.grids import BASE, TOKEN, trained
 
 SHOWN = 4

@@ -16,10 +16,10 @@ from PIL import Image
 from dora_diffusion import TrainConfig, load_components, train
 from dora_diffusion.config import read_config_file
 from dora_diffusion.data.sheets import labelled_sheet
-from dora_diffusion.lab.judges import SAMPLING
 from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.toy.judges import SAMPLING
 
 BASE = "embedded:tiny-sd"
 SUBJECT, TOKEN, COMMON_WORD = "bolt_mug", "sks", "blue"

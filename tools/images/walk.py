@@ -16,11 +16,11 @@ from dora_diffusion import load_components
 from dora_diffusion.data.crops import CropRecord, apply_crop, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, read_photo
-from dora_diffusion.lab.analysis.plots import save_figure
 from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.models.latents import encode_moments, latents_from_moments
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import add_noise, denoising_loss, sample_noise, training_target
+from lab.analysis.plots import save_figure
 
 BASE, PHOTO = "embedded:tiny-sd", samples_folder() / "bolt_mug" / "02.jpg"
 TIMESTEP, SEED = 400, 0

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from packaging.requirements import Requirement
 
-from tools.pages import DOCS, PAGES
+from tools.pages import DOCS, LAB, PAGES
 from tools.rules.requirements import BY_HAND, DEVELOPERS, EXTRAS, all_extras, stated
 from tools.rules.sources import PACKAGE, ROOT, Repository, Source
 
@@ -87,7 +87,7 @@ def notebook_follows_the_address(repository: Repository) -> Iterator[str]:
 def makefile_names_what_there_is(repository: Repository) -> Iterator[str]:
     """A file that has moved would end the command that names it."""
     source = repository.files["Makefile"]
-    for match in re.finditer(r"\btests/[\w/.]*\w", source.text):
+    for match in re.finditer(r"\b(?:lab/)?tests/[\w/.]*\w", source.text):
         if not match[0].endswith("_") and not (ROOT / match[0]).exists():
             line = source.line_of(match.start())
             yield source.problem(line, f"{match[0]} is not there; name where it went")
@@ -132,7 +132,7 @@ def version_is_written_once(repository: Repository) -> Iterator[str]:
 
 LONGEST_PAGE = 1200
 # Looked things up in, not read.
-ANY_LENGTH = ("docs/reference/", "docs/measurements/", "README.md", "CONTRIBUTING.md")
+ANY_LENGTH = ("docs/reference/", "lab/measurements/", "README.md", "CONTRIBUTING.md")
 
 
 def pages_are_short(repository: Repository) -> Iterator[str]:
@@ -152,7 +152,7 @@ def pages_have_words_to_be_found_by(repository: Repository) -> Iterator[str]:
 
 def pages_name_paths_that_exist(repository: Repository) -> Iterator[str]:
     """From the clone, or from the package; a name in capitals stands for any."""
-    tops = "benchmarks|docs|dora_diffusion|samples|tests|tools"
+    tops = "benchmarks|docs|dora_diffusion|lab|samples|tests|tools"
     # A run's folder has `samples` too.
     of_runs = re.compile(r"samples/(adapter|base)\b|[^.]*[A-Z]")
     for page in PAGES:
@@ -212,24 +212,25 @@ def every_page_is_linked(repository: Repository) -> Iterator[str]:
                 names = re.findall(r"^(?:.*<)?([\w/*-]+)>?$", block.text, re.MULTILINE)
                 linked |= {path for name in names for path in page.path.parent.glob(f"{name}.md")}
     for page in PAGES:
-        if page.path.is_relative_to(DOCS) and page.path not in {*linked, DOCS / "index.md"}:
+        is_ours = page.path.is_relative_to(DOCS) or page.path.is_relative_to(LAB)
+        if is_ours and page.path not in {*linked, DOCS / "index.md"}:
             yield f"{page.name}:1: no page leads here; link it"
 
 
 def small_cards_have_the_counted_memory(repository: Repository) -> Iterator[str]:
-    counts = repository.text("docs/measurements/gpu-memory.md").partition("## One training step")[0]
+    counts = repository.text("lab/measurements/gpu-memory.md").partition("## One training step")[0]
     counted = re.findall(r"\| ([\d.]*) ?\| ([\d.]+) \|$", counts, re.MULTILINE)
     page = "docs/howto/out-of-memory.md"
     pattern = r"\| ([\d.]*)(?: GiB)? ?\| ([\d.]+) GiB \|$"
     if re.findall(pattern, repository.text(page), re.MULTILINE) != counted:
-        yield f"{page}:1: its table is not that of docs/measurements/gpu-memory.md; copy it"
+        yield f"{page}:1: its table is not that of lab/measurements/gpu-memory.md; copy it"
 
 
 def images_have_a_text_and_a_page(repository: Repository) -> Iterator[str]:
     shown = {path for page in PAGES for path, _ in page.links}
-    for path in sorted((DOCS / "images").iterdir()):
+    for path in sorted([*(DOCS / "images").iterdir(), *(LAB / "images").iterdir()]):
         if path not in shown:
-            yield f"docs/images/{path.name}:1: no page shows it; remove it"
+            yield f"{path.relative_to(ROOT).as_posix()}:1: no page shows it; remove it"
     for page in PAGES:
         for text in page.image_texts:
             if len(text) < 4:
@@ -265,7 +266,7 @@ def documents_and_code_speak_the_words_of_the_field(repository: Repository) -> I
 # Words of the embedded models' captions, and this rule.
 SPEAKING = (
     "tools/rules/project.py",
-    "tools/pretrain/captions.py", "tools/pretrain/tokenizer.py",
+    "lab/pretrain/captions.py", "lab/pretrain/tokenizer.py",
 )  # fmt: skip
 
 

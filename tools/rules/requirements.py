@@ -35,7 +35,7 @@ def all_extras() -> list[str]:
     return re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
 
 
-DEVELOPERS = {"bare-test", "benchmarks", "docs", "lint", "test"}
+DEVELOPERS = {"bare-test", "benchmarks", "docs", "lab", "lint", "test"}
 """Extras of who changes the package."""
 EXTRAS = {*all_extras()} - DEVELOPERS
 REQUIRED = import_names(stated("dependencies"))

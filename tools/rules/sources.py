@@ -11,7 +11,7 @@ from typing import TypeVar
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "dora_diffusion"
-FOLDERS = ("benchmarks", "docs", PACKAGE, "notebooks", "samples", "tests", "tools")
+FOLDERS = ("benchmarks", "docs", PACKAGE, "lab", "notebooks", "samples", "tests", "tools")
 OTHERS = (".ci/run", "CITATION.cff", "Makefile", "pyproject.toml")
 """Files without a suffix of `SUFFIXES`, or outside of `FOLDERS`, that a rule reads."""
 SUFFIXES = (".py", ".md", ".css", ".ipynb")
@@ -93,6 +93,12 @@ class Repository:
         files = [source for path, source in self.files.items() if path.endswith(".py")]
         tops = [(source.path.rpartition("/")[0].partition("/")[0], source) for source in files]
         return [source for top, source in tops if top in folders or not folders]
+
+    @property
+    def tests(self) -> list[Source]:
+        """Tests of the package and of the laboratory."""
+        files = self.python("tests", "lab")
+        return [file for file in files if file.path.startswith(("tests/", "lab/tests/"))]
 
     @property
     def package(self) -> list[Source]:

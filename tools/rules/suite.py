@@ -12,7 +12,7 @@ from tools.rules.sources import ROOT, Repository, Source
 
 def tests_read_files_of_the_clone(repository: Repository) -> Iterator[str]:
     named = re.compile(r"parents\[\d\] / ['\"](\w+)['\"]")
-    for source in repository.python("tests"):
+    for source in repository.tests:
         for match in named.finditer(source.text):
             if not (ROOT / match[1]).exists():
                 message = f"reads {match[1]}, which is not in the clone; make what it needs"
@@ -33,7 +33,7 @@ LIMITED = {
 
 def tests_wait_for_events(repository: Repository) -> Iterator[str]:
     """With an end for what hangs, never by a machine's speed."""
-    for source in repository.python("tests"):
+    for source in repository.tests:
         homes = ("tests/waiting.py", "tests/tools/test_rules.py")
         if source.path not in homes and VIRTUAL not in source.text:
             for node, text in _limits(source):
@@ -74,7 +74,7 @@ def skips_stand_in_the_table(repository: Repository) -> Iterator[str]:
         row_of(reason, rows)
         for reason in ("there is no Chromium", "the embedded model is not there")
     }
-    for source in repository.python("tests"):
+    for source in repository.tests:
         if source.path != "tests/tools/test_rules.py":
             for node, reason in _reasons(source):
                 row = row_of(reason, rows)
@@ -128,7 +128,7 @@ def tests_kept_for_later_are_there(repository: Repository) -> Iterator[str]:
 def property_tests_leave_examples_to_profiles(repository: Repository) -> Iterator[str]:
     own = re.compile(r"@settings\(|@seed\(|max_examples|derandomize")
     homes = ("conftest.py", "properties.py", "test_properties.py", "tools/test_rules.py")
-    for source in repository.python("tests"):
+    for source in repository.tests:
         if source.path not in {f"tests/{home}" for home in homes}:
             for match in own.finditer(source.text):
                 line = source.line_of(match.start())

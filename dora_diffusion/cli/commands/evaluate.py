@@ -257,7 +257,7 @@ def source_of(subject: str | None) -> SubjectSource:
 
     A folder with the name of a toy subject must be given as a path, such as ``./NAME``.
     """
-    known = resolve_name("dora_diffusion.lab.judges:KNOWN")
+    known = resolve_name("dora_diffusion.toy.judges:KNOWN")
     source: SubjectSource = known.get(subject) or PhotoFolder(subject, tuple(known))
     return source
 

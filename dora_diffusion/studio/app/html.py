@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +20,6 @@ from dora_diffusion.studio.jobs.estimates import Estimate
 from dora_diffusion.studio.jobs.queue import PERSON, stop_asked
 from dora_diffusion.studio.jobs.records import JOBS, KINDS, log_warnings, printed, read_validation
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.store import read_json
 
 _LAST_LINES = 6
 
@@ -166,12 +165,8 @@ def task_card(job: Job) -> str:
 
 
 def _result(job: Job, output: Path) -> str:
-    if job.kind == "analyze":
-        return _analysis(output)
     if job.kind == "push":
         return pieces.outside(job.progress.address) if job.progress.address else ""
-    if job.kind == "compare":
-        return download(output / "report.html", "The report as one file")
     if job.kind == "prepare":
         return _look(printed(job.folder), image(output, "Contact sheet"))
     links = [download(output, f"Download {output.name}")]
@@ -195,42 +190,3 @@ def _look(lines: Sequence[str], sheet: str) -> str:
         line.partition(": ")[2] for line in lines if line.startswith(("caution: ", "skipped: "))
     ]
     return pieces.photo_report(rows, cautions, sheet)
-
-
-def _analysis(folder: Path) -> str:
-    """Return the findings of an analysis, its plots and its files."""
-    from dora_diffusion.lab.analysis.plots import FILES as PLOTS
-    from dora_diffusion.lab.analysis.report import FILES
-
-    files = [path for name in FILES.values() if (path := folder / name).is_file()]
-    plots = [image(folder / name, title) for title, name in PLOTS.items()]
-    return pieces.analysis(figures(folder), plots, [download(path, path.name) for path in files])
-
-
-def figures(folder: Path) -> dict[str, str]:
-    """Return the findings of a run's analysis as text; empty if its file does not exist."""
-    from dora_diffusion.lab.analysis.report import FILES
-
-    file = folder / FILES["analysis"]
-    return dict(_figures(file, file.stat().st_mtime_ns)) if file.is_file() else {}
-
-
-@functools.lru_cache(maxsize=64)
-def _figures(file: Path, modified: int) -> Mapping[str, str]:
-    """Read the findings of an analysis; cached until the file changes."""
-    from dora_diffusion.evaluation.statistics import Interval
-    from dora_diffusion.lab.analysis.report import shown
-
-    try:
-        (run,) = read_json(file)["runs"]
-        last, interval = run["checkpoints"][-1], run["correlation"]
-        most = max(last["groups"], key=lambda group: group["share"])
-        change = f"{last['relative_change']:.2%} of them, at the last checkpoint"
-        return {
-            "direction changes with magnitude": f"r = {shown(interval and Interval(**interval))}",
-            "change of the weights": change,
-            "effective rank of the change": f"{last['effective_rank']:.1f}, median over layers",
-            "most of it in": f"{most['place']}, {most['kind']}: {most['share']:.0%}",
-        }
-    except (AttributeError, LookupError, TypeError, ValueError):
-        return {"figures": f"{file.name} is damaged; analyze again"}

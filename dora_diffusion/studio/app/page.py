@@ -1,4 +1,4 @@
-"""The page: header, five tabs, a footer, and a timer that refreshes them."""
+"""The page: header, four tabs, a footer, and a timer that refreshes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context, Handler
 from dora_diffusion.studio.app.views import (
-    compare,
     draft,
     generate,
     library,
@@ -30,8 +29,8 @@ from dora_diffusion.studio.jobs.store import UserError, ids_in
 
 TICK_SECONDS = 2.0
 CHOOSERS = (
-    "run", "adapter", "library_run", "study", "subject", *MORE, "find_run",
-    "library_other", "library_rival", "study_subjects", "study_base", "others", "start", "base",
+    "run", "adapter", "library_run", "subject", *MORE, "find_run", "library_other",
+    "library_rival", "others", "start", "base",
 )  # fmt: skip
 """Fields for choosing objects; a choice whose object was deleted becomes `GONE`."""
 _DAY = 24 * 3600
@@ -54,21 +53,18 @@ def build_page(context: Context) -> gr.Blocks:
                 generating = generate.GenerateTab(context)
             with gr.Tab("Library", id="library", render_children=True):
                 stored = library.LibraryTab(context)
-            with gr.Tab("Compare", id="compare", render_children=True):
-                comparing = compare.CompareTab(context)
         add_report(context)
         preview = [training.model, *(training.advanced[n] for n in ("resolution", "masked_loss"))]
         run_view, words = training.shown, {"class": training.class_word, "token": training.token}
         address = _address(context, tabs, {
             "subject": subjects.pick, "run": run_view.run, "adapter": generating.adapter,
-            "library": stored.run, "study": comparing.study,
+            "library": stored.run,
         })  # fmt: skip
         restored = draft.keep_draft(blocks, words, address)
         subject.connect(context, subjects, restored, preview)
         train.connect(context, training, subjects, train_tab.select, restored)
         generate.connect(context, generating, restored)
         library.connect(context, stored)
-        compare.connect(context, comparing)
         ui.on(subjects.to_train.click, lambda: gr.Tabs(selected="train"), None, [tabs])
         _connect_run(run_view, tabs, {"generate": generating.adapter, "library": stored.run})
         # The fields that a refresh may change, by their names in the tabs' `refresh`.
@@ -86,12 +82,8 @@ def build_page(context: Context) -> gr.Blocks:
             "library": stored.gallery, "library_run": stored.run,
             "library_other": stored.other, "library_rival": stored.rival,
             "library_side": stored.side, "tasks": stored.tasks,
-            "study": comparing.study,
-            "study_status": comparing.status, "study_report": comparing.report,
-            "study_subjects": comparing.subjects, "study_delete": comparing.delete,
             "subject": subjects.pick, "looked": subjects.looked, "others": training.others,
             "base": training.model, "start": training.advanced["init_adapter"],
-            "study_base": comparing.base,
         }  # fmt: skip
         _connect_clock(context, restored, fields)
     return blocks
@@ -110,7 +102,6 @@ def _address(context: Context, tabs: gr.Tabs, fields: dict[str, Any]) -> draft.A
             "run": [value for _, value in run.run_choices(jobs)],
             "adapter": [*(value for _, value in model_choices(context, jobs)), *named],
             "library": [job.id for job in with_adapter],
-            "study": [job.id for job in jobs if job.kind == "compare"],
         }
 
     def default_tab() -> str:
@@ -143,7 +134,7 @@ def _connect_clock(context: Context, restored: Any, fields: dict[str, Any]) -> N
 
     def updates(*values: Any) -> Any:
         jobs, choices = context.jobs(), dict(zip(CHOOSERS, values, strict=False))
-        run_id, adapter, selected, study, picked = map(choices.get, CHOOSERS[:5])
+        run_id, adapter, selected, picked = map(choices.get, CHOOSERS[:4])
         content, problems = whole_tabs(
             Subject=lambda: subject.refresh(context, jobs, picked),
             Train=lambda: (
@@ -151,7 +142,6 @@ def _connect_clock(context: Context, restored: Any, fields: dict[str, Any]) -> N
             ),
             Generate=lambda: generate.refresh(context, jobs, adapter, choices),
             Library=lambda: library.refresh(jobs, selected, choices),
-            Compare=lambda: compare.refresh(context, jobs, study, choices),
         )
         problems += [context.queue.problem] if context.queue.problem else []
         return {"header": html.header(jobs, problems), **content}

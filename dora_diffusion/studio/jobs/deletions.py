@@ -16,7 +16,7 @@ FINAL = "It cannot be restored."
 
 
 def run_question(workspace: Workspace, job_id: object) -> str:
-    """Return the question before a run or a comparison is deleted.
+    """Return the question before a run is deleted.
 
     Raises:
         UserError: If the run does not exist.
@@ -31,10 +31,6 @@ def run_question(workspace: Workspace, job_id: object) -> str:
         _some(len(copies), "copy of a photo", "copies of photos"),
         _some(len(exports), "exported file"),
     ]
-    output = Path(job.record.output)
-    # A comparison's report is in the exports, under the id of its job.
-    if job.kind == "compare" and output.exists():
-        counts.append("its report")
     return _question(job.title, counts, [*_files(job.folder), *exports])
 
 

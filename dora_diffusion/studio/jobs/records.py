@@ -41,7 +41,6 @@ from dora_diffusion.cli.commands.results import ExportSettings, PushSettings
 from dora_diffusion.cli.console.errors import asking_for_report
 from dora_diffusion.cli.console.output import shown_command
 from dora_diffusion.config.command import AsJob, CommandSettings
-from dora_diffusion.lab.commands import AnalyzeSettings, CompareSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.store import DamagedFile, read_object, write_json
 
@@ -51,8 +50,8 @@ STOPPED_CODE = 128 + signal.SIGTERM
 JOBS: Mapping[str, type[CommandSettings]] = {
     kind.job.command: kind
     for kind in (
-        ExportSettings, ConvertSettings, CombineSettings, ExtractSettings, AnalyzeSettings,
-        RankCheckpointsSettings, PushSettings, CompareSettings, PrepareSettings,
+        ExportSettings, ConvertSettings, CombineSettings, ExtractSettings, RankCheckpointsSettings,
+        PushSettings, PrepareSettings,
     )
     if kind.job is not None
 }  # fmt: skip

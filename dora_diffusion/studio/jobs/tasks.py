@@ -6,7 +6,7 @@ import dataclasses
 import filecmp
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,9 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
-from dora_diffusion.config.wording import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.runs import ADAPTER_FILES, file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
-from dora_diffusion.lab.commands import CompareSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.weights import require_strength
 from dora_diffusion.studio.jobs import records
@@ -37,7 +35,6 @@ NAME_LIMIT = 60
 MOST_STEPS = 1_000_000
 MOST_TEXT = 1000
 MOST_STARS = 5
-STUDY, TOKEN = "study.yaml", "sks"
 
 
 def start_training(
@@ -255,8 +252,8 @@ def continue_run(folder: Path, more: object) -> None:
 def start_task(name: str, workspace: Workspace, run: Job, *values: object) -> str:
     """Queue a job that has a form in the Library. Returns its id.
 
-    The settings base, variant, revision, vae, adapter, input, adapters, folder, source, title,
-    output and overwrite are filled in, as far as the command has them.
+    The settings base, variant, revision, vae, adapter, input, adapters, folder, output and
+    overwrite are filled in, as far as the command has them.
 
     Args:
         name: Name of the form in `FORMS`.
@@ -319,9 +316,8 @@ def _about(kind: type[CommandSettings], run: Job, other_runs: Sequence[Job]) -> 
     adapter = str(chosen_adapter(run))
     filled = {
         **_of_base(run, "vae"), "adapter": adapter, "input": adapter, "folder": str(run.folder),
-        "source": [adapter if run.kind == records.IMPORT else str(run.folder)],
         "adapters": [adapter, *(str(chosen_adapter(other)) for other in other_runs)],
-        "title": [run.title], "overwrite": True,
+        "overwrite": True,
     }  # fmt: skip
     if kind is ConvertSettings and path_here(run.base_model) is None:
         filled |= dict.fromkeys(("base", "variant", "revision"))  # A conversion never downloads.
@@ -451,61 +447,3 @@ def _words(settings: CommandSettings) -> list[str]:
 def file_name(job: Job, what: str) -> str:
     """Return a file name unique to a run and its selected checkpoint, ending in ``what``."""
     return f"{job.id}-step-{job.step_of(job.stands)}-{what}"
-
-
-def start_study(
-    workspace: Workspace, study: Mapping[str, Any], subjects: Sequence[StoredSubject]
-) -> str:
-    """Queue a job that compares training methods. Returns its id.
-
-    Every fourth photo of a subject, or its last one, is held out. Sample subjects have a known
-    ground truth instead.
-
-    Args:
-        workspace: The runs folder.
-        study: Contents of the study's YAML file, without subjects.
-        subjects: The subjects to learn; the job has copies of their photos.
-
-    Raises:
-        UserError: If there are no subjects, or one cannot be learned.
-        ConfigError: If the study is invalid.
-    """
-    import yaml
-
-    from dora_diffusion.lab.study.config import Study
-    from dora_diffusion.models.metric_models import LITE
-
-    if not subjects:
-        raise UserError("choose at least one subject; they are made in the Subject tab")
-    folder, base = workspace.new_job(), str(study["base"])
-    files: dict[str, str | Path] = {}
-    entries, titles = list[Any](), [subject.title for subject in subjects]
-    for index, subject in enumerate(subjects):
-        if subject.sample and is_embedded(base):
-            entries.append(subject.sample)
-            continue
-        if len(subject.photos) < 2 or not subject.class_word:
-            raise UserError(f"{subject.title} needs two photos, and a class in the Train tab")
-        held_out = subject.photos[3::4] or subject.photos[-1:]
-        for photo in subject.photos:
-            copy = f"subjects/{index}/{'held_out' if photo in held_out else 'photos'}/{photo.name}"
-            files[copy] = photo
-            if (caption := photo.with_suffix(".txt")).is_file():
-                text = caption.read_text(encoding="utf-8")
-                text = whole_word(subject.token).sub(TOKEN, text)
-                files[str(Path(copy).with_suffix(".txt"))] = text
-        title, where = subject.title, folder / "subjects" / str(index)
-        entries.append({
-            "name": f"{title} {index + 1}" if titles.count(title) > 1 else title,
-            "photos": str(where / "photos"), "held_out": str(where / "held_out"),
-            "class_word": subject.class_word,
-            "instance_prompt": f"a photo of a {TOKEN} {subject.class_word}",
-        })  # fmt: skip
-    models = [LITE] if files else []
-    values = {**study, "subjects": entries, "asked": {**study["asked"], "metric_models": models}}
-    Study.from_dict(values)
-    output = str(workspace.exports / folder.name / "study")
-    files[STUDY] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    settings = CompareSettings.of(study=str(folder / STUDY), output=output)
-    title = f"{', '.join(study['methods'])} on {', '.join(titles)}"
-    return _start(folder, settings, title[:NAME_LIMIT], files, output=output, base=base)

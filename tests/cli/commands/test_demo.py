@@ -8,7 +8,7 @@ import pytest
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.lab.commands import DemoSettings, demo_config
+from dora_diffusion.toy.command import DemoSettings, demo_config
 
 SAMPLES = Path(__file__).parents[3] / "samples"
 

@@ -49,7 +49,6 @@ TAKING_A_BASE = {
     "combine": "combine {adapter} --output {out}",
     "inspect": "inspect {adapter}",
     "export": "export --adapter {adapter} --output {out}",
-    "analyze": "analyze {adapter} --output {out}",
     "verify": "verify {folder} --adapter {adapter}",
     "rank-checkpoints": "rank-checkpoints {run} --output {out}",
     "evaluate": "evaluate {adapter} --subject bolt_mug --output {out}",
@@ -144,8 +143,6 @@ def test_export_and_verify_are_given_the_same_merge(command):
 @pytest.mark.parametrize(
     ("line", "work"),
     [
-        ("analyze RUN --output OUT/a", "lab.analysis.analyze_weights"),
-        ("compare --quick --output OUT", "lab.study.run.run_study"),
         (
             "evaluate RUN --subject bolt_mug --output OUT",
             "sampling.load.load_adapted",
@@ -175,7 +172,7 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(
     monkeypatch.setattr(f"dora_diffusion.{work}", started)
     in_the_way = tmp_path / "file"
     in_the_way.write_text("mine", encoding="utf-8")
-    words = line if line.startswith("compare") else f"{line} --base BASE"
+    words = f"{line} --base BASE"
     places = {"RUN": trained, "BASE": sd1_folder, "OUT": in_the_way}
     for name, place in places.items():
         words = words.replace(name, str(place))

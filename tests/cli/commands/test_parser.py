@@ -43,6 +43,9 @@ MISUSES = [
     ("convert a b --to comfy", "--to cannot be 'comfy' (did you mean comfyui?); choose comfyui"),
     ("app --prot 8000", "there is no flag --prot (did you mean --port?)"),
     ("trainn", "there is no command 'trainn' (did you mean train?); choose train, generate"),
+    ("compare study.yaml --quick", "it is in the laboratory; run python -m lab compare ... in a "),
+    ("analyze a --base b", "it is in the laboratory; run python -m lab analyze ... in a clone"),
+    ("simulate --rate 1", "it is in the laboratory; run python -m lab simulate ... in a clone of"),
     ("--rank 4", "there is no flag --rank before the command"),
     ("", "name a command: train, generate, "),
 ]  # fmt: skip

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers.utils.import_utils import BACKENDS_MAPPING
 
-from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_BACKGROUNDS, SAMPLE_SUBJECTS
-from dora_diffusion.lab.toy.world import Scene, _paint_subject, render
+from dora_diffusion.toy.benchmark_subjects import SAMPLE_BACKGROUNDS, SAMPLE_SUBJECTS
+from dora_diffusion.toy.world import Scene, _paint_subject, render
 
 SIZE = (144, 128)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<image>", "a", "an", "dog", "cat", "mug"]

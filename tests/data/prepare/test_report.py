@@ -17,9 +17,9 @@ from dora_diffusion.data.checks import (
 )
 from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.photos import read_photo
-from dora_diffusion.lab.toy.benchmark_subjects import SAMPLE_BACKGROUNDS, SAMPLE_SUBJECTS
-from dora_diffusion.lab.toy.world import render
 from dora_diffusion.models.metric_models import open_metric_model
+from dora_diffusion.toy.benchmark_subjects import SAMPLE_BACKGROUNDS, SAMPLE_SUBJECTS
+from dora_diffusion.toy.world import render
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def test_wrong_uses(tmp_path: Path, axis: str, target: str, formula: Formula, le
 
 
 def figures(folder: Path) -> dict[str, str]:
-    """The measured figures of docs/measurements/programs.md, by the words before them."""
+    """The measured figures of lab/measurements/programs.md, by the words before them."""
 
     def median(axis: str, target: str, formula: Formula) -> str:
         return f"{torch.tensor(errors(folder, axis, target, formula)).median().item():.0%}"
@@ -240,7 +240,7 @@ def figures(folder: Path) -> dict[str, str]:
 
 
 def test_the_figures_in_the_docs_are_measured(tmp_path: Path) -> None:
-    text = (DOCS / "measurements" / "programs.md").read_text(encoding="utf-8")
+    text = (DOCS.parent / "lab" / "measurements" / "programs.md").read_text(encoding="utf-8")
     for words, figure in figures(tmp_path).items():
         print(f"| {words} | {figure} |")
         assert f"| {words} | {figure} |" in text, (words, figure)

@@ -19,6 +19,7 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.routing import Mount
+from tests.studio.jobs.test_inputs import REFUSED
 
 from dora_diffusion import generate_images
 from dora_diffusion.config import PRESETS
@@ -50,7 +51,6 @@ from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.subjects import read_subject
 from tests.shallow import *  # noqa: F403
 from tests.studio.jobs.helpers import make, perform, photo
-from tests.studio.jobs.test_inputs import REFUSED
 from tests.studio.jobs.test_uploads import NO_PHOTOS, huge_png
 
 PEOPLE = {"ann": "correct horse", "bob": "battery: staple"}

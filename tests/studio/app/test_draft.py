@@ -19,7 +19,7 @@ from dora_diffusion.studio.app.views.ui import LIMIT
 from dora_diffusion.studio.jobs.store import GONE
 from dora_diffusion.studio.jobs.subjects import new_subject
 from tests.studio.app.views.helpers import built_page
-from tests.studio.jobs.helpers import about, ended_run
+from tests.studio.jobs.helpers import ended_run
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,8 @@ def test_every_field_of_the_page_is_kept_under_a_name_of_its_own(blocks: gr.Bloc
     }  # fmt: skip
     assert {field._id for field in kept.values()} == inputs
     assert {f"train/{LABELS.get(name, name)}" for name in ADVANCED} < set(kept)
-    assert {name.partition("/")[0] for name in kept} == {
-        "subject", "train", "generate", "library", "compare"
-    }  # fmt: skip
+    tabs = {name.partition("/")[0] for name in kept}
+    assert tabs == {"subject", "train", "generate", "library"}
 
 
 FIELDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
@@ -96,15 +95,14 @@ def test_an_address_names_what_is_selected_and_what_is_gone_is_left_out(tmp_path
     context = Context(Launch(runs_dir=tmp_path / "runs"))
     workspace, blocks = context.workspace, built_page(context)
     first, second = (ended_run(workspace, (2,), 2).id for _ in range(2))
-    studies = [about(workspace.root / run, "compare").name for run in (first, second)]
     subjects = [new_subject(workspace, title) for title in ("Mug", "Cat")]
     context.jobs(fresh=True)
     pairs = {
-        "subject": subjects, "run": [first, second], "library": [first, second], "study": studies,
+        "subject": subjects, "run": [first, second], "library": [first, second],
         "adapter": [f"{first}/checkpoint-2", second],
     }  # fmt: skip
     labels = {"subject": "subject/Subject", "run": "train/Run", "library": "library/Run",
-              "adapter": "generate/Run or checkpoint", "study": "compare/Comparison"}  # fmt: skip
+              "adapter": "generate/Run or checkpoint"}  # fmt: skip
     fields = {name: kept_fields(blocks)[label] for name, label in labels.items()}
     gone = ("20260101-000000-abcdef", GONE, "../x", "")
     for name, (one, other) in pairs.items():

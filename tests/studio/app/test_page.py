@@ -32,7 +32,7 @@ from dora_diffusion.studio.jobs.store import GONE, UserError, Workspace, write_j
 from dora_diffusion.studio.jobs.subjects import add_photos, new_subject
 from tests.every import every
 from tests.studio.app.views.helpers import built_page
-from tests.studio.jobs.helpers import DAMAGES, about, damage, ended_run, photo
+from tests.studio.jobs.helpers import DAMAGES, damage, ended_run, photo
 
 ADAPTER = Path(__file__).parents[2] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 # What the app decides itself, and names that stand for more than one field.
@@ -121,14 +121,13 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     }  # fmt: skip
     assert later < {field._id for field in fields.values()}
     runs = [ended_run(workspace, (2,), 2) for _ in range(2)]
-    about(runs[0].folder, "compare")
     subject = new_subject(workspace, "Mug")
     add_photos(workspace, subject, [photo(tmp_path / "a.png")])
     context.jobs(fresh=True)
     gone = dict.fromkeys(choosers, "20260101-000000-abcdef")
     gone["subject"] = "20260101-000000-abcdee"
-    gone |= dict.fromkeys(("base", "study_base"), str(workspace.root / "a/model"))
-    several = {"study_subjects", "others"}
+    gone["base"] = str(workspace.root / "a/model")
+    several = {"others"}
     for chosen in (gone, dict.fromkeys(choosers, GONE)):
         values = {name: [value] if name in several else value for name, value in chosen.items()}
         updates = filled(handler, page, values)
@@ -249,18 +248,14 @@ def test_no_damaged_file_takes_the_page_away(
 
 
 def _damage_what_lies_beside(workspace: Workspace, content: bytes | None) -> None:
-    """Samples, a comparison and an analysis."""
+    """Samples and a comparison of checkpoints."""
     run = ended_run(workspace, (50,), 120)
     (run.folder / "samples").mkdir()
     for name in ("adapted.png", "step-000010.png", "step-x.png"):
         damage(run.folder / "samples" / name, content)
-    output = workspace.exports / run.id / "analysis"
-    for folder in (output, workspace.exports / run.id / "comparison"):
-        folder.mkdir(parents=True)
-        for name in ("analysis.json", "comparison.json"):
-            damage(folder / name, content)
-    job = about(run.folder, "analyze", title="Analyze it", output=str(output))
-    write_json(job / records.RESULT, {"code": 0})
+    folder = workspace.exports / run.id / "comparison"
+    folder.mkdir(parents=True)
+    damage(folder / "comparison.json", content)
 
 
 def test_of_a_subject_with_a_broken_photo_the_others_are_shown(

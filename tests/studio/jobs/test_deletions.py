@@ -14,7 +14,7 @@ from dora_diffusion.studio.jobs import deletions
 from dora_diffusion.studio.jobs.image_store import ImageStore
 from dora_diffusion.studio.jobs.store import GONE, UserError, Workspace
 from dora_diffusion.studio.jobs.subjects import save_caption
-from tests.studio.jobs.helpers import about, ended_run, photo, seen
+from tests.studio.jobs.helpers import ended_run, photo, seen
 
 MB = bytes(2**20)
 ADAPTER = Path(__file__).parents[2] / "formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
@@ -48,16 +48,6 @@ def test_the_question_about_a_run_has_its_files_and_their_size(workspace: Worksp
     (run.folder / "photos-2").rmdir()
     (run.folder / "photos-2").write_bytes(b"damaged")
     assert "1 copy of a photo" in deletions.run_question(workspace, run.id)
-
-
-def test_the_question_about_a_comparison_has_its_report(workspace: Workspace) -> None:
-    run = ended_run(workspace, (2,), 2)
-    report = workspace.root / "report"
-    study = about(run.folder, "compare", title="dora, lora on Mug", output=str(report))
-    text = partial(deletions.run_question, workspace, study.name)
-    assert text() == "Delete dora, lora on Mug (0.0 MB)? It cannot be restored."
-    report.mkdir()
-    assert text().startswith("Delete dora, lora on Mug with its report (")
 
 
 def test_the_question_about_a_subject_or_photo_has_captions_and_masks(

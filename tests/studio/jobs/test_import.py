@@ -52,8 +52,8 @@ def test_an_import_has_the_name_and_base_that_it_is_given(workspace: Workspace) 
         tasks.import_adapter(workspace, file, "", "", allowed)
     with pytest.raises(UserError, match="publish the runs that you trained"):
         tasks.start_task("push", workspace, run, "ann/mug", False)
-    analysis = seen(workspace.root / tasks.start_task("analyze", workspace, run))
-    assert str(chosen_adapter(run)) in analysis.record.arguments
+    merge = seen(workspace.root / tasks.start_task("export", workspace, run, "1"))
+    assert str(chosen_adapter(run)) in merge.record.arguments
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_the_line_that_is_shown_is_the_arguments_and_what_the_worker_sets() -> N
 
 
 STATES = {
-    "train": "training", "export": "merging", "convert": "converting", "analyze": "analyzing",
-    "rank-checkpoints": "ranking", "push": "publishing", "compare": "comparing",
+    "train": "training", "export": "merging", "convert": "converting",
+    "rank-checkpoints": "ranking", "push": "publishing",
     "prepare": "looking at photos", "combine": "combining", "extract": "extracting",
 }  # fmt: skip
 

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import shlex
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +143,9 @@ OWN = {
     "start",
     [
         lambda w, run: tasks.start_task("export", w, run, "0.5"),
-        partial(tasks.start_task, "analyze"),
         tasks.start_ranking,
     ],
-    ids=["export", "analyze", "rank-checkpoints"],
+    ids=["export", "rank-checkpoints"],
 )
 def test_a_job_about_a_run_loads_the_base_as_the_run_did(workspace: Workspace, start: Any) -> None:
     run = run_of(workspace, **OWN)
@@ -239,7 +237,6 @@ def test_what_needs_an_adapter_or_a_checkpoint_says_so(
     monkeypatch.setattr(hub, "check", lambda name: None)
     run = ended_run(workspace, (), 3)
     for start in (
-        partial(tasks.start_task, "analyze"),
         lambda w, run: tasks.start_task("export", w, run, "1"),
         lambda w, run: tasks.start_task("push", w, run, "ann/mug", False),
         lambda w, run: tasks.start_conversion(w, run, "kohya"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import shlex
 import signal
 from pathlib import Path
@@ -15,9 +14,8 @@ from safetensors.torch import load_file
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.studio import worker
-from dora_diffusion.studio.app.html import figures, task_card
+from dora_diffusion.studio.app.html import task_card
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.jobs import queue as jobs
 from dora_diffusion.studio.jobs import records, tasks
@@ -32,7 +30,6 @@ from tests.studio.jobs.helpers import (
     job_of,
     make,
     perform,
-    seen,
     wait,
 )
 
@@ -140,31 +137,6 @@ def test_a_conversion_says_what_the_command_line_says(
     for line in printed.replace(str(again), output.name).splitlines():
         assert line in shown
     assert f"{output}: " not in shown  # the name alone
-
-
-def test_an_analysis_is_shown_with_its_figures(finished: tuple[Workspace, str]) -> None:
-    workspace, run = finished[0], job_of(finished)
-    job = perform(workspace, tasks.start_task("analyze", workspace, run))
-    output = Path(job.record.output)
-    report = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
-    (change,) = analyze_weights(run.folder, run.base).runs
-    (told,) = report["runs"]
-    assert told["name"] == run.title
-    assert [c["step"] for c in told["checkpoints"]] == [c.step for c in change.checkpoints]
-    assert told["checkpoints"][0]["delta_m"] == change.checkpoints[0].whole.mean("delta_m")
-    layers = sum(len(c.layers) for c in change.checkpoints)
-    assert (job.step, job.total, job.progress.unit) == (layers, layers, "layer")
-    shown = html.unescape(task_card(job))
-    assert f"layer {layers} of {layers}" in shown
-    assert "layers.csv" in shown
-    assert job.record.command in shown
-    found = figures(output)
-    assert all(text in shown for pair in found.items() for text in pair)
-    last = change.checkpoints[-1].whole
-    assert f"{last.relative_change:.2%}" in found["change of the weights"]
-    output.rename(output.with_name("elsewhere"))
-    assert figures(output) == {}
-    assert (seen(job.folder).state, seen(job.folder).cause) == ("failed", f"{output.name} is gone")
 
 
 def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(workspace: Workspace) -> None:

@@ -21,7 +21,6 @@ from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.export.files import open_model
-from dora_diffusion.lab.analysis import analyze_weights
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.metrics import TrainingError
@@ -244,13 +243,6 @@ def test_samples_show_the_written_model_beside_the_base(full_config, sd1_folder,
     folder = stored(result.output_dir)
     names_of_unet = [name for name in folder if name.startswith("unet.")]
     assert all(torch.equal(single[name], folder[name]) for name in names_of_unet)
-
-
-def test_a_run_is_analyzed_by_its_checkpoints(full_config, sd1_folder):
-    result = train(replace(full_config, checkpointing_steps=2))
-    analysis = analyze_weights([result.output_dir], str(sd1_folder))
-    steps = [row["step"] for row in analysis.to_dict()["runs"][0]["checkpoints"]]
-    assert steps == [2, 3]
 
 
 def test_the_report_says_what_it_takes_of_the_disk(full_config):

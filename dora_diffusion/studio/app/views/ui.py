@@ -179,17 +179,16 @@ def filled(update: Any) -> Any:
     return update[1]() if isinstance(update, tuple) else update
 
 
+def _read_id(self: Any, payload: Any) -> Any:
+    return payload if isinstance(payload, str) else None
+
+
 # A subclass, because an update rebuilds a field from its class and loses attributes of the object.
 # No class statement: Gradio's metaclass would write a .pyi file next to this module.
-def _of_ids(kind: Any, value_type: type) -> Any:
-    def preprocess(self: Any, payload: Any) -> Any:
-        return payload if isinstance(payload, value_type) else None
-
-    methods = {"preprocess": preprocess, "__module__": kind.__module__}
-    return ABCMeta.__new__(type(kind), kind.__name__, (kind,), methods)
-
-
-_IdDropdown, _IdCheckboxGroup = _of_ids(gr.Dropdown, str), _of_ids(gr.CheckboxGroup, list)
+_IdDropdown: Any = ABCMeta.__new__(
+    type(gr.Dropdown), gr.Dropdown.__name__, (gr.Dropdown,),
+    {"preprocess": _read_id, "__module__": gr.Dropdown.__module__},
+)  # fmt: skip
 
 
 def id_dropdown(**options: Any) -> Any:
@@ -199,11 +198,6 @@ def id_dropdown(**options: Any) -> Any:
     after a restart of the app.
     """
     return _IdDropdown([], **options)
-
-
-def id_checkbox_group(**options: Any) -> Any:
-    """Create a checkbox group of ids, see `id_dropdown`."""
-    return _IdCheckboxGroup([], **options)
 
 
 CLICKS = "studio.clicks(element, trigger)"

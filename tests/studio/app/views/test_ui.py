@@ -55,8 +55,6 @@ def test_what_is_pressed_sets_off_its_handler(context: Context) -> None:
         ("compare", "library"): {("rival-compare", "click"), ("rival-prompt", "submit")},
         ("rename", "library"): {("library-rename", "click"), ("library-name", "submit")},
         ("annotate", "library"): {("library-stars", "change"), ("library-note", "change")},
-        ("start", "compare"): {("study", "click")},
-        ("click", "compare"): {("study-status", "click")},
     }
     assert {key: triggers(context, *key) for key in wired} == wired
     # Handlers of one name: each by its button.

@@ -1,8 +1,0 @@
-"""Change of a model's weights by training: magnitude, direction, rank, part of the model."""
-
-from __future__ import annotations
-
-from dora_diffusion.lab.analysis.analyze import analyze_weights
-from dora_diffusion.lab.analysis.report import Analysis
-
-__all__ = ["Analysis", "analyze_weights"]

@@ -1,0 +1,1 @@
+"""Studies, analysis of weights, plans of fleets, pretraining: from a clone, in no wheel."""
