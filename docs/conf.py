@@ -51,7 +51,7 @@ nitpicky = True
 # Undocumented classes, and documented ones that a module imports by name. The build warns about
 # unused entries.
 LEFT_OUT = [
-    "AdaptedLayerReport", "AdapterRef", "Effect", "Factors", "Finding",
+    "AdaptedLayerReport", "AdapterRef", "Factors", "Finding",
     "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "Masker", "MemoryRow", "MergeStrengths",
     "NoiseSchedule", "NormRoute", "Package", "Path", "Photo", "Plan",
     "Preprocessing", "Preset", "Route", "RowShard", "ScheduleInfo", "Site", "Strengths",

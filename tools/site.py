@@ -7,13 +7,11 @@ The texts of `TEXTS` are put in as the site is built, by a block such as ``{gene
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import inspect
 import itertools
 import re
 import runpy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +23,6 @@ from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.elsewhere import DIFFERENCES
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, advice, rules
-from dora_diffusion.studio import client
 from tools import search
 
 DOCS, LAB = (Path(__file__).parents[1] / name for name in ("docs", "lab"))
@@ -350,26 +347,6 @@ def settings_of(*trainers: str) -> str:
     return "\n\n".join(parts)
 
 
-def routes() -> str:
-    """List the routes of the app's HTTP API."""
-    from dora_diffusion.studio.app.api import make_api
-    from dora_diffusion.studio.app.context import Context
-    from dora_diffusion.studio.app.launch import Launch
-
-    with tempfile.TemporaryDirectory() as folder:
-        paths = make_api(Context(Launch(runs_dir=Path(folder)))).openapi()["paths"]
-    rows = ["| request | body | what it does |", "|---|---|---|"]
-    for path, methods in paths.items():
-        for method, route in methods.items():
-            body = route.get("requestBody", {}).get("content", {}).get("application/json", {})
-            kind = body.get("schema", {}).get("$ref", "").rpartition("/")[2]
-            fields = dataclasses.fields(getattr(client, kind)) if kind else ()
-            names = ", ".join(f"`{field.name}`" for field in fields)
-            body = names or ("the file" if method == "put" else "")
-            rows.append(f"| `{method.upper()} {path}` | {body} | {plain(route['description'])} |")
-    return "\n".join(rows)
-
-
 TEXTS: dict[str, Callable[[], str]] = {
     "adapter-verdicts": adapter_verdicts,
     "commands": commands,
@@ -381,7 +358,6 @@ TEXTS: dict[str, Callable[[], str]] = {
     "model-verdicts": model_verdicts,
     "programs": programs,
     "python": python_api,
-    "routes": routes,
     "search-held-out": partial(search.table, held_out=True),
     "search-questions": partial(search.table, held_out=False),
     "settings": setting_groups,

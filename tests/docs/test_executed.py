@@ -31,6 +31,8 @@ SECONDS = 2 * WAIT_SECONDS
 MARK = "\x1e"
 # Of the others, `make test` checks what they name.
 QUICK = {"docs/reference/commands.md"}
+# Blocks of a clone, and of a running app, which `tests/studio/app/test_api.py` runs.
+ELSEWHERE = {"CONTRIBUTING.md", "remote.md"}
 
 pytestmark = pytest.mark.skipif(is_windows(), reason="the blocks are for a POSIX shell")
 
@@ -126,7 +128,7 @@ def outputs_of(examples: list[Example], folder: Path) -> tuple[list[str], int]:
 
 def cases() -> list[object]:
     """The pages with something to run; those that are not quick are for `make test-docs`."""
-    pages = [page for page in PAGES if page.path.name != "CONTRIBUTING.md" and examples_of(page)]
+    pages = [page for page in PAGES if page.path.name not in ELSEWHERE and examples_of(page)]
     return [
         pytest.param(page, id=page.name, marks=[] if page.name in QUICK else pytest.mark.slow)
         for page in pages

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -259,33 +260,42 @@ class Context:
                 )
 
 
-def plain(handler: Handler) -> Handler:
-    """Wrap a handler so that the page shows its errors as one plain line.
+@contextmanager
+def errors_as_lines(written: Callable[[str], str]) -> Iterator[None]:
+    """Raise each error of the block as one plain line; ``written`` makes it safe to show.
 
-    Unexpected errors print their traceback on the server. Cancelled requests are not errors, and
-    leave the page unchanged. `PERSON` is the logged-in user inside the handler.
+    Unexpected errors print their traceback on the server. `PERSON` is the logged-in user.
     """
+    import gradio as gr
+    from gradio.context import LocalContext
+
+    PERSON.set(getattr(LocalContext.request.get(None), "username", None) or "")
+    try:
+        yield
+    except gr.Error:
+        raise
+    except Exception as error:
+        line = explain_to_all(error, "generate")
+        if explain(error)[1] is None:
+            traceback.print_exc(file=sys.stderr)
+            print(f"error: {asking_for_report(error)}", file=sys.stderr)
+        raise gr.Error(
+            written(sentence(line)), title="That did not work", print_exception=False
+        ) from None
+
+
+def plain(handler: Handler) -> Handler:
+    """Wrap a handler of the page, see `errors_as_lines`. A cancelled request changes nothing."""
 
     @functools.wraps(handler)
     def run(*args: Any, **kwargs: Any) -> Any:
         import gradio as gr
-        from gradio.context import LocalContext
 
-        PERSON.set(getattr(LocalContext.request.get(None), "username", None) or "")
-        try:
-            return handler(*args, **kwargs)
-        except gr.Error:
-            raise
-        except Withdrawn as end:
-            gr.Info(html.escape(sentence(str(end))), title="")
-            return gr.skip()
-        except Exception as error:
-            line = explain_to_all(error, "generate")
-            if explain(error)[1] is None:
-                traceback.print_exc(file=sys.stderr)
-                print(f"error: {asking_for_report(error)}", file=sys.stderr)
-            raise gr.Error(
-                html.escape(sentence(line)), title="That did not work", print_exception=False
-            ) from None
+        with errors_as_lines(html.escape):
+            try:
+                return handler(*args, **kwargs)
+            except Withdrawn as end:
+                gr.Info(html.escape(sentence(str(end))), title="")
+                return gr.skip()
 
     return run  # type: ignore[return-value]

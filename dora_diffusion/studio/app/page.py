@@ -13,6 +13,7 @@ import gradio as gr
 
 from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.studio.app import html
+from dora_diffusion.studio.app.api import add_api
 from dora_diffusion.studio.app.context import Context, Handler
 from dora_diffusion.studio.app.views import (
     draft,
@@ -42,6 +43,7 @@ def build_page(context: Context) -> gr.Blocks:
     with gr.Blocks(
         title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
     ) as blocks:
+        add_api(context)  # First: Gradio numbers later functions of the same name.
         header = ui.html_block(html.header(None))
         with gr.Tabs() as tabs:
             # Tabs lose updates until they are rendered.

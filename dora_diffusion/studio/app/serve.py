@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 from dora_diffusion.models.embedded import samples_folder
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import SHARED, Launch
-from dora_diffusion.studio.client import ROOT
 from dora_diffusion.studio.jobs.records import LOG
 from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.uploads import MAX_FILE
@@ -107,9 +106,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     # Instead of `launch(run_history=False)`, because earlier releases lack the argument.
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     from starlette.middleware import Middleware
-    from starlette.routing import Mount
 
-    from dora_diffusion.studio.app.api import make_api
     from dora_diffusion.studio.app.page import build_page
 
     # Read the runs in advance: with many of them the first page would wait a second.
@@ -138,10 +135,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         mcp_server=False,
         # Otherwise Gradio stops the app if its page takes more than three seconds.
         _frontend=False,
-        app_kwargs={
-            "middleware": [Middleware(Guard, launch=launch, shared=share_names)],
-            "routes": [Mount(ROOT, make_api(context))],
-        },
+        app_kwargs={"middleware": [Middleware(Guard, launch=launch, shared=share_names)]},
         theme=make_theme(),
         css_paths=[STYLE],
         head=HEAD,

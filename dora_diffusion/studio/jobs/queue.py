@@ -25,7 +25,7 @@ from dora_diffusion import system
 from dora_diffusion.cli.console.errors import explain_to_all
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs import records, store
-from dora_diffusion.studio.jobs.store import BusyError, DamagedFile, UserError, Workspace
+from dora_diffusion.studio.jobs.store import DamagedFile, UserError, Workspace
 
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
@@ -50,10 +50,10 @@ def create_job(
         Id of the job.
 
     Raises:
-        BusyError: If too many jobs wait.
+        UserError: If too many jobs wait.
     """
     if sum(map(is_waiting, Workspace(folder.parent).job_folders)) >= _MOST_JOBS_WAITING:
-        raise BusyError("the queue is full; wait for a run to end, or remove one")
+        raise UserError("the queue is full; wait for a run to end, or remove one")
     # A temporary name until it is complete: the queue must never see half a job.
     draft = folder.with_name(f".new-{folder.name}")
     draft.mkdir(parents=True)

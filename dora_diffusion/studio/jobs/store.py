@@ -48,10 +48,6 @@ class MissingError(UserError):
     """Error for a run, subject or file that does not exist, or was deleted."""
 
 
-class BusyError(UserError):
-    """Error for too many requests at once; a later retry can succeed."""
-
-
 class DamagedFile(UserError):
     """Error for a file of the runs folder that cannot be read or has invalid contents."""
 

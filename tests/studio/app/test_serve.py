@@ -20,7 +20,6 @@ import httpx
 
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
-from dora_diffusion.studio.client import ApiError, Client
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.queue import JobQueue
 from dora_diffusion.studio.jobs.store import UserError, Workspace
@@ -190,7 +189,7 @@ def requests_of(served: Served) -> list[tuple[str, str, dict[str, Any]]]:
         ("POST", "gradio_api/queue/join", {"json": join}),
         ("POST", "gradio_api/run/predict", {"json": join}),
         ("POST", "gradio_api/upload", {"files": {"files": ("a.png", b"x")}}),
-        ("GET", "api/v1/jobs", {}), ("POST", "api/v1/subjects", {"json": {"title": "Rex"}}),
+        ("POST", "gradio_api/call/upload", {"json": join}),
     ]  # fmt: skip
 
 
@@ -300,7 +299,7 @@ def filled(field: Any, value: object) -> object:
     return value if is_free and type(field).__name__ in FREE else field.value
 
 
-FREE = ("Dropdown", "Textbox", "State", "HTML", "File", "Gallery")
+FREE = ("Api", "Dropdown", "Textbox", "State", "HTML", "File", "Gallery")
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -414,10 +413,6 @@ def test_without_the_password_nothing_is_given_out(locked: Served) -> None:
     image.write_bytes(b"x")
     for address in ("config", f"gradio_api/file={image.resolve()}", "gradio_api/info"):
         assert locked.client.get(address).status_code == 401
-    with pytest.raises(ApiError, match="give a name and a password") as caught:
-        Client(locked.url, ("ann", "correct hors")).jobs()
-    assert caught.value.status == 401
-    assert Client(locked.url, ("ann", "correct horse")).jobs() == []
     body = {"data": [], "fn_index": 0, "session_hash": "a"}
     assert locked.client.post("gradio_api/queue/join", json=body).status_code == 401
     upload = locked.client.post("gradio_api/upload", files={"files": ("a.png", b"x")})
@@ -440,5 +435,3 @@ def test_a_page_s_job_is_that_of_who_is_logged_in(
     locked.call("_connect_look.<locals>.look", [subject, "embedded:tiny-sd", "", False])
     (folder,) = workspace.job_folders
     assert records.read_record(folder).owner == "ann"
-    (job,) = Client(locked.url, ("ann", "correct horse")).queue()
-    assert (job.kind, job.owner, job.is_mine, job.position) == ("prepare", "ann", True, 1)
