@@ -11,7 +11,6 @@ import importlib
 import inspect
 import itertools
 import re
-import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.elsewhere import DIFFERENCES
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, advice, rules
-from tools import search
 
 DOCS, LAB = (Path(__file__).parents[1] / name for name in ("docs", "lab"))
 _BLOCK = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
@@ -301,15 +299,6 @@ def programs() -> str:
     return "\n".join(rows)
 
 
-def scale(table: str) -> str:
-    """A table of `benchmarks/scale.py`."""
-    code = runpy.run_path(str(DOCS.parent / "benchmarks" / "scale.py"), run_name="scale")
-    if table == "measured":
-        return str(code["measured_table"](LAB / "measurements" / "scale-records.jsonl"))
-    names = ("counted", "gpu", "fleets", "serving")
-    return str(code["tables"](code["Device"]())[names.index(table)])
-
-
 def diffusers_flags() -> str:
     """List the command line's answers to flags of Diffusers' scripts that are no settings."""
     parts = []
@@ -358,16 +347,10 @@ TEXTS: dict[str, Callable[[], str]] = {
     "model-verdicts": model_verdicts,
     "programs": programs,
     "python": python_api,
-    "search-held-out": partial(search.table, held_out=True),
-    "search-questions": partial(search.table, held_out=False),
     "settings": setting_groups,
     "settings-of-kohya": partial(settings_of, "sd-scripts"),
     "settings-of-onetrainer-ai-toolkit": partial(settings_of, "OneTrainer", "ai-toolkit"),
     "transformer-verdicts": transformer_verdicts,
-    **{
-        f"scale-{table}": partial(scale, table)
-        for table in ("measured", "counted", "gpu", "fleets", "serving")
-    },
 }
 
 if __name__ == "__main__":
