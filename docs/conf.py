@@ -51,9 +51,9 @@ nitpicky = True
 # Undocumented classes, and documented ones that a module imports by name. The build warns about
 # unused entries.
 LEFT_OUT = [
-    "AdaptedLayerReport", "AdapterRef", "Factors", "Finding",
-    "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "Masker", "MemoryRow", "MergeStrengths",
-    "NoiseSchedule", "NormRoute", "Package", "Path", "Photo", "Plan",
+    "AdaptedLayerReport", "AdapterRef", "Factors",
+    "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "MemoryRow", "MergeStrengths",
+    "NoiseSchedule", "NormRoute", "Path", "Photo", "Plan",
     "Preprocessing", "Preset", "Route", "RowShard", "ScheduleInfo", "Site", "Strengths",
     "SubjectRecord", "TextEncoder", "Values", "Wildcards", "WorkQueue", "Workers",
 ]  # fmt: skip

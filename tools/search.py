@@ -4,7 +4,7 @@ Sphinx calls `write_index` after a build: each section of each page with its wor
 a script, since a page that is opened from a file may not read other files.
 
 ``python -m tools.search`` builds the site, asks every question of `QUESTIONS` with Node, and writes
-the ranks, which the next build shows.
+and counts the ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,22 +65,11 @@ def rank(paths: Sequence[str], answers: Sequence[str]) -> int | None:
     return None
 
 
-def table(held_out: bool) -> str:
-    """List the questions with their ranks: those that were held out, or the others."""
-    from tools.site import plain
-
-    asked = [question for question in questions() if question.held_out == held_out]
-    found = json.loads(RANKS.read_text(encoding="utf-8"))
-    places = [found.get(question.title) or math.inf for question in asked]
+def counts(found: Mapping[str, int | None], held_out: bool) -> str:
+    """State how many questions are answered: those that were held out, or the others."""
+    places = [found[q.title] or math.inf for q in questions() if q.held_out == held_out]
     first, three = (sum(place <= most for place in places) for most in (1, 3))
-    rows = ["| rank | asked | at | answered by |", "|---|---|---|---|"]
-    for place, question in zip(places, asked, strict=True):
-        parts = [answer.partition("#") for answer in question.answers]
-        links = ", ".join(f"[{page}](../../docs/{page}.md{mark}{at})" for page, mark, at in parts)
-        shown = "-" if place == math.inf else place
-        rows.append(f"| {shown} | {plain(question.title)} | {question.source} | {links} |")
-    counts = f"{first} of {len(asked)} by the first page, {three} by the first three."
-    return "\n".join([counts, "", *rows])
+    return f"{first} of {len(places)} by the first page, {three} by the first three."
 
 
 def ranks(site: Path, asked: Sequence[Question]) -> dict[str, int | None]:
@@ -166,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             site = Path(folder)
             subprocess.run([sys.executable, "-m", "sphinx", "-q", DOCS, site], check=True)
         found = ranks(site, questions())
+    print(f"tuning: {counts(found, held_out=False)}\nheld out: {counts(found, held_out=True)}")
     RANKS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

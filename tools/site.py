@@ -1,7 +1,6 @@
 """Parts of pages that come from the code: flags, settings, figures.
 
 The texts of `TEXTS` are put in as the site is built, by a block such as ``{generated} commands``.
-``python -m tools.site`` writes them into the laboratory's pages, which are not of the site.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import importlib
 import inspect
 import itertools
 import re
-import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -23,11 +21,8 @@ from dora_diffusion.config.base import OfModel
 from dora_diffusion.config.elsewhere import DIFFERENCES
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, advice, rules
-from tools import search
 
-DOCS, LAB = (Path(__file__).parents[1] / name for name in ("docs", "lab"))
 _BLOCK = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
-_PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
 _PACKAGES = ("config", "export")
 """Packages that say themselves which of their names are public."""
 _RESUME = {
@@ -40,11 +35,6 @@ _RESUME = {
 def expanded(source: str) -> str:
     """A page with the texts that its blocks name."""
     return _BLOCK.sub(lambda block: TEXTS[block[1]]().rstrip(), source)
-
-
-def current(source: str) -> str:
-    """A page of the laboratory whose generated parts are what the code says now."""
-    return _PART.sub(lambda part: f"{part[1]}\n{TEXTS[part[2]]().rstrip()}\n\n", source)
 
 
 def plain(text: str) -> str:
@@ -301,15 +291,6 @@ def programs() -> str:
     return "\n".join(rows)
 
 
-def scale(table: str) -> str:
-    """A table of `benchmarks/scale.py`."""
-    code = runpy.run_path(str(DOCS.parent / "benchmarks" / "scale.py"), run_name="scale")
-    if table == "measured":
-        return str(code["measured_table"](LAB / "measurements" / "scale-records.jsonl"))
-    names = ("counted", "gpu", "fleets", "serving")
-    return str(code["tables"](code["Device"]())[names.index(table)])
-
-
 def diffusers_flags() -> str:
     """List the command line's answers to flags of Diffusers' scripts that are no settings."""
     parts = []
@@ -358,21 +339,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "model-verdicts": model_verdicts,
     "programs": programs,
     "python": python_api,
-    "search-held-out": partial(search.table, held_out=True),
-    "search-questions": partial(search.table, held_out=False),
     "settings": setting_groups,
     "settings-of-kohya": partial(settings_of, "sd-scripts"),
     "settings-of-onetrainer-ai-toolkit": partial(settings_of, "OneTrainer", "ai-toolkit"),
     "transformer-verdicts": transformer_verdicts,
-    **{
-        f"scale-{table}": partial(scale, table)
-        for table in ("measured", "counted", "gpu", "fleets", "serving")
-    },
 }
-
-if __name__ == "__main__":
-    for path in sorted(LAB.glob("measurements/*.md")):
-        source = path.read_text(encoding="utf-8")
-        if (text := current(source)) != source:
-            path.write_text(text, encoding="utf-8")
-            print(f"written: {path}")
