@@ -1,6 +1,8 @@
 """Parts of pages that come from the code: flags, settings, figures.
 
-The texts of `TEXTS` are put in as the site is built, by a block such as ``{generated} commands``.
+``python -m tools.site`` writes tables of `TEXTS` into pages, between two comments, where GitHub
+shows them too. The build of the site puts long lists in, by a block such as
+``{generated} commands``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from dora_diffusion.config.elsewhere import DIFFERENCES
 from dora_diffusion.config.fields import AnyOf, Condition, Need
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, advice, rules
 
+DOCS = Path(__file__).parents[1] / "docs"
 _BLOCK = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
+_PART = re.compile(r"(<!-- generated: ([a-z-]+) -->\n)(?:.*\n)*?(?=<!-- end -->)")
 _PACKAGES = ("config", "export")
 """Packages that say themselves which of their names are public."""
 _RESUME = {
@@ -35,6 +39,11 @@ _RESUME = {
 def expanded(source: str) -> str:
     """A page with the texts that its blocks name."""
     return _BLOCK.sub(lambda block: TEXTS[block[1]]().rstrip(), source)
+
+
+def current(source: str) -> str:
+    """A page whose tables between comments are what the code says now."""
+    return _PART.sub(lambda part: f"{part[1]}\n{TEXTS[part[2]]().rstrip()}\n\n", source)
 
 
 def plain(text: str) -> str:
@@ -344,3 +353,10 @@ TEXTS: dict[str, Callable[[], str]] = {
     "settings-of-onetrainer-ai-toolkit": partial(settings_of, "OneTrainer", "ai-toolkit"),
     "transformer-verdicts": transformer_verdicts,
 }
+
+if __name__ == "__main__":
+    for path in sorted(DOCS.rglob("*.md")):
+        source = path.read_text(encoding="utf-8")
+        if (text := current(source)) != source:
+            path.write_text(text, encoding="utf-8")
+            print(f"written: {path}")

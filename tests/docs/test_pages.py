@@ -296,7 +296,10 @@ def test_every_flag_and_setting_has_a_text() -> None:
 def test_every_generated_text_is_on_one_page() -> None:
     blocks = [block.language for page in PAGES for block in page.blocks]
     names = [name.split()[1] for name in blocks if name.startswith("{generated}")]
+    tables = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
+    names += [name for page in PAGES for name in tables.findall(page.source)]
     assert sorted(names) == sorted(site.TEXTS)
+    assert [page.name for page in PAGES if site.current(page.source) != page.source] == []
 
 
 def test_the_segments_that_are_shown_are_of_settings_that_may_change() -> None:
