@@ -109,7 +109,9 @@ def visit(runs: Path, images: int, count: int, refreshes: int) -> None:
         def refresh(number: int) -> None:
             record = read_record(run)
             write_record(run, dataclasses.replace(record, note=f"note {number}"))
-            client.get("api/v1/queue").raise_for_status()  # It reads all runs.
+            asked = client.post("gradio_api/call/wait", json={"data": [run.name]}).json()
+            # It reads all runs.
+            client.get(f"gradio_api/call/wait/{asked['event_id']}").raise_for_status()
             call(client, clock, "visit")
 
         times |= in_browser(address)

@@ -101,17 +101,16 @@ FOLLOWED: dict[str, tuple[Callable[[str], object], Iterable[str]]] = {
 }  # fmt: skip
 OTHERS = (
     # They name a layer, a folder, a text or a line as an example.
-    "{name} has no block", "targets leave out", "the adapter has {len(unexpected)} layers",
+    "targets leave out", "the adapter has {len(unexpected)} layers",
     "grid is", "{name} must be a list", "{quoted(str(entry))} is not a subject",
     "dataset_config {folder} holds no folder", "{name} was distilled",
-    "{folder}: ignored", "instance_prompt is not set", "the new word", "line {number} of {path}",
+    "{folder}: ignored", "instance_prompt is not set", "the new word",
     # They count what there is.
     "the zip holds", "the {what} has",
     "the note has", "{len(files)} files were chosen", "the token of {where}",
     # Their range is the setting's own, or they are tried with a model below.
     "clip_skip is", "{name} is {side}; on {model}", "{name} {side} of the sample prompt",
     "bucket_reso_steps is", "{path.name}: the weight", "size must be above 0",
-    "pack_throughput", "packs of", "{name} is {value}; it must be at least 1",
 )  # fmt: skip
 
 

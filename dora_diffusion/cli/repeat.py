@@ -14,7 +14,6 @@ from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
 from dora_diffusion.config.wording import number_text
 from dora_diffusion.models.locate import is_embedded, looks_local
-from dora_diffusion.numerics.weights import MergeStrengths
 
 if TYPE_CHECKING:
     from dora_diffusion.cli.requested_images import RequestedImages
@@ -136,6 +135,8 @@ def _in_order(
 
 def _with_strengths(word: str, adapter: RecordedAdapter) -> str:
     """A given adapter with the strengths of the image's, unless it has its own."""
+    from dora_diffusion.numerics.weights import MergeStrengths
+
     shares = MergeStrengths.of(adapter.strengths)
     numbers = map(number_text, (shares.text_encoder_strength, shares.unet_strength))
     return ":".join([word, *numbers]) if adapter_and_strengths(word)[0] == word else word

@@ -86,18 +86,16 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     # A checkpoint of a whole model takes gigabytes.
     "checkpointing_steps": lambda config: 500 if config.is_full else 100,
     "class_data_dir": _class_data_dir,
+    "adam_weight_decay_text_encoder": lambda config: (
+        config.adam_weight_decay if config.train_text_encoder else None
+    ),
 }
 """Setting -> function that derives its default from the other settings."""
 # Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
 _OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 # Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
-_REMOVED_DEFAULTS = {
-    "gradient_batches": 4,
-    "precondition_damping": 0.01,
-    "nearest_noise": 1,
-    "prodigy_decouple": True,
-}
+_REMOVED_DEFAULTS = {"gradient_batches": 4, "precondition_damping": 0.01, "nearest_noise": 1}
 
 
 def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:

@@ -251,7 +251,22 @@ class OptimizerSettings:
     adam_weight_decay: float = free_flag(
         1e-4, "Weight decay of A and B, or of the weights; magnitudes never decay.", least=0
     )
+    adam_weight_decay_text_encoder: float | None = free_flag(
+        None,
+        "Weight decay in the text encoders.",
+        derived="adam_weight_decay",
+        needs=(_TEXT_ENCODER,),
+        least=0,
+    )
     adam_epsilon: float = _adam_flag(1e-8, "Adam's epsilon.", above=0)
+    prodigy_beta3: float | None = flag(
+        None,
+        "Decay of Prodigy's estimate of the step size.",
+        derived="the square root of adam_beta2",
+        needs=(Need("optimizer", PRODIGIES),),
+        least=0,
+    )
+    prodigy_decouple: bool = _prodigy_flag(True, "AdamW's decoupled weight decay in Prodigy.")
     prodigy_use_bias_correction: bool = _prodigy_flag(False, "Adam's bias correction in Prodigy.")
     prodigy_safeguard_warmup: bool = _prodigy_flag(
         True, "Exclude the learning rate from the denominator of Prodigy's estimate, for warm-ups."

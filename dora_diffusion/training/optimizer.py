@@ -53,7 +53,7 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> G
     """
     groups = []
     for component, model in trained.items():
-        usual, decay_rate = _rate_of(component, config), config.adam_weight_decay
+        usual, decay_rate = _rate_and_decay(component, config)
         for pattern, adapters in _by_pattern(model, config).items():
             rate = config.lr_pattern.get(pattern, usual)
             magnitude_rate = rate if config.magnitude_lr is None else config.magnitude_lr
@@ -99,18 +99,20 @@ def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> G
     for name, parameter in trained.items():
         by_component.setdefault(name.partition(".")[0], []).append(parameter)
     return [
-        {
-            "name": f"{name}/weights", "params": parameters, "lr": _rate_of(name, config),
-            "weight_decay": config.adam_weight_decay,
-        }
+        {"name": f"{name}/weights", "params": parameters, "lr": rate, "weight_decay": decay}
         for name, parameters in by_component.items()
-    ]  # fmt: skip
+        for rate, decay in [_rate_and_decay(name, config)]
+    ]
 
 
-def _rate_of(component: str, config: TrainConfig) -> float:
-    """Return the learning rate of a component."""
+def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
+    """Return the learning rate and weight decay of a component."""
     has_own_rate = component not in DENOISERS and not config.is_prodigy
-    return config.text_encoder_lr if has_own_rate else config.unet_lr
+    rate = config.text_encoder_lr if has_own_rate else config.unet_lr
+    decay = config.adam_weight_decay
+    if component not in DENOISERS and config.adam_weight_decay_text_encoder is not None:
+        decay = config.adam_weight_decay_text_encoder
+    return rate, decay
 
 
 def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
@@ -132,6 +134,8 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     if name == "prodigy":
         return library.Prodigy(  # type: ignore[no-any-return]
             **options,
+            beta3=config.prodigy_beta3,
+            decouple=config.prodigy_decouple,
             use_bias_correction=config.prodigy_use_bias_correction,
             safeguard_warmup=config.prodigy_safeguard_warmup,
         )
@@ -141,7 +145,7 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
         return optimizer  # type: ignore[no-any-return]
     if name == "prodigy-schedule-free":
         options["split_groups"] = False  # One step size for all groups, as in Prodigy.
-        return library.ProdigyPlusScheduleFree(**options)  # type: ignore[no-any-return]
+        return library.ProdigyPlusScheduleFree(**options, beta3=config.prodigy_beta3)  # type: ignore[no-any-return]
     from transformers.optimization import Adafactor
 
     # Groups have their own rates. The polynomial schedule scales by this one, AdamW's default.

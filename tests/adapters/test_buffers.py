@@ -129,28 +129,6 @@ def test_a_pass_that_reaches_some_layers_adds_nothing_to_the_others(dtype: torch
         torch.testing.assert_close(both, one + other)
 
 
-def test_a_layer_that_is_served_in_one_pass_only_has_its_gradient_once() -> None:
-    """With a mask, the other pass of the layer goes through the graph."""
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)).double()
-    inject_adapters(model, everything(rank=2))
-    move(model)
-    stack, x = stacked(model), torch.ones(2, 6, dtype=torch.float64)
-    mask = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-
-    def gradients(*masks: Any) -> list[Tensor]:
-        with stack.scope():
-            for of_layers in masks:
-                with stack.of(0, of_layers):
-                    model(x).square().sum().backward()
-        return [parameter.grad.clone() for parameter in adapter_parameters(model)]
-
-    plain, masked = gradients(()), gradients([mask, None])
-    gradients(())  # The memory has gradients of another step.
-    for both, one, other in zip(gradients((), [mask, None]), plain, masked, strict=True):
-        torch.testing.assert_close(both, one + other)
-    torch.testing.assert_close(gradients([mask, mask]), gradients([mask, mask]))
-
-
 def test_a_step_that_failed_leaves_no_gradient_to_the_next() -> None:
     model = moved()
     wanted, stack = expected(model), stacked(model)

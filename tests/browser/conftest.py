@@ -14,14 +14,16 @@ import os
 import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 
 from dora_diffusion.studio.jobs.queue import Lock, end_tree
 from dora_diffusion.studio.jobs.store import Workspace
@@ -125,9 +127,10 @@ class App:
         self.url = line.split()[1]
         self.port = urlsplit(self.url).port or 0
 
-    def ask(self, address: str) -> None:
-        with urllib.request.urlopen(f"{self.url}{address}") as answer:
-            answer.read()
+    def read_jobs(self) -> None:
+        """Have the server read all jobs anew, whatever it has read a moment before."""
+        with suppress(AppError):  # There is no such job.
+            Client(self.url, verbose=False).predict("none", api_name="/wait")
 
     def renew(self, fill: Callable[[Workspace], None]) -> None:
         """Have a living server with a folder of runs that holds what is filled in, and no more."""
@@ -149,7 +152,7 @@ class App:
             self._ended()
         if self._process is None:
             self.start()
-        self.ask("api/v1/queue")  # It reads all jobs anew, whatever it has read a moment before.
+        self.read_jobs()
 
     def kill(self) -> None:
         if self._process is not None:

@@ -141,7 +141,7 @@ def running(app: App) -> Iterator[Path]:
     train_on(folder, 1, 9)
     with subprocess.Popen([sys.executable, "-c", STAY], stdout=subprocess.DEVNULL) as worker:
         pretend_running(folder, worker)
-        app.ask("api/v1/queue")
+        app.read_jobs()
         yield folder
         worker.kill()
 

@@ -226,7 +226,7 @@ def test_a_reload_opens_the_tab_and_what_was_looked_at(
     gone = {"subjects": "subject", "": "run"}
     for folder, name in gone.items():
         shutil.rmtree(app.runs / folder / address[name])
-    app.ask("api/v1/queue")
+    app.read_jobs()
     page.reload()
     first["Generate"] = chosen["Generate"]  # A base model, which is still here.
     for tab in LOOKED_AT:

@@ -186,7 +186,7 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"keep_best": True}, "keep_best", "no photos are held out (validation_split is 0)"),
     ({"validation_split": 0.2, "num_validation_images": 0, "validation_metric_model": "dino"},
      "validation_metric_model", "num_validation_images is 0"),
-    ({"prodigy_use_bias_correction": True}, "prodigy_use_bias_correction", "optimizer is adamw"),
+    ({"prodigy_beta3": 0.9}, "prodigy_beta3", "optimizer is adamw"),
     ({"model_config": "sdxl"}, "model_config", "the base model is not a single .safetensors file"),
     ({"revision": "v2"}, "revision", "the base model is on this machine, not a hub id"),
     ({"logging_dir": "tb"}, "logging_dir", "report_to is not set"),
@@ -208,7 +208,7 @@ def test_a_setting_without_effect_is_said_with_its_reason() -> None:
         {"shuffle_tags": True, "keep_tags": 2},
         {"with_prior_preservation": True, "num_class_images": 5, "class_prompt": "a dog"},
         {"train_text_encoder": True, "text_encoder_lr": 1e-4},
-        {"optimizer": "prodigy", "learning_rate": 1.0, "adam_beta1": 0.8},
+        {"optimizer": "prodigy", "learning_rate": 1.0, "adam_beta1": 0.8, "prodigy_beta3": 0.9},
         {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 3, "lr_warmup_steps": 5},
         {"learning_rate": 0.0, "magnitude_lr": 1e-3},  # magnitudes alone
         {"lr_warmup_steps": 5},  # takes effect with the constant schedule

@@ -66,7 +66,7 @@ _SAME = {
         text_encoder_lr train_batch_size use_8bit_adam validation_split zero_terminal_snr
         """,
     "Diffusers": """
-        adam_beta1 adam_beta2 adam_epsilon adam_weight_decay
+        adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder
         allow_tf32 cache_latents caption_dropout center_crop checkpointing_steps
         checkpoints_total_limit
         class_data_dir class_prompt clip_skip dataloader_num_workers gradient_accumulation_steps
@@ -75,7 +75,7 @@ _SAME = {
         lr_scheduler max_grad_norm max_train_steps mixed_precision noise_offset num_class_images
         num_new_tokens_per_abstraction num_train_epochs num_validation_images optimizer output_dir
         pretrained_model_name_or_path pretrained_vae_model_name_or_path prior_loss_weight
-        prodigy_safeguard_warmup prodigy_use_bias_correction
+        prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction
         random_flip rank repeats report_to resolution resume_from_checkpoint revision
         sample_batch_size seed snr_gamma text_encoder_lr train_batch_size train_text_encoder
         train_text_encoder_ti train_text_encoder_ti_frac use_8bit_adam use_dora validation_epochs

@@ -83,7 +83,7 @@ TRAINING = {
         "clip_skip dataloader_num_workers "
         "prior_loss_weight allocation_warmup allocation_final orthogonality_weight "
         "learning_rate text_encoder_lr magnitude_lr lr_pattern lr_warmup_steps adam_beta1 "
-        "adam_beta2 adam_weight_decay "
+        "adam_beta2 adam_weight_decay adam_weight_decay_text_encoder prodigy_beta3 "
         "max_grad_norm snr_gamma noise_offset seed num_validation_images "
         "validation_steps validation_split checkpointing_steps checkpointing_minutes",
     "[1, inf)":
@@ -99,10 +99,10 @@ TRAINING = {
     "[1, 1000]": "validation_inference_steps",
 }  # fmt: skip
 COMMANDS = {
-    "(0, inf)": "convert.strength adapter_memory rate price gpus_per_worker",
+    "(0, inf)": "convert.strength adapter_memory",
     "[0, inf)": "clip_skip vae_tile_size replica_gpus num_cpus num_gpus",
     "[1, inf)":
-        "batch_size grid_limit replicas queue num_seeds workers pack subjects",
+        "batch_size grid_limit replicas queue num_seeds workers pack",
     "(0, 86400]": "timeout",
     "[0, 10]": "serve.window",
     "[1, 10000]": "num_images",

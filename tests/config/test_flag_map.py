@@ -11,7 +11,7 @@ import pytest
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import settings
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, OTHER_NAMES, REMOVED, refusal
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, OTHER_NAMES, refusal
 from tests.every import every
 
 # As their argument parsers list them: train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py.
@@ -72,8 +72,6 @@ def test_every_flag_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
 
 def check_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
     known = {setting.name: setting for setting in settings()}
-    if name in REMOVED:
-        return
     answer = DIFFUSERS_FLAGS.get(name)
     if answer is not None and answer.status == "absent":
         assert answer.text
@@ -102,10 +100,9 @@ def check_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_value_of_diffusers_type_bool_is_taken() -> None:
-    flags = ["--prodigy_safeguard_warmup", "False", "--use_dora", "true", "--optimizer", "AdamW"]
-    config = train_config(cli.build_parser().parse_args(["train", *flags]))
-    values = config.prodigy_safeguard_warmup, config.use_dora, config.optimizer
-    assert values == (False, True, "adamw")
+    argv = ["train", "--prodigy_decouple", "False", "--use_dora", "true", "--optimizer", "AdamW"]
+    config = train_config(cli.build_parser().parse_args(argv))
+    assert (config.prodigy_decouple, config.use_dora, config.optimizer) == (False, True, "adamw")
 
 
 # As the argument parsers of its train_network.py and sdxl_train_network.py list them.

@@ -88,9 +88,6 @@ def test_what_a_run_was_told_reaches_images_and_files(
     assert scheduler.items() >= expected.items()
     from_folder, _ = image("folder", "--base", folder)
     assert (from_folder == from_file).all()
-    assert "correlation" in run(
-        "analyze", adapter, "--base", base, "--output", tmp_path / "analysis"
-    )
 
 
 def test_full_fine_tuning_marks_its_file(

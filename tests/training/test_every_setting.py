@@ -106,6 +106,7 @@ CASES: dict[str, dict[str, Any]] = {
         "lr_pattern": {"*up_blocks*": 2e-3}, "loraplus_ratio": 4.0, "lr_scheduler": "cosine",
         "lr_warmup_steps": 2, "lr_num_cycles": 2, "lr_power": 2.0, "optimizer": "adafactor",
         "use_8bit_adam": True, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_weight_decay": 0.5,
+        "adam_weight_decay_text_encoder": 0.5,
         "adam_epsilon": 0.1, "max_grad_norm": 1e-3,
         "ema_decay": 0.5, "snr_gamma": 0.1, "debiased_estimation_loss": True,
         "loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.01,
@@ -148,7 +149,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "vera": {"vera_rank": 3},
     "prodigy": {
-        "prodigy_use_bias_correction": True,
+        "prodigy_beta3": 0.1, "prodigy_decouple": False, "prodigy_use_bias_correction": True,
         "prodigy_safeguard_warmup": False,
     },
     "buckets": {"min_bucket_reso": 256, "max_bucket_reso": 256, "bucket_reso_steps": 128},

@@ -83,20 +83,36 @@ def test_every_schedule_goes_with_every_optimizer(optimizer, schedule, warmup):
         assert parameter.isfinite().all()
 
 
+def test_text_encoders_have_their_own_weight_decay(sd1_folder):
+    from dora_diffusion.adapters.inject import inject_adapters
+
+    components = load_components(str(sd1_folder))
+    config = TrainConfig(adam_weight_decay=0.1, adam_weight_decay_text_encoder=0.3, rank=2)
+    inject_adapters(components.denoiser, config.unet_adapter)
+    inject_adapters(components.text_encoders[0], config.text_encoder_adapter)
+    groups = {
+        g["name"]: g["weight_decay"] for g in parameter_groups(components.adaptable(), config)
+    }
+    assert (groups["unet/down"], groups["text_encoder/down"]) == (0.1, 0.3)
+    assert (groups["unet/magnitude"], groups["text_encoder/magnitude"]) == (0.0, 0.0)
+
+
 def test_prodigy_gets_its_settings():
     pytest.importorskip("prodigyopt")
     config = TrainConfig(
-        optimizer="prodigy", learning_rate=1.0, prodigy_use_bias_correction=True,
-        prodigy_safeguard_warmup=False,
+        optimizer="prodigy", learning_rate=1.0, prodigy_beta3=0.7, prodigy_decouple=False,
+        prodigy_use_bias_correction=True, prodigy_safeguard_warmup=False,
     )  # fmt: skip
     group = {"name": "x", "params": [torch.nn.Parameter(torch.ones(2))], "lr": 1.0}
     chosen = build_optimizer([group], config).param_groups[0]
     names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-    assert [chosen[name] for name in names] == [None, True, True, False]
+    assert [chosen[name] for name in names] == [0.7, False, True, False]
 
 
 def test_magnitudes_do_not_decay_and_rates_are_separate(sd1_folder):
     from dora_diffusion.adapters.inject import inject_adapters
+    from dora_diffusion.models.load import load_components
+    from dora_diffusion.training.optimizer import parameter_groups
 
     components = load_components(str(sd1_folder))
     config = TrainConfig(

@@ -34,7 +34,7 @@ USUAL = {
 # Settings of features that the family refuses.
 OF_REFUSED = {
     "train_text_encoder": {
-        "text_encoder_targets", "text_encoder_lr",
+        "text_encoder_targets", "text_encoder_lr", "adam_weight_decay_text_encoder",
     },
     "train_text_encoder_ti": {
         "new_words", "num_new_tokens_per_abstraction", "initializer_concept", "embedding_lr",

@@ -90,7 +90,7 @@ def _add_training(context: Context) -> None:
     async def wait(job: str) -> AsyncIterator[dict[str, Any]]:
         """Wait for the end of a job; yield its state whenever it changes. A failure is an error."""
         with _in_one_line():
-            current = await asyncio.to_thread(_now, context, job)
+            current = await asyncio.to_thread(_now, context, job, fresh=True)
             yield (last := _state(current))
             while not current.has_ended:
                 await asyncio.sleep(_PERIOD_SECONDS)
@@ -166,9 +166,9 @@ def _file(path: Path) -> Any:
     return gr.FileData(path=str(path), orig_name=path.name).model_dump()
 
 
-def _now(context: Context, job_id: str) -> Job:
+def _now(context: Context, job_id: str, *, fresh: bool = False) -> Job:
     """Return a job with its position in the queue."""
-    listed = (job for job in context.jobs() if job.id == job_id)
+    listed = (job for job in context.jobs(fresh=fresh) if job.id == job_id)
     return next(listed, None) or context.job(job_id)
 
 

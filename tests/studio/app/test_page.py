@@ -142,8 +142,8 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     there = {
         "run": run, "adapter": f"{run}/checkpoint-2", "library_run": run, "subject": subject,
         "adapter_second": run, "find_run": run,
-        "library_other": runs[1].id, "library_rival": run, "study_subjects": [subject],
-        "start": "/mug.safetensors", "base": str(workspace.root), "study_base": "org/model",
+        "library_other": runs[1].id, "library_rival": run,
+        "start": "/mug.safetensors", "base": str(workspace.root),
     }  # fmt: skip
     updates = filled(handler, page, there)
     assert not any("value" in updates[fields[name]._id] for name in there)
@@ -187,7 +187,7 @@ def test_no_deletion_without_a_question_that_names_it(
     deleting = {"delete_job", "delete_subject", "remove_photo", "delete"}
     found = [one for one in page.fns.values() if _names(one.fn, set()) & deleting]
     assert {one.fn.__module__.rpartition(".")[2] for one in found} == {
-        "subject", "photo", "run", "results", "library", "compare"
+        "subject", "photo", "run", "results", "library", "api"
     }  # fmt: skip
     for one in found:
         assert one.js == "studio.confirmed", one.fn
