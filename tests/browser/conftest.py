@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -126,6 +127,10 @@ class App:
         assert line.startswith("open http://127.0.0.1:"), line
         self.url = line.split()[1]
         self.port = urlsplit(self.url).port or 0
+
+    def ask(self, address: str) -> None:
+        with urllib.request.urlopen(f"{self.url}{address}") as answer:
+            answer.read()
 
     def read_jobs(self) -> None:
         """Have the server read all jobs anew, whatever it has read a moment before."""

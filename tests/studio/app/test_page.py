@@ -186,8 +186,10 @@ def test_no_deletion_without_a_question_that_names_it(
     page = app[2]
     deleting = {"delete_job", "delete_subject", "remove_photo", "delete"}
     found = [one for one in page.fns.values() if _names(one.fn, set()) & deleting]
+    # `/upload` deletes a subject of its own that gets no photo.
+    found = [one for one in found if one.api_name != "upload"]
     assert {one.fn.__module__.rpartition(".")[2] for one in found} == {
-        "subject", "photo", "run", "results", "library", "api"
+        "subject", "photo", "run", "results", "library"
     }  # fmt: skip
     for one in found:
         assert one.js == "studio.confirmed", one.fn
