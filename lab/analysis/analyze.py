@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.base import AnyModel, BaseModel
+from dora_diffusion.config.fields import require_choice
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import ExportError, model_name, open_model
 from dora_diffusion.export.metadata import trained_steps
@@ -105,6 +107,7 @@ def analyze_weights(
     paths = [sources] if isinstance(sources, (str, PathLike)) else list(sources)
     if not paths:
         raise ExportError("no run, adapter or model to analyze was given")
+    require_choice("norm_axis", norm_axis, NORM_AXES)
     saved_runs = [find_run(fspath(path)) for path in paths]
     names = [source.name for source in saved_runs]
     total = sum(len(source.checkpoints) for source in saved_runs)
