@@ -1,4 +1,4 @@
-"""What happens to a run that has moved no trained number."""
+"""The end of a run that has moved no trained number."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_start_that_is_not_moved_is_nothing(tiny_run: Make, tmp_path: Path) ->
 def test_a_resumed_run_is_compared_with_the_start_of_the_first(
     tiny_run: Make, tmp_path: Path
 ) -> None:
-    """What its own steps leave unmoved has learned before, unless it has not."""
+    """Learning counts from the first run: the resumed steps alone move nothing here."""
     half = tiny_run(max_train_steps=1, checkpointing_steps=1, learning_rate=1e-3)
     train(half)
     resumed = replace(
