@@ -19,7 +19,8 @@ from statistics import geometric_mean
 from typing import Any
 
 from dora_diffusion.evaluation.report import shown
-from dora_diffusion.evaluation.statistics import Interval, cluster_interval
+from dora_diffusion.evaluation.statistics import Interval
+from lab.statistics import cluster_interval
 from lab.study.config import BASE
 
 USUAL, STEPS = "usual", 50

@@ -195,17 +195,6 @@ class Section:
         return base64.b64encode(self.image.read_bytes()).decode() if self.image else ""
 
 
-def as_markdown(title: str, sections: Sequence[Section]) -> str:
-    """Format a page as Markdown, with links to image files."""
-    blocks = [f"# {title}"]
-    for section in sections:
-        blocks.append(f"## {section.title}")
-        blocks += [section.text] if section.text else []
-        blocks += [aligned(section.table)] if section.table else []
-        blocks += [f"![{section.title}]({section.image.name})"] if section.image else []
-    return "\n\n".join(blocks) + "\n"
-
-
 def as_html(title: str, sections: Sequence[Section]) -> str:
     """Format a page as HTML in one file, with embedded images."""
     return _PAGE.render(title=title, sections=sections)

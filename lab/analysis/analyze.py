@@ -38,12 +38,6 @@ from dora_diffusion.formats.checkpoint.weights import (
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
-from dora_diffusion.numerics.low_rank import (
-    decompose,
-    effective_rank,
-    low_rank_singular_values,
-    singular_values,
-)
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import (
     LayerWeights,
@@ -52,6 +46,12 @@ from dora_diffusion.numerics.weights import (
     out_in,
 )
 from dora_diffusion.training.results.checkpoint import folders_after, step_of
+from lab.analysis.decomposition import (
+    decompose,
+    effective_rank,
+    low_rank_singular_values,
+    singular_values,
+)
 from lab.analysis.report import (
     LEADING,
     Analysis,

@@ -16,11 +16,12 @@ from typing import Any
 
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.evaluation import report
-from dora_diffusion.evaluation.statistics import Interval, correlation_interval
+from dora_diffusion.evaluation.statistics import Interval
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.modules import MOST_BLOCKS
-from dora_diffusion.numerics.low_rank import Decomposition
 from dora_diffusion.numerics.weights import NormAxis
+from lab.analysis.decomposition import Decomposition
+from lab.statistics import correlation_interval
 
 SCHEMA = 1
 FILES = {"analysis": "analysis.json", "layers": "layers.csv", "table": "analysis.md"}

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dora_diffusion.config.wording import counted
+from dora_diffusion.config.wording import aligned, counted
 from dora_diffusion.data.sheets import sheet
 from dora_diffusion.evaluation.measures import MEASURES, measure_of, title_of
-from dora_diffusion.evaluation.report import Row, Section, as_html, as_markdown, shown
-from dora_diffusion.evaluation.statistics import Interval, cluster_interval
+from dora_diffusion.evaluation.report import Row, Section, as_html, shown
+from dora_diffusion.evaluation.statistics import Interval
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.sampling.images import save_image
 from lab.analysis.plots import (
@@ -30,6 +30,7 @@ from lab.analysis.plots import (
     save_figure,
     tidy,
 )
+from lab.statistics import cluster_interval
 from lab.study.config import BASE, Study
 from lab.study.subjects import StudySubject
 from lab.study.trials import RECORDS_FILE, Record
@@ -401,3 +402,14 @@ def image_grid(results: Results) -> Image.Image:
             empty = Image.new("RGB", (64, 64), "white")
             rows[row] = [Image.open(file).convert("RGB") if file else empty for file in files]
     return sheet(rows, [subject.label for subject in results.subjects])
+
+
+def as_markdown(title: str, sections: Sequence[Section]) -> str:
+    """Format a page as Markdown, with links to image files."""
+    blocks = [f"# {title}"]
+    for section in sections:
+        blocks.append(f"## {section.title}")
+        blocks += [section.text] if section.text else []
+        blocks += [aligned(section.table)] if section.table else []
+        blocks += [f"![{section.title}]({section.image.name})"] if section.image else []
+    return "\n\n".join(blocks) + "\n"

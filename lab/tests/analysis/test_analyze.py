@@ -23,9 +23,8 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.numerics import low_rank
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
-from lab.analysis import analyze_weights
+from lab.analysis import analyze_weights, decomposition
 from lab.analysis.report import LayerChange
 from tests.refusal import refused
 
@@ -143,7 +142,7 @@ def test_a_small_change_is_not_rounded_away(
 def test_a_model_against_numpy(
     sd1_folder: Path, tuned_model: MakeModel, axis: NormAxis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(low_rank, "_BLOCK", 500)
+    monkeypatch.setattr(decomposition, "_BLOCK", 500)
     generator = torch.Generator().manual_seed(0)
 
     def change(name: str, tensor: Tensor) -> Tensor:

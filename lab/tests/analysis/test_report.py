@@ -12,8 +12,8 @@ import pytest
 from dora_diffusion.evaluation.statistics import Interval
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
-from dora_diffusion.numerics.low_rank import Decomposition
 from lab.analysis import Analysis
+from lab.analysis.decomposition import Decomposition
 from lab.analysis.report import (
     FILES,
     KINDS,

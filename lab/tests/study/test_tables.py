@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from dora_diffusion.evaluation.statistics import cluster_interval
+from lab.statistics import cluster_interval
 from lab.study.report import (
     caution,
     differences_table,
