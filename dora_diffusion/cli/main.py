@@ -19,6 +19,7 @@ from dora_diffusion import __version__
 from dora_diffusion.cli.commands.parser import Parser
 from dora_diffusion.cli.console.errors import reporting_errors
 from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.flag_map import REMOVED
 from dora_diffusion.system import let_break_interrupt
 
 COMMANDS = {
@@ -56,8 +57,6 @@ HOMES = {
     "toy.command": ("demo",),
 }
 """Module -> its commands. Packages outside of the core are named here and not imported."""
-LAB = ("analyze", "compare", "simulate")
-"""Commands of the laboratory, which is in the repository only."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,10 +96,7 @@ def add_commands(
 ) -> None:
     """Add a subparser for each command, with the flags of its settings if they are in ``kinds``."""
     commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.refused = {
-        name: f"it is in the laboratory; run python -m lab {name} ... in a clone of the repository"
-        for name in LAB
-    }
+    commands.refused = REMOVED
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("--debug", action="store_true", help="Show tracebacks. Default: off.")

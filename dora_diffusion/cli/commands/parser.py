@@ -232,8 +232,6 @@ class Parser(argparse.ArgumentParser):
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
             is_command = isinstance(action, argparse._SubParsersAction)
-            if is_command and (refusal := removal(str(value).replace("-", "_"))):
-                self.error(refusal)
             what = "there is no command" if is_command else f"{error.argument_name} cannot be"
             self.error(f"{what} {str(value)!r}{_other_choice(action, str(value))}")
 
