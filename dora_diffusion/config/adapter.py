@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dora_diffusion.config.fields import Setting, python_number, require
+from dora_diffusion.config.fields import REQUIRED, Setting, python_number, require
 
 PRESETS = (
     "cross-attention", "attention", "attention+conv", "attention+ff", "full", "b-lora-content",
@@ -17,21 +17,22 @@ INITS = ("random", "pissa")
 PARAMETRIZATIONS = ("low-rank", "vera", "adalora")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 """Settings that map targets to values for the layers that they match."""
+# With `REQUIRED`, None is refused.
 _CHECKED = (
-    Setting("targets", str, is_list=True, default=()),
-    Setting("rank", int, default=8, above=0),
+    Setting("targets", str, is_list=True, default=REQUIRED),
+    Setting("rank", int, default=REQUIRED, above=0),
     Setting("alpha", float, above=0),
     Setting("conv_rank", int, above=0),
     Setting("conv_alpha", float, above=0),
-    Setting("rslora", bool, default=False),
-    Setting("use_dora", bool, default=True),
-    Setting("norm_axis", str, default="output", choices=NORM_AXES),
-    Setting("dropout", float, default=0.0, least=0, below=1),
-    Setting("init", str, default="random", choices=INITS),
-    Setting("parametrization", str, default="low-rank", choices=PARAMETRIZATIONS),
-    Setting("projection_seed", int, default=0),
-    Setting("rank_pattern", int, is_list=True, is_map=True, default={}, above=0),
-    Setting("alpha_pattern", float, is_list=True, is_map=True, default={}, above=0),
+    Setting("rslora", bool, default=REQUIRED),
+    Setting("use_dora", bool, default=REQUIRED),
+    Setting("norm_axis", str, default=REQUIRED, choices=NORM_AXES),
+    Setting("dropout", float, default=REQUIRED, least=0, below=1),
+    Setting("init", str, default=REQUIRED, choices=INITS),
+    Setting("parametrization", str, default=REQUIRED, choices=PARAMETRIZATIONS),
+    Setting("projection_seed", int, default=REQUIRED),
+    Setting("rank_pattern", int, is_list=True, is_map=True, default=REQUIRED, above=0),
+    Setting("alpha_pattern", float, is_list=True, is_map=True, default=REQUIRED, above=0),
 )
 
 
