@@ -16,6 +16,7 @@ from typing import Any
 from dora_diffusion.cli.commands.parser import OTHER_NAMES, SWITCH_WORDS
 from dora_diffusion.cli.settings import adapter_and_strengths
 from dora_diffusion.config.fields import ConfigError, Setting, require
+from dora_diffusion.config.flag_map import removal
 from dora_diffusion.config.wording import did_you_mean, quoted
 from dora_diffusion.formats.files.runs import ADAPTER_FILES
 
@@ -195,12 +196,11 @@ def _known_name(text: str, known: Mapping[str, Setting]) -> str:
     reason = "give its seeds with seed=1, 2, .., 4" if name == "num_images" else "leave it out"
     require(name not in NO_AXES, f"{name} is not an axis of a grid; {reason}", "grid")
     names = [*SPECIAL, *(name for name in known if name not in NO_AXES)]
-    require(
-        name in names,
+    unknown = (
         f"the grid has no axis {text.strip()!r}{did_you_mean(word, names)}; an axis is a setting "
-        f"of generate, or {', '.join(SPECIAL)}",
-        "grid",
+        f"of generate, or {', '.join(SPECIAL)}"
     )
+    require(name in names, removal(name) or unknown, "grid")
     return name
 
 

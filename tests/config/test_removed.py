@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.cli import main as cli
+from dora_diffusion.cli.axes import read_axis
 from dora_diffusion.cluster.serving.api import value_line
 from dora_diffusion.config.derived import removed_settings
 from dora_diffusion.config.fields import ConfigError
@@ -44,6 +45,10 @@ def test_a_removed_name_is_refused_with_its_advice(name, parser, capsys, tmp_pat
     with pytest.raises(ConfigError) as error:
         find_setting(name, {})
     assert str(error.value) == text
+    if name not in FLAGS["generate"]:
+        with pytest.raises(ConfigError) as error:
+            read_axis(f"{name}=1", {})
+        assert str(error.value) == text
     assert value_line({"type": "extra_forbidden", "loc": ("body", name)}) == text
 
 

@@ -118,6 +118,15 @@ def block_means(image: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("halved")
+def test_the_decoder_of_a_large_jpeg_computes_fewer_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (93, 70), "teal").save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image.Image, "reduce", lambda *_: pytest.fail("all pixels were decoded"))
+    assert decode_photo(tmp_path / "a.jpg").image.size == (47, 35)
+
+
+@pytest.mark.usefixtures("halved")
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize(
     ("kind", "mode", "error"),

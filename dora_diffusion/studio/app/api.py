@@ -18,6 +18,7 @@ import gradio as gr
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.flag_map import refusal, removal
 from dora_diffusion.config.wording import did_you_mean
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.sampling.images import adapter_name
@@ -191,9 +192,9 @@ def _training(
     requested = dict[str, Any]()
     for name, value in settings.items():
         if name not in (*ADVANCED, *PROMPTS, _MODEL, _SAMPLES):
-            reserved = "is set by the app itself, or by a subject; leave it out"
-            unknown = f"is not a setting{did_you_mean(name, SETTINGS)}"
-            raise UserError(f"{name[:80]} {reserved if name in SETTINGS else unknown}")
+            unknown = f"{name[:80]} is not a setting{did_you_mean(name, SETTINGS)}"
+            reserved = f"{name} is set by the app itself, or by a subject; leave it out"
+            raise UserError(reserved if name in SETTINGS else refusal(name) or unknown)
         requested[name] = SETTINGS[name].cast(value)
     model = context.allowed_model(requested.pop(_MODEL, EMBEDDED))
     prompts = "\n".join(requested.pop(_SAMPLES, ()))
@@ -220,7 +221,8 @@ def _form(workspace: Workspace, prompt: str, settings: Mapping[str, Any]) -> dic
     form, offered = {**UNSET, "prompt": prompt}, UNSET.keys() - {"prompt"}
     for name, value in settings.items():
         if name not in offered:
-            raise UserError(f"{name[:80]} is not a setting of images{did_you_mean(name, offered)}")
+            unknown = f"{name[:80]} is not a setting of images{did_you_mean(name, offered)}"
+            raise UserError(removal(name) or unknown)
         if name in ("image", "mask_image"):
             require_file(file := _uploaded(workspace, value), MAX_BYTES)
             form[name] = keep_input(workspace, open_photo(file))

@@ -94,6 +94,16 @@ def test_a_broken_torch_is_reported_and_the_packages_too(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
+def test_no_finding_names_the_home_folder(monkeypatch):
+    def broken() -> Iterator[Finding]:
+        raise RuntimeError(f"{Path.home()}/libc10.so is damaged")
+
+    monkeypatch.setattr(environment, "_check_training", broken)
+    [(_, result, _)] = wrong(describe_environment())
+    assert result == "RuntimeError: ~/libc10.so is damaged"
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_base_model_that_is_not_whole_would_fail(sdxl_folder, tmp_path, capsys):
     model = shutil.copytree(sdxl_folder, tmp_path / "model")
     flags = ["doctor", "--base", str(model)]

@@ -20,6 +20,7 @@ from dora_diffusion.training.events import (
     ModelLoading,
     SampleSaved,
     StepDone,
+    SubjectLeft,
     TrainingEnded,
     TrainingStarted,
     Validated,
@@ -73,6 +74,29 @@ def test_a_job_is_told_of_phases_and_where_it_began(show) -> None:
         {"phase": "training", "first_step": 7, "total_steps": 9, "trigger": "sks mug"},
         {"phase": "saving and sampling"},
     ]
+
+
+def test_a_pack_has_one_bar_of_all_steps_and_lines_with_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress, told = TrainProgress(), list[dict[str, Any]]()
+    with telling(lambda **figures: told.append(figures)):
+        for name, first, total in (("mug", 2, 9), ("cat", 0, 5)):
+            progress(started(step=first, total_steps=total), name)
+        progress(StepDone(3, 9, 0.2, {}), "mug")
+        progress(StepDone(1, 5, 0.2, {}), "cat")
+        progress(SubjectLeft("no photos"), "cat")
+        progress.close()
+    assert told[-2:] == [
+        {"phase": "training", "done": 3, "total": 14}, {"phase": "training", "done": 4, "total": 14}
+    ]  # fmt: skip
+    assert progress.triggers == {"mug": "sks mug", "cat": "sks mug"}
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "mug: 5 photos at 64 px, DoRA", "cat: 5 photos at 64 px, DoRA",
+        "cat has left the pack: no photos",
+    ]  # fmt: skip
+    assert "4/14" in captured.err
 
 
 @pytest.mark.parametrize(

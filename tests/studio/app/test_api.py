@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,14 +174,17 @@ def test_a_waiting_program_sees_each_change_and_why_a_job_failed(
     monkeypatch.setattr(api, "_PERIOD_SECONDS", 0.0)
     folder = make(served.context.workspace, "sks mug", max_train_steps=3)
     states = served.bob.submit(folder.name, api_name="/wait")
-    assert (first := next(states))["state"] == "waiting"
+    first = next(states)
+    assert first["state"] == "waiting"
     (folder / records.LOG).write_text("error: out of luck\n", encoding="utf-8")
     records.write_result(folder, records.JobResult(1))
     assert first.keys() == {
         "state", "phase", "step", "total", "remaining_seconds", "position", "owner",
         "checkpoints", "trigger",
     }  # fmt: skip
-    assert [*states][-1]["state"] == "failed"
+    seen = [first, *states]
+    assert seen[-1]["state"] == "failed"
+    assert all(one != other for one, other in itertools.pairwise(seen))
     with pytest.raises(AppError, match="Sks mug is failed: out of luck"):
         states.result()
     assert "this run no longer exists" in refused(served.bob, "wait", "../x").lower()
@@ -232,6 +236,16 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("train", (["../../x"], {}), GONE),
     ("train", ([], {}), "there is no subject yet"),
     ("train", (["SUBJECT"], {"rnak": 3}), r"rnak is not a setting (did you mean rank?)"),
+    (
+        "train",
+        (["SUBJECT"], {"cuda_graph": True}),
+        "cuda_graph was removed: no GPU has run it",
+    ),
+    (
+        "train",
+        (["SUBJECT"], {"network_dim": 4}),
+        "network_dim of sd-scripts is not here",
+    ),
     ("train", (["SUBJECT"], {"output_dir": "x"}), "output_dir is set by the app itself"),
     ("train", (["SUBJECT"], {"rank": "\x1b[31m"}), "rank is "),
     ("train", (["SUBJECT"], {}, "x"), "there is no preset 'x'"),
@@ -239,6 +253,7 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("generate", (MODEL, " ", {}), "write a prompt"),
     ("generate", ("../x", "a mug", {}), GONE),
     ("generate", (MODEL, "a mug", {"output": "x"}), "output is not a setting of images"),
+    ("generate", (MODEL, "a mug", {"hires": 2}), "hires was removed: use Hires. fix of Forge or"),
     ("generate", (MODEL, "a mug", {"stesp": 3}), "(did you mean steps?)"),
     ("generate", (MODEL, "a mug", {"steps": 500}), "steps is 500; it must be between 1 and 200"),
     ("generate", (MODEL, "a mug", {"width": 4096}), "width is 4096; it must be"),
