@@ -36,9 +36,9 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.state import attach_file, save_adapter
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.config.images import ImageRequest
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.sampling.pool import AdapterPool
-from dora_diffusion.sampling.settings import ImageRow
 
 PORT = 8765
 ALONE = "one by one"
@@ -79,10 +79,10 @@ def make_requests(args: argparse.Namespace, names: list[str]) -> list[dict[str, 
     ]
 
 
-def rows_of(args: argparse.Namespace, requests: list[dict[str, object]]) -> list[ImageRow]:
+def rows_of(args: argparse.Namespace, requests: list[dict[str, object]]) -> list[ImageRequest]:
     file = "{}/adapters/{}.safetensors"
     return [
-        ImageRow(str(r["prompt"]), int(str(r["seed"])), file.format(args.work, r["adapter"]))
+        ImageRequest(str(r["prompt"]), int(str(r["seed"])), file.format(args.work, r["adapter"]))
         for r in requests
     ]
 

@@ -6,7 +6,7 @@ The whole Python interface::
     merge_adapters, unmerge_adapters, disabled        merge into the weights, undo, switch off
     set_strength                                      strength of an adapter
     norm_scope, NormCache                             norms computed once per training step
-    row_scope, AdapterPool, ImageRow                  an adapter for each row of a batch
+    row_scope, AdapterPool, ImageRequest              an adapter for each row of a batch
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file that other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder

@@ -18,6 +18,7 @@ from dora_diffusion.config.adapter import AdapterConfig as AdapterConfig
 from dora_diffusion.config.base import BaseModel as BaseModel
 from dora_diffusion.config.families import UnsupportedModelError as UnsupportedModelError
 from dora_diffusion.config.fields import ConfigError as ConfigError
+from dora_diffusion.config.images import ImageRequest as ImageRequest
 from dora_diffusion.config.subject_list import subject_configs as subject_configs
 from dora_diffusion.config.train import TrainConfig as TrainConfig
 from dora_diffusion.data.images import PhotoError as PhotoError
@@ -39,7 +40,6 @@ from dora_diffusion.numerics.weights import MergeError as MergeError
 from dora_diffusion.sampling.generate import BrokenImageError as BrokenImageError
 from dora_diffusion.sampling.generate import generate_images as generate_images
 from dora_diffusion.sampling.pool import AdapterPool as AdapterPool
-from dora_diffusion.sampling.settings import ImageRow as ImageRow
 from dora_diffusion.sampling.settings import SamplingSettings as SamplingSettings
 from dora_diffusion.training.metrics import TrainingError as TrainingError
 from dora_diffusion.training.pack import train_pack as train_pack

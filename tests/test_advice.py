@@ -21,8 +21,8 @@ from dora_diffusion.config.base import require_tile_size
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import Setting, require_token_length
+from dora_diffusion.config.images import MOST_SIDE, parse_prompt
 from dora_diffusion.config.kohya import _side
-from dora_diffusion.config.prompts import MOST_SIDE, parse_prompt
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.data.crops import plan_crop
 from dora_diffusion.data.photos import _read_weight

@@ -97,8 +97,10 @@ def test_a_path_of_any_kind_has_the_result_of_its_text(
         ),
         "run_fleet": lambda p: dd.run_fleet({}, p(new / "fleet")).records,
         "load_components": lambda p: dd.load_components(p(sd1_folder)).family.name,
-        "ImageRow": lambda p: _reference(dd.ImageRow("a", 1, p(adapter)).adapter),
-        "ImageRow, strength": lambda p: _reference(dd.ImageRow("a", 1, (p(adapter), 0.5)).adapter),
+        "ImageRequest": lambda p: _reference(dd.ImageRequest("a", 1, p(adapter)).adapter),
+        "ImageRequest, strength": lambda p: _reference(
+            dd.ImageRequest("a", 1, (p(adapter), 0.5)).adapter
+        ),
     }
     with every() as case:
         for name, call in calls.items():

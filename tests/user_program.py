@@ -19,4 +19,4 @@ with dd.disabled(components.denoiser):
 dd.export_checkpoint("embedded:tiny-sd", path, "merged").resolve()
 dd.TrainConfig(instance_data_dir=path, output_dir=path, dataset_config="subjects.yaml")
 text: str = dd.TrainConfig(output_dir=path).output_dir
-dd.ImageRow("a dog", 0, (path, 0.5))
+dd.ImageRequest("a dog", 0, (path, 0.5))

@@ -98,11 +98,11 @@ def plan_grid(settings: Any) -> Grid:
         ConfigError: If an axis or value is not valid, or there are more cells than ``grid_limit``.
     """
     known = {setting.name: setting for setting in settings.settings()}
-    axes = tuple(read_axis(word, known) for word in settings.axes.grid)
+    axes = tuple(read_axis(word, known) for word in settings.grid)
     targets = [target for axis in axes for c in axis.points[0] for target in c.targets]
     twice = next((target for target in targets if targets.count(target) > 1), "")
     require(not twice, f"the grid has {twice} twice; give it one axis", "grid")
-    count, limit = math.prod(len(axis.points) for axis in axes), settings.axes.grid_limit
+    count, limit = math.prod(len(axis.points) for axis in axes), settings.grid_limit
     require(
         count <= limit,
         f"the grid has {count:,} images, more than grid_limit, {limit:,}; add --grid_limit {count} "
@@ -262,7 +262,7 @@ def _changes(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> l
         numbers = [_value(replace(known["strength"], name=name), word) for word in words]
         return [
             Change(word, value, (name,), partial(_with_share, _PARTS[name], value),
-                   lambda settings: bool(settings.adapters.adapter), need, 3)
+                   lambda settings: bool(settings.adapter), need, 3)
             for word, value in zip(words, numbers, strict=True)
         ]  # fmt: skip
     if name == SIZE:
@@ -301,8 +301,8 @@ def _replacement(search: str, word: str) -> Change:
     """Return a change that replaces a word in prompt and negative prompt, as A1111 does."""
 
     def texts(settings: Any) -> dict[str, str]:
-        pairs = {"prompt": settings.prompts.prompt, "negative_prompt": settings.negative_prompt}
-        return {name: text for name, text in pairs.items() if search in (text or "")}
+        pairs = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
+        return {name: text for name, text in pairs.items() if search in text}
 
     def apply(settings: Any) -> Any:
         matches = texts(settings)
@@ -316,7 +316,7 @@ def _replacement(search: str, word: str) -> Change:
 def _with_share(part: int, value: float, settings: Any) -> Any:
     """Return settings with a strength of all adapters in field ``part`` of FILE:0.5:0.8."""
     words = []
-    for word in settings.adapters.adapter or ():
+    for word in settings.adapter or ():
         fields: list[Any] = [*adapter_and_strengths(word)]
         fields[part] = value
         words.append(":".join(map(str, fields)))

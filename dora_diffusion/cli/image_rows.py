@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +15,8 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, Setting, require
 from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.flag_map import find_setting
+from dora_diffusion.config.images import MOST_CHARACTERS, SETTINGS, ImageRequest
 from dora_diffusion.config.problems import Problems, read_values
-from dora_diffusion.config.prompts import MOST_CHARACTERS
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.parameters import NEGATIVE, network_tags, settings_line
@@ -26,14 +27,13 @@ if TYPE_CHECKING:
     from dora_diffusion.cli.requested_images import RequestedImages
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
 
 _ENTRY = {
     setting.name: setting
     for setting in (
         Setting("adapter", str), Setting("prompt", str, default=REQUIRED),
-        Setting("seed", int, default=REQUIRED, least=0, most=2**63 - 1),
-        Setting("strength", float, default=1.0),
+        replace(SETTINGS["seed"], default=REQUIRED), Setting("strength", float, default=1.0),
     )
 }  # fmt: skip
 """Settings of an entry of the adapters file."""
@@ -61,12 +61,14 @@ class LoadedRequest(NamedTuple):
         """Width and height of an image, in pixels."""
         return self.sampling.size(self.components.default_resolution)
 
-    def sample(self, rows: Sequence[ImageRow], on_step: Callable[[int, int], None]) -> list[Image]:
+    def sample(
+        self, rows: Sequence[ImageRequest], on_step: Callable[[int, int], None]
+    ) -> list[Image]:
         """Sample the rows with the adapters that are on; a repeated image in its batch."""
         from dora_diffusion.sampling.generate import generate_images
 
         size, position = self.batch
-        seeds = [row.seed for row in rows]
+        seeds = [row.known_seed for row in rows]
         if size > 1:
             # The other images change only how products are rounded.
             seeds = [seeds[0] - position + number for number in range(size)]
@@ -81,7 +83,9 @@ class LoadedRequest(NamedTuple):
         )
         return images[position:][: len(rows)]
 
-    def write(self, image: Image, path: Path, row: ImageRow, index: int = 0, count: int = 1) -> str:
+    def write(
+        self, image: Image, path: Path, row: ImageRequest, index: int = 0, count: int = 1
+    ) -> str:
         """Write an image with its generation parameters, which are returned.
 
         Args:
@@ -95,7 +99,7 @@ class LoadedRequest(NamedTuple):
         from dora_diffusion.sampling.stack import AdapterUse
 
         request, batch = self.request, self.batch
-        if request.adapters.adapters_file:
+        if request.adapters_file:
             batch = (1, 0)  # Its rows depend on their adapters, not on the batch.
         elif batch[0] == 1:
             start = index - index % request.batch_size
@@ -132,7 +136,7 @@ def trigger_messages(prompts: Iterable[tuple[str, AdapterMetadata]]) -> list[str
     ]
 
 
-def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
+def image_rows(args: RequestedImages) -> dict[Path, ImageRequest]:
     """Return the requested images by their files.
 
     One image has the requested name, several have their seed after it, images of an adapters file
@@ -149,30 +153,27 @@ def image_rows(args: RequestedImages) -> dict[Path, ImageRow]:
         f"output {output} must end in {', '.join(SUFFIXES)}",
         "output",
     )
-    prompts, file = args.prompts, args.adapters.adapters_file
+    file = args.adapters_file
     entries = _entries(args) if file else [{}] * args.num_images
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images", "seed")
     from dora_diffusion.formats.adapter.stored import find_adapter
     from dora_diffusion.numerics.weights import Strengths, require_strength
-    from dora_diffusion.sampling.settings import ImageRow
     from dora_diffusion.sampling.stack import AdapterUse
 
-    rows = dict[Path, ImageRow]()
+    rows = dict[Path, ImageRequest]()
     for number, entry in enumerate(entries):
-        prompt, seed = entry.get("prompt", prompts.prompt), entry.get("seed", first + number)
+        prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
         place = f"entry {number + 1} of {file}" if file else "generate"
-        require(
-            prompt is not None, f"{place} has no prompt; say with --prompt what to show", "prompt"
-        )
+        require(bool(prompt), f"{place} has no prompt; say with --prompt what to show", "prompt")
         suffix = f"-{number + 1}" if file else f"-{seed}" if len(entries) > 1 else ""
         text = str(prompt)
         _require_prompt(text, args)
         adapter, strength = entry.get("adapter"), entry.get("strength", 1.0)
         require_strength(f"strength of {place}", strength)
         use = AdapterUse(adapter, Strengths(strength)) if adapter else None
-        rows[output.with_stem(output.stem + suffix)] = ImageRow(text, seed, use)
+        rows[output.with_stem(output.stem + suffix)] = ImageRequest(text, seed, use)
     for row in rows.values():
         if isinstance(row.adapter, AdapterUse):
             find_adapter(row.adapter.path)
@@ -208,7 +209,7 @@ def _require_prompt(text: str, args: RequestedImages) -> None:
         "the prompt begins with 'Negative prompt:'; give that as the negative prompt",
         "prompt",
     )
-    for name, words in (("prompt", text), ("negative_prompt", args.negative_prompt or "")):
+    for name, words in (("prompt", text), ("negative_prompt", args.negative_prompt)):
         require(
             len(words) <= MOST_CHARACTERS,
             f"a prompt of {len(words)} characters is too long; the most are {MOST_CHARACTERS}",
@@ -229,9 +230,9 @@ def _entries(args: RequestedImages) -> list[dict[str, Any]]:
     Raises:
         ConfigError: If the file is not such a list, or an entry has an unknown key or value.
     """
-    name = args.adapters.adapters_file or ""
+    name = args.adapters_file or ""
     require(
-        args.adapters.adapter is None,
+        args.adapter is None,
         "adapter and adapters_file are both given; leave out --adapter",
         "adapter",
     )

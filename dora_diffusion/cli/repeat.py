@@ -199,14 +199,13 @@ class Repeated:
             painted_fields,
         )
 
-        source = args.source
         require(
-            INIT_IMAGE not in fields or source.image is not None,
+            INIT_IMAGE not in fields or args.image is not None,
             f"{name} was made over another image; give that with --image, and its mask",
             "image",
         )
         painted = painted_fields(settings)
-        files = {INIT_IMAGE: source.image, MASK_IMAGE: f"the mask {source.mask_image}"}
+        files = {INIT_IMAGE: args.image, MASK_IMAGE: f"the mask {args.mask_image}"}
         for key, given in files.items():
             if key in fields and painted.get(key) != fields[key]:
                 warnings.warn(f"{name} was made over another image than {given}", stacklevel=4)
@@ -234,7 +233,7 @@ class Repeated:
             own = int(skip) - components.family.web_ui_clip_skip(0)
             components = components.reading(max(0, own), None, is_told=False)
         needed = components.family.image_arguments
-        lacking = [name for name in needed if getattr(args.source, name) is None]
+        lacking = [name for name in needed if getattr(args, name) is None]
         require(
             not lacking,
             f"{args.model.base} is an inpainting model: give --image, and --mask_image of the same "

@@ -1,22 +1,16 @@
-"""A request for images, as a command line makes it: one, several or a grid of them."""
+"""Images as a command line asks for them: one, several or a grid."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.image_settings import (
-    Adapters,
-    DenoisingSettings,
-    GridAxes,
-    ImageInput,
-    Prompts,
-)
-from dora_diffusion.cli.settings import AdaptedModel, scheduler_flag
+from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.command import CommandSettings, group
-from dora_diffusion.config.fields import REQUIRED, flag
+from dora_diffusion.config.fields import REQUIRED, Need, flag
+from dora_diffusion.config.images import ImageRequest
 
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
@@ -25,28 +19,46 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestedImages(CommandSettings):
-    """Settings of images, with the defaults of a run's samples: a seed gives the same image."""
+class RequestedImages(CommandSettings, ImageRequest):
+    """An `ImageRequest` with its model and files, of one image or several."""
 
     model: AdaptedModel = group(AdaptedModel)
-    scheduler: str | None = scheduler_flag()
+    adapter: list[str] | None = flag(  # type: ignore[assignment]
+        None,
+        "Adapter files, or output folders of runs; FILE:0.5 gives one its own strength, and "
+        "FILE:0.5:0.8 one for the text encoders and one for the UNet. May be repeated.",
+        repeated=True,
+    )
+    adapters_file: str | None = flag(
+        None,
+        "Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
+        "prompt, seed and strength. Images of a batch share the product with the base's weights.",
+    )
+    prompt_weights: bool = flag(
+        True,
+        "Read (word:1.2), (word), [word] and BREAK in prompts, as A1111 does; \\( is a bracket.",
+    )
+    num_images: int = flag(1, "Number of images, one per seed.", least=1, most=10_000)
     batch_size: int = flag(4, "Batch size.", least=1)
-    overwrite: bool = flag(False, "Replace an output that exists.")
-    adapters: Adapters = group(Adapters)
-    prompts: Prompts = group(Prompts)
     output: str = flag(REQUIRED, "Image file: X.png, X.jpg or X.webp; with --grid, a folder.")
-    axes: GridAxes = group(GridAxes)
+    overwrite: bool = flag(False, "Replace an output that exists.")
+    grid: list[str] = flag(
+        [],
+        "Image for each combination of values, as a web page and a sheet: strength=0.5, 0.75, .., "
+        "1.25; 'scheduler=ddim, euler'; 'replace=red, blue' in the prompt. An axis is a setting, "
+        "size, replace, unet_strength or text_encoder_strength; A=1, 2 & B=3, 4 move together; "
+        "SKIP: before a value leaves it out; values that hold commas have || between. Cells that "
+        "are there already are kept.",
+        metavar="AXIS=VALUES",
+        repeated=True,
+    )
+    grid_limit: int = flag(100, "Most images of a grid.", least=1, needs=(Need("grid"),))
     repeat: str | None = flag(
         None,
         "Image to repeat (PNG, JPEG, WebP) with the prompt, seed and settings in it, of this "
         "program or A1111. Give its base with --base and its adapters with --adapter, unless its "
         "text names them by a path or hub id. Flags take precedence.",
     )
-    source: ImageInput = group(ImageInput)
-    negative_prompt: str = flag("", "Negative prompt.")
-    seed: int | None = flag(None, "Seed of the first image. Default: random, shown.")
-    num_images: int = flag(1, "Number of images, one per seed.", least=1, most=10_000)
-    denoising: DenoisingSettings = group(DenoisingSettings)
     offload: str = flag(
         "none",
         "Offloading to the machine's memory. model: each part of the model is on the GPU only "
@@ -60,7 +72,7 @@ class RequestedImages(CommandSettings):
         Raises:
             ConfigError: If the grid cannot be.
         """
-        if not self.axes.grid:
+        if not self.grid:
             return super().without_effect()
         from dora_diffusion.cli.axes import plan_grid
 
@@ -86,7 +98,7 @@ class RequestedImages(CommandSettings):
 
         distilled = few_steps(components, [adapter_name(use.path) for use in uses])
         stated = {
-            "steps": self.denoising.steps, "guidance_scale": self.denoising.guidance_scale,
+            "steps": self.steps, "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler,
         }  # fmt: skip
         if distilled is None:
@@ -107,7 +119,16 @@ class RequestedImages(CommandSettings):
         Raises:
             ValueError: If a strength is out of range.
         """
-        return self.adapters.uses(self.model.strengths)
+        from dora_diffusion.numerics.weights import MergeStrengths
+        from dora_diffusion.sampling.stack import AdapterUse
+
+        adapters = []
+        for word in self.adapter or []:
+            path, text_encoder, unet = adapter_and_strengths(word)
+            shares = {"text_encoder_strength": text_encoder, "unet_strength": unet}
+            strengths = MergeStrengths(**vars(self.model.strengths), **shares)
+            adapters.append(AdapterUse(path, strengths))
+        return adapters
 
     @cached_property
     def sampling(self) -> SamplingSettings:
@@ -119,11 +140,8 @@ class RequestedImages(CommandSettings):
         from dora_diffusion.models.locate import known_family, model_info
         from dora_diffusion.sampling.settings import SamplingSettings
 
-        values, names = self.values(), [field.name for field in fields(SamplingSettings)]
-        stated = {name: values[name] for name in names if values.get(name) is not None}
-        stated |= self.source.opened()
+        settings = SamplingSettings.of(self)
         self.uses()  # Raise errors about strengths too, before a model is loaded.
-        settings = SamplingSettings(**stated)
         if (family := known_family(base := str(self.model.base))) is not None:
             settings.check_sides(model_info(base).size_step, family.title)
         return settings

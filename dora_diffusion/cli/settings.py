@@ -29,8 +29,8 @@ from dora_diffusion.config.fields import (
     flag,
     require_token_length,
 )
+from dora_diffusion.config.images import scheduler_flag
 from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
@@ -131,17 +131,6 @@ def check_results(output: str | Path, what: str, files: Iterable[str], *, overwr
             f"{output} already contains {what}; choose another --output, or --overwrite", "output"
         )
     require_writable(Path(output), is_folder=True)
-
-
-def scheduler_flag() -> Any:
-    """Return the setting of a scheduler."""
-    return flag(
-        None,
-        "Scheduler, by these names or by A1111's, such as 'DPM++ 2M Karras'. Default: the model's "
-        "own.",
-        choices=tuple(SCHEDULERS),
-        aliases=A1111_NAMES,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

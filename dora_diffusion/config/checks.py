@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, permutations
 from typing import Any
 
-from dora_diffusion.config.prompts import PIXELS, SAFE_STEP, near_side
+from dora_diffusion.config.images import PIXELS, SAFE_STEP, near_side
 from dora_diffusion.config.wording import counted, quoted, whole_word
 
 Contradiction = tuple[str, str]

@@ -317,13 +317,13 @@ class Setting:
         elif isinstance(value, float) and not math.isfinite(value):
             problem = "be a finite number"
         elif self.above is not None and not value > self.above:
-            problem = f"be greater than {self.above:g}"
+            problem = f"be greater than {_bound(self.above)}"
         elif self.least is not None and not value >= self.least:
-            problem = f"be at least {self.least:g}" if self.least else "not be negative"
+            problem = f"be at least {_bound(self.least)}" if self.least else "not be negative"
         elif self.most is not None and not value <= self.most:
-            problem = f"be at most {self.most:g}"
+            problem = f"be at most {_bound(self.most)}"
         elif self.below is not None and not value < self.below:
-            problem = f"be less than {self.below:g}"
+            problem = f"be less than {_bound(self.below)}"
         require(not problem, f"{self.name} is {value}; it must {problem}", self.name)
 
     def cast(self, value: Any) -> Any:
@@ -386,6 +386,11 @@ class Setting:
         names = [word, precision_name(word), dtype_name(word)]
         names += [word.replace("_", "-"), word.replace("-", "_")]
         return next((name for name in names if name in choices), value)
+
+
+def _bound(number: float) -> str:
+    """A limit as a message shows it: a whole number with all its digits."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:

@@ -15,7 +15,7 @@ from dora_diffusion.config.fields import (
     flag,
     free_flag,
 )
-from dora_diffusion.config.prompts import MOST_STEPS
+from dora_diffusion.config.images import GUIDANCE_SCALE, MOST_STEPS, STEPS
 from dora_diffusion.config.subject import prior_or_slider
 
 OFFLOADS = ("auto", "none", "model")
@@ -131,14 +131,14 @@ class SampleSettings:
         above=0,
     )
     validation_inference_steps: int = free_flag(
-        25,
+        STEPS,
         "Denoising steps of samples and class images.",
         needs=(AnyOf((_SAMPLES, prior_or_slider)),),
         above=0,
         most=MOST_STEPS,
     )
     validation_guidance_scale: float = free_flag(
-        7.5,
+        GUIDANCE_SCALE,
         "Guidance scale (CFG scale) of samples and class images.",
         needs=(AnyOf((_SAMPLES, prior_or_slider)),),
         least=0,

@@ -30,8 +30,8 @@ from dora_diffusion.config.fields import (
 )
 from dora_diffusion.config.file import PATHS
 from dora_diffusion.config.flag_map import find_training_setting
+from dora_diffusion.config.images import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.problems import Problems, naming_entry, read_values
-from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.wording import framed
 
 if TYPE_CHECKING:

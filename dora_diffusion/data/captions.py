@@ -18,7 +18,7 @@ import torch
 
 from dora_diffusion.config.fields import ConfigError, require
 from dora_diffusion.config.file import read_text
-from dora_diffusion.config.prompts import MOST_CHARACTERS
+from dora_diffusion.config.images import MOST_CHARACTERS
 from dora_diffusion.config.wording import framed, quoted, whole_word
 from dora_diffusion.data.sampler import generator_for
 

@@ -49,7 +49,7 @@ LEAKAGE = 0.7
 
 
 @dataclass(frozen=True)
-class ImageRequest:
+class ScoredImage:
     """Request of one image.
 
     Attributes:
@@ -68,7 +68,7 @@ class ImageRequest:
 class Scores:
     """Values of images by measure; images belong to groups and to rounds of seeds."""
 
-    def __init__(self, requests: Sequence[ImageRequest]) -> None:
+    def __init__(self, requests: Sequence[ScoredImage]) -> None:
         """Create empty scores for the requests."""
         self.requests = requests
         self.values: dict[str, Values] = {}

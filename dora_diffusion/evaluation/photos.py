@@ -20,7 +20,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.evaluation.measures import (
-    ImageRequest,
+    ScoredImage,
     Scores,
     Values,
     mean_distances,
@@ -123,7 +123,7 @@ def read_subject(
 
 
 @dataclass(frozen=True)
-class PhotoRequest(ImageRequest):
+class PhotoRequest(ScoredImage):
     """Request of an image of the subject, its class or another class.
 
     Attributes:
@@ -174,7 +174,7 @@ T = TypeVar("T")
 
 def sample(
     components: Components,
-    requests: Sequence[ImageRequest],
+    requests: Sequence[ScoredImage],
     settings: SamplingSettings,
     batch_size: int,
     on_step: OnStep | None,
@@ -231,7 +231,7 @@ def base_and_adapted(
 
 
 def first_round(
-    requests: Sequence[ImageRequest],
+    requests: Sequence[ScoredImage],
     images: Mapping[str, Sequence[Image]],
     hidden: Collection[str] = (),
 ) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo
 from dora_diffusion.data.sheets import image_grid
 from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
-from dora_diffusion.evaluation.measures import ImageRequest, Values, seed_means
+from dora_diffusion.evaluation.measures import ScoredImage, Values, seed_means
 from dora_diffusion.evaluation.photos import (
     PROMPTS,
     PhotoSubject,
@@ -52,7 +52,7 @@ _COPYING = (
 )
 
 Images = Sequence[Image.Image]
-R = TypeVar("R", bound=ImageRequest)
+R = TypeVar("R", bound=ScoredImage)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class EvaluationPrompts:
         triggers: Trigger words of the subjects, which have the same number of images.
     """
 
-    requests: Sequence[ImageRequest]
+    requests: Sequence[ScoredImage]
     settings: SamplingSettings
     judge: Callable[[Images, Images], Mapping[str, Values]]
     notes: tuple[str, ...]
@@ -313,7 +313,7 @@ def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
 
 
 def _write_strips(
-    folder: Path, name: str, images: Images, requests: Sequence[ImageRequest]
+    folder: Path, name: str, images: Images, requests: Sequence[ScoredImage]
 ) -> tuple[Path, Path]:
     """Write strips of images of the subject and of other classes; enlarges small images."""
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import WEIGHT_COMPONENTS
+from dora_diffusion.config.schedulers import to_zero_snr
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import (
     ExportError,
@@ -53,7 +54,6 @@ from dora_diffusion.formats.checkpoint.weights import UNET_PREFIX, VAE_PREFIXES,
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.stream import TensorSpec, write_tensors
 from dora_diffusion.formats.names.modules import BUFFERS, canonical
-from dora_diffusion.models.schedulers import to_zero_snr
 from dora_diffusion.numerics.weights import MergeStrengths
 
 # Tensors of one weight file: name in the file -> canonical name.

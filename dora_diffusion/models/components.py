@@ -17,10 +17,10 @@ from dora_diffusion.adapters.scope import NormCache
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import DENOISERS, FLOW, TITLES, Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
+from dora_diffusion.config.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleInfo
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.families import FamilyCode, load_code
-from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.models.words import write_out_words
 from dora_diffusion.numerics.process import Diffusion, Flow
 

@@ -24,7 +24,7 @@ from dora_diffusion.config.families import (
     UnsupportedModelError,
     detect_folder_family,
 )
-from dora_diffusion.config.prompts import PIXELS
+from dora_diffusion.config.images import PIXELS
 from dora_diffusion.formats.checkpoint.schedule import choose_schedule, stated_by_file
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.models import embedded

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from dora_diffusion import __version__
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
+from dora_diffusion.config.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.config.wording import number_text
 from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
 from dora_diffusion.formats.adapter.metadata import without_path
@@ -34,13 +35,13 @@ from dora_diffusion.formats.parameters import (
     without_other_networks,
 )
 from dora_diffusion.models.emphasis import has_weights
-from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 
 # Files are read and listed without model code, which takes seconds to import.
 if TYPE_CHECKING:
+    from dora_diffusion.config.images import ImageRequest
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
 BATCH_SIZE, BATCH_POSITION = "Batch size", "Batch pos"
@@ -150,7 +151,7 @@ def _model_hash(file: Path, written: int, size: int) -> str:
 
 
 def parameters_text(
-    row: ImageRow,
+    row: ImageRequest,
     settings: SamplingSettings,
     size: tuple[int, int],
     model: str,

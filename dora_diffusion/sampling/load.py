@@ -13,6 +13,7 @@ from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
+from dora_diffusion.config.schedulers import FewSteps, few_steps_of_model, few_steps_of_name
 from dora_diffusion.formats.adapter.metadata import READING, AdapterMetadata, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.components import Components
@@ -20,7 +21,6 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.memory import auto_precision, describe_device
 from dora_diffusion.models.offload import place_model
 from dora_diffusion.models.precision import PRECISION_DTYPES, require_computes
-from dora_diffusion.models.schedulers import FewSteps, few_steps_of_model, few_steps_of_name
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.stack import AdapterUse, attach_stack

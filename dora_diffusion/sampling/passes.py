@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.prompts import DENOISE
+from dora_diffusion.config.images import DENOISE
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.models.components import Components
 from dora_diffusion.sampling.conditioning import Rows, prompt_arguments

@@ -14,6 +14,7 @@ from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.config.fields import require, require_positive
+from dora_diffusion.config.images import ImageRequest
 from dora_diffusion.formats.adapter.metadata import (
     ZERO_TERMINAL_SNR,
     AdapterMetadata,
@@ -27,7 +28,7 @@ from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import content_hash
 from dora_diffusion.sampling.load import as_stated
-from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, set_strengths
 
 if TYPE_CHECKING:
@@ -103,21 +104,21 @@ class AdapterPool:
 
     def generate(
         self,
-        rows: Sequence[ImageRow],
+        requests: Sequence[ImageRequest],
         settings: SamplingSettings | None = None,
         *,
         batch_size: int = 4,
         on_step: Callable[[int, int], None] | None = None,
         require_finite: bool = False,
     ) -> list[Image]:
-        """Sample an image for each row, those of different adapters in one batch.
+        """Sample an image for each request, those of different adapters in one batch.
 
-        Rows whose adapters say that noise schedule or prompts are to be read in another way are in
-        batches of their own.
+        Requests of other settings, and those whose adapters say that noise schedule or prompts are
+        to be read in another way, are in batches of their own.
 
         Args:
-            rows: Prompts, seeds and adapters.
-            settings: How all are sampled.
+            requests: The images, each with its seed.
+            settings: Values of settings that a request leaves out.
             batch_size: Images at once.
             on_step: Called with (steps done, steps in all), a step being one image's.
             require_finite: As in `generate_images`.
@@ -128,31 +129,33 @@ class AdapterPool:
         require_positive("batch_size", batch_size)
         images: dict[int, Image] = {}
         groups: dict[tuple[object, ...], tuple[Components, list[int]]] = {}
-        for number, row in enumerate(rows):
-            components = self.components_for(row.adapter)
-            key = reading_of(components)
+        for number, request in enumerate(requests):
+            components = self.components_for(request.adapter)
+            key = (*reading_of(components), *request.shared)
             groups.setdefault(key, (components, []))[1].append(number)
+        usual = vars(settings or SamplingSettings())
         for components, numbers in groups.values():
+            shared = SamplingSettings.of(requests[numbers[0]], **usual)
             for start in range(0, len(numbers), batch_size):
                 batch = numbers[start : start + batch_size]
                 before, count = len(images), len(batch)
 
                 def show(done: int, steps: int, before: int = before, count: int = count) -> None:
                     if on_step is not None:
-                        on_step(before * steps + done * count, len(rows) * steps)
+                        on_step(before * steps + done * count, len(requests) * steps)
 
                 made = generate_images(
                     components,
-                    [rows[number].prompt for number in batch],
-                    [rows[number].seed for number in batch],
-                    settings,
-                    adapters=self.names([rows[number].adapter for number in batch]),
+                    [requests[number].prompt for number in batch],
+                    [requests[number].known_seed for number in batch],
+                    shared,
+                    adapters=self.names([requests[number].adapter for number in batch]),
                     batch_size=count,
                     on_step=show,
                     require_finite=require_finite,
                 )
                 images |= zip(batch, made, strict=True)
-        return [images[number] for number in range(len(rows))]
+        return [images[number] for number in range(len(requests))]
 
     def names(self, adapters: Sequence[AdapterRef]) -> list[str | None]:
         """Load these adapters, and return their names for `generate_images` and `row_scope`.

@@ -1,27 +1,26 @@
-"""Values of images to sample: a row for each, and the settings that all share."""
+"""Settings that the images of a batch share."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
 from dora_diffusion.config.fields import require
-from dora_diffusion.config.prompts import (
+from dora_diffusion.config.images import (
     DENOISE,
-    MOST_SIDE,
-    MOST_STEPS,
-    PIXELS,
-    SAFE_STEP,
-    near_side,
+    GUIDANCE_SCALE,
+    SETTINGS,
+    STEPS,
+    check_values,
+    require_multiple,
 )
-from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.data.images import open_photo
 
 if TYPE_CHECKING:
+    from dora_diffusion.config.images import ImageRequest
     from dora_diffusion.models.components import Components
     from dora_diffusion.numerics.weights import Strengths
     from dora_diffusion.sampling.stack import AdapterUse
@@ -33,21 +32,16 @@ if TYPE_CHECKING:
     `AdapterUse`. None is the base."""
 
 
-class ImageRow(NamedTuple):
-    """An image of a batch: its prompt, the seed of its noise, and its adapter."""
-
-    prompt: str
-    seed: int
-    adapter: AdapterRef = None
+_FILES = {"image", "mask_image"}
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Settings of image sampling.
+    """Settings that the images of a batch share, as `ImageRequest` describes them.
 
     Attributes:
         steps: Denoising steps.
-        guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 or less is none.
+        guidance_scale: Classifier-free guidance.
         scheduler: A name of `SCHEDULERS`; None is the model's own.
         width: Pixels; None is the model's own resolution.
         height: Pixels.
@@ -55,8 +49,7 @@ class SamplingSettings:
         image: Image to paint over, or into with a mask; cut to the size from the middle. Without
             it an inpainting model paints the whole image, as a text-to-image model does.
         mask_image: White where to paint, of the image's size.
-        guidance_rescale: Share of the guided prediction that is brought back to the standard
-            deviation of the unguided one (arXiv:2305.08891, section 3.4; 0.7 there); 0 is none.
+        guidance_rescale: Guidance rescale.
         denoise: Share of the steps that are done on the image, from as much noise (Diffusers'
             ``strength``, A1111's denoising strength). None is `DENOISE`; an inpainting model has
             its pipeline's default.
@@ -66,8 +59,8 @@ class SamplingSettings:
         ConfigError: If a value cannot work.
     """
 
-    steps: int = SampleSettings.validation_inference_steps
-    guidance_scale: float = SampleSettings.validation_guidance_scale
+    steps: int = STEPS
+    guidance_scale: float = GUIDANCE_SCALE
     scheduler: str | None = None
     width: int | None = None
     height: int | None = None
@@ -79,32 +72,37 @@ class SamplingSettings:
     prompt_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "height"):
-            self._check_whole(name, getattr(self, name))
-        guidance, rescale = self.guidance_scale, self.guidance_rescale
-        require(
-            0 <= guidance < math.inf,
-            f"guidance_scale is {guidance}; it must be 0 or more",
-            "guidance_scale",
-        )
-        require(
-            0 <= rescale <= 1,
-            f"guidance_rescale is {rescale}; it must be between 0 and 1",
-            "guidance_rescale",
-        )
-        if self.scheduler is not None:
-            require(
-                self.scheduler in SCHEDULERS,
-                f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}",
-                "scheduler",
-            )
+        own = vars(self).keys() & SETTINGS.keys() - _FILES
+        check_values({name: getattr(self, name) for name in SETTINGS if name in own})
         sizes = [each and each.size for each in (self.image, self.mask_image)]
         require(
             self.mask_image is None or sizes[0] == sizes[1],
             f"a mask_image belongs to an image of its size; they are {sizes[1]} and {sizes[0]}",
             "mask_image",
         )
-        self._check_denoise()
+        require(
+            int(self.steps * (self.denoise or 1)) >= 1,
+            f"denoise {self.denoise or 1:g} of {self.steps} steps is less than one step; raise one "
+            "of them",
+            "denoise",
+        )
+
+    @classmethod
+    def of(cls, request: ImageRequest, **defaults: Any) -> SamplingSettings:
+        """Return the settings of a request, with its files opened.
+
+        Args:
+            request: The request.
+            defaults: Values of fields that the request does not set.
+
+        Raises:
+            ConfigError, PhotoError: If a value cannot work, or a file cannot be read.
+        """
+        values = {source.name: getattr(request, source.name, None) for source in fields(cls)}
+        usual = {name: setting.default for name, setting in SETTINGS.items()}
+        stated = {n: v for n, v in values.items() if v is not None and v != usual.get(n)}
+        stated |= {name: open_photo(stated[name]) for name in _FILES & stated.keys()}
+        return cls(**{**defaults, **stated})
 
     @property
     def stated_denoise(self) -> float | None:
@@ -136,40 +134,4 @@ class SamplingSettings:
             ConfigError: If one is not.
         """
         for name, side in (("width", self.width or 0), ("height", self.height or 0)):
-            require(
-                side % step == 0,
-                f"{name} is {side}; on {model} it must be a multiple of {step}, such as "
-                f"{near_side(side, step)}",
-                name,
-            )
-
-    @staticmethod
-    def _check_whole(name: str, value: int | None) -> None:
-        """Check a number of steps, or a side in pixels."""
-        if value is None:
-            return
-        is_side = "steps" not in name
-        most = MOST_SIDE if is_side else MOST_STEPS
-        least = SAFE_STEP if is_side else 1
-        require(value >= least, f"{name} is {value}; it must be at least {least}", name)
-        require(value <= most, f"{name} is {value}; it must be at most {most}", name)
-        require(
-            not is_side or value % PIXELS == 0,
-            f"{name} is {value}; it must be a multiple of {PIXELS}, such as "
-            f"{near_side(value, SAFE_STEP)}",
-            name,
-        )
-
-    def _check_denoise(self) -> None:
-        """Check the denoising strength over an image."""
-        share, steps = self.denoise, self.steps
-        if share is None:
-            return
-        require(
-            0 < share <= 1, f"denoise is {share:g}; it must be above 0 and at most 1", "denoise"
-        )
-        require(
-            int(steps * share) >= 1,
-            f"denoise {share:g} of {steps} steps is less than one step; raise one of them",
-            "denoise",
-        )
+            require_multiple(name, side, step, model)

@@ -22,7 +22,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import with_article
 from dora_diffusion.data.sheets import center_square
 from dora_diffusion.evaluation.denoising import HeldOutImages
-from dora_diffusion.evaluation.measures import LEAKAGE, ImageRequest, Scores, Values, similarities
+from dora_diffusion.evaluation.measures import LEAKAGE, ScoredImage, Scores, Values, similarities
 from dora_diffusion.evaluation.photos import OnStep, base_and_adapted, first_round, sample
 from dora_diffusion.evaluation.ranking import SEED, EvaluationPrompts, few_requests
 from dora_diffusion.evaluation.report import Evaluation
@@ -72,7 +72,7 @@ _REFERENCES = 2000
 
 
 @dataclass(frozen=True)
-class ToyRequest(ImageRequest):
+class ToyRequest(ScoredImage):
     """Request of the subject on a held-out background or in a pose, its class, or another class.
 
     Attributes:

@@ -40,7 +40,6 @@ from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer, stepped_parameters
 from dora_diffusion.training.processes import make_accelerator, shards_model
 from dora_diffusion.training.results.folders import output_folder
-from dora_diffusion.training.results.write import check_prompts
 from dora_diffusion.training.run import Run
 from dora_diffusion.training.signals import Stopped, StopRequest
 from dora_diffusion.training.step import Step
@@ -149,7 +148,6 @@ def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
     """
     config = config.with_sample_prompts()
     subjects = subjects_of(config)
-    check_prompts(config)
     if config.push_to_hub:
         from dora_diffusion.export import hub
 

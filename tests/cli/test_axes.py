@@ -92,13 +92,13 @@ def test_linked_axes_move_together(pairs):
             plan_grid(asked(word))
         return
     found = cells(word, "seed=1, 2")
-    assert [(cell.denoising.steps, cell.denoising.guidance_scale) for cell in found[::2]] == kept
+    assert [(cell.steps, cell.guidance_scale) for cell in found[::2]] == kept
     assert [cell.seed for cell in found] == [1, 2] * len(kept)
 
 
 def test_a_word_of_both_prompts_is_replaced_as_a1111_does():
     found = cells("Prompt S/R=red, blue, SKIP:green, ", negative_prompt="not red")
-    assert [(cell.prompts.prompt, cell.negative_prompt) for cell in found] == [
+    assert [(cell.prompt, cell.negative_prompt) for cell in found] == [
         ("a red mug, red", "not red"), ("a blue mug, blue", "not blue"), ("a  mug, ", "not "),
     ]  # fmt: skip
     # In the prompts of another axis, and one after the other.
@@ -123,7 +123,7 @@ def test_adapters_are_lists_patterns_and_none(tmp_path):
     word = f"adapter={tmp_path}/checkpoint-*:0.5, {tmp_path}/checkpoint-1 + /x/y:0.5:1, none"
     grid = plan_grid(asked(word))
     ordered = [f"{tmp_path}/checkpoint-{number}" for number in (1, 2, 10)]
-    assert [cell.adapters.adapter for cell in grid.cells.values()] == [
+    assert [cell.adapter for cell in grid.cells.values()] == [
         *([f"{path}:0.5"] for path in ordered), [ordered[0], "/x/y:0.5:1"], None,
     ]  # fmt: skip
     # No folder of this machine is on a page.
@@ -171,7 +171,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["steps=SKIP:1, SKIP:2"], "SKIP: leaves no value of the axis steps"),
     (["steps=1, 01"], "the axis steps has the value '01' twice"),
     (["cfg=1", "guidance_scale=2"], "the grid has guidance_scale twice; give it one axis"),
-    (["size=8x8", "height=8"], "the grid has height twice"),
+    (["size=16x16", "height=16"], "the grid has height twice"),
     (["steps=1 & steps=2"], "the grid has steps twice"),
     (["replace=red, a", "replace=red, b"], "the grid has replace of 'red' twice"),
     (["replace=purple, a"], "does not find 'purple', its first value, in the prompt"),

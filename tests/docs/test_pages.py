@@ -21,7 +21,7 @@ import yaml
 from dora_diffusion.config import TrainConfig, settings
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
-from dora_diffusion.config.prompts import OPTIONS
+from dora_diffusion.config.images import OPTIONS
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, TARGETS
 from lab.__main__ import build_parser as laboratory
 from tests.every import every

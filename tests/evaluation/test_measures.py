@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dora_diffusion.evaluation.measures import (
-    ImageRequest,
+    ScoredImage,
     Scores,
     difference,
     mean_distances,
@@ -34,7 +34,7 @@ def test_distances_are_those_of_pairs() -> None:
 
 def test_scores_are_kept_by_round_and_group() -> None:
     groups, rounds = ["subject", "others", "subject", "subject"], [0, 0, 1, 1]
-    scores = Scores([ImageRequest(g, "", r, 0) for g, r in zip(groups, rounds, strict=True)])
+    scores = Scores([ScoredImage(g, "", r, 0) for g, r in zip(groups, rounds, strict=True)])
     scores.add("background", "subject", [True, False, False, None])
     scores.add("side", "pose", [1, 1, 1, 1])
     assert scores.values == {"background": ((1.0,), (0.0,))}

@@ -8,13 +8,13 @@ import torch
 
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.evaluation.measures import ImageRequest
+from dora_diffusion.evaluation.measures import ScoredImage
 from dora_diffusion.evaluation.photos import base_and_adapted, first_round, sample
 from dora_diffusion.models.load import load_components
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.settings import SamplingSettings
 
-REQUESTS = [ImageRequest("subject", "a photo of a sks dog", 0, 7), ImageRequest("pose", "b", 0, 8)]
+REQUESTS = [ScoredImage("subject", "a photo of a sks dog", 0, 7), ScoredImage("pose", "b", 0, 8)]
 SETTINGS = SamplingSettings(steps=2, guidance_scale=1.0, scheduler="ddim", width=32, height=32)
 
 
@@ -46,6 +46,6 @@ def test_the_base_is_the_model_without_its_adapters_and_steps_count_both(sd1_fol
 
 
 def test_the_sheet_shows_the_first_round_without_hidden_groups() -> None:
-    requests = [*REQUESTS, ImageRequest("subject", "a photo of a sks dog", 1, 1007)]
+    requests = [*REQUESTS, ScoredImage("subject", "a photo of a sks dog", 1, 1007)]
     shown = first_round(requests, {"base": ["x", "y", "z"]}, {"pose"})
     assert shown == {"images": {"base": ["x"]}, "labels": ["a sks dog"]}

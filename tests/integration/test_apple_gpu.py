@@ -15,9 +15,9 @@ from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, ConfigError
+from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.evaluation.denoising import HeldOutImages
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import has_gradient_scaler
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES, UnsupportedModelError
+from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.formats.checkpoint.models import detect_checkpoint_family
 from dora_diffusion.formats.files.stream import TensorSpec
@@ -24,7 +25,6 @@ from dora_diffusion.models.load import (
     load_vae,
     resolve_folder,
 )
-from dora_diffusion.models.schedulers import SCHEDULERS
 
 NOTHING = TensorSpec(torch.float32, ())
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"

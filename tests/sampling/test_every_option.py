@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
-from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.config.schedulers import SCHEDULERS
 
 BASE: dict[str, Any] = {"prompt": "a dog", "seed": 3, "steps": 3, "guidance_scale": 4.0}
 

@@ -22,10 +22,10 @@ from dora_diffusion.adapters.inject import (
 from dora_diffusion.adapters.state import save_adapter
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.models.text import encode_weighted
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.conditioning import lacks_trigger
@@ -204,8 +204,11 @@ def test_sizes_and_the_negative_prompt(sd1):
             (0, "0; it must be at least 16"), (-8, "-8; it must be at least 16"),
             (8200, "8200; it must be at most 8192"), (20, "20; it must be a multiple of 8"),
             (500, "500; it must be a multiple of 8, such as 496"))),
-        *(("guidance_scale", value, "it must be 0 or more") for value in (-1, math.nan, math.inf)),
-        *(("guidance_rescale", v, "it must be between 0 and 1") for v in (-0.1, 1.5, math.nan)),
+        *((name, value, f"{value}; it must {problem}")
+          for name in ("guidance_scale", "guidance_rescale")
+          for value, problem in ((-1, "not be negative"), (math.nan, "be a finite number"))),
+        ("guidance_scale", math.inf, "inf; it must be a finite number"),
+        ("guidance_rescale", 1.5, "1.5; it must be at most 1"),
         ("scheduler", "magic", "'magic'; it must be one of "),
     ],
 )  # fmt: skip

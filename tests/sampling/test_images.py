@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 import dora_diffusion
+from dora_diffusion.config.images import ImageRequest
+from dora_diffusion.config.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.files.atomic import DiskFullError
-from dora_diffusion.models.schedulers import SCHEDULERS, scheduler_of
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 from dora_diffusion.sampling.images import (
     RecordedAdapter,
@@ -29,7 +30,7 @@ from dora_diffusion.sampling.images import (
     save_image,
     settings_of,
 )
-from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 from tests.every import every
 
 SETTINGS = SamplingSettings(steps=20, guidance_scale=7.0, scheduler="euler_a")
@@ -69,7 +70,7 @@ def text_chunks(file: Path) -> list[tuple[str, str, str]]:
     ],
 )
 def test_the_chunk_is_one_that_every_png_reader_understands(prompt, kind, tmp_path):
-    text = parameters_text(ImageRow(prompt, 7), SETTINGS, IMAGE.size, "embedded:tiny-sd")
+    text = parameters_text(ImageRequest(prompt, 7), SETTINGS, IMAGE.size, "embedded:tiny-sd")
     file = save_image(IMAGE, tmp_path / "image.png", text)
     assert text_chunks(file) == [(kind, "parameters", text)]
     assert read_parameters(file) == text
@@ -99,7 +100,7 @@ def test_no_folder_of_this_computer_is_in_it(model, shown, tmp_path, monkeypatch
     monkeypatch.chdir(home)
     for adapter in ("run", str(home / "run"), "./run/"):
         text = parameters_text(
-            ImageRow("a sks dog", 7), SETTINGS, (16, 8), model.format(home=home),
+            ImageRequest("a sks dog", 7), SETTINGS, (16, 8), model.format(home=home),
             [RecordedAdapter.of(adapter, Strengths(0.5))],
         )  # fmt: skip
         facts = parse_parameters(text)
@@ -133,7 +134,7 @@ def test_a_full_disk_keeps_the_old_image_and_says_so(tmp_path, monkeypatch):
 
 def test_parameters_are_written_as_a1111_writes_them():
     text = parameters_text(
-        ImageRow("a photo of a sks dog", 12),
+        ImageRequest("a photo of a sks dog", 12),
         FULL,
         (512, 768),
         "/home/me/models/base: one",
@@ -159,7 +160,7 @@ def test_parameters_are_written_as_a1111_writes_them():
 def test_a_png_keeps_its_parameters(tmp_path, prompt):
     path = tmp_path / "new" / "image.png"
     image = Image.new("RGB", (16, 8), "teal")
-    text = parameters_text(ImageRow(prompt, 12), FULL, image.size, "embedded:tiny-sd")
+    text = parameters_text(ImageRequest(prompt, 12), FULL, image.size, "embedded:tiny-sd")
     save_image(image, path, text)
     assert read_parameters(path) == text
     facts = parse_parameters(text)
@@ -287,7 +288,7 @@ def check_random_settings(number, tmp_path):
     ]
     size = (settings.width, settings.height)
     text = parameters_text(
-        ImageRow(prompt, seed), settings, size, model, adapters, extra={"Clip skip": 2}
+        ImageRequest(prompt, seed), settings, size, model, adapters, extra={"Clip skip": 2}
     )
     path = save_image(IMAGE, tmp_path / f"x{rng.choice(SUFFIXES)}", text)
     assert read_parameters(path) == text

@@ -17,12 +17,12 @@ from dora_diffusion import (
 )
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.images import ImageRequest
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.offload import place_model
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.pool import reading_of
-from dora_diffusion.sampling.settings import ImageRow
 
 QUICK = SamplingSettings(steps=2, guidance_scale=3.0, negative_prompt="red")
 
@@ -157,7 +157,9 @@ def test_a_token_and_a_noise_schedule_are_each_adapter_s_own(sd1_folder, custome
         lambda *a, **k: batches.append(len(a[2])) or generate(*a, **k),
     )
     steps, done = dataclasses.replace(QUICK, negative_prompt="a <TOY> dog"), []
-    rows = [ImageRow("a <toy> dog", 5 + n, which) for n, which in enumerate([*customers, None] * 2)]
+    rows = [
+        ImageRequest("a <toy> dog", 5 + n, which) for n, which in enumerate([*customers, None] * 2)
+    ]
     pool = AdapterPool(load_components(sd1_folder))
     images = pool.generate(rows, steps, batch_size=4, on_step=lambda *seen: done.append(seen))
     mixed = pixels(images)
@@ -193,14 +195,14 @@ def test_norms_are_computed_when_an_adapter_is_first_used(sd1_folder, customers,
     made, make_scales = [], scope.make_scales
     monkeypatch.setattr(scope, "make_scales", lambda *a: made.append(len(a[0])) or make_scales(*a))
     pool = AdapterPool(load_components(sd1_folder))
-    rows = [ImageRow("a dog", 5), ImageRow("a dog", 6, customers[0])]
+    rows = [ImageRequest("a dog", 5), ImageRequest("a dog", 6, customers[0])]
     first, counted = pixels(pool.generate(rows, QUICK)), len(made)
     assert counted > 0
     assert np.array_equal(pixels(pool.generate(rows, QUICK)), first)
-    pool.generate([*rows, ImageRow("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
+    pool.generate([*rows, ImageRequest("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
     other = len(made)
     assert other == 2 * counted
-    pool.generate([ImageRow("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
+    pool.generate([ImageRequest("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
     assert len(made) == other
     with torch.no_grad():
         next(layer_adapters(pool.components.denoiser, "pool0")).up.mul_(2)

@@ -267,7 +267,7 @@ def test_each_image_of_a_batch_has_its_own_adapter_and_prompt(folder, generate, 
         for seed, (prompt, file) in enumerate(zip(prompts, files, strict=True))
     ]
     Path("rows.yaml").write_text("".join(lines), encoding="utf-8")
-    generate("rows.png", adapters_file="rows.yaml", prompt=None, seed=None)
+    generate("rows.png", adapters_file="rows.yaml", prompt="", seed=None)
     for seed, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
         case = Case({}, {"prompt": prompt}, seeds=(seed,))
         assert difference(Path(f"rows-{seed + 1}.png"), by_hand(folder, case, file)[0]) <= 1

@@ -16,7 +16,7 @@ from dora_diffusion.cli.settings import AdaptedModel, Sampling, check_results
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.config.file import read_text
-from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.config.images import GUIDANCE_SCALE, STEPS
 from dora_diffusion.config.wording import counted
 from dora_diffusion.formats.adapter.metadata import CAPTIONS, OWN
 
@@ -66,7 +66,7 @@ class EvaluateSettings(Sampling, AdaptedModel):
     )
     steps: int | None = flag(
         None,
-        f"Denoising steps. Default: {SampleSettings.validation_inference_steps}; of Z-Image, "
+        f"Denoising steps. Default: {STEPS}; of Z-Image, "
         "FLUX.2-klein and distilled models what they are for, as of guidance.",
     )
     num_seeds: int = flag(4, "Images per prompt, one per seed.", least=1)
@@ -271,7 +271,7 @@ class PhotoFolder:
         others: Names of the toy subjects, for the error message.
     """
 
-    guidance_scale: ClassVar = SampleSettings.validation_guidance_scale
+    guidance_scale: ClassVar = GUIDANCE_SCALE
     folder: str | None
     others: Sequence[str] = ()
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Self
 
+    from dora_diffusion.config.images import ImageRequest
     from dora_diffusion.sampling.pool import AdapterPool
-    from dora_diffusion.sampling.settings import ImageRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class GenerateSettings(RequestedImages):
 
     def perform(self) -> int:
         """Generate images, and write them with their parameters."""
-        if self.axes.grid:
+        if self.grid:
             from dora_diffusion.cli.commands.grid import make_grid
 
             return make_grid(self)
@@ -60,7 +60,7 @@ class GenerateSettings(RequestedImages):
         loaded = LoadedRequest(self, components, settings, repeated.batch)
         requests, row_metadata = [loaded] * len(rows), [metadata] * len(rows)
         pool = AdapterPool(components, **self.model.reading)
-        if self.adapters.adapters_file:
+        if self.adapters_file:
             adapters = [row.adapter for row in rows.values()]
             row_metadata = [pool.metadata(adapter) for adapter in adapters]
             requests = [loaded._replace(components=pool.components_for(a)) for a in adapters]
@@ -74,10 +74,10 @@ class GenerateSettings(RequestedImages):
         return 0
 
     def _sample(
-        self, rows: Sequence[ImageRow], loaded: LoadedRequest, pool: AdapterPool
+        self, rows: Sequence[ImageRequest], loaded: LoadedRequest, pool: AdapterPool
     ) -> list[Image]:
         with progress("generating images", "step") as show:
-            if not self.adapters.adapters_file:
+            if not self.adapters_file:
                 count = len(rows)
                 return loaded.sample(rows, lambda done, steps: show(done * count, steps * count))
             return pool.generate(

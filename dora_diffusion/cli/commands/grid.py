@@ -28,6 +28,7 @@ from dora_diffusion.cli.repeat import Repeated
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import Model
 from dora_diffusion.config.fields import require
+from dora_diffusion.config.images import ImageRequest
 from dora_diffusion.config.wording import counted
 from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers
@@ -44,7 +45,7 @@ from dora_diffusion.sampling.images import (
 )
 from dora_diffusion.sampling.page import PAGE, RECORD, GridRecord
 from dora_diffusion.sampling.pool import AdapterPool, reading_of
-from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.sampling.stack import AdapterUse, set_strengths
 from dora_diffusion.training.results.folders import LOCK_NAME, locked
 
@@ -75,7 +76,7 @@ class _Cell:
     """
 
     settings: RequestedImages
-    row: ImageRow
+    row: ImageRequest
     uses: tuple[AdapterUse, ...]
 
     @classmethod
@@ -92,7 +93,7 @@ class _Cell:
         (row,) = image_rows(settings).values()
         uses = tuple(settings.uses())
         path = output.with_stem(_digest(settings, row, uses, clip_skip))
-        row = row._replace(adapter=uses[0] if len(uses) == 1 else None)
+        row = replace(row, adapter=uses[0] if len(uses) == 1 else None)
         return cls(replace(settings, output=str(path)), row, uses)
 
     @property
@@ -122,7 +123,7 @@ class _Cell:
     @property
     def order(self) -> tuple[object, ...]:
         """Sort key by which models change least often, then samplings, then adapters."""
-        return self.model_key, self.batch_key, repr(self.uses), self.row.prompt, self.row.seed
+        return self.model_key, self.batch_key, repr(self.uses), self.row.prompt, self.row.known_seed
 
 
 class _Ready(NamedTuple):
@@ -280,7 +281,7 @@ class GridRun:
         if batch[0].is_pooled:
             return pool.generate(rows, sampling, on_step=on_step, **options)
         set_strengths(pool.components.adaptable(), batch[0].uses)
-        prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
+        prompts, seeds = [row.prompt for row in rows], [row.known_seed for row in rows]
         return generate_images(
             replace(pool.components, norms=None),
             prompts if len(prompts) > 1 else prompts[0],
@@ -318,7 +319,7 @@ def _require_folder(args: RequestedImages, folder: Path) -> None:
         ConfigError, OSError: If a setting or the folder is not valid.
     """
     require(
-        args.adapters.adapters_file is None,
+        args.adapters_file is None,
         "grid and adapters_file are both given; leave one out",
         "adapters_file",
     )
@@ -353,7 +354,7 @@ def _triggers(cells: Iterable[_Cell]) -> Iterator[tuple[str, AdapterMetadata]]:
 
 
 def _digest(
-    settings: RequestedImages, row: ImageRow, uses: Sequence[AdapterUse], clip_skip: str
+    settings: RequestedImages, row: ImageRequest, uses: Sequence[AdapterUse], clip_skip: str
 ) -> str:
     """Return a digest of the settings of an image and the files that they name."""
     defaults = {setting.name: setting.default for setting in settings.settings()}

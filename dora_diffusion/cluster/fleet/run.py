@@ -34,7 +34,6 @@ from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.pack import check_pack
-from dora_diffusion.training.results.write import check_prompts
 
 # Settings that the fleet sets itself for each subject.
 _ITS_OWN = ("resume_from_checkpoint", "push_to_hub")
@@ -233,7 +232,6 @@ def _sorted_out(
                 require(not getattr(config, setting), problem, setting)
             # Checks that do not need the model.
             list_subjects(subjects_of(config))
-            check_prompts(config)
             record = replace(record, digest=settings_digest(config))
             done = done_before(stored[name].result(), record, config)
             if done is None:

@@ -134,7 +134,7 @@ class Service:
         file, reading = self._find(request.adapter)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         task = asyncio.ensure_future(
-            self._batcher.submit(BatchItem(request, seed, file), (request.shared(), reading))
+            self._batcher.submit(BatchItem(request, seed, file), (request.shared, reading))
         )
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import pydantic
 from pydantic import Field, field_validator
 
 from dora_diffusion.cli.console.errors import explain, explain_to_all, is_out_of_memory
 from dora_diffusion.config.base import AnyModel, BaseModel
+from dora_diffusion.config.images import PIXELS, SETTINGS, ImageRequest
+from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.config.wording import did_you_mean
-from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from dora_diffusion.sampling.pool import AdapterPool
-    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
+    from dora_diffusion.sampling.settings import AdapterRef
 
 MAX_STEPS, MAX_SIDE = 200, 2048
-# Fields that may differ within a batch.
-_OWN = {"prompt", "adapter", "strength", "seed"}
+_LIMITS = {"steps": MAX_STEPS, "guidance_scale": 100, "width": MAX_SIDE, "height": MAX_SIDE}
+_LONGEST = 4000
+# Settings of an image that a request may have, equal in a batch.
+_SERVED = (
+    "negative_prompt", "steps", "guidance_scale", "guidance_rescale", "scheduler", "width",
+    "height",
+)  # fmt: skip
 _DEFAULT = "null is the model's own."
 
 
@@ -66,32 +73,42 @@ def refusal_of(error: Exception, file: Path | None) -> Refusal:
     return Refusal(422, line.replace(f"{file.parent}{os.sep}", "") if file else line)
 
 
-class ApiRequest(pydantic.BaseModel):
-    """Request for one image."""
+def _field(name: str) -> tuple[Any, Any]:
+    """Return a setting of an image as a field of a request, within the server's limits."""
+    setting = SETTINGS[name]
+    most = min(each for each in (_LIMITS.get(name), setting.most, math.inf) if each is not None)
+    limits: dict[str, Any] = {"ge": setting.least, "le": most}
+    if setting.choices:
+        limits = {"json_schema_extra": {"enum": [None, *setting.choices]}}
+    elif setting.kind is str:
+        limits = {"max_length": _LONGEST}
+    if name in ("width", "height"):
+        limits["multiple_of"] = PIXELS
+    is_optional = setting.default is None
+    about = _DEFAULT if is_optional else None
+    kind: Any = Optional[setting.kind] if is_optional else setting.kind  # noqa: UP045 - a value
+    return kind, Field(setting.default, description=about, **limits)
 
-    model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, strict=True
-    )
 
-    prompt: str = Field(min_length=1, max_length=4000, examples=["a photo of a sks dog"])
+_FIELDS: Any = {name: _field(name) for name in _SERVED}
+_Settings: Any = pydantic.create_model(
+    "_Settings",
+    __config__=pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True),
+    **_FIELDS,
+)
+
+
+class ApiRequest(_Settings):
+    """Request for one image: an `ImageRequest` with the name and strength of its adapter."""
+
+    prompt: str = Field(min_length=1, max_length=_LONGEST, examples=["a photo of a sks dog"])
     adapter: str | None = Field(
         None, max_length=255, description="A name that /v1/adapters lists; null is the base model."
     )
     strength: float = Field(1.0, ge=-3, le=3, description="Adapter strength; 0 is the base.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="null draws one.")
-    negative_prompt: str = Field("", max_length=4000)
-    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description=_DEFAULT)
-    guidance_scale: float | None = Field(None, ge=0, le=100, description=_DEFAULT)
-    guidance_rescale: float = Field(0.0, ge=0, le=1)
-    scheduler: str | None = Field(
-        None,
-        description=_DEFAULT,
-        json_schema_extra={"enum": [None, *SCHEDULERS]},
-    )
-    width: int | None = Field(None, ge=64, le=MAX_SIDE, multiple_of=8)
-    height: int | None = Field(None, ge=64, le=MAX_SIDE, multiple_of=8)
 
-    @field_validator("scheduler")
+    @field_validator("scheduler", check_fields=False)
     @classmethod
     def _is_known(cls, name: str | None) -> str | None:
         if name is not None and name not in SCHEDULERS:
@@ -99,16 +116,15 @@ class ApiRequest(pydantic.BaseModel):
             raise ValueError(f"it must be one of {', '.join(SCHEDULERS)}{near}")
         return name
 
+    @property
     def shared(self) -> Hashable:
-        """Return the settings that all requests of a batch share."""
-        return tuple(self.model_dump(exclude=_OWN).values())
+        """Settings that all requests of a batch share."""
+        return tuple(getattr(self, name) for name in _SERVED)
 
-    def settings(self, defaults: Mapping[str, Any]) -> SamplingSettings:
-        """Return the sampling settings of the request, with a model's defaults."""
-        from dora_diffusion.sampling.settings import SamplingSettings
-
-        stated = self.model_dump(exclude=_OWN, exclude_none=True)
-        return SamplingSettings(**{**defaults, **stated})
+    def wanted(self, seed: int, adapter: AdapterRef) -> ImageRequest:
+        """Return the image with its seed and its adapter."""
+        values = {name: getattr(self, name) for name in _SERVED}
+        return ImageRequest(self.prompt, seed, adapter, **values)
 
     def without_effect(self, guidance_scale: float, *, guidance_is_input: bool) -> list[str]:
         """Return a note on each field that was changed but has no effect on the image.
@@ -192,8 +208,6 @@ class Engine:
             batch: The requests.
             is_given_up: Returns whether the batch was cancelled; sampling then ends.
         """
-        from dora_diffusion.sampling.settings import ImageRow
-
         answers: dict[int, ApiAnswer | Exception] = {}
         rows = {}
         with self._lock:
@@ -202,7 +216,7 @@ class Engine:
                 for number, (request, seed, file) in enumerate(batch):
                     try:
                         adapter = self.pool.pin(file and (file, request.strength))
-                        rows[number] = ImageRow(request.prompt, seed, adapter)
+                        rows[number] = request.wanted(seed, adapter)
                     except Exception as error:
                         answers[number] = refusal_of(error, file)
                 answers |= self._sample(batch, rows, is_given_up)
@@ -211,7 +225,10 @@ class Engine:
             return Reply([answers[n] for n in range(len(batch))], self.pool.loads - before)
 
     def _sample(
-        self, batch: Sequence[BatchItem], rows: dict[int, ImageRow], is_given_up: Callable[[], bool]
+        self,
+        batch: Sequence[BatchItem],
+        rows: dict[int, ImageRequest],
+        is_given_up: Callable[[], bool],
     ) -> dict[int, ApiAnswer | Exception]:
         """Sample the requests together, or one by one if that fails."""
         if not rows:
@@ -221,11 +238,13 @@ class Engine:
             if is_given_up():
                 raise TimeoutError("the request was cancelled")
 
+        from dora_diffusion.sampling.settings import SamplingSettings
+
         try:
             show(0, 0)
             images = self.pool.generate(
                 list(rows.values()),
-                batch[next(iter(rows))].request.settings(self.defaults),
+                SamplingSettings(**self.defaults),
                 batch_size=len(rows),
                 on_step=show,
                 require_finite=True,
@@ -241,14 +260,15 @@ class Engine:
             results = [self._sample(batch, {n: row}, is_given_up) for n, row in rows.items()]
             return {number: answer for result in results for number, answer in result.items()}
 
-    def _answer(self, item: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
+    def _answer(self, item: BatchItem, row: ImageRequest, image: Any) -> ApiAnswer:
         from dora_diffusion.models.text import truncated_text
         from dora_diffusion.sampling.conditioning import inactive_messages, lacks_trigger
         from dora_diffusion.sampling.images import RecordedAdapter, image_bytes, parameters_text
         from dora_diffusion.sampling.pool import PinnedAdapter
+        from dora_diffusion.sampling.settings import SamplingSettings
 
         request, components = item.request, self.pool.components_for(row.adapter)
-        settings = request.settings(self.defaults)
+        settings = SamplingSettings.of(row, **self.defaults)
         use, used = row.adapter, list[RecordedAdapter]()
         if isinstance(use, PinnedAdapter):
             used = [RecordedAdapter(request.adapter or "", use.strengths, use.hash)]
@@ -269,4 +289,4 @@ class Engine:
             if end:
                 limit = components.code.token_limit(components)
                 notes.append(f"the {field} is longer than {limit}; its end was not read: {end}")
-        return ApiAnswer(image_bytes(image, text), row.seed, tuple(notes))
+        return ApiAnswer(image_bytes(image, text), item.seed, tuple(notes))

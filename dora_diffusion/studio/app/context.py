@@ -51,7 +51,6 @@ from dora_diffusion.studio.jobs.store import (
 )
 from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject, uses_masks
 from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
-from dora_diffusion.training.results.write import check_prompts
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _FRESH_SECONDS = 0.8
@@ -217,7 +216,7 @@ class Context:
         )  # fmt: skip
         self.check_paths(config)
         check_model(config, ask_hub=ask_hub)
-        check_prompts(config.with_sample_prompts())
+        config.with_sample_prompts()  # which checks them
         # The worker would refuse a subject without a name. Sample prompts are checked in the plan.
         named = subjects_of(replace(config, validation_prompt=[]))
         if ask_hub:  # Not at each change of a field: this reads all photos of all subjects.

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,9 +20,8 @@ from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.command import group
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, ConfigError, flag
-from dora_diffusion.config.prompts import SAFE_STEP
+from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.models.locate import is_embedded
-from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.devices import release_memory
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.studio.jobs.queue import PERSON, holding, is_running
@@ -31,12 +30,18 @@ from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace, ne
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dora_diffusion.config.images import ImageRequest
     from dora_diffusion.models.components import Components
-    from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
+    from dora_diffusion.sampling.settings import SamplingSettings
     from dora_diffusion.sampling.stack import AdapterUse
 
-MAX_IMAGES, MAX_STEPS, MAX_SIDE, MAX_GRID, MAX_GUIDANCE = 16, 200, 2048, 48, 30
+MAX_IMAGES, MAX_SIDE, MAX_GRID = 16, 2048, 48
 SEED_LIMIT = 2**32
+LIMITS: Mapping[str, float] = {
+    "num_images": MAX_IMAGES, "steps": 200, "guidance_scale": 30, "width": MAX_SIDE,
+    "height": MAX_SIDE, "seed": SEED_LIMIT - 1,
+}  # fmt: skip
+"""Most of some settings of ``generate``."""
 Step = Callable[[int, int], None]
 
 
@@ -65,19 +70,12 @@ class GenerationRequest(RequestedImages):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_prompt(self.prompts.prompt or "")
-        denoising = self.denoising
-        for name, value, low, high in (
-            ("images", self.num_images, 1, MAX_IMAGES),
-            ("steps", denoising.steps, 1, MAX_STEPS),
-            ("guidance", denoising.guidance_scale, 0, MAX_GUIDANCE),
-            ("width", denoising.width, SAFE_STEP, MAX_SIDE),
-            ("height", denoising.height, SAFE_STEP, MAX_SIDE),
-            ("seed", self.seed, 0, SEED_LIMIT - 1),
-        ):
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{name} is {value}; it must be between {low} and {high}")
-        paths = [adapter_and_strengths(word)[0] for word in self.adapters.adapter or []]
+        if not self.prompt.strip():
+            raise UserError("write a prompt: what should the image show?")
+        for setting in self.settings():
+            if setting.name in LIMITS:
+                replace(setting, most=LIMITS[setting.name]).check(getattr(self, setting.name))
+        paths = [adapter_and_strengths(word)[0] for word in self.adapter or []]
         if len({*paths}) < len(paths):
             raise UserError("the same adapter is chosen twice; choose it once, more strongly")
 
@@ -286,7 +284,7 @@ class ImageGenerator:
     def _write(
         self,
         loaded: LoadedRequest,
-        rows: Sequence[ImageRow],
+        rows: Sequence[ImageRequest],
         images: Sequence[Image],
         notes: tuple[str, ...],
     ) -> list[GeneratedImage]:
@@ -295,7 +293,7 @@ class ImageGenerator:
         for index, (row, image) in enumerate(zip(rows, images, strict=False)):
             path = self.workspace.images / f"{new_id()}-{row.seed}.png"
             text = loaded.write(image, path, row, index, len(rows))
-            saved.append(GeneratedImage(path, row.seed, text, notes))
+            saved.append(GeneratedImage(path, row.known_seed, text, notes))
         return saved
 
 
@@ -342,8 +340,3 @@ def prompt_messages(request: RequestedImages, prompts: Iterable[str]) -> list[st
 
 def _first_seed(request: GenerationRequest) -> int:
     return random.randrange(SEED_LIMIT - MAX_IMAGES) if request.seed is None else request.seed
-
-
-def _require_prompt(text: str) -> None:
-    if not text.strip():
-        raise UserError("write a prompt: what should the image show?")

@@ -12,7 +12,7 @@ from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
-from dora_diffusion.config.prompts import near_side
+from dora_diffusion.config.images import near_side
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.photos import read_photos
@@ -106,7 +106,7 @@ def check_with_model(components: Components, config: TrainConfig) -> None:
         for name, side in (("width", prompt.width or 0), ("height", prompt.height or 0)):
             require(
                 side % step == 0,
-                f"{name} {side} of the sample prompt {quoted(prompt.text)} must be a multiple of "
+                f"{name} {side} of the sample prompt {quoted(prompt.prompt)} must be a multiple of "
                 f"{step} on {components.family.title}, such as {near_side(side, step)}",
                 "validation_prompt",
             )
@@ -205,7 +205,7 @@ def _warn_of_small_data(
     config: TrainConfig, components: Components, dataset: DreamBoothDataset
 ) -> None:
     """Warn of settings without effect because captions or images are small."""
-    texts = {*dataset.captions, *(prompt.text for prompt in config.prompts)}
+    texts = {*dataset.captions, *(prompt.prompt for prompt in config.prompts)}
     sampled = [(p.width, p.height) for p in config.prompts if config.num_validation_images]
     sides = [s or components.default_resolution for size in sampled for s in size]
     longest = max(sides + [side for size in dataset.groups for side in size])

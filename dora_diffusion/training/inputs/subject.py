@@ -113,7 +113,7 @@ def prompt_rules(config: TrainConfig) -> CaptionRules:
 
 def example_prompt(config: TrainConfig) -> str:
     """Return the prompt of the first sample image, with its wildcards drawn."""
-    prompt = next((prompt.text for prompt in config.prompts), "")
+    prompt = next((prompt.prompt for prompt in config.prompts), "")
     return prompt_rules(config).draw_prompt(prompt, config.seed)
 
 
@@ -142,10 +142,12 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
     tokens = [token for token in by_token if token]
     asks = config.validation_prompt and len(tokens) == len(by_token)
     for prompt in config.prompts if asks else ():
-        if not prompt.is_drift and not any(contains_token(prompt.text, token) for token in tokens):
+        if not prompt.is_drift and not any(
+            contains_token(prompt.prompt, token) for token in tokens
+        ):
             noun = "the token" if len(tokens) == 1 else "any of the tokens"
             warnings.warn(
-                f"validation_prompt {quoted(prompt.text)} does not contain {noun} "
+                f"validation_prompt {quoted(prompt.prompt)} does not contain {noun} "
                 f"{', '.join(repr(subject.token) for subject in by_token.values())}: its samples "
                 "show language drift, not the subject (append --drift if this is intended)",
                 stacklevel=3,
@@ -157,7 +159,7 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
 def _subject_of(config: TrainConfig) -> Subject:
     rules = caption_rules(config)
     for prompt_setting in config.prompts:
-        rules.draw_prompt(prompt_setting.text, config.seed)
+        rules.draw_prompt(prompt_setting.prompt, config.seed)
     if config.is_slider:
         return Subject("", "", config)
     if not config.instance_data_dir:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch.compiler import set_stance
@@ -23,8 +23,7 @@ from torch.compiler import set_stance
 from dora_diffusion import __version__, system
 from dora_diffusion.adapters.inject import set_strength
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.fields import require_choice
-from dora_diffusion.config.prompts import SamplePrompt
+from dora_diffusion.config.images import ImageRequest, SamplePrompt
 from dora_diffusion.config.subject import SLIDER_STRENGTHS
 from dora_diffusion.data.captions import stated_rules
 from dora_diffusion.data.sheets import image_grid, labelled_sheet
@@ -38,12 +37,11 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.modules import UNetLayout
-from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.conditioning import inactive_messages
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image, thumbnail
-from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
+from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.inputs.subject import caption_rules, prompt_rules
 from dora_diffusion.training.metrics import Trackers, naming_step
@@ -221,56 +219,27 @@ def warning_of_full_disk(what: str) -> Iterator[None]:
         warnings.warn(f"{what}: {error.strerror or error}", stacklevel=3)
 
 
-class SampleRequest(NamedTuple):
-    """Sample prompt with its seeds and sampling settings."""
-
-    text: str
-    seeds: range
-    settings: SamplingSettings
-
-    @classmethod
-    def of(cls, prompt: SamplePrompt, config: TrainConfig) -> SampleRequest:
-        """Return the request of a prompt. Options that it lacks come from the settings.
-
-        Raises:
-            ConfigError: If its scheduler does not exist.
-        """
-        if prompt.scheduler:
-            require_choice("--ss of a sample prompt", prompt.scheduler, tuple(SCHEDULERS))
-        seed = config.seed if prompt.seed is None else prompt.seed
-        guidance = prompt.guidance_scale
-        settings = SamplingSettings(
-            steps=prompt.steps or config.validation_inference_steps,
-            guidance_scale=config.validation_guidance_scale if guidance is None else guidance,
-            scheduler=prompt.scheduler,
-            width=prompt.width or config.resolution,
-            height=prompt.height or config.resolution,
-            negative_prompt=prompt.negative,
-        )
-        return cls(prompt.text, range(seed, seed + config.num_validation_images), settings)
-
-    def for_model(self, components: Components) -> SampleRequest:
-        """Return the request with the settings that act on a model.
-
-        Raises:
-            ConfigError: If the model does not support its size.
-
-        Warns:
-            UserWarning: For each setting without effect.
-        """
-        for line in inactive_messages(components, self.settings, ()):
-            warnings.warn(line, stacklevel=2)
-        return self._replace(settings=self.settings.for_model(components))
-
-
-def check_prompts(config: TrainConfig) -> None:
-    """Check the sample prompts before a model is loaded.
+def sample_settings(
+    prompt: SamplePrompt, config: TrainConfig, components: Components
+) -> SamplingSettings:
+    """Return the sampling settings of a prompt. Options that it lacks come from the run's.
 
     Raises:
-        ConfigError: If a prompt has invalid options.
+        ConfigError: If the model does not support its size.
+
+    Warns:
+        UserWarning: For each setting without effect on the model.
     """
-    for prompt in config.prompts:
-        SampleRequest.of(prompt, config)
+    settings = SamplingSettings.of(
+        prompt,
+        steps=config.validation_inference_steps,
+        guidance_scale=config.validation_guidance_scale,
+        width=config.resolution,
+        height=config.resolution,
+    )
+    for line in inactive_messages(components, settings, ()):
+        warnings.warn(line, stacklevel=2)
+    return settings.for_model(components)
 
 
 def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -300,9 +269,12 @@ class SampleWriter:
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
         config = run.config
         self._with = "fine-tuned" if config.is_full else "with the adapter"
-        requests = (SampleRequest.of(prompt, config) for prompt in config.prompts)
-        self._prompts = [request.for_model(run.components) for request in requests]
-        self._lines = config.validation_prompt or [prompt.text for prompt in self._prompts]
+        prompts = config.prompts
+        self._prompts = [prompt.prompt for prompt in prompts]
+        self._settings = [sample_settings(prompt, config, run.components) for prompt in prompts]
+        starts = [config.seed if prompt.seed is None else prompt.seed for prompt in prompts]
+        self._seeds = [range(first, first + config.num_validation_images) for first in starts]
+        self._lines = config.validation_prompt or self._prompts
         self._strengths = SLIDER_STRENGTHS if config.is_slider else ()
         self._rules = prompt_rules(config)
 
@@ -312,7 +284,8 @@ class SampleWriter:
         with warning_of_full_disk(f"no samples at step {step}"), suppress(_SamplingStopped):
             images = self._images()
             self._save_sheet(f"step-{step:06d}", images, title, step)
-        prompts = [prompt.text for prompt in self._prompts for _ in prompt.seeds]
+        rows = zip(self._prompts, self._seeds, strict=True)
+        prompts = [prompt for prompt, seeds in rows for _ in seeds]
         return list(zip(prompts, images, strict=False))
 
     def of_result(self, step: int, on_adapted: Callable[[Image.Image], object]) -> None:
@@ -329,7 +302,7 @@ class SampleWriter:
             title = f"After {step} steps, {self._with}"
             adapted = self._save_sheet("adapted", images, title, step)
             tiles = _of_one_size(images)
-            on_adapted(image_grid(tiles, len(self._strengths) or len(self._prompts[0].seeds)))
+            on_adapted(image_grid(tiles, len(self._strengths) or len(self._seeds[0])))
             if self._strengths:
                 return
             with self._run.weights.base_weights():
@@ -358,7 +331,7 @@ class SampleWriter:
         images: list[Image.Image] = []
         config = self._run.config
         before = last = 0  # Denoising steps of all previous prompts and of the last one.
-        for row, prompt in enumerate(self._prompts):
+        for row, (prompt, seeds) in enumerate(zip(self._prompts, self._seeds, strict=True)):
             before, last = before + last, 0
 
             def report(done: int, total: int, before: int = before, row: int = row) -> None:
@@ -372,11 +345,11 @@ class SampleWriter:
             with set_stance("force_eager"):
                 images += generate_images(
                     self._run.components,
-                    [self._rules.draw_prompt(prompt.text, seed) for seed in prompt.seeds]
+                    [self._rules.draw_prompt(prompt, seed) for seed in seeds]
                     if self._rules.wildcards
-                    else prompt.text,
-                    prompt.seeds,
-                    prompt.settings,
+                    else prompt,
+                    seeds,
+                    self._settings[row],
                     batch_size=config.sample_batch_size,
                     on_step=report,
                 )
@@ -396,8 +369,8 @@ class SampleWriter:
         *,
         adapter: bool = True,
     ) -> Image.Image:
-        columns, lines = [f"seed {seed}" for seed in self._prompts[0].seeds], self._lines
-        seeds = [prompt.seeds for prompt in self._prompts]
+        columns, lines = [f"seed {seed}" for seed in self._seeds[0]], self._lines
+        seeds = self._seeds
         if self._strengths:
             rows = zip(lines, seeds, strict=True)
             lines = [f"{line} (seed {seed})" for line, of_line in rows for seed in of_line]
@@ -417,10 +390,10 @@ class SampleWriter:
 
     def _parameters(self, images: Sequence[Image.Image], step: int, *, adapter: bool) -> str:
         """Return the `parameters_text` of a sheet's first image, with entries for the others."""
-        first, size, last = self._prompts[0], images[0].size, images[-1].size
+        size, last, seeds = images[0].size, images[-1].size, self._seeds[0]
         extra = {
             **self._run.components.clip_skip_parameter,
-            "Seeds": ", ".join(str(seed) for seed in first.seeds),
+            "Seeds": ", ".join(str(seed) for seed in seeds),
             "Prompts": json.dumps(self._lines, ensure_ascii=False),
             "Training step": step,
         }
@@ -428,8 +401,8 @@ class SampleWriter:
             extra["Last size"] = f"{last[0]}x{last[1]}"
         strengths = MergeStrengths(*self._strengths[:1])
         return parameters_text(
-            ImageRow(self._rules.draw_prompt(first.text, first.seeds[0]), first.seeds[0]),
-            first.settings,
+            ImageRequest(self._rules.draw_prompt(self._prompts[0], seeds[0]), seeds[0]),
+            self._settings[0],
             size,
             self._run.config.pretrained_model_name_or_path,
             [RecordedAdapter(self._output_dir.resolve().name, strengths)] if adapter else (),

@@ -331,7 +331,7 @@ def test_an_image_to_repeat_is_read_once(axes, tmp_path, monkeypatch):
         assert repeated.fields == parse_parameters(text)
     assert read == [image]
     save_image(Image.new("RGB", (8, 8)), image, text.replace("a dog", "two dogs"))
-    assert GenerateSettings.read(given).prompts.prompt == "two dogs"
+    assert GenerateSettings.read(given).prompt == "two dogs"
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
@@ -456,7 +456,7 @@ def test_images_over_others_are_repeated(sd1_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--image", "{image}", "--denoise", "0"), "denoise is 0; it must be above 0"),
+        (("--image", "{image}", "--denoise", "0"), "denoise is 0.0; it must be greater than 0"),
         (("--mask", "{image}"), "a mask_image belongs to an image of its size"),
         (("--image", "{bomb}"), "bomb.png: 40000 x 40000 is"),
     ],

@@ -20,6 +20,7 @@ from dora_diffusion.sampling.generate import BrokenImageError, generate_images
 from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.pool import AdapterPool
+from dora_diffusion.sampling.settings import SamplingSettings
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_each_answer_is_its_adapter_s_and_a_wrong_one_is_one_line(files, sd1_fol
     for number in (0, 2, 4):
         request, seed, file = asked[number]
         alone, _ = load_adapted(sd1_folder, file, strength=request.strength, device="cpu")
-        (expected,) = generate_images(alone, request.prompt, [seed], request.settings({}))
+        (expected,) = generate_images(alone, request.prompt, [seed], SamplingSettings.of(request))
         assert abs(image(answers[number]) - np.asarray(expected, np.int16)).max() <= 1
     facts = parse_parameters(Image.open(io.BytesIO(answers[2].png)).info["parameters"])
     assert (facts["Seed"], facts["Adapter"], facts["Model"]) == ("3", "cat", "a/base")
@@ -147,15 +148,15 @@ def test_a_row_that_breaks_its_batch_and_a_budget_for_one_alone(files, sd1_folde
 
 def test_the_settings_of_a_request_are_those_of_sampling(sd1_folder):
     request = ApiRequest(prompt="a", scheduler="euler", guidance_scale=3, negative_prompt="b")
-    settings = request.settings({})
+    settings = SamplingSettings.of(request)
     assert (settings.scheduler, settings.guidance_scale, settings.negative_prompt) == (
         "euler", 3, "b",
     )  # fmt: skip
     other = ApiRequest(prompt="c", adapter="x", seed=3, strength=0.1, **{
         name: getattr(request, name) for name in ("scheduler", "guidance_scale", "negative_prompt")
     })  # fmt: skip
-    assert other.shared() == request.shared()
-    assert other.model_copy(update={"steps": 3}).shared() != request.shared()
+    assert other.shared == request.shared
+    assert other.model_copy(update={"steps": 3}).shared != request.shared
 
 
 @pytest.mark.parametrize(

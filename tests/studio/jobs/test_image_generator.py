@@ -112,7 +112,7 @@ def test_several_adapters_and_images_to_start_from_are_the_library_s(
     components = load_adapted(BaseModel(job.base), uses, device="cpu")[0]
     for name, (changes, settings) in wanted.items():
         (made,) = studio.make(several.changed(**changes))
-        (image,) = generate_images(components, plain.prompts.prompt, [5], settings)
+        (image,) = generate_images(components, plain.prompt, [5], settings)
         assert pixels(made.path) == image.tobytes(), name
         fields = fields_of(made)
         assert fields["Adapter"] == f"{finished[1]}, {finished[1]}-checkpoint-2"
@@ -152,7 +152,7 @@ def test_an_adapter_that_is_for_few_steps_says_so_where_there_are_more(
 ) -> None:
     plain = ask(finished)
     file = tmp_path / "lcm-lora-sdv1-5.safetensors"
-    file.write_bytes(Path((plain.adapters.adapter or [""])[0]).read_bytes())
+    file.write_bytes(Path((plain.adapter or [""])[0]).read_bytes())
     request = with_adapter(plain, file).changed(guidance_scale=7.5)
     (made,) = studio.make(request)
     line = "lcm-lora-sdv1-5 is for few steps (LCM): set steps 4, guidance 1, scheduler LCM"

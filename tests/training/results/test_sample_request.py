@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.prompts import parse_prompt
+from dora_diffusion.config.images import parse_prompt
 from dora_diffusion.models.load import load_empty
-from dora_diffusion.training.results.write import SampleRequest
+from dora_diffusion.sampling.settings import SamplingSettings
+from dora_diffusion.training.results.write import sample_settings
 from tests.refusal import refused
 from tests.z_image import write_z_image
 
@@ -17,11 +18,11 @@ from tests.z_image import write_z_image
 def test_sizes_are_the_models_and_settings_without_effect_are_named(tmp_path: Path) -> None:
     components = load_empty(write_z_image(tmp_path / "model"))
 
-    def request(line: str) -> SampleRequest:
-        return SampleRequest.of(parse_prompt(line), TrainConfig(resolution=64))
+    def settings(line: str) -> SamplingSettings:
+        return sample_settings(parse_prompt(line), TrainConfig(resolution=64), components)
 
     with refused("width", "72", "64"):
-        request("a dog --w 72").for_model(components)
+        settings("a dog --w 72")
     with pytest.warns(UserWarning, match="scheduler has no effect on Z-Image"):
-        settings = request("a dog --w 80 --ss euler").for_model(components).settings
-    assert (settings.width, settings.height, settings.scheduler) == (80, 64, None)
+        found = settings("a dog --w 80 --ss euler")
+    assert (found.width, found.height, found.scheduler) == (80, 64, None)

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.config.fields import ConfigError
-from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT
@@ -167,7 +167,7 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
 
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         pair = request(choice, values)
-        if not pair.adapters.adapter:
+        if not pair.adapter:
             raise UserError("choose a run or a checkpoint to compare with its base model")
         images = context.generator.compare(pair, on_step(progress))
         return show_images(context, images, is_pair=True)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from dora_diffusion.cli.requested_images import RequestedImages
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.prompts import DENOISE
+from dora_diffusion.config.images import DENOISE
+from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.formats.files.runs import RESULT_NAME
 from dora_diffusion.formats.parameters import network_tags, settings_line
-from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
@@ -113,7 +113,7 @@ def prompt_notes(context: Context, choice: str | None, form: Mapping[str, Any]) 
     try:
         first = choice or choices(context, context.jobs())[0][1]
         request = make_request(context, first, form)
-        return prompt_messages(request, [request.prompts.prompt or ""])
+        return prompt_messages(request, [request.prompt])
     except (ValueError, OSError):
         return []
 
@@ -162,7 +162,7 @@ def make_request(
         request = GenerationRequest.of(
             base=str(base.path), **model, **values, batch_position=batch_position
         )
-        if network_tags(request.prompts.prompt or ""):
+        if network_tags(request.prompt):
             raise UserError(
                 "the prompt holds <lora:...>, as web UIs load an adapter; choose it as a run or "
                 "checkpoint, or as one of more adapters"

@@ -469,12 +469,12 @@ def _class_prompts(config: TrainConfig) -> list[str]:
     """Return warnings about sample prompts that do not name the subject."""
     tokens = [] if config.is_slider else [subject.token for subject in config.subjects]
     return [
-        f"Sample prompt {prompt.text!r} does not contain the token "
+        f"Sample prompt {prompt.prompt!r} does not contain the token "
         f"{' or '.join(map(repr, tokens))}: its images show language drift, not the subject "
         "(end it with --drift if that is intended)."
         for prompt in config.prompts
         if tokens
         and all(tokens)
         and not prompt.is_drift
-        and not any(contains_token(prompt.text, token) for token in tokens)
+        and not any(contains_token(prompt.prompt, token) for token in tokens)
     ]

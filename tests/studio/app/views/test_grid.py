@@ -56,7 +56,7 @@ def test_fields_are_the_axes_of_the_command() -> None:
     words = axes("steps", "4, 8", "", "x", "prompt", "a {subject} || b, c")
     assert words == ["steps=4, 8", "prompt=a sks mug || b, c"]
     cells = plan_grid(GenerateSettings.of(base="b", prompt="p", output="o", grid=words)).cells
-    assert [(cell.denoising.steps, cell.prompts.prompt) for cell in cells.values()] == [
+    assert [(cell.steps, cell.prompt) for cell in cells.values()] == [
         (steps, prompt) for steps in (4, 8) for prompt in ("a sks mug", "b, c")
     ]
     with pytest.raises(UserError, match="choose an axis"):

@@ -18,8 +18,8 @@ import gradio as gr
 from PIL import Image
 
 from dora_diffusion.cli.commands.generate import GenerateSettings
-from dora_diffusion.config.prompts import DENOISE
-from dora_diffusion.models.schedulers import A1111_NAMES, SCHEDULERS
+from dora_diffusion.config.images import DENOISE
+from dora_diffusion.config.schedulers import A1111_NAMES, SCHEDULERS
 from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.images import painted_fields, parse_parameters
 from dora_diffusion.studio.app.context import Context
@@ -118,7 +118,7 @@ def strengths_of(asked: GenerationRequest) -> Any:
 
 # A value of each field that is not the default -> what of the request is then another.
 CHANGED: dict[str, tuple[object, Any]] = {
-    "prompt": ("a dog", lambda asked: asked.prompts.prompt == "a dog"),
+    "prompt": ("a dog", lambda asked: asked.prompt == "a dog"),
     "negative_prompt": ("blurred", lambda asked: asked.sampling.negative_prompt == "blurred"),
     "seed": (7, lambda asked: asked.seed == 7),
     "num_images": (3, lambda asked: asked.num_images == 3),
@@ -302,4 +302,4 @@ def test_a_prompt_that_holds_an_image_s_text_is_refused() -> None:
                 f"the {FORM[name].label.lower()} holds the settings of an image ('{line}'); load "
                 "them by “Load settings from an image”, or paste its first line alone"
             )
-    assert _asked(prompt="a mug\nSteps: of stone").prompts.prompt == "a mug Steps: of stone"
+    assert _asked(prompt="a mug\nSteps: of stone").prompt == "a mug Steps: of stone"

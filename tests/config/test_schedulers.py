@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.models.schedulers import (
+from dora_diffusion.config.schedulers import (
     SCHEDULERS,
     few_steps_of_model,
     few_steps_of_name,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.prompts import (
+from dora_diffusion.config.images import (
     SamplePrompt,
     parse_prompt,
     read_prompts,
@@ -18,8 +18,9 @@ from tests.refusal import refused
 def test_options_are_read_as_sd_scripts_has_them() -> None:
     line = "a sks dog, on a beach --n low quality, blurry --w 768 --h 512 --d 7 --l 5.5 --s 30"
     assert parse_prompt(f"{line} --ss k_euler_a --drift") == SamplePrompt(
-        "a sks dog, on a beach", "low quality, blurry", 7, 768, 512, 30, 5.5, "euler_a", True
-    )
+        "a sks dog, on a beach", 7, negative_prompt="low quality, blurry", width=768, height=512,
+        steps=30, guidance_scale=5.5, scheduler="euler_a", is_drift=True,
+    )  # fmt: skip
     assert parse_prompt(" a well-known -- sks dog - at night ") == SamplePrompt(
         "a well-known -- sks dog - at night"
     )
