@@ -23,7 +23,7 @@ class RequestedImages(CommandSettings, ImageRequest):
     """An `ImageRequest` with its model and files, of one image or several."""
 
     model: AdaptedModel = group(AdaptedModel)
-    adapter: list[str] | None = flag(  # type: ignore[assignment]
+    adapter: list[str] | None = flag(
         None,
         "Adapter files, or output folders of runs; FILE:0.5 gives one its own strength, and "
         "FILE:0.5:0.8 one for the text encoders and one for the UNet. May be repeated.",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import Need, Setting, flag, require
@@ -14,9 +14,6 @@ from dora_diffusion.config.file import read_text
 from dora_diffusion.config.problems import Problems, prefixed
 from dora_diffusion.config.schedulers import A1111_NAMES, SCHEDULERS
 from dora_diffusion.config.wording import quoted
-
-if TYPE_CHECKING:
-    from dora_diffusion.sampling.settings import AdapterRef
 
 PIXELS = 8
 """Width and height are multiples of this number of pixels."""
@@ -53,7 +50,7 @@ class ImageRequest:
     Attributes:
         prompt: Prompt.
         seed: Seed of its noise.
-        adapter: Its adapter; None: the base alone, or what is on for all images.
+        adapter: Its adapter, an `AdapterRef`; None: the base alone, or what is on for all images.
         negative_prompt: Negative prompt.
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 or less is none.
@@ -74,7 +71,7 @@ class ImageRequest:
     seed: int | None = flag(
         None, "Seed of the first image. Default: random, shown.", least=0, most=2**63 - 1
     )
-    adapter: AdapterRef = None
+    adapter: Any = None
     negative_prompt: str = flag("", "Negative prompt.")
     steps: int | None = flag(
         None,

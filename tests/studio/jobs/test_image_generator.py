@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from dora_diffusion.config import ConfigError
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.generate import generate_images
@@ -34,6 +35,7 @@ from dora_diffusion.studio.jobs.queue import PERSON, Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
+from tests.refusal import refused
 from tests.studio.jobs.helpers import job_of
 
 
@@ -202,7 +204,7 @@ def test_a_grid_is_a_sheet_and_a_page_of_images_that_are_made_once(
     assert again.parameters == replace(cells[2]).parameters
     with pytest.raises(UserError, match="the grid has too many images; 48 can be made at once"):
         studio.grid(ask(finished), ["seed=1, 2, .., 49"], lambda *_: None)
-    with pytest.raises(UserError, match="steps is 500; it must be between 1 and 200"):
+    with pytest.raises(ConfigError, match="steps is 500; it must be at most 200"):
         studio.grid(ask(finished), ["steps=500"], lambda *_: None)
 
 
@@ -285,12 +287,19 @@ def test_images_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"prompt": ""}, {"num_images": 99}, {"steps": 999}, {"width": 4096}, {"seed": -2}],
-)
-def test_requests_have_limits(finished: tuple[Workspace, str], changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError):
-        ask(finished, **changes)
+    ("name", "value", "problem"),
+    [("num_images", 17, "at most 16"), ("steps", 201, "at most 200"),
+     ("width", 2056, "at most 2048"), ("guidance_scale", 30.5, "at most 30"),
+     ("height", 2056, "at most 2048"), ("seed", 2**32, "at most 4294967295"),
+     ("seed", -2, "not be negative")],
+)  # fmt: skip
+def test_requests_have_limits(
+    finished: tuple[Workspace, str], name: str, value: float, problem: str
+) -> None:
+    with refused(name, f"{name} is {value}; it must {'be ' * problem.startswith('at')}{problem}"):
+        ask(finished, **{name: value})
+    with pytest.raises(UserError, match="write a prompt"):
+        ask(finished, prompt=" ")
 
 
 def test_a_model_that_makes_images_holds_no_file(

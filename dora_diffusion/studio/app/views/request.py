@@ -36,14 +36,14 @@ class Field(NamedTuple):
 
     Attributes:
         label: Label of the field.
-        unset: Value of the unset field; None: the setting's default.
+        unset: Value of the unset field.
         needs: Field without which this one has no effect.
         is_visible: True if the field is visible when the tab opens; others are in folded sections.
         is_omitted: True if the unset value is not a value of the setting.
     """
 
     label: str
-    unset: Any = None
+    unset: Any
     needs: str = ""
     is_visible: bool = False
     is_omitted: bool = False
@@ -53,44 +53,45 @@ MORE: Mapping[str, str] = {
     f"adapter_{word}": f"strength_{word}" for word in ("second", "third", "fourth")
 }
 """Fields of further adapters, each with the field of its strength."""
-FORM: Mapping[str, Field] = {
-    "prompt": Field("Prompt", is_visible=True),
-    "negative_prompt": Field("Negative prompt", is_visible=True),
-    "seed": Field("Seed", -1, is_visible=True, is_omitted=True),
-    "num_images": Field("Images", is_visible=True),
-    "strength": Field("Strength", is_visible=True),
-    "direction_strength": Field("Direction", is_visible=True),
-    "magnitude_strength": Field("Magnitude", is_visible=True),
-    "steps": Field("Steps"),
-    "scheduler": Field("Scheduler", OWN, is_omitted=True),
-    "guidance_scale": Field("Guidance (CFG)"),
-    "guidance_rescale": Field("Guidance rescale"),
-    "width": Field("Width"),
-    "height": Field("Height"),
-    "max_token_length": Field("Tokens read (75, 150, ...; 0: all)"),
-    "clip_skip": Field("Clip skip, as Diffusers counts"),
-    "prompt_weights": Field("Weights in prompts: (word:1.2), [word], BREAK"),
-    "image": Field("Image to start from"),
-    "mask_image": Field("Mask", needs="image"),
-    "denoise": Field("Denoising strength", DENOISE, needs="image"),
-    **{name: Field(f"{name[8:].capitalize()} adapter", "") for name in MORE},
-    **{
-        strength: Field(f"{name[8:].capitalize()} strength", 1, needs=name)
-        for name, strength in MORE.items()
-    },
-}
-"""The form: names of settings of ``generate``, and of further adapters, each with its field."""
-
-
-def _blank(default: Any) -> Any:
-    return "" if default is None else default
-
-
+# Settings in the order of the form; the empty line is where its folded sections begin.
+_VISIBLE = (
+    "prompt", "negative_prompt", "seed", "num_images",
+    "strength", "direction_strength", "magnitude_strength",
+)  # fmt: skip
+_FOLDED = (
+    "steps", "scheduler", "guidance_scale", "guidance_rescale", "width", "height",
+    "max_token_length", "clip_skip", "prompt_weights", "image", "mask_image", "denoise",
+)  # fmt: skip
+_LABELS = {
+    "num_images": "Images", "direction_strength": "Direction", "magnitude_strength": "Magnitude",
+    "guidance_scale": "Guidance (CFG)", "max_token_length": "Tokens read (75, 150, ...; 0: all)",
+    "clip_skip": "Clip skip, as Diffusers counts",
+    "prompt_weights": "Weights in prompts: (word:1.2), [word], BREAK",
+    "image": "Image to start from", "mask_image": "Mask", "denoise": "Denoising strength",
+}  # fmt: skip
+_OMITTED = {"seed": -1, "scheduler": OWN}
 _KNOWN = {setting.name: setting for setting in RequestedImages.settings()}
-UNSET: Mapping[str, Any] = {
-    name: _blank(_KNOWN[name].default) if field.unset is None else field.unset
-    for name, field in FORM.items()
-}
+
+
+def _form() -> dict[str, Field]:
+    fields = dict[str, Field]()
+    for name in (*_VISIBLE, *_FOLDED):
+        default, needs = _KNOWN[name].default, "image" if name in ("mask_image", "denoise") else ""
+        unset = DENOISE if name == "denoise" else "" if default is None else default
+        label = _LABELS.get(name, name.replace("_", " ").capitalize())
+        fields[name] = Field(
+            label, _OMITTED.get(name, unset), needs, name in _VISIBLE, name in _OMITTED
+        )
+    for name, strength in MORE.items():
+        word = name.partition("_")[2].capitalize()
+        fields[name] = Field(f"{word} adapter", "")
+        fields[strength] = Field(f"{word} strength", 1, name)
+    return fields
+
+
+FORM: Mapping[str, Field] = _form()
+"""The form: names of settings of ``generate``, and of further adapters, each with its field."""
+UNSET: Mapping[str, Any] = {name: field.unset for name, field in FORM.items()}
 """Values of the form with all fields unset."""
 _NAME = re.compile(rf"(?:--|\b)({'|'.join(name for name in FORM if '_' in name)})\b")
 

@@ -82,7 +82,7 @@ def made(context: Context, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def make(request: Any, on_step: Any = None) -> list[GeneratedImage]:
         asked.append(request)
-        text = f"{request.prompts.prompt}\nSteps: 2, Seed: {request.seed}"
+        text = f"{request.prompt}\nSteps: 2, Seed: {request.seed}"
         path = context.workspace.images / f"made-{len(asked)}.png"
         return [GeneratedImage(save_image(Image.new("RGB", (8, 8)), path, text), 0, text)]
 
@@ -111,7 +111,7 @@ def test_an_image_s_menu_makes_it_again_and_varies_it(context: Context, made: li
         filled = find("run", "results", nth)(name)
         asked = made.pop()
         assert (asked.seed, asked.batch_position) == (seed, batch)
-        assert (asked.prompts.prompt, asked.sampling.negative_prompt) == (
+        assert (asked.prompt, asked.sampling.negative_prompt) == (
             "a (red:1.2) mug",
             "blurred",
         )
@@ -119,7 +119,7 @@ def test_an_image_s_menu_makes_it_again_and_varies_it(context: Context, made: li
         same = asked.sampling
         assert (same.steps, same.guidance_scale, same.guidance_rescale) == (3, 2.5, 0.5)
         assert (same.width, same.height, same.scheduler) == (64, 72, "dpm++_karras")
-        assert (asked.num_images, asked.adapters.adapter, asked.model.clip_skip) == (1, None, None)
+        assert (asked.num_images, asked.adapter, asked.model.clip_skip) == (1, None, None)
         # The fields say it too, and the new image is shown.
         assert filled[0] == "base/embedded:tiny-sd"
         assert {"a (red:1.2) mug", "blurred", -1 if seed is None else seed} <= {
@@ -236,7 +236,7 @@ def test_a_grid_is_of_a_base_with_further_adapters_too(
     with pytest.raises(gradio.Error, match="Enough"):
         handlers(context)("make_grid", "generate")("base/embedded:tiny-sd", *axes, *values)
     ((request, words),) = grids
-    assert (request.prompts.prompt, words) == ("a mug", ["strength=0, 1", "prompt=one mug"])
+    assert (request.prompt, words) == ("a mug", ["strength=0, 1", "prompt=one mug"])
     (use,) = request.uses()
     assert (Path(use.path).parent.name, use.strengths.strength) == (job.id, 0.5)
 
@@ -361,5 +361,5 @@ def test_a_merged_model_is_offered_and_asked_for_as_its_run_was(context: Context
     write_json(merge / records.RESULT, {"code": 0})
     assert f"merged/{merge.name}" in offered()
     asked = make_request(context, f"merged/{merge.name}", {**UNSET, "prompt": "a mug"})
-    assert (asked.model.base, asked.adapters.adapter) == (str(file), None)
+    assert (asked.model.base, asked.adapter) == (str(file), None)
     assert asked.model.base_model.model_config == "embedded:tiny-sd"

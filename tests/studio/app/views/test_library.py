@@ -143,7 +143,7 @@ def test_two_adapters_are_compared_at_one_seed(
     assert [request.seed for request in asked] == [None, 77]
     made = [one for request in asked for one in request.uses()]
     assert [Path(use.path).parent.name for use in made] == [first, second]
-    plain = asked[0].changed(adapter=asked[1].adapters.adapter, seed=77)
+    plain = asked[0].changed(adapter=asked[1].adapter, seed=77)
     assert plain == asked[1]
     images = [workspace.images / f"made-{number}.png" for number in (1, 2)]
     assert slider["value"] == tuple(map(str, images))
