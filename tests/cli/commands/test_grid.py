@@ -15,9 +15,9 @@ from PIL import Image
 from dora_diffusion.cli.main import main
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.sampling.generate import Pass
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
 from dora_diffusion.sampling.page import PAGE, RECORD, SHEET
-from dora_diffusion.sampling.passes import Pass
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.results.folders import locked
 from tests.waiting import STAY
