@@ -210,7 +210,7 @@ def test_a_grid_grows_by_its_new_cells_alone(generate, adapters, tmp_path, batch
     files = record_of(grid)["files"]
     # The same again, another order, a value less or more, one twice by its name: nothing twice.
     for words, new in (
-        (axes, 0), (axes[::-1], 0), (["seed=3, SKIP:2, 1", axes[1]], 0),
+        (axes, 0), (axes[::-1], 0), (["seed=3, 1", axes[1]], 0),
         (["seed=2, 3, 4", axes[1]], 2), (["seed=1, 2", "steps=2, 1"], 2),
         ([axes[0], f"adapter=none, {adapters[1]}", "strength=1, 0.5"], 3),
     ):  # fmt: skip
