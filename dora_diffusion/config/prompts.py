@@ -36,7 +36,7 @@ OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
 # sd-scripts' names of schedulers -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
 MOST_CHARACTERS = 100_000
-"""Most characters of a prompt, and of a caption with its wildcards expanded."""
+"""Most characters of a prompt."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image, thumbnail
 from dora_diffusion.sampling.settings import ImageRow, SamplingSettings
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
-from dora_diffusion.training.inputs.subject import caption_rules, prompt_rules
+from dora_diffusion.training.inputs.subject import caption_rules
 from dora_diffusion.training.metrics import Trackers, naming_step
 from dora_diffusion.training.processes import set_by_any, shards_model
 from dora_diffusion.training.results.card import VALIDATION_LOSS, model_card
@@ -304,7 +304,6 @@ class SampleWriter:
         self._prompts = [request.for_model(run.components) for request in requests]
         self._lines = config.validation_prompt or [prompt.text for prompt in self._prompts]
         self._strengths = SLIDER_STRENGTHS if config.is_slider else ()
-        self._rules = prompt_rules(config)
 
     def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
         """Write ``step-STEP.png``; a full disk is a warning. Returns prompts with their images."""
@@ -372,9 +371,7 @@ class SampleWriter:
             with set_stance("force_eager"):
                 images += generate_images(
                     self._run.components,
-                    [self._rules.draw_prompt(prompt.text, seed) for seed in prompt.seeds]
-                    if self._rules.wildcards
-                    else prompt.text,
+                    prompt.text,
                     prompt.seeds,
                     prompt.settings,
                     batch_size=config.sample_batch_size,
@@ -428,7 +425,7 @@ class SampleWriter:
             extra["Last size"] = f"{last[0]}x{last[1]}"
         strengths = MergeStrengths(*self._strengths[:1])
         return parameters_text(
-            ImageRow(self._rules.draw_prompt(first.text, first.seeds[0]), first.seeds[0]),
+            ImageRow(first.text, first.seeds[0]),
             first.settings,
             size,
             self._run.config.pretrained_model_name_or_path,
