@@ -63,6 +63,7 @@ DIFFUSERS_FLAGS: dict[str, Answer] = {
     "token_abstraction": Answer("renamed", "--token, one word", "token"),
     **{name: Answer("ignored", text) for name, text in _answers("ignored").items()},
     **{name: Answer("absent", text) for name, text in _answers("absent").items()},
+    **{n: Answer("absent", REMOVED[n]) for n in ("use_8bit_adam", "train_text_encoder_ti_frac")},
 }
 """Flag without dashes -> its answer; all other flags are settings of the same name."""
 

@@ -11,7 +11,7 @@ import pytest
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import settings
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, OTHER_NAMES, REMOVED, refusal
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, OTHER_NAMES, refusal
 from tests.every import every
 
 # As their argument parsers list them: train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py.
@@ -73,7 +73,7 @@ def test_every_flag_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
 def check_flag(name: str, parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
     known = {setting.name: setting for setting in settings()}
     answer = DIFFUSERS_FLAGS.get(name)
-    if name in REMOVED or (answer is not None and answer.status == "absent"):
+    if answer is not None and answer.status == "absent":
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(["train", f"--{name}", "1"])
         assert stop.value.code == 2
