@@ -56,14 +56,10 @@ class Adapters(CommandSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(CommandSettings):
-    """The prompt, and how it is read."""
+    """The prompt."""
 
     prompt: str | None = flag(
         None, "Prompt; required, unless each entry of --adapters_file has one."
-    )
-    prompt_weights: bool = flag(
-        True,
-        "Read (word:1.2), (word), [word] and BREAK in prompts, as A1111 does; \\( is a bracket.",
     )
 
 

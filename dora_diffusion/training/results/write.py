@@ -258,7 +258,7 @@ class SampleRequest(NamedTuple):
         Warns:
             UserWarning: For each setting without effect.
         """
-        for line in inactive_messages(components, self.settings, ()):
+        for line in inactive_messages(components, self.settings):
             warnings.warn(line, stacklevel=2)
         return self._replace(settings=self.settings.for_model(components))
 

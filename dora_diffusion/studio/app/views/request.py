@@ -69,7 +69,6 @@ FORM: Mapping[str, Field] = {
     "height": Field("Height"),
     "max_token_length": Field("Tokens read (75, 150, ...; 0: all)"),
     "clip_skip": Field("Clip skip, as Diffusers counts"),
-    "prompt_weights": Field("Weights in prompts: (word:1.2), [word], BREAK"),
     "image": Field("Image to start from"),
     "mask_image": Field("Mask", needs="image"),
     "denoise": Field("Denoising strength", DENOISE, needs="image"),
