@@ -52,10 +52,18 @@ OTHER_NAMES = {word: name for name, words in _FACTS["names"].items() for word in
 REMOVED = _answers("removed")
 """Setting, flag, field or command of a former version -> advice on what to do instead."""
 
+_OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+# Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
+_REMOVED_DEFAULTS = {
+    "caption_separator": ",", "gradient_batches": 4, "nearest_noise": 1,
+    "precondition_damping": 0.01, "train_text_encoder_ti_frac": 1, "weight": 1,
+}  # fmt: skip
+
 DIFFUSERS_FLAGS: dict[str, Answer] = {
     "token_abstraction": Answer("renamed", "--token, one word", "token"),
     **{name: Answer("ignored", text) for name, text in _answers("ignored").items()},
     **{name: Answer("absent", text) for name, text in _answers("absent").items()},
+    **{n: Answer("absent", REMOVED[n]) for n in ("use_8bit_adam", "train_text_encoder_ti_frac")},
 }
 """Flag without dashes -> its answer; all other flags are settings of the same name."""
 
@@ -97,6 +105,16 @@ def _sd_scripts() -> dict[str, str]:
 def removal(name: str) -> str | None:
     """Return the refusal of a former version's setting, with advice; None for other names."""
     return f"{name} was removed: {REMOVED[name]}" if name in REMOVED else None
+
+
+def had_no_effect(name: str, value: Any) -> bool:
+    """True if a setting of a former version had no effect at this value."""
+    return value in (*_OFF, _REMOVED_DEFAULTS.get(name))
+
+
+def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop removed settings at values without effect, which the file of each former run has."""
+    return {n: v for n, v in values.items() if n not in REMOVED or not had_no_effect(n, v)}
 
 
 def refusal(name: str) -> str | None:

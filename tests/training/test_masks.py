@@ -75,7 +75,7 @@ CLASS_IMAGES = {
     "class_data_dir": str(SAMPLES / "heart_teapot"), "class_prompt": "a teapot",
 }  # fmt: skip
 PAIRS: dict[str, dict[str, Any]] = {
-    "debiased, weights": {"snr_gamma": 0.0, "debiased_estimation_loss": True, "weight": 0.5},
+    "no weighting": {"snr_gamma": 0.0},
     "huber, image-free, text encoders, checkpointing": {
         "loss_type": "huber", "with_prior_preservation": True, "train_text_encoder": True,
         "gradient_checkpointing": True,

@@ -389,11 +389,11 @@ def test_cached_moments_train_as_the_pixels_do(sdxl_folder) -> None:
 
 
 def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
-    """One row holds its prior by a class image, one without, one not at all, each of its weight."""
+    """One row holds its prior by a class image, one without, one not at all."""
     case = Case("sdxl", prior="images")
     components, batch = adapted_components(sdxl_folder, case), make_batch(case)
     rows = [1, 2, 0, 3]
-    weights, held = [0.5, 1.0, 2.0], [None, CLASS_CAPTIONS[2], None]
+    held = [None, CLASS_CAPTIONS[2], None]
 
     def part(rows: list[int], **fields: Any) -> SampleBatch:
         return replace(
@@ -402,7 +402,7 @@ def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
             is_prior=batch.is_prior[rows], pixels=batch.pixels[rows], **fields,
         )  # fmt: skip
 
-    mixed = part(rows, partners=[2], class_captions=held, weights=torch.tensor(weights))
+    mixed = part(rows, partners=[2], class_captions=held)
     _, subject, prior = ours(components, case, mixed)
     alone = [
         part(rows[place : place + 1] + ([3] if place == 2 else []),
@@ -418,6 +418,5 @@ def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
         with torch.no_grad(), norm_scope(*components.adaptable().values()):
             losses.append([float(loss) for loss in losses_by(components, terms, drawn)])
     assert losses[0][1] == 0 < losses[1][1]
-    expected = sum(w * loss for w, (loss, _) in zip(weights, losses, strict=True)) / 3
-    assert float(subject) == pytest.approx(expected, rel=1e-5)
+    assert float(subject) == pytest.approx(sum(loss for loss, _ in losses) / 3, rel=1e-5)
     assert float(prior) == pytest.approx((losses[1][1] + losses[2][1]) / 3, rel=1e-5)

@@ -184,8 +184,8 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     validation = run.validation
     if validation and not validation.load_state_dict(state["validation"], state["config"]):
         warnings.warn(
-            "the held-out photos or captions have changed: the lowest validation loss and the "
-            "patience are counted from this step",
+            "the held-out photos or captions have changed: the lowest validation loss is counted "
+            "from this step",
             stacklevel=3,
         )
 

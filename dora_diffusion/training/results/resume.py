@@ -275,10 +275,8 @@ def _content_problems(kind: str, before: Contents, now: Contents) -> list[str]:
                 f"new caption of {b['name']} ({quoted(a['caption'])} -> {quoted(b['caption'])})"
             )
             break
-    for what in ("mask", "weight"):
-        other = [b["name"] for a, b in shared if a.get(what) != b.get(what)]
-        problems += [f"other {what}s ({_names(other)})"] if other else []
-    return problems
+    other = [b["name"] for a, b in shared if a["mask"] != b["mask"]]
+    return problems + ([f"other masks ({_names(other)})"] if other else [])
 
 
 def _names(names: Sequence[str]) -> str:

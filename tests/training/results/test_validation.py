@@ -22,7 +22,7 @@ from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.models import offload
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
-from dora_diffusion.training.events import TrainingEnded, TrainingStarted, Validated
+from dora_diffusion.training.events import TrainingStarted, Validated
 from dora_diffusion.training.inputs import base, held_out
 from dora_diffusion.training.inputs.held_out import divide, read_held_out
 from dora_diffusion.training.inputs.subject import subjects_of
@@ -301,16 +301,13 @@ def short(tiny_run, folders):
     return make
 
 
-def test_a_run_stops_early_with_its_best_step_and_a_resumed_one_is_the_same(
+def test_a_run_writes_its_best_step_and_a_resumed_one_is_the_same(
     scripted, short, tmp_path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    events: list[Any] = []
-    settings = {"early_stopping_patience": 2, "checkpoints_total_limit": 1}
-    result = train(short(str(whole), **settings), events.append)
-    assert (result.steps, result.result_step, result.stopped_early) == (4, 2, True)
-    assert not result.interrupted
-    assert events[-1] == TrainingEnded(4, False, 2, True)
+    settings = {"max_train_steps": 4, "checkpoints_total_limit": 1}
+    result = train(short(str(whole), **settings))
+    assert (result.steps, result.result_step) == (4, 2)
     assert names(whole) == ["checkpoint-2", "checkpoint-4"]
     assert same(whole, whole / "checkpoint-2")
     assert not same(whole, whole / "checkpoint-4")
@@ -326,17 +323,17 @@ def test_a_run_stops_early_with_its_best_step_and_a_resumed_one_is_the_same(
         train(short(str(parts), **settings), stop)
     assert names(parts) == ["checkpoint-2", "checkpoint-3"]
     result = train(short(str(parts), **settings, resume_from_checkpoint="latest"))
-    assert (result.steps, result.result_step, result.stopped_early) == (4, 2, True)
+    assert (result.steps, result.result_step) == (4, 2)
     assert names(parts) == ["checkpoint-2", "checkpoint-4"]
     assert same(whole, parts)
     assert same(whole / "checkpoint-4", parts / "checkpoint-4")
     taken = {step: scripted[step] for step in range(5)}
     assert losses(whole, "validation_loss") == losses(parts, "validation_loss") == taken
 
-    # With more patience it continues from where it stopped, and its losses with it.
-    more = short(str(parts), resume_from_checkpoint="latest", **settings)
-    result = train(replace(more, early_stopping_patience=None))
-    assert (result.steps, result.result_step, result.stopped_early) == (6, 6, False)
+    # With more steps it continues from where it ended, and its losses with it.
+    more = {**settings, "max_train_steps": 6}
+    result = train(short(str(parts), resume_from_checkpoint="latest", **more))
+    assert (result.steps, result.result_step) == (6, 6)
     assert losses(parts, "validation_loss") == scripted
 
 
