@@ -231,10 +231,6 @@ window.studio = {
   // What somebody typed since then, by the field's id.
   letters: {},
 
-  // What is searched for among all images, and what lists them (gallery.js).
-  search: {},
-  look(search) { studio.search = search; studio.find?.(); },
-
   // What a button fills elsewhere on the page, as soon as it is drawn there, and whenever it grows, until
   // somebody does something.
   reveal(id, block = 'center') {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -26,12 +25,11 @@ from dora_diffusion.studio.app.views import (
 )
 from dora_diffusion.studio.app.views.request import MORE
 from dora_diffusion.studio.app.views.request import choices as model_choices
-from dora_diffusion.studio.jobs.store import UserError, ids_in
+from dora_diffusion.studio.jobs.store import ids_in
 
 TICK_SECONDS = 2.0
 CHOOSERS = (
-    "run", "adapter", "library_run", "subject", *MORE, "find_run", "library_other",
-    "library_rival", "others", "start", "base",
+    "run", "adapter", "library_run", "subject", *MORE, "others", "start", "base",
 )  # fmt: skip
 """Fields for choosing objects; a choice whose object was deleted becomes `GONE`."""
 _DAY = 24 * 3600
@@ -55,7 +53,6 @@ def build_page(context: Context) -> gr.Blocks:
                 generating = generate.GenerateTab(context)
             with gr.Tab("Library", id="library", render_children=True):
                 stored = library.LibraryTab(context)
-        add_report(context)
         preview = [training.model, *(training.advanced[n] for n in ("resolution", "masked_loss"))]
         run_view, words = training.shown, {"class": training.class_word, "token": training.token}
         address = _address(context, tabs, {
@@ -79,10 +76,9 @@ def build_page(context: Context) -> gr.Blocks:
             "chooser": run_view.chooser, "chooser_start": run_view.rank,
             "chooser_cards": run_view.cards,
             "adapter": generating.adapter, **generating.more, "turn": generating.turn,
-            "history": generating.gallery.list, "find_run": generating.gallery.run,
+            "history": generating.gallery.list,
             "template": generating.template,
             "library": stored.gallery, "library_run": stored.run,
-            "library_other": stored.other, "library_rival": stored.rival,
             "library_side": stored.side, "tasks": stored.tasks,
             "subject": subjects.pick, "looked": subjects.looked, "others": training.others,
             "base": training.model, "start": training.advanced["init_adapter"],
@@ -143,7 +139,7 @@ def _connect_clock(context: Context, restored: Any, fields: dict[str, Any]) -> N
                 run.refresh(context, jobs, run_id) | train.refresh(context, jobs, choices)
             ),
             Generate=lambda: generate.refresh(context, jobs, adapter, choices),
-            Library=lambda: library.refresh(jobs, selected, choices),
+            Library=lambda: library.refresh(jobs, selected),
         )
         problems += [context.queue.problem] if context.queue.problem else []
         return {"header": html.header(jobs, problems), **content}
@@ -222,31 +218,3 @@ def _changes(before: dict[str, Any], now: dict[str, Any], names: Iterable[str]) 
 
 
 _NEVER = object()
-
-
-def add_report(context: Context) -> None:
-    """Add the bug report, whose text is written on opening because it takes some seconds."""
-
-    def describe() -> str:
-        if context.launch.is_open:
-            raise UserError(
-                "a shared app does not describe the machine that it runs on; its operator can call "
-                "'dora-diffusion doctor' there"
-            )
-        # Another process: it trains, and a broken package may end Python.
-        command = [sys.executable, "-m", "dora_diffusion", "doctor"]
-        done = subprocess.run(command, capture_output=True, check=False)
-        return (done.stdout or done.stderr).decode(errors="replace")
-
-    with gr.Accordion("For a bug report", open=False, elem_id="bug-report") as box:
-        text = (
-            "What this installation is, as 'dora-diffusion doctor' prints it: no token, no "
-            "password, no home folder. Add the traceback, or the end of the run's log."
-        )
-        ui.html_block(html.quiet(text))
-        # The copy button needs a label.
-        report = gr.Textbox(
-            label="This installation", lines=12, max_lines=40, interactive=False,
-            placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",
-        )  # fmt: skip
-    ui.on(box.expand, describe, None, [report], show="minimal")

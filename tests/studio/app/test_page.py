@@ -141,8 +141,7 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     run = runs[0].id
     there = {
         "run": run, "adapter": f"{run}/checkpoint-2", "library_run": run, "subject": subject,
-        "adapter_second": run, "find_run": run,
-        "library_other": runs[1].id, "library_rival": run,
+        "adapter_second": run,
         "start": "/mug.safetensors", "base": str(workspace.root),
     }  # fmt: skip
     updates = filled(handler, page, there)

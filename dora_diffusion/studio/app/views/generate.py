@@ -163,14 +163,14 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
 
     def make(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         images = context.generator.make(request(choice, values), on_step(progress))
-        return show_images(context, images)
+        return show_images(images)
 
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         pair = request(choice, values)
         if not pair.adapter:
             raise UserError("choose a run or a checkpoint to compare with its base model")
         images = context.generator.compare(pair, on_step(progress))
-        return show_images(context, images, is_pair=True)
+        return show_images(images, is_pair=True)
 
     def make_grid(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         count = len(tab.grid.fields)
@@ -184,7 +184,7 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
         except ConfigError as error:
             raise UserError(in_words(error)) from error
         link = html.download(page, "The grid as a web page, with all images")
-        return [*show_images(context, [sheet], columns=1), link]
+        return [*show_images([sheet], columns=1), link]
 
     def withdraw() -> None:
         context.generator.withdraw()
@@ -198,7 +198,6 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
     of_grid = [tab.adapter, *tab.grid.fields, *fields]
     ui.on(tab.grid.make.click, make_grid, of_grid, [*outputs, tab.grid.files], **options)
     ui.on(tab.turn.click, withdraw)
-    gallery.connect(tab.gallery)
     filled = [restored, *start.connect(context, tab.start, tab.results.shown)]
     _connect_acting(context, tab, dict(zip(names, fields, strict=True)), filled)
     results.connect(context, tab.results, tab)
@@ -233,7 +232,7 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
         return results.fill(context, tab, known)
 
     def show(event: gr.EventData) -> list[Any]:
-        return show_images(context, [context.images.read(ui.clicked(event)[1])])
+        return show_images([context.images.read(ui.clicked(event)[1])])
 
     def use(text: str | None) -> list[Any]:
         return [text, None] if text else [gr.skip()] * 2
@@ -260,7 +259,7 @@ def refresh(
         "adapter": ui.choosing(listed, choice, next(results, None), known=named),
         **{name: ui.choosing(adapters, more.get(name), known=named) for name in MORE},
         "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
-        **gallery.refresh(context.images, jobs, more.get("find_run")),
+        **gallery.refresh(context.images),
         "turn": html.pieces.turn(context.generator.turn, busy),
     }
 

@@ -26,7 +26,6 @@ from dora_diffusion.studio.jobs.image_generator import GeneratedImage
 from dora_diffusion.studio.jobs.store import GONE, UserError
 
 DEVICE: dict[str, Any] = {"show": "full", "concurrency_id": "device", "concurrency_limit": 1}
-_STARS = {True: "★ Favourite", False: "☆ Favourite"}
 
 
 class ResultsView:
@@ -53,13 +52,11 @@ class ResultsView:
             with gr.Row():
                 self.use = _button("Use its settings", "image-use")
                 self.copy = _button("Copy its settings", "image-copy")
-                self.star = _button(_STARS[False], "image-star")
                 self.delete = _button("Delete", "image-delete", variant="stop")
         self.parameters = ui.html_block(elem_id="parameters")
         self.signs = [self.slider, self.gallery, self.parameters]
         self.filled = [
             self.slider, self.gallery, self.parameters, self.shown, self.names, self.menu,
-            self.star,
         ]  # fmt: skip
 
 
@@ -80,12 +77,12 @@ def on_step(progress: Any) -> Any:
 
 
 def show_images(
-    context: Context, images: Sequence[GeneratedImage], *, is_pair: bool = False, columns: int = 2
+    images: Sequence[GeneratedImage], *, is_pair: bool = False, columns: int = 2
 ) -> list[Any]:
     """Return updates that display images (a pair on a slider), their parameters and the menu."""
     paths = [str(image.path) for image in images]
     listed = [] if is_pair else [(str(image.path), f"seed {image.seed}") for image in images]
-    parameters, name, star = _one(context, images[-1 if is_pair else 0], is_pair=is_pair)
+    parameters, name = _one(images[-1 if is_pair else 0], is_pair=is_pair)
     return [
         gr.update(value=tuple(paths) if is_pair else None, visible=is_pair),
         gr.update(value=listed, visible=not is_pair, columns=columns),
@@ -93,20 +90,17 @@ def show_images(
         name,
         [image.path.name for image in images],
         gr.update(visible=True),
-        star,
     ]
 
 
-def _one(context: Context, image: GeneratedImage, *, is_pair: bool = False) -> list[Any]:
-    """Return the settings of an image, its name, and its star."""
+def _one(image: GeneratedImage, *, is_pair: bool = False) -> list[str]:
+    """Return the settings of an image, and its name."""
     caption = "Left: the base model. Right: with the adapter, at the same seed." if is_pair else ""
-    name = image.path.name
     return [
         html.note(caption, "info")
         + html.notes(image.notes, "warn")
         + html.command(image.parameters, "Generation settings (also in the PNG)"),
-        name,
-        _STARS[name in context.images.favourites()],
+        image.path.name,
     ]
 
 
@@ -130,29 +124,25 @@ def connect(context: Context, tab: ResultsView, form: Any) -> None:
     def use(name: str) -> list[Any]:
         return fill(context, form, _restored(context, name))
 
-    def star(name: str) -> str:
-        return _STARS[context.images.toggle_favourite(name)]
-
     def delete(name: str) -> list[Any]:
         context.images.delete(name)
         hidden = gr.update(value=None, visible=False)
         message = html.note(f"{name} deleted")
-        return [hidden, hidden, message, "", [], gr.update(visible=False), gr.skip()]
+        return [hidden, hidden, message, "", [], gr.update(visible=False)]
 
     def choose(names: list[str], event: gr.SelectData) -> list[Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(names):
             raise UserError("this image no longer exists; choose another one")
-        return _one(context, context.images.read(names[event.index]))
+        return _one(context.images.read(names[event.index]))
 
     image = [tab.shown]
     begun = ui.on(tab.start.click, begin, image, [*form.filled, form.start_box])
     ui.on(begun.success, None, js="() => studio.reveal('start-image')")
     ui.on(tab.use.click, use, image, form.filled)
     ui.on(tab.copy.click, lambda: gr.Info("Copied"), js="() => studio.copy('#parameters pre')")
-    ui.on(tab.star.click, star, image, [tab.star])
     question = functools.partial(image_question, context.images)
     ui.on(tab.delete.click, delete, image, tab.filled, confirm=question)
-    ui.on(tab.gallery.select, choose, [tab.names], [tab.parameters, tab.shown, tab.star])
+    ui.on(tab.gallery.select, choose, [tab.names], [tab.parameters, tab.shown])
 
 
 def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
@@ -173,7 +163,7 @@ def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
                 return [*filled, *[gr.skip()] * len(tab.filled)]
             request = make_request(context, known.choice, values, position)
             images = context.generator.make(request, on_step(progress))
-            return [*filled, *show_images(context, images)]
+            return [*filled, *show_images(images)]
 
         return run
 

@@ -52,7 +52,7 @@ def connect(context: Context, tab: StartView, result: Any) -> list[Any]:
     def upload(file: str | None) -> list[Any]:
         if not file:
             return [gr.skip()] * len(tab.filled)
-        uploads.require_file(Path(file), uploads.MAX_BYTES)
+        uploads.require_file(Path(file))
         return start_image(context, keep_input(context.workspace, open_photo(file)))
 
     def take(name: str) -> list[Any]:
