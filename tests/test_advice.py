@@ -23,6 +23,7 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.fields import Setting, require_token_length
 from dora_diffusion.config.images import MOST_SIDE, parse_prompt
 from dora_diffusion.config.kohya import _side
+from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.data.crops import plan_crop
 from dora_diffusion.data.photos import _read_weight
@@ -56,8 +57,14 @@ def weight_of(value: str, tmp_path: Path) -> None:
     _read_weight(file)
 
 
-def of_setting(name: str, value: str) -> None:
-    SamplingSettings(**{name: int(value)})
+def of_side(value: str) -> None:
+    problems = Problems()
+    for name in ("width", "height"):
+        with problems.collect():
+            SamplingSettings(**{name: int(value)})
+    with problems.collect():
+        parse_prompt(f"a dog --w {value} --h {value}")
+    problems.raise_all()
 
 
 def at_auth(password: str) -> None:
@@ -76,20 +83,12 @@ FOLLOWED: dict[str, tuple[Callable[[str], object], Iterable[str]]] = {
         lambda v: _side(int(v) if v.isdigit() else list(map(int, v.split("x")))),
         ["512x768", "10x30", "1000x1001"],
     ),
-    "--{key} is {value}; it must be a multiple": (
-        lambda v: parse_prompt(f"a dog --w {v} --h {v}"), ["17", "700", "1001", "8191"]
-    ),
     "resolution {size} must be a multiple": (
         lambda v: plan_crop((900, 900), int(v), multiple=16), ["8", "500", "72"]
     ),
     "{name} is {rank}; it must be at least 1": (lambda v: FitSettings(int(v)), ["0", "-3"]),
     "memory is {memory}": (gpu_of, ["0", "much", "-1"]),
-    "{name} is {value}; it must be at least {least}": (partial(of_setting, "width"), ["0", "8"]),
-    "{name} is {value}; it must be at most {most}": (partial(of_setting, "height"), ["9000"]),
-    "{name} is {value}; it must be a multiple": (
-        partial(of_setting, "width"), ["17", "70", "500", "8191"]
-    ),
-    "denoise is": (lambda v: SamplingSettings(denoise=float(v)), ["2"]),
+    "{name} is {side}; {subject} must be a multiple": (of_side, ["17", "70", "500", "700", "8191"]),
     "host is {self.host}": (
         lambda v: Launch(host=v, auth="me:12345678"), ["http://x", "a b"]
     ),
@@ -97,7 +96,7 @@ FOLLOWED: dict[str, tuple[Callable[[str], object], Iterable[str]]] = {
     "replica_gpus is": (
         lambda v: ServeSettings(base="x", adapters=["x"], replica_gpus=float(v)), ["1.5", "2.25"]
     ),
-    "size is {wrong}": (partial(of_setting, "width"), []),  # Its example, below.
+    "size is {wrong}": (of_side, []),  # Its example, below.
 }  # fmt: skip
 OTHERS = (
     # They name a layer, a folder, a text or a line as an example.
@@ -109,7 +108,7 @@ OTHERS = (
     "the zip holds", "the {what} has",
     "the note has", "{len(files)} files were chosen", "the token of {where}",
     # Their range is the setting's own, or they are tried with a model below.
-    "clip_skip is", "{name} is {side}; on {model}", "{name} {side} of the sample prompt",
+    "clip_skip is", "{name} {side} of the sample prompt",
     "bucket_reso_steps is", "{path.name}: the weight", "size must be above 0",
 )  # fmt: skip
 
@@ -175,9 +174,9 @@ def test_the_bounds_that_a_refused_setting_names_are_accepted() -> None:
                 with case(f"{command} {setting.name} {value}"), pytest.raises(ValueError) as info:
                     setting.check(given(setting, value))
                 bound = re.search(r"must be at (?:least|most) (\S+)$", str(info.value))
-                at = float(bound[1]) if bound else 0.0
-                with case(f"{command} {setting.name}, {at:g}"):
-                    setting.check(given(setting, setting.kind(at)))
+                at = setting.kind(bound[1]) if bound else setting.kind(0)
+                with case(f"{command} {setting.name}, {at}"):
+                    setting.check(given(setting, at))
     assert tried > 60
 
 

@@ -51,14 +51,14 @@ class CommandSettings:
     @classmethod
     @cache
     def settings(cls) -> tuple[Setting, ...]:
-        """All settings, in the order of their fields; a group's settings are at its place."""
+        """All settings: required ones, then the others in the order of their fields and groups."""
         listed: list[Setting] = []
         for source in fields(cls):
             if kind := source.metadata.get("settings"):
                 listed += kind.settings()
             elif "help" in source.metadata:
                 listed.append(Setting.from_field(source))
-        return tuple(listed)
+        return tuple(sorted(listed, key=lambda setting: not setting.is_required))
 
     @classmethod
     def of(cls, **values: Any) -> Self:

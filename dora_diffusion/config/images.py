@@ -166,10 +166,11 @@ def require_multiple(name: str, side: int, step: int = PIXELS, model: str = "") 
     Raises:
         ConfigError: If it is not.
     """
+    near = near_side(side, step if model else SAFE_STEP)
+    subject = f"on {model} it" if model else "it"
     require(
         side % step == 0,
-        f"{name} is {side}; {f'on {model} ' if model else ''}it must be a multiple of {step}, such "
-        f"as {near_side(side, step if model else SAFE_STEP)}",
+        f"{name} is {side}; {subject} must be a multiple of {step}, such as {near}",
         name,
     )
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.config import Setting
+from dora_diffusion.config import ConfigError, Setting
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.sampling.images import save_image
 from tests.refusal import refused
@@ -42,6 +42,14 @@ def _files_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "--adapter" / "pytorch_lora_weights.safetensors")
 
 
+def passes(setting: Setting, value: float) -> bool:
+    try:
+        setting.check([setting.kind(value)] if setting.is_list else setting.kind(value))
+    except ConfigError:
+        return False
+    return True
+
+
 def moved(setting: Setting) -> Any:
     """Another value than the default."""
     if setting.name in OTHERS:
@@ -51,7 +59,7 @@ def moved(setting: Setting) -> Any:
     elif setting.kind is bool:
         item = not setting.default
     elif setting.kind in (int, float):
-        item = setting.kind(3)
+        item = next(setting.kind(value) for value in (3, 0.5, 64) if passes(setting, value))
     else:
         item = setting.kind(f"--{setting.name}")  # a value that could be taken for a flag
     return [item] if setting.is_list else item

@@ -100,12 +100,18 @@ TRAINING = {
 }  # fmt: skip
 COMMANDS = {
     "(0, inf)": "convert.strength adapter_memory",
-    "[0, inf)": "clip_skip vae_tile_size replica_gpus num_cpus num_gpus",
     "[1, inf)":
         "batch_size grid_limit replicas queue num_seeds workers pack",
     "(0, 86400]": "timeout",
     "[0, 10]": "serve.window",
     "[1, 10000]": "num_images",
+    "[0, inf)":
+        "clip_skip vae_tile_size replica_gpus num_cpus num_gpus generate.seed "
+        "generate.guidance_scale",
+    "[1, 1000]": "generate.steps",
+    "[0, 1]": "guidance_rescale",
+    "(0, 1]": "denoise",
+    "[16, 8192]": "width height",
     "[1, 65535]": "serve.port",
 }  # fmt: skip
 KINDS: dict[str, Any] = {name: cli.settings_of(name) for name in cli.COMMANDS if name != "train"}
@@ -130,7 +136,10 @@ def passes(setting: Setting, value: float) -> bool:
 
 def range_of(setting: Setting) -> str:
     """The range that passes, by values on both sides of every end that there is."""
-    ends, step = (0, 1, 10, 16, 1000, 10_000, 65_535, 86_400), 1 if setting.kind is int else 2**-30
+    ends, step = (
+        (0, 1, 10, 16, 1000, 8192, 10_000, 65_535, 86_400),
+        1 if setting.kind is int else 2**-30,
+    )
     points = sorted({point for end in ends for point in (end - step, end, end + step)})
     inside = [value for value in points if passes(setting, value)]
     low, high = inside[0], inside[-1]

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dora_diffusion import (
     AdapterPool,
@@ -16,8 +17,9 @@ from dora_diffusion import (
     load_components,
 )
 from dora_diffusion.adapters.inject import layer_adapters
+from dora_diffusion.config import ConfigError
 from dora_diffusion.config.base import BaseModel
-from dora_diffusion.config.images import ImageRequest
+from dora_diffusion.config.images import SETTINGS, ImageRequest
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.offload import place_model
 from dora_diffusion.numerics.weights import Strengths
@@ -177,6 +179,37 @@ def test_a_token_and_a_noise_schedule_are_each_adapter_s_own(sd1_folder, custome
     told = BaseModel(sd1_folder, prediction_type="epsilon", zero_terminal_snr=False)
     asked = AdapterPool(dataclasses.replace(pool.components, asked=told), clip_skip=0)
     assert reading_of(asked.components_for(customers[1])) == reading_of(pool.components)
+
+
+def test_a_request_has_settings_of_its_own(sd1_folder, tmp_path):
+    """Each setting of an image, by iteration: with it, the image is that of sampling with it."""
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(photo)
+    Image.fromarray(noise[..., 0]).save(mask)
+    over = {"image": str(photo)}
+    values = {
+        "negative_prompt": "blue", "steps": 3, "guidance_scale": 5.0, "guidance_rescale": 0.7,
+        "scheduler": "euler", "width": 48, "height": 48, "image": str(photo),
+        "mask_image": str(mask), "denoise": 1.0,
+    }  # fmt: skip
+    assert [*SETTINGS] == ["prompt", "seed", *values]
+    cases = [{}] + [
+        {**(over if name in ("mask_image", "denoise") else {}), name: value}
+        for name, value in values.items()
+    ]
+    pool = AdapterPool(load_components(sd1_folder))
+    requests = [ImageRequest("a dog", 5, **case) for case in cases]
+    found = pool.generate([*requests, requests[0]], QUICK)
+    for case, image in zip(cases, found[:-1], strict=True):
+        opened = {n: Image.open(v) for n, v in case.items() if "image" in n}
+        settings = dataclasses.replace(QUICK, **{**case, **opened})
+        (expected,) = generate_images(pool.components, "a dog", [5], settings)
+        assert image.size == expected.size
+        assert abs(pixels([image]) - pixels([expected])).max() <= 1, case
+    assert len({image.tobytes() for image in found}) == len(cases)
+    with pytest.raises(ConfigError, match="the image of 'a cat' has no seed"):
+        pool.generate([ImageRequest("a cat")])
 
 
 def test_places_of_tokens_that_left_are_taken_again(sd1_folder, customers):
