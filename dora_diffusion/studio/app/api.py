@@ -35,7 +35,7 @@ from dora_diffusion.studio.app.views.request import UNSET, make_request
 from dora_diffusion.studio.app.views.restore import shown_value
 from dora_diffusion.studio.app.views.results import DEVICE
 from dora_diffusion.studio.jobs import subjects, tasks
-from dora_diffusion.studio.jobs.inputs import keep_input
+from dora_diffusion.studio.jobs.image_store import keep_input
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text, new_id
 from dora_diffusion.studio.jobs.uploads import require_file, shown

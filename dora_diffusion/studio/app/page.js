@@ -254,14 +254,6 @@ window.studio = {
   mask: (...values) =>
     [...values.slice(0, -1), document.querySelector('#start-image canvas')?.painted?.() ?? ''],
 
-  copy(selector) {
-    const place = document.querySelector(selector);
-    if (navigator.clipboard) return navigator.clipboard.writeText(place.innerText);
-    // Without https, on another machine's address.
-    getSelection().selectAllChildren(place);
-    document.execCommand('copy');
-  },
-
   // The id, or none where the question, which is the last value, is of another one or is not confirmed.
   confirmed: (id, ...rest) => {
     const asked = rest[rest.length - 1];

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.sampling.images import INIT_IMAGE, MASK_IMAGE, save_image
-from dora_diffusion.studio.jobs.image_store import PAGE, ImageStore
-from dora_diffusion.studio.jobs.inputs import keep_input, read_input
+from dora_diffusion.studio.jobs.image_store import PAGE, ImageStore, keep_input, read_input
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 
 COUNT = 10_000
@@ -54,7 +53,8 @@ def test_images_are_listed_newest_first_and_their_texts_read_once(
     names = [entry.name for entry in store.entries()]
     assert names == ["d.png", "c.png", "b.png", "a.png", "f.png"]
     for _ in range(2):
-        assert store.prompts(9) == ["a dog", "a red dog", "a Red mug"]
+        texts = [store.text(entry).partition("\n")[0] for entry in store.entries()]
+        assert texts == ["", "a dog", "a red dog", "a Red mug", ""]
     assert len(opened) == 5
     before = store.stamp
     add(store, "g.png", "")
@@ -65,7 +65,7 @@ def test_ten_thousand_images_are_listed_by_opening_one_page_of_them(
     store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.gallery import page_of
+    from dora_diffusion.studio.app.views.results import page_of
 
     first = add(store, "00000.png", "a mug\nSteps: 3, Seed: 1")
     for number in range(1, COUNT):
@@ -123,7 +123,7 @@ def test_files_are_read_without_model_code() -> None:
 )
 def test_whatever_is_asked_a_page_is_given(store: ImageStore, asked: Any) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.views.gallery import page_of
+    from dora_diffusion.studio.app.views.results import page_of
 
     assert page_of(store, asked) == {"cards": "", "count": 0, "total": 0}
     add(store, "a.png", "a <b>mug</b>\nSteps: 3, Seed: 1")

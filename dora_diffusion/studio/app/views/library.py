@@ -18,7 +18,7 @@ from dora_diffusion.data.photos import photos_in
 from dora_diffusion.formats.adapter.inspect import numbers
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
-from dora_diffusion.studio.app.views import gallery, ui
+from dora_diffusion.studio.app.views import results, ui
 from dora_diffusion.studio.jobs import tasks
 from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.image_store import kept_thumbnail
@@ -45,7 +45,7 @@ class LibraryTab:
             with gr.Column(scale=6, min_width=320):
                 ui.html_block(html.heading("6", "Library", "Everything you have trained."))
                 self.gallery = ui.html_block(
-                    elem_id="library", js_on_load=gallery.SCRIPT, server_functions=[list_page]
+                    elem_id="library", js_on_load=results.GALLERY, server_functions=[list_page]
                 )
                 self.run = ui.id_dropdown(label=_RUN, elem_id="library-run")
                 self.details = ui.html_block(_NOTHING, elem_id="library-facts")
@@ -156,9 +156,9 @@ def refresh(jobs: Sequence[Job], run_id: str | None) -> dict[str, Any]:
 
 
 def page_of(context: Context, query: object) -> dict[str, Any]:
-    """Return a page of runs as cards; query and result are as in `gallery.page_of`."""
+    """Return a page of runs as cards; query and result are as in `results.page_of`."""
     runs = _listed(context.jobs())
-    listed = runs[gallery.asked_for(query)]
+    listed = runs[results.asked_for(query)]
     cards = []
     for job in listed:
         source = _image(job)

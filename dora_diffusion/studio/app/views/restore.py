@@ -27,7 +27,7 @@ from dora_diffusion.studio.app.views.request import (
     choices,
 )
 from dora_diffusion.studio.jobs.image_generator import MAX_IMAGES
-from dora_diffusion.studio.jobs.inputs import input_path
+from dora_diffusion.studio.jobs.image_store import input_path
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import GONE
 

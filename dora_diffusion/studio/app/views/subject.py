@@ -180,12 +180,9 @@ def _connect_new(context: Context, tab: SubjectTab, preview: list[Any], outputs:
     def upload(files: list[str] | None, subject_id: str | None, name: str, *form: Any) -> list[Any]:
         if not files:
             return [gr.skip()] * (2 + len(outputs))
-        subject_id, message, is_kept = _upload(workspace, files, subject_id, name)
-        return [
-            None,
-            "" if is_kept else gr.skip(),
-            *_show(context, subject_id, form, message),
-        ]
+        subject_id, message = _upload(workspace, files, subject_id, name)
+        name_left = "" if subject_id else gr.skip()
+        return [None, name_left, *_show(context, subject_id, form, message)]
 
     ui.on(
         tab.upload.upload, upload, [tab.upload, tab.pick, tab.name, *preview],
@@ -198,8 +195,8 @@ def _connect_new(context: Context, tab: SubjectTab, preview: list[Any], outputs:
 
 def _upload(
     workspace: Workspace, files: list[str], subject_id: str | None, name: str
-) -> tuple[str | None, str, bool]:
-    """Add photos to a subject or a new one. Returns its id, a message, and whether it exists."""
+) -> tuple[str | None, str]:
+    """Add photos to a subject or a new one. Returns its id, or None, and a message."""
     is_new = subject_id in (None, "", GONE)
     if is_new:
         titles = {subject.title for subject in subjects.subjects_in(workspace)}
@@ -210,9 +207,9 @@ def _upload(
     result = subjects.add_photos(workspace, stored.id, files)
     if is_new and not result.accepted:
         subjects.delete_subject(workspace, stored.id)
-        return None, html.notes(result.refused, "bad"), False
+        return None, html.notes(result.refused, "bad")
     kind = "the new subject" if is_new else "the subject"
-    return stored.id, _report(result, f"{kind} {stored.title}"), True
+    return stored.id, _report(result, f"{kind} {stored.title}")
 
 
 def _report(result: Upload, where: str) -> str:

@@ -247,20 +247,20 @@ def test_an_image_is_started_from(context: Context, tmp_path: Path) -> None:
     pixels = read_image(context.workspace.images / name)
     *filled, box = find("begin", "results")(name)
     assert box["open"]
-    image, _, editor = find("take", "start")(name)
+    image, _, editor = find("take", "results")(name)
     assert image in filled
     assert "data-tool='paint'" in editor
     assert np.array_equal(read_image(context.workspace.inputs / f"{image}.png"), pixels)
     file = photo(tmp_path / "turned.jpg", (64, 48), exif=Image.Exif())
-    uploaded, *_ = find("upload", "start")(str(file))
+    uploaded, *_ = find("upload", "results")(str(file))
     assert len([*context.workspace.inputs.iterdir()]) == 2
     assert read_image(context.workspace.inputs / f"{uploaded}.png").shape == (48, 64, 3)
     (tmp_path / "no.jpg").write_bytes(b"text")
     with pytest.raises(gradio.Error, match="not a JPEG"):
-        find("upload", "start")(str(tmp_path / "no.jpg"))
+        find("upload", "results")(str(tmp_path / "no.jpg"))
     with pytest.raises(gradio.Error, match="No image is shown"):
-        find("take", "start")("")
-    assert find("drop", "start")()[:2] == ["", ""]
+        find("take", "results")("")
+    assert find("drop", "results")()[:2] == ["", ""]
 
 
 def read_image(path: Path) -> Any:
