@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dora_diffusion import extract_adapter, load_components
 from dora_diffusion.data.images import open_photo
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.checkpoint.models import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors

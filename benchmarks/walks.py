@@ -44,7 +44,7 @@ BASE, PROMPT = "embedded:tiny-sd", "a photo of a sks mug"
 OFF = (
     "adapters/compiled.py", "adapters/parametrizations.py", "data/prepare.py", "data/sheets.py",
     "evaluation/*", "export/hub.py", "models/words.py",
-    "numerics/allocation.py", "numerics/projections.py", "numerics/quantised.py",
+    "numerics/projections.py", "numerics/quantised.py",
     "training/hooks/*", "training/inputs/cache.py", "training/inputs/held_out.py",
     "training/inputs/prior.py", "training/pack*.py", "training/results/resume.py",
     "training/results/validation.py", "training/trainable/full.py", "training/trainable/words.py",

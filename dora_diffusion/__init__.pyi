@@ -29,7 +29,7 @@ from dora_diffusion.export.convert import convert_adapter as convert_adapter
 from dora_diffusion.export.derive import combine_adapters as combine_adapters
 from dora_diffusion.export.derive import extract_adapter as extract_adapter
 from dora_diffusion.export.files import ExportError as ExportError
-from dora_diffusion.export.fit import FitSettings as FitSettings
+from dora_diffusion.export.fitting import FitSettings as FitSettings
 from dora_diffusion.formats.checkpoint.weights import CheckpointLayoutError as CheckpointLayoutError
 from dora_diffusion.formats.files.atomic import DiskFullError as DiskFullError
 from dora_diffusion.formats.files.stream import TensorFileError as TensorFileError

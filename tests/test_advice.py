@@ -27,7 +27,7 @@ from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.data.crops import plan_crop
 from dora_diffusion.data.photos import _read_weight
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.models.load import load_components, load_empty
 from dora_diffusion.models.memory import gpu_of
 from dora_diffusion.sampling.settings import SamplingSettings

@@ -41,7 +41,7 @@ _PATHS = (
 )
 # Settings that each image requires.
 _NEVER_NONE = ("prompt", "seed")
-_SKIP, _RANGE, _MOST = "SKIP:", "..", 10_000
+_RANGE, _MOST = "..", 10_000
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its name, and for each value the changes of its settings."""
+    """An axis: its name, and the change of settings by each value."""
 
     name: str
-    points: tuple[tuple[Change, ...], ...]
+    changes: tuple[Change, ...]
 
     @property
     def labels(self) -> list[str]:
         """Text of each value."""
-        return [" · ".join(change.label or "(empty)" for change in point) for point in self.points]
+        return [change.label or "(empty)" for change in self.changes]
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def plan_grid(settings: Any) -> Grid:
     """
     known = {setting.name: setting for setting in settings.settings()}
     axes = tuple(read_axis(word, known) for word in settings.grid)
-    targets = [target for axis in axes for c in axis.points[0] for target in c.targets]
+    targets = [target for axis in axes for target in axis.changes[0].targets]
     twice = next((target for target in targets if targets.count(target) > 1), "")
     require(not twice, f"the grid has {twice} twice; give it one axis", "grid")
-    count, limit = math.prod(len(axis.points) for axis in axes), settings.grid_limit
+    count, limit = math.prod(len(axis.changes) for axis in axes), settings.grid_limit
     require(
         count <= limit,
         f"the grid has {count:,} images, more than grid_limit, {limit:,}; add --grid_limit {count} "
@@ -111,9 +111,9 @@ def plan_grid(settings: Any) -> Grid:
     )
     plain = settings.changed(grid=[], grid_limit=known["grid_limit"].default)
     idle, cells = dict[str, bool](), dict[tuple[int, ...], Any]()
-    for index in product(*(range(len(axis.points)) for axis in axes)):
+    for index in product(*(range(len(axis.changes)) for axis in axes)):
         cell = plain
-        changes = [c for axis, at in zip(axes, index, strict=True) for c in axis.points[at]]
+        changes = [axis.changes[at] for axis, at in zip(axes, index, strict=True)]
         for change in sorted(changes, key=lambda change: change.order):
             if change.idle:
                 idle[change.idle] = idle.get(change.idle, True) and not change.acts(cell)
@@ -124,40 +124,17 @@ def plan_grid(settings: Any) -> Grid:
     return Grid(axes, cells)
 
 
-def read_axis(word: str, known: Mapping[str, Setting]) -> Axis:
-    """Read ``AXIS=VALUES``, or several of these joined by ``&``, which change together.
+def read_axis(text: str, known: Mapping[str, Setting]) -> Axis:
+    """Read ``AXIS=VALUES``.
 
     Args:
-        word: The text. Values are separated by commas, or by ``||`` if they contain commas. A
+        text: The text. Values are separated by commas, or by ``||`` if they contain commas. A
             trailing ``||`` is allowed.
         known: The command's settings by name.
 
     Raises:
-        ConfigError: If the text has another form, or all values are skipped.
+        ConfigError: If the text has another form, or a value is not valid or repeated.
     """
-    named_values = [_read_part(part, known) for part in re.split(r"\s&\s+(?=\w+\s*=)", word)]
-    name = " & ".join(name for name, _ in named_values)
-    lengths = [len(values) for _, values in named_values]
-    require(
-        len(set(lengths)) == 1,
-        f"{name} change together, but have {' and '.join(map(str, lengths))} values; give the "
-        "same number of each",
-        "grid",
-    )
-    rows = zip(*(values for _, values in named_values), strict=True)
-    points = [
-        tuple(c for c, _ in row) for row in rows if not any(is_skipped for _, is_skipped in row)
-    ]
-    require(bool(points), f"{_SKIP} leaves no value of the axis {name}", "grid")
-    keys = [tuple(change.key for change in point) for point in points]
-    labels = Axis(name, tuple(points)).labels
-    same = next((label for n, label in enumerate(labels) if keys[n] in keys[:n]), None)
-    require(same is None, f"the axis {name} has the value {same!r} twice; leave one out", "grid")
-    return Axis(name, tuple(points))
-
-
-def _read_part(text: str, known: Mapping[str, Setting]) -> tuple[str, list[tuple[Change, bool]]]:
-    """Return an axis's name and its changes, each with whether it is skipped."""
     key, sign, values = text.partition("=")
     require(
         bool(sign and key.strip()),
@@ -168,8 +145,13 @@ def _read_part(text: str, known: Mapping[str, Setting]) -> tuple[str, list[tuple
     # A trailing separator is allowed: a single value with a comma needs it.
     separator = "||" if "||" in values else ","
     words = [word.strip() for word in values.rstrip().removesuffix("||").split(separator)]
-    is_skipped = [word.startswith(_SKIP) for word in words]
-    words = [word.removeprefix(_SKIP).strip() for word in words]
+    former = next((word for word in words if re.search(r"^SKIP:|\s&\s+\w+\s*=", word)), None)
+    require(
+        former is None,
+        f"the axis {name} has {former!r}: no value is skipped, and no axes move together, any "
+        "more; leave the value out, or make a grid for each pair",
+        "grid",
+    )
     may_be_empty = name in ("negative_prompt", REPLACE)
     require(
         words != [""] and bool(words[0] or name != REPLACE) and (all(words) or may_be_empty),
@@ -177,12 +159,16 @@ def _read_part(text: str, known: Mapping[str, Setting]) -> tuple[str, list[tuple
         "grid",
     )
     try:
-        pairs = list(_expanded(name, list(zip(words, is_skipped, strict=True)), known))
-        changes = _changes(name, [word for word, _ in pairs], known)
+        changes = _changes(name, list(_expanded(name, words, known)), known)
     except ConfigError as error:
         raise ConfigError(f"the axis {name}: {error}", "grid") from error
-    title = f"{REPLACE} {quoted(words[0])}" if name == REPLACE else name
-    return title, list(zip(changes, (skip for _, skip in pairs), strict=True))
+    axis = Axis(f"{REPLACE} {quoted(words[0])}" if name == REPLACE else name, tuple(changes))
+    keys = [change.key for change in changes]
+    same = next((label for n, label in enumerate(axis.labels) if keys[n] in keys[:n]), None)
+    require(
+        same is None, f"the axis {axis.name} has the value {same!r} twice; leave one out", "grid"
+    )
+    return axis
 
 
 def _known_name(text: str, known: Mapping[str, Setting]) -> str:
@@ -204,26 +190,23 @@ def _known_name(text: str, known: Mapping[str, Setting]) -> str:
     return name
 
 
-def _expanded(
-    name: str, words: Sequence[tuple[str, bool]], known: Mapping[str, Setting]
-) -> Iterator[tuple[str, bool]]:
+def _expanded(name: str, words: Sequence[str], known: Mapping[str, Setting]) -> Iterator[str]:
     """Yield the values, with ranges and file patterns expanded.
 
     Raises:
         ConfigError: If a range has no step or misses its end, or a pattern matches no file.
     """
     is_number = name in _PARTS or (name in known and known[name].kind in (int, float))
-    for at, (word, is_skipped) in enumerate(words):
+    for at, word in enumerate(words):
         if word == _RANGE and is_number:
-            around = [text for text, _ in [*words[max(0, at - 2) : at], *words[at + 1 : at + 2]]]
-            yield from ((value, False) for value in _between(around))
+            yield from _between([*words[max(0, at - 2) : at], *words[at + 1 : at + 2]])
         elif name == "adapter" and "*" in word and " + " not in word:
             path, strengths = re.fullmatch(r"(.*?)((?::[-+.\deE]+){0,2})", word).groups()  # type: ignore[union-attr]
             matches = sorted(glob(path), key=_natural)
             require(bool(matches), f"{quoted(path)} matches no file or folder", "grid")
-            yield from ((match + strengths, is_skipped) for match in matches)
+            yield from (match + strengths for match in matches)
         else:
-            yield word, is_skipped
+            yield word
 
 
 def _between(around: Sequence[str]) -> Iterator[str]:

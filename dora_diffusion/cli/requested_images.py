@@ -46,9 +46,8 @@ class RequestedImages(CommandSettings, ImageRequest):
         [],
         "Image for each combination of values, as a web page and a sheet: strength=0.5, 0.75, .., "
         "1.25; 'scheduler=ddim, euler'; 'replace=red, blue' in the prompt. An axis is a setting, "
-        "size, replace, unet_strength or text_encoder_strength; A=1, 2 & B=3, 4 move together; "
-        "SKIP: before a value leaves it out; values that hold commas have || between. Cells that "
-        "are there already are kept.",
+        "size, replace, unet_strength or text_encoder_strength; values that hold commas have || "
+        "between. Cells that are there already are kept.",
         metavar="AXIS=VALUES",
         repeated=True,
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.export.files import ExportError, check_adapter_output, open_model
-from dora_diffusion.export.fit import FitSettings, axis_of, key_format_for
+from dora_diffusion.export.fitting import FitSettings, axis_of, key_format_for
 from dora_diffusion.formats.adapter.embeddings import embedding_notes
 from dora_diffusion.formats.adapter.file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.adapter.inspect import stated_error

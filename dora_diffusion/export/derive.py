@@ -20,8 +20,14 @@ from dora_diffusion.export.files import (
     model_name,
     open_model,
 )
-from dora_diffusion.export.fit import FitSettings, axis_of
-from dora_diffusion.export.fitting import FitTarget, Fitted, fit_layers, fit_to_adapters
+from dora_diffusion.export.fitting import (
+    FitSettings,
+    FitTarget,
+    Fitted,
+    axis_of,
+    fit_layers,
+    fit_to_adapters,
+)
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,

@@ -38,14 +38,18 @@ from dora_diffusion.training.inputs.resolve import (
 from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, subjects_of
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer, stepped_parameters
-from dora_diffusion.training.processes import make_accelerator, shards_model
+from dora_diffusion.training.processes import make_accelerator, shard, shards_model
 from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.run import Run
 from dora_diffusion.training.signals import Stopped, StopRequest
 from dora_diffusion.training.step import Step
 from dora_diffusion.training.terms import build_terms
-from dora_diffusion.training.trainable.select import select_trainable, shard_trainable
-from dora_diffusion.training.trainable.words import require_new
+from dora_diffusion.training.trainable.adapters import (
+    StartingAdapter,
+    enter_training,
+    inject_trained,
+)
+from dora_diffusion.training.trainable.words import add_words, require_new
 
 if TYPE_CHECKING:
     from dora_diffusion.training.hooks.hook import Hook
@@ -271,3 +275,39 @@ def build_hooks(step: Step) -> list[Hook]:
     """Build the hooks that are on (`HOOKS`), in the order in which they are called."""
     names = [name for name, is_on in HOOKS.items() if is_on(step.config)]
     return [resolve_name(f"dora_diffusion.training.hooks.{name}")(step) for name in names]
+
+
+def select_trainable(
+    components: Components, config: TrainConfig, start: StartingAdapter | None
+) -> TrainedWeights:
+    """Select the weights that a run trains, and set their components to training mode.
+
+    Args:
+        components: The model. Adapters and new words are added to it.
+        config: Settings.
+        start: Adapter that the run starts from, or None.
+
+    Raises:
+        TargetError, ValueError, AdapterFormatError: If the weights cannot be trained.
+    """
+    weights: TrainedWeights
+    if config.is_full:
+        from dora_diffusion.training.trainable.full import select_weights
+
+        weights = select_weights(components, config)
+    else:
+        weights = inject_trained(components, config, start)
+    weights = replace(weights, words=add_words(components, config, start.tokens if start else None))
+    for name in weights.words.tables if not config.train_text_encoder else ():
+        enter_training(components.adaptable()[name], components, config)
+    return weights
+
+
+def shard_trainable(components: Components, weights: TrainedWeights, accelerator: Any) -> None:
+    """Shard the trained components over all processes (`shard`)."""
+    from dora_diffusion.training.trainable.full import FullWeights
+
+    if isinstance(weights, FullWeights):
+        shard(components, weights.modules, weights.trained, weights.base, accelerator)
+    else:
+        shard(components, weights.modules, {}, {}, accelerator)

@@ -38,7 +38,7 @@ def test_a_range_is_an_arithmetic_sequence(start, step, count, parts):
         numbers = [(start + sign * n * step) / parts for n in range(count + 1)]
         text = f"{numbers[0]:f}, {numbers[1]:f}, .., {numbers[-1]:f}"
         axis = read_axis(f"direction_strength=-999, {text}", KNOWN)
-        assert [change.key for (change,) in axis.points] == list(map(repr, [-999.0, *numbers]))
+        assert [change.key for change in axis.changes] == list(map(repr, [-999.0, *numbers]))
 
 
 AXES = {
@@ -51,7 +51,7 @@ AXES = {
 
 
 @given(st.data())
-def test_the_product_has_each_combination_that_is_not_skipped(data):
+def test_the_product_has_each_combination(data):
     names = data.draw(st.lists(st.sampled_from(sorted(AXES)), unique=True, min_size=1, max_size=3))
     words, kept = [], []
     for name in names:
@@ -60,14 +60,8 @@ def test_the_product_has_each_combination_that_is_not_skipped(data):
         )
         if texts == [""]:
             continue
-        is_skipped = data.draw(st.lists(st.booleans(), min_size=len(texts), max_size=len(texts)))
-        if all(is_skipped):
-            is_skipped[0] = False
-        pairs = list(zip(texts, is_skipped, strict=True))
-        words.append(
-            f"{name}=" + " || ".join(("SKIP:" if skip else "") + t for t, skip in pairs) + " ||"
-        )
-        kept.append([text for text, skip in pairs if not skip])
+        words.append(f"{name}=" + " || ".join(texts) + " ||")
+        kept.append(texts)
     if not words:
         return
     grid = plan_grid(asked(*words))
@@ -79,25 +73,8 @@ def test_the_product_has_each_combination_that_is_not_skipped(data):
     assert max(grid.cells) == tuple(len(texts) - 1 for texts in kept)
 
 
-@given(st.lists(st.tuples(st.integers(1, 99), st.integers(0, 9), st.booleans()), min_size=1,
-                max_size=6, unique_by=lambda pair: pair[:2]))  # fmt: skip
-def test_linked_axes_move_together(pairs):
-    skip = {True: "SKIP:", False: ""}
-    first = ", ".join(f"{skip[is_skipped]}{steps}" for steps, _, is_skipped in pairs)
-    second = ", ".join(str(guidance) for _, guidance, _ in pairs)
-    kept = [(steps, float(guidance)) for steps, guidance, is_skipped in pairs if not is_skipped]
-    word = f"steps={first} & cfg={second}"
-    if not kept:
-        with refused("grid", "leaves no value of the axis steps & guidance"):
-            plan_grid(asked(word))
-        return
-    found = cells(word, "seed=1, 2")
-    assert [(cell.steps, cell.guidance_scale) for cell in found[::2]] == kept
-    assert [cell.seed for cell in found] == [1, 2] * len(kept)
-
-
 def test_a_word_of_both_prompts_is_replaced_as_a1111_does():
-    found = cells("Prompt S/R=red, blue, SKIP:green, ", negative_prompt="not red")
+    found = cells("Prompt S/R=red, blue, ", negative_prompt="not red")
     assert [(cell.prompt, cell.negative_prompt) for cell in found] == [
         ("a red mug, red", "not red"), ("a blue mug, blue", "not blue"), ("a  mug, ", "not "),
     ]  # fmt: skip
@@ -168,16 +145,15 @@ WRONG: list[tuple[list[str], str]] = [
     (["size=512"], "the axis size: size is '512'; write width and height, such as 512x768"),
     (["steps="], "the axis steps has an empty value"),
     (["steps=1,,2"], "the axis steps has an empty value: 'steps=1,,2'; put an axis with"),
-    (["steps=SKIP:1, SKIP:2"], "SKIP: leaves no value of the axis steps"),
+    (["steps=4, SKIP:1"], "the axis steps has 'SKIP:1': no value is skipped"),
     (["steps=1, 01"], "the axis steps has the value '01' twice"),
     (["cfg=1", "guidance_scale=2"], "the grid has guidance_scale twice; give it one axis"),
     (["size=16x16", "height=16"], "the grid has height twice"),
-    (["steps=1 & steps=2"], "the grid has steps twice"),
     (["replace=red, a", "replace=red, b"], "the grid has replace of 'red' twice"),
     (["replace=purple, a"], "does not find 'purple', its first value, in the prompt"),
     (["replace=, a"], "replace has an empty value"),
     (["unet_strength=1"], "unet_strength needs an adapter, but none is given"),
-    (["steps=1, 2 & cfg=1, 2, 3"], "steps & guidance_scale change together, but have 2 and 3"),
+    (["steps=1, 2 & cfg=1, 2, 3"], "the axis steps has '2 & cfg=1': .* no axes move together"),
     (["num_images=1, 2"], r"num_images is not an axis of a grid; give its seeds with seed=1, 2"),
     (["adapter=/nowhere/x-*"], "'/nowhere/x-.' matches no file or folder"),
     *(

@@ -16,7 +16,7 @@ from dora_diffusion.export import (
     inspect_adapter,
     verify_checkpoint,
 )
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,

@@ -21,7 +21,7 @@ from dora_diffusion.export import (
     export_checkpoint,
     inspect_adapter,
 )
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,

@@ -19,7 +19,7 @@ from dora_diffusion.export import (
     extract_adapter,
     inspect_adapter,
 )
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 
 
 def test_ranks_by_kind_of_layer() -> None:

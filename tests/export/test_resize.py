@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_diffusion.export import ExportError, convert_adapter, inspect_adapter
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,

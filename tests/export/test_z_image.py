@@ -23,7 +23,7 @@ from dora_diffusion.export import (
     verify_checkpoint,
 )
 from dora_diffusion.export.files import ExportError
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.export.programs import kind_of
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,

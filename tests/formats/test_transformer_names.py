@@ -11,7 +11,7 @@ import pytest
 from dora_diffusion.config.families import FAMILIES, denoiser_family, guess_family
 from dora_diffusion.export.convert import convert_adapter
 from dora_diffusion.export.files import ExportError
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,

@@ -23,7 +23,7 @@ from dora_diffusion.config.subject import OF_IMAGES, SLIDER_STRENGTHS
 from dora_diffusion.config.train import settings
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.export.convert import convert_adapter
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.layouts import FOLDERS, TARGETS

@@ -38,7 +38,7 @@ from dora_diffusion.formats.layouts import (
 
 if TYPE_CHECKING:
     from dora_diffusion.export.convert import ConversionReport
-    from dora_diffusion.export.fit import FitSettings
+    from dora_diffusion.export.fitting import FitSettings
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 
 
@@ -69,7 +69,7 @@ def fit_of(settings: ConvertSettings | Fit) -> FitSettings:
     """Return a command's settings for fitting; ``convert`` keeps the adapter's method and axis."""
     import torch
 
-    from dora_diffusion.export.fit import FitSettings
+    from dora_diffusion.export.fitting import FitSettings
 
     names = {"rank", "conv_rank", "energy", "method", "norm_axis"} & vars(settings).keys()
     values: dict[str, Any] = {name: getattr(settings, name) for name in names}

@@ -21,7 +21,7 @@ from dora_diffusion.config.learning import OPTIMIZERS, PRODIGIES
 from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.derive import combine_adapters
 from dora_diffusion.export.files import open_model
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.export.metadata import trained_trigger
 from dora_diffusion.formats.adapter.embeddings import are_equal, read_tokens
 from dora_diffusion.formats.adapter.file import (

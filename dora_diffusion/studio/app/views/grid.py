@@ -81,11 +81,8 @@ def grid_axes(values: Sequence[str | None], job: Job | None, subject: str) -> li
         if name == CHECKPOINT:
             words.append(_checkpoints(text, job))
             continue
-        word = f"{name}={text}"
-        # A second setting that moves with the axis could be a path.
-        if len(read_axis(word, known).points[0]) > 1:
-            raise UserError(f"“{AXES[name]}” has another axis in its values; choose two axes")
-        words.append(word)
+        words.append(f"{name}={text}")
+        read_axis(words[-1], known)  # Raise an error about its values now.
     if not words:
         raise UserError("choose an axis: the grid has an image for each of its values")
     return words
