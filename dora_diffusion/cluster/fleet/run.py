@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -146,9 +146,13 @@ def run_fleet(
                 run_tasks(fleet.queue, fleet.workers, recorder.end_task, changed)
         finally:
             recorder.write()
-        names, records = [*configs, *fleet.unlisted], {**fleet.unlisted, **fleet.records}
-        fleet.files["page"] = results.write(PAGE_FILE, fleet_page(names, records))
+        fleet.files["page"] = results.write(PAGE_FILE, _page(configs, fleet))
     return fleet
+
+
+def _page(configs: Iterable[str], fleet: Fleet) -> str:
+    """Return the page of all subjects, those of this call first."""
+    return fleet_page([*configs, *fleet.unlisted], {**fleet.unlisted, **fleet.records})
 
 
 @dataclass(frozen=True)
