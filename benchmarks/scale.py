@@ -264,8 +264,6 @@ def measured_table(path: Path) -> str:
         "to its first step, s": ("start_seconds", digits),
         "from there to its end, s": ("train_seconds", digits),
         "processor time, s": ("cpu_seconds", digits),
-        "bytes read": ("read_bytes", size),
-        "bytes written": ("written_bytes", size),
         "most memory so far": ("peak_bytes", size),
     }
     for title, (name, shown) in figures.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import print_json, progress
 from dora_diffusion.cli.settings import Alpha, RequiredBase, check_results
-from dora_diffusion.cluster.settings import WorkerSettings
+from dora_diffusion.cluster.fleet.connection import WorkerSettings
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.fields import REQUIRED, flag

@@ -10,8 +10,8 @@ from pathlib import Path
 from dora_diffusion.cli.commands import train
 from dora_diffusion.cli.commands.parser import Parser, add_flags
 from dora_diffusion.cli.console.output import print_json
+from dora_diffusion.cluster.fleet.connection import WorkerSettings
 from dora_diffusion.cluster.serving.settings import ServingSettings
-from dora_diffusion.cluster.settings import WorkerSettings
 from dora_diffusion.config.fields import REQUIRED, flag
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.config.wording import counted
@@ -74,8 +74,7 @@ class FleetSettings(WorkerSettings):
         if self.args.dry_run:
             return train.print_training_summary(configs)
         train.warn_of_toy_model(config, self.args)
-        from dora_diffusion.cluster.fleet.console import FleetTable
-        from dora_diffusion.cluster.fleet.run import run_fleet
+        from dora_diffusion.cluster.fleet.run import FleetTable, run_fleet
 
         table = FleetTable()
         try:

@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
-from types import MappingProxyType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dora_diffusion.config.config_file import read_config_lines
 from dora_diffusion.config.elsewhere import notes
@@ -28,48 +28,13 @@ def group(kind: type[Group]) -> Group:
     return made
 
 
-class AsJob(NamedTuple):
-    """Description of a command as a job of the app, for a run or on its own.
-
-    Attributes:
-        command: Name of the command.
-        state: Text of the job's state while it runs, such as ``"merging"``.
-        verb: Label of its button, and beginning of the job's title.
-        is_listed: Whether the Library lists its card among the results of runs.
-        heading: Heading over its button in the Library; empty: it is elsewhere on the page.
-        about: Description of its output, under the heading.
-        output: End of its output's name, with the suffix; ``{NAME}`` is a setting. Empty: none.
-        asked: Settings with a field in the form.
-        fixed: Settings with a fixed value.
-        with_other: Whether it also takes a second adapter.
-    """
-
-    command: str
-    state: str
-    verb: str
-    is_listed: bool = True
-    heading: str = ""
-    about: str = ""
-    output: str = ""
-    asked: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = MappingProxyType({})
-    with_other: bool = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class CommandSettings:
     """Settings of a command: each field made with `flag` is a setting, and `perform` runs it.
 
-    Attributes:
-        job: Its job in the app; None if the app has none.
-        more_jobs: Further jobs of the app that run the command, by name.
-
     Raises:
         ConfigError: If a value cannot work.
     """
-
-    job: ClassVar[AsJob | None] = None
-    more_jobs: ClassVar[Mapping[str, AsJob]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         self._check(self.values())

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from dora_diffusion.cluster.fleet.connection import Share
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Worker, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.run import absolute, workers_for
-from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.fields import require

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import print_json, progress, tell
@@ -22,7 +21,7 @@ from dora_diffusion.cli.settings import (
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.base import BaseModel, OfModel
-from dora_diffusion.config.command import AsJob, CommandSettings
+from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import DTYPES, REQUIRED, flag
 from dora_diffusion.config.wording import counted
@@ -81,16 +80,6 @@ def fit_of(settings: ConvertSettings | Fit) -> FitSettings:
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings(Written, Alpha, Limits, AnyBase):
     """Settings of ``convert``."""
-
-    job = AsJob("convert", "converting", "Convert")
-    more_jobs = MappingProxyType({
-        "resize": AsJob(
-            "convert", "converting", "Resize", heading="Resize: a smaller file",
-            about="The nearest adapter of a smaller rank, and how near it is.",
-            output="resized.safetensors", asked=("rank", "conv_rank", "energy"),
-            fixed={"to": "smaller-rank"},
-        ),
-    })  # fmt: skip
 
     input: str = flag(REQUIRED, "An adapter file or folder.", positional=True)
     output: str = flag(
@@ -178,8 +167,6 @@ class Fit(Written, Limits, RequiredBase):
 class ExtractSettings(Fit):
     """Settings of ``extract``."""
 
-    job = AsJob("extract", "extracting", "Extract")
-
     tuned: str = flag(
         REQUIRED,
         "The fine-tuned model, of the same architecture: a Diffusers folder, hub id or single "
@@ -215,13 +202,6 @@ class ExtractSettings(Fit):
 @dataclass(frozen=True, kw_only=True)
 class CombineSettings(Alpha, Fit):
     """Settings of ``combine``."""
-
-    job = AsJob(
-        "combine", "combining", "Combine", heading="Combine with another adapter",
-        about="One adapter with the effect of two for the same base model, and its error.",
-        output="combined.safetensors", asked=("rank", "conv_rank", "energy", "method"),
-        with_other=True,
-    )  # fmt: skip
 
     adapters: list[str] = flag(
         REQUIRED,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import print_json, progress
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.command import AsJob, CommandSettings
+from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import REQUIRED, Condition, flag, when
 from dora_diffusion.formats.files.atomic import atomic_file, require_writable
 
@@ -29,8 +29,6 @@ def _given(name: str) -> Condition:
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings(CommandSettings):
     """Settings of ``prepare``; a model is a folder or a hub id."""
-
-    job = AsJob("prepare", "looking at photos", "Check", is_listed=False)
 
     photos: list[str] = flag(
         REQUIRED, "Folder of photos; several folders are several subjects.", positional=True

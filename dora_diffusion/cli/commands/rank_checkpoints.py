@@ -11,7 +11,6 @@ from dora_diffusion.cli.commands.evaluate import source_of
 from dora_diffusion.cli.console.output import progress, tell
 from dora_diffusion.cli.settings import AnyBase, Overwrite, check_results
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
-from dora_diffusion.config.command import AsJob
 from dora_diffusion.config.fields import REQUIRED, flag, require
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.formats.files.runs import (
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class RankCheckpointsSettings(Overwrite, AnyBase):
     """Settings of ``rank-checkpoints``."""
-
-    job = AsJob("rank-checkpoints", "ranking", "Rank", is_listed=False)
 
     without_base = None  # The default is the run's base, which may be on the hub.
 

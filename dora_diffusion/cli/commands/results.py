@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.cli.console.output import progress, tell
+from dora_diffusion.cli.console.output import progress
 from dora_diffusion.cli.settings import (
     Alpha,
     Overwrite,
@@ -17,7 +17,7 @@ from dora_diffusion.cli.settings import (
 )
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.base import OfModel
-from dora_diffusion.config.command import AsJob, CommandSettings
+from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.fields import AUTO, DTYPES, REQUIRED, flag, when
 
 _SHOWN = 10
@@ -54,12 +54,6 @@ class Merge(StrengthFlags, ScheduleFlags, Alpha, RequiredBase):
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings(Overwrite, Merge):
     """Settings of ``export``."""
-
-    job = AsJob(
-        "export", "merging", "Merge", heading="One file without an adapter",
-        about="A merged checkpoint, for web UIs.", asked=("strength",),
-        output="strength-{strength:g}-merged.safetensors",
-    )  # fmt: skip
 
     output: str = flag(
         REQUIRED, "X.safetensors for one file that web UIs read; else a Diffusers folder."
@@ -188,13 +182,6 @@ def _shortened(problems: list[str]) -> list[str]:
 class PushSettings(CommandSettings):
     """Settings of ``push``."""
 
-    job = AsJob(
-        "push", "publishing", "Publish", heading="Publish on the Hugging Face hub",
-        about="Adapter, model card, settings, loss and samples; never the photos. Needs HF_TOKEN "
-        "in the environment that the app was started in.",
-        asked=("repository", "public"),
-    )  # fmt: skip
-
     folder: Path = flag(REQUIRED, "The output folder of a run.", positional=True)
     repository: str = flag(
         REQUIRED, "NAME/MODEL on the hub; created if it does not exist.", positional=True
@@ -209,11 +196,9 @@ class PushSettings(CommandSettings):
         from dora_diffusion.export.hub import push
         from dora_diffusion.training.results.card import card_of
 
-        tell(phase="uploading")
         adapter = self.adapter
         card = card_of(self.folder, adapter) if adapter else None
         private = not self.public
         address = push(self.folder, self.repository, private=private, adapter=adapter, card=card)
-        tell(phase="uploaded", address=address)
         print(address)
         return 0

@@ -151,7 +151,7 @@ def asking_for_report(error: Exception | str, location: str = "") -> str:
         text = f"{text[:_LONG].rstrip()} ..."
     return (
         f"unexpected {text}; this is a bug: please report it with the traceback{location} and the "
-        'output of `dora-diffusion doctor` (in the app: "For a bug report")'
+        "output of `dora-diffusion doctor`"
     )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dora_diffusion.cluster.fleet.connection import connect, ray_library
+from dora_diffusion.cluster.fleet.connection import Share, connect, ray_library
 from dora_diffusion.cluster.fleet.queue import (
     Task,
     TaskReport,
@@ -29,7 +29,6 @@ from dora_diffusion.cluster.fleet.queue import (
     WorkerLocation,
     Workers,
 )
-from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.wording import counted
 from dora_diffusion.training.events import StepDone

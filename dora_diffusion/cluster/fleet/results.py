@@ -65,8 +65,6 @@ class SubjectRecord:
         cpu_seconds: Processor time on the last worker; in a pack, the subject's share.
         steps: Optimizer steps.
         peak_bytes: Peak memory of the last worker so far: of its GPU, or of its process.
-        read_bytes: Bytes read by the last worker, without a memory-mapped base model.
-        written_bytes: Bytes written by the last worker.
         pack: Number of subjects trained at once.
         samples: Sheets of sample images in the subject's folder.
         warnings: Warnings of the training.
@@ -87,8 +85,6 @@ class SubjectRecord:
     cpu_seconds: float = 0.0
     steps: int = 0
     peak_bytes: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
     pack: int = 1
     samples: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -187,16 +183,13 @@ class FleetResults:
     Args:
         output: A folder, or an fsspec URL such as ``s3://bucket/shop``.
 
-    Attributes:
-        copied_bytes: Bytes written to the URL so far.
-
     Raises:
         ConfigError: If the URL's file system is unknown or cannot be reached.
         OSError: If the folder is not writable, or the local folder is not private to this user.
     """
 
     def __init__(self, output: str) -> None:
-        self.output, self.copied_bytes = output, 0
+        self.output = output
         self._files: Any = None
         self._top = ""
         self._kept: set[str] = set()  # checkpoints stored at the URL
@@ -341,7 +334,6 @@ class FleetResults:
         partial = f"{folder}/.{last}.part"
         self._files.put_file(str(file), partial)
         self._files.mv(partial, final)
-        self.copied_bytes += file.stat().st_size
 
 
 def _unpack(tar: tarfile.TarFile, folder: Path) -> None:

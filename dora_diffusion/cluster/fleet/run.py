@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -11,7 +13,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.cli.console.output import say, tell
 from dora_diffusion.cluster.fleet.cluster import RayWorkers
+from dora_diffusion.cluster.fleet.connection import Share
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, Work, Workers, WorkQueue, run_tasks
 from dora_diffusion.cluster.fleet.results import (
     DONE,
@@ -28,9 +32,9 @@ from dora_diffusion.cluster.fleet.results import (
     settings_digest,
 )
 from dora_diffusion.cluster.fleet.subject import FleetSubject, train_subjects
-from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.fields import require, require_positive
+from dora_diffusion.config.wording import counted, duration
 from dora_diffusion.training.inputs.dataset import list_subjects
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.pack import check_pack
@@ -38,6 +42,9 @@ from dora_diffusion.training.pack import check_pack
 # Settings that the fleet sets itself for each subject.
 _ITS_OWN = ("resume_from_checkpoint", "push_to_hub")
 _READERS = 16
+# Most rows of running subjects in the table.
+_ROWS = 20
+_REDRAW_SECONDS = 0.5
 # Number of recent packs that are checked for room.
 _OPEN_PACKS = 8
 
@@ -251,3 +258,84 @@ def absolute(value: Any) -> Any:
         return [{key: absolute(item) for key, item in entry.items()} for entry in value]
     path = Path(value).expanduser() if isinstance(value, str) and value else None
     return str(path.absolute()) if path is not None and path.exists() else value
+
+
+class FleetTable:
+    """Table of a fleet's progress.
+
+    Args:
+        is_terminal: True if lines can be overwritten. Default: True if standard error is a
+            terminal.
+        clock: Returns a time in seconds.
+    """
+
+    def __init__(
+        self, is_terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
+        self._clock = clock
+        self._drawn = self._lost = 0
+        self._last = -_REDRAW_SECONDS
+        self._warned: set[str] = set()
+
+    def __call__(self, fleet: Fleet, ended: SubjectRecord | None) -> None:
+        """Display the fleet, and a subject that has just ended."""
+        lost = fleet.queue.lost[self._lost :]
+        if ended is not None or lost:
+            self.close()
+        for report in lost:
+            say(f"lost: {report.task.name}: {report.lost}; it is resumed", sys.stderr)
+        self._lost += len(lost)
+        if ended is not None:
+            self._say_end(fleet, ended)
+        total = len(fleet.records) + sum(fleet.queue.sizes)
+        tell(phase="training subjects", unit="subject", done=len(fleet.records), total=total)
+        if self._is_terminal and (ended or self._clock() - self._last >= _REDRAW_SECONDS):
+            self.close()
+            lines = table_lines(fleet)
+            sys.stderr.write("\n".join(lines) + "\n")
+            sys.stderr.flush()
+            self._drawn, self._last = len(lines), self._clock()
+
+    def close(self) -> None:
+        """Clear the table."""
+        if self._drawn:
+            sys.stderr.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0
+
+    def _say_end(self, fleet: Fleet, record: SubjectRecord) -> None:
+        for text in set(record.warnings) - self._warned:  # Most are about common settings.
+            self._warned.add(text)
+            name = f"{record.name}: " if record.pack == 1 else ""  # A pack shares its warnings.
+            say(f"warning: {name}{text}", sys.stderr)
+        if record.status == FAILED:
+            say(f"failed: {record.name}: {record.cause}", sys.stderr)
+        elif record.name not in fleet.known:
+            again = f", {counted(record.attempts, 'worker')}" if record.attempts > 1 else ""
+            took = duration(record.seconds)
+            say(f"done: {record.name} in {took}{again} ({record.worker})", sys.stderr)
+
+
+def table_lines(fleet: Fleet) -> list[str]:
+    """Return the counts, and a row for each running subject with step, loss and worker."""
+    queue, failed = fleet.queue, len(fleet.failed)
+    running, waiting = queue.sizes
+    counts = [
+        f"{len(fleet.records) - failed} done" + (
+            f" ({len(fleet.known)} before)" if fleet.known else ""
+        ),
+        f"{running} running",
+        f"{waiting} waiting",
+        f"{failed} failed",
+    ]  # fmt: skip
+    if queue.per_hour is not None:
+        counts += [f"{queue.per_hour:.0f} an hour", f"{duration(queue.seconds_left)} left"]
+    lines, steps = [", ".join(counts)], fleet.workers.progress()
+    for name, task in list(queue.running.items())[:_ROWS]:
+        text, step = "starting", steps.get(name)
+        if step is not None:
+            text = f"step {step.step} of {step.total_steps}, loss {step.loss:.4f}"
+        lines.append(f"  {name}: {text} ({task.location.worker})")
+    if len(queue.running) > _ROWS:
+        lines.append(f"  and {len(queue.running) - _ROWS} more")
+    return lines

@@ -61,44 +61,23 @@ class _Meter:
 
     def __init__(self, waited: float, share: int) -> None:
         self._begun, self._cpu = time.perf_counter() - waited, time.process_time()
-        self._read, self._written = _bytes_so_far()
         self._share = share
 
-    def figures(self, started: float | None, copied: int) -> dict[str, Any]:
+    def figures(self, started: float | None) -> dict[str, Any]:
         """Return the cost as fields of a record.
 
         Args:
             started: Time of the first step; None if there was none.
-            copied: Bytes copied to a URL.
         """
         now, share = time.perf_counter(), self._share
         started = now if started is None else started
-        read, written = _bytes_so_far()
         return {
             "start_seconds": round(started - self._begun, 3),
             "train_seconds": round(now - started, 3),
             "cpu_seconds": round((time.process_time() - self._cpu) / share, 3),
             "peak_bytes": devices.peak_memory() or int(system.peak_memory() * 2**30),
-            "read_bytes": (read - self._read) // share,
-            "written_bytes": (written - self._written) // share + copied,
             "pack": share,
         }
-
-
-def _bytes_so_far() -> tuple[int, int]:
-    """Return the bytes that this process has read and written; zeros if they are not counted."""
-    import psutil
-
-    try:
-        counts: Any = psutil.Process().io_counters()
-    except (AttributeError, psutil.Error, OSError):  # macOS, or a container without counters
-        return 0, 0
-    # Linux also counts requested bytes (`*_chars`), whether or not the disk was accessed.
-    read, written = (getattr(counts, f"{kind}_chars", None) for kind in ("read", "write"))
-    return (
-        int(counts.read_bytes if read is None else read),
-        int(counts.write_bytes if written is None else written),
-    )
 
 
 class _SubjectRun:
@@ -153,7 +132,7 @@ class _SubjectRun:
 
     def record(self, meter: _Meter, caught: Sequence[Any], **changes: Any) -> SubjectRecord:
         """Return the subject's record, with the cost so far."""
-        figures = meter.figures(self.started, self.results.copied_bytes)
+        figures = meter.figures(self.started)
         texts = dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught)
         return replace(
             self.subject.record, warnings=tuple(texts), steps=self.steps, **figures, **changes

@@ -35,10 +35,10 @@ from dora_diffusion.studio.app.views.request import UNSET, make_request
 from dora_diffusion.studio.app.views.restore import shown_value
 from dora_diffusion.studio.app.views.results import DEVICE
 from dora_diffusion.studio.jobs import subjects, tasks
-from dora_diffusion.studio.jobs.inputs import keep_input
+from dora_diffusion.studio.jobs.image_store import keep_input
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text, new_id
-from dora_diffusion.studio.jobs.uploads import MAX_BYTES, require_file, shown
+from dora_diffusion.studio.jobs.uploads import require_file, shown
 
 _MODEL, _SAMPLES = "pretrained_model_name_or_path", "validation_prompt"
 _PERIOD_SECONDS = 1.0
@@ -224,7 +224,7 @@ def _form(workspace: Workspace, prompt: str, settings: Mapping[str, Any]) -> dic
             unknown = f"{name[:80]} is not a setting of images{did_you_mean(name, offered)}"
             raise UserError(removal(name) or unknown)
         if name in ("image", "mask_image"):
-            require_file(file := _uploaded(workspace, value), MAX_BYTES)
+            require_file(file := _uploaded(workspace, value))
             form[name] = keep_input(workspace, open_photo(file))
         elif value is not None:
             # Each further adapter has its own field, chosen like the first one.

@@ -16,10 +16,8 @@ from typing import Any, TypeVar
 
 from dora_diffusion.cli.console.errors import asking_for_report, explain, explain_to_all
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.data.images import PhotoError
-from dora_diffusion.models.locate import model_info
-from dora_diffusion.models.memory import Device, describe_device, fitting_settings, needed_memory
+from dora_diffusion.models.memory import Device, describe_device
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.settings import (
     ADVANCED,
@@ -35,7 +33,6 @@ from dora_diffusion.studio.jobs.bases import (
     bases,
     check_model,
     named_bases,
-    on_this_machine,
 )
 from dora_diffusion.studio.jobs.image_generator import ImageGenerator
 from dora_diffusion.studio.jobs.image_store import ImageStore
@@ -50,7 +47,7 @@ from dora_diffusion.studio.jobs.store import (
     ids_in,
 )
 from dora_diffusion.studio.jobs.subjects import StoredSubject, read_subject, uses_masks
-from dora_diffusion.training.inputs.subject import outside_toy_world, subjects_of, token_messages
+from dora_diffusion.training.inputs.subject import subjects_of, token_messages
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _FRESH_SECONDS = 0.8
@@ -104,28 +101,6 @@ class Context:
     def device(self) -> Device:
         """Return the device for training, with its free memory."""
         return describe_device()
-
-    def suggested_base(self, model: str, class_word: str) -> str:
-        """Suggest a model on this machine for a class that the selected toy model does not know.
-
-        Returns:
-            The first model that fits the free memory, else the first one; on a CPU, models of the
-            smallest family come first. Empty if the selection is fine, or there is no other model.
-        """
-        if not outside_toy_world(model, class_word):
-            return ""
-        models, device = on_this_machine(self.bases()), self.device()
-        if device.kind == "cpu":
-            models.sort(key=lambda base: FAMILIES[base.family].default_resolution)
-        fitting = (base for base in models if self._fits(base.name, device))
-        best = next(fitting, next(iter(models), None))
-        return best.name if best else ""
-
-    def _fits(self, name: str, device: Device) -> bool:
-        info = model_info(name)
-        settings = fitting_settings(info.family, info.resolution, device)
-        needed = needed_memory(info.family, info.resolution, settings, device)
-        return needed is not None and device.free_gib is not None and needed <= device.free_gib
 
     def allowed_model(self, name: object) -> str:
         """Return a base model's name if it may be loaded.

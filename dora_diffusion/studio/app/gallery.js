@@ -7,8 +7,8 @@ let asked = 0, shown = 0, total = 0;
 
 async function load(from, count) {
   const turn = ++asked;
-  const page = await server.list_page({ search: studio.search, from, count }).catch(() => null);
-  // The app has ended, or somebody has typed on meanwhile.
+  const page = await server.list_page({ from, count }).catch(() => null);
+  // The app has ended, or asked for more meanwhile.
   if (!page || turn !== asked) return;
   if (from) grid.insertAdjacentHTML('beforeend', page.cards);
   else grid.innerHTML = page.cards;
@@ -32,6 +32,5 @@ function begin() {
 }
 
 studio.clicks(element, trigger);
-if (element.closest('#history')) studio.find = () => { shown = 0; load(0, 0); };
 watch('value', begin);
 begin();

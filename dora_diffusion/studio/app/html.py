@@ -18,7 +18,7 @@ from dora_diffusion.numerics.devices import has_own_memory
 from dora_diffusion.studio.app.settings import with_labels
 from dora_diffusion.studio.jobs.estimates import Estimate
 from dora_diffusion.studio.jobs.queue import PERSON, stop_asked
-from dora_diffusion.studio.jobs.records import JOBS, KINDS, log_warnings, printed, read_validation
+from dora_diffusion.studio.jobs.records import KINDS, log_warnings, printed, read_validation
 from dora_diffusion.studio.jobs.snapshot import Job
 
 _LAST_LINES = 6
@@ -147,11 +147,10 @@ def download(path: Any, label: str) -> str:
 
 def task_list(jobs: Sequence[Job], run_id: str | None) -> str:
     """Return cards of the newest jobs that process runs; ended ones only of the displayed run."""
-    listed = {name for name, kind in JOBS.items() if kind.job and kind.job.is_listed}
     shown = [
         job
         for job in jobs
-        if job.kind in listed and (not job.has_ended or job.record.run in ("", run_id))
+        if job.kind in ("export", "convert") and (not job.has_ended or job.record.run == run_id)
     ]
     return "".join(map(task_card, shown[:6]))
 
@@ -165,21 +164,12 @@ def task_card(job: Job) -> str:
 
 
 def _result(job: Job, output: Path) -> str:
-    if job.kind == "push":
-        return pieces.outside(job.progress.address) if job.progress.address else ""
     if job.kind == "prepare":
         return _look(printed(job.folder), image(output, "Contact sheet"))
-    links = [download(output, f"Download {output.name}")]
-    if is_adapter(job):
-        links.append(button("Add to the library", "add", job.id))
+    link = download(output, f"Download {output.name}")
     lines = [line.replace(str(output), output.name) for line in printed(job.folder)]
     kinds = ["warn" if "wrong: " in line else "info" for line in lines]
-    return pieces.joined([*links, *map(note, lines, kinds)])
-
-
-def is_adapter(job: Job) -> bool:
-    """Return whether a job's output is an adapter for this app, not for another program."""
-    return job.kind in ("combine", "extract") or job.record.output.endswith("resized.safetensors")
+    return pieces.joined([link, *map(note, lines, kinds)])
 
 
 def _look(lines: Sequence[str], sheet: str) -> str:

@@ -51,8 +51,7 @@ class Launch(CommandSettings):
     )
     model_folders: list[Path] = flag(
         [],
-        "Folders to search for base models, in addition to those in DORA_DIFFUSION_MODELS, "
-        "COMFYUI_PATH, A1111_PATH and the lines of RUNS_DIR/model_folders.txt.",
+        "Folders to search for base models, in addition to the hub's cache.",
         metavar="FOLDER",
     )
     browser: bool = flag(False, "Open the page in the browser.")

@@ -231,10 +231,6 @@ window.studio = {
   // What somebody typed since then, by the field's id.
   letters: {},
 
-  // What is searched for among all images, and what lists them (gallery.js).
-  search: {},
-  look(search) { studio.search = search; studio.find?.(); },
-
   // What a button fills elsewhere on the page, as soon as it is drawn there, and whenever it grows, until
   // somebody does something.
   reveal(id, block = 'center') {
@@ -257,14 +253,6 @@ window.studio = {
   // What is painted on the image to start from, in the place of the last value.
   mask: (...values) =>
     [...values.slice(0, -1), document.querySelector('#start-image canvas')?.painted?.() ?? ''],
-
-  copy(selector) {
-    const place = document.querySelector(selector);
-    if (navigator.clipboard) return navigator.clipboard.writeText(place.innerText);
-    // Without https, on another machine's address.
-    getSelection().selectAllChildren(place);
-    document.execCommand('copy');
-  },
 
   // The id, or none where the question, which is the last value, is of another one or is not confirmed.
   confirmed: (id, ...rest) => {

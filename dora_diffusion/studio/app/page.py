@@ -1,12 +1,20 @@
-"""The page: header, four tabs, a footer, and a timer that refreshes them."""
+"""The page: header and four tabs, a timer that refreshes them, and what a reload restores.
+
+The draft of all fields belongs to the user, not to the server: the browser stores it for all of its
+windows. Captions and the words of a subject are stored separately (captions.js), because they
+change with the photo or subject. The address belongs to one window, and names the open tab and the
+selected objects.
+"""
 
 from __future__ import annotations
 
 import functools
-import subprocess
+import json
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -16,7 +24,6 @@ from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.api import add_api
 from dora_diffusion.studio.app.context import Context, Handler
 from dora_diffusion.studio.app.views import (
-    draft,
     generate,
     library,
     run,
@@ -26,16 +33,19 @@ from dora_diffusion.studio.app.views import (
 )
 from dora_diffusion.studio.app.views.request import MORE
 from dora_diffusion.studio.app.views.request import choices as model_choices
-from dora_diffusion.studio.jobs.store import UserError, ids_in
+from dora_diffusion.studio.jobs.store import GONE, ids_in
 
 TICK_SECONDS = 2.0
 CHOOSERS = (
-    "run", "adapter", "library_run", "subject", *MORE, "find_run", "library_other",
-    "library_rival", "others", "start", "base",
+    "run", "adapter", "library_run", "subject", *MORE, "others", "start", "base",
 )  # fmt: skip
 """Fields for choosing objects; a choice whose object was deleted becomes `GONE`."""
 _DAY = 24 * 3600
 _READS = 3
+_SHOWN = 256
+_KINDS = (
+    gr.Textbox, gr.Number, gr.Slider, gr.Checkbox, gr.CheckboxGroup, gr.Radio, gr.Dropdown,
+)  # fmt: skip
 
 
 def build_page(context: Context) -> gr.Blocks:
@@ -55,14 +65,13 @@ def build_page(context: Context) -> gr.Blocks:
                 generating = generate.GenerateTab(context)
             with gr.Tab("Library", id="library", render_children=True):
                 stored = library.LibraryTab(context)
-        add_report(context)
         preview = [training.model, *(training.advanced[n] for n in ("resolution", "masked_loss"))]
         run_view, words = training.shown, {"class": training.class_word, "token": training.token}
         address = _address(context, tabs, {
             "subject": subjects.pick, "run": run_view.run, "adapter": generating.adapter,
             "library": stored.run,
         })  # fmt: skip
-        restored = draft.keep_draft(blocks, words, address)
+        restored = keep_draft(blocks, words, address)
         subject.connect(context, subjects, restored, preview)
         train.connect(context, training, subjects, train_tab.select, restored)
         generate.connect(context, generating, restored)
@@ -79,10 +88,8 @@ def build_page(context: Context) -> gr.Blocks:
             "chooser": run_view.chooser, "chooser_start": run_view.rank,
             "chooser_cards": run_view.cards,
             "adapter": generating.adapter, **generating.more, "turn": generating.turn,
-            "history": generating.gallery.list, "find_run": generating.gallery.run,
-            "template": generating.template,
+            "history": generating.history,
             "library": stored.gallery, "library_run": stored.run,
-            "library_other": stored.other, "library_rival": stored.rival,
             "library_side": stored.side, "tasks": stored.tasks,
             "subject": subjects.pick, "looked": subjects.looked, "others": training.others,
             "base": training.model, "start": training.advanced["init_adapter"],
@@ -91,7 +98,7 @@ def build_page(context: Context) -> gr.Blocks:
     return blocks
 
 
-def _address(context: Context, tabs: gr.Tabs, fields: dict[str, Any]) -> draft.Address:
+def _address(context: Context, tabs: gr.Tabs, fields: dict[str, Any]) -> Address:
     """Return the parts of the page that its address names, with ``fields`` by name."""
 
     def existing() -> dict[str, list[str]]:
@@ -110,7 +117,7 @@ def _address(context: Context, tabs: gr.Tabs, fields: dict[str, Any]) -> draft.A
         is_training = any(job.is_active and job.kind == "train" for job in context.jobs())
         return "train" if is_training else "subject"
 
-    return draft.Address(tabs, fields, existing, default_tab)
+    return Address(tabs, fields, existing, default_tab)
 
 
 def _connect_run(view: run.RunView, tabs: gr.Tabs, fields: dict[str, Any]) -> None:
@@ -143,7 +150,7 @@ def _connect_clock(context: Context, restored: Any, fields: dict[str, Any]) -> N
                 run.refresh(context, jobs, run_id) | train.refresh(context, jobs, choices)
             ),
             Generate=lambda: generate.refresh(context, jobs, adapter, choices),
-            Library=lambda: library.refresh(jobs, selected, choices),
+            Library=lambda: library.refresh(jobs, selected),
         )
         problems += [context.queue.problem] if context.queue.problem else []
         return {"header": html.header(jobs, problems), **content}
@@ -224,29 +231,143 @@ def _changes(before: dict[str, Any], now: dict[str, Any], names: Iterable[str]) 
 _NEVER = object()
 
 
-def add_report(context: Context) -> None:
-    """Add the bug report, whose text is written on opening because it takes some seconds."""
+@dataclass(frozen=True)
+class Address:
+    """Parts of the page that its address names.
 
-    def describe() -> str:
-        if context.launch.is_open:
-            raise UserError(
-                "a shared app does not describe the machine that it runs on; its operator can call "
-                "'dora-diffusion doctor' there"
-            )
-        # Another process: it trains, and a broken package may end Python.
-        command = [sys.executable, "-m", "dora_diffusion", "doctor"]
-        done = subprocess.run(command, capture_output=True, check=False)
-        return (done.stdout or done.stderr).decode(errors="replace")
+    Attributes:
+        tabs: The tabs.
+        fields: Fields of selected objects, by their names in the address.
+        existing: Returns the valid values of these fields by name.
+        default_tab: Returns the tab to open if the address names none.
+    """
 
-    with gr.Accordion("For a bug report", open=False, elem_id="bug-report") as box:
-        text = (
-            "What this installation is, as 'dora-diffusion doctor' prints it: no token, no "
-            "password, no home folder. Add the traceback, or the end of the run's log."
-        )
-        ui.html_block(html.quiet(text))
-        # The copy button needs a label.
-        report = gr.Textbox(
-            label="This installation", lines=12, max_lines=40, interactive=False,
-            placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",
-        )  # fmt: skip
-    ui.on(box.expand, describe, None, [report], show="minimal")
+    tabs: gr.Tabs
+    fields: Mapping[str, Any]
+    existing: Callable[[], Mapping[str, Collection[str]]]
+    default_tab: Callable[[], str]
+
+    def connect(self) -> None:
+        """Write each opened tab and selected object into the address."""
+        for tab in self.tabs.children:
+            ui.on(tab.select, None, js=f"() => studio.locate('tab', '{tab.id}')")
+        for name, field in self.fields.items():
+            js = f"(id) => studio.locate('{name}', id === {json.dumps(GONE)} ? '' : id)"
+            ui.on(field.change, None, [field], js=js)
+
+    def open_tab(self, query: Mapping[str, str]) -> Any:
+        """Return an update of the tabs for an address."""
+        ids = [tab.id for tab in self.tabs.children]
+        opened = query.get("tab") if query.get("tab") in ids else self.default_tab()
+        return gr.skip() if opened == ids[0] else gr.Tabs(selected=opened)
+
+    def selected(self, query: Mapping[str, str], drafted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the selections by name: the address's, else the draft's; None if both are gone."""
+        existing = self.existing()
+        values = {name: (query.get(name), drafted.get(name)) for name in self.fields}
+        return {
+            name: next((value for value in pair if value in existing[name]), None)
+            for name, pair in values.items()
+        }
+
+
+def kept_fields(blocks: gr.Blocks, besides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return all input fields of the page by tab and label.
+
+    Args:
+        blocks: The page.
+        besides: Fields to exclude, which are stored separately.
+    """
+    excluded = {id(field) for field in (besides or {}).values()}
+    return {
+        _name(field): field
+        for field in blocks.blocks.values()
+        if isinstance(field, _KINDS)
+        and field.interactive is not False
+        and id(field) not in excluded
+    }
+
+
+def _name(field: Any) -> str:
+    parent = field.parent
+    while parent is not None and not isinstance(parent, gr.Tab):
+        parent = parent.parent
+    return f"{parent.id if parent else ''}/{field.label}"
+
+
+def keep_draft(blocks: gr.Blocks, besides: Mapping[str, Any], address: Address) -> Any:
+    """Store a draft of the page's fields, and restore it on load. Returns the event after that.
+
+    Args:
+        blocks: The page.
+        besides: Fields to exclude, which are stored separately.
+        address: Tabs and selections that the page's address names; these precede the draft's.
+    """
+    named = kept_fields(blocks, besides)
+    located = {name: _name(field) for name, field in address.fields.items()}
+    fields, draft = list(named.values()), ui.storage("page", {})
+    for name, field in named.items():  # The script finds fields by id.
+        field.elem_id = field.elem_id or re.sub(r"\W+", "-", name).strip("-")
+
+    def restore(stored: Any, request: gr.Request | None = None) -> list[Any]:
+        values = dict(stored) if isinstance(stored, dict) else {}
+        query = request.query_params if request else {}
+        drafted = {name: values.get(key) for name, key in located.items()}
+        selected = address.selected(query, drafted)
+        values |= {key: selected[name] for name, key in located.items()}
+        updates = []
+        for name, field in named.items():
+            value = values.get(name)
+            if value and isinstance(value, str) and _lacks_choice(field, value):
+                gr.Warning(f"{field.label}: {value[:_SHOWN]} is no longer a choice; choose again")
+                updates.append(gr.update(value=None))
+            elif value != field.value and can_hold(field, value):
+                updates.append(ui.holding(field, value))
+            else:
+                updates.append(gr.skip())
+        return [*updates, address.open_tab(query)]
+
+    ui.on(
+        ui.together("draft", fields), None, [draft, *fields], [draft],
+        js=f"(kept, ...values) => studio.keep(kept, {json.dumps(list(named))}, values)",
+    )  # fmt: skip
+    typed_fields = {
+        field.elem_id: name
+        for name, field in named.items()
+        if isinstance(field, gr.Dropdown) and field.allow_custom_value and not field.multiselect
+    }
+    typed = "(kept) => ({...kept, ...studio.typed()})"
+    restored = ui.on(blocks.load, restore, [draft], [*fields, address.tabs], js=typed)
+    address.connect()
+    restore_typed = f"(kept) => studio.restored(kept, {json.dumps(typed_fields)})"
+    return ui.on(restored.then, None, [draft], [draft], js=restore_typed)
+
+
+def can_hold(field: Any, value: object) -> bool:
+    """Return whether a value from a browser's draft, maybe of another version, fits a field."""
+    if isinstance(field, gr.Checkbox):
+        return isinstance(value, bool)
+    if isinstance(field, (gr.Number, gr.Slider)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        if isinstance(field, gr.Slider):  # see `ui.holding`
+            return True
+        least, most = field.minimum, field.maximum
+        return (least is None or value >= least) and (most is None or value <= most)
+    if isinstance(field, gr.CheckboxGroup) or getattr(field, "multiselect", False):
+        return isinstance(value, list) and all(_is_choice(field, item) for item in value)
+    return _is_choice(field, value)
+
+
+def _lacks_choice(field: Any, value: str) -> bool:
+    """Return whether a browser's stored value is missing from a list of fixed choices."""
+    is_one = isinstance(field, (gr.Radio, gr.Dropdown)) and not getattr(field, "multiselect", False)
+    return is_one and not _is_choice(field, value)
+
+
+def _is_choice(field: Any, value: object) -> bool:
+    """Return whether a value is a short text, and one of the choices if they are fixed."""
+    if not isinstance(value, str) or len(value) > (getattr(field, "max_length", None) or ui.LIMIT):
+        return False
+    choices = [choice for _, choice in getattr(field, "choices", None) or ()]
+    return not choices or getattr(field, "allow_custom_value", False) or value in choices

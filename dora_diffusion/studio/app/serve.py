@@ -20,7 +20,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import SHARED, Launch
 from dora_diffusion.studio.jobs.records import LOG
 from dora_diffusion.studio.jobs.snapshot import Job
-from dora_diffusion.studio.jobs.uploads import MAX_FILE
+from dora_diffusion.studio.jobs.uploads import MAX_BYTES
 from dora_diffusion.system import INTERRUPTS
 
 STYLE = Path(__file__).with_name("style.css")
@@ -127,7 +127,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
             str(path.resolve())
             for path in (context.workspace.images, context.workspace.exports, samples_folder())
         ],
-        max_file_size=MAX_FILE,
+        max_file_size=MAX_BYTES,
         # Gradio's "Settings" link would offer to record the screen.
         footer_links=[],
         ssr_mode=False,

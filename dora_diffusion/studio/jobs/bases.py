@@ -1,14 +1,13 @@
 """Base models to train on (embedded, released, or on this machine), and checks before a run.
 
-Models are searched in the hub's cache (``HF_HOME``), the model folders of ComfyUI
-(``COMFYUI_PATH``) and A1111 (``A1111_PATH``), and the folders listed in ``DORA_DIFFUSION_MODELS``,
-``--model_folders`` or ``model_folders.txt`` in the runs folder.
+Models are searched in the hub's cache (``HF_HOME``), the runs folder, and the folders of
+``--model_folders``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,15 +19,9 @@ from dora_diffusion.models import locate
 from dora_diffusion.models.embedded import MODELS
 from dora_diffusion.studio.jobs.store import UserError
 
-FOLDERS_FILE = "model_folders.txt"
 _TO_DOWNLOAD = "to be downloaded"
 _MOST_FOUND = 60
 _DEPTH = 2
-# Folders of complete models, relative to each program's folder.
-_PROGRAMS: Mapping[str, tuple[str, ...]] = {
-    "COMFYUI_PATH": ("models/checkpoints", "models/diffusers"),
-    "A1111_PATH": ("models/Stable-diffusion",),
-}
 
 
 @dataclass(frozen=True)
@@ -53,23 +46,17 @@ class Base:
         return f"{path.name if path.is_absolute() else self.name} · {title} · {self.where}"
 
 
-def on_this_machine(models: Sequence[Base]) -> list[Base]:
-    """Return the models that are not toys and need no download."""
-    here = (base for base in models if base.family and base.where != _TO_DOWNLOAD)
-    return [base for base in here if not locate.is_embedded(base.name)]
-
-
 def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> list[Base]:
     """Return all base models to offer on this machine, the embedded ones first.
 
     Args:
-        workspace: The runs folder. Its `FOLDERS_FILE` may list model folders, one per line.
+        workspace: The runs folder.
         listed: Models of ``--models``.
         folders: Folders of ``--model_folders``.
     """
     models = [*named_bases(listed), *in_hub_cache(), *of_runs(workspace)]
-    for folder, where in model_folders(os.environ, workspace, folders):
-        models += in_folder(folder, where)
+    for folder in folders:
+        models += in_folder(folder.expanduser())
     suggested = (family for family in families.FAMILIES.values() if family.is_suggested)
     models += [Base(family.released_id, family.name, _TO_DOWNLOAD) for family in suggested]
     unique: dict[str, Base] = {}
@@ -116,26 +103,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [file for part in families.DENOISERS for file in folder.glob(f"{part}/*.safetensors")]
 
 
-def model_folders(
-    environment: Mapping[str, str], workspace: Path, named: Sequence[Path]
-) -> list[tuple[Path, str]]:
-    """Return existing folders to search for models, each with a description for the page."""
-    folders = [(folder, "named with --model_folders") for folder in named]
-    for variable, paths in _PROGRAMS.items():
-        if environment.get(variable):
-            folders += [(Path(environment[variable], path), variable) for path in paths]
-    listed = environment.get("DORA_DIFFUSION_MODELS", "").split(os.pathsep)
-    folders += [(Path(line), "DORA_DIFFUSION_MODELS") for line in listed if line]
-    file = workspace / FOLDERS_FILE
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    folders += [(Path(line.strip()), FOLDERS_FILE) for line in lines if line.strip()]
-    expanded = ((folder.expanduser(), where) for folder, where in folders)
-    return [(folder, where) for folder, where in expanded if folder.is_dir()]
-
-
-def in_folder(folder: Path, where: str) -> list[Base]:
+def in_folder(folder: Path) -> list[Base]:
     """Return the complete models in a folder: Diffusers folders and single files, no adapters."""
-    models = (_base(str(path), where) for path in _candidates(folder, _DEPTH))
+    models = (
+        _base(str(path), "named with --model_folders") for path in _candidates(folder, _DEPTH)
+    )
     return list(islice((base for base in models if base.family), _MOST_FOUND))
 
 

@@ -4,7 +4,6 @@
 
     images/
       <id>-<seed>.png    generated images, each with its generation parameters
-      favourites/        an empty file for each marked image
       inputs/<md5>.png   input images and masks, named by the hash of their pixels
       thumbnails/        a small JPEG of each listed image, and of each run
 """
@@ -12,32 +11,26 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import re
 import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL.Image import DecompressionBombError
 
-from dora_diffusion.data.images import DECODE_ERRORS
+from dora_diffusion.data.images import DECODE_ERRORS, PhotoError, open_photo
 from dora_diffusion.formats.files.atomic import atomic_file
-from dora_diffusion.formats.parameters import lora_tag
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
-from dora_diffusion.studio.jobs.inputs import hashes_of
 from dora_diffusion.studio.jobs.store import UserError, Workspace, confined
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PAGE = 24
-_RECENT = 60
 _THUMBNAIL_SIDE = 320
-_DATE = re.compile(r"(\d{4}(-\d\d(-\d\d)?)?)?")
+_HASH = re.compile(r"[0-9a-f]{32}")
 
 
 class _Entry(NamedTuple):
@@ -45,49 +38,6 @@ class _Entry(NamedTuple):
 
     name: str
     modified: int
-
-
-@dataclass(frozen=True)
-class Search:
-    """Conditions of a search among images.
-
-    Attributes:
-        words: Words that must all be in the prompt, the negative prompt or an adapter's name.
-        run: Id of a run whose adapter was used.
-        since: First day, ``2026-11-29``, or first month or year.
-        until: Last day, month or year.
-        only_favourites: True to omit images that are not favourites.
-
-    Raises:
-        UserError: If a date is invalid.
-    """
-
-    words: str = ""
-    run: str = ""
-    since: str = ""
-    until: str = ""
-    only_favourites: bool = False
-
-    def __post_init__(self) -> None:
-        for date in (self.since, self.until):
-            try:
-                if not _DATE.fullmatch(date):
-                    raise ValueError(date)
-                datetime.date.fromisoformat(date + "2026-01-01"[len(date) :])
-            except ValueError:
-                text = f"{date!r} is not a date; write it as 2026-11-29, 2026-11 or 2026"
-                raise UserError(text) from None
-
-    def holds_date(self, modified: int) -> bool:
-        day = time.strftime("%Y-%m-%d", time.localtime(modified / 1e9))
-        return self.since <= day and (not self.until or day[: len(self.until)] <= self.until)
-
-    def holds_text(self, text: str) -> bool:
-        # The last line, with further settings, is not searched.
-        body = text.rpartition("\n")[0].casefold()
-        return lora_tag(self.run)[:-1] * bool(self.run) in body and all(
-            word in body for word in self.words.casefold().split()
-        )
 
 
 class ImageStore:
@@ -105,9 +55,8 @@ class ImageStore:
 
     @property
     def stamp(self) -> str:
-        """Text that changes when an image or a mark is added or removed."""
-        folders = (self.workspace.images, self.workspace.favourites)
-        return "-".join(str(folder.stat().st_mtime_ns) for folder in folders)
+        """Text that changes when an image is added or removed."""
+        return str(self.workspace.images.stat().st_mtime_ns)
 
     def entries(self) -> list[_Entry]:
         """Return all images, newest first."""
@@ -139,24 +88,6 @@ class ImageStore:
             self._texts[entry] = text
         return text
 
-    def search(self, search: Search) -> list[_Entry]:
-        """Return the images that match a search, newest first."""
-        marked = self.favourites() if search.only_favourites else frozenset()
-        return [
-            entry
-            for entry in self.entries()
-            if search.holds_date(entry.modified)
-            and (not search.only_favourites or entry.name in marked)
-            and (not (search.words or search.run) or search.holds_text(self.text(entry)))
-        ]
-
-    def prompts(self, most: int) -> list[str]:
-        """Return the distinct prompts of recent images, newest first."""
-        from dora_diffusion.sampling.images import parse_parameters
-
-        read = (parse_parameters(self.text(entry)) for entry in self.entries()[:_RECENT])
-        return [*dict.fromkeys(filter(None, (fields["Prompt"] for fields in read)))][:most]
-
     def thumbnail(self, entry: _Entry) -> Path | None:
         """Return a small JPEG of an image; see `kept_thumbnail`."""
         path = self.workspace.thumbnails / f"{entry.name}.jpg"
@@ -175,25 +106,8 @@ class ImageStore:
         seed = parse_parameters(text).get("Seed", "")
         return GeneratedImage(path, int(seed) if seed.isdecimal() else 0, text)
 
-    def favourites(self) -> frozenset[str]:
-        """Return the names of the marked images."""
-        return frozenset(os.listdir(self.workspace.favourites))
-
-    def toggle_favourite(self, name: object) -> bool:
-        """Mark an image, or remove its mark. Returns whether it is marked now.
-
-        Raises:
-            UserError: If the image does not exist.
-        """
-        mark = self.workspace.favourites / confined(self.workspace.images, name).name
-        if mark.exists():
-            mark.unlink()
-            return False
-        mark.touch()
-        return True
-
     def delete(self, name: object) -> None:
-        """Delete an image, its mark and thumbnail, and input images that no other image uses.
+        """Delete an image, its thumbnail, and input images that no other image uses.
 
         Raises:
             UserError: If the image does not exist.
@@ -201,7 +115,6 @@ class ImageStore:
         image = self.read(name)
         inputs = {*hashes_of(image.parameters)}
         image.path.unlink()
-        (self.workspace.favourites / image.path.name).unlink(missing_ok=True)
         (self.workspace.thumbnails / f"{image.path.name}.jpg").unlink(missing_ok=True)
         if inputs:
             for entry in self.entries():
@@ -235,3 +148,49 @@ def kept_thumbnail(source: Path, path: Path, read: Callable[[Path], Image]) -> P
     with atomic_file(path) as temporary:
         small.save(temporary, format="JPEG", quality=85)
     return path
+
+
+def hashes_of(text: str) -> Iterator[str]:
+    """Return the hashes of the input images in an image's parameters."""
+    from dora_diffusion.sampling.images import INIT_IMAGE, MASK_IMAGE, parse_parameters
+
+    fields = parse_parameters(text)
+    return (fields[key] for key in (INIT_IMAGE, MASK_IMAGE) if _HASH.fullmatch(fields.get(key, "")))
+
+
+def keep_input(workspace: Workspace, image: Image) -> str:
+    """Store an input image or a mask ("L") under the hash of its pixels, once.
+
+    Returns:
+        The hash, as in the parameters of images made from it (`images.painted_fields`).
+    """
+    from dora_diffusion.sampling.images import pixel_hash, save_image
+
+    name = pixel_hash(image, image.mode)
+    path = workspace.inputs / f"{name}.png"
+    if not path.exists():
+        save_image(image, path)
+    return name
+
+
+def input_path(workspace: Workspace, name: object) -> Path | None:
+    """Return the path of a stored image or mask; None if it does not exist."""
+    path = workspace.inputs / f"{name}.png"
+    return path if _HASH.fullmatch(str(name)) and path.is_file() else None
+
+
+def read_input(workspace: Workspace, name: object) -> Image | None:
+    """Read a stored image or mask; None if the name is empty.
+
+    Raises:
+        UserError: If the file does not exist or cannot be read.
+    """
+    if not name:
+        return None
+    path = input_path(workspace, name)
+    if path is None:
+        raise UserError("the image to start from is no longer here; choose it again")
+    try:
+        return open_photo(path)
+    except PhotoError as error:
+        raise UserError(f"the image to start from cannot be read ({error})") from error

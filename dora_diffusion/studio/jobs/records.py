@@ -30,44 +30,19 @@ from typing import IO, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from dora_diffusion.cli.commands.adapters import (
-    CombineSettings,
-    ConvertSettings,
-    ExtractSettings,
-)
-from dora_diffusion.cli.commands.prepare import PrepareSettings
-from dora_diffusion.cli.commands.rank_checkpoints import RankCheckpointsSettings
-from dora_diffusion.cli.commands.results import ExportSettings, PushSettings
 from dora_diffusion.cli.console.errors import asking_for_report
 from dora_diffusion.cli.console.output import shown_command
-from dora_diffusion.config.command import AsJob, CommandSettings
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.studio.jobs.store import DamagedFile, read_object, write_json
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
 STOPPED_CODE = 128 + signal.SIGTERM
-JOBS: Mapping[str, type[CommandSettings]] = {
-    kind.job.command: kind
-    for kind in (
-        ExportSettings, ConvertSettings, CombineSettings, ExtractSettings, RankCheckpointsSettings,
-        PushSettings, PrepareSettings,
-    )
-    if kind.job is not None
+KINDS: Mapping[str, str] = {
+    "train": "training", "export": "merging", "convert": "converting",
+    "rank-checkpoints": "ranking", "prepare": "looking at photos",
 }  # fmt: skip
-"""The commands that the app runs as jobs, besides ``train``."""
-FORMS: Mapping[str, tuple[type[CommandSettings], AsJob]] = {
-    name: (kind, job)
-    for command, kind in JOBS.items()
-    for name, job in {command: kind.job, **kind.more_jobs}.items()
-    if job and job.heading
-}
-"""Kinds of jobs that have a form in the Library, by name."""
-IMPORT = "import"
-"""Kind of an imported adapter: a run that has already ended."""
-# The commands that a job may run, each with the state that the page shows meanwhile.
-KINDS = {"train": "training", **{name: kind.job.state for name, kind in JOBS.items() if kind.job}}
-KINDS[IMPORT] = "importing"
+"""The commands that a job may run, each with the state that the page shows meanwhile."""
 # Frequent progress is written at most twice a second.
 _PROGRESS_SECONDS = 0.5
 _LOG_BYTES = 60_000
@@ -93,8 +68,6 @@ class JobRecord:
         trigger: Trigger words of the result; empty for a training run.
         sample: The bundled sample subject that a run learns, if any.
         owner: Name of the user who queued the job; empty if the app has no logins.
-        note: The user's note.
-        stars: The user's rating, 1 to 5; 0 if there is none.
         created: Time of the request.
         queued: Time when the job was last appended to the queue.
     """
@@ -108,8 +81,6 @@ class JobRecord:
     trigger: str = ""
     sample: str = ""
     owner: str = ""
-    note: str = ""
-    stars: int = 0
     created: float = 0.0
     queued: float = 0.0
 
@@ -141,7 +112,7 @@ class JobProgress:
     """Progress of a job.
 
     Training starts after ``first_step`` and keeps the result of ``result_step``. Other jobs count
-    ``done`` of ``total`` in their ``unit``. ``address`` is the URL of a published adapter.
+    ``done`` of ``total`` in their ``unit``.
     """
 
     __pydantic_config__ = STRICT
@@ -154,7 +125,6 @@ class JobProgress:
     unit: str = ""
     done: int = 0
     total: int = 0
-    address: str = ""
 
 
 @dataclass(frozen=True)

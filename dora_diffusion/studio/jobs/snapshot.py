@@ -82,11 +82,6 @@ class Job:
         return self.record.kind
 
     @property
-    def is_run(self) -> bool:
-        """True for a training run or an imported adapter."""
-        return self.kind in ("train", records.IMPORT)
-
-    @property
     def title(self) -> str:
         """Name on the page."""
         return self.record.title
@@ -144,7 +139,7 @@ class Job:
     @property
     def has_result(self) -> bool:
         """True if a finished run has an adapter; full fine-tuning has none."""
-        return self.is_run and self.state == "done" and not runs.pipeline_in(self.folder)
+        return self.kind == "train" and self.state == "done" and not runs.pipeline_in(self.folder)
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -307,7 +302,7 @@ def _state(
 
 def _unusable_result(folder: Path, record: records.JobRecord) -> str:
     """Return why a job with exit code 0 has no usable result; empty if it exists and opens."""
-    if record.kind not in ("train", records.IMPORT):
+    if record.kind != "train":
         return "" if _has_output(record) else f"{Path(record.output).name} is gone"
     if runs.pipeline_in(folder):  # the model itself was trained
         return ""

@@ -74,7 +74,6 @@ class Workspace:
         subjects: Folder of subjects.
         images: Folder of generated images.
         inputs: Folder of the input images and masks of inpainting and image-to-image.
-        favourites: Folder with an empty file for each image marked as a favourite.
         thumbnails: Folder of small JPEGs of generated images.
         exports: Folder of files for download.
         cache: Folder of Gradio's uploads.
@@ -90,7 +89,6 @@ class Workspace:
     subjects = _Below("subjects")
     images = _Below("images")
     inputs = _Below("images", "inputs")
-    favourites = _Below("images", "favourites")
     thumbnails = _Below("images", "thumbnails")
     exports = _Below("exports")
     cache = _Below("cache")
@@ -100,7 +98,7 @@ class Workspace:
     def make(self) -> Workspace:
         """Create the folders."""
         for folder in (
-            self.root, self.subjects, self.images, self.inputs, self.favourites, self.thumbnails,
+            self.root, self.subjects, self.images, self.inputs, self.thumbnails,
             self.exports, self.cache,
         ):  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True)

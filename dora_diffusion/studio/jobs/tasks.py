@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.cli.commands.adapters import ConvertSettings, ExtractSettings
+from dora_diffusion.cli.commands.adapters import ConvertSettings
 from dora_diffusion.cli.commands.prepare import PrepareSettings
 from dora_diffusion.cli.commands.rank_checkpoints import RankCheckpointsSettings
+from dora_diffusion.cli.commands.results import ExportSettings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import as_yaml
-from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.files.runs import ADAPTER_FILES, file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.weights import require_strength
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.queue import create_job, delete_job, requeue_job
-from dora_diffusion.studio.jobs.records import FORMS
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter, read_job, snapshot
 from dora_diffusion.studio.jobs.store import UserError, Workspace, clean_text, made_at
 from dora_diffusion.studio.jobs.subjects import StoredSubject
-from dora_diffusion.studio.jobs.uploads import MAX_FILE, require_file, shown
 
 NAME_LIMIT = 60
 MOST_STEPS = 1_000_000
-MOST_TEXT = 1000
-MOST_STARS = 5
 
 
 def start_training(
@@ -142,7 +135,7 @@ def start_look(
     )
     output = str(sheets / f"{subject.folder.name}-sheet.jpg")
     title = f"{'Caption' if caption_model else 'Check'} {subject.title}"
-    return _start(folder, settings, title, output=output)
+    return _start(folder, "prepare", settings, title, output=output)
 
 
 def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
@@ -165,62 +158,6 @@ def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
                 continue
             new_title = f"{verb} {title}{about.removeprefix(run.title)}"
         records.write_record(job, dataclasses.replace(record, title=new_title))
-
-
-def annotate_run(workspace: Workspace, job_id: object, note: object, stars: object) -> None:
-    """Save a user's note and rating of a run.
-
-    Raises:
-        UserError: If the run does not exist, or the note is too long.
-    """
-    folder = workspace.job(job_id)
-    lines = (clean_text(line, MOST_TEXT, "note") for line in str(note or "").splitlines())
-    text = "\n".join(lines)
-    if len(text) > MOST_TEXT:
-        raise UserError(f"the note has {len(text)} characters; at most {MOST_TEXT} are taken")
-    rating = stars if isinstance(stars, int) and 0 <= stars <= MOST_STARS else 0
-    record = dataclasses.replace(records.read_record(folder), note=text, stars=rating)
-    records.write_record(folder, record)
-
-
-def import_adapter(
-    workspace: Workspace, file: Path, name: object, base: str, allowed: Callable[[str], str]
-) -> str:
-    """Create a run from an adapter file, which is copied unchanged. Returns its id.
-
-    Args:
-        workspace: The runs folder.
-        file: A .safetensors file in any key format.
-        name: Name of the run. Default: the file's name.
-        base: Base model. Default: the model in the file's metadata, else its family's released one.
-        allowed: Returns the name of a base model that may be loaded, or raises an error.
-
-    Raises:
-        UserError: If the file is not a regular file, is too large, or has another suffix.
-        AdapterFormatError: If the file is not an adapter, with the reason.
-    """
-    from dora_diffusion.formats.adapter.inspect import report_on
-
-    if file.suffix.lower() != ".safetensors":
-        raise UserError(
-            f"{shown(file.name)}: only .safetensors files are taken; other kinds can run a program"
-        )
-    require_file(file, MAX_FILE)
-    metadata = report_on(file).metadata
-    # Other programs record a path on the machine that they ran on.
-    stated = metadata.base_model if metadata.format_version else ""
-    base = base or stated or FAMILIES.get(metadata.family, DEFAULT_FAMILY).released_id
-    title = clean_text(name, NAME_LIMIT, "name") or shown(file.stem, NAME_LIMIT)
-    record = records.JobRecord(
-        [records.IMPORT, shown(file.name)],
-        title,
-        base=allowed(base),
-        trigger=metadata.trigger,
-    )
-    now = time.time()
-    result = dataclasses.asdict(records.JobResult(0, now, now))
-    files: dict[str, str | Path] = {records.RESULT: json.dumps(result), ADAPTER_FILES[0]: file}
-    return create_job(workspace.new_job(title), record, files)
 
 
 def can_continue(job: Job) -> bool:
@@ -247,93 +184,39 @@ def continue_run(folder: Path, more: object) -> None:
     requeue_job(folder)
 
 
-def start_task(name: str, workspace: Workspace, run: Job, *values: object) -> str:
-    """Queue a job that has a form in the Library. Returns its id.
-
-    The settings base, variant, revision, vae, adapter, input, adapters, folder, output and
-    overwrite are filled in, as far as the command has them.
+def start_merge(workspace: Workspace, run: Job, strength: str = "") -> str:
+    """Queue a job that merges a run's adapter into its base model. Returns its id.
 
     Args:
-        name: Name of the form in `FORMS`.
         workspace: The runs folder.
-        run: The run to process.
-        values: Values of the form's fields, in order; empty ones are the defaults. If the job
-            processes two runs, the first value is the other run.
+        run: The run.
+        strength: Strength of the adapter; empty: 1.
 
     Raises:
-        UserError: If a run has no adapter, two runs have different base models, or the new size of
-            an adapter is missing.
-        ConfigError: If a value is invalid.
-        HubError: If publishing cannot start: no token, offline, or no name.
+        UserError: If the run has no adapter.
+        ConfigError: If the strength is not a valid number.
     """
-    from dora_diffusion.export import hub
-
-    kind, job = FORMS[name]
-    other_runs = [] if not job.with_other else [_of_one_base(run, values[0])]
-    filled, titles = _about(kind, run, other_runs), [one.title for one in (run, *other_runs)]
-    if name == "push" and run.kind == records.IMPORT:
-        raise UserError("this adapter was imported; publish the runs that you trained")
-    fields = [setting for setting in kind.settings() if setting.name in job.asked]
-    for setting, value in zip(fields, values[len(other_runs) :], strict=True):
-        text = clean_text(value, MOST_TEXT, setting.name) if isinstance(value, str) else value
-        if text not in ("", None):
-            filled[setting.name] = setting.cast(str(text).split() if setting.is_list else text)
-        elif not setting.is_required:
-            filled[setting.name] = setting.default
-    filled |= job.fixed
-    if name == "resize" and not any(filled[setting.name] for setting in fields):
-        raise UserError("give a smaller rank, or an energy, first")
-    if name == "push":
-        hub.check(str(filled.get("repository", "")))
-    require_strength("strength", float(filled.get("strength", 1.0)))
+    adapter, factor = str(chosen_adapter(run)), _strength(ExportSettings, strength)
+    require_strength("strength", factor)
     # The name contains the settings, so that no result replaces another one.
-    folder, end = workspace.new_job(), job.output.format_map(filled)
-    if other_runs or job.fixed:  # too many settings for a name
-        end = f"{folder.name[-6:]}-{end}"
-    output = str(workspace.exports / run.id / file_name(run, end)) if job.output else ""
-    settings = kind.read({**filled, "output": output})
-    trigger = run.trigger if name == "export" else ""  # Only an exported model can be prompted.
-    about = {"run": run.id, "base": run.base, "output": output, "trigger": trigger}
-    return _start(folder, settings, f"{job.verb} {' and '.join(titles)}", **about)
+    name = file_name(run, f"strength-{factor:g}-merged.safetensors")
+    output = str(workspace.exports / run.id / name)
+    settings = ExportSettings.of(
+        **_of_base(run, "vae"), adapter=[adapter], strength=factor, output=output,
+        overwrite=True,
+    )  # fmt: skip
+    about = {"run": run.id, "base": run.base, "output": output, "trigger": run.trigger}
+    return _start(workspace.new_job(), "export", settings, f"Merge {run.title}", **about)
 
 
-def _of_one_base(run: Job, other: object) -> Job:
-    """Return another run of the same base model, or raise a `UserError`."""
-    if not isinstance(other, Job):
-        raise UserError("choose another adapter of the library first")
-    if other.base != run.base:
-        raise UserError(
-            f"{run.title} was trained on {run.base}, and {other.title} on {other.base}; choose "
-            "two of one base model"
-        )
-    return other
-
-
-def _about(kind: type[CommandSettings], run: Job, other_runs: Sequence[Job]) -> dict[str, Any]:
-    """Return the settings of a command that follow from the runs to process."""
-    adapter = str(chosen_adapter(run))
-    filled = {
-        **_of_base(run, "vae"), "adapter": adapter, "input": adapter, "folder": str(run.folder),
-        "adapters": [adapter, *(str(chosen_adapter(other)) for other in other_runs)],
-        "overwrite": True,
-    }  # fmt: skip
-    if kind is ConvertSettings and path_here(run.base_model) is None:
-        filled |= dict.fromkeys(("base", "variant", "revision"))  # A conversion never downloads.
-    return filled
-
-
-def start_extraction(workspace: Workspace, base: str, tuned: str, rank: object) -> str:
-    """Queue a job that extracts an adapter from a fine-tuned model. Returns its id.
+def _strength(kind: type[CommandSettings], text: str) -> float:
+    """Return a typed strength for a command; its default if the text is empty.
 
     Raises:
-        ConfigError: If a value is invalid.
+        ConfigError: If it is not a valid number.
     """
-    folder = workspace.new_job()
-    name = f"{file_stem(Path(tuned).stem, 'model')}-extracted.safetensors"
-    output = str(workspace.exports / folder.name / name)
-    values = {"base": base, "tuned": tuned, "rank": rank, "output": output}
-    title = f"Extract {Path(tuned).name}"[:NAME_LIMIT]
-    return _start(folder, ExtractSettings.read(values), title, base=base, output=output)
+    [setting] = (one for one in kind.settings() if one.name == "strength")
+    return float(setting.cast(text.strip() or str(setting.default)))
 
 
 def start_ranking(workspace: Workspace, run: Job) -> str:
@@ -352,7 +235,7 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
         checkpoints=list(run.candidates), output=output, overwrite=True,
     )  # fmt: skip
     about = {"run": run.id, "base": run.base, "output": str(output)}
-    return _start(workspace.new_job(), settings, title, **about)
+    return _start(workspace.new_job(), "rank-checkpoints", settings, title, **about)
 
 
 def targets() -> dict[str, str]:
@@ -385,8 +268,7 @@ def start_conversion(workspace: Workspace, run: Job, target: str, strength: str 
     if target not in targets():
         raise UserError("there is no such program; choose one of the list")
     path = str(chosen_adapter(run))
-    [setting] = (one for one in ConvertSettings.settings() if one.name == "strength")
-    factor = setting.cast(strength or str(setting.default))
+    factor = _strength(ConvertSettings, strength)
     end = f"-strength-{factor:g}" if factor != 1 else ""
     # PEFT has a folder per component; other formats are a single file.
     name = f"{adapter_name(path)}{end}.{'zip' if target in FOLDERS else 'safetensors'}"
@@ -400,7 +282,7 @@ def start_conversion(workspace: Workspace, run: Job, target: str, strength: str 
     elif factor != 1 and norm_axes(adapter.layers.values()):
         needs = f"strength {factor:g} of a DoRA depends on its base model"
     if base is None and needs:
-        words = _words(ConvertSettings(**values, **_of_base(run)))
+        words = ["convert", *ConvertSettings(**values, **_of_base(run)).to_arguments()]
         raise UserError(
             f"{needs}, and {run.base or 'this one'} is not on this machine as the run loaded it. "
             f"This downloads it, and converts the adapter: {records.JobRecord(words).command}"
@@ -409,7 +291,7 @@ def start_conversion(workspace: Workspace, run: Job, target: str, strength: str 
     settings = ConvertSettings(**values, base=base, variant=variant, overwrite=True)
     title = f"Convert {run.title} for {targets()[target].partition(' (')[0]}"
     about = {"run": run.id, "base": run.base, "output": output}
-    return _start(workspace.new_job(), settings, title, **about)
+    return _start(workspace.new_job(), "convert", settings, title, **about)
 
 
 def write_card(workspace: Workspace, run: Job) -> Path:
@@ -430,16 +312,10 @@ def _of_base(run: Job, *more: str) -> dict[str, Any]:
     return {"base": run.base or None, **{name: getattr(run.base_model, name) for name in names}}
 
 
-def _start(
-    folder: Path, settings: CommandSettings, title: str, files: Any = None, **about: Any
-) -> str:
+def _start(folder: Path, kind: str, settings: CommandSettings, title: str, **about: Any) -> str:
     """Queue a command with further fields of its record. Returns its id."""
-    return create_job(folder, records.JobRecord(_words(settings), title, **about), files)
-
-
-def _words(settings: CommandSettings) -> list[str]:
-    assert settings.job is not None
-    return [settings.job.command, *settings.to_arguments()]
+    arguments = [kind, *settings.to_arguments()]
+    return create_job(folder, records.JobRecord(arguments, title, **about))
 
 
 def file_name(job: Job, what: str) -> str:

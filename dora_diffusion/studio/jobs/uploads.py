@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ from dora_diffusion.studio.jobs.queue import holding
 from dora_diffusion.studio.jobs.store import UserError
 
 MAX_BYTES = 100 * 2**20
-MAX_FILE = 2 * 2**30
-"""Limit of an adapter or a data set in bytes; an SDXL adapter of rank 128 has 0.9 GB."""
 MAX_PHOTOS = 50
 JPEG_QUALITY = 95
 # Formats in which images contain generation parameters.
@@ -89,26 +86,23 @@ def shown(text: str, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)[:limit]
 
 
-def require_file(file: Path, limit: float = math.inf) -> None:
-    """Check that a path is a regular file of at most ``limit`` bytes.
+def require_file(file: Path) -> None:
+    """Check that a path is a regular file of at most `MAX_BYTES`.
 
     Raises:
         UserError: If it is not.
     """
     if file.is_symlink() or not file.is_file():
         raise UserError(f"{shown(file.name)}: not an ordinary file")
-    if file.stat().st_size > limit:
-        raise UserError(f"{shown(file.name)} is larger than {limit // 2**20:.0f} MB")
+    if (size := file.stat().st_size) > MAX_BYTES:
+        raise UserError(
+            f"{shown(file.name)}: {size / 2**20:.1f} MB is above the limit of {MAX_BYTES // 2**20} "
+            "MB; save a smaller copy"
+        )
 
 
 def _store(file: Path, folder: Path) -> Path:
     require_file(file)
-    size = file.stat().st_size
-    if size > MAX_BYTES:
-        raise UserError(
-            f"{file.name}: {size / 2**20:.1f} MB is above the limit of {MAX_BYTES // 2**20} MB; "
-            "save a smaller copy"
-        )
     image, alpha, *_ = images.decode_photo(file)
     name, suffix = f"{next_number(folder):03d}", ".jpg"
     temporary = folder / f".{name}.part"
@@ -136,7 +130,7 @@ def read_generation_settings(file: Path) -> str:
     """
     from dora_diffusion.sampling.images import read_parameters
 
-    require_file(file, MAX_BYTES)
+    require_file(file)
     # The checks of photos do not apply: a grid may be a strip. Only the header is read.
     if images.sniff_format(file.read_bytes()) not in _STATING:
         raise UserError(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.cluster.fleet import run as module
+from dora_diffusion.cluster.fleet.connection import Share
 from dora_diffusion.cluster.fleet.run import run_fleet
-from dora_diffusion.cluster.settings import Share
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.toy.benchmark_subjects import SUBJECTS, TRIGGER, write_photos
 from tests.cluster.fleet.helpers import (

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.cluster.fleet.console import FleetTable, table_lines
 from dora_diffusion.cluster.fleet.queue import Task, TaskReport, WorkerLocation, WorkQueue
 from dora_diffusion.cluster.fleet.results import SubjectRecord
-from dora_diffusion.cluster.fleet.run import Fleet
+from dora_diffusion.cluster.fleet.run import Fleet, FleetTable, table_lines
 from dora_diffusion.training.events import StepDone
 
 

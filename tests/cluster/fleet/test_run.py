@@ -57,9 +57,7 @@ def test_records_say_what_each_took(serial):
         assert record["seconds"] >= record["train_seconds"] > 0
         assert record["cpu_seconds"] > 0
         assert record["peak_bytes"] > 2**27
-        adapter = Path(serial.output, record["name"], "pytorch_lora_weights.safetensors")
-        assert record["written_bytes"] in (0, max(record["written_bytes"], adapter.stat().st_size))
-        assert {"start_seconds", "read_bytes", "worker", "node", "cause"} <= record.keys()
+        assert {"start_seconds", "worker", "node", "cause"} <= record.keys()
         assert "settings" not in record
 
 

@@ -38,7 +38,7 @@ def test_a_defect_asks_for_a_report_and_tells_its_details_on_the_server_alone(
 ) -> None:
     text = shown(TypeError("in /srv/private"))
     assert text.startswith("Unexpected TypeError; this is a bug: please report it with the ")
-    assert "in the app: &quot;For a bug report&quot;" in text
+    assert "the output of `dora-diffusion doctor`" in text
     assert "private" not in text
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"

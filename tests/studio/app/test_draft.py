@@ -13,8 +13,8 @@ import gradio as gr
 
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
+from dora_diffusion.studio.app.page import can_hold, kept_fields
 from dora_diffusion.studio.app.settings import ADVANCED, LABELS
-from dora_diffusion.studio.app.views.draft import can_hold, kept_fields
 from dora_diffusion.studio.app.views.ui import LIMIT
 from dora_diffusion.studio.jobs.store import GONE
 from dora_diffusion.studio.jobs.subjects import new_subject

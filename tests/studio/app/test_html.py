@@ -85,8 +85,8 @@ def test_a_job_that_failed_shows_the_last_lines_of_its_last_attempt(workspace: W
 @pytest.mark.parametrize(
     ("kind", "unit", "done", "total", "shown"),
     [("train", "", 0, 0, "step 4 of 10"), ("export", "B", 3 * 2**19, 3 * 2**20, "1.5 of 3.0 MB"),
-     ("rank-checkpoints", "image", 3, 6, "image 3 of 6"), ("push", "", 0, 0, "waiting"),
-     ("combine", "layer", 0, 0, "layer 0 of ?")],
+     ("rank-checkpoints", "image", 3, 6, "image 3 of 6"), ("convert", "", 0, 0, "waiting"),
+     ("prepare", "photo", 0, 0, "photo 0 of ?")],
 )  # fmt: skip
 def test_every_kind_of_job_has_its_unit(
     workspace: Workspace, kind: str, unit: str, done: int, total: int, shown: str

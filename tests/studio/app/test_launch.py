@@ -50,7 +50,8 @@ AUTH = "ann:longenough"
     [
         (Launch(), "localhost", True), (Launch(), "127.0.0.1:7861", True),
         (Launch(), "[::1]:7860", True), (Launch(), "192.168.1.4", False),
-        (Launch(), "evil.example", False), (Launch(), "", False), (Launch(), "a b", False),
+        (Launch(), "evil.example", False), (Launch(), "", False),
+        (Launch(), "a b", False),
         # A page cannot make a number mean another machine, so all of this machine's will do.
         (Launch(host="0.0.0.0", auth=AUTH), "192.168.1.4:7860", True),
         (Launch(host="::", auth=AUTH), "[fe80::1]:7860", True),

@@ -23,7 +23,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.studio.app.page import CHOOSERS, _changes
 from dora_diffusion.studio.app.settings import _NOT_ADVANCED, LABELS, SETTINGS, sentence
-from dora_diffusion.studio.app.views import gallery
+from dora_diffusion.studio.app.views import results
 from dora_diffusion.studio.app.views.request import BASE, UNSET, make_request
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs import snapshot as snapshots
@@ -113,11 +113,11 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     """Nothing takes its place: the next images, run or deletion would be of another object."""
     workspace, page = context.workspace, app[2]
     fields, choosers = _inputs(page, handler), set(CHOOSERS)
-    # All lists that are filled later, but for prompts, which are copied when they are chosen.
+    # All lists that are filled later.
     lists = (gradio.Dropdown, gradio.CheckboxGroup)
     later = {
         one._id for one in page.blocks.values()
-        if isinstance(one, lists) and not one.choices and one.elem_id != "template"
+        if isinstance(one, lists) and not one.choices
     }  # fmt: skip
     assert later < {field._id for field in fields.values()}
     runs = [ended_run(workspace, (2,), 2) for _ in range(2)]
@@ -141,8 +141,7 @@ def test_a_choice_whose_object_is_gone_is_empty_in_every_chooser(
     run = runs[0].id
     there = {
         "run": run, "adapter": f"{run}/checkpoint-2", "library_run": run, "subject": subject,
-        "adapter_second": run, "find_run": run,
-        "library_other": runs[1].id, "library_rival": run,
+        "adapter_second": run,
         "start": "/mug.safetensors", "base": str(workspace.root),
     }  # fmt: skip
     updates = filled(handler, page, there)
@@ -402,5 +401,5 @@ def test_a_restart_of_the_app_forgets_nothing(
     assert strip(again) == strip(before)
     for words in ("dd-choice", ">done<", "1 image"):
         assert words in again
-    (cards,) = {gallery.page_of(one.images, {})["cards"] for one in (context, other)}
+    (cards,) = {results.page_of(one.images, {})["cards"] for one in (context, other)}
     assert "made.png" in cards

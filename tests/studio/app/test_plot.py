@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
-from dora_diffusion.studio.app.plot import (
+from dora_diffusion.studio.app.views.run import (
     RAW,
     SMOOTHED,
     loss_text,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dora_diffusion.studio.jobs import bases
-from dora_diffusion.studio.jobs.bases import Base, in_folder, in_hub_cache, model_folders
+from dora_diffusion.studio.jobs.bases import Base, in_folder, in_hub_cache
 from tests.studio.jobs.helpers import write_checkpoint, write_folder
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -26,32 +26,12 @@ def test_models_in_folders_are_found_and_other_files_are_not(tmp_path: Path) -> 
     write_folder(folder / "flux", kind="FluxTransformer2DModel")
     write_checkpoint(folder / "a" / "b" / "too_deep.safetensors", "sd1")
     (folder / "loop").symlink_to(folder)
-    assert in_folder(folder, "there") == [
-        Base(str(one), "sdxl", "there"), Base(str(two), "sd1", "there"),
+    where = "named with --model_folders"
+    assert in_folder(folder) == [
+        Base(str(one), "sdxl", where), Base(str(two), "sd1", where),
     ]  # fmt: skip
-
-
-def test_the_usual_places_are_those_that_are_configured(tmp_path: Path) -> None:
-    places = {
-        "COMFYUI_PATH": tmp_path / "comfy" / "models" / "checkpoints",
-        "A1111_PATH": tmp_path / "a1111" / "models" / "Stable-diffusion",
-        "DORA_DIFFUSION_MODELS": tmp_path / "own",
-        "file": tmp_path / "listed",
-        "flag": tmp_path / "flag",
-    }
-    for folder in places.values():
-        folder.mkdir(parents=True)
-    (tmp_path / "model_folders.txt").write_text(
-        f"{places['file']}\n\n/no/such/folder\n", encoding="utf-8"
-    )
-    environment = {
-        "COMFYUI_PATH": str(tmp_path / "comfy"),
-        "A1111_PATH": str(tmp_path / "a1111"),
-        "DORA_DIFFUSION_MODELS": f"{places['DORA_DIFFUSION_MODELS']}:/no/such/folder",
-    }
-    found = [folder for folder, _ in model_folders(environment, tmp_path, [places["flag"]])]
-    assert sorted(found) == sorted(places.values())
-    assert model_folders({}, tmp_path / "comfy", []) == []
+    offered = bases.bases(tmp_path, (), [folder, tmp_path / "missing"])
+    assert [base.name for base in offered if base.where == where] == [str(one), str(two)]
 
 
 def test_downloaded_models_are_offered_once_and_only_with_weights(

@@ -30,7 +30,7 @@ from dora_diffusion.studio.jobs.image_generator import (
     GenerationRequest,
     ImageGenerator,
 )
-from dora_diffusion.studio.jobs.inputs import input_path, keep_input
+from dora_diffusion.studio.jobs.image_store import input_path, keep_input
 from dora_diffusion.studio.jobs.queue import PERSON, Lock
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import UserError, Withdrawn, Workspace

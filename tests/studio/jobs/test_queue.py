@@ -102,7 +102,7 @@ def test_delete_removes_the_job_and_its_exports(workspace: Workspace) -> None:
     assert snapshot(workspace.root) == ()
 
 
-@pytest.mark.parametrize("kind", ["export", "rank-checkpoints", "push", "convert"])
+@pytest.mark.parametrize("kind", ["export", "rank-checkpoints", "convert"])
 def test_a_run_is_not_deleted_under_a_job_about_it(
     workspace: Workspace, sleeper: subprocess.Popen[bytes], kind: str
 ) -> None:

@@ -12,11 +12,7 @@ from typing import Any
 import pytest
 
 from dora_diffusion.cli.main import build_parser, read_settings
-from dora_diffusion.cli.settings import Overwrite, RequiredBase
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.config.command import AsJob
-from dora_diffusion.config.fields import REQUIRED, flag
-from dora_diffusion.export import hub
 from dora_diffusion.formats.layouts import PROGRAMS
 from dora_diffusion.sampling.images import adapter_name
 from dora_diffusion.studio.jobs import records, tasks
@@ -142,7 +138,7 @@ OWN = {
 @pytest.mark.parametrize(
     "start",
     [
-        lambda w, run: tasks.start_task("export", w, run, "0.5"),
+        lambda w, run: tasks.start_merge(w, run, "0.5"),
         tasks.start_ranking,
     ],
     ids=["export", "rank-checkpoints"],
@@ -160,62 +156,12 @@ def test_a_job_about_a_run_loads_the_base_as_the_run_did(workspace: Workspace, s
     assert Path(args.output).is_relative_to(workspace.exports / run.id)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShrinkSettings(Overwrite, RequiredBase):
-    """A command that there is not."""
-
-    job = AsJob(
-        "shrink", "shrinking", "Shrink", heading="Smaller", output="small.safetensors",
-        asked=("rank", "layers", "keep"),
-    )  # fmt: skip
-    adapter: str = flag(REQUIRED, "A file.", positional=True)
-    output: str = flag(REQUIRED, "A file.")
-    rank: int = flag(4, "Rank.", least=1)
-    layers: list[str] = flag(["*"], "Layers.")
-    keep: bool = flag(False, "Keep.")
-
-
-def test_a_command_that_says_so_has_a_button_with_its_settings(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gr = pytest.importorskip("gradio", reason="gradio is not installed")
-    from dora_diffusion.studio.app.context import Context
-    from dora_diffusion.studio.app.launch import Launch
-    from dora_diffusion.studio.app.views.library import LibraryTab
-
-    # What importing `dora_diffusion.studio.jobs.records` does of those that there are.
-    monkeypatch.setitem(records.KINDS, "shrink", "shrinking")
-    monkeypatch.setitem(tasks.FORMS, "shrink", (ShrinkSettings, ShrinkSettings.job))  # type: ignore[arg-type]
-    with gr.Blocks():
-        tab = LibraryTab(Context(Launch(runs_dir=workspace.root)))
-        button, fields = tab.buttons["shrink"]
-    assert (button.value, [field.label for field in fields]) == (
-        "Shrink",
-        ["Rank, to shrink", "Layers", "Keep"],  # resizing asks for a rank, too
-    )
-    assert [field.value for field in fields] == ["4", "*", False]
-
-    run = run_of(workspace, **OWN)
-    made = seen(workspace.root / tasks.start_task("shrink", workspace, run, "8", "a* b", True))
-    assert made.title == f"Shrink {run.title}"
-    assert Path(made.record.output).name.endswith("-step-3-small.safetensors")
-    assert list(made.record.arguments) == [
-        "shrink", str(chosen_adapter(run)), "--base", "org/model", "--variant", "fp16",
-        "--revision", "v2", "--overwrite", "--output", made.record.output,
-        "--rank", "8", "--layers", "a*", "b", "--keep",
-    ]  # fmt: skip
-    usual = seen(workspace.root / tasks.start_task("shrink", workspace, run, "", "*", False))
-    assert list(usual.record.arguments[-2:]) == ["--output", usual.record.output]
-    with refused("rank"):
-        tasks.start_task("shrink", workspace, run, "0", "", False)
-
-
 def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, str]) -> None:
     workspace, job = finished[0], job_of(finished)
     outputs = []
     for strength, chosen in [(1.0, ""), (0.5, ""), (0.5, "checkpoint-2")]:
         run = dataclasses.replace(job, chosen=chosen)
-        merge = tasks.start_task("export", workspace, run, f"{strength:g}")
+        merge = tasks.start_merge(workspace, run, f"{strength:g}")
         args = parsed(merge, workspace)
         assert (args.strength, len(args.adapter)) == (strength, 1)
         outputs.append(Path(args.output).name)
@@ -228,17 +174,13 @@ def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, st
     ]
     for strength in (-10.5, 10.5, float("nan")):
         with pytest.raises(ValueError, match="must be between -10 and 10"):
-            tasks.start_task("export", workspace, job, str(strength))
+            tasks.start_merge(workspace, job, str(strength))
 
 
-def test_what_needs_an_adapter_or_a_checkpoint_says_so(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub, "check", lambda name: None)
+def test_what_needs_an_adapter_or_a_checkpoint_says_so(workspace: Workspace) -> None:
     run = ended_run(workspace, (), 3)
     for start in (
-        lambda w, run: tasks.start_task("export", w, run, "1"),
-        lambda w, run: tasks.start_task("push", w, run, "ann/mug", False),
+        lambda w, run: tasks.start_merge(w, run, "1"),
         lambda w, run: tasks.start_conversion(w, run, "kohya"),
     ):
         with pytest.raises(UserError, match="no adapter yet"):
@@ -259,22 +201,6 @@ def test_a_sample_is_ranked_by_its_truth_where_the_model_knows_it(
     )
     assert args.subject == ("bolt_mug" if base.startswith("embedded") else None)
     assert args.checkpoints == ["checkpoint-3"]
-
-
-@pytest.mark.parametrize("private", [True, False])
-def test_what_stands_for_a_run_is_published(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, private: bool
-) -> None:
-    checked: list[str] = []
-    monkeypatch.setattr(hub, "check", checked.append)
-    run = run_of(workspace)
-    published = tasks.start_task("push", workspace, run, " ann/mug\n", not private)
-    job = seen(workspace.root / published)
-    assert (job.title, job.state, job.record.run) == (f"Publish {run.title}", "waiting", run.id)
-    assert checked == ["ann/mug"]
-    args = parsed(job.id, workspace)
-    assert (args.folder, args.repository, args.public) == (run.folder, "ann/mug", not private)
-    assert args.adapter == chosen_adapter(run)
 
 
 @pytest.mark.parametrize("target", [*PROGRAMS, "kohya", "peft"])
@@ -339,30 +265,3 @@ def test_no_conversion_downloads_a_base(
     cached[:] = [sd1_folder]
     args = parsed(tasks.start_conversion(workspace, run, "a1111"), workspace)
     assert (args.base, args.revision) == (str(sd1_folder), None)  # what the revision stood for
-
-
-def test_a_smaller_file_is_a_conversion_of_the_nearest_rank(workspace: Workspace) -> None:
-    run = run_of(workspace)
-    args = parsed(tasks.start_task("resize", workspace, run, "4", "", "0.9"), workspace)
-    assert (args.input, args.to) == (str(chosen_adapter(run)), "smaller-rank")
-    assert (args.rank, args.conv_rank, args.energy, args.base) == (4, None, 0.9, run.base)
-    again = parsed(tasks.start_task("resize", workspace, run, "2", "", ""), workspace)
-    assert args.output != again.output
-    # A base that would be downloaded for it is left out.
-    far = run_of(workspace, pretrained_model_name_or_path="org/model")
-    assert parsed(tasks.start_task("resize", workspace, far, "4", "", ""), workspace).base is None
-
-
-def test_two_adapters_of_one_base_are_combined(workspace: Workspace) -> None:
-    first, second = run_of(workspace), run_of(workspace)
-    job = seen(
-        workspace.root / tasks.start_task("combine", workspace, first, second, "8", "", "", "lora")
-    )
-    assert job.title == f"Combine {first.title} and {second.title}"
-    args = parsed(job.id, workspace)
-    assert args.adapters == [str(chosen_adapter(one)) for one in (first, second)]
-    assert (args.base, args.rank, args.method) == (first.base, 8, "lora")
-    far = run_of(workspace, pretrained_model_name_or_path="org/model")
-    for other, reason in ((None, "choose another adapter"), (far, "choose two of one base model")):
-        with pytest.raises(UserError, match=reason):
-            tasks.start_task("combine", workspace, first, other, "", "", "", "dora")

@@ -13,7 +13,7 @@ from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT
-from dora_diffusion.studio.app.views import gallery, grid, results, start, ui
+from dora_diffusion.studio.app.views import grid, results, ui
 from dora_diffusion.studio.app.views.request import (
     BASE,
     FORM,
@@ -34,14 +34,7 @@ from dora_diffusion.studio.jobs.snapshot import Job
 from dora_diffusion.studio.jobs.store import UserError
 from dora_diffusion.studio.jobs.uploads import read_generation_settings
 
-_TEMPLATES = [
-    f"a photo of {motif}"
-    for motif in (
-        "a {subject}", "a {subject} in the snow", "a {subject} on the beach",
-        "a {subject} at night", "two {subject}s",
-    )
-]  # fmt: skip
-MOST_PROMPTS = 20
+_PROMPT = "a photo of a {subject} in the snow"
 
 
 class GenerateTab:
@@ -61,24 +54,22 @@ class GenerateTab:
                 self._add_prompt()
                 self._add_strengths()
                 with gr.Accordion("Start from an image", open=False) as self.start_box:
-                    self.start = start.StartView()
+                    self.start = results.StartView()
                     text = "How much of the image, or of its masked region, is painted over."
                     self._add_slider("denoise", 0.05, 1, 0.05, info=text)
                 self._add_sampling()
                 self._add_actions()
             with gr.Column(scale=6, min_width=320):
                 self.results = results.ResultsView()
-                self.gallery = gallery.GalleryView(context)
+                self.history = results.add_all_images(context)
         self.filled = [self.adapter, *self.fields.values(), *self.start.filled, self.said,
                        self.acting]  # fmt: skip
 
     def _add_prompt(self) -> None:
         ui.html_block(html.heading("5", "Images", "Your subject in new places."))
         self.adapter = ui.id_dropdown(label="Run or checkpoint", elem_id="adapter")
-        label = "Prompt templates, and earlier prompts"
-        self.template = ui.id_dropdown(label=label, elem_id="template")
         self.fields["prompt"] = gr.Textbox(
-            _TEMPLATES[1], label="Prompt", lines=2, max_length=PROMPT_LIMIT, elem_id="prompt",
+            _PROMPT, label="Prompt", lines=2, max_length=PROMPT_LIMIT, elem_id="prompt",
             info="{subject} becomes the run's trigger words, of the first of several subjects.",
         )  # fmt: skip
         options: dict[str, Any] = {"max_lines": 2, "max_length": PROMPT_LIMIT}
@@ -161,14 +152,14 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
 
     def make(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         images = context.generator.make(request(choice, values), on_step(progress))
-        return show_images(context, images)
+        return show_images(images)
 
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         pair = request(choice, values)
         if not pair.adapter:
             raise UserError("choose a run or a checkpoint to compare with its base model")
         images = context.generator.compare(pair, on_step(progress))
-        return show_images(context, images, is_pair=True)
+        return show_images(images, is_pair=True)
 
     def make_grid(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         count = len(tab.grid.fields)
@@ -182,7 +173,7 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
         except ConfigError as error:
             raise UserError(in_words(error)) from error
         link = html.download(page, "The grid as a web page, with all images")
-        return [*show_images(context, [sheet], columns=1), link]
+        return [*show_images([sheet], columns=1), link]
 
     def withdraw() -> None:
         context.generator.withdraw()
@@ -196,8 +187,7 @@ def connect(context: Context, tab: GenerateTab, restored: Any) -> None:
     of_grid = [tab.adapter, *tab.grid.fields, *fields]
     ui.on(tab.grid.make.click, make_grid, of_grid, [*outputs, tab.grid.files], **options)
     ui.on(tab.turn.click, withdraw)
-    gallery.connect(tab.gallery)
-    filled = [restored, *start.connect(context, tab.start, tab.results.shown)]
+    filled = [restored, *results.connect_start(context, tab.start, tab.results.shown)]
     _connect_acting(context, tab, dict(zip(names, fields, strict=True)), filled)
     results.connect(context, tab.results, tab)
     _connect_choices(context, tab)
@@ -222,7 +212,7 @@ def _connect_acting(
 
 
 def _connect_choices(context: Context, tab: GenerateTab) -> None:
-    """Connect the choice of an image, a file of settings, or a prompt."""
+    """Connect the choice of an image, or of a file of settings."""
 
     def load(file: str | None) -> list[Any]:
         if not file:
@@ -231,17 +221,11 @@ def _connect_choices(context: Context, tab: GenerateTab) -> None:
         return results.fill(context, tab, known)
 
     def show(event: gr.EventData) -> list[Any]:
-        return show_images(context, [context.images.read(ui.clicked(event)[1])])
-
-    def use(text: str | None) -> list[Any]:
-        return [text, None] if text else [gr.skip()] * 2
+        return show_images([context.images.read(ui.clicked(event)[1])])
 
     ui.on(tab.load.upload, load, [tab.load], tab.filled)
-    displayed = ui.on(tab.gallery.list.click, show, None, tab.results.filled)
+    displayed = ui.on(tab.history.click, show, None, tab.results.filled)
     ui.on(displayed.success, None, js="() => studio.reveal('images', 'nearest')")
-    # Gradio sends the choice again when a list loses focus, so it is emptied after use.
-    filled = [tab.fields["prompt"], tab.template]
-    ui.on(tab.template.input, use, [tab.template], filled)
 
 
 def refresh(
@@ -251,14 +235,13 @@ def refresh(
     listed, adapters = choices(context, jobs), [("none", ""), *adapter_choices(jobs)]
     busy = next((job for job in jobs if job.is_active), None)
     # Default: the newest result. A base model as default would stay selected after the first run.
-    results = (value for _, value in listed if not value.startswith(f"{BASE}/"))
+    newest = next((value for _, value in listed if not value.startswith(f"{BASE}/")), None)
     # A run's id stands for its selected adapter, which may also have been chosen by name.
     named = [f"{job.id}/{job.stands}" for job in jobs if job.stands]
     return {
-        "adapter": ui.choosing(listed, choice, next(results, None), known=named),
+        "adapter": ui.choosing(listed, choice, newest, known=named),
         **{name: ui.choosing(adapters, more.get(name), known=named) for name in MORE},
-        "template": ui.changing(choices=[*_TEMPLATES, *context.images.prompts(MOST_PROMPTS)]),
-        **gallery.refresh(context.images, jobs, more.get("find_run")),
+        "history": results.counted_images(context.images),
         "turn": html.pieces.turn(context.generator.turn, busy),
     }
 

@@ -21,7 +21,7 @@ from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import PROMPT_LIMIT, default_guidance
 from dora_diffusion.studio.jobs.bases import path_here
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest, prompt_messages
-from dora_diffusion.studio.jobs.inputs import input_path, keep_input, read_input
+from dora_diffusion.studio.jobs.image_store import input_path, keep_input, read_input
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
 from dora_diffusion.studio.jobs.store import UserError, clean_text
 from dora_diffusion.studio.jobs.uploads import read_mask

@@ -27,7 +27,7 @@ from dora_diffusion.studio.app.views.request import (
     choices,
 )
 from dora_diffusion.studio.jobs.image_generator import MAX_IMAGES
-from dora_diffusion.studio.jobs.inputs import input_path
+from dora_diffusion.studio.jobs.image_store import input_path
 from dora_diffusion.studio.jobs.snapshot import adapter_of
 from dora_diffusion.studio.jobs.store import GONE
 
@@ -122,10 +122,7 @@ def _adapters_of(
             continue
         same = [file for file in files if adapter.matches(file[1]) is not False]
         if not files:
-            unread.append(
-                f"the adapter {adapter.name} is not here any more; import its file, or choose "
-                "another"
-            )
+            unread.append(f"the adapter {adapter.name} is not here any more; choose another")
         elif not same:
             unread.append(f"the adapter {adapter.name} as it was then: it was trained further")
         strengths = MergeStrengths.of(adapter.strengths)

@@ -1,4 +1,4 @@
-"""The displayed images, their generation parameters, and the menu of one image."""
+"""Images of the Generate tab: the displayed ones with a menu, the start image, and all of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from dora_diffusion.config.wording import counted
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.sampling.images import parse_parameters
 from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import ui
+from dora_diffusion.studio.app.views.photo import EDITOR
 from dora_diffusion.studio.app.views.request import (
     acting,
     choices,
@@ -20,13 +25,24 @@ from dora_diffusion.studio.app.views.request import (
     prompt_notes,
 )
 from dora_diffusion.studio.app.views.restore import Restored, restore
-from dora_diffusion.studio.app.views.start import input_of, start_image
+from dora_diffusion.studio.jobs import uploads
 from dora_diffusion.studio.jobs.deletions import image_question
 from dora_diffusion.studio.jobs.image_generator import GeneratedImage
-from dora_diffusion.studio.jobs.store import GONE, UserError
+from dora_diffusion.studio.jobs.image_store import PAGE, ImageStore, keep_input, read_input
+from dora_diffusion.studio.jobs.store import GONE, UserError, confined
 
 DEVICE: dict[str, Any] = {"show": "full", "concurrency_id": "device", "concurrency_limit": 1}
-_STARS = {True: "★ Favourite", False: "☆ Favourite"}
+
+_NONE = html.empty(
+    "No image to start from",
+    "Without one, images are made from text alone. Upload one, or take the image that is shown.",
+)
+MOST_PAGES = 50
+GALLERY = (Path(__file__).parents[1] / "gallery.js").read_text(encoding="utf-8")
+_NO_IMAGES = html.empty(
+    "No images yet",
+    "Choose a run and press Generate images. Side by side shows one seed without and with it.",
+)
 
 
 class ResultsView:
@@ -52,14 +68,11 @@ class ResultsView:
                 self.start = _button("Image to image, inpainting", "image-start")
             with gr.Row():
                 self.use = _button("Use its settings", "image-use")
-                self.copy = _button("Copy its settings", "image-copy")
-                self.star = _button(_STARS[False], "image-star")
                 self.delete = _button("Delete", "image-delete", variant="stop")
         self.parameters = ui.html_block(elem_id="parameters")
         self.signs = [self.slider, self.gallery, self.parameters]
         self.filled = [
             self.slider, self.gallery, self.parameters, self.shown, self.names, self.menu,
-            self.star,
         ]  # fmt: skip
 
 
@@ -80,12 +93,12 @@ def on_step(progress: Any) -> Any:
 
 
 def show_images(
-    context: Context, images: Sequence[GeneratedImage], *, is_pair: bool = False, columns: int = 2
+    images: Sequence[GeneratedImage], *, is_pair: bool = False, columns: int = 2
 ) -> list[Any]:
     """Return updates that display images (a pair on a slider), their parameters and the menu."""
     paths = [str(image.path) for image in images]
     listed = [] if is_pair else [(str(image.path), f"seed {image.seed}") for image in images]
-    parameters, name, star = _one(context, images[-1 if is_pair else 0], is_pair=is_pair)
+    parameters, name = _one(images[-1 if is_pair else 0], is_pair=is_pair)
     return [
         gr.update(value=tuple(paths) if is_pair else None, visible=is_pair),
         gr.update(value=listed, visible=not is_pair, columns=columns),
@@ -93,20 +106,17 @@ def show_images(
         name,
         [image.path.name for image in images],
         gr.update(visible=True),
-        star,
     ]
 
 
-def _one(context: Context, image: GeneratedImage, *, is_pair: bool = False) -> list[Any]:
-    """Return the settings of an image, its name, and its star."""
+def _one(image: GeneratedImage, *, is_pair: bool = False) -> list[str]:
+    """Return the settings of an image, and its name."""
     caption = "Left: the base model. Right: with the adapter, at the same seed." if is_pair else ""
-    name = image.path.name
     return [
         html.note(caption, "info")
         + html.notes(image.notes, "warn")
         + html.command(image.parameters, "Generation settings (also in the PNG)"),
-        name,
-        _STARS[name in context.images.favourites()],
+        image.path.name,
     ]
 
 
@@ -130,29 +140,24 @@ def connect(context: Context, tab: ResultsView, form: Any) -> None:
     def use(name: str) -> list[Any]:
         return fill(context, form, _restored(context, name))
 
-    def star(name: str) -> str:
-        return _STARS[context.images.toggle_favourite(name)]
-
     def delete(name: str) -> list[Any]:
         context.images.delete(name)
         hidden = gr.update(value=None, visible=False)
         message = html.note(f"{name} deleted")
-        return [hidden, hidden, message, "", [], gr.update(visible=False), gr.skip()]
+        return [hidden, hidden, message, "", [], gr.update(visible=False)]
 
     def choose(names: list[str], event: gr.SelectData) -> list[Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(names):
             raise UserError("this image no longer exists; choose another one")
-        return _one(context, context.images.read(names[event.index]))
+        return _one(context.images.read(names[event.index]))
 
     image = [tab.shown]
     begun = ui.on(tab.start.click, begin, image, [*form.filled, form.start_box])
     ui.on(begun.success, None, js="() => studio.reveal('start-image')")
     ui.on(tab.use.click, use, image, form.filled)
-    ui.on(tab.copy.click, lambda: gr.Info("Copied"), js="() => studio.copy('#parameters pre')")
-    ui.on(tab.star.click, star, image, [tab.star])
     question = functools.partial(image_question, context.images)
     ui.on(tab.delete.click, delete, image, tab.filled, confirm=question)
-    ui.on(tab.gallery.select, choose, [tab.names], [tab.parameters, tab.shown, tab.star])
+    ui.on(tab.gallery.select, choose, [tab.names], [tab.parameters, tab.shown])
 
 
 def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
@@ -173,7 +178,7 @@ def _connect_remaking(context: Context, tab: ResultsView, form: Any) -> None:
                 return [*filled, *[gr.skip()] * len(tab.filled)]
             request = make_request(context, known.choice, values, position)
             images = context.generator.make(request, on_step(progress))
-            return [*filled, *show_images(context, images)]
+            return [*filled, *show_images(images)]
 
         return run
 
@@ -217,3 +222,121 @@ def show_acting(context: Context, form: Mapping[str, Any], choice: str | None = 
     lines = acting(context, form)
     active = html.note(f"Also set above: {' · '.join(lines)}") if lines else ""
     return active + html.notes(prompt_notes(context, choice, form), "warn")
+
+
+class StartView:
+    """Fields of the image to start from.
+
+    Attributes:
+        image: Name of the stored image; empty for none.
+        mask: Name of a stored mask; `studio.mask` sends the painted mask instead.
+        filled: Outputs of `start_image`.
+    """
+
+    def __init__(self) -> None:
+        hidden: dict[str, Any] = {"visible": False, "interactive": False}
+        self.image, self.mask = gr.Textbox(**hidden), gr.Textbox(**hidden)
+        options: dict[str, Any] = {"height": 150, "elem_id": "start-upload"}
+        label = "Image to paint over, or into"
+        self.upload = gr.File(label=label, file_types=["image"], **options)
+        self.take = ui.button("Take the image that is shown", "start-take")
+        self.editor = ui.html_block(_NONE, elem_id="start-image", js_on_load=EDITOR)
+        self.filled = [self.image, self.mask, self.editor]
+
+
+def connect_start(context: Context, tab: StartView, result: Any) -> list[Any]:
+    """Connect the fields; ``result`` is the field with the name of the displayed image.
+
+    Returns:
+        The events that change the image to start from.
+    """
+
+    def upload(file: str | None) -> list[Any]:
+        if not file:
+            return [gr.skip()] * len(tab.filled)
+        uploads.require_file(Path(file))
+        return start_image(context, keep_input(context.workspace, open_photo(file)))
+
+    def take(name: str) -> list[Any]:
+        if not name:
+            raise UserError("no image is shown; make one, or choose one below")
+        return start_image(context, input_of(context, name))
+
+    def drop() -> list[Any]:
+        return start_image(context, "")
+
+    return [
+        ui.on(tab.upload.upload, upload, [tab.upload], tab.filled, show="minimal"),
+        ui.on(tab.take.click, take, [result], tab.filled, show="minimal"),
+        ui.on(tab.editor.click, drop, None, tab.filled),
+    ]
+
+
+def input_of(context: Context, name: object) -> str:
+    """Store a generated image as an input image. Returns its name."""
+    path = confined(context.workspace.images, name)
+    return keep_input(context.workspace, open_photo(path))
+
+
+def start_image(context: Context, image: str, mask: str = "") -> list[Any]:
+    """Return the values of ``filled`` for a stored image and mask."""
+    photo = read_input(context.workspace, image)
+    if photo is None:
+        return ["", "", _NONE]
+    painted = read_input(context.workspace, mask)
+    return [
+        image,
+        mask,
+        html.template("mask.html").render(
+            photo=uploads.data_uri(photo),
+            version=f"start/{image}/{mask}",
+            mask=uploads.mask_uri(painted.convert("L")) if painted else "",
+        ),
+    ]
+
+
+def add_all_images(context: Context) -> Any:
+    """Add the list of all images."""
+
+    def list_page(query: Any) -> dict[str, Any]:
+        return page_of(context.images, query)
+
+    text = "Newest first, from earlier visits too. All are in runs/images."
+    ui.html_block(html.heading("", "All images", text))
+    return ui.html_block(
+        _NO_IMAGES, elem_id="history", js_on_load=GALLERY, server_functions=[list_page]
+    )
+
+
+def counted_images(images: ImageStore) -> str:
+    """Return the number of images. A new stamp makes the script request the list again."""
+    count = len(images.entries())
+    return html.pieces.count(counted(count, "image"), images.stamp) if count else _NO_IMAGES
+
+
+def asked_for(query: object) -> slice:
+    """Return the slice of a list that a browser requests, see `page_of`."""
+    query = query if isinstance(query, dict) else {}
+    numbers = (query.get("from"), query.get("count"))
+    start, count = (n if type(n) is int and n > 0 else 0 for n in numbers)
+    return slice(start, start + min(count or PAGE, MOST_PAGES * PAGE))
+
+
+def page_of(images: ImageStore, query: object) -> dict[str, Any]:
+    """Return a page of cards.
+
+    Args:
+        images: The images.
+        query: The browser's request: ``from``, index of the first image; and ``count``, 0 for
+            `PAGE`.
+
+    Returns:
+        ``cards`` as HTML, their ``count``, and the ``total`` of images.
+    """
+    entries = images.entries()
+    listed = entries[asked_for(query)]
+    cards = []
+    for entry in listed:
+        prompt = parse_parameters(images.text(entry))["Prompt"] or entry.name
+        cards.append(html.image_card(images.thumbnail(entry), "show", entry.name, prompt))
+    return {"cards": "".join(cards), "count": len(listed), "total": len(entries)}

@@ -14,7 +14,7 @@ from gradio.processing_utils import save_file_to_cache
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.evaluation.ranking import Ranking
 from dora_diffusion.formats.files import runs
-from dora_diffusion.studio.app import html, plot
+from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.settings import command_line
 from dora_diffusion.studio.app.views import ui
@@ -29,6 +29,8 @@ _NOTHING = html.empty(
     "Choose a subject, say what it is, and start: progress, loss and sample images appear here.",
 )
 _GONE = html.empty("No run is chosen", "The run that was shown was deleted; choose another one.")
+RAW, SMOOTHED = "each step", "smoothed"
+_MOST_POINTS = 400
 _CONTROLS = ("run", "status", "now", "stop", "kill", "resume", "remove", "extend")
 
 
@@ -57,7 +59,7 @@ class RunView:
             self.extend_by = ui.button("Continue with more steps", "continue")
         self.loss = ui.html_block(elem_id="loss")
         with gr.Row(elem_id="loss-plots"):
-            colors = {plot.RAW: "#9a8c8080", plot.SMOOTHED: "#e35d2b"}  # visible in both themes
+            colors = {RAW: "#9a8c8080", SMOOTHED: "#e35d2b"}  # visible in both themes
             self.training = _loss_plot("training loss", color="curve", color_map=colors)
             # A separate scale, because the training loss weights timesteps.
             self.validation = _loss_plot("validation loss")
@@ -118,8 +120,8 @@ def connect(context: Context, view: RunView) -> None:
         except MissingError:  # none is chosen, or it was deleted just now
             return [gr.update(visible=False)] * 2
         held_out = [(step, loss, "") for step, loss in validation.items()]
-        curves = [plot.training_curves(training), held_out]
-        return [gr.update(value=plot.plot_data(rows), visible=bool(rows)) for rows in curves]
+        curves = [training_curves(training), held_out]
+        return [gr.update(value=plot_data(rows), visible=bool(rows)) for rows in curves]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Stopping and resuming need no message: the card shows the state.
@@ -188,7 +190,7 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     return {
         "run": ui.choosing(choices, run, default and default.id, visible=bool(choices)),
         "status": html.status_card(job) if job else _GONE if training else _NOTHING,
-        "loss": plot.loss_text(job.id, *_losses(job.folder)) if job else "",
+        "loss": loss_text(job.id, *_losses(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": _flip(job.samples, context.workspace.cache) if job else "",
@@ -316,3 +318,49 @@ def _cards(job: Job, ranking: Ranking | None, running: Job | None) -> str:
         failed = f"The ranking failed: {running.cause}" if running.cause else ""
         status = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
     return status if ranking is None else html.pieces.ranking(status, job, ranking)
+
+
+def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """Return the exponential moving average with bias correction, as in Adam."""
+    mean, result = 0.0, []
+    for count, value in enumerate(values, start=1):
+        mean = keep * mean + (1 - keep) * value
+        result.append(mean / (1 - keep**count))
+    return result
+
+
+def loss_text(
+    run: str, records: Sequence[Mapping[str, Any]], validation: Mapping[int, float]
+) -> str:
+    """Return the last smoothed loss and the lowest validation loss of a run.
+
+    The text differs between runs and after each step, so that the page redraws the plots.
+    """
+    if len(records) < 2:
+        return html.empty("No loss yet", "The curve appears with the first steps.")
+    loss = smoothed([float(record["loss"]) for record in records])[-1]
+    best = min((step for step in validation if step), key=validation.__getitem__, default=0)
+    return html.pieces.losses(f"{run}-{len(records)}", loss, validation, best)
+
+
+def training_curves(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, str]]:
+    """Return the raw and smoothed loss over steps, as rows of step, loss and curve."""
+    raw = [float(record["loss"]) for record in records]
+    if len(raw) < 2:
+        return []
+    ordered, smooth = sorted(raw), smoothed(raw)
+    # A few outliers (large noise levels) would flatten the rest.
+    most = max(ordered[int(0.98 * (len(ordered) - 1))], max(smooth))
+    every = slice(None, None, -(-len(raw) // _MOST_POINTS))
+    steps = [int(record["step"]) for record in records]
+    return [
+        (step, min(loss, most), name)
+        for name, losses in ((RAW, raw), (SMOOTHED, smooth))
+        for step, loss in zip(steps[every], losses[every], strict=True)
+    ]
+
+
+def plot_data(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return rows of step, loss and curve in the format of `gradio.LinePlot`."""
+    types = {"step": "quantitative", "loss": "quantitative", "curve": "nominal"}
+    return {"columns": [*types], "data": [*map(list, rows)], "datatypes": types, "mark": "line"}

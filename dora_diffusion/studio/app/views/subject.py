@@ -15,7 +15,6 @@ from dora_diffusion.studio.app import html
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.views import captions, photo, ui
 from dora_diffusion.studio.jobs import subjects
-from dora_diffusion.studio.jobs.datasets import export_dataset, import_dataset
 from dora_diffusion.studio.jobs.deletions import subject_question
 from dora_diffusion.studio.jobs.queue import stop_job
 from dora_diffusion.studio.jobs.snapshot import Job
@@ -55,22 +54,14 @@ class SubjectTab:
         self.place = ui.html_block(html.pieces.place(None), elem_id="upload-to")
         self.upload = gr.File(
             file_count="multiple",
-            file_types=["image", ".heic", ".heif", ".txt", ".zip"],
-            label=f"Up to {MAX_PHOTOS} photos of {MAX_BYTES // 2**20} MB, or a data set (.zip)",
+            file_types=["image", ".heic", ".heif", ".txt"],
+            label=f"Up to {MAX_PHOTOS} photos of {MAX_BYTES // 2**20} MB",
             height=150,
             elem_id="upload",
         )
         self.report = ui.html_block(elem_id="report")
         cards = _sample_cards(samples_folder())
         self.samples = ui.html_block(cards, elem_id="samples-to-take", js_on_load=ui.CLICKS)
-        with gr.Accordion("Data set as one file", open=False):
-            text = (
-                "The photos of this subject with their captions and masks, to keep or to give "
-                "away. Add such a .zip above to get them back, as a new subject."
-            )
-            ui.html_block(html.quiet(text))
-            self.export = ui.button("Make a .zip", "export-dataset")
-            self.exported = ui.html_block(elem_id="exported-dataset")
         with gr.Accordion("New subject, or delete this one", open=False):
             self.name = gr.Textbox(label="Name of the new subject", max_lines=1, max_length=60)
             with gr.Row():
@@ -144,18 +135,8 @@ def connect(context: Context, tab: SubjectTab, restored: Any, preview: list[Any]
     ui.on(restored.then, load, inputs, outputs)
     _connect_new(context, tab, preview, outputs)
     _connect_look(context, tab, inputs)
-    _connect_export(context, tab)
     captions.connect(context, tab.captions, tab.pick)
     photo.connect(context, tab.editing, inputs, view)
-
-
-def _connect_export(context: Context, tab: SubjectTab) -> None:
-    def export(subject_id: str | None) -> str:
-        file = export_dataset(context.workspace, subject_id)
-        return html.download(file, "Download the data set")
-
-    ui.on(tab.export.click, export, [tab.pick], [tab.exported], show="minimal")
-    ui.on(tab.pick.change, lambda: "", None, [tab.exported])
 
 
 def _show(
@@ -199,12 +180,9 @@ def _connect_new(context: Context, tab: SubjectTab, preview: list[Any], outputs:
     def upload(files: list[str] | None, subject_id: str | None, name: str, *form: Any) -> list[Any]:
         if not files:
             return [gr.skip()] * (2 + len(outputs))
-        subject_id, message, is_kept = _upload(workspace, files, subject_id, name)
-        return [
-            None,
-            "" if is_kept else gr.skip(),
-            *_show(context, subject_id, form, message),
-        ]
+        subject_id, message = _upload(workspace, files, subject_id, name)
+        name_left = "" if subject_id else gr.skip()
+        return [None, name_left, *_show(context, subject_id, form, message)]
 
     ui.on(
         tab.upload.upload, upload, [tab.upload, tab.pick, tab.name, *preview],
@@ -217,15 +195,8 @@ def _connect_new(context: Context, tab: SubjectTab, preview: list[Any], outputs:
 
 def _upload(
     workspace: Workspace, files: list[str], subject_id: str | None, name: str
-) -> tuple[str | None, str, bool]:
-    """Add photos to a subject or a new one. Returns its id, a message, and whether it exists."""
-    zips = [file for file in files if file.lower().endswith(".zip")]
-    if zips:
-        if len(files) > 1:
-            raise UserError("add a data set (.zip) by itself")
-        new_id, result = import_dataset(workspace, Path(zips[0]))
-        title = subjects.read_subject(workspace, new_id).title
-        return new_id, _report(result, f"the new subject {title}"), True
+) -> tuple[str | None, str]:
+    """Add photos to a subject or a new one. Returns its id, or None, and a message."""
     is_new = subject_id in (None, "", GONE)
     if is_new:
         titles = {subject.title for subject in subjects.subjects_in(workspace)}
@@ -236,9 +207,9 @@ def _upload(
     result = subjects.add_photos(workspace, stored.id, files)
     if is_new and not result.accepted:
         subjects.delete_subject(workspace, stored.id)
-        return None, html.notes(result.refused, "bad"), False
+        return None, html.notes(result.refused, "bad")
     kind = "the new subject" if is_new else "the subject"
-    return stored.id, _report(result, f"{kind} {stored.title}"), True
+    return stored.id, _report(result, f"{kind} {stored.title}")
 
 
 def _report(result: Upload, where: str) -> str:

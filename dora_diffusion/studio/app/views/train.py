@@ -48,7 +48,6 @@ class TrainTab:
     """Fields of the tab.
 
     Attributes:
-        settled: Class for which the base model was last chosen, so that it is changed only once.
         filled: Values that a preset last filled in, by setting; a different value was typed. The
             value of `init_adapter` is the adapter whose settings were filled in.
         words: The class and token last typed, and their subject.
@@ -138,7 +137,7 @@ class TrainTab:
         """Add the values that the browser stores, outside of tabs, which are rendered later."""
         values = settings.preset_values("balanced", settings.EMBEDDED)
         texts = {name: settings.setting_text(value) for name, value in values.items()}
-        self.settled, self.words = ui.storage("settled", ""), ui.storage("words", {})
+        self.words = ui.storage("words", {})
         self.filled = ui.storage("filled", texts)
 
     def _add_advanced(self) -> None:
@@ -274,22 +273,7 @@ def _connect_presets(context: Context, tab: TrainTab, subjects: SubjectTab) -> N
         ]
         return [texts, *updates]
 
-    def suggest(word: str | None, settled: str, preset: str, model: str, *more: Any) -> list[Any]:
-        word = word or ""  # A client may send None.
-        suggested = context.suggested_base(model, word) if word != settled else ""
-        if not suggested:
-            return [word, *[gr.skip()] * (3 + len(fields))]
-        text = (
-            f"Base model set to {suggested}, which is on this machine: the embedded models are "
-            f"toys that know no {word.strip()}."
-        )
-        filled_in = use_preset(preset, suggested, *more)
-        return [word, suggested, html.note(text, "info"), *filled_in]
-
     filled = [tab.filled, *fields]
-    words = [tab.class_word, tab.settled, tab.preset, tab.model, tab.memory, *filled]
-    ui.on(tab.class_word.blur, suggest, words, [tab.settled, tab.model, tab.message, *filled])
-    ui.on(tab.model.input, lambda word: word, [tab.class_word], [tab.settled])
     # The last choice counts, even while an earlier one is being filled in.
     choices = [tab.preset.input, tab.model.input, tab.memory.input]
     inputs = [tab.preset, tab.model, tab.memory, *filled]
@@ -362,7 +346,7 @@ def refresh(
     context: Context, jobs: Sequence[Job], choices: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
     """Return the timer's update of this tab's form: base models, adapters and other subjects."""
-    runs = [(job.label, job.id) for job in jobs if job.is_run and job.stands]
+    runs = [(job.label, job.id) for job in jobs if job.stands]
     start = choices.get("start")
     typed = [] if start is None or is_id(start) else [start]  # such as a file
     return {

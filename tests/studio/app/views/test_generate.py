@@ -147,7 +147,7 @@ def test_what_of_an_image_is_not_here_is_said_and_not_made(
         "Image to start from",
         "the model dreamer: choose it",
         "Clip skip 2: ",
-        "the adapter other is not here any more; import its file, or choose another",
+        "the adapter other is not here any more; choose another",
     ):
         assert f"Not as in the image: {line}" in said.replace("no field here: ", "")
         assert line in toasts[0]
@@ -247,20 +247,20 @@ def test_an_image_is_started_from(context: Context, tmp_path: Path) -> None:
     pixels = read_image(context.workspace.images / name)
     *filled, box = find("begin", "results")(name)
     assert box["open"]
-    image, _, editor = find("take", "start")(name)
+    image, _, editor = find("take", "results")(name)
     assert image in filled
     assert "data-tool='paint'" in editor
     assert np.array_equal(read_image(context.workspace.inputs / f"{image}.png"), pixels)
     file = photo(tmp_path / "turned.jpg", (64, 48), exif=Image.Exif())
-    uploaded, *_ = find("upload", "start")(str(file))
+    uploaded, *_ = find("upload", "results")(str(file))
     assert len([*context.workspace.inputs.iterdir()]) == 2
     assert read_image(context.workspace.inputs / f"{uploaded}.png").shape == (48, 64, 3)
     (tmp_path / "no.jpg").write_bytes(b"text")
     with pytest.raises(gradio.Error, match="not a JPEG"):
-        find("upload", "start")(str(tmp_path / "no.jpg"))
+        find("upload", "results")(str(tmp_path / "no.jpg"))
     with pytest.raises(gradio.Error, match="No image is shown"):
-        find("take", "start")("")
-    assert find("drop", "start")()[:2] == ["", ""]
+        find("take", "results")("")
+    assert find("drop", "results")()[:2] == ["", ""]
 
 
 def read_image(path: Path) -> Any:
@@ -278,21 +278,18 @@ def test_a_card_shows_its_image_with_its_settings(context: Context) -> None:
         event: Any = SimpleNamespace(what="show", value=name)
         return show(event)
 
-    _, images, settings, shown, names, menu, star = clicked("7.png")
+    _, images, settings, shown, names, menu = clicked("7.png")
     assert images["value"] == [(str(context.workspace.images / "7.png"), "seed 7")]
     assert "Steps: 2, Seed: 7" in settings
-    assert (shown, names, menu["visible"], star) == ("7.png", ["7.png"], True, "☆ Favourite")
-    assert find("star", "results")("7.png") == "★ Favourite"
-    assert clicked("7.png")[-1] == "★ Favourite"
+    assert (shown, names, menu["visible"]) == ("7.png", ["7.png"], True)
     for name in ("../.device.lock", ".part.png", "none.png"):
         with pytest.raises(gradio.Error, match="no longer exists"):
             clicked(name)
     # Not without a yes, which the page's script gives by the name.
-    assert find("delete", "results")("") == [gradio.skip()] * 7
+    assert find("delete", "results")("") == [gradio.skip()] * 6
     assert (context.workspace.images / "7.png").exists()
     find("delete", "results")("7.png")
     assert not (context.workspace.images / "7.png").exists()
-    assert context.images.favourites() == set()
 
 
 def test_a_pair_is_shown_on_a_slider_with_what_is_left_and_right(
@@ -345,7 +342,7 @@ def test_a_merged_model_is_offered_and_asked_for_as_its_run_was(context: Context
         "pretrained_model_name_or_path: embedded:tiny-sd\n", encoding="utf-8"
     )
     shutil.copyfile(ADAPTER, job.folder / "pytorch_lora_weights.safetensors")
-    made = tasks.start_task("export", context.workspace, context.job(job.id), "1")
+    made = tasks.start_merge(context.workspace, context.job(job.id), "1")
     merge = context.workspace.root / made
     file = Path(seen(merge).record.output)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from dora_diffusion.studio.app.views.generate import GenerateTab
 from dora_diffusion.studio.app.views.request import adapter_choices
 from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.image_generator import GenerationRequest, ImageGenerator
-from dora_diffusion.studio.jobs.inputs import keep_input
+from dora_diffusion.studio.jobs.image_store import keep_input
 from dora_diffusion.studio.jobs.snapshot import choose
 from dora_diffusion.studio.jobs.store import UserError, Workspace
 from tests.flux2_klein import write_flux2_klein

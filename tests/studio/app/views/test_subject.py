@@ -35,7 +35,6 @@ from dora_diffusion.studio.jobs.subjects import (
     new_subject,
     read_subject,
     save_caption,
-    subjects_in,
     take_sample,
     training_crop,
 )
@@ -105,21 +104,6 @@ def test_photos_join_a_sample_only_where_that_was_asked_for(
     stored = read_subject(context.workspace, sample)
     assert (len(stored.photos), stored.sample) == (6, "")
     assert "data-sample" not in pieces.place(stored)
-
-
-def test_a_data_set_is_given_away_and_taken_in_by_the_page(
-    context: Context, subject: str, tmp_path: Path
-) -> None:
-    save_caption(context.workspace, subject, "001.jpg", "a sks mug")
-    link = handler(context, "export", "subject")(subject)
-    file = context.workspace.exports / subject / "mug.zip"
-    assert f"{subject}/mug.zip" in link
-    with pytest.raises(gradio.Error, match="by itself"):
-        upload(context, None, file, make_photo(tmp_path / "a.jpg"))
-    shown = upload(context, subject, file)
-    assert "1 photo and 1 caption added to the new subject mug" in shown[7]
-    newest = subjects_in(context.workspace)[0]
-    assert (newest.title, captions_of(newest)) == ("mug", {"001.jpg": "a sks mug"})
 
 
 def test_the_page_asks_before_photos_join_a_sample() -> None:

@@ -28,7 +28,6 @@ from dora_diffusion.studio.app.settings import (
 )
 from dora_diffusion.studio.app.views import generate, library, run, train
 from dora_diffusion.studio.jobs import records
-from dora_diffusion.studio.jobs.bases import Base
 from dora_diffusion.studio.jobs.store import ids_in
 from dora_diffusion.studio.jobs.subjects import (
     add_photos,
@@ -229,49 +228,6 @@ def test_a_field_says_what_the_setting_says(context: Context) -> None:
     assert tracker.value == ""
 
 
-def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
-    context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    suggest = handler(context, "suggest")
-    one, xl = (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0",
-    )  # fmt: skip
-    sd1 = Base(one, "sd1", "in the hub's cache")
-    sdxl = Base(xl, "sdxl", "in the hub's cache")
-    download = Base("org/far", "sd1", "to be downloaded")
-    toy = Base(EMBEDDED, "sd1", "toy")
-
-    def chosen(
-        found: list[Base], word: str, *, free: float | None = 2.4, settled: str = "",
-        model: str = EMBEDDED, kind: str = "cuda",
-    ) -> Any:  # fmt: skip
-        monkeypatch.setattr(context, "bases", lambda: found)
-        monkeypatch.setattr(context, "device", lambda: Device(kind, "a card", free))
-        remembered, base, said, filled, *values = suggest(
-            word, settled, "balanced", model, "", *FILLED
-        )
-        assert remembered == word
-        assert len(values) == len(ADVANCED)
-        if isinstance(base, str):
-            assert f"Base model set to {base}" in said
-            assert "know no dog" in said
-            steps = {one: "800", xl: "1000"}[base]
-            assert values[ADVANCED.index("max_train_steps")]["value"] == steps
-            assert filled["max_train_steps"] == steps
-            return base
-        return None
-
-    every = [toy, sdxl, sd1, download]
-    assert chosen(every, "dog") == one  # 2.4 GiB do not hold SDXL, in 4 bits either
-    assert chosen(every, "dog", free=40.0) == xl
-    assert chosen(every, "dog", free=40.0, kind="cpu") == one
-    assert chosen([sd1, sdxl], "dog", free=None) == one  # the first
-    assert chosen([toy, download], "dog") is None  # the toy stays, with its warning
-    assert chosen(every, "mug") is None
-    assert chosen(every, "dog", settled="dog") is None  # chosen by hand, or asked before
-    assert chosen(every, "dog", model="org/other") is None
-
-
 def typed(subject: str, class_word: str, token: str) -> dict[str, str]:
     return {"subject": subject, "class_word": class_word, "token": token}
 
@@ -315,7 +271,7 @@ def test_words_typed_before_there_is_a_subject_are_the_first_one_s(context: Cont
     assert fill(second, now)[:2] == ["", "sks"]
 
 
-def test_a_setting_that_was_typed_survives_preset_base_and_suggestion(context: Context) -> None:
+def test_a_setting_that_was_typed_survives_preset_and_base(context: Context) -> None:
     use_preset = handler(context, "use_preset")
     values = preset_values("quality", EMBEDDED)
     before = {n: not v if isinstance(v, bool) else "of a preset" for n, v in values.items()}
@@ -466,7 +422,7 @@ def test_an_empty_start_is_refused_in_plain_words(context: Context) -> None:
     assert "No images yet" in generate.refresh(context, (), None)["history"]
     assert "Generate images" in generate.refresh(context, (), None)["history"]
     assert library.refresh((), None)["library_side"][0] == {"visible": False}
-    assert "Start one in the Train tab" in handler(context, "show", "library")(None, "")[0]
+    assert "Start one in the Train tab" in handler(context, "show", "library")(None)[0]
 
 
 FOREIGN = Path(__file__).parents[4] / "tests/config/foreign"
