@@ -105,12 +105,6 @@ def test_a_file_in_diffusers_predicts_as_the_live_model(
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["train_text_encoder", "zero_terminal_snr"])
-def test_what_it_refuses_is_said(name: str, config: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(ConfigError, match=f"{name} cannot be used with .*FLUX.2-klein"):
-        train(config("out", **{name: True}))
-
-
 def test_all_that_it_refuses_is_said_at_once(config: Callable[..., TrainConfig]) -> None:
     names = ("zero_terminal_snr", "train_text_encoder", "train_text_encoder_ti")
     with pytest.raises(ConfigError) as info:
