@@ -89,4 +89,4 @@ def test_the_space_starts_the_app_behind_its_password(monkeypatch: pytest.Monkey
     settings = cli.read_settings(cli.build_parser().parse_args(words))
     assert isinstance(settings, Launch)
     assert settings.logins == {"ann": "long enough"}
-    assert settings.refusal({"host": ["other.hf.space"]})
+    assert settings.refusal({"host": ["ann-app.hf.space"]}) == ""

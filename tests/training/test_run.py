@@ -46,7 +46,8 @@ from tests.training.helpers import assert_same_adapter, losses, make_config, war
 @pytest.mark.parametrize(
     ("run", "entries", "trained", "resolved"),
     [
-        (None, (32, None), (32, 64), 64), (32, (None, 40), (32, 40), 32),
+        (None, (32, 40), (32, 40), 40), (None, (32, None), (32, 64), 64),
+        (32, (None, 40), (32, 40), 32),
         (None, (None, None), (64,), 64),
     ],
 )  # fmt: skip
