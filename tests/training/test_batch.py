@@ -26,7 +26,7 @@ from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble
-from tests.training.helpers import SAMPLES, open_run
+from tests.training.helpers import open_run, small_samples
 
 CAPTIONS = ["a photo of a sks dog", "", "a red toy", ""]
 FAMILIES = ("sd1_folder", "sd2_folder", "sdxl_folder", "sdxl_encoded")
@@ -52,7 +52,7 @@ def test_two_processes_draw_the_rows_of_one(tiny_run) -> None:
     def inputs(batch_size: int, process_index: int, num_processes: int) -> Any:
         config = tiny_run(
             train_batch_size=batch_size, with_prior_preservation=True, num_class_images=3,
-            prior_preservation_mode="images", class_data_dir=str(SAMPLES / "heart_teapot"),
+            prior_preservation_mode="images", class_data_dir=str(small_samples() / "heart_teapot"),
         )  # fmt: skip
         accelerator = OneOf(make_accelerator(config), process_index, num_processes)
         session = assemble(config, subjects_of(config), accelerator)

@@ -21,7 +21,6 @@ from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import PRESETS, TrainConfig, read_config_file
 from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.studio.app.settings import preset_values
 from dora_diffusion.system import HANGUP
 from tests.refusal import refused
@@ -94,18 +93,12 @@ def test_the_script_trains_the_same(trained, train_flags, tmp_path):
     ("changes", "message"),
     [
         ({"instance_data_dir": "nowhere"}, "nowhere"),
-        ({"pretrained_model_name_or_path": "./nowhere"}, "nowhere does not exist"),
         ({"pretrained_model_name_or_path": "embedded:nothing"}, "embedded"),
         ({"targets": "no_such_layer"}, "no_such_layer"),
-        ({"rank": 4096}, "use rank <= "),
-        ({"instance_prompt": "a photo of a mug"}, "sks"),
-        ({"mixed_precision": "fp16"}, "fp16 needs a GPU; use bf16 or no"),
         ({"learning_rate": -1}, "learning_rate is -1.0"),
     ],
 )
 def test_what_is_wrong_is_one_line(changes, message, train_flags, photos, tmp_path, capsys):
-    if changes.get("mixed_precision") and default_device() != "cpu":
-        pytest.skip("there is a GPU")
     plain = Path(shutil.copytree(photos, tmp_path / "photos"))
     for caption in plain.glob("*.txt"):
         caption.unlink()

@@ -24,7 +24,7 @@ from dora_diffusion.training.inputs.subject import (
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from tests.refusal import refused
-from tests.training.helpers import SAMPLES, same, warnings_of
+from tests.training.helpers import same, small_samples, warnings_of
 
 
 def test_a_prompt_that_watches_drift_is_warned_of_and_sampled(config):
@@ -60,7 +60,7 @@ def test_only_an_embedded_model_is_a_toy() -> None:
 @pytest.fixture
 def two(tiny_run, tmp_path):
     """Settings of a run on a mug and a teapot, which differ in all that subjects may differ in."""
-    teapot = Path(shutil.copytree(SAMPLES / "heart_teapot", tmp_path / "teapot"))
+    teapot = Path(shutil.copytree(small_samples() / "heart_teapot", tmp_path / "teapot"))
     for caption in teapot.glob("*.txt"):
         caption.write_text(caption.read_text("utf-8").replace("sks", "zwx"), encoding="utf-8")
     mug = {"repeats": 2, "random_flip": True, "with_prior_preservation": True}

@@ -31,7 +31,14 @@ from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results import validation
 from dora_diffusion.training.results.validation import Validation
 from tests.refusal import refused
-from tests.training.helpers import SAMPLES, assert_same_adapter, losses, make_config, names, same
+from tests.training.helpers import (
+    assert_same_adapter,
+    losses,
+    make_config,
+    names,
+    same,
+    small_samples,
+)  # fmt: skip
 
 MOVING = {"lora_dropout": 0.3, "caption_dropout": 0.5, "random_flip": True, "center_crop": False}
 
@@ -100,7 +107,7 @@ def test_what_leaves_nothing_to_train_on_or_is_trained_on_is_refused(
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Five photos; those that are held out of them, and those that are left."""
     root = tmp_path_factory.mktemp("photos")
-    found = {"all": Path(shutil.copytree(SAMPLES / "bolt_mug", root / "all"))}
+    found = {"all": Path(shutil.copytree(small_samples() / "bolt_mug", root / "all"))}
     config = TrainConfig(instance_data_dir=str(found["all"]), validation_split=2.0, seed=3)
     for name, paths in zip(("kept", "held_out"), divide(config), strict=True):
         found[name] = root / name
