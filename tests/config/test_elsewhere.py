@@ -12,7 +12,7 @@ import pytest
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import TrainConfig, settings
-from dora_diffusion.config.elsewhere import DIFFERENCES
+from dora_diffusion.config.flag_map import DIFFERENCES
 from tests.config.test_flag_map import _ADVANCED, _FLOW, _SCRIPTS, _SD_SCRIPTS
 from tests.every import every
 

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
-from dora_diffusion.config.derived import Changes, as_yaml, listed, removed_settings
+from dora_diffusion.config.derived import Changes, as_yaml, listed, relative_paths, removed_settings
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import REMOVED
 from dora_diffusion.config.learning import OptimizerSettings
-from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import counted, quoted
 from dora_diffusion.formats.adapter.stored import adapter_hash
