@@ -52,7 +52,7 @@ docs: $(READY_TO_TEST)
 test: lint
 	$(TEST_ENV) $(BIN)/python $(SUITE)
 
-# The laboratory's own: studies, analysis, simulation, pretraining.
+# What nothing that ships needs: the laboratory, benchmarks, tools, and the suite itself.
 test-lab: $(READY_TO_TEST)
 	$(TEST_ENV) $(BIN)/python $(SUITE) lab/tests
 

@@ -55,7 +55,7 @@ LEFT_OUT = [
     "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "MemoryRow", "MergeStrengths",
     "NoiseSchedule", "NormRoute", "Path", "Photo", "Plan",
     "Preprocessing", "Preset", "Route", "RowShard", "ScheduleInfo", "Site", "Strengths",
-    "SubjectRecord", "TextEncoder", "Values", "Wildcards", "WorkQueue", "Workers",
+    "SubjectRecord", "TextEncoder", "Values", "WorkQueue", "Workers",
 ]  # fmt: skip
 # Also types of other libraries, since a build without a network has no indexes of them, and types
 # that autodoc splits at a comma.

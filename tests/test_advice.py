@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from dora_diffusion.config.kohya import _side
 from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.data.crops import plan_crop
-from dora_diffusion.data.photos import _read_weight
 from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.models.load import load_components, load_empty
 from dora_diffusion.models.memory import gpu_of
@@ -49,12 +47,6 @@ VALUE = re.compile(r"(?:such as|at least|at most|try|write|<=|, or) ('[^']+'|[\w
 def rank_of(value: str) -> None:
     config = AdapterConfig(["full"], rank=int(value))
     inject_adapters(nn.Sequential(nn.Linear(6, 4)), config, generator=torch.Generator())
-
-
-def weight_of(value: str, tmp_path: Path) -> None:
-    file = tmp_path / "photo.weight.txt"
-    file.write_text(value, "utf-8")
-    _read_weight(file)
 
 
 def of_side(value: str) -> None:
@@ -109,7 +101,7 @@ OTHERS = (
     "the note has", "{len(files)} files were chosen", "the token of {where}",
     # Their range is the setting's own, or they are tried with a model below.
     "clip_skip is", "{name} {side} of the sample prompt",
-    "bucket_reso_steps is", "{path.name}: the weight", "size must be above 0",
+    "bucket_reso_steps is", "size must be above 0",
 )  # fmt: skip
 
 
@@ -137,8 +129,6 @@ def test_advised_values_are_accepted(tmp_path: Path) -> None:
             for value in values:
                 with case(f"{start}, {value}"):
                     follow(call, value)
-        with case("weight"):
-            follow(partial(weight_of, tmp_path=tmp_path), "-1")
 
 
 def commands() -> dict[str, type[CommandSettings]]:

@@ -20,9 +20,8 @@ import dora_diffusion
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.base import OfModel
-from dora_diffusion.config.elsewhere import DIFFERENCES
 from dora_diffusion.config.fields import AnyOf, Condition, Need
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, advice, rules
+from dora_diffusion.config.flag_map import DIFFERENCES, DIFFUSERS_FLAGS, advice, rules
 
 DOCS = Path(__file__).parents[1] / "docs"
 _BLOCK = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)

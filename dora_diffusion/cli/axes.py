@@ -186,7 +186,7 @@ def _known_name(text: str, known: Mapping[str, Setting]) -> str:
         f"the grid has no axis {text.strip()!r}{did_you_mean(word, names)}; an axis is a setting "
         f"of generate, or {', '.join(SPECIAL)}"
     )
-    require(name in names, removal(name) or unknown, "grid")
+    require(name in names, removal(word) or unknown, "grid")
     return name
 
 

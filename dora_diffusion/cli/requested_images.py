@@ -34,10 +34,6 @@ class RequestedImages(CommandSettings, ImageRequest):
         "Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
         "prompt, seed and strength. Images of a batch share the product with the base's weights.",
     )
-    prompt_weights: bool = flag(
-        True,
-        "Read (word:1.2), (word), [word] and BREAK in prompts, as A1111 does; \\( is a bracket.",
-    )
     num_images: int = flag(1, "Number of images, one per seed.", least=1, most=10_000)
     batch_size: int = flag(4, "Batch size.", least=1)
     output: str = flag(REQUIRED, "Image file: X.png, X.jpg or X.webp; with --grid, a folder.")

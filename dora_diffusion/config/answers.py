@@ -11,9 +11,8 @@ from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
 
-from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.fields import ConfigError
-from dora_diffusion.config.flag_map import OTHER_NAMES, REMOVED, rules, trainers
+from dora_diffusion.config.flag_map import OTHER_NAMES, REMOVED, notes, rules, trainers
 from dora_diffusion.config.foreign import ForeignFile, plain_name
 from dora_diffusion.config.train import TrainConfig, settings, settings_by_name
 

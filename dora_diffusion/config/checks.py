@@ -20,7 +20,6 @@ def contradictions(config: Any) -> Iterator[Contradiction]:
         _method: True,
         _resolution: bool(config.resolution),
         _hub: config.push_to_hub,
-        _weightings: True,
         _validation: True,
         _prodigy: config.is_prodigy,
         _schedule_free: config.is_schedule_free,
@@ -32,11 +31,6 @@ def contradictions(config: Any) -> Iterator[Contradiction]:
 
 
 def _method(config: Any) -> Iterator[Contradiction]:
-    if config.use_8bit_adam and config.optimizer not in ("adamw", "adamw8bit"):
-        yield (
-            "use_8bit_adam",
-            f"use_8bit_adam contradicts optimizer {config.optimizer}; leave one of them out",
-        )
     if config.quantize != "none" and config.is_full:
         yield (
             "quantize",
@@ -65,21 +59,7 @@ def _hub(config: Any) -> Iterator[Contradiction]:
         )
 
 
-def _weightings(config: Any) -> Iterator[Contradiction]:
-    if len(config.weightings) > 1:
-        *_, last = config.weightings
-        yield (
-            last,
-            f"{' and '.join(config.weightings)} both weight the loss by timestep; leave one out",
-        )
-
-
 def _validation(config: Any) -> Iterator[Contradiction]:
-    if not config.caption_separator:
-        yield (
-            "caption_separator",
-            "caption_separator is empty; give a separator of tags, such as ','",
-        )
     if config.validation_data_dir and config.validation_split:
         yield (
             "validation_split",
@@ -110,7 +90,7 @@ def _prodigy(config: Any) -> Iterator[Contradiction]:
 
 
 def _schedule_free(config: Any) -> Iterator[Contradiction]:
-    name = config.optimizer_name
+    name = config.optimizer
     if not config.lr_scheduler.startswith("constant"):
         yield (
             "lr_scheduler",

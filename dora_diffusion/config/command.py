@@ -10,10 +10,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dora_diffusion.config.config_file import read_config_lines
-from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.fields import Setting, require
 from dora_diffusion.config.file import line_prefix
-from dora_diffusion.config.flag_map import find_setting
+from dora_diffusion.config.flag_map import find_setting, notes
 from dora_diffusion.config.problems import Problems, read_values
 
 if TYPE_CHECKING:

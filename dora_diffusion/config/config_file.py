@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.file import read_values_of
+from dora_diffusion.config.flag_map import without_removed
 from dora_diffusion.config.foreign import require_own
 
 
 def read_config_file(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read the settings in a YAML file.
+    """Read the settings in a YAML file, without removed ones that had no effect.
 
     Relative paths in it start at the working directory, in the ``config.yaml`` of a run at its
     folder.
@@ -32,4 +33,5 @@ def read_config_lines(path: str | PathLike[str]) -> tuple[dict[str, Any], Mappin
     """
     path = Path(path)
     require_own(path)
-    return read_values_of(path)
+    values, lines = read_values_of(path)
+    return without_removed(values), lines

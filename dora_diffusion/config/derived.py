@@ -6,16 +6,16 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
-from dora_diffusion.config.learning import WEIGHTINGS
-from dora_diffusion.config.paths import relative_paths
+from dora_diffusion.config.flag_map import had_no_effect
 from dora_diffusion.config.subject import ENTRY_SETTINGS
-from dora_diffusion.config.train import TrainConfig, framed_prompt, settings, settings_by_name
+from dora_diffusion.config.train import TrainConfig, prefixed_prompt, settings, settings_by_name
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -23,7 +23,6 @@ Changes = dict[str, tuple[Any, Any]]
 # not relative to the weights here, and its updates are clipped. Prodigy multiplies its estimate by
 # the learning rate.
 _ADAPTER, _VERA, _FULL, _PRODIGY = (1e-6, 5e-3), (1e-5, 1e-1), (1e-8, 1e-4), (0.1, 10.0)
-_INNERMOST = re.compile(r"(?<!\\)\{([^{}|]*)(?:\|[^{}]*)?\}")
 # Words after which a prompt describes the scene or the style: a class word ends before them.
 _NEXT_PHRASE = re.compile(
     r"[,.;:()]|\b(?:on|in|at|with|by|under|over|near|against|wearing|from|and|of|beside)\b.*", re.I
@@ -39,11 +38,8 @@ def class_word_in(prompt: str, token: str) -> str:
 
 
 def usual_class_word(config: TrainConfig) -> str:
-    """Class word of the instance prompt, with the first alternative of each wildcard."""
-    prompt, previous = framed_prompt(config), ""
-    while config.wildcards and prompt != previous:
-        prompt, previous = _INNERMOST.sub(r"\1", prompt), prompt
-    return class_word_in(prompt, config.token.strip())
+    """Class word of the instance prompt."""
+    return class_word_in(prefixed_prompt(config), config.token.strip())
 
 
 def _class_word(config: TrainConfig) -> str | None:
@@ -93,9 +89,6 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
 """Setting -> function that derives its default from the other settings."""
 # Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
-_OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
-# Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
-_REMOVED_DEFAULTS = {"gradient_batches": 4, "precondition_damping": 0.01, "nearest_noise": 1}
 
 
 def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
@@ -105,8 +98,7 @@ def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
     the image: lab/measurements/min-snr.md measures the cost. A slider weights all predictions
     alike, as in its paper.
     """
-    is_usual = prediction_type == "epsilon" and not config.weightings and not config.is_slider
-    return 5.0 if is_usual else 0.0
+    return 5.0 if prediction_type == "epsilon" and not config.is_slider else 0.0
 
 
 def resolve(
@@ -171,7 +163,7 @@ def overridden(values: Mapping[str, Any], changed: Collection[str]) -> dict[str,
         kept_values.pop("max_train_steps", None)
     if "validation_epochs" in changed and "validation_steps" not in changed:
         kept_values.pop("validation_steps", None)
-    if {"pretrained_model_name_or_path", "prediction_type", *WEIGHTINGS} & {*changed}:
+    if {"pretrained_model_name_or_path", "prediction_type"} & {*changed}:
         kept_values.pop("snr_gamma", None)
     try:
         config = TrainConfig.from_dict(values)
@@ -254,7 +246,7 @@ def unusual_rates(config: TrainConfig) -> list[str]:
         >>> unusual_rates(TrainConfig(learning_rate=0.1))[0]
         'learning_rate is 0.1; for adapters adamw usually takes 1e-06 to 0.005'
     """
-    name, method = config.optimizer_name, "full fine-tuning" if config.is_full else "adapters"
+    name, method = config.optimizer, "full fine-tuning" if config.is_full else "adapters"
     least, most = _FULL if config.is_full else _ADAPTER
     if config.parametrization == "vera" and not config.is_full:
         (least, most), method = _VERA, "VeRA"
@@ -333,8 +325,9 @@ def removed_settings(before: Mapping[str, Any]) -> dict[str, Any]:
         before: Settings of the checkpoint.
     """
     known, removed = settings_by_name(), {}
-    for name, value in before.items():
-        if name not in known and value not in (*_OFF, _REMOVED_DEFAULTS.get(name)):
+    entries = before.get("dataset_config") or []
+    for name, value in chain(*(values.items() for values in (before, *entries))):
+        if name not in known and not had_no_effect(name, value):
             removed[name] = value
         elif name in known and known[name].resume == "same":
             try:
@@ -355,3 +348,28 @@ def _same(setting: Setting, old: Any, new: Any) -> bool:
     # Compare files, not names: names may differ in case, or be links.
     paths = [os.path.expanduser(str(value)) for value in (old, new)]
     return all(map(os.path.exists, paths)) and os.path.samefile(*paths)
+
+
+def relative_paths(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Rewrite the paths of settings for a file in a folder; the inverse of `resolve_paths`.
+
+    Paths inside the folder or its parent become relative to the folder and begin with ``./`` or
+    ``../``. Other paths become absolute. Hub ids are kept.
+    """
+    names = {setting.name for setting in settings() if setting.is_path}
+    start = Path(os.path.abspath(folder))
+
+    def rewrite(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{n: rewrite(n, v) for n, v in entry.items()} for entry in value]
+        path = Path(value).expanduser() if isinstance(value, str) and value else None
+        if path is None or name not in names or not (path.exists() or name.endswith("_dir")):
+            return value
+        path = Path(os.path.abspath(path))
+        if not path.is_relative_to(start.parent):
+            return str(path)
+        text = Path(os.path.relpath(path, start)).as_posix()
+        return {".": "./", "..": "../"}.get(text, text if text.startswith("../") else f"./{text}")
+
+    rewritten = {name: rewrite(name, value) for name, value in values.items() if name in names}
+    return {**values, **rewritten}

@@ -11,16 +11,23 @@ and of Diffusers ``examples/dreambooth/train_dreambooth_lora.py``,
 ``train_dreambooth_lora_sdxl_advanced.py``. ``trainers.json`` has the settings in the files of
 kohya's GUI, OneTrainer, ai-toolkit and SimpleTuner, and those that files of sd-scripts and command
 lines of Diffusers' scripts give in another form. `dora_diffusion.config.foreign` reads such files.
+
+``elsewhere.json`` lists settings whose name another trainer uses with another meaning or unit. If
+the difference depends on other settings, it also lists the values of these with which the results
+differ. Runs print a note about such a setting, and the pages for users of that trainer list it.
+Facts: sd-scripts' ``train_network.py``, Diffusers' DreamBooth LoRA scripts (for ``logit_mean`` the
+scripts of flow models), OneTrainer's ``TrainConfig.py``, ai-toolkit's ``config_modules.py`` and
+``scheduler.py``, of 2026.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from dora_diffusion.config.fields import ConfigError, Setting
+from dora_diffusion.config.fields import ConfigError, Need, Setting, shown
 from dora_diffusion.config.file import read_facts
 from dora_diffusion.config.wording import closest, did_you_mean
 
@@ -52,10 +59,18 @@ OTHER_NAMES = {word: name for name, words in _FACTS["names"].items() for word in
 REMOVED = _answers("removed")
 """Setting, flag, field or command of a former version -> advice on what to do instead."""
 
+_OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+# Defaults of removed settings, where they are not `_OFF`; alone they change nothing.
+_REMOVED_DEFAULTS = {
+    "caption_separator": ",", "gradient_batches": 4, "nearest_noise": 1,
+    "precondition_damping": 0.01, "train_text_encoder_ti_frac": 1, "weight": 1,
+}  # fmt: skip
+
 DIFFUSERS_FLAGS: dict[str, Answer] = {
     "token_abstraction": Answer("renamed", "--token, one word", "token"),
     **{name: Answer("ignored", text) for name, text in _answers("ignored").items()},
     **{name: Answer("absent", text) for name, text in _answers("absent").items()},
+    **{n: Answer("absent", REMOVED[n]) for n in ("use_8bit_adam", "train_text_encoder_ti_frac")},
 }
 """Flag without dashes -> its answer; all other flags are settings of the same name."""
 
@@ -97,6 +112,16 @@ def _sd_scripts() -> dict[str, str]:
 def removal(name: str) -> str | None:
     """Return the refusal of a former version's setting, with advice; None for other names."""
     return f"{name} was removed: {REMOVED[name]}" if name in REMOVED else None
+
+
+def had_no_effect(name: str, value: Any) -> bool:
+    """True if a setting of a former version had no effect at this value."""
+    return value in (*_OFF, _REMOVED_DEFAULTS.get(name))
+
+
+def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop removed settings at values without effect, which the file of each former run has."""
+    return {n: v for n, v in values.items() if n not in REMOVED or not had_no_effect(n, v)}
 
 
 def refusal(name: str) -> str | None:
@@ -151,3 +176,58 @@ def find_training_setting(name: str, known: Mapping[str, Setting]) -> Setting:
         hint = f" (did you mean {meant}?)" if (meant := meant_by(name, known)) else ""
         raise ConfigError(refusal(name) or f"there is no setting {name}{hint}", name)
     return known[name]
+
+
+class Difference(NamedTuple):
+    """Meaning of a setting's name in another trainer.
+
+    Attributes:
+        trainer: Name of the other program.
+        text: Difference between the two programs; the other program is its grammatical subject.
+        needs: Conditions, any of which makes the same value differ in effect; empty: every value
+            but the default does.
+        least: Least value that differs in effect; None: any.
+        usual: Value that other trainers use with the meaning it has here, which needs no note.
+    """
+
+    trainer: str
+    text: str
+    needs: tuple[Need, ...] = ()
+    least: float | None = None
+    usual: float | None = None
+
+
+def _difference(
+    trainer: str,
+    text: str,
+    only_with: Mapping[str, Sequence[Any]] | None = None,
+    least: float | None = None,
+    usual: float | None = None,
+) -> Difference:
+    needs = (Need(name, tuple(values)) for name, values in (only_with or {}).items())
+    return Difference(trainer, text, tuple(needs), least, usual)
+
+
+DIFFERENCES = {name: _difference(**facts) for name, facts in read_facts("config/elsewhere").items()}
+"""Setting -> meaning of its name in another trainer."""
+
+
+def notes(config: Any, known: Iterable[Setting], names: Iterable[str]) -> list[str]:
+    """List settings whose value has another effect in another trainer, with the difference.
+
+    Args:
+        config: The settings with their values.
+        known: Descriptions of the settings.
+        names: Names of the settings that the user set.
+    """
+    lines = []
+    changed = {s.name: v for s in known if (v := getattr(config, s.name)) and v != s.default}
+    for name in sorted(changed.keys() & DIFFERENCES.keys() & set(names)):
+        trainer, text, needs, least, usual = DIFFERENCES[name]
+        if changed[name] == usual or (least is not None and changed[name] < least):
+            continue
+        # Other commands do not have the settings of training that it depends on.
+        differs = (hasattr(config, need.setting) and need(config) is None for need in needs)
+        if not needs or any(differs):
+            lines.append(f"{name} is {shown(changed[name])}; {trainer} {text}")
+    return lines

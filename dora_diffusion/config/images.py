@@ -24,7 +24,7 @@ MOST_SIDE, MOST_STEPS = 8192, 1000
 STEPS, GUIDANCE_SCALE, DENOISE = 25, 7.5, 0.75
 """Defaults: denoising steps, guidance scale, denoising strength of image-to-image generation."""
 MOST_CHARACTERS = 100_000
-"""Most characters of a prompt, and of a caption with its wildcards expanded."""
+"""Most characters of a prompt."""
 # Names of schedulers in sd-scripts -> ours.
 _SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
 

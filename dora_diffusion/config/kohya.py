@@ -42,11 +42,6 @@ def _facts(name: str) -> dict[str, Any]:
 
 _TABLES, _BUCKETS, REFUSED = _facts("of"), _facts("usual"), _facts("instead")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-# Texts that both programs expand alike: alternatives in braces, without nesting.
-_SAME_EXPANSION = re.compile(
-    r"(?:[^{}\\]|\\(?![{}|_])|\{(?:[^{}\\]|\\(?![{}|_]))+\})*", re.DOTALL
-)  # fmt: skip
-_FILE = re.compile(r"__[^\W_](?:[\w ./-]*?[^\W_])?__")
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -291,10 +286,10 @@ def _unsupported(options: Entry, active: set[str]) -> Iterator[str]:
         if options[name] != _OPTIONS[name].get("neutral") and not is_idle:
             yield f"{name} is not supported: {REFUSED[name]}; remove it"
     tags = sorted(active & {"shuffle_caption", "caption_tag_dropout_rate"})
-    for name in sorted(active & {"caption_prefix", "caption_suffix"}) if tags else ():
+    if tags and "caption_prefix" in active:
         yield (
-            f"{name} with {tags[0]} is not supported: sd-scripts shuffles and drops it with the "
-            "tags; write it into the captions, where keep_tokens keeps it in place"
+            f"caption_prefix with {tags[0]} is not supported: sd-scripts shuffles and drops it "
+            "with the tags; write it into the captions, where keep_tokens keeps it in place"
         )
     separator = options.get("caption_separator", ",")
     if tags and separator != ",":
@@ -309,8 +304,8 @@ def _check_captions(options: Entry) -> None:
     folder, draws = Path(options["image_dir"]).expanduser(), bool(options.get("enable_wildcard"))
     extension = options.get("caption_extension", ".caption")
     extension = f".{extension.removeprefix('.')}" if extension else ""
-    frame = [options.get(name, "") for name in ("caption_prefix", "caption_suffix")]
-    texts = [options.get("class_tokens", ""), *frame]
+    prefix = options.get("caption_prefix", "")
+    texts = [options.get("class_tokens", ""), prefix]
     images = [path for path in folder.glob("*") if path.suffix.lower() in _IMAGES]
     for image in sorted(images):
         _check_extension(image, extension)
@@ -326,17 +321,17 @@ def _check_captions(options: Entry) -> None:
             "one, or set enable_wildcard = true, which draws one of them each time",
         )
         require(
-            not (draws and several and any(frame)),
-            f"{caption} has several lines, and sd-scripts puts caption_prefix before the first and "
-            "caption_suffix after the last; write them into the lines",
+            not (draws and several and prefix),
+            f"{caption} has several lines, and sd-scripts puts caption_prefix before the first; "
+            "write it into the lines",
         )
         texts += lines
     _warn_of_marks(folder, [image.with_suffix(".txt") for image in images])
     for text in texts if draws else ():
         require(
-            bool(_SAME_EXPANSION.fullmatch(text)) and not _FILE.search(text),
-            f"{folder}: with enable_wildcard, sd-scripts expands {quoted(text)} differently: it "
-            "has {{ for a brace, no \\{, no __file__ and no braces in braces; write it otherwise",
+            not set("{}") & set(text),
+            f"{folder}: with enable_wildcard, sd-scripts draws from the braces of {quoted(text)}; "
+            "write each alternative out, as a line of the caption file",
         )
 
 
@@ -402,8 +397,6 @@ def _subset(options: Entry) -> Entry:
     entry |= defaults | {name: options[name] for name in _BUCKETS if name in options}
     if options.get("shuffle_caption") or options.get("caption_tag_dropout_rate"):
         entry.setdefault("keep_tags", 0)
-    if options.get("enable_wildcard"):
-        entry["caption_per_line"] = True
     return entry | _concept(Path(options["image_dir"]), options.get("class_tokens") or "")
 
 
@@ -425,8 +418,8 @@ def _class_images(regularisation: Sequence[Entry], subjects: Sequence[Entry]) ->
         'caption where an image has none; give it the class, such as class_tokens = "dog"',
     )
     unread = _active_options(options) & {
-        "alpha_mask", "caption_dropout_rate", "caption_prefix", "caption_suffix",
-        "caption_tag_dropout_rate", "enable_wildcard", "shuffle_caption",
+        "alpha_mask", "caption_dropout_rate", "caption_prefix", "caption_tag_dropout_rate",
+        "enable_wildcard", "shuffle_caption",
     }  # fmt: skip
     unread |= {"num_repeats"} if options.get("num_repeats", 1) > 1 else set()
     unread |= {

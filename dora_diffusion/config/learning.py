@@ -240,11 +240,10 @@ class OptimizerSettings:
     )
     optimizer: str = flag(
         "adamw",
-        "Optimizer. schedule-free: an average of the weights replaces the schedule "
-        "(arXiv:2405.15682); samples, validation and files use the average.",
+        "Optimizer. adamw8bit needs bitsandbytes. schedule-free: an average of the weights "
+        "replaces the schedule (arXiv:2405.15682); samples, validation and files use the average.",
         choices=OPTIMIZERS,
     )
-    use_8bit_adam: bool = flag(False, "The same as --optimizer adamw8bit (needs bitsandbytes).")
     adam_beta1: float = _adam_flag(0.9, "Adam's beta1: decay of the first moment.", least=0)
     adam_beta2: float = _adam_flag(0.999, "Adam's beta2: decay of the second moment.", least=0)
     adam_weight_decay: float = free_flag(
@@ -286,9 +285,6 @@ TIMESTEP_DISTRIBUTIONS = ("uniform", "logit_normal", "power")
 _HUBER = Need("loss_type", ("huber",))
 _LOGIT_NORMAL = Need("timestep_distribution", ("logit_normal",))
 
-WEIGHTINGS = ("snr_gamma", "debiased_estimation_loss")
-"""Settings that weight losses by timestep (`numerics.loss.WEIGHTINGS`); a run has at most one."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
@@ -301,11 +297,6 @@ class LossSettings:
         "Gamma of min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.",
         derived="5 if the model predicts the noise, 0 if it predicts v or velocity and for sliders",
         least=0,
-    )
-    debiased_estimation_loss: bool = flag(
-        False,
-        "Debiased estimation loss (arXiv:2310.08442): weights the error of the noise by "
-        "1 / sqrt(SNR); for runs without snr_gamma.",
     )
     loss_type: str = flag(
         "l2",

@@ -34,11 +34,6 @@ def _validated(config: Any) -> str | None:
     return None if config.holds_out else _SAMPLES(config)
 
 
-def _between(config: Any) -> str | None:
-    """Samples during training (`--validation_steps` above 0)."""
-    return "validation_steps is 0" if config.validation_steps == 0 else None
-
-
 def _checkpoints(config: Any) -> str | None:
     """Checkpoints (`--checkpointing_steps` above 0)."""
     return "checkpointing_steps is 0" if config.checkpointing_steps == 0 else None
@@ -147,7 +142,7 @@ class SampleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
-    """Validation on held-out photos, early stopping and choice of the best checkpoint."""
+    """Validation on held-out photos, and choice of the best checkpoint."""
 
     heading: ClassVar = "Validation"
 
@@ -170,24 +165,10 @@ class ValidationSettings:
         derived="validation_steps, or 200 if it is 0",
         above=0,
     )
-    validation_metric_model: TextOrPath[str | None] = free_flag(
-        None,
-        "Image-similarity model that compares samples with the held-out photos: folder or hub id "
-        "of CLIP, DINO or DINOv2, or efficientnet-lite0.",
-        derived="efficientnet-lite0 if it is installed",
-        needs=(_held_out, _SAMPLES, _between),
-        is_path=True,
-    )
     keep_best: bool = _held_out_flag(
         False,
         "Keep the checkpoint with the lowest validation loss, regardless of "
         "checkpoints_total_limit, and write it as the result.",
-    )
-    early_stopping_patience: int | None = _held_out_flag(
-        None,
-        "Early stopping: stop after N validation losses without improvement.",
-        derived="all steps are trained",
-        above=0,
     )
 
 

@@ -158,12 +158,6 @@ class SubjectSettings:
         derived="the words that follow the token in the instance prompt",
     )
     repeats: int = flag(1, "Repeats of each image per epoch, each with a new crop.", above=0)
-    weight: float = flag(
-        1.0,
-        "Loss weight of each image, multiplied by the number in a file NAME.weight next to the "
-        "image, if there is one. Does not apply to the prior-preservation loss.",
-        above=0,
-    )
 
 
 _WORDS = Need("train_text_encoder_ti")
@@ -173,7 +167,7 @@ _word_flag = partial(flag, needs=(_WORDS,))
 def _embedding_rate(config: Any) -> str | None:
     """Condition of a rate above 0, and another optimizer than Prodigy."""
     if config.is_prodigy:
-        return f"optimizer is {config.optimizer_name}"
+        return f"optimizer is {config.optimizer}"
     return "it is 0: no new word is trained" if config.embedding_lr == 0 else None
 
 
@@ -206,13 +200,6 @@ class WordSettings:
         resume="free",
         needs=(_WORDS, _embedding_rate),
         least=0,
-    )
-    train_text_encoder_ti_frac: float = _word_flag(
-        1.0,
-        "Fraction of the steps in which new words train; they are frozen after it.",
-        resume="free",
-        above=0,
-        most=1,
     )
 
 
@@ -312,20 +299,7 @@ class ImageSettings:
     caption_prefix: str = flag(
         "", 'Text before every caption, such as "sks dog,": neither shuffled nor dropped.'
     )
-    caption_suffix: str = flag("", "Text after every caption: neither shuffled nor dropped.")
-    wildcards: bool = flag(
-        False,
-        "Wildcards: draw {a|b} and __file__ again for captions in every epoch, and for sample "
-        "prompts with every seed; \\{ is a brace.",
-    )
-    wildcard_dir: TextOrPath[str | None] = flag(
-        None,
-        "Folder of wildcard files: __colours__ draws a line of its colours.txt.",
-        resume="ignored",  # its lines are compared by content
-        needs=(Need("wildcards"),),
-        is_path=True,
-    )
-    shuffle_tags: bool = flag(False, "Shuffle the tags of captions.")
+    shuffle_tags: bool = flag(False, "Shuffle the tags of captions, which commas separate.")
     tag_dropout: float = flag(
         0.0, "Tag dropout rate: probability of dropping each tag.", least=0, most=1
     )
@@ -334,9 +308,6 @@ class ImageSettings:
         "Number of first tags that --shuffle_tags and --tag_dropout keep in place.",
         needs=(_TAGS,),
         least=0,
-    )
-    caption_separator: str = flag(
-        ",", "Separator of tags; they are joined again with it and a space.", needs=(_TAGS,)
     )
     caption_dropout: float = flag(
         0.0,
@@ -400,7 +371,7 @@ class PriorSettings:
     )
     class_prompt: str | None = flag(
         None,
-        "Caption of class images without a .txt file; wildcards vary it.",
+        "Caption of class images without a .txt file.",
         derived="the name of kohya's folder, or each image's caption without the token",
         needs=_CLASS_IMAGES,
     )
@@ -436,7 +407,7 @@ _WHOLE_RUN = frozenset((
 # Settings that apply to sliders within the groups of settings of images.
 _OF_SLIDERS = frozenset((
     "resolution", "max_token_length", "clip_skip", "cache_latents", "dataloader_num_workers",
-    "wildcards", "wildcard_dir", "num_class_images", "prior_loss_weight", "sample_batch_size",
+    "num_class_images", "prior_loss_weight", "sample_batch_size",
 ))  # fmt: skip
 OF_IMAGES = {
     name: _of_images

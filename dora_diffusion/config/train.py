@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping
 from functools import cached_property, lru_cache, partial
 from os import PathLike, fspath
@@ -29,10 +28,10 @@ from dora_diffusion.config.fields import (
     require_token_length,
 )
 from dora_diffusion.config.file import PATHS
-from dora_diffusion.config.flag_map import find_training_setting
+from dora_diffusion.config.flag_map import find_training_setting, without_removed
 from dora_diffusion.config.images import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.config.problems import Problems, naming_entry, read_values
-from dora_diffusion.config.wording import framed
+from dora_diffusion.config.wording import prefixed_caption
 
 if TYPE_CHECKING:
     # In a frozen class, mypy gives inherited fields the types of the arguments of `__init__`. The
@@ -187,12 +186,6 @@ class TrainConfig(  # type: ignore[misc]
         return "lora" if self.method == "dora" and not self.use_dora else self.method
 
     @property
-    def weightings(self) -> dict[str, float]:
-        """Active loss weightings by timestep, setting -> value."""
-        values = {name: getattr(self, name) for name in learning.WEIGHTINGS}
-        return {name: float(value) for name, value in values.items() if value}
-
-    @property
     def is_full(self) -> bool:
         """True for full fine-tuning."""
         return self.method_name == "full"
@@ -213,19 +206,14 @@ class TrainConfig(  # type: ignore[misc]
         return 5e-6 if self.is_full else DEFAULT_FAMILY.default_rate
 
     @property
-    def optimizer_name(self) -> str:
-        """The optimizer, with ``use_8bit_adam`` taken into account."""
-        return "adamw8bit" if self.use_8bit_adam else self.optimizer
-
-    @property
     def is_prodigy(self) -> bool:
         """True if the optimizer estimates the learning rate."""
-        return self.optimizer_name in learning.PRODIGIES
+        return self.optimizer in learning.PRODIGIES
 
     @property
     def is_schedule_free(self) -> bool:
         """True if the optimizer averages the weights."""
-        return self.optimizer_name in learning.SCHEDULE_FREE
+        return self.optimizer in learning.SCHEDULE_FREE
 
     @property
     def lr_schedule(self) -> str:
@@ -242,11 +230,6 @@ class TrainConfig(  # type: ignore[misc]
         return self.new_words or list(dict.fromkeys(filter(None, tokens)))
 
     @property
-    def word_steps(self) -> int:
-        """Number of steps in which new words train."""
-        return math.ceil(self.train_text_encoder_ti_frac * (self.max_train_steps or 0))
-
-    @property
     def encodes_in_steps(self) -> bool:
         """True if text encoders run in every step, since they or their new words train."""
         return self.train_text_encoder or self.train_text_encoder_ti
@@ -260,7 +243,7 @@ class TrainConfig(  # type: ignore[misc]
     @property
     def taught_prompts(self) -> list[str]:
         """Unique instance prompts of the subjects, or targets of the slider."""
-        prompts = self.target if self.is_slider else map(framed_prompt, self.subjects)
+        prompts = self.target if self.is_slider else map(prefixed_prompt, self.subjects)
         return list(dict.fromkeys(filter(None, prompts)))
 
     def with_sample_prompts(self) -> TrainConfig:
@@ -318,17 +301,13 @@ class TrainConfig(  # type: ignore[misc]
         """
         require(PATHS not in values, f"{PATHS} is of a file; read_config_file resolves its paths")
         find = partial(find_training_setting, known=settings_by_name())
-        return cls(**read_values(values, find))
+        return cls(**read_values(without_removed(values), find))
 
 
-def framed_prompt(config: TrainConfig) -> str:
-    """Instance prompt as a caption, with prefix and suffix."""
-    prefix, prompt, suffix = (
-        config.caption_prefix,
-        config.instance_prompt or "",
-        config.caption_suffix,
-    )
-    return framed(prefix, prompt, suffix) if prompt and (prefix or suffix) else prompt
+def prefixed_prompt(config: TrainConfig) -> str:
+    """Instance prompt as a caption, with its prefix."""
+    prefix, prompt = config.caption_prefix, config.instance_prompt or ""
+    return prefixed_caption(prefix, prompt) if prompt and prefix else prompt
 
 
 @lru_cache(maxsize=1)

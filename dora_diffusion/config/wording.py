@@ -62,20 +62,14 @@ def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
     return repr(line)
 
 
-def framed(prefix: str, text: str, suffix: str) -> str:
-    """Join prefix, text and suffix by spaces, except before a suffix's punctuation.
+def prefixed_caption(prefix: str, text: str) -> str:
+    """Join the prefix of captions and a text by a space.
 
     Example:
-        >>> framed("sks dog,", "grass, sun", ", photo"), framed("", "a dog", "at night")
-        ('sks dog, grass, sun, photo', 'a dog at night')
-        >>> framed("sks dog,", "", ", photo")
-        'sks dog, photo'
+        >>> prefixed_caption("sks dog,", "grass,  sun")
+        'sks dog, grass, sun'
     """
-    if suffix[:1] not in tuple(_PUNCTUATION):
-        suffix = f" {suffix}"
-    elif not text.strip():
-        prefix = prefix.rstrip(_PUNCTUATION + " ")
-    return " ".join((f"{prefix} {text}".rstrip() + suffix).split())
+    return " ".join(f"{prefix} {text}".split())
 
 
 def with_article(noun: str) -> str:

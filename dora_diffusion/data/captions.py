@@ -1,25 +1,19 @@
-"""Captions: caption files, random draws, wildcards, and class captions."""
+"""Captions: caption files, random draws, and class captions."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 import torch
 
-from dora_diffusion.config.fields import ConfigError, require
-from dora_diffusion.config.file import read_text
-from dora_diffusion.config.images import MOST_CHARACTERS
-from dora_diffusion.config.wording import framed, quoted, whole_word
+from dora_diffusion.config.wording import prefixed_caption, quoted, whole_word
 from dora_diffusion.data.sampler import generator_for
 
 
@@ -46,191 +40,22 @@ def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> 
     return ("\n" if per_line else " ").join(line for line in lines if line) or default
 
 
-# Backslashes before other characters belong to tags, such as saber \(fate\).
-_PIECE = re.compile(
-    r"\\(?P<escaped>[{}|]|__)|__(?P<file>[^\W_](?:[\w ./-]{0,200}?[^\W_])?)__|(?P<mark>[{}|])"
-    r"|[^\\{}|_]+|."
-)
-WILD = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}|(?<!\\)__[^\W_](?:[\w ./-]{0,200}?[^\W_])?__")
-"""Pattern of a wildcard."""
-# Limit of the variants of a choice; further alternatives are ignored.
-MOST_VARIANTS = 1000
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """Choice among several templates."""
-
-    alternatives: tuple[Template, ...]
-
-    @cached_property
-    def longest(self) -> int:
-        """Number of parts and characters of the longest alternative."""
-        return max(map(_length, self.alternatives))
-
-
-Template = tuple["str | Choice", ...]
-"""A parsed text: fixed texts and choices, in order."""
-
-Pick = Callable[[Choice], Template]
-
-
-def _length(template: Template) -> int:
-    return sum(1 + (len(p) if isinstance(p, str) else p.longest) for p in template)
-
-
-def render(template: Sequence[str | Choice], pick: Pick) -> str:
-    """Render a template; ``pick`` selects the alternative of each choice."""
-    texts = (node if isinstance(node, str) else render(pick(node), pick) for node in template)
-    return "".join(texts)
-
-
-def at_random(generator: torch.Generator) -> Pick:
-    """Pick alternatives at random, with equal probabilities."""
-
-    def pick(choice: Choice) -> Template:
-        alternatives = choice.alternatives
-        return alternatives[int(torch.randint(len(alternatives), (), generator=generator))]
-
-    return pick
-
-
-def preferring(predicate: Callable[[str], bool]) -> Pick:
-    """Pick the first alternative whose text satisfies the predicate, else the first one.
-
-    For predicates on a word that a text contains or not, this finds a combination of alternatives
-    that avoids the word, if there is one.
-    """
-    picked: dict[Choice, Template] = {}
-
-    def pick(choice: Choice) -> Template:
-        if choice not in picked:
-            fitting = (a for a in choice.alternatives if predicate(render(a, pick)))
-            picked[choice] = next(fitting, choice.alternatives[0])
-        return picked[choice]
-
-    return pick
-
-
-def variants(template: Template) -> list[str]:
-    """Texts that together contain each alternative; the first has the first of each choice."""
-    columns = [
-        [node]
-        if isinstance(node, str)
-        else list(islice(chain.from_iterable(map(variants, node.alternatives)), MOST_VARIANTS))
-        for node in template
-    ]
-    rows = range(max(map(len, columns), default=1))
-    return ["".join(column[row % len(column)] for column in columns) for row in rows]
-
-
-class Wildcards:
-    r"""Parser of captions with wildcards; a backslash escapes ``{``, ``}``, ``|`` and ``__``.
-
-    Args:
-        folder: Folder of wildcard files: ``__colours__`` is a line of ``colours.txt``,
-            ``__sea/fish__`` a line of ``sea/fish.txt``. Empty lines and lines that start with
-            ``#`` are skipped. Lines may contain wildcards.
-
-    Raises:
-        ConfigError: If the folder does not exist.
-    """
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(folder).expanduser()
-        if self.folder is not None and not self.folder.is_dir():
-            raise ConfigError(
-                f"wildcard_dir {folder} is not a folder; give one of .txt files", "wildcard_dir"
-            )
-        self._templates: dict[str, Template] = {}
-        self._files: dict[str, Choice] = {}
-
-    def render(self, text: str, pick: Pick) -> str:
-        """Render a text with picked alternatives and single spaces."""
-        return " ".join(render(self.parse(text), pick).split())
-
-    def variants(self, text: str) -> list[str]:
-        """Unique texts that together contain each alternative, see `variants`."""
-        return list(dict.fromkeys(" ".join(one.split()) for one in variants(self.parse(text))))
-
-    def parse(self, text: str, within: tuple[str, ...] = ()) -> Template:
-        """Parse a text to a template.
-
-        Args:
-            text: The text.
-            within: Names of the wildcard files that contain the text, outermost first.
-
-        Raises:
-            ConfigError: If braces are unbalanced, a file is missing, empty, damaged or refers to
-                itself, or rendered texts could have more than `MOST_CHARACTERS`.
-        """
-        if text in self._templates:
-            return self._templates[text]
-        groups: list[list[list[str | Choice]]] = [[[]]]  # Alternatives of each open group.
-        for piece in _PIECE.finditer(text):
-            part: str | Choice = piece["escaped"] or piece[0]
-            if piece["file"]:
-                part = self._file(piece["file"], within)
-            elif piece["mark"] == "{":
-                groups.append([[]])
-                continue
-            elif piece["mark"] == "|" and len(groups) > 1:
-                groups[-1].append([])
-                continue
-            elif piece["mark"] == "}":
-                unopened = rf"{quoted(text)} has }} without {{; the character is \}}"
-                require(len(groups) > 1, unopened, "wildcards")
-                part = Choice(tuple(map(tuple, groups.pop())))
-            groups[-1][-1].append(part)
-        unclosed = rf"{quoted(text)} has {{ without }}; the character is \{{"
-        require(len(groups) == 1, unclosed, "wildcards")
-        template = tuple(groups[0][0])
-        too_long = (
-            f"the wildcards of {quoted(text)} can give more than {MOST_CHARACTERS} characters"
-        )
-        require(_length(template) <= MOST_CHARACTERS, too_long, "wildcards")
-        self._templates[text] = template
-        return template
-
-    def _file(self, name: str, within: tuple[str, ...]) -> Choice:
-        wildcard, outermost_first = f"the wildcard __{name}__", " > ".join((*within, name))
-        require(name not in within, f"{wildcard} refers to itself: {outermost_first}", "wildcards")
-        if name in self._files:
-            return self._files[name]
-        if self.folder is None:
-            problem = "needs a file; give its folder as wildcard_dir"
-            raise ConfigError(f"{wildcard} {problem}", "wildcard_dir")
-        path = self.folder / f"{name}.txt"
-        is_file = ".." not in path.parts[len(self.folder.parts) :] and path.is_file()
-        missing = f"{wildcard} has no file {name}.txt in {self.folder}"
-        require(is_file, missing, "wildcard_dir")
-        text = read_text(path, "the wildcard file", "wildcard_dir")
-        lines = (" ".join(line.split()) for line in text.splitlines())
-        texts = [line for line in lines if line and not line.startswith("#")]
-        require(bool(texts), f"{wildcard} has no lines in {name}.txt", "wildcard_dir")
-        inner = (*within, name)
-        self._files[name] = Choice(tuple(self.parse(text, inner) for text in texts))
-        return self._files[name]
-
-
+_TAG_JOINER = ", "
 # Rules that an adapter's file stores, for captions that are read later.
-_STATED = ("per_line", "wildcards", "prefix", "suffix")
+_STATED = ("per_line", "prefix")
 
 
 @dataclass(frozen=True)
 class CaptionRules:
     """Rules that turn the text of a photo's caption file into its caption in an epoch.
 
-    Applied in this order: draw a line, draw alternatives of wildcards, shuffle tags, drop tags, add
-    prefix and suffix, drop the caption. Each draw has its own generator, seeded by a key such as
-    seed, epoch and photo; shuffling and caption dropout share one.
+    Applied in this order: draw a line, shuffle tags, drop tags, add the prefix, drop the caption.
+    Each draw has its own generator, seeded by a key such as seed, epoch and photo; shuffling and
+    caption dropout share one. Commas separate tags.
 
     Attributes:
         per_line: Each line of the text is a separate caption.
-        wildcards: Parser of ``{a|b}`` and ``__file__``; None keeps them as text.
         prefix: Text before every caption; excluded from tag shuffling and dropout.
-        suffix: Text after every caption, excluded likewise.
-        separator: Separator of tags.
         shuffle_tags: Shuffle tags.
         keep_tags: Number of first tags that are neither shuffled nor dropped.
         tag_dropout: Probability of dropping each other tag.
@@ -238,10 +63,7 @@ class CaptionRules:
     """
 
     per_line: bool = False
-    wildcards: Wildcards | None = None
     prefix: str = ""
-    suffix: str = ""
-    separator: str = ","
     shuffle_tags: bool = False
     keep_tags: int = 1
     tag_dropout: float = 0.0
@@ -254,68 +76,39 @@ class CaptionRules:
         if len(lines) > 1:
             chooser = generator_for("caption line", *key)
             number = int(torch.randint(len(lines), (), generator=chooser))
-        pick = at_random(generator_for("wildcards", *key))
-        prefix, body, suffix = self._parts(lines[number], pick)
         generator = generator_for("caption", *key)
-        caption = _framed(prefix, self._tags(body, generator, key), suffix)
+        caption = self._prefixed(self._tags(lines[number], generator, key))
         if self.dropout > 0.0 and torch.rand((), generator=generator).item() < self.dropout:
             return ""
         return caption
 
-    def draw_prompt(self, prompt: str, seed: int) -> str:
-        """Draw the wildcards of a prompt, seeded by the image's seed."""
-        if self.wildcards is None:
-            return prompt
-        pick = at_random(generator_for("wildcards", "prompt", seed))
-        return self.wildcards.render(prompt, pick)
-
     def plain(self, text: str) -> str:
-        """Caption for measurements: first line, first alternatives, all tags in order."""
-        return self.variants(text)[0]
+        """Caption for measurements: the first line, with all tags in order."""
+        return self.captions(text)[0]
 
     @classmethod
-    def from_stated(
-        cls, text: str, wildcard_dir: str | None = None, trigger: str = ""
-    ) -> CaptionRules:
+    def from_stated(cls, text: str, trigger: str = "") -> CaptionRules:
         """Parse the rules of a subject written by `stated_rules`; default rules for other texts."""
         try:
             values = json.loads(unquote(text))
             values = values.get(trigger, values)
-            per_line, has_wildcards, prefix, suffix = (values.get(name) for name in _STATED)
+            per_line, prefix = (values.get(name) for name in _STATED)
         except (AttributeError, RecursionError, ValueError):
             return cls()
-        wildcards = Wildcards(wildcard_dir) if has_wildcards else None
-        return cls(bool(per_line), wildcards, str(prefix or ""), str(suffix or ""))
+        return cls(bool(per_line), str(prefix or ""))
 
-    def variants(self, text: str) -> list[str]:
-        """Unshuffled, complete captions that together contain each line and each alternative."""
-        lines = [_framed(self.prefix, line, self.suffix) for line in self._lines(text)]
-        if self.wildcards is None:
-            return lines
-        return [caption for line in lines for caption in self.wildcards.variants(line)]
+    def captions(self, text: str) -> list[str]:
+        """Unshuffled, complete captions of a photo's text, one for each line."""
+        return [self._prefixed(line) for line in self._lines(text)]
 
-    def possible(self, text: str, token: str, *, with_dropout: bool = False) -> list[str]:
-        """Return for each line a caption without a token if possible, and one with it.
-
-        Args:
-            text: Text of a photo.
-            token: A word.
-            with_dropout: Drop all tags that `tag_dropout` may drop.
-        """
-        captions = []
-        avoiding = preferring(lambda body: not contains_token(body, token))
-        holding = preferring(lambda body: contains_token(body, token))
-        for line in self._lines(text):
-            for pick in (avoiding, holding) if self.wildcards is not None else (avoiding,):
-                prefix, body, suffix = self._parts(line, pick)
-                if with_dropout and self.tag_dropout:
-                    body = self._tag_joiner.join(self._split(body)[: self.keep_tags])
-                captions.append(_framed(prefix, body, suffix))
-        return list(dict.fromkeys(captions))
+    def without_tags(self, text: str) -> list[str]:
+        """Captions of a photo's text without any tag that `tag_dropout` may drop."""
+        kept = (_TAG_JOINER.join(_tags_of(line)[: self.keep_tags]) for line in self._lines(text))
+        return [self._prefixed(line) for line in kept]
 
     def can_shuffle(self, captions: Sequence[str], count: int = 2) -> bool:
         """Return whether any caption has at least this many tags after the kept ones."""
-        return any(len(self._split(caption)) >= self.keep_tags + count for caption in captions)
+        return any(len(_tags_of(caption)) >= self.keep_tags + count for caption in captions)
 
     @property
     def draws_tags(self) -> bool:
@@ -324,54 +117,40 @@ class CaptionRules:
 
     def has_empty_tag(self, caption: str) -> bool:
         """Return whether a caption has an empty tag."""
-        pieces = self._pieces(caption)
+        pieces = caption.split(",")
         return len(pieces) > 1 and not all(map(str.strip, pieces))
 
     def identity(self, text: str) -> str:
-        """The text, and with wildcards a digest of its variants, which depend on their files."""
-        text = "\n".join(self._lines(text))
-        if self.wildcards is None:
-            return text
-        digest = hashlib.sha256("\n".join(self.variants(text)).encode()).hexdigest()
-        return f"{text} [{digest[:12]}]"
+        """The lines of a photo's text that are separate captions."""
+        return "\n".join(self._lines(text))
 
     def tag_frequency(self, captions: Sequence[str]) -> dict[str, int]:
         """Count the captions that contain each tag, most frequent first."""
-        counts = Counter(sorted(tag for caption in captions for tag in set(self._split(caption))))
+        counts = Counter(sorted(tag for caption in captions for tag in set(_tags_of(caption))))
         return dict(counts.most_common())
 
     def _lines(self, text: str) -> list[str]:
         lines = text.split("\n")
         return lines if self.per_line else [" ".join(lines)]
 
-    def _parts(self, line: str, pick: Pick) -> list[str]:
-        """Prefix, line and suffix, with rendered wildcards."""
-        texts, wildcards = [self.prefix, line, self.suffix], self.wildcards
-        return texts if wildcards is None else [wildcards.render(text, pick) for text in texts]
+    def _prefixed(self, text: str) -> str:
+        return prefixed_caption(self.prefix, text) if self.prefix else text
 
     def _tags(self, text: str, generator: torch.Generator, key: Sequence[object]) -> str:
         if not self.draws_tags:
             return text
-        tags = self._split(text)
+        tags = _tags_of(text)
         fixed, free = tags[: self.keep_tags], tags[self.keep_tags :]
         order = list(range(len(free)))
         if self.shuffle_tags:
             order = torch.randperm(len(free), generator=generator).tolist()
         coins = torch.rand(len(free), generator=generator_for("tag dropout", *key)).tolist()
         remaining = [free[i] for i in order if coins[i] >= self.tag_dropout]
-        return self._tag_joiner.join(fixed + remaining)
+        return _TAG_JOINER.join(fixed + remaining)
 
-    @property
-    def _tag_joiner(self) -> str:
-        """Text that joins tags: the separator, and a space if it contains none."""
-        is_bare = self.separator == self.separator.strip()
-        return f"{self.separator} " if is_bare else self.separator
 
-    def _split(self, text: str) -> list[str]:
-        return [tag.strip() for tag in self._pieces(text) if tag.strip()]
-
-    def _pieces(self, text: str) -> list[str]:
-        return text.split(self.separator.strip() or self.separator)
+def _tags_of(text: str) -> list[str]:
+    return [tag.strip() for tag in text.split(",") if tag.strip()]
 
 
 def stated_rules(rules: Mapping[str, CaptionRules]) -> str:
@@ -385,7 +164,7 @@ def stated_rules(rules: Mapping[str, CaptionRules]) -> str:
     defaults = CaptionRules()
     values = {
         trigger: {
-            name: True if name == "wildcards" else value
+            name: value
             for name in _STATED
             if (value := getattr(subject_rules, name)) != getattr(defaults, name)
         }
@@ -395,10 +174,6 @@ def stated_rules(rules: Mapping[str, CaptionRules]) -> str:
     differ = any(other != first for other in rest)
     text = json.dumps(values if differ else first, ensure_ascii=False)
     return quote(text, safe=' ,:;{}"') if differ or first else ""
-
-
-def _framed(prefix: str, text: str, suffix: str) -> str:
-    return framed(prefix, text, suffix) if prefix or suffix else text
 
 
 def contains_token(caption: str, token: str) -> bool:
@@ -518,7 +293,7 @@ class CaptionEdit:
             line = " ".join(line.replace(self.find, self.replace).split())
         line = self._tags(line) if line else line
         if line and self.prefix and not line.startswith(self.prefix.strip()):
-            line = framed(self.prefix, line, "")
+            line = prefixed_caption(self.prefix, line)
         return line
 
     def _tags(self, line: str) -> str:

@@ -152,7 +152,6 @@ class Sample:
         is_prior: Whether this is a class image.
         prior: Class image that is paired with this photo.
         class_caption: Class caption for the image-free prior; None without it.
-        weight: Loss weight.
     """
 
     sample_id: str
@@ -164,7 +163,6 @@ class Sample:
     is_prior: bool = False
     prior: Sample | None = None
     class_caption: str | None = None
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,6 @@ class SampleBatch:
         mask: ``(B, 1, H, W)`` or ``(B, 1, h, w)``; None if no sample has a mask.
         partners: For each class image, the index of its photo.
         class_captions: For each photo, its class caption for the image-free prior, or None.
-        weights: ``(photos,)``, loss weight of each photo; None if all are 1.
     """
 
     sample_ids: list[str]
@@ -193,7 +190,6 @@ class SampleBatch:
     mask: Tensor | None = None
     partners: Sequence[int] = ()
     class_captions: Sequence[str | None] = ()
-    weights: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of samples, class images included."""
@@ -217,7 +213,6 @@ class SubjectPhotos:
         mask_channels: Additional channels of the pixels, for models that read them.
         class_caption: Caption -> class caption, for the image-free prior.
         repeats: Number of samples of each photo per epoch.
-        weight: Loss weight of each photo.
     """
 
     photos: Sequence[Photo]
@@ -228,13 +223,12 @@ class SubjectPhotos:
     mask_channels: MaskChannels | None = None
     class_caption: Callable[[str], str] | None = None
     repeats: int = 1
-    weight: float = 1.0
 
     @property
     def captions(self) -> list[str]:
-        """Captions of the photos before shuffling and dropout, with each line and alternative."""
+        """Captions of the photos before shuffling and dropout, one for each line."""
         rules = self.draws.captions
-        return [caption for photo in self.photos for caption in rules.variants(photo.caption)]
+        return [caption for photo in self.photos for caption in rules.captions(photo.caption)]
 
     def class_image(self, index: int, epoch: int) -> Photo:
         """Class image of a photo in an epoch; over the epochs, all class images are used."""
@@ -343,7 +337,6 @@ class DreamBoothDataset(Dataset[Sample]):
             crop,
             prior=prior,
             class_caption=subject.class_caption(caption) if subject.class_caption else None,
-            weight=subject.weight * photo.weight,
             **self._content(*photo_cut),
         )
 
@@ -395,7 +388,6 @@ def collate(samples: Sequence[Sample]) -> SampleBatch:
     """Stack samples of the same crop size to a batch."""
     partners = [index for index, sample in enumerate(samples) if sample.prior is not None]
     rows = [*samples, *(sample.prior for sample in samples if sample.prior is not None)]
-    weights = [sample.weight for sample in samples]
     masks = [row.mask for row in rows if row.mask is not None]
     everywhere = torch.ones_like(masks[0]) if masks else None
     return SampleBatch(
@@ -408,7 +400,6 @@ def collate(samples: Sequence[Sample]) -> SampleBatch:
         mask=_stack([row.mask if row.mask is not None else everywhere for row in rows]),
         partners=partners,
         class_captions=[sample.class_caption for sample in samples],
-        weights=None if set(weights) == {1.0} else torch.tensor(weights),
     )
 
 

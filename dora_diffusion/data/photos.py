@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +29,8 @@ from dora_diffusion.formats.files.atomic import save_text
 PHOTO_RECORD = "photos.json"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
 MASK_SUFFIX = ".mask.png"
-WEIGHT_SUFFIX = ".weight"
 # Suffixes of companion files with a photo's name.
-COMPANIONS = (".txt", MASK_SUFFIX, WEIGHT_SUFFIX)
+COMPANIONS = (".txt", MASK_SUFFIX)
 # Suffixes of caption files in other programs.
 _OTHER_CAPTIONS = (".caption",)
 # Suffixes of images that are skipped with a warning.
@@ -56,7 +54,6 @@ class Photo:
         mask_digest: Digest of the mask file's bytes; empty without one.
         appearance: Blur and fingerprint; None if they were not measured.
         has_transparency: Whether the photo has transparent parts, which became white.
-        weight: Loss weight.
     """
 
     path: Path
@@ -67,13 +64,11 @@ class Photo:
     mask_digest: str = ""
     appearance: Appearance | None = None
     has_transparency: bool = False
-    weight: float = 1.0
 
     def record(self) -> dict[str, str]:
         """Return the photo's record for checkpoints, which detects changed photos on resume."""
         values = {"name": self.path.name, "image": self.digest, "caption": self.caption}
-        weight = {} if self.weight == 1 else {"weight": f"{self.weight:g}"}
-        return {**values, "mask": self.mask_digest, **weight}
+        return {**values, "mask": self.mask_digest}
 
 
 MaskCrops = Callable[[Photo], Iterable[CropRecord]]
@@ -113,7 +108,6 @@ def read_photo(
         decoded.size,
         read_caption(path, prompt, per_line=per_line),
         has_transparency=alpha is not None and alpha.getextrema() != (255, 255),
-        weight=_read_weight(path.with_suffix(WEIGHT_SUFFIX)),
     )
     if mask_crops is not None:
         photo = _find_mask(photo, decoded, mask_crops)
@@ -159,19 +153,6 @@ def read_photos(
     if mask_crops is not None:
         _require_masks(photos)
     return photos
-
-
-def _read_weight(path: Path) -> float:
-    """Read the loss weight of a photo from its weight file; 1 without one."""
-    try:
-        weight = float(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return 1.0
-    except ValueError:
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise PhotoError(f"{path.name}: the weight must be one number greater than 0, such as 0.5")
-    return weight
 
 
 def mask_path(photo: Path) -> Path:
@@ -290,8 +271,8 @@ def list_photos(
 
     Warns:
         UserWarning: If the folder has images in other formats, videos, broken links, captions,
-            masks or weights without a photo, caption files of other programs, or sub-folders with
-            photos.
+            or masks without a photo, caption files of other programs, weights of photos, or
+            sub-folders with photos.
     """
     folder = _photo_folder(folder, setting)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -313,6 +294,7 @@ def list_photos(
         if path.name.endswith(suffix) and path.name.removesuffix(suffix) not in stems
     ]
     captions = [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]
+    weights = [path.name for path in entries if path.suffix == ".weight"]
     for applies, message in (
         (nested and warn_of_nested,
          f"left out {nested}; sub-folders are not read, move the photos up to use them"),
@@ -320,6 +302,8 @@ def list_photos(
         (orphans, f"without effect, since no photo has their name: {listing(orphans, 5)}"),
         (captions, f"without effect: {listing(captions, 5)}; rename them to .txt to use them as "
          "captions"),
+        (weights, f"without effect: {listing(weights, 5)}; give these photos a folder of their own "
+         "with repeats"),
         *((True, message) for message in left_out([path.name for path in entries])),
     ):  # fmt: skip
         if applies:

@@ -114,7 +114,6 @@ def read_subject(
 
     Raises:
         PhotoError: If the folder has no photo, or one that cannot be used.
-        ValueError: If a caption's wildcards are not valid.
     """
     prompt = f"a photo of {with_article(trigger)}"
     read = read_photos(list_photos(Path(folder)), prompt, per_line=rules.per_line)

@@ -58,28 +58,6 @@ def tokenize_prompts(
     return components.code.tokenize_prompts(components, prompts, adapters)
 
 
-def encode_weighted(
-    components: Components,
-    prompts: Sequence[str],
-    *,
-    clip_skip: int | None = None,
-    adapters: Sequence[str | None] | None = None,
-) -> Conditioning:
-    """Encode prompts with weights (`models.emphasis`), otherwise as `encode_prompts`.
-
-    The pooled output is that of the first chunk without weights. The token limit applies to each
-    segment between breaks. Families that do not read weights encode brackets as text.
-
-    Raises:
-        ConfigError: If a weight is not a number.
-    """
-    if "prompt_weights" in components.family.without_effect:
-        return encode_prompts(components, prompts, clip_skip=clip_skip, adapters=adapters)
-    skip = components.clip_skip if clip_skip is None else clip_skip
-    adapters = adapters or [None] * len(prompts)
-    return components.code.encode_weighted(components, prompts, skip, adapters)
-
-
 def encode_unconditional(components: Components, count: int = 1) -> Conditioning:
     """Return the unconditional conditioning for guidance without a negative prompt, ``count`` rows.
 
@@ -93,12 +71,9 @@ def encode_negative(
     components: Components,
     prompts: Sequence[str],
     adapters: Sequence[str | None] | None = None,
-    *,
-    weighted: bool = False,
 ) -> Conditioning:
     """Encode negative prompts without clip skip, as in Diffusers' pipelines."""
-    encode = encode_weighted if weighted else encode_prompts
-    return encode(components, prompts, clip_skip=0, adapters=adapters)
+    return encode_prompts(components, prompts, clip_skip=0, adapters=adapters)
 
 
 def truncated_text(

@@ -42,7 +42,6 @@ class WordEmbedding(nn.Embedding):
 
     Attributes:
         rows: Vectors of the added tokens, a float32 parameter.
-        trains: Whether the rows get gradients.
         own: For each adapter with own tokens (`add_own_tokens`), the names of its tokens in the
             tokenizer.
         free: Unused tokens of the tokenizer that adapters had before.
@@ -54,8 +53,7 @@ class WordEmbedding(nn.Embedding):
     def __init__(self, table: nn.Embedding, first: int, rows: Tensor) -> None:
         super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
         self.weight = table.weight
-        self.first, self.trains = first, True
-        self.own, self.free = {}, []
+        self.first, self.own, self.free = first, {}, []
         if isinstance(table, WordEmbedding):
             self.own, self.free = table.own, table.free
         rows = rows.detach().to(table.weight.device, torch.float32, copy=True)
@@ -65,8 +63,7 @@ class WordEmbedding(nn.Embedding):
         """Look up ids ``(B, tokens)``. Returns ``(B, tokens, C)`` in the dtype of the table."""
         is_word = input >= self.first
         known = F.embedding(input.masked_fill(is_word, 0), self.weight)
-        rows = self.rows if self.trains else self.rows.detach()
-        words = F.embedding((input - self.first).clamp(min=0), rows)
+        words = F.embedding((input - self.first).clamp(min=0), self.rows)
         return torch.where(is_word.unsqueeze(-1), words.to(known.dtype), known)
 
 

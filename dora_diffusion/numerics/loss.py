@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import prod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -134,48 +133,16 @@ def min_snr(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
 
     ``min(SNR, gamma) / SNR`` for noise prediction and ``min(SNR, gamma) / (SNR + 1)`` for
     v-prediction, computed without 0 / 0 at an SNR of 0.
+
+    Args:
+        snr: Signal-to-noise ratios, ``(B,)``.
+        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+        gamma: Greatest ratio that is weighted in full.
     """
     if prediction_type == "epsilon":
         weight = gamma / snr.clamp_min(gamma)
         return torch.where(snr > gamma, weight, torch.ones_like(snr))
     return snr.clamp_max(gamma) / (snr + 1)
-
-
-def debiased_estimation(snr: Tensor, prediction_type: str, _: float) -> Tensor:
-    """Debiased estimation (Yu et al., arXiv:2310.08442, section 3.3).
-
-    The error of the noise has the weight ``1 / sqrt(SNR)``. The error of v, which is ``1 / a``
-    times as large, has the weight ``sqrt(SNR) / (SNR + 1)``. At an SNR of 0 the noise equals the
-    input, and the weight is 0.
-    """
-    if prediction_type == "epsilon":
-        return torch.where(snr > 0, snr.rsqrt(), torch.zeros_like(snr))
-    return snr.sqrt() / (snr + 1)
-
-
-WEIGHTINGS = {"snr_gamma": min_snr, "debiased_estimation_loss": debiased_estimation}
-"""Loss weightings by setting: functions of SNR, prediction type and the setting's value."""
-
-
-def loss_weight(
-    alpha_bar: Tensor, prediction_type: str, weightings: Mapping[str, float]
-) -> Tensor | None:
-    """Return the loss weights of samples, ``(B,)``, the product of weightings; None if all are 1.
-
-    Args:
-        alpha_bar: ``(B,)``; ``SNR = alpha_bar / (1 - alpha_bar)``.
-        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
-        weightings: Values by setting (`WEIGHTINGS`).
-    """
-    if not weightings:
-        return None
-    return weight_of_snr(alpha_bar / (1 - alpha_bar), prediction_type, weightings)
-
-
-def weight_of_snr(snr: Tensor, prediction_type: str, weightings: Mapping[str, float]) -> Tensor:
-    """Return the product of weightings for signal-to-noise ratios ``(B,)``."""
-    weights = [WEIGHTINGS[name](snr, prediction_type, value) for name, value in weightings.items()]
-    return prod(weights[1:], start=weights[0])
 
 
 def huber_delta(
@@ -212,7 +179,7 @@ def denoising_loss(
     Args:
         model_pred: ``(B, C, h, w)``.
         target: ``(B, C, h, w)``, see `training_target`.
-        weight: Factor of each sample, ``(B,)``, see `loss_weight`.
+        weight: Factor of each sample, ``(B,)``, see `min_snr`.
         mask: Weights in [0, 1] for the mean, ``(B, 1, h, w)``. A sample with an empty mask has a
             loss of 0.
         delta: Deltas ``(B,)`` of the pseudo-Huber loss ``2 d (sqrt(error + d ** 2) - d)``, which is
@@ -232,9 +199,7 @@ def denoising_loss(
     return per_sample if weight is None else per_sample * weight.to(per_sample)
 
 
-def split_prior(
-    per_sample: Tensor, photos: int, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def split_prior(per_sample: Tensor, photos: int) -> tuple[Tensor, Tensor]:
     """Return the mean losses of the subject and of prior preservation, both per photo.
 
     Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2) adds the weighted second loss to
@@ -243,12 +208,8 @@ def split_prior(
     Args:
         per_sample: Losses ``(B,)`` of the photos, then of prior preservation.
         photos: Number of photos.
-        weights: Factors of the photos' losses, ``(photos,)``. They are not normalised: a photo with
-            weight 2 has twice the gradient, regardless of the rest of the batch.
     """
     subject, prior = per_sample[:photos], per_sample[photos:]
-    if weights is not None:
-        subject = subject * weights
     if not len(prior):
         return subject.mean(), per_sample.new_zeros(())
     return subject.mean(), prior.mean() * (len(prior) / photos)

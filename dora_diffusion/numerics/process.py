@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.loss import (
-    add_noise,
-    huber_delta,
-    loss_weight,
-    training_target,
-    weight_of_snr,
-)
+from dora_diffusion.numerics.loss import add_noise, huber_delta, min_snr, training_target
 
 
 class NoiseProcess(Protocol):
@@ -31,8 +24,8 @@ class NoiseProcess(Protocol):
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the target of the prediction, ``(B, C, h, w)``."""
 
-    def weight(self, timesteps: Tensor, weightings: Mapping[str, float]) -> Tensor | None:
-        """Return loss weights ``(B,)``; None if all are 1."""
+    def weight(self, timesteps: Tensor, snr_gamma: float) -> Tensor | None:
+        """Return the loss weights of min-SNR, ``(B,)``; None if ``snr_gamma`` is 0."""
 
     def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
         """Return deltas of the Huber loss, ``(B,)``."""
@@ -64,10 +57,11 @@ class Diffusion:
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return training_target(self.prediction_type, latents, noise, self.alphas_cumprod[timesteps])
 
-    def weight(self, timesteps: Tensor, weightings: Mapping[str, float]) -> Tensor | None:
-        if not weightings:
+    def weight(self, timesteps: Tensor, snr_gamma: float) -> Tensor | None:
+        if not snr_gamma:
             return None
-        return loss_weight(self.alphas_cumprod[timesteps], self.prediction_type, weightings)
+        alpha_bar = self.alphas_cumprod[timesteps]
+        return min_snr(alpha_bar / (1 - alpha_bar), self.prediction_type, snr_gamma)
 
     def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
         alpha_bar = self.alphas_cumprod[timesteps]
@@ -103,17 +97,17 @@ class Flow:
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise - latents
 
-    def weight(self, timesteps: Tensor, weightings: Mapping[str, float]) -> Tensor | None:
-        """Return loss weights ``(B,)`` of the velocity; None if all are 1.
+    def weight(self, timesteps: Tensor, snr_gamma: float) -> Tensor | None:
+        """Return loss weights ``(B,)`` of the velocity; None if ``snr_gamma`` is 0.
 
         Weights are defined for errors of the noise. An error of the velocity is an error of the
         noise of ``1 - s`` times its size.
         """
-        if not weightings:
+        if not snr_gamma:
             return None
         share = self.time(timesteps)
         signal = (1 - share).square()
-        return signal * weight_of_snr(signal / share.square(), "epsilon", weightings)
+        return signal * min_snr(signal / share.square(), "epsilon", snr_gamma)
 
     def huber_delta(self, timesteps: Tensor, schedule: str, c: float) -> Tensor:
         share = self.time(timesteps)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, split_triggers
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.emphasis import has_weights, plain_parts, unread_syntax
 from dora_diffusion.models.text import (
     encode_negative,
     encode_prompts,
     encode_unconditional,
-    encode_weighted,
     warn_of_truncation,
 )
 from dora_diffusion.models.words import have_own_words
 from dora_diffusion.sampling.settings import SamplingSettings
+
+# Description of syntax of A1111 and ComfyUI -> pattern.
+_SYNTAX = {
+    "(word:1.2) and BREAK, which weigh words": r":\s*[+-]?[.\d]+\s*\)|\bBREAK\b",
+    "[a:b:0.5] and [a|b], which change a prompt over the steps": (
+        r"\[[^\[\]]*(?:\|[^\[\]]*|:\s*[.\d]+\s*)\]"
+    ),
+    "AND, which combines prompts": r"\bAND\b",
+    "embedding:NAME, a trained word of ComfyUI": r"\bembedding:\S",
+    "{a|b} and __file__, which draw words": r"{[^{}]*\|[^{}]*}|__\w+__",
+}
 
 
 @dataclass(frozen=True)
@@ -75,28 +84,19 @@ def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
     return bool(tokens) and not any(contains_token(prompt, token) for token in tokens)
 
 
-def inactive_messages(
-    components: Components, settings: SamplingSettings, prompts: Sequence[str]
-) -> list[str]:
-    """Describe the settings without effect on a model.
+def unread_syntax(prompt: str) -> list[str]:
+    """Return the syntax of A1111 and ComfyUI in a prompt, which is text here, by description."""
+    return [kind for kind, pattern in _SYNTAX.items() if re.search(pattern, prompt)]
 
-    Args:
-        components: The model.
-        settings: Settings of the images.
-        prompts: All prompts, whose weights may have no effect.
-    """
-    weights = settings.prompt_weights and any(map(has_weights, prompts))
+
+def inactive_messages(components: Components, settings: SamplingSettings) -> list[str]:
+    """Describe the settings without effect on a model."""
     given = {
-        "scheduler": settings.scheduler, "prompt_weights": weights,
+        "scheduler": settings.scheduler,
         "guidance_scale": settings.guidance_scale > 1, "negative_prompt": settings.negative_prompt,
         "guidance_rescale": settings.guidance_rescale,
     }  # fmt: skip
     return [*components.family.inactive([name for name in given if given[name]]).values()]
-
-
-def reads_weights(components: Components, settings: SamplingSettings) -> bool:
-    """Return whether weights in prompts are read."""
-    return settings.prompt_weights and "prompt_weights" not in components.family.without_effect
 
 
 def warn_of_settings(components: Components, rows: Rows, settings: SamplingSettings) -> None:
@@ -104,19 +104,12 @@ def warn_of_settings(components: Components, rows: Rows, settings: SamplingSetti
     prompts = [str(rows.prompt)] if rows.is_shared else rows.prompts
     adapters = [*(rows.adapters or ()), *(rows.adapters or ())]
     prompts += [settings.negative_prompt] * len(rows.adapters or "1")
-    for line in inactive_messages(components, settings, prompts):
+    for line in inactive_messages(components, settings):
         warnings.warn(line, stacklevel=3)
-    if reads_weights(components, settings):
-        for text in dict.fromkeys(prompts):
-            for kind in unread_syntax(text):
-                message = f"syntax of web UIs is read as text here ({kind}): {quoted(text)}"
-                warnings.warn(message, stacklevel=3)
-        pairs = [
-            (part, name)
-            for text, name in zip_longest(prompts, adapters)
-            for part in plain_parts(text)
-        ]
-        prompts, adapters = [part for part, _ in pairs], [name for _, name in pairs]
+    for text in dict.fromkeys(prompts):
+        for kind in unread_syntax(text):
+            message = f"syntax of web UIs is read as text here ({kind}): {quoted(text)}"
+            warnings.warn(message, stacklevel=3)
     warn_of_truncation(components, prompts, adapters)
 
 
@@ -125,8 +118,8 @@ def prompt_arguments(
 ) -> dict[str, Any]:
     """Return the pipeline's arguments for prompts as they are, or encoded.
 
-    Prompts are encoded if the pipeline would cut them, if they have weights or an adapter's own
-    tokens, and with clip skip, for which Diffusers' pipelines need a `text_model` that Transformers
+    Prompts are encoded if the pipeline would cut them, if they have an adapter's own tokens, and
+    with clip skip, for which Diffusers' pipelines need a `text_model` that Transformers
     5 does not have.
 
     Args:
@@ -136,27 +129,23 @@ def prompt_arguments(
         shared: Let the pipeline encode the one prompt of all rows once.
     """
     prompts, count, negative = rows.prompts, len(rows), settings.negative_prompt
-    is_weighted = reads_weights(components, settings) and any(
-        map(has_weights, [*prompts, negative])
-    )
     is_short = components.most_chunks == 1 or all(
         components.code.chunk_count(components, text) == 1
         for text in dict.fromkeys([*prompts, negative])
     )
     has_own = have_own_words(components, rows.adapters or ())
     takes_text = components.family.takes_negative_text or not negative
-    if is_short and takes_text and not (components.clip_skip or has_own or is_weighted):
+    if is_short and takes_text and not (components.clip_skip or has_own):
         negatives = negative if shared else [negative] * count
         return {
             "prompt": rows.prompt if shared else prompts,
             **({"negative_prompt": negatives} if negative else {}),
             "num_images_per_prompt": count if shared else 1,
         }
-    encode = encode_weighted if is_weighted else encode_prompts
     against = (
-        encode_negative(components, [negative] * count, rows.adapters, weighted=is_weighted)
+        encode_negative(components, [negative] * count, rows.adapters)
         if negative
         else encode_unconditional(components, count)
     )
-    positive = encode(components, prompts, adapters=rows.adapters)
+    positive = encode_prompts(components, prompts, adapters=rows.adapters)
     return components.code.embedding_arguments(positive, against)

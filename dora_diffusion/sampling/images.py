@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import re
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,6 @@ from dora_diffusion.formats.parameters import (
     tag_name,
     without_other_networks,
 )
-from dora_diffusion.models.emphasis import has_weights
 from dora_diffusion.numerics.weights import MergeStrengths, Strengths
 
 # Files are read and listed without model code, which takes seconds to import.
@@ -62,6 +62,8 @@ _SETTINGS: Mapping[str, tuple[str, type]] = {
     "Magnitude strength": ("magnitude_strength", float), "Clip skip": ("clip_skip", int),
     TOKEN_LENGTH: ("max_token_length", int), "Denoising strength": ("denoise", float),
 }  # fmt: skip
+# Brackets, backslashes and breaks of prompts, which A1111 reads as weights.
+_EMPHASIS = re.compile(r"[()\[\]\\]|\bBREAK\b")
 # Fields that say what was there, or are of a setting that another field gives.
 _FACTS = (
     "Model", MODEL_HASH, "Version", "Adapter", "Adapter strength", HASHES, BATCH_SIZE,
@@ -185,7 +187,7 @@ def parameters_text(
     }
     fields |= painted_fields(settings)
     prompts = (row.prompt, settings.negative_prompt)
-    if not settings.prompt_weights and any(map(has_weights, prompts)):
+    if any(map(_EMPHASIS.search, prompts)):
         fields["Emphasis"] = "None"
     strengths = adapters[0].strengths if adapters else Strengths()
     numbers = {
@@ -333,8 +335,9 @@ def settings_of(fields: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     if "Hires upscale" in fields:  # The strength is that of a second pass.
         values.pop("denoise", None)
     if fields.get("Emphasis") == "None":
-        values["prompt_weights"] = False
         unread.remove("Emphasis: None")
+    elif any(map(_EMPHASIS.search, (prompt, fields.get("Negative prompt", "")))):
+        unread.append("weights of words in its prompts")
     return values | {"prompt": prompt}, unread
 
 

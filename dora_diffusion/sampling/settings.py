@@ -53,7 +53,6 @@ class SamplingSettings:
         denoise: Share of the steps that are done on the image, from as much noise (Diffusers'
             ``strength``, A1111's denoising strength). None is `DENOISE`; an inpainting model has
             its pipeline's default.
-        prompt_weights: Read weights and breaks in prompts, as A1111 does (`models.emphasis`).
 
     Raises:
         ConfigError: If a value cannot work.
@@ -69,7 +68,6 @@ class SamplingSettings:
     mask_image: Image.Image | None = field(default=None, repr=False)
     guidance_rescale: float = 0.0
     denoise: float | None = None
-    prompt_weights: bool = False
 
     def __post_init__(self) -> None:
         own = vars(self).keys() & SETTINGS.keys() - _FILES

@@ -65,7 +65,6 @@ class Batch:
             without class images.
         mask: ``(B, 1, h, w)`` in [0, 1], 1 where the loss counts. None: the loss counts everywhere.
         masked_rows: Rows whose mask is below 1 somewhere; empty if no term of the loss needs them.
-        weights: ``(photos,)``, factor of each photo's loss. None: all factors are 1.
         generators: Generator of each row, for terms that draw random numbers themselves.
     """
 
@@ -78,7 +77,6 @@ class Batch:
     class_captions: Mapping[int, str] = field(default_factory=dict)
     mask: Tensor | None = None
     masked_rows: Sequence[int] = ()
-    weights: Tensor | None = None
     generators: Sequence[torch.Generator] = ()
     _indices: dict[Rows, Tensor] = field(default_factory=dict, repr=False)
 
@@ -184,7 +182,6 @@ def draw_batch(
         class_captions={row: c for row, c in enumerate(samples.class_captions) if c is not None},
         mask=_optional(send, mask, device),
         masked_rows=_excluding(mask) if config.holds_unmasked and mask is not None else (),
-        weights=_optional(send, samples.weights, device),
         generators=generators,
     )
 

@@ -153,13 +153,11 @@ class TrainingEnded(Event):
         step: Number of completed optimizer steps.
         interrupted: Whether a signal stopped the run.
         result_step: Step whose weights the result has; None if no result was written.
-        stopped_early: Whether ``early_stopping_patience`` ended the run.
     """
 
     step: int
     interrupted: bool
     result_step: int | None = None
-    stopped_early: bool = False
 
 
 @dataclass(frozen=True)

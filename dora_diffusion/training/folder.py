@@ -64,7 +64,6 @@ class TrainResult:
         model: Folder of the fine-tuned model; None if adapters were trained.
         result_step: Step whose weights the result has, which may be earlier than the last step with
             ``keep_best``; None if no result was written.
-        stopped_early: Whether ``early_stopping_patience`` ended the run.
         kept: Share of the changes of full fine-tuning that the model file preserves, or None.
         published: URL of the result on the hub with ``push_to_hub``, or None.
     """
@@ -78,7 +77,6 @@ class TrainResult:
     checkpoint: Path | None = None
     model: Path | None = None
     result_step: int | None = None
-    stopped_early: bool = False
     kept: float | None = None
     published: str | None = None
 
@@ -177,7 +175,7 @@ class RunFolder:
         overdue = self.is_main and has_stepped and self.saver.is_overdue()
         flags = self._any_set(self.stop.requested, sampling, saving, overdue)
         stopping, sampling, saving, overdue = flags
-        if stopping or self._is_complete(self.steps):
+        if stopping or self.steps >= self.run.total_steps:
             return True
         if sampling:
             self._sample(self.steps)
@@ -229,7 +227,7 @@ class RunFolder:
             TrainingError: If no trained number has moved. The files are written.
         """
         steps, total_steps = self.steps, self.run.total_steps
-        is_complete = self._is_complete(steps)
+        is_complete = steps >= total_steps
         self.log.flush()
         if steps > self.start.step and (self.saver.every_steps or not is_complete):
             self._checkpoint(steps)
@@ -250,8 +248,7 @@ class RunFolder:
         if written is not None and not has_learned:
             raise TrainingError(self._unlearned_message(written))
         signal_number = None if is_complete else self.stop.signal_number
-        stopped_early = is_complete and steps < total_steps
-        self.on_event(events.TrainingEnded(steps, not is_complete, result_step, stopped_early))
+        self.on_event(events.TrainingEnded(steps, not is_complete, result_step))
         is_full = self.run.config.is_full
         return TrainResult(
             self.output_dir,
@@ -263,7 +260,6 @@ class RunFolder:
             checkpoint=self.saver.newest,
             model=written if is_full else None,
             result_step=result_step,
-            stopped_early=stopped_early,
             kept=kept,
         )
 
@@ -304,12 +300,6 @@ class RunFolder:
             if step_of(path) <= last_step
         }
         return take_best(self.run, steps, checkpoints)
-
-    def _is_complete(self, step: int) -> bool:
-        """Return whether a step is the last one, or early stopping has ended the run."""
-        validation = self.run.validation
-        is_exhausted = validation is not None and validation.is_exhausted
-        return step >= self.run.total_steps or is_exhausted
 
     def _on_step(self, record: dict[str, Any]) -> None:
         self.trackers.log_step(record)

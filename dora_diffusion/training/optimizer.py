@@ -121,7 +121,7 @@ def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimize
     Raises:
         ConfigError: If the optimizer's library is not installed.
     """
-    name, library = config.optimizer_name, optimizer_library(config.optimizer_name)
+    name, library = config.optimizer, optimizer_library(config.optimizer)
     options: dict[str, Any] = {"params": groups, "eps": config.adam_epsilon}
     options["betas"] = config.adam_beta1, config.adam_beta2
     if name == "adamw":
@@ -198,7 +198,7 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
             "shorten the warm-up",
             stacklevel=2,
         )
-    schedule = get_scheduler(
+    return get_scheduler(
         config.lr_schedule,
         optimizer=optimizer,
         num_warmup_steps=config.lr_warmup_steps,
@@ -207,16 +207,6 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
-    for number, group in enumerate(optimizer.param_groups):
-        if role_of(group) == WORDS and config.word_steps < steps:
-            factor = schedule.lr_lambdas[number]
-            schedule.lr_lambdas[number] = _until(config.word_steps, factor)
-    return schedule
-
-
-def _until(last: int, factor: Callable[[int], float]) -> Callable[[int], float]:
-    """Return a schedule that is 0 after the given number of steps."""
-    return lambda done: 0.0 if done >= last else factor(done)
 
 
 def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]) -> None:
@@ -501,6 +491,6 @@ def stepped_parameters(
         shards: Whether the model is sharded.
         order: See `FlatParameters`.
     """
-    if not config.is_full and config.optimizer_name == "adamw":
+    if not config.is_full and config.optimizer == "adamw":
         return FlatParameters(groups, order)
     return LocalParameters(groups) if shards and config.is_full else SteppedParameters(groups)

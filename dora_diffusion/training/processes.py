@@ -186,7 +186,7 @@ def has_sharding() -> bool:
 def _check_settings(config: TrainConfig) -> None:
     """Check that no setting excludes sharding."""
     holds = {subject.is_image_free for subject in config.subjects}
-    is_full, optimizer = config.is_full, config.optimizer_name
+    is_full, optimizer = config.is_full, config.optimizer
     problems = {
         f"needs torch 2.7 or newer, this is {torch.__version__}": not has_sharding(),
         "excludes compile: compiled blocks do not gather their weights": config.compile,

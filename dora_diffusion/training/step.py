@@ -73,10 +73,10 @@ class Step:
         return self.update(number, self.accumulate())
 
     def begin(self, number: int) -> None:
-        """Prepare a step: call the hooks and seed the global generator."""
-        for hook in self.hooks:
-            hook.begin(number)
-        # Only dropout uses the global generator. Seeding it at each step makes resuming exact.
+        """Seed the global generator for a step.
+
+        Only dropout uses it. Seeding it at each step makes resuming exact.
+        """
         position = self.config.seed, number, self.accelerator.process_index
         torch.manual_seed(generator_for("step", *position).initial_seed())
 

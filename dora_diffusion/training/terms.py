@@ -51,12 +51,12 @@ class RowLoss:
 
     Attributes:
         process: Noise process of the model.
-        weightings: Loss weights by timestep (`loss_weight`).
+        snr_gamma: Gamma of min-SNR loss weighting; 0: no weights by timestep.
         delta: Function from timesteps to the delta of the Huber loss. Default: squared error.
     """
 
     process: NoiseProcess
-    weightings: Mapping[str, float]
+    snr_gamma: float
     delta: Callable[[Tensor], Tensor | None] = squared_error
 
     def __call__(
@@ -70,7 +70,7 @@ class RowLoss:
     ) -> Tensor:
         """Compute the losses of rows, ``(rows,)``."""
         timesteps = batch.select(rows, batch.inputs.timesteps)
-        weight = self.process.weight(timesteps, self.weightings)
+        weight = self.process.weight(timesteps, self.snr_gamma)
         return denoising_loss(predicted, target, weight, mask, self.delta(timesteps))
 
 
@@ -166,7 +166,7 @@ class Slider:
 
 def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
     """Build the terms of a run's loss."""
-    loss = RowLoss(process, config.weightings)
+    loss = RowLoss(process, config.snr_gamma or 0.0)
     if config.loss_type == "huber":
         delta = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
         loss = replace(loss, delta=delta)
@@ -187,4 +187,4 @@ def mean_losses(batch: Batch, losses: Sequence[Losses]) -> tuple[Tensor, Tensor]
     """Return the mean losses of the subject and of the prior, both scalar (`split_prior`)."""
     rows = reduce(add, [term.rows for term in losses if term.rows is not None])
     prior = [term.prior for term in losses if term.prior is not None]
-    return split_prior(torch.cat([rows, *prior]) if prior else rows, batch.photos, batch.weights)
+    return split_prior(torch.cat([rows, *prior]) if prior else rows, batch.photos)

@@ -46,7 +46,6 @@ AXES = {
     "guidance_scale": st.floats(0, 30).map(repr),
     "negative_prompt": st.text("ab |&=", max_size=5).filter(lambda text: "||" not in text),
     "scheduler": st.sampled_from(["none", "ddim", "euler", "lcm"]),
-    "prompt_weights": st.sampled_from(["on", "off"]),
 }
 
 
@@ -140,7 +139,6 @@ WRONG: list[tuple[list[str], str]] = [
     (["strength=nan"], "the axis strength: strength is nan; it must be a finite number"),
     (["unet_strength=x"], "the axis unet_strength: unet_strength is 'x'; it must be a number"),
     (["scheduler=eulr"], r"the axis scheduler: .*did you mean euler\?"),
-    (["prompt_weights=maybe"], "prompt_weights is 'maybe'; it must be true or false"),
     (["seed=none"], "the axis seed: seed is 'none'; it must be a whole number"),
     (["size=512"], "the axis size: size is '512'; write width and height, such as 512x768"),
     (["steps="], "the axis steps has an empty value"),

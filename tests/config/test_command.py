@@ -114,6 +114,12 @@ def test_a_file_gives_the_settings_again_and_flags_go_before_it(
     assert given == settings.changed(**{text.name: value})
 
 
+def test_required_settings_are_first() -> None:
+    for kind in KINDS.values():
+        required = [setting.is_required for setting in kind.settings()]
+        assert required == sorted(required, reverse=True)
+
+
 @pytest.mark.parametrize("command", KINDS)
 def test_defaults_need_no_word(command: str) -> None:
     kind = KINDS[command]

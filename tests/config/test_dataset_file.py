@@ -16,7 +16,7 @@ from tests.refusal import refused
 
 TWO: list[dict[str, Any]] = [
     {"instance_data_dir": "mug", "instance_prompt": "a sks mug", "repeats": 2},
-    {"instance_data_dir": "cat", "instance_prompt": "a zwx cat", "token": "zwx", "weight": 0.5},
+    {"instance_data_dir": "cat", "instance_prompt": "a zwx cat", "token": "zwx", "keep_tags": 2},
 ]
 
 
@@ -28,8 +28,8 @@ def read(path: Path, text: str, **settings: object) -> list[dict[str, Any]]:
 def test_the_runs_settings_are_the_defaults_of_every_entry() -> None:
     config = TrainConfig(dataset_config=TWO, resolution=64, repeats=3, token="sks")
     first, second = config.subjects
-    assert (first.repeats, first.token, first.weight, first.resolution) == (2, "sks", 1.0, 64)
-    assert (second.repeats, second.token, second.weight, second.resolution) == (3, "zwx", 0.5, 64)
+    assert (first.repeats, first.token, first.keep_tags, first.resolution) == (2, "sks", 1, 64)
+    assert (second.repeats, second.token, second.keep_tags, second.resolution) == (3, "zwx", 2, 64)
     assert TrainConfig(repeats=3).subjects == [TrainConfig(repeats=3)]
 
 
@@ -41,10 +41,10 @@ def test_a_yaml_file_is_kept_whole_by_the_runs_own_file(tmp_path: Path) -> None:
 
 
 def test_an_entry_of_several_folders_is_one_for_each(tmp_path: Path) -> None:
-    entries = read(tmp_path / "a.yaml", "- {instance_data_dir: [a, b], weight: '2'}")
+    entries = read(tmp_path / "a.yaml", "- {instance_data_dir: [a, b], repeats: '2'}")
     assert entries == [
-        {"instance_data_dir": "a", "weight": 2.0},
-        {"instance_data_dir": "b", "weight": 2.0},
+        {"instance_data_dir": "a", "repeats": 2},
+        {"instance_data_dir": "b", "repeats": 2},
     ]
 
 
@@ -58,12 +58,12 @@ def test_an_entry_of_several_folders_is_one_for_each(tmp_path: Path) -> None:
         ("- {repeats: many}", "entry 1: repeats is 'many'"),
         ("instance_data_dir: a", "must hold a list of subjects"),
         ("- {}\n- a", "entry 2: 'a' is not a subject"),
-        ("- {repeats: 0, rank: 2}\n- {weight: x}", "entry 1: repeats is 0; it must be greater than "
-         "0; rank is a setting of the whole run; give it outside of "
-         "dataset_config; dataset_config, entry 2: weight is 'x'"),
-        ("- {validation_split: 1.5}\n- {instance_prompt: a, caption_separator: ''}", "entry 1: "
+        ("- {repeats: 0, rank: 2}\n- {keep_tags: x}", "entry 1: repeats is 0; it must be "
+         "greater than 0; rank is a setting of the whole run; give it outside of "
+         "dataset_config; dataset_config, entry 2: keep_tags is 'x'"),
+        ("- {validation_split: 1.5}\n- {resolution: 70}", "entry 1: "
          "validation_split is 1.5; give a share below 1, or a whole number of photos; "
-         "dataset_config, entry 2: caption_separator is empty"),
+         "dataset_config, entry 2: resolution is 70"),
         ("- {repeats: }", "entry 1: repeats is empty"),
         ("- {a: [}", "line 1: this is not valid YAML"),
     ],
@@ -122,8 +122,8 @@ def check_entry(name: str) -> None:
     at_default = TrainConfig(dataset_config=[{name: run}])
     assert name in without_effect(at_default, {name})
     # Where one entry lacks it, the run's is that one's.
-    mixed = TrainConfig(dataset_config=[{name: own}, {"weight": 2.0} | {}], **{name: run})
-    if name != "weight":
+    mixed = TrainConfig(dataset_config=[{name: own}, {"repeats": 2}], **{name: run})
+    if name != "repeats":
         assert [getattr(subject, name) for subject in mixed.subjects] == [own, run]
         assert "each entry" not in without_effect(mixed).get(name, "")
 

@@ -12,7 +12,7 @@ import pytest
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import TrainConfig, settings
-from dora_diffusion.config.elsewhere import DIFFERENCES
+from dora_diffusion.config.flag_map import DIFFERENCES
 from tests.config.test_flag_map import _ADVANCED, _FLOW, _SCRIPTS, _SD_SCRIPTS
 from tests.every import every
 
@@ -57,13 +57,12 @@ _NAMES = {
 # Shared names that mean the same, as these trainers' sources of 2025 and 2026 have it.
 _SAME = {
     "sd-scripts": """
-        bucket_reso_steps cache_latents dataset_config debiased_estimation_loss
-        gradient_accumulation_steps
+        bucket_reso_steps cache_latents dataset_config gradient_accumulation_steps
         gradient_checkpointing huber_c huber_schedule learning_rate loss_type lr_scheduler
         lr_warmup_steps masked_loss max_bucket_reso max_grad_norm max_token_length max_train_steps
         min_bucket_reso mixed_precision noise_offset output_dir pretrained_model_name_or_path
         prior_loss_weight resolution sample_prompts save_precision seed
-        text_encoder_lr train_batch_size use_8bit_adam validation_split zero_terminal_snr
+        text_encoder_lr train_batch_size validation_split zero_terminal_snr
         """,
     "Diffusers": """
         adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder
@@ -78,7 +77,7 @@ _SAME = {
         prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction
         random_flip rank repeats report_to resolution resume_from_checkpoint revision
         sample_batch_size seed snr_gamma text_encoder_lr train_batch_size train_text_encoder
-        train_text_encoder_ti train_text_encoder_ti_frac use_8bit_adam use_dora validation_epochs
+        train_text_encoder_ti use_dora validation_epochs
         validation_prompt variant with_prior_preservation
         """,
     "OneTrainer": """
@@ -88,7 +87,7 @@ _SAME = {
     "ai-toolkit": """
         cache_latents compile conv_alpha ema_decay embedding_lr gradient_checkpointing loss_type
         max_grad_norm negative noise_offset optimizer positive rank resolution seed text_encoder_lr
-        train_text_encoder weight
+        train_text_encoder
         """,
 }
 # Shared names of which the other trainer's values are refused, each with such a value.
@@ -106,16 +105,15 @@ _REFUSED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # A value that means something else, and for those that need others, these.
 _VALUES: dict[str, Any] = {
-    "clip_skip": 2, "caption_prefix": "sks dog,", "caption_suffix": ", photo",
-    "caption_separator": ";", "logging_dir": "tracker", "lr_warmup_steps": 10, "logit_mean": -0.5,
+    "clip_skip": 2, "caption_prefix": "sks dog,", "logging_dir": "tracker",
+    "lr_warmup_steps": 10, "logit_mean": -0.5,
     "push_to_hub": True, "ema_decay": 0.99, "snr_gamma": 4.0, "gradient_accumulation_steps": 4,
     "lr_scheduler": "linear",
 }  # fmt: skip
-_WITH: dict[str, Any] = {"push_to_hub": {"hub_model_id": "me/mug"}} | {
-    f"caption_{part}": {"shuffle_tags": True} for part in ("prefix", "suffix", "separator")
-}
-_WITHOUT: dict[str, Any] = {"lr_warmup_steps": {"lr_scheduler": "cosine"}}
-_WITHOUT |= {f"caption_{part}": {} for part in ("prefix", "suffix", "separator")}
+_WITH: dict[str, Any] = {
+    "push_to_hub": {"hub_model_id": "me/mug"}, "caption_prefix": {"shuffle_tags": True},
+}  # fmt: skip
+_WITHOUT: dict[str, Any] = {"lr_warmup_steps": {"lr_scheduler": "cosine"}, "caption_prefix": {}}
 
 
 def said(argv: list[str]) -> list[str]:

@@ -76,7 +76,7 @@ def test_a_value_that_cannot_be_is_named_with_its_range(
 TRAINING = {
     "(-inf, inf)": "max_token_length logit_mean",
     "(0, inf)":
-        "weight slider_guidance lora_alpha conv_alpha alpha_pattern "
+        "slider_guidance lora_alpha conv_alpha alpha_pattern "
         "loraplus_ratio adam_epsilon huber_c logit_std timestep_power",
     "[0, inf)":
         "lr_power validation_guidance_scale vae_tile_size embedding_lr unmasked_prior keep_tags "
@@ -92,8 +92,7 @@ TRAINING = {
         "vera_rank target_rank allocation_interval "
         "max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
         "lr_num_cycles validation_epochs validation_loss_steps "
-        "early_stopping_patience checkpoints_total_limit",
-    "(0, 1]": "train_text_encoder_ti_frac",
+        "checkpoints_total_limit",
     "[0, 1)": "lora_dropout ema_decay",
     "[0, 1]": "tag_dropout caption_dropout",
     "[1, 1000]": "validation_inference_steps",

@@ -211,7 +211,7 @@ def test_no_name_of_another_trainer_is_taken_for_a_misspelt_one_here(
                 continue
             with case(name):
                 with pytest.raises(ConfigError) as info:
-                    TrainConfig.from_dict({name: 1})
+                    TrainConfig.from_dict({name: 7})
                 hint = f"there is no setting {name} (did you mean {OTHER_NAMES.get(name)}?)"
                 assert str(info.value) in (hint, refusal(name), f"there is no setting {name}")
     with every() as case:

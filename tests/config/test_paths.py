@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, settings
-from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config.derived import as_yaml, relative_paths
 from dora_diffusion.config.file import resolve_paths
-from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 
 NAMES = [setting.name for setting in settings() if setting.is_path and setting.kind is not dict]

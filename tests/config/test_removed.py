@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dora_diffusion.cli import main as cli
 from dora_diffusion.cli.axes import read_axis
 from dora_diffusion.cluster.serving.api import value_line
+from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.derived import removed_settings
 from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.config.flag_map import REMOVED, find_setting, find_training_setting, removal
@@ -59,3 +61,17 @@ def test_a_removed_command_is_refused_with_its_advice(capsys, parser) -> None:
                 parser.parse_args([name])
             said = capsys.readouterr().err.splitlines()[-1]
             assert said == f"error: there is no command {name!r}: {REMOVED[name]}"
+
+
+def test_a_former_runs_file_is_read_if_its_removed_settings_had_no_effect(tmp_path: Path) -> None:
+    values = dict.fromkeys(sorted({*REMOVED} - {*cli.COMMANDS}), False) | {"weight": 1.0, "rank": 2}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert TrainConfig.from_dict(read_config_file(file)) == TrainConfig(rank=2)
+    assert TrainConfig.from_dict(values) == TrainConfig(rank=2)
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_dict(values | {"weight": 0.5})
+    assert str(error.value) == f"weight was removed: {REMOVED['weight']}"
+    entry = {"instance_data_dir": "a", "wildcards": True}
+    before = TrainConfig().to_dict() | {"dataset_config": [entry, {"weight": 1.0}]}
+    assert removed_settings(before) == {"wildcards": True}

@@ -18,9 +18,6 @@ from tests.refusal import refused
     ("setting", "values", "words"),
     [
         ("rank", {"rank": 0}, "0; it must be greater than 0"),  # ranges: test_fields.py
-        ("use_8bit_adam",
-         {"optimizer": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True},
-         "contradicts optimizer prodigy"),
         ("resolution", {"resolution": 70}, "70; it must be a multiple of 8, such as 64"),
         ("push_to_hub", {"push_to_hub": True}, "needs --hub_model_id NAME/MODEL"),
         ("init", {"parametrization": "vera", "init": "pissa"}, "parametrization is vera"),

@@ -34,13 +34,11 @@ def test_rows_stay_together_photos_before_their_class_images() -> None:
     assert collate(rows[:1]).mask is None
 
 
-def test_a_row_keeps_its_class_image_its_class_caption_and_its_weight() -> None:
+def test_a_row_keeps_its_class_image_and_its_class_caption() -> None:
     """Subjects of one batch may each hold their prior in another way, or none."""
     of_images = sample(8, 0, prior=sample(8, 10, is_prior=True))
-    of_captions = sample(8, 1, class_caption="a dog", weight=0.5)
+    of_captions = sample(8, 1, class_caption="a dog")
     batch = collate([of_captions, sample(8, 2), of_images])
     assert batch.sample_ids == ["id 1", "id 2", "id 0", "id 10"]
     assert list(batch.partners) == [2]
     assert batch.class_captions == ["a dog", None, None]
-    assert batch.weights.tolist() == [0.5, 1, 1]
-    assert collate([of_images]).weights is None

@@ -12,7 +12,6 @@ import pytest
 
 from dora_diffusion.data.captions import (
     CaptionRules,
-    Wildcards,
     class_caption,
     read_caption,
     require_token,
@@ -73,24 +72,6 @@ def test_shuffling_keeps_the_first_tags_and_loses_none() -> None:
     assert set(drawn(TAGS, shuffle_tags=True, keep_tags=9)) == {TAGS}
 
 
-@pytest.mark.parametrize(
-    ("separator", "text", "joint"),
-    [
-        (";", "sks dog;grass ; a, b", "; "),
-        (" | ", "sks dog|grass | a, b", " | "),
-        ("||", "sks dog||grass||a, b", "|| "),
-        (" ", "sks dog  grass a,b", " "),
-    ],
-)
-def test_any_separator_is_kept(separator: str, text: str, joint: str) -> None:
-    tags = [tag.strip() for tag in text.split(separator.strip() or " ") if tag.strip()]
-    orders = {
-        tuple(each.split(joint)) for each in drawn(text, shuffle_tags=True, separator=separator)
-    }
-    assert orders >= {tuple(tags), (tags[0], tags[2], tags[1], *tags[3:])}
-    assert all(order[0] == tags[0] and sorted(order) == sorted(tags) for order in orders)
-
-
 def test_tags_are_dropped_at_their_rate_each_by_itself_and_move_no_order() -> None:
     text = ", ".join(["sks dog", *(f"tag {k}" for k in range(20))])
     captions = drawn(text, 300, tag_dropout=0.25)
@@ -114,7 +95,7 @@ def test_lines_are_drawn_by_epoch_and_photo_and_all_have_their_turn(tmp_path: Pa
     text = read_caption(tmp_path / "a.jpg", "x", per_line=True)
     lines = ["sks one", "sks two", "sks three"]
     rules = CaptionRules(per_line=True)
-    assert rules.variants(text) == lines
+    assert rules.captions(text) == lines
     counts = Counter(rules.draw(text, 0, epoch, "photo") for epoch in range(900))
     assert set(counts) == set(lines)
     assert all(abs(count - 300) < 60 for count in counts.values())  # Four deviations.
@@ -123,37 +104,25 @@ def test_lines_are_drawn_by_epoch_and_photo_and_all_have_their_turn(tmp_path: Pa
     assert others == [rules.draw(text, 0, epoch, "other") for epoch in range(20)]
 
 
-def test_prefix_and_suffix_stand_outside_of_what_is_shuffled_and_dropped() -> None:
-    around = {"prefix": "{a|the} sks dog,", "suffix": ", photo", "wildcards": Wildcards()}
-    settings = {"shuffle_tags": True, "keep_tags": 0, "tag_dropout": 0.5, "dropout": 0.2, **around}
-    captions = drawn("grass, {sun|moon}", 200, **settings)
-    found = re.compile(r"(a|the) sks dog,( (grass|sun|moon)(, (grass|sun|moon))?,)? photo|")
+def test_the_prefix_stands_outside_of_what_is_shuffled_and_dropped() -> None:
+    settings = {"shuffle_tags": True, "keep_tags": 0, "tag_dropout": 0.5, "dropout": 0.2}
+    captions = drawn("grass, sun", 200, prefix="a sks dog,", **settings)
+    found = re.compile(r"a sks dog,( (grass|sun)(, (grass|sun))?)?|")
     assert all(found.fullmatch(caption) for caption in captions)
-    assert "a sks dog, moon, grass, photo" in captions
+    assert "a sks dog, sun, grass" in captions
     assert 20 < captions.count("") < 60
-    assert set(CaptionRules(**around).variants("{x|y}")) == {
-        "a sks dog, x, photo",
-        "the sks dog, y, photo",
-    }
-    assert set(drawn("a  b", prefix="", suffix="")) == {"a  b"}, "untouched without them"
+    assert CaptionRules(prefix="a sks dog,").captions("x  y") == ["a sks dog, x y"]
+    assert set(drawn("a  b", prefix="")) == {"a  b"}, "untouched without it"
 
 
-def test_possible_captions_tell_whether_the_token_may_be_missing() -> None:
-    wild = CaptionRules(wildcards=Wildcards(), per_line=True, tag_dropout=0.5, keep_tags=1)
-    text = "{sks|a} dog, sun\na sks dog"
-    assert wild.possible(text, "sks") == ["a dog, sun", "sks dog, sun", "a sks dog"]
-    assert wild.possible(text, "sks", with_dropout=True) == ["a dog", "sks dog", "a sks dog"]
-    loose = replace(wild, keep_tags=0)
-    assert loose.possible("a sks dog", "sks", with_dropout=True) == [""]
-    assert replace(loose, prefix="sks,").possible("a dog", "sks", with_dropout=True) == ["sks,"]
-
-
-def test_a_prompt_follows_the_seed_of_its_image() -> None:
-    rules = CaptionRules(wildcards=Wildcards(), prefix="not here", shuffle_tags=True)
-    prompts = [rules.draw_prompt("a {red|blue}  dog, b", seed) for seed in range(20)]
-    assert set(prompts) == {"a red dog, b", "a blue dog, b"}
-    assert prompts == [rules.draw_prompt("a {red|blue}  dog, b", seed) for seed in range(20)]
-    assert CaptionRules().draw_prompt("a {red|blue}  dog", 3) == "a {red|blue}  dog"
+def test_captions_without_tags_have_those_that_are_kept() -> None:
+    rules = CaptionRules(per_line=True, tag_dropout=0.5)
+    text = "the dog, sun\na sks dog"
+    assert rules.captions(text) == ["the dog, sun", "a sks dog"]
+    assert rules.without_tags(text) == ["the dog", "a sks dog"]
+    loose = replace(rules, keep_tags=0)
+    assert loose.without_tags("a sks dog") == [""]
+    assert replace(loose, prefix="sks,").without_tags("a dog") == ["sks,"]
 
 
 def test_the_trigger_token_is_required() -> None:
@@ -174,11 +143,8 @@ def test_rules_are_stated_for_whoever_reads_captions_later() -> None:
     text = stated_rules({"": rules})
     assert without_path(text) == text
     stated = CaptionRules.from_stated(text)
-    assert (stated.per_line, stated.prefix, stated.suffix) == (True, rules.prefix, "")
-    assert (stated.shuffle_tags, stated.dropout, stated.wildcards) == (False, 0.0, None)
+    assert stated == CaptionRules(per_line=True, prefix=rules.prefix)
     assert stated.plain("a dog\na cat") == '"sks" ä/b/c\\ a dog'
-    wild = CaptionRules.from_stated(stated_rules({"sks": CaptionRules(wildcards=Wildcards())}))
-    assert wild.plain("a {red|blue} dog") == "a red dog"
     assert stated_rules({"": CaptionRules(shuffle_tags=True)}) == ""
     for damaged in ("", "[1]", "{", "3", '{"prefix": null}'):
         assert CaptionRules.from_stated(damaged) == CaptionRules()

@@ -120,7 +120,9 @@ export_checkpoint(base, adapter, output, overwrite=True, on_progress=kill_halfwa
 """
 
 
-@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["merged", pytest.param("merged.safetensors", marks=pytest.mark.slow)]
+)
 def test_a_killed_export_leaves_the_old_one(
     tmp_path: Path, sd1_folder: Path, random_adapter: Callable[..., Any], name: str
 ) -> None:

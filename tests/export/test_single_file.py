@@ -60,8 +60,7 @@ def test_single_file_keys_are_the_original_ones(
         assert f"{prefix}1.model.transformer.resblocks.2.mlp.c_proj.bias" in shapes
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("prefix", ["", "text_model.text_model."])
+@pytest.mark.parametrize(("family", "prefix"), [("sd1", ""), ("sdxl", "text_model.text_model.")])
 def test_text_encoders_with_a_wrong_prefix(
     tmp_path: Path, family: str, prefix: str, request: pytest.FixtureRequest,
     random_adapter: MakeAdapter,

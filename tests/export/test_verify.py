@@ -76,18 +76,16 @@ def test_every_way_from_base_to_output_is_proven(
     first, other = tensors_of(outputs[0]), tensors_of(outputs[2])
     assert first.keys() == other.keys()
     assert all(torch.equal(first[name], other[name]) for name in first)
-    for output in outputs:
-        for base in (folder, single):
-            report = verify_checkpoint(output, base, path, strength=0.7)
-            assert report.ok, report.problems
-            assert sum(one.tensors for one in report.kinds.values()) == len(layers)
-            assert max(one.largest for one in report.kinds.values()) < 1e-6
-            kinds = {"unet Linear", "unet Conv2d 3x3", "unet Conv2d 1x1", "text_encoder Linear"}
-            assert set(report.kinds) >= kinds
-    for output in outputs[:2]:
-        report = verify_checkpoint(output, folder, path)
-        assert not report.ok
-        assert "other strengths: strength 0.7" in report.problems[-1]
+    for output, base in zip(outputs, (single, folder) * 2, strict=True):
+        report = verify_checkpoint(output, base, path, strength=0.7)
+        assert report.ok, report.problems
+        assert sum(one.tensors for one in report.kinds.values()) == len(layers)
+        assert max(one.largest for one in report.kinds.values()) < 1e-6
+        kinds = {"unet Linear", "unet Conv2d 3x3", "unet Conv2d 1x1", "text_encoder Linear"}
+        assert set(report.kinds) >= kinds
+    report = verify_checkpoint(outputs[0], folder, path)
+    assert not report.ok
+    assert "other strengths: strength 0.7" in report.problems[-1]
 
 
 def test_half_precision_is_proven_up_to_its_rounding(

@@ -1,11 +1,10 @@
-"""The model that comes with the package, from a sample's photos to a merged folder."""
+"""The model that comes with the package, trained with a sample's settings."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,7 +13,6 @@ from PIL import Image
 from dora_diffusion.cli.main import main
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.models.embedded import model_folder
-from dora_diffusion.sampling.images import read_parameters
 
 ROOT = Path(__file__).parents[2]
 BASE = "embedded:tiny-sd"
@@ -43,28 +41,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]  # fmt: skip
         assert main(["train", *flags]) == 0
     return folder / "output"
-
-
-def image(base: str | Path, file: Path, *more: str) -> np.ndarray:
-    flags = ["--base", str(base), "--prompt", PROMPT, "--seed", "3", "--steps", "4"]
-    assert main(["generate", *flags, "--output", str(file), *more]) == 0
-    return np.asarray(Image.open(file), dtype=np.int16)
-
-
-def test_it_trains_samples_merges_and_reloads(trained: Path, tmp_path: Path) -> None:
-    adapted = image(BASE, tmp_path / "adapted.png", "--adapter", str(trained))
-    base = image(BASE, tmp_path / "base.png")
-    assert np.abs(adapted - base).max() > 20
-    merged = tmp_path / "merged"
-    # The embedded weights are float16: merged in float32, they hold the adapter unrounded.
-    flags = ["--base", BASE, "--adapter", str(trained), "--dtype", "float32"]
-    assert main(["export", *flags, "--output", str(merged)]) == 0
-    assert np.abs(image(merged, tmp_path / "merged.png") - adapted).max() <= 1
-    assert main(["export", *flags[:-1], "float16", "--output", str(tmp_path / "half")]) == 0
-    assert np.abs(image(tmp_path / "half", tmp_path / "half.png") - adapted).mean() < 1
-    text = read_parameters(tmp_path / "adapted.png")
-    assert text is not None
-    assert f'Model: "{BASE}", Lora hashes: "output: ' in text
 
 
 def test_the_result_says_how_it_was_made(trained: Path) -> None:

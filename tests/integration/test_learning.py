@@ -16,11 +16,11 @@ SAMPLE = Path(__file__).parents[2] / "samples" / "bolt_mug"
 
 
 def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> None:
-    """Measured: similarity 0.15 -> 0.75; loss on other classes 0.11 -> 0.13."""
+    """Measured: similarity 0.13 -> 0.71; loss on other classes 0.11 -> 0.12."""
     settings = read_config_file(SAMPLE / "config.yaml") | {
         "instance_data_dir": str(SAMPLE),
         "output_dir": str(tmp_path / "out"),
-        "max_train_steps": 30,
+        "max_train_steps": 24,
         "lr_warmup_steps": 3,
         "learning_rate": 3e-3,
         "num_validation_images": 0,
@@ -32,7 +32,7 @@ def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> No
         find_subject("bolt_mug"),
         metadata.trigger,
         range(1),
-        replace(SAMPLING, steps=10),
+        replace(SAMPLING, steps=6),
         groups=("subject", "others"),
         batch_size=8,
     )

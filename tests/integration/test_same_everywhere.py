@@ -7,9 +7,11 @@ Latents are compared before the VAE, because images hide differences below 1/255
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -95,17 +97,26 @@ def difference(latents: torch.Tensor, reference: torch.Tensor) -> float:
     return float((latents - reference).abs().max() / reference.abs().max())
 
 
-@pytest.fixture(
-    scope="session", params=["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"]
-)
-def run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, samples_root: Path
-) -> Run:
-    """Train UNet and text encoders of one family on one subject, with prior preservation."""
-    family = request.param
+@pytest.fixture(scope="session")
+def runs(
+    shallow: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, samples_root: Path
+) -> Callable[[str], Run]:
+    """Trains UNet and text encoders of a family on one subject, once."""
+    return functools.cache(
+        lambda family: run_of(
+            family, shallow(family), samples_root, tmp_path_factory.mktemp(family)
+        )
+    )
+
+
+@pytest.fixture(params=["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
+def run(request: pytest.FixtureRequest, runs: Callable[[str], Run]) -> Run:
+    return runs(request.param)
+
+
+def run_of(family: str, base: Path, samples_root: Path, folder: Path) -> Run:
+    """Train with prior preservation, and sample."""
     subject, class_word = SUBJECTS[family]
-    base = request.getfixturevalue(f"{family}_folder")
-    folder = tmp_path_factory.mktemp(f"everywhere-{family}")
     prompt = f"a photo of a sks {class_word}"
     result = train(
         TrainConfig(

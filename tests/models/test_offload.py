@@ -38,7 +38,7 @@ def places(components: Components) -> dict[str, set[torch.device]]:
     }
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("quantize", [pytest.param("none", marks=pytest.mark.slow), "nf4"])
 def test_an_offloaded_model_makes_the_same_images_and_goes_home(
     gpu: AppleGPU, sdxl_folder: Path, random_adapter, quantize: str
 ) -> None:

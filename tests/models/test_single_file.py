@@ -62,7 +62,7 @@ def test_half_precision_keeps_the_fragile_vae_exact(sdxl_folder: Path, tmp_path:
     assert other.vae.dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_weight_is_quantised_from_a_few_of_its_rows_at_a_time(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

@@ -12,15 +12,13 @@ import torch
 from dora_diffusion.numerics.loss import (
     denoising_loss,
     huber_delta,
-    loss_weight,
+    min_snr,
     sample_noise,
     sample_timestep,
     split_prior,
     timestep_quantile,
     training_target,
 )
-
-GAMMA, DEBIASED = {"snr_gamma": 5.0}, {"debiased_estimation_loss": 1.0}
 
 
 @pytest.fixture
@@ -48,21 +46,11 @@ def test_min_snr_weights_are_the_papers(scheduler):
     alpha_bar = scheduler.alphas_cumprod[timesteps].double()
     snr = alpha_bar / (1 - alpha_bar)
     clipped = torch.minimum(snr, torch.full_like(snr, 5.0))
-    torch.testing.assert_close(loss_weight(alpha_bar, "epsilon", GAMMA), clipped / snr)
-    torch.testing.assert_close(loss_weight(alpha_bar, "v_prediction", GAMMA), clipped / (snr + 1))
+    torch.testing.assert_close(min_snr(snr, "epsilon", 5.0), clipped / snr)
+    torch.testing.assert_close(min_snr(snr, "v_prediction", 5.0), clipped / (snr + 1))
     # min(SNR, 5) / SNR, and min(SNR, 5) / (SNR + 1), at an SNR of 0.
     for prediction_type, expected in (("epsilon", 1.0), ("v_prediction", 0.0)):
-        assert loss_weight(torch.zeros(1), prediction_type, GAMMA) == expected
-
-
-def test_debiased_weights_are_the_papers(scheduler):
-    alpha_bar = scheduler.alphas_cumprod[torch.arange(0, 1000, 37)].double()
-    noise, v = (loss_weight(alpha_bar, kind, DEBIASED) for kind in ("epsilon", "v_prediction"))
-    torch.testing.assert_close(noise, ((1 - alpha_bar) / alpha_bar).sqrt())
-    # The same error: the noise's square is alpha_bar times that of v.
-    torch.testing.assert_close(v, noise * alpha_bar)
-    for prediction_type in ("epsilon", "v_prediction"):
-        assert loss_weight(torch.zeros(1), prediction_type, DEBIASED) == 0
+        assert min_snr(torch.zeros(1), prediction_type, 5.0) == expected
 
 
 def test_prior_loss_is_the_mean_over_its_own_samples():
@@ -75,10 +63,9 @@ def test_prior_loss_is_the_mean_over_its_own_samples():
     torch.testing.assert_close(prior, (each[2] + each[3]) / 2)
     subject, prior = split_prior(torch.ones(2), 2)
     assert (subject, prior) == (1, 0)
-    # Weights are factors of the photos' losses alone; a photo without a prior adds none.
-    per_sample = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    subject, prior = split_prior(per_sample, 3, torch.tensor([1.0, 0.5, 2.0]))
-    assert (float(subject), float(prior)) == (pytest.approx(10 / 3), pytest.approx(8 / 3))
+    # A photo without a prior adds none.
+    subject, prior = split_prior(torch.tensor([1.0, 2.0, 4.0, 8.0]), 3)
+    assert (float(subject), float(prior)) == (pytest.approx(7 / 3), pytest.approx(8 / 3))
 
 
 def test_a_mask_weighs_the_mean_and_an_empty_one_learns_nothing():

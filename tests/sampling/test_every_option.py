@@ -63,9 +63,6 @@ CASES: dict[str, Case] = {
         lambda pipeline: pipeline.vae.enable_slicing(),
         (3, 4),
     ),
-    "prompt_weights": Case(
-        {"prompt": "a (dog:1.2)", "prompt_weights": False}, {"prompt": "a (dog:1.2)"}
-    ),
     "prediction_type": Case(
         {"prediction_type": "v_prediction"},
         change=scheduled("PNDMScheduler", prediction_type="v_prediction"),

@@ -6,7 +6,6 @@ The reference of an image is Diffusers' own pipeline, loaded from the folder.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,8 @@ from dora_diffusion.config.schedulers import SCHEDULERS
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.models.text import encode_weighted
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.sampling.conditioning import lacks_trigger
+from dora_diffusion.sampling.conditioning import lacks_trigger, unread_syntax
 from dora_diffusion.sampling.generate import BrokenImageError, generate_images
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
@@ -330,32 +328,28 @@ def test_guidance_rescale_is_refused_where_there_is_none(sd1_inpainting_folder):
         generate_images(components, PROMPT, [0], SamplingSettings(1, guidance_rescale=0.5))
 
 
-@pytest.mark.parametrize("family", ["sd1_folder", "sdxl_folder"])
-def test_weighted_prompts_are_the_pipelines_image_of_their_states(family, request):
-    components = load_components(request.getfixturevalue(family))
-    settings = SamplingSettings(
-        steps=3, guidance_scale=4.0, negative_prompt="a (cat:0.5)", prompt_weights=True
-    )
-    prompt = "a (red:1.4) dog BREAK on [grass]"
-    (image,) = generate_images(components, prompt, [11], settings)
-    with torch.no_grad():
-        states = encode_weighted(components, [prompt])
-        against = encode_weighted(components, [settings.negative_prompt])
-        embeds = {
-            "prompt_embeds": states.encoder_hidden_states,
-            # Attention to states that are there twice is that to the states.
-            "negative_prompt_embeds": against.encoder_hidden_states.repeat(1, 2, 1),
-        }
-        if states.pooled is not None:
-            embeds["pooled_prompt_embeds"] = states.pooled
-            embeds["negative_pooled_prompt_embeds"] = against.pooled
-        (expected,) = components.pipeline()(
-            **embeds, num_inference_steps=3, guidance_scale=4.0,
-            generator=torch.Generator().manual_seed(11),
-        ).images  # fmt: skip
-    assert np.abs(pixels([image]) - pixels([expected])).max() <= 1
-    as_text = replace(settings, prompt_weights=False)
-    assert (
-        np.abs(pixels(generate_images(components, prompt, [11], as_text)) - pixels([image])).max()
-        > 1
-    )
+# Syntax of A1111 and ComfyUI -> what of the message names it.
+SYNTAX = {
+    "a (red:1.3) dog": "(word:1.2) and", "a red BREAK dog": "(word:1.2) and",
+    "a dog AND a cat": "AND, which", "a dog\nAND\na cat:0.5": "AND, which",
+    "a [red:blue:0.5] dog": "[a:b:0.5] and", "a [red|blue] dog": "[a:b:0.5] and",
+    "a [red::5] dog": "[a:b:0.5] and", "a embedding:mug dog": "embedding:NAME",
+    "a {red|blue} dog": "{a|b} and", "a __colour__ dog": "{a|b} and",
+    "SAND, ANDY and an embedding: a dog": "", r"a \(red\) dog (brown), [old], a:b": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", SYNTAX)
+def test_syntax_of_other_programs_is_named(prompt):
+    named = SYNTAX[prompt]
+    assert [kind.startswith(named) for kind in unread_syntax(prompt)] == [True] * bool(named)
+
+
+def test_each_prompt_is_told_once_of_syntax_that_is_read_as_text(sd1_folder):
+    components = load_components(sd1_folder)
+    settings = SamplingSettings(steps=1, width=16, height=16)
+    with pytest.warns(UserWarning, match="syntax of web UIs") as said:
+        generate_images(components, ["a dog AND a cat"] * 2, [0, 1], settings)
+    assert [str(warning.message) for warning in said] == [
+        "syntax of web UIs is read as text here (AND, which combines prompts): 'a dog AND a cat'"
+    ]

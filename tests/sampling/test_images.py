@@ -389,3 +389,6 @@ def test_what_an_image_of_a1111_says_beyond_our_settings_is_named():
         "<hypernet:y:1>", "Sampler: Restart", "Schedule type: Karras", "Seed: x", "Size: 512",
         "Face restoration: CodeFormer", "RNG: CPU",
     ]  # fmt: skip
+    for text in ("a (castle:1.2)\nSteps: 30", "a castle\nNegative prompt: [old]\nSteps: 30"):
+        assert settings_of(parse_parameters(text))[1] == ["weights of words in its prompts"]
+    assert settings_of(parse_parameters("a (castle)\nSteps: 30, Emphasis: None"))[1] == []

@@ -107,9 +107,6 @@ CASES: dict[str, Case] = {
 # A setting, another one that is needed, and the same image without it.
 WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "scheduler": ({"scheduler": "dpm++"}, {}),
-    "prompt_weights": (
-        {"prompt": "a (dog:1.2) [cat]"}, {"prompt": "a (dog:1.2) [cat]", "prompt_weights": False},
-    ),
     "max_token_length": ({"max_token_length": 150}, {}),
     "quantize_convolutions": (
         {"quantize": "int8", "quantize_convolutions": True}, {"quantize": "int8"},

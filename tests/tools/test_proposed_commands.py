@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 from collections.abc import Iterator
-
-import pytest
 
 from dora_diffusion.cli.commands.adapters import ConvertSettings
 from dora_diffusion.cli.main import COMMANDS, build_parser, read_settings
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
+from tests.every import every
 from tools.messages import PACKAGE, template
 
 # Words that the reader replaces, where any text would not do.
@@ -25,8 +25,13 @@ _INCOMPLETE = re.compile(rf"(?<!dora-diffusion )\b(?:{_NAMES}) --\w")
 CARDS = ("training/results/card.py", "export/cards.yaml")
 
 
-def texts() -> Iterator[tuple[str, str]]:
+@functools.cache
+def texts() -> list[tuple[str, str]]:
     """All texts of the package as templates, by file; without docstrings."""
+    return [*_texts()]
+
+
+def _texts() -> Iterator[tuple[str, str]]:
     for path in sorted(PACKAGE.rglob("*")):
         name = path.relative_to(PACKAGE).as_posix()
         if name in CARDS:
@@ -48,19 +53,19 @@ def _strings(node: ast.AST) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def proposed() -> list[tuple[str, str]]:
+def test_a_proposed_command_is_complete() -> None:
     found = ((file, match) for file, text in texts() for match in _COMMAND.findall(text))
-    return list(dict.fromkeys(found))
-
-
-def test_the_list_has_commands_of_messages_and_tables() -> None:
-    files = {file for file, _ in proposed()}
+    proposed = list(dict.fromkeys(found))
+    assert len(proposed) > 12
+    files = {file for file, _ in proposed}
     assert {"adapters/fresh.py", "config/flags.json", "cli/console/errors.py"} <= files
-    assert len(proposed()) > 12
+    with every() as case:
+        for file, command in proposed:
+            with case(f"{file}: {command}"):
+                try_out(command)
 
 
-@pytest.mark.parametrize(("file", "command"), proposed())
-def test_a_proposed_command_is_complete(file: str, command: str) -> None:
+def try_out(command: str) -> None:
     words = shlex.split(re.sub(r"\{[^{}]*\}", "8", command))[1:]
     words = [PLACEHOLDERS.get(word, word) for word in words]
     settings = read_settings(build_parser(words[:1]).parse_args(words))

@@ -115,7 +115,7 @@ def test_bad_calls_say_so() -> None:
     with pytest.raises(ValueError, match="5 requests but 1 images"):
         measure(subject, requests, Answers([Image.new("RGB", (64, 64))]))
     with pytest.raises(ValueError, match="no seeds"):
-        evaluate_toy(load_components("embedded:tiny-sd"), subject, "sks mug", [])
+        evaluate_toy(None, subject, "sks mug", [])
 
 
 def drawn_scene(index: int) -> Scene:

@@ -134,7 +134,7 @@ def terms_of(
     """Terms of a loss, with the prior of class captions, or those of a slider."""
     process = components.process
     delta = partial(process.huber_delta, schedule=huber, c=0.1) if huber else squared_error
-    loss = RowLoss(process, {"snr_gamma": snr_gamma} if snr_gamma else {}, delta)
+    loss = RowLoss(process, snr_gamma, delta)
     if slider is not None:
         pairs = {t: [e for p, e in slider.slider_pairs if p == t] for t in slider.target}
         return [Slider(loss, pairs, slider.slider_guidance)]

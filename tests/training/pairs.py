@@ -18,7 +18,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.processes import has_sharding
-from tests.training.helpers import SAMPLES, losses, make_config, small_samples
+from tests.training.helpers import losses, make_config, small_samples
 from tests.waiting import WAIT_SECONDS
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork")
@@ -106,7 +106,7 @@ class Runs(NamedTuple):
 
 def agreeing(model: Path, folder: Path, variant: dict[str, Any]) -> tuple[TrainConfig, TrainConfig]:
     """A run by one process, and by two that have half of each batch; neither shares its model."""
-    photos = Path(shutil.copytree(SAMPLES / "heart_teapot", folder / "photos"))
+    photos = Path(shutil.copytree(small_samples() / "heart_teapot", folder / "photos"))
     config = {
         "pretrained_model_name_or_path": str(model),
         "instance_data_dir": str(photos),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from dora_diffusion.cli.main import main
 from dora_diffusion.cluster.serving.engine import ApiRequest, BatchItem, Engine
 from dora_diffusion.config.presets import PRESETS, preset_settings
+from dora_diffusion.evaluation import photos as evaluation
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.locate import family_of, model_info
 from dora_diffusion.sampling.images import parse_parameters, read_fields
@@ -89,17 +91,23 @@ def test_a_server_has_the_models_steps_and_no_guidance(model) -> None:
 
 
 def test_an_evaluation_has_the_models_steps_and_no_guidance(
-    model, small_photos, tmp_path, random_adapter
+    model, small_photos, tmp_path, random_adapter, monkeypatch
 ) -> None:
     from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 
+    monkeypatch.setattr(
+        evaluation, "sample", lambda c, requests, *a: [Image.new("RGB", (8, 8))] * len(requests)
+    )
+    photo = tmp_path / "photos" / "01.jpg"
+    photo.parent.mkdir()
+    shutil.copy(small_photos / "01.jpg", photo)
     folder, steps, _ = model
     layers = random_adapter(folder, components=("transformer",), every=9)
     metadata = AdapterMetadata(model_info(str(folder)).family, trigger="sks dog")
     file = write_adapter(tmp_path / "adapter.safetensors", AdapterFile(layers, metadata))
     (tmp_path / "prompts.txt").write_text("{}", "utf-8")
     code = main([
-        "evaluate", str(file), f"--base={folder}", f"--subject={small_photos}", "--num_seeds=1",
+        "evaluate", str(file), f"--base={folder}", f"--subject={photo.parent}", "--num_seeds=1",
         f"--prompts={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'out'}", "--overwrite",
     ])  # fmt: skip
     assert code == 0

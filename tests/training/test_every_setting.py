@@ -43,15 +43,14 @@ USUAL: dict[str, Any] = {
 GROUPS: dict[str, dict[str, Any]] = {
     "one subject": {
         "targets": ["attention+conv"], "train_text_encoder": True, "masked_loss": True,
-        "unmasked_prior": 0.5, "wildcards": True, "wildcard_dir": "{words}", "shuffle_tags": True,
+        "unmasked_prior": 0.5, "shuffle_tags": True,
         "with_prior_preservation": True, "loss_type": "huber", "lr_scheduler": "polynomial",
         "timestep_distribution": "logit_normal",
     },
     "samples and results": {
         "num_validation_images": 1, "validation_split": 1, "validation_loss_steps": 1,
-        "validation_steps": 1, "validation_metric_model": "{metric}", "keep_best": True,
-        "early_stopping_patience": 5, "checkpointing_steps": 1, "report_to": "tensorboard",
-        "push_to_hub": True, "hub_model_id": "me/mug",
+        "validation_steps": 1, "keep_best": True, "checkpointing_steps": 1,
+        "report_to": "tensorboard", "push_to_hub": True, "hub_model_id": "me/mug",
     },
     "several subjects": {
         "dataset_config": [{"instance_data_dir": "{others}"}], "num_train_epochs": 1,
@@ -87,11 +86,10 @@ CASES: dict[str, dict[str, Any]] = {
         "prediction_type": "v_prediction", "zero_terminal_snr": True,
         "pretrained_vae_model_name_or_path": "{vae}", "vae_tile_size": 32,
         "instance_data_dir": "{others}", "instance_prompt": "a red sks mug", "token": "zwq",
-        "class_word": "red dog", "weight": 2.0, "resolution": 64, "center_crop": False,
+        "class_word": "red dog", "resolution": 64, "center_crop": False,
         "random_flip": True, "aspect_ratio_buckets": True, "masked_loss": True,
         "unmasked_prior": 1.0, "caption_per_line": True, "caption_prefix": "red",
-        "caption_suffix": "red", "wildcards": True, "wildcard_dir": "{photos}",
-        "shuffle_tags": True, "tag_dropout": 0.9, "keep_tags": 0, "caption_separator": " ",
+        "shuffle_tags": True, "tag_dropout": 0.9, "keep_tags": 0,
         "caption_dropout": 0.9, "max_token_length": 150, "clip_skip": 1, "cache_latents": False,
         "dataloader_num_workers": 1, "with_prior_preservation": True,
         "prior_preservation_mode": "images", "prior_loss_weight": 0.1, "method": "lora",
@@ -105,10 +103,10 @@ CASES: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-3, "text_encoder_lr": 2e-3, "magnitude_lr": 2e-3,
         "lr_pattern": {"*up_blocks*": 2e-3}, "loraplus_ratio": 4.0, "lr_scheduler": "cosine",
         "lr_warmup_steps": 2, "lr_num_cycles": 2, "lr_power": 2.0, "optimizer": "adafactor",
-        "use_8bit_adam": True, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_weight_decay": 0.5,
+        "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_weight_decay": 0.5,
         "adam_weight_decay_text_encoder": 0.5,
         "adam_epsilon": 0.1, "max_grad_norm": 1e-3,
-        "ema_decay": 0.5, "snr_gamma": 0.1, "debiased_estimation_loss": True,
+        "ema_decay": 0.5, "snr_gamma": 0.1,
         "loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.01,
         "noise_offset": 0.5, "timestep_distribution": "power", "logit_mean": 1.0,
         "logit_std": 0.1, "mixed_precision": "bf16", "gradient_checkpointing": True,
@@ -120,7 +118,7 @@ CASES: dict[str, dict[str, Any]] = {
         "validation_inference_steps": 1,
         "validation_guidance_scale": 1.0, "validation_data_dir": "{others}",
         "validation_split": 1, "validation_loss_steps": 1,
-        "validation_metric_model": "{metric}", "keep_best": True, "early_stopping_patience": 1,
+        "keep_best": True,
         "overwrite_output_dir": True, "checkpointing_steps": 1, "checkpointing_minutes": 1e-6,
         "checkpoints_total_limit": 1, "report_to": "tensorboard", "logging_dir": "other-logs",
         "push_to_hub": True, "hub_model_id": "me/other",
@@ -136,7 +134,7 @@ CASES: dict[str, dict[str, Any]] = {
     "words": {
         "train_text_encoder_ti": True, "new_words": ["zwq", "mug"],
         "num_new_tokens_per_abstraction": 1, "initializer_concept": ["dog"],
-        "embedding_lr": 0.1, "train_text_encoder_ti_frac": 0.3,
+        "embedding_lr": 0.1,
     },
     "slider": {
         "target": ["a cat"], "positive": ["a red dog"], "negative": ["a red dog"],
@@ -211,13 +209,13 @@ def one_level(folder: Path, root: Path, family: str, in_channels: int = 4) -> Pa
 
 
 def write_photos(root: Path) -> dict[str, Path]:
-    """Photos, captions, masks and words that the cases name."""
+    """Photos, captions and masks that the cases name."""
     photos = root / "photos"
     photos.mkdir()
     for number, source in enumerate(sorted((SAMPLES / "bolt_mug").glob("*.jpg"))[:3]):
         with Image.open(source) as image:
             image.resize((120 - 5 * number, 70 + 2 * number)).save(photos / f"{number}.png")
-        text = f"a sks mug, red{number}, {{on|in}} snow, __where__\na sks mug, line two"
+        text = f"a sks mug, red{number}, on snow\na sks mug, line two"
         (photos / f"{number}.txt").write_text(text, encoding="utf-8")
         rows = np.linspace(0, 255, 70).astype(np.uint8)
         mask = Image.fromarray(np.repeat(rows[:, None], 70, axis=1))
@@ -235,12 +233,9 @@ def write_photos(root: Path) -> dict[str, Path]:
         path.with_suffix(".txt").write_text(f"a sks mug upside down {number}", encoding="utf-8")
     for path in long.glob("*.txt"):
         path.write_text("a sks mug " + "on the red snow " * 30, encoding="utf-8")
-    for name, line in (("words", "here"), ("photos", "there")):
-        (root / name).mkdir(exist_ok=True)
-        (root / name / "where.txt").write_text(line, encoding="utf-8")
     (root / "prompts.txt").write_text("a red sks dog\n", encoding="utf-8")
     found = {"photos": photos, "others": others, "bare": bare, "long": long}
-    return found | {"words": root / "words", "prompts": root / "prompts.txt"}
+    return found | {"prompts": root / "prompts.txt"}
 
 
 def write_variants(model: Path, root: Path) -> dict[str, Path]:
@@ -258,7 +253,7 @@ def write_variants(model: Path, root: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def places(
     tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, sd2_folder: Path,
-    sd1_inpainting_folder: Path, dino_folder: Path,
+    sd1_inpainting_folder: Path,
 ) -> dict[str, Path]:  # fmt: skip
     """Files and folders that the cases name."""
     root = tmp_path_factory.mktemp("places")
@@ -268,7 +263,7 @@ def places(
     run = root / "run"
     found |= {**write_variants(sd1, root), "run": run}
     found |= {"sd1": sd1, "sd2": sd2, "inpainting": inpainting}
-    found |= {"metric": dino_folder, "adapter": run / "pytorch_lora_weights.safetensors"}
+    found |= {"adapter": run / "pytorch_lora_weights.safetensors"}
     steps = {"max_train_steps": 2, "checkpointing_steps": 2, "output_dir": str(run)}
     train(TrainConfig(**filled({**USUAL, **steps}, found)))
     return found
@@ -362,7 +357,7 @@ def test_settings_that_are_said_to_do_nothing_do_nothing(
     places: dict[str, Path], tmp_path: Path
 ) -> None:
     """To the bit, all of them together: each line says why that is, and none is lost."""
-    assert len(TOGETHER) > 60
+    assert len(TOGETHER) > 55
     results, said = [], list[str]()
     for part, changes in (("usual", {}), ("changed", {name: ALONE[name] for name in TOGETHER})):
         said.clear()

@@ -19,11 +19,11 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import precision
+from dora_diffusion.training import recipe
 from dora_diffusion.training.events import StepDone, SubjectLeft
 from dora_diffusion.training.pack import check_pack, train_pack
 from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import read_state
-from dora_diffusion.training.trainable import select
 from tests.refusal import refused
 from tests.training.helpers import SAMPLES, make_config, needs_library, small_samples
 
@@ -94,7 +94,7 @@ def assert_alike(packed: Path, own: Path, tolerance: float) -> None:
 @pytest.fixture
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs load, adapt and train in double precision."""
-    real = select.inject_trained
+    real = recipe.inject_trained
 
     def inject(*args: Any) -> Any:
         trained = real(*args)
@@ -104,7 +104,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         return trained
 
     monkeypatch.setitem(precision.PRECISION_DTYPES, "no", torch.float64)
-    monkeypatch.setattr(select, "inject_trained", inject)
+    monkeypatch.setattr(recipe, "inject_trained", inject)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 

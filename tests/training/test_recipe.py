@@ -25,7 +25,9 @@ def test_settings_without_effect_are_said_once_each(config):
     ]
 
 
-@pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+@pytest.mark.parametrize(
+    "family", ["sd1_folder", pytest.param("sd2_folder", marks=pytest.mark.slow), "sdxl_folder"]
+)
 def test_every_family_trains_unet_and_text_encoders_with_prior(family, photos, tmp_path, request):
     folder = request.getfixturevalue(family)
     events = []

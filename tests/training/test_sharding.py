@@ -43,7 +43,7 @@ def test_a_torch_that_cannot_shard_is_refused(monkeypatch):
         ({"sharding": "fsdp", "compile": True}, {}, "excludes compile"),
         ({"sharding": "fsdp", "offload": "model"}, {}, "excludes offload model"),
         (
-            {"sharding": "fsdp", "method": "full", "use_8bit_adam": True},
+            {"sharding": "fsdp", "method": "full", "optimizer": "adamw8bit"},
             {},
             "excludes optimizer adamw8bit",
         ),

@@ -154,7 +154,10 @@ def test_its_images_are_those_of_the_base(sd1_folder: Path, tmp_path: Path) -> N
     [
         ("sd1", {"train_text_encoder": True, "text_encoder_lr": 1e-2, "lora_dropout": 0.3,
                  **ANCHORS}),
-        ("sd2", {"method": "lora", "quantize": "int8", "cache_latents": False}),
+        pytest.param(
+            "sd2", {"method": "lora", "quantize": "int8", "cache_latents": False},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "sdxl", {"method": "dora", "gradient_accumulation_steps": 2, **ANCHORS},
             marks=pytest.mark.slow,
@@ -174,14 +177,13 @@ def test_a_resumed_run_is_the_whole_one(
     assert_same_file(again, whole)
 
 
-@pytest.mark.parametrize("change", ["gradient_checkpointing", "offload"])
-def test_how_it_is_computed_changes_no_loss(change: str, sdxl_folder: Path, tmp_path: Path) -> None:
-    plain = slider(sdxl_folder, tmp_path / "plain", **ANCHORS)
-    value = "model" if change == "offload" else True
+def test_how_it_is_computed_changes_no_loss(sdxl_folder: Path, tmp_path: Path) -> None:
+    plain = slider(sdxl_folder, tmp_path / "plain", **ANCHORS, max_train_steps=3)
     train(plain)
-    train(replace(plain, output_dir=str(tmp_path / "other"), **{change: value}))
+    how = {"gradient_checkpointing": True, "offload": "model"}
+    train(replace(plain, output_dir=str(tmp_path / "other"), **how))
     wanted, found = losses(tmp_path / "plain"), losses(tmp_path / "other")
-    assert len(wanted) == 4
+    assert len(wanted) == 3
     assert found == pytest.approx(wanted, rel=1e-4)
 
 

@@ -14,10 +14,8 @@ from torch._dynamo.utils import counters
 from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.learning import WEIGHTINGS
 from dora_diffusion.data.captions import class_caption
-from dora_diffusion.numerics import loss
-from dora_diffusion.numerics.loss import loss_weight
+from dora_diffusion.numerics.loss import min_snr
 from dora_diffusion.training.batch import draw_batch
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.metrics import TrainingError
@@ -139,7 +137,8 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_run) -> None:
     config = tiny_run()
     session = assemble(config, subjects_of(config), make_accelerator(config))
     step = session.step
-    broken = replace(next(step.batches), weights=torch.tensor([torch.nan]))
+    batch = next(step.batches)
+    broken = replace(batch, noise=torch.full_like(batch.noise, torch.nan))
     step.batches = repeat(broken)
     parameters = session.weights.parameters()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -173,28 +172,19 @@ def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limite
     assert norms[0] > 2 * limit
 
 
-@pytest.mark.parametrize("setting", WEIGHTINGS)
-def test_each_weighting_reaches_the_loss(setting: str, tiny_run) -> None:
-    """By its setting alone: the loss is that of the samples times their weights."""
-    value = {"snr_gamma": 1e-3, "debiased_estimation_loss": True}.get(setting, 1.0)
-    off = {name: False if name.startswith("debiased") else 0.0 for name in WEIGHTINGS}
-    settings = {**off, setting: value}
+def test_min_snr_reaches_the_loss(tiny_run) -> None:
+    """The loss is that of the samples times their weights."""
     session, plain = (
         assemble(config, subjects_of(config), make_accelerator(config))
-        for config in (tiny_run(**settings), tiny_run(**off))
+        for config in (tiny_run(snr_gamma=1e-3), tiny_run(snr_gamma=0.0))
     )
-    assert session.config.weightings == {setting: value}
     timesteps = next(plain.step.batches).inputs.timesteps
     alpha_bar = plain.components.scheduler.alphas_cumprod[timesteps]
-    expected = loss_weight(alpha_bar, "epsilon", {setting: value})
+    expected = min_snr(alpha_bar / (1 - alpha_bar), "epsilon", 1e-3)
     again = assemble(plain.config, subjects_of(plain.config), plain.accelerator)
     ratio = float(session.step(1)["loss"]) / float(again.step(1)["loss"])
     assert ratio == pytest.approx(float(expected), rel=1e-5)
     assert ratio != pytest.approx(1, rel=1e-3)
-
-
-def test_the_settings_that_weight_losses_are_those_of_the_loss() -> None:
-    assert set(WEIGHTINGS) == set(loss.WEIGHTINGS)
 
 
 @pytest.mark.parametrize(

@@ -249,12 +249,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa"},
     "vera": {"parametrization": "vera", "vera_rank": 8, "learning_rate": 0.1, "rank": 8},
     "adalora": {"parametrization": "adalora", "rank": 6, "allocation_warmup": 0},
-    "averaged": {"ema_decay": 0.5},
     "bf16": {"mixed_precision": "bf16"},
     "int8": {"quantize": "int8"},
     "nf4": {"quantize": "nf4"},
-    "not cached": {"cache_latents": False},
-    "slow": {"gradient_accumulation_steps": 2},
 }
 
 

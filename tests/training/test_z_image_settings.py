@@ -38,7 +38,6 @@ OF_REFUSED = {
     },
     "train_text_encoder_ti": {
         "new_words", "num_new_tokens_per_abstraction", "initializer_concept", "embedding_lr",
-        "train_text_encoder_ti_frac",
     },
 }  # fmt: skip
 REFUSALS = [

@@ -14,7 +14,6 @@ from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.base import _NAMES, BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.file import read_facts
-from dora_diffusion.config.learning import WEIGHTINGS
 from tests.portable.windows import GONE, GONE_MODULES
 from tools.count import circles, graph
 from tools.rules.requirements import OPTIONAL, REQUIRED
@@ -76,8 +75,7 @@ def settings_of_training_are_read(repository: Repository) -> Iterator[str]:
     interface = {"app", "commands", "flag_map.py"}
     sources = [s for s in repository.package if not interface & {*s.path.split("/")}]
     text = "".join(source.text for source in sources)
-    # Weightings are read by the names of their table.
-    read = {*re.findall(r"\b(?:config|self|base)(?=\.(\w+))", text), *WEIGHTINGS}
+    read = {*re.findall(r"\b(?:config|self|base)(?=\.(\w+))", text)}
     for setting in settings():
         if setting.name not in read:
             yield _problem_of(setting, sources, "nothing reads it; remove it")

@@ -34,7 +34,7 @@ LIMITED = {
 def tests_wait_for_events(repository: Repository) -> Iterator[str]:
     """With an end for what hangs, never by a machine's speed."""
     for source in repository.tests:
-        homes = ("tests/waiting.py", "tests/tools/test_rules.py")
+        homes = ("tests/waiting.py", "lab/tests/tools/test_rules.py")
         if source.path not in homes and VIRTUAL not in source.text:
             for node, text in _limits(source):
                 if text not in PAUSES:
@@ -75,7 +75,7 @@ def skips_stand_in_the_table(repository: Repository) -> Iterator[str]:
         for reason in ("there is no Chromium", "the embedded model is not there")
     }
     for source in repository.tests:
-        if source.path != "tests/tools/test_rules.py":
+        if source.path != "lab/tests/tools/test_rules.py":
             for node, reason in _reasons(source):
                 row = row_of(reason, rows)
                 used.add(row)
@@ -127,9 +127,12 @@ def tests_kept_for_later_are_there(repository: Repository) -> Iterator[str]:
 
 def property_tests_leave_examples_to_profiles(repository: Repository) -> Iterator[str]:
     own = re.compile(r"@settings\(|@seed\(|max_examples|derandomize")
-    homes = ("conftest.py", "properties.py", "test_properties.py", "tools/test_rules.py")
+    homes = (
+        "tests/conftest.py", "tests/properties.py", "lab/tests/suite/test_properties.py",
+        "lab/tests/tools/test_rules.py",
+    )  # fmt: skip
     for source in repository.tests:
-        if source.path not in {f"tests/{home}" for home in homes}:
+        if source.path not in homes:
             for match in own.finditer(source.text):
                 line = source.line_of(match.start())
                 yield source.problem(line, f"{match[0]}: use at_least of tests/properties.py")

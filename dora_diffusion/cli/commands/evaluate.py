@@ -61,9 +61,6 @@ class EvaluateSettings(Sampling, AdaptedModel):
         "Text file, one prompt per line, with {} where the subject is named. Default: a built-in "
         "list.",
     )
-    wildcard_dir: str | None = flag(
-        None, "Folder of the wildcard files that captions name, as in training."
-    )
     steps: int | None = flag(
         None,
         f"Denoising steps. Default: {STEPS}; of Z-Image, "
@@ -301,7 +298,7 @@ class PhotoFolder:
         prompts = [line.strip() for line in text.splitlines() if line.strip()] or PROMPTS
         class_word = args.class_word or trigger.partition(" ")[2]
         trained_on = read_photo_record(args.adapter) or ()
-        rules = CaptionRules.from_stated(captions, args.wildcard_dir, trigger)
+        rules = CaptionRules.from_stated(captions, trigger)
         subject = read_subject(self.folder or "", trigger, class_word, trained_on, rules)
         for caution in subject.cautions:
             warnings.warn(caution, stacklevel=1)

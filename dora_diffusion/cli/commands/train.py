@@ -28,7 +28,6 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
-from dora_diffusion.config.elsewhere import notes
 from dora_diffusion.config.families import DEFAULT_FAMILY, Family
 from dora_diffusion.config.fields import Setting, require_choice
 from dora_diffusion.config.file import line_prefix
@@ -36,6 +35,7 @@ from dora_diffusion.config.flag_map import (
     DIFFUSERS_FLAGS,
     find_training_setting,
     meant_by,
+    notes,
     refusal,
 )
 from dora_diffusion.config.foreign import ForeignFileError

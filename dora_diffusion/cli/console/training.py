@@ -136,11 +136,6 @@ class TrainProgress:
 
     def _say_end(self, event: TrainingEnded) -> None:
         tell(result_step=event.result_step or 0)
-        if event.stopped_early:
-            say(
-                f"stopped early after step {event.step}: the validation loss no longer decreased "
-                "(early_stopping_patience)"
-            )
         if event.result_step not in (None, event.step):
             say(
                 f"the result is from step {event.result_step}, which had the lowest validation "
@@ -233,9 +228,8 @@ def training_summary(config: TrainConfig) -> str:
             f"{settings.instance_data_dir}"
         )
         for photo in photos[:_LISTED]:
-            weight = f" (weight {photo.weight:g})" if photo.weight != 1 else ""
-            first, *drawn = caption_rules(settings).variants(photo.caption)
-            lines.append(f"    {photo.path.name}{weight}: {first}")
+            first, *drawn = caption_rules(settings).captions(photo.caption)
+            lines.append(f"    {photo.path.name}: {first}")
             lines += [f"        or {caption}" for caption in drawn[:_DRAWN]]
             lines += [f"        or {len(drawn) - _DRAWN} more"] if len(drawn) > _DRAWN else []
         lines += [f"    and {len(photos) - _LISTED} more"] if len(photos) > _LISTED else []
@@ -274,7 +268,6 @@ def _facts_of(settings: TrainConfig, photos: Sequence[Photo]) -> list[str]:
         "cut at random": not settings.center_crop,
         "mirrored at random": settings.random_flip,
         f"{settings.repeats} times an epoch": settings.repeats > 1,
-        f"weight {settings.weight:g}": settings.weight != 1,
         counted(masks, "mask file"): masks,
         f"held outside of masks: weight {settings.unmasked_prior:g}": (
             settings.masked_loss and settings.unmasked_prior

@@ -125,20 +125,18 @@ def settings_digest(config: TrainConfig) -> str:
     moved = {name: values[name] for name in names if values[name] != defaults[name]}
     contents = []
     for subject in config.subjects:
-        words = subject.wildcard_dir if subject.wildcards else None
-        folders = [(subject.instance_data_dir, "*"), (subject.validation_data_dir, "*"),
-                   (words, "**/*.txt")]  # fmt: skip
-        contents += [_contents(folder, pattern) for folder, pattern in folders if folder]
+        folders = (subject.instance_data_dir, subject.validation_data_dir)
+        contents += [_contents(folder) for folder in folders if folder]
     text = json.dumps([moved, contents])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _contents(folder: str, pattern: str) -> list[list[str]]:
-    """Return names and digests of a folder's photos with captions and masks, or word lists."""
+def _contents(folder: str) -> list[list[str]]:
+    """Return names and digests of a folder's photos with captions and masks."""
     top = Path(folder).expanduser()
     return [
         [path.relative_to(top).as_posix(), digest_of(path.read_bytes())]
-        for path in sorted(top.glob(pattern))
+        for path in sorted(top.glob("*"))
         if path.name.lower().endswith((*PHOTO_SUFFIXES, *COMPANIONS)) and path.is_file()
         if not path.name.startswith(".")
     ]

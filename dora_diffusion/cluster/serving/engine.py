@@ -279,7 +279,7 @@ class Engine:
         prompts = (row.prompt, request.negative_prompt)
         is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
         notes = request.without_effect(settings.guidance_scale, guidance_is_input=is_input)
-        notes += inactive_messages(components, settings, prompts)
+        notes += inactive_messages(components, settings)
         metadata = self.pool.metadata(row.adapter)
         if lacks_trigger(row.prompt, metadata):
             notes.append(f"the prompt lacks the adapter's trigger word, {metadata.trigger!r}")

@@ -70,21 +70,6 @@ class FamilyCode(Protocol):
     ) -> Tokens:
         """Tokenize B prompts, each with the own tokens of an adapter."""
 
-    def encode_weighted(
-        self,
-        components: LoadedModel,
-        prompts: Sequence[str],
-        clip_skip: int,
-        adapters: Sequence[str | None],
-    ) -> Conditioning:
-        """Encode prompts with the weights of web UIs, for families that read them.
-
-        The token limit applies to each segment between breaks.
-
-        Raises:
-            ConfigError: If a weight is not a number.
-        """
-
     def chunk_count(self, components: LoadedModel, prompt: str, adapter: str | None = None) -> int:
         """Return the number of chunks of a prompt, the largest over all tokenizers."""
 

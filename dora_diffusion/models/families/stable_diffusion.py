@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.models.conditioning import Conditioning
-from dora_diffusion.models.emphasis import Chunk, weigh_states, weighted_chunks
 from dora_diffusion.models.families import LoadedModel
 from dora_diffusion.models.offload import computing_device, send
 from dora_diffusion.models.words import own_words, write_out_words
@@ -109,41 +108,6 @@ def tokenize_prompts(
         tokens.append(tokenize(tokenizer, texts) if chunks is None else chunks)
     ids, masks = [t.input_ids for t in tokens], [t.attention_mask for t in tokens]
     return PromptTokens(ids, masks, counts)
-
-
-def encode_weighted(
-    components: LoadedModel,
-    prompts: Sequence[str],
-    clip_skip: int,
-    adapters: Sequence[str | None],
-) -> Conditioning:
-    """Encode prompts with weights (`models.emphasis`)."""
-    encoded = list[Conditioning]()
-    by_encoder = [
-        [
-            weighted_chunks(tokenizer, prompt, own_words(encoder, adapter), components.most_chunks)
-            for prompt, adapter in zip(prompts, adapters, strict=True)
-        ]
-        for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True)
-    ]
-    counts = [max(map(len, chunks)) for chunks in zip(*by_encoder, strict=True)]
-    pairs = zip(components.text_encoders, components.tokenizers, by_encoder, strict=True)
-    for encoder, tokenizer, by_prompt in pairs:
-        (start, _, end), rows = _content(tokenizer, ""), list[Chunk]()
-        for chunks, count in zip(by_prompt, counts, strict=True):
-            rows += [*chunks, *[Chunk([], [])] * (count - len(chunks))]
-        tokens = tokenizer.pad(
-            {"input_ids": [[start, *row.ids, end] for row in rows]},
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        ids, masks = [tokens.input_ids], [tokens.attention_mask]
-        part = encode_tokens(components.family, [encoder], ids, masks, clip_skip)
-        states = weigh_states(part.encoder_hidden_states, [row.weights for row in rows])
-        encoded.append(Conditioning(states, part.pooled))
-    states = torch.cat([part.encoder_hidden_states for part in encoded], dim=-1)
-    return _joined(Conditioning(states, encoded[-1].pooled), counts)
 
 
 def _joined(chunks: Conditioning, counts: Sequence[int]) -> Conditioning:

@@ -47,11 +47,11 @@ DATASET_FILE = "subjects.yaml"
 PROMPTS = ("target", "positive", "negative", "anchors")
 """Settings of a slider with a separate field, one prompt per line."""
 # Settings with a separate field, and settings that the app decides: the folder of a run, resuming,
-# and publishing (in the Library). use_8bit_adam is another name of an optimizer.
+# and publishing (in the Library).
 _NOT_ADVANCED = frozenset((
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
     "token", "class_word", *PROMPTS, "validation_prompt", "output_dir", "overwrite_output_dir",
-    "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id", "use_8bit_adam",
+    "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id",
 ))  # fmt: skip
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
 ADVANCED: tuple[str, ...] = tuple(name for name in SETTINGS if name not in _NOT_ADVANCED)

@@ -299,9 +299,8 @@ class ImageGenerator:
 
 def _notes(loaded: LoadedRequest, prompts: Sequence[str]) -> tuple[str, ...]:
     """Return notes on truncated prompts and on settings unsuitable for a distilled model."""
-    from dora_diffusion.models.emphasis import plain_parts
     from dora_diffusion.models.text import truncated_text
-    from dora_diffusion.sampling.conditioning import inactive_messages, reads_weights
+    from dora_diffusion.sampling.conditioning import inactive_messages
     from dora_diffusion.sampling.images import adapter_name
     from dora_diffusion.sampling.load import few_steps
 
@@ -309,13 +308,11 @@ def _notes(loaded: LoadedRequest, prompts: Sequence[str]) -> tuple[str, ...]:
     limit, notes = components.code.token_limit(components), prompt_messages(request, prompts)
     if request.model.max_token_length not in (None, TOKENS_PER_CHUNK):
         notes += components.family.inactive({"max_token_length"}).values()
-    notes += inactive_messages(components, sampling, [*prompts, sampling.negative_prompt])
+    notes += inactive_messages(components, sampling)
     texts = [("prompt", prompt) for prompt in dict.fromkeys(prompts)]
     for name, prompt in [*texts, ("negative prompt", sampling.negative_prompt)]:
-        for part in plain_parts(prompt) if reads_weights(components, sampling) else [prompt]:
-            end = truncated_text(components, part)
-            if end:
-                notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
+        if end := truncated_text(components, prompt):
+            notes.append(f"The {name} is longer than {limit}; it did not see the end: {end}")
     distilled = few_steps(components, [adapter_name(use.path) for use in request.uses()])
     if distilled is not None:
         name, few = distilled

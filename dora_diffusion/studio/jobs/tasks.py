@@ -180,8 +180,6 @@ def continue_run(folder: Path, more: object) -> None:
         raise UserError(f"more steps is {more}; it must be between 1 and {MOST_STEPS}")
     config = TrainConfig.from_dict(job.settings)
     config = dataclasses.replace(config, max_train_steps=job.step + int(more))
-    if job.step < job.total:  # Stopped early: with its patience it would stop again at once.
-        config = dataclasses.replace(config, early_stopping_patience=None)
     save_text(folder / records.SETTINGS, as_yaml(config))
     requeue_job(folder)
 

@@ -20,11 +20,10 @@ class Hook:
 
     name = ""
 
-    def begin(self, number: int) -> None:
-        """Act before the batches of a step are drawn. Steps are counted from 1."""
-
     def gradients(self, number: int) -> None:
         """Act after the backward passes, before gradients are averaged and clipped.
+
+        Steps are counted from 1.
 
         ``step.weights.parameters()`` have the gradients: scaled with fp16, and each
         process's own. ``step.parameters`` gets them afterwards.

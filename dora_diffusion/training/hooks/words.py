@@ -1,4 +1,4 @@
-"""Training of new words (textual inversion) during the first steps of a run."""
+"""Training of new words (textual inversion)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,16 @@ if TYPE_CHECKING:
 
 
 class NewWords(Hook):
-    """Trains new words for ``train_text_encoder_ti_frac`` of the steps.
+    """Gives new words a gradient in every step.
 
     Args:
         step: Step of a run with new words.
     """
 
     def __init__(self, step: Step) -> None:
-        self._words, self._last_step = step.weights.words, step.config.word_steps
-
-    def begin(self, number: int) -> None:
-        self._words.train(number <= self._last_step)
+        self._words = step.weights.words
 
     def gradients(self, number: int) -> None:
         for vectors in self._words.parameters().values():
-            if number > self._last_step:
-                # With a gradient of 0, momentum (of Prodigy, for example) still moves a parameter.
-                vectors.grad = None
-            elif vectors.grad is None:  # No caption of the batch contained a new word.
+            if vectors.grad is None:  # No caption of the batch contained a new word.
                 vectors.grad = torch.zeros_like(vectors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,10 +15,8 @@ from torch import Tensor
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.wording import counted, listing, quoted
 from dora_diffusion.data.captions import (
-    WILD,
     CaptionRules,
     contains_token,
-    read_caption,
     require_token,
 )
 from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
@@ -208,7 +205,7 @@ def _open_subject(
     as_class = partial(class_caption_of, subjects, subject)
     prompts: list[str] = []
     if config.uses_class_images:
-        captions = [c for photo in photos for c in draws.captions.variants(photo.caption)]
+        captions = [c for photo in photos for c in draws.captions.captions(photo.caption)]
         from dora_diffusion.training.inputs.prior import class_prompts
 
         prompts = class_prompts(subject, captions, as_class)
@@ -219,7 +216,6 @@ def _open_subject(
         mask_channels=mask if reads_masks else None,
         class_caption=as_class if config.is_image_free else None,
         repeats=config.repeats,
-        weight=config.weight,
     )
     return opened, prompts
 
@@ -235,25 +231,6 @@ def _sample_transform(config: TrainConfig, components: Components) -> SampleTran
         crop_variants=_CROP_VARIANTS if config.cache_latents else None,
         captions=caption_rules(config),
     )
-
-
-def check_wildcards(config: TrainConfig, paths: Sequence[Path]) -> None:
-    """Check the wildcards of captions and class prompt, before a model is loaded.
-
-    Raises:
-        PhotoError: If a caption has invalid wildcards. Unreadable captions are skipped.
-        ConfigError: If the class prompt has invalid wildcards.
-    """
-    rules = caption_rules(config)
-    rules.plain(config.class_prompt or "")
-    for path in paths if config.wildcards else ():
-        text = ""
-        with contextlib.suppress(OSError, ValueError):
-            text = read_caption(path, "", per_line=True)
-        try:
-            rules.possible(text, "")
-        except ValueError as error:
-            raise PhotoError(f"the caption of {path.name}: {error}") from error
 
 
 def check_subject(subject: Subject, photos: Sequence[Photo]) -> None:
@@ -299,8 +276,8 @@ def _check_tag_dropout(
 ) -> None:
     """Warn if tag dropout may drop the token, or raise `ConfigError` with the image-free prior."""
     for text in texts:
-        whole = all(contains_token(caption, token) for caption in rules.possible(text, token))
-        left = rules.possible(text, token, with_dropout=True)
+        whole = all(contains_token(caption, token) for caption in rules.captions(text))
+        left = rules.without_tags(text)
         if whole and not all(contains_token(caption, token) for caption in left):
             message = (
                 f"tag_dropout may drop the token {token!r} of {quoted(text)}: raise keep_tags to "
@@ -317,13 +294,12 @@ def _without_effect(
 ) -> Iterator[str]:
     """Yield messages on caption settings without effect, and on captions that need a setting."""
     after = f"after the first {config.keep_tags}, which keep their places (keep_tags)"
-    bare = replace(rules, prefix="", suffix="")
-    captions = [caption for photo in photos for caption in bare.variants(photo.caption)]
-    separated = "commas" if config.caption_separator == "," else repr(config.caption_separator)
+    bare = replace(rules, prefix="")
+    captions = [caption for photo in photos for caption in bare.captions(photo.caption)]
     if config.shuffle_tags and not rules.can_shuffle(captions):
         yield (
             "shuffle_tags has no effect because no caption has two or more tags, separated by "
-            f"{separated}, {after}"
+            f"commas, {after}"
         )
     if config.tag_dropout and not rules.can_shuffle(captions, 1):
         yield f"tag_dropout has no effect because no caption has a tag {after}"
@@ -339,16 +315,6 @@ def _without_effect(
         yield (
             f"{counted(sum(map(bool, lines)), 'caption')} of several lines, which are joined; set "
             "caption_per_line to draw one of them in every epoch"
-        )
-    texts = [config.caption_prefix, config.caption_suffix, *config.validation_prompt]
-    texts += [photo.caption for photo in photos]
-    wild = [text for text in texts if WILD.search(text)]
-    if config.wildcards and not wild:
-        yield "wildcards has no effect because no caption has {a|b} or __file__"
-    elif wild and not config.wildcards:
-        yield (
-            f"{quoted(wild[0])} is used literally, with its braces or underscores; set wildcards "
-            "to draw alternatives"
         )
 
 

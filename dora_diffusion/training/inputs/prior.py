@@ -27,7 +27,7 @@ from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import save_image
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProgress, OnEvent
-from dora_diffusion.training.inputs.subject import Subject, caption_rules
+from dora_diffusion.training.inputs.subject import Subject
 from dora_diffusion.training.processes import shards_model
 
 # Folder of class images in the output folder, and prefix of the names of folders of generated ones.
@@ -41,22 +41,18 @@ def class_prompts(
 ) -> list[str]:
     """Return the prompts of class images: the class prompt, or the class caption of each caption.
 
-    A class prompt with wildcards gives enough prompts to contain every alternative.
-
     Raises:
         ConfigError: If a prompt contains the token, or the class word is unknown.
     """
     config = subject.settings
     if config.class_prompt:
-        rules = replace(caption_rules(config), prefix="", suffix="")
-        prompts = rules.variants(config.class_prompt)
-        if subject.token and any(contains_token(prompt, subject.token) for prompt in prompts):
+        if subject.token and contains_token(config.class_prompt, subject.token):
             raise ConfigError(
                 f"class_prompt {quoted(config.class_prompt)} contains the token {subject.token!r}; "
                 "describe other members of the class without it",
                 "class_prompt",
             )
-        return prompts
+        return [config.class_prompt]
     if not subject.token:
         raise ConfigError(
             "prior preservation with token '' needs class_prompt: without a token, captions "

@@ -23,7 +23,6 @@ from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.inputs.base import configure_reading
 from dora_diffusion.training.inputs.dataset import (
     check_subject,
-    check_wildcards,
     list_subjects,
     open_dataset,
 )
@@ -57,7 +56,7 @@ def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
     Raises:
         ConfigError, PhotoError, AdapterFormatError: If an input is invalid.
     """
-    optimizer_library(config.optimizer_name)
+    optimizer_library(config.optimizer)
     photos, held_out = list_subjects(subjects), list[list[Path]]()
     if any(subject.settings.holds_out for subject in subjects):
         from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
@@ -65,8 +64,6 @@ def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
         photos, held_out = divide_all(subjects, photos)
         for subject, excluded in zip(subjects, held_out, strict=True):
             check_held_out(subject, excluded)
-    for subject, paths in zip(subjects, photos, strict=True):
-        check_wildcards(subject.settings, paths)
     return RunPlan(photos, held_out, StartingAdapter.of(config))
 
 

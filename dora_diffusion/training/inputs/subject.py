@@ -14,7 +14,6 @@ from dora_diffusion.config.problems import naming_entry
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.captions import (
     CaptionRules,
-    Wildcards,
     class_caption,
     contains_token,
     read_caption,
@@ -55,20 +54,12 @@ class Subject:
 
 
 def caption_rules(config: TrainConfig) -> CaptionRules:
-    """Return the caption rules of a config.
-
-    Raises:
-        ConfigError: If ``wildcard_dir`` does not exist.
-    """
-    wildcards = Wildcards(config.wildcard_dir) if config.wildcards else None
+    """Return the caption rules of a config."""
     if config.is_slider:
-        return CaptionRules(wildcards=wildcards)
+        return CaptionRules()
     return CaptionRules(
         per_line=config.caption_per_line,
-        wildcards=wildcards,
         prefix=config.caption_prefix,
-        suffix=config.caption_suffix,
-        separator=config.caption_separator,
         shuffle_tags=config.shuffle_tags,
         keep_tags=config.keep_tags,
         tag_dropout=config.tag_dropout,
@@ -100,21 +91,14 @@ def token_messages(subjects: Sequence[Subject]) -> list[str]:
 
 
 def possible_captions(subject: Subject, texts: Iterable[str]) -> list[str]:
-    """Return the possible captions of texts. Wildcards: one with the token and one without it."""
+    """Return the different captions of each text."""
     rules = caption_rules(subject.settings)
-    return [caption for text in texts for caption in rules.possible(text, subject.token)]
-
-
-def prompt_rules(config: TrainConfig) -> CaptionRules:
-    """Return the rules of sample prompts: the rules of the first subject with wildcards, if any."""
-    subjects = config.subjects
-    return caption_rules(next((subject for subject in subjects if subject.wildcards), subjects[0]))
+    return [caption for text in texts for caption in dict.fromkeys(rules.captions(text))]
 
 
 def example_prompt(config: TrainConfig) -> str:
-    """Return the prompt of the first sample image, with its wildcards drawn."""
-    prompt = next((prompt.prompt for prompt in config.prompts), "")
-    return prompt_rules(config).draw_prompt(prompt, config.seed)
+    """Return the prompt of the first sample image."""
+    return next((prompt.prompt for prompt in config.prompts), "")
 
 
 def subjects_of(config: TrainConfig) -> list[Subject]:
@@ -157,9 +141,6 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
 
 
 def _subject_of(config: TrainConfig) -> Subject:
-    rules = caption_rules(config)
-    for prompt_setting in config.prompts:
-        rules.draw_prompt(prompt_setting.prompt, config.seed)
     if config.is_slider:
         return Subject("", "", config)
     if not config.instance_data_dir:
@@ -176,7 +157,7 @@ def _subject_of(config: TrainConfig) -> Subject:
             'such as "a photo of a sks dog"',
             "instance_prompt",
         )
-    captions = rules.possible(prompt, token)
+    captions = caption_rules(config).captions(prompt)
     if token and not any(contains_token(caption, token) for caption in captions):
         raise ConfigError(
             f"instance_prompt {quoted(prompt)} does not contain the token "

@@ -19,8 +19,8 @@ import torch
 
 from dora_diffusion import system
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.derived import relative_paths
 from dora_diffusion.config.file import PATHS, RELATIVE, resolve_paths
-from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
 from dora_diffusion.formats.files.runs import CHECKPOINT
 from dora_diffusion.numerics.merging import is_finite
@@ -184,8 +184,8 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     validation = run.validation
     if validation and not validation.load_state_dict(state["validation"], state["config"]):
         warnings.warn(
-            "the held-out photos or captions have changed: the lowest validation loss and the "
-            "patience are counted from this step",
+            "the held-out photos or captions have changed: the lowest validation loss is counted "
+            "from this step",
             stacklevel=3,
         )
 

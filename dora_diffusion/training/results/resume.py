@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
-from dora_diffusion.config.derived import Changes, as_yaml, listed, removed_settings
+from dora_diffusion.config.derived import Changes, as_yaml, listed, relative_paths, removed_settings
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import REMOVED
 from dora_diffusion.config.learning import OptimizerSettings
-from dora_diffusion.config.paths import relative_paths
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import counted, quoted
 from dora_diffusion.formats.adapter.stored import adapter_hash
@@ -275,10 +274,8 @@ def _content_problems(kind: str, before: Contents, now: Contents) -> list[str]:
                 f"new caption of {b['name']} ({quoted(a['caption'])} -> {quoted(b['caption'])})"
             )
             break
-    for what in ("mask", "weight"):
-        other = [b["name"] for a, b in shared if a.get(what) != b.get(what)]
-        problems += [f"other {what}s ({_names(other)})"] if other else []
-    return problems
+    other = [b["name"] for a, b in shared if a["mask"] != b["mask"]]
+    return problems + ([f"other masks ({_names(other)})"] if other else [])
 
 
 def _names(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Validation on held-out photos: validation loss, best step and early stopping."""
+"""Validation on held-out photos: validation loss, best step and similarity of samples."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Validation:
 
         Raises:
             PhotoError: If no photo can be used.
-            MetricModelError: If ``validation_metric_model`` cannot be opened.
+            MetricModelError: If efficientnet-lite0 cannot be opened.
         """
         by_token: dict[str, list[Photo]] = {}
         for subject, paths in held_out:
@@ -76,13 +76,12 @@ class Validation:
         images, captions = [open_photo(p.path) for p in share], [p.caption for p in share]
         self._images = HeldOutImages(components, images, captions)
         self._metric: Any = None
-        name = config.validation_metric_model or (LITE if lite_is_installed() else "")
         every, last = config.validation_steps or 0, config.max_train_steps or 0
         is_sampled = config.num_validation_images and 0 < every < last
-        if name and is_sampled and accelerator.is_main_process:
+        if lite_is_installed() and is_sampled and accelerator.is_main_process:
             # Networks are initialized at random before their weights are loaded.
             with torch.random.fork_rng(devices=[]):
-                self._metric = open_metric_model(name)
+                self._metric = open_metric_model(LITE)
             self._references = {
                 token: self._metric.image_features([open_photo(photo.path) for photo in photos])
                 for token, photos in by_token.items()
@@ -134,14 +133,6 @@ class Validation:
         steps = [s for s in self.losses if s and (among is None or s in among)]
         return min(steps, key=lambda step: (self.losses[step], step), default=None)
 
-    @property
-    def is_exhausted(self) -> bool:
-        """True if ``early_stopping_patience`` is exceeded."""
-        patience, best = self.config.early_stopping_patience, self.best()
-        if patience is None or best is None:
-            return False
-        return sum(step > best for step in self.losses) >= patience
-
     def state_dict(self) -> dict[str, Any]:
         """Return the losses, with digests and captions of their photos."""
         return {"photos": self._contents(), "losses": dict(self.losses)}
@@ -160,8 +151,7 @@ class Validation:
             return True
         if state["photos"] != self._contents():
             return False
-        # Drop the loss of the earlier run's last step, unless this run measures one there. Early
-        # stopping then acts as in an uninterrupted run.
+        # Drop the loss of the earlier run's last step, unless this run measures one there.
         every, last = before["validation_loss_steps"], self.config.max_train_steps
         losses = state["losses"].items()
         self.losses = {step: loss for step, loss in losses if step % every == 0 or step == last}

@@ -43,7 +43,7 @@ from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image, thumbnail
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
-from dora_diffusion.training.inputs.subject import caption_rules, prompt_rules
+from dora_diffusion.training.inputs.subject import caption_rules
 from dora_diffusion.training.metrics import Trackers, naming_step
 from dora_diffusion.training.processes import set_by_any, shards_model
 from dora_diffusion.training.results.card import VALIDATION_LOSS, model_card
@@ -237,7 +237,7 @@ def sample_settings(
         width=config.resolution,
         height=config.resolution,
     )
-    for line in inactive_messages(components, settings, ()):
+    for line in inactive_messages(components, settings):
         warnings.warn(line, stacklevel=2)
     return settings.for_model(components)
 
@@ -276,7 +276,6 @@ class SampleWriter:
         self._seeds = [range(first, first + config.num_validation_images) for first in starts]
         self._lines = config.validation_prompt or self._prompts
         self._strengths = SLIDER_STRENGTHS if config.is_slider else ()
-        self._rules = prompt_rules(config)
 
     def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
         """Write ``step-STEP.png``; a full disk is a warning. Returns prompts with their images."""
@@ -345,9 +344,7 @@ class SampleWriter:
             with set_stance("force_eager"):
                 images += generate_images(
                     self._run.components,
-                    [self._rules.draw_prompt(prompt, seed) for seed in seeds]
-                    if self._rules.wildcards
-                    else prompt,
+                    prompt,
                     seeds,
                     self._settings[row],
                     batch_size=config.sample_batch_size,
@@ -401,7 +398,7 @@ class SampleWriter:
             extra["Last size"] = f"{last[0]}x{last[1]}"
         strengths = MergeStrengths(*self._strengths[:1])
         return parameters_text(
-            ImageRequest(self._rules.draw_prompt(self._prompts[0], seeds[0]), seeds[0]),
+            ImageRequest(self._prompts[0], seeds[0]),
             self._settings[0],
             size,
             self._run.config.pretrained_model_name_or_path,

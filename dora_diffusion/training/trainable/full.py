@@ -276,7 +276,7 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
         specs = MergedModel(stored, (), _dtype(config)).specs
         size = sum(spec.nbytes for spec in specs.values())
     is_averaged = config.is_schedule_free or config.ema_decay is not None
-    checkpoint = size + count * (4 + 4 * is_averaged + _MOMENTS[config.optimizer_name])
+    checkpoint = size + count * (4 + 4 * is_averaged + _MOMENTS[config.optimizer])
     report = FullReport(len(trained), count, size, checkpoint)
     _check_disk(config, report)
     return FullWeights(components, modules, trained, config, report, base)

@@ -60,11 +60,6 @@ class TrainedTokens:
             for c, table in self.tables.items()
         ]
 
-    def train(self, trains: bool) -> None:
-        """Set whether the words train in the next step."""
-        for table in self.tables.values():
-            table.trains = trains
-
     def tokens(self) -> dict[str, Vectors]:
         """Return copies of the words' vectors, on the CPU."""
         return {

@@ -14,15 +14,14 @@ from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.data.prepare.conftest import models  # noqa: F401 (a fixture)
 from tests.shallow import *  # noqa: F403
-
-SAMPLE = Path(__file__).parents[3] / "samples" / "bolt_mug"
+from tests.training.helpers import small_samples
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photos of a mug with their captions; to be read only."""
     folder = tmp_path_factory.mktemp("subject") / "photos"
-    return Path(shutil.copytree(SAMPLE, folder))
+    return Path(shutil.copytree(small_samples() / "bolt_mug", folder))
 
 
 @pytest.fixture(scope="session")

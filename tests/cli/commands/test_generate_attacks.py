@@ -61,7 +61,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "pixel bomb": written(png(header(40_000, 40_000), (b"IDAT", b""))),
     "cut PNG": written(encoded("PNG")[:2000]),
     "cut JPEG": written(encoded("JPEG")[:500]),
-    "text bomb": written(
+    "text bomb": lambda path: path.write_bytes(
         png(header(64, 64), (b"zTXt", b"parameters\0\0" + zlib.compress(bytes(2**27), 9)))
     ),
 }

@@ -156,7 +156,7 @@ def killed(words, monkeypatch):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("stop", [interrupted, killed])
+@pytest.mark.parametrize("stop", [interrupted, pytest.param(killed, marks=pytest.mark.slow)])
 def test_a_grid_that_was_stopped_continues(
     stop, generate, sd1_folder, adapters, tmp_path, batches, monkeypatch, capsys
 ):

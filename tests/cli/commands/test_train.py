@@ -21,7 +21,6 @@ from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.config import PRESETS, TrainConfig, read_config_file
 from dora_diffusion.export.hub import HubError
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.studio.app.settings import preset_values
 from dora_diffusion.system import HANGUP
 from tests.refusal import refused
@@ -94,18 +93,12 @@ def test_the_script_trains_the_same(trained, train_flags, tmp_path):
     ("changes", "message"),
     [
         ({"instance_data_dir": "nowhere"}, "nowhere"),
-        ({"pretrained_model_name_or_path": "./nowhere"}, "nowhere does not exist"),
         ({"pretrained_model_name_or_path": "embedded:nothing"}, "embedded"),
         ({"targets": "no_such_layer"}, "no_such_layer"),
-        ({"rank": 4096}, "use rank <= "),
-        ({"instance_prompt": "a photo of a mug"}, "sks"),
-        ({"mixed_precision": "fp16"}, "fp16 needs a GPU; use bf16 or no"),
         ({"learning_rate": -1}, "learning_rate is -1.0"),
     ],
 )
 def test_what_is_wrong_is_one_line(changes, message, train_flags, photos, tmp_path, capsys):
-    if changes.get("mixed_precision") and default_device() != "cpu":
-        pytest.skip("there is a GPU")
     plain = Path(shutil.copytree(photos, tmp_path / "photos"))
     for caption in plain.glob("*.txt"):
         caption.unlink()
@@ -225,10 +218,9 @@ def test_a_result_that_the_hub_refuses_is_there(train_flags, tmp_path, monkeypat
 def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, capsys):
     """Also where there is no such model: nothing of it is opened."""
     teapot = Path(shutil.copytree(samples_root / "heart_teapot", tmp_path / "teapot"))
-    (teapot / "02.weight").write_text("3", encoding="utf-8")
     entries = [
         {"instance_data_dir": str(samples_root / "bolt_mug"), "repeats": 2},
-        {"instance_data_dir": str(teapot), "token": "", "instance_prompt": None, "weight": 0.5},
+        {"instance_data_dir": str(teapot), "token": "", "instance_prompt": None},
     ]
     file = tmp_path / "subjects.yaml"
     words = ["--pretrained_model_name_or_path", "no/model", "--instance_prompt", "a sks mug"]
@@ -240,8 +232,8 @@ def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, 
     folder = samples_root / "bolt_mug"
     assert lines[0] == f"sks mug: 5 images, 2 times an epoch, prior: image-free, in {folder}"
     assert lines[1] == "    01.jpg: a photo of a sks mug on the grass"
-    assert lines[6] == f"unchanged captions: 5 images, weight 0.5, in {teapot}"
-    assert lines[8] == "    02.jpg (weight 3): a photo of a sks teapot on the beach"
+    assert lines[6] == f"unchanged captions: 5 images, in {teapot}"
+    assert lines[8] == "    02.jpg: a photo of a sks teapot on the beach"
     assert lines[-1] == "an epoch: 15 images; 30 steps of 2 are 4 epochs"
     for flags, end in (
         (["--num_train_epochs", "3"], "an epoch: 15 images; 3 epochs: about 23 steps of 2"),

@@ -204,7 +204,7 @@ def test_the_validation_loss_is_said_and_what_follows_from_it(show) -> None:
             taken(0, 0.3, None), taken(2, 0.2, 2), taken(4, 0.25, 2),
             Validated(4, None, 2, {"validation_similarity": 0.7}),
             StepDone(5, 9, 0.5, {}),
-            TrainingEnded(5, False, 2, stopped_early=True),
+            TrainingEnded(5, False, 2),
         )  # fmt: skip
     assert told["result_step"] == 2
     assert lines[1:] == [
@@ -213,8 +213,6 @@ def test_the_validation_loss_is_said_and_what_follows_from_it(show) -> None:
         "step 2: validation loss 0.2000, the lowest so far",
         "step 4: validation loss 0.2500 (lowest at step 2)",
         "step 4: similarity of the samples to the held-out photos 0.700",
-        "stopped early after step 5: the validation loss no longer decreased "
-        "(early_stopping_patience)",
         "the result is from step 2, which had the lowest validation loss (keep_best)",
     ]
     assert "loss=0.5000, validation=0.2500" in bar

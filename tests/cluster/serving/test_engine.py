@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 from PIL import Image
@@ -157,6 +158,19 @@ def test_the_settings_of_a_request_are_those_of_sampling(sd1_folder):
     })  # fmt: skip
     assert other.shared == request.shared
     assert other.model_copy(update={"steps": 3}).shared != request.shared
+
+
+@pytest.mark.parametrize(
+    ("field", "most", "beyond"),
+    [("steps", 200, 201), ("guidance_scale", 100, 100.5), ("guidance_rescale", 1, 1.1),
+     ("width", 2048, 2056), ("height", 2048, 2056), ("seed", 2**63 - 1, 2**63),
+     ("strength", 3, 3.1), ("prompt", "x" * 4000, "x" * 4001),
+     ("negative_prompt", "x" * 4000, "x" * 4001)],
+)  # fmt: skip
+def test_a_server_has_limits(field, most, beyond):
+    assert getattr(ApiRequest(**{"prompt": "a", field: most}), field) == most
+    with pytest.raises(pydantic.ValidationError, match=field):
+        ApiRequest(**{"prompt": "a", field: beyond})
 
 
 @pytest.mark.parametrize(

@@ -166,9 +166,8 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
         "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "push_to_hub",
         "hub_model_id",
     }  # fmt: skip
-    another_name = {"use_8bit_adam"}
     every = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert every - set(ADVANCED) == own_field | the_app_s | another_name
+    assert every - set(ADVANCED) == own_field | the_app_s
     assert [name for names in GROUPS.values() for name in names] == list(ADVANCED)
     for group, names in GROUPS.items():
         assert {SETTINGS[name].group for name in names} == {group}

@@ -229,20 +229,19 @@ def reg(photos, tmp_path):
     return tmp_path / "reg"
 
 
-@pytest.mark.parametrize("prompt", [None, "a photo of a mug", "a {red|blue} mug"])
+@pytest.mark.parametrize("prompt", [None, "a photo of a mug"])
 def test_kohyas_regularisation_folder_is_that_of_class_images(tiny_run, reg, prompt):
     """Nothing is generated while there are enough; a prompt that is given wins over the names."""
     config = tiny_run(
         with_prior_preservation=True, class_data_dir=str(reg), class_prompt=prompt,
-        num_class_images=3, wildcards=bool(prompt) and "{" in prompt,
+        num_class_images=3,
     )  # fmt: skip
     session = assemble(config, subjects_of(config), make_accelerator(config))
     (subject,) = session.dataset.subjects
     captions = {image.path.name: image.caption for image in subject.class_images}
     expected = {"2.png": "cup", "0.png": "mug", "1.png": "an old mug"}
     if prompt:  # in the order of the folders
-        first, second = ("a red mug", "a blue mug") if "{" in prompt else (prompt, prompt)
-        expected |= {"2.png": first, "0.png": second}
+        expected |= {"2.png": prompt, "0.png": prompt}
     assert captions == expected
     assert not list(reg.glob("generated-*"))
     assert "3 of 3 class images" in training_summary(config).splitlines()[0]
@@ -264,25 +263,6 @@ def test_class_images_that_are_left_out_are_said(reg):
     ]
     with pytest.warns(UserWarning, match="has 4 class images, but num_class_images 2 are"):
         make(reg, 2, [])
-
-
-def test_wildcards_of_the_class_prompt_are_drawn(tiny_run, tmp_path):
-    """Each alternative has its images, with its caption; none may hold the token."""
-    config = tiny_run(
-        with_prior_preservation=True, class_prompt="a {red|blue|old} mug", wildcards=True,
-        num_class_images=4, caption_prefix="sks,",
-    )  # fmt: skip
-    session = assemble(config, subjects_of(config), make_accelerator(config))
-    (subject,) = session.dataset.subjects
-    captions = [image.caption for image in subject.class_images]
-    assert captions == ["a red mug", "a blue mug", "a old mug", "a red mug"]
-    plain = replace(config, wildcards=False, output_dir=str(tmp_path / "b"), num_class_images=1)
-    session = assemble(plain, subjects_of(plain), make_accelerator(plain))
-    assert session.dataset.subjects[0].class_images[0].caption == config.class_prompt
-    for prompt, setting in (("a {red|sks} mug", "class_prompt"), ("a {mug", "wildcards")):
-        wild = replace(config, class_prompt=prompt)
-        with refused(setting):
-            assemble(wild, subjects_of(wild), make_accelerator(wild))
 
 
 def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, tmp_path):

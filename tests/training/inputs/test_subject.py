@@ -18,14 +18,13 @@ from dora_diffusion.training.inputs.subject import (
     class_caption_of,
     is_toy_word,
     outside_toy_world,
-    prompt_rules,
     subjects_of,
     triggers_of,
 )
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from tests.refusal import refused
-from tests.training.helpers import SAMPLES, same, warnings_of
+from tests.training.helpers import same, small_samples, warnings_of
 
 
 def test_a_prompt_that_watches_drift_is_warned_of_and_sampled(config):
@@ -61,13 +60,12 @@ def test_only_an_embedded_model_is_a_toy() -> None:
 @pytest.fixture
 def two(tiny_run, tmp_path):
     """Settings of a run on a mug and a teapot, which differ in all that subjects may differ in."""
-    teapot = Path(shutil.copytree(SAMPLES / "heart_teapot", tmp_path / "teapot"))
+    teapot = Path(shutil.copytree(small_samples() / "heart_teapot", tmp_path / "teapot"))
     for caption in teapot.glob("*.txt"):
         caption.write_text(caption.read_text("utf-8").replace("sks", "zwx"), encoding="utf-8")
-    (teapot / "02.weight").write_text("3", encoding="utf-8")
     mug = {"repeats": 2, "random_flip": True, "with_prior_preservation": True}
     entries = [
-        {**mug, "instance_data_dir": str(tmp_path / "photos"), "weight": 0.5},
+        {**mug, "instance_data_dir": str(tmp_path / "photos")},
         {
             "instance_data_dir": str(teapot), "token": "zwx", "with_prior_preservation": True,
             "instance_prompt": "a photo of a zwx teapot", "resolution": 40, "center_crop": False,
@@ -81,20 +79,17 @@ def two(tiny_run, tmp_path):
     return make
 
 
-def test_captions_of_each_subject_are_stated_and_its_wildcards_drawn(two, tmp_path):
+def test_captions_of_each_subject_are_stated(two, tmp_path):
     """An entry's rules, where the run has others."""
     config = two(max_train_steps=1)
     entries = [{**entry} for entry in config.dataset_config]
     entries[0] |= {"caption_prefix": "old"}
-    entries[1] |= {"wildcards": True, "instance_prompt": "a {red|blue} zwx teapot"}
+    entries[1] |= {"caption_per_line": True}
     config = two(max_train_steps=1, dataset_config=entries)
     train(config)
     stated = read_adapter(tmp_path / "out").metadata.extra["captions"]
     mug, teapot = (CaptionRules.from_stated(stated, trigger=t) for t in ("sks mug", "zwx teapot"))
-    assert (mug.prefix, mug.wildcards, teapot.prefix) == ("old", None, "")
-    assert teapot.plain("a {red|blue} zwx") == "a red zwx"
-    drawn = {prompt_rules(config).draw_prompt(config.prompts[1].text, seed) for seed in range(9)}
-    assert drawn == {"a red zwx teapot", "a blue zwx teapot"}
+    assert (mug, teapot) == (CaptionRules(prefix="old"), CaptionRules(per_line=True))
 
 
 def test_a_run_of_two_subjects_resumes_bit_for_bit_and_names_both(two, tmp_path):
@@ -115,9 +110,6 @@ def test_a_run_of_two_subjects_resumes_bit_for_bit_and_names_both(two, tmp_path)
     entries = [resumed.dataset_config[0] | {"repeats": 3}, resumed.dataset_config[1]]
     with refused("resume_from_checkpoint", "repeats of entry 1 (2 -> 3)"):
         train(replace(resumed, dataset_config=entries, max_train_steps=6))
-    (tmp_path / "teapot" / "02.weight").write_text("2", encoding="utf-8")
-    with refused("resume_from_checkpoint", "other weights (02.jpg)"):
-        train(replace(resumed, max_train_steps=6))
 
 
 def test_a_batch_is_of_one_size_and_every_row_has_its_own_prior(two):
@@ -130,7 +122,6 @@ def test_a_batch_is_of_one_size_and_every_row_has_its_own_prior(two):
         if size == (32, 32):
             assert batch.class_captions == [c.replace("sks ", "") for c in batch.captions]
             assert not batch.partners
-            assert batch.weights.tolist() == [0.5] * 3
         else:
             assert list(batch.partners) == [0, 1, 2]
             assert batch.captions[3:] == ["a teapot"] * 3

@@ -27,9 +27,7 @@ from dora_diffusion.training.results.checkpoint import (
 from dora_diffusion.training.step import Step
 from tests.refusal import refused
 from tests.training.helpers import (
-    assert_same_adapter,
     losses,
-    make_config,
     names,
     no_room,
     same,
@@ -295,32 +293,6 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_says_where_to_resume(
     line = stopped_line(result)
     assert line.startswith(f"stopped at step {result.steps} of 50; ")
     assert line.endswith("--resume_from_checkpoint latest resumes from checkpoint-2")
-
-
-def test_checkpoints_are_limited_and_load(sd1_folder, photos, tmp_path):
-    config = make_config(
-        sd1_folder, photos, tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=2
-    )
-    train(config)
-    names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
-    assert names == ["checkpoint-3", "checkpoint-4"]
-    assert_same_adapter(tmp_path / "out", tmp_path / "out" / "checkpoint-4")
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(sd1_folder, photos, tmp_path, monkeypatch):
-    config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2)
-    train(config)
-    kept = read_adapter(tmp_path / "out" / "checkpoint-4")
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk is full"):
-        train(replace(config, resume_from_checkpoint="latest", max_train_steps=6))
-    monkeypatch.undo()
-    assert set(read_adapter(tmp_path / "out" / "checkpoint-4").layers) == set(kept.layers)
-    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".run.lock"]
 
 
 def test_the_best_stays_beside_the_limit_until_another_is_better(saver, tmp_path):

@@ -95,7 +95,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_pat
         sd1_folder, photos, tmp_path / "whole",
         max_train_steps=6, train_text_encoder=True, train_batch_size=2, lora_dropout=0.1,
         lr_scheduler="cosine", lora_alpha=3.0, random_flip=True, caption_dropout=0.2,
-        tag_dropout=0.3, keep_tags=0, wildcards=True, caption_prefix="a {big|new} sks,",
+        tag_dropout=0.3, keep_tags=0, caption_prefix="a new sks,",
         max_token_length=150, clip_skip=1, timestep_distribution="logit_normal",
     )  # fmt: skip
     train(whole)

@@ -22,7 +22,7 @@ from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.models import offload
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
-from dora_diffusion.training.events import TrainingEnded, TrainingStarted, Validated
+from dora_diffusion.training.events import TrainingStarted, Validated
 from dora_diffusion.training.inputs import base, held_out
 from dora_diffusion.training.inputs.held_out import divide, read_held_out
 from dora_diffusion.training.inputs.subject import subjects_of
@@ -31,7 +31,14 @@ from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results import validation
 from dora_diffusion.training.results.validation import Validation
 from tests.refusal import refused
-from tests.training.helpers import SAMPLES, assert_same_adapter, losses, make_config, names, same
+from tests.training.helpers import (
+    assert_same_adapter,
+    losses,
+    make_config,
+    names,
+    same,
+    small_samples,
+)  # fmt: skip
 
 MOVING = {"lora_dropout": 0.3, "caption_dropout": 0.5, "random_flip": True, "center_crop": False}
 
@@ -100,7 +107,7 @@ def test_what_leaves_nothing_to_train_on_or_is_trained_on_is_refused(
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Five photos; those that are held out of them, and those that are left."""
     root = tmp_path_factory.mktemp("photos")
-    found = {"all": Path(shutil.copytree(SAMPLES / "bolt_mug", root / "all"))}
+    found = {"all": Path(shutil.copytree(small_samples() / "bolt_mug", root / "all"))}
     config = TrainConfig(instance_data_dir=str(found["all"]), validation_split=2.0, seed=3)
     for name, paths in zip(("kept", "held_out"), divide(config), strict=True):
         found[name] = root / name
@@ -301,16 +308,13 @@ def short(tiny_run, folders):
     return make
 
 
-def test_a_run_stops_early_with_its_best_step_and_a_resumed_one_is_the_same(
+def test_a_run_writes_its_best_step_and_a_resumed_one_is_the_same(
     scripted, short, tmp_path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    events: list[Any] = []
-    settings = {"early_stopping_patience": 2, "checkpoints_total_limit": 1}
-    result = train(short(str(whole), **settings), events.append)
-    assert (result.steps, result.result_step, result.stopped_early) == (4, 2, True)
-    assert not result.interrupted
-    assert events[-1] == TrainingEnded(4, False, 2, True)
+    settings = {"max_train_steps": 4, "checkpoints_total_limit": 1}
+    result = train(short(str(whole), **settings))
+    assert (result.steps, result.result_step) == (4, 2)
     assert names(whole) == ["checkpoint-2", "checkpoint-4"]
     assert same(whole, whole / "checkpoint-2")
     assert not same(whole, whole / "checkpoint-4")
@@ -326,17 +330,17 @@ def test_a_run_stops_early_with_its_best_step_and_a_resumed_one_is_the_same(
         train(short(str(parts), **settings), stop)
     assert names(parts) == ["checkpoint-2", "checkpoint-3"]
     result = train(short(str(parts), **settings, resume_from_checkpoint="latest"))
-    assert (result.steps, result.result_step, result.stopped_early) == (4, 2, True)
+    assert (result.steps, result.result_step) == (4, 2)
     assert names(parts) == ["checkpoint-2", "checkpoint-4"]
     assert same(whole, parts)
     assert same(whole / "checkpoint-4", parts / "checkpoint-4")
     taken = {step: scripted[step] for step in range(5)}
     assert losses(whole, "validation_loss") == losses(parts, "validation_loss") == taken
 
-    # With more patience it continues from where it stopped, and its losses with it.
-    more = short(str(parts), resume_from_checkpoint="latest", **settings)
-    result = train(replace(more, early_stopping_patience=None))
-    assert (result.steps, result.result_step, result.stopped_early) == (6, 6, False)
+    # With more steps it continues from where it ended, and its losses with it.
+    more = {**settings, "max_train_steps": 6}
+    result = train(short(str(parts), resume_from_checkpoint="latest", **more))
+    assert (result.steps, result.result_step) == (6, 6)
     assert losses(parts, "validation_loss") == scripted
 
 

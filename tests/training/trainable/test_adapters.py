@@ -36,15 +36,6 @@ def test_a_conv_rank_without_conv_layers_is_said(config):
     assert said == ["conv_alpha has no effect because targets name no Conv2d layer"]
 
 
-def test_gradient_checkpointing_trains_the_same_adapter(sd1_folder, photos, tmp_path):
-    plain = make_config(
-        sd1_folder, photos, tmp_path / "plain", train_batch_size=2, train_text_encoder=True
-    )
-    train(plain)
-    train(replace(plain, output_dir=str(tmp_path / "saved"), gradient_checkpointing=True))
-    assert_same_adapter(tmp_path / "plain", tmp_path / "saved", rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.slow
 def test_a_compiled_run_follows_the_other_in_few_graphs(
     sd1_folder, shaped_photos, tmp_path, monkeypatch

@@ -124,8 +124,6 @@ class GenerateTab:
                         self._add_line(name, unset)
             text = "Against overexposed images of models with zero terminal SNR; 0 disables it."
             self._add_slider("guidance_rescale", 0, 1, 0.05, info=text)
-            label = FORM["prompt_weights"].label
-            self.fields["prompt_weights"] = gr.Checkbox(UNSET["prompt_weights"], label=label)
 
     def _add_actions(self) -> None:
         self.acting = ui.html_block(elem_id="acting")

@@ -21,7 +21,7 @@ CHECKPOINT = "checkpoint"
 _SETTINGS = (
     "strength", "direction_strength", "magnitude_strength",
     "seed", "steps", "scheduler", "guidance_scale", "guidance_rescale", "clip_skip", "prompt",
-    "negative_prompt", "prompt_weights", "denoise",
+    "negative_prompt", "denoise",
 )  # fmt: skip
 AXES: Mapping[str, str] = {
     "": "None", CHECKPOINT: "Checkpoint", REPLACE: "Words of the prompt", SIZE: "Size",

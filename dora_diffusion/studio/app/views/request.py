@@ -60,13 +60,12 @@ _VISIBLE = (
 )  # fmt: skip
 _FOLDED = (
     "steps", "scheduler", "guidance_scale", "guidance_rescale", "width", "height",
-    "max_token_length", "clip_skip", "prompt_weights", "image", "mask_image", "denoise",
+    "max_token_length", "clip_skip", "image", "mask_image", "denoise",
 )  # fmt: skip
 _LABELS = {
     "num_images": "Images", "direction_strength": "Direction", "magnitude_strength": "Magnitude",
     "guidance_scale": "Guidance (CFG)", "max_token_length": "Tokens read (75, 150, ...; 0: all)",
     "clip_skip": "Clip skip, as Diffusers counts",
-    "prompt_weights": "Weights in prompts: (word:1.2), [word], BREAK",
     "image": "Image to start from", "mask_image": "Mask", "denoise": "Denoising strength",
 }  # fmt: skip
 _OMITTED = {"seed": -1, "scheduler": OWN}

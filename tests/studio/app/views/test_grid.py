@@ -74,7 +74,7 @@ def test_no_axis_names_a_file_of_the_machine(name: str) -> None:
 
 
 def test_every_axis_of_the_list_is_one_of_the_command() -> None:
-    texts = {"size": "64x64", "scheduler": "euler", "prompt_weights": "on", "clip_skip": "1"}
+    texts = {"size": "64x64", "scheduler": "euler", "clip_skip": "1"}
     for name in AXES.keys() - {"", CHECKPOINT}:
         (word,) = axes(name, texts.get(name, "1"))
         assert read_axis(word, KNOWN).changes

@@ -97,7 +97,7 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     assert {*FORM} - further | others == {*settings}
     assert not {*FORM} & others
     for name in (
-        "guidance_rescale", "prompt_weights", "strength",
+        "guidance_rescale", "strength",
     ):  # fmt: skip
         assert UNSET[name] == settings[name].default
     assert UNSET["denoise"] == DENOISE
@@ -133,7 +133,6 @@ CHANGED: dict[str, tuple[object, Any]] = {
     "height": ("80", lambda asked: asked.sampling.height == 80),
     "max_token_length": ("150", lambda asked: asked.model.max_token_length == 150),
     "clip_skip": ("1", lambda asked: asked.model.clip_skip == 1),
-    "prompt_weights": (False, lambda asked: not asked.sampling.prompt_weights),
 }  # fmt: skip
 
 
@@ -198,7 +197,6 @@ def test_what_is_out_of_sight_and_changes_the_images_is_said(run: SimpleNamespac
         is_detail = name in {"denoise", "mask_image", *MORE.values()}
         assert len(said(**{name: changed[name]})) == (not is_detail), name
         assert said(**{name: None}) == []
-    assert said(prompt_weights=False) == ["Weights in prompts: off"]
     assert said(scheduler="dpm++_karras") == ["Scheduler: DPM++ 2M Karras"]
     label = next(text for text, value in adapter_choices(run.context.jobs()) if value == other)
     assert said(**{second: other, strength: -0.5}) == [

@@ -18,6 +18,6 @@ from tests.skips import summary
     ],
 )
 def test_a_run_ends_with_reasons_and_places(reason: str, place: str) -> None:
-    first, second = summary([reason, "there is a GPU", reason])
+    first, second = summary([reason, "fp16 works here", reason])
     assert first.startswith(f"2 skipped: {reason}; runs in {place}")
-    assert second == "1 skipped: there is a GPU; runs in `make test` on a machine without one"
+    assert second == "1 skipped: fp16 works here; runs in `make test` without a GPU"

@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from tests.properties import at_least
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-HOME = Path(__file__).parents[1] / "benchmarks" / "instructions.py"
+HOME = Path(__file__).parents[3] / "benchmarks" / "instructions.py"
 
 spec = importlib.util.spec_from_file_location("instructions", HOME)
 instructions = importlib.util.module_from_spec(spec)

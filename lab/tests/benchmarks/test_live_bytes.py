@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-HOME = Path(__file__).parents[1] / "benchmarks" / "live_bytes.py"
+HOME = Path(__file__).parents[3] / "benchmarks" / "live_bytes.py"
 
 
 @pytest.fixture

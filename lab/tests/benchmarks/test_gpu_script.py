@@ -19,7 +19,7 @@ import torch
 
 from tests.waiting import STAY, WAIT_SECONDS, wait_until
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 @pytest.fixture
