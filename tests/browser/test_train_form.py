@@ -222,44 +222,6 @@ def test_an_event_without_a_sign_of_its_work_is_told_to_no_field(
     visit().wait(f"async () => JSON.stringify(await ({TRACKED})()) === '[[],[\"10\"]]'")
 
 
-def test_a_base_model_is_chosen_as_the_class_is_left_and_only_once(
-    visit: Callable[..., Visit], app: App
-) -> None:
-    page = visit()
-    page.choose("#subject", "My dog")
-    page.wait_text("#upload-to", "join My dog")
-    page.tab("Train")
-    page.fill("#class-word input, #class-word textarea", "dog")
-    page.wait_text("#cost", "toy model of a drawn world[^]*no dog")
-    # As soon as the class is written, a model of this machine that knows it is taken.
-    page.page.keyboard.press("Tab")
-    said = page.wait_text("#train-said", "Base model set to")
-    chosen = next(name for name in (SD1, SDXL) if name in said)
-    steps = {SD1: 800, SDXL: 1000}[chosen]
-    page.wait_text("#plan", f"{chosen} [^]*max_train_steps {steps} ")
-    assert "toy model" not in page.text("#cost")
-    # Whoever takes the toy model nevertheless keeps it.
-    page.choose("#base-model", f"{BASES[0]} ·")
-    page.wait_text("#cost", "toy model of a drawn world")
-    page.page.locator("#class-word input, #class-word textarea").first.click()
-    page.page.keyboard.press("Tab")
-    page.settle()
-    settings = started(app, page, "My dog")
-    assert settings["pretrained_model_name_or_path"] == BASES[0]
-    # And whoever has chosen it before the class was ever left.
-    other = visit()
-    other.choose("#subject", "My dog")
-    other.tab("Train")
-    other.wait("document.querySelector('#class-word input, #class-word textarea').value === 'dog'")
-    for base in (SDXL, BASES[0]):
-        other.choose("#base-model", f"{base} ·")
-        other.wait_text("#plan", f" {base} ")
-    other.page.locator("#class-word input, #class-word textarea").first.click()
-    other.page.keyboard.press("Tab")
-    other.settle()
-    assert f" {BASES[0]} " in other.text("#plan")
-
-
 def test_nothing_scrolls_sideways_on_any_screen(visit: Callable[..., Visit]) -> None:
     page = visit(390)
     page.wait("document.querySelectorAll('#crops img').length >= 4")

@@ -8,7 +8,7 @@ let asked = 0, shown = 0, total = 0;
 async function load(from, count) {
   const turn = ++asked;
   const page = await server.list_page({ from, count }).catch(() => null);
-  // The app has ended, or asked for more meanwhile.
+  // The app has ended, or the page has asked for more meanwhile.
   if (!page || turn !== asked) return;
   if (from) grid.insertAdjacentHTML('beforeend', page.cards);
   else grid.innerHTML = page.cards;
