@@ -66,7 +66,7 @@ def rewritten(half, **changes: str) -> None:
 def said(config) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(config)
+        assert not train(config).interrupted, "a signal from outside of the test"
     lines = [str(each.message) for each in caught]
     return [line for line in lines if "was written with" in line]
 
@@ -89,7 +89,8 @@ def test_resuming_with_other_versions_is_said_in_one_line_with_both(half, tmp_pa
 def test_resuming_with_the_same_says_nothing_and_gives_the_same_bits(half, tiny_run, tmp_path):
     assert said(half) == []
     assert len(recorded(tmp_path / "out")) == 1
-    train(tiny_run(max_train_steps=2, output_dir=str(tmp_path / "whole")))
+    whole = tiny_run(max_train_steps=2, output_dir=str(tmp_path / "whole"))
+    assert not train(whole).interrupted, "a signal from outside of the test"
     assert same(tmp_path / "out", tmp_path / "whole")
 
 
