@@ -282,7 +282,7 @@ def adapter_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
 def _called(job: Job, name: str) -> str:
     """Return the label of a run's adapter. The last step may have a checkpoint and a result."""
     steps = job.step_of(name)
-    marks = [f"step {steps}"] if steps else []  # An imported adapter has no steps.
+    marks = [f"step {steps}"] if steps else []
     if steps and name == RESULT_NAME:
         marks.append("the result")
     if name == job.chosen:

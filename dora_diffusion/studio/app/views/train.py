@@ -236,7 +236,7 @@ def _connect_others(context: Context, tab: TrainTab, pick: Any, opened: Any) -> 
             return [gr.skip()] * (2 + len(_OF_ADAPTER))
         job = next((job for job in context.jobs() if choice and job.id == choice), None)
         texts: list[Any] = [gr.skip()] * len(_OF_ADAPTER)
-        if job and job.settings:  # An imported adapter has none.
+        if job and job.settings:
             values = TrainConfig().to_dict() | dict(job.settings)
             texts = [gr.update(value=settings.setting_text(values[name])) for name in _OF_ADAPTER]
         return [
