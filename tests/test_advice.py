@@ -97,8 +97,7 @@ OTHERS = (
     "dataset_config {folder} holds no folder", "{name} was distilled",
     "{folder}: ignored", "instance_prompt is not set", "the new word",
     # They count what there is.
-    "the zip holds", "the {what} has",
-    "the note has", "{len(files)} files were chosen", "the token of {where}",
+    "the {what} has", "{len(files)} files were chosen", "the token of {where}",
     # Their range is the setting's own, or they are tried with a model below.
     "clip_skip is", "{name} {side} of the sample prompt",
     "bucket_reso_steps is", "size must be above 0",

@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors import safe_open
 
 from dora_diffusion.sampling.images import parse_parameters, read_parameters
-from dora_diffusion.studio.jobs.bases import FOLDERS_FILE
 from dora_diffusion.studio.jobs.store import Workspace
 from dora_diffusion.studio.jobs.subjects import take_sample
 from tests.browser.helpers import SAMPLES, App, Visit, images_of, press, set_up_images
@@ -19,29 +18,29 @@ from tests.z_image import write_z_image
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_z_image(folder / "tiny-z")
-    return folder
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_z_image(tmp_path_factory.mktemp("models") / "tiny-z")
 
 
 @pytest.fixture
-def fill(models: Path) -> Callable[[Workspace], None]:
-    """A sample subject, and a folder of models."""
+def fill() -> Callable[[Workspace], None]:
+    """A sample subject."""
 
     def prepared(workspace: Workspace) -> None:
         take_sample(workspace, SAMPLES, "bolt_mug")
-        (workspace.root / FOLDERS_FILE).write_text(f"{models}\n", encoding="utf-8")
 
     return prepared
 
 
 @pytest.mark.usefixtures("leading")
-def test_it_is_trained_sampled_and_exported(visit: Callable[..., Visit], app: App) -> None:
+def test_it_is_trained_sampled_and_exported(
+    visit: Callable[..., Visit], app: App, model: Path
+) -> None:
     page = visit()
     page.tab("Train")
     page.wait("document.querySelector('#class-word input, #class-word textarea')?.value === 'mug'")
-    page.choose("#base-model", "tiny-z · Z-Image")
+    page.fill("#base-model input", str(model))
+    page.page.keyboard.press("Enter")
     page.check("Fast")
     page.unfold("Advanced settings", "Optimization", "Validation", "Output", "Adapter")
     for name, value in (

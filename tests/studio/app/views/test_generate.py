@@ -102,7 +102,7 @@ OWN = "Model: embedded:tiny-sd, Version: dora_diffusion 0.1.0"
 def test_an_image_s_menu_makes_it_again_and_varies_it(context: Context, made: list[Any]) -> None:
     find = handlers(context)
     text = (
-        "a (red:1.2) mug\nNegative prompt: blurred\n"
+        "a red mug\nNegative prompt: blurred\n"
         f"Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 2.5, Seed: 7, "
         f"Size: 64x72, Batch size: 4, Batch pos: 2, Guidance rescale: 0.5, {OWN}"
     )
@@ -112,7 +112,7 @@ def test_an_image_s_menu_makes_it_again_and_varies_it(context: Context, made: li
         asked = made.pop()
         assert (asked.seed, asked.batch_position) == (seed, batch)
         assert (asked.prompt, asked.sampling.negative_prompt) == (
-            "a (red:1.2) mug",
+            "a red mug",
             "blurred",
         )
         assert asked.model.base == "embedded:tiny-sd"
@@ -122,7 +122,7 @@ def test_an_image_s_menu_makes_it_again_and_varies_it(context: Context, made: li
         assert (asked.num_images, asked.adapter, asked.model.clip_skip) == (1, None, None)
         # The fields say it too, and the new image is shown.
         assert filled[0] == "base/embedded:tiny-sd"
-        assert {"a (red:1.2) mug", "blurred", -1 if seed is None else seed} <= {
+        assert {"a red mug", "blurred", -1 if seed is None else seed} <= {
             one["value"] for one in filled if isinstance(one, dict) and "value" in one
             and isinstance(one["value"], (str, int))
         }  # fmt: skip
