@@ -64,7 +64,7 @@ def test_every_kind_of_card_has_the_fields_of_its_kind(tmp_path: Path) -> None:
                 assert data.get("instance_prompt") == prompt
                 [image] = data["widget"]
                 assert image["output"] == {"url": "samples/a.png"}
-                assert image["text"] == TrainConfig(**{**SUBJECT, **settings}).prompts[0].text
+                assert image["text"] == TrainConfig(**{**SUBJECT, **settings}).prompts[0].prompt
                 [loss] = data.eval_results
                 assert (loss.task_type, loss.metric_type) == ("text-to-image", "validation_loss")
                 assert loss.metric_value == 0.125
