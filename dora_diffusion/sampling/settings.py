@@ -70,8 +70,8 @@ class SamplingSettings:
     denoise: float | None = None
 
     def __post_init__(self) -> None:
-        own = vars(self).keys() & SETTINGS.keys() - _FILES
-        check_values({name: getattr(self, name) for name in SETTINGS if name in own})
+        checked = SETTINGS.keys() - _FILES
+        check_values({name: value for name, value in vars(self).items() if name in checked})
         sizes = [each and each.size for each in (self.image, self.mask_image)]
         require(
             self.mask_image is None or sizes[0] == sizes[1],

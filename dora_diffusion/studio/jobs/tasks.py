@@ -15,6 +15,7 @@ from dora_diffusion.cli.commands.results import ExportSettings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config.fields import Setting
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS
 from dora_diffusion.models.locate import is_embedded
@@ -215,8 +216,13 @@ def _strength(kind: type[CommandSettings], text: str) -> float:
     Raises:
         ConfigError: If it is not a valid number.
     """
-    [setting] = (one for one in kind.settings() if one.name == "strength")
+    setting = strength_setting(kind)
     return float(setting.cast(text.strip() or str(setting.default)))
+
+
+def strength_setting(kind: type[CommandSettings]) -> Setting:
+    """Return the setting of an adapter's strength in a command."""
+    return next(setting for setting in kind.settings() if setting.name == "strength")
 
 
 def start_ranking(workspace: Workspace, run: Job) -> str:

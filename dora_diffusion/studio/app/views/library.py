@@ -84,7 +84,7 @@ class LibraryTab:
 
 
 def _strength(kind: type[CommandSettings], label: str) -> Any:
-    [setting] = (one for one in kind.settings() if one.name == "strength")
+    setting = tasks.strength_setting(kind)
     return ui.setting_field(setting, setting.default, label)
 
 

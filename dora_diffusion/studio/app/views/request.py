@@ -53,7 +53,7 @@ MORE: Mapping[str, str] = {
     f"adapter_{word}": f"strength_{word}" for word in ("second", "third", "fourth")
 }
 """Fields of further adapters, each with the field of its strength."""
-# Settings in the order of the form; the empty line is where its folded sections begin.
+# Settings in the order of the form: always shown, then in folded sections.
 _VISIBLE = (
     "prompt", "negative_prompt", "seed", "num_images",
     "strength", "direction_strength", "magnitude_strength",

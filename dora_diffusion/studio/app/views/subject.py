@@ -55,7 +55,7 @@ class SubjectTab:
         self.upload = gr.File(
             file_count="multiple",
             file_types=["image", ".heic", ".heif", ".txt"],
-            label=f"Up to {MAX_PHOTOS} photos of {MAX_BYTES // 2**20} MB",
+            label=f"Up to {MAX_PHOTOS} photos, of at most {MAX_BYTES // 2**20} MB each",
             height=150,
             elem_id="upload",
         )
