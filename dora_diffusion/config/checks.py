@@ -7,39 +7,27 @@ from collections.abc import Callable, Iterator
 from itertools import chain, permutations
 from typing import Any
 
+from dora_diffusion.config.features.feature import Problem
 from dora_diffusion.config.images import PIXELS, SAFE_STEP, near_side
-from dora_diffusion.config.wording import counted, quoted, whole_word
-
-Contradiction = tuple[str, str]
-"""A setting and the error message."""
+from dora_diffusion.config.wording import whole_word
 
 
-def contradictions(config: Any) -> Iterator[Contradiction]:
+def contradictions(config: Any) -> Iterator[Problem]:
     """Yield the contradictions of a `TrainConfig`; later checks rely on the earlier ones."""
-    checks: dict[Callable[[Any], Iterator[Contradiction]], bool] = {
-        _method: True,
+    checks: dict[Callable[[Any], Iterator[Problem]], bool] = {
         _resolution: bool(config.resolution),
         _hub: config.push_to_hub,
         _validation: True,
         _prodigy: config.is_prodigy,
         _schedule_free: config.is_schedule_free,
-        _allocation: config.parametrization == "adalora" and not config.is_full,
-        _slider: config.is_slider,
-        _new_words: config.train_text_encoder_ti and not config.is_slider,
+        _allocation: config.parametrization == "adalora" and config.trains_adapters,
+        _new_words: config.train_text_encoder_ti and config.has_photos,
     }
-    return chain.from_iterable(check(config) for check, applies in checks.items() if applies)
+    own = (check(config) for check, applies in checks.items() if applies)
+    return chain(chain.from_iterable(own), *(one.problems(config) for one in config.features))
 
 
-def _method(config: Any) -> Iterator[Contradiction]:
-    if config.quantize != "none" and config.is_full:
-        yield (
-            "quantize",
-            f"quantize is {config.quantize}, but method full trains the weights themselves, which "
-            "cannot be quantised; leave it out, or train an adapter",
-        )
-
-
-def _resolution(config: Any) -> Iterator[Contradiction]:
+def _resolution(config: Any) -> Iterator[Problem]:
     if config.resolution % PIXELS:
         yield (
             "resolution",
@@ -48,18 +36,12 @@ def _resolution(config: Any) -> Iterator[Contradiction]:
         )
 
 
-def _hub(config: Any) -> Iterator[Contradiction]:
+def _hub(config: Any) -> Iterator[Problem]:
     if "/" not in (config.hub_model_id or ""):
         yield "push_to_hub", "push_to_hub needs --hub_model_id NAME/MODEL"
-    if config.is_full:
-        yield (
-            "push_to_hub",
-            "push_to_hub publishes adapters; upload the model of full fine-tuning with "
-            "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
-        )
 
 
-def _validation(config: Any) -> Iterator[Contradiction]:
+def _validation(config: Any) -> Iterator[Problem]:
     if config.validation_data_dir and config.validation_split:
         yield (
             "validation_split",
@@ -74,7 +56,7 @@ def _validation(config: Any) -> Iterator[Contradiction]:
         )
 
 
-def _prodigy(config: Any) -> Iterator[Contradiction]:
+def _prodigy(config: Any) -> Iterator[Problem]:
     if config.unet_lr < 0.1:
         yield (
             "learning_rate",
@@ -89,7 +71,7 @@ def _prodigy(config: Any) -> Iterator[Contradiction]:
         )
 
 
-def _schedule_free(config: Any) -> Iterator[Contradiction]:
+def _schedule_free(config: Any) -> Iterator[Problem]:
     name = config.optimizer
     if not config.lr_scheduler.startswith("constant"):
         yield (
@@ -104,7 +86,7 @@ def _schedule_free(config: Any) -> Iterator[Contradiction]:
             "adam_beta1",
             f"adam_beta1 is {config.adam_beta1:g}; for {name} it must be greater than 0",
         )
-    if config.parametrization == "adalora" and not config.is_full:
+    if config.parametrization == "adalora" and config.trains_adapters:
         yield (
             "optimizer",
             f"AdaLoRA switches triplets off, but the average of {name} would restore them; use "
@@ -112,7 +94,7 @@ def _schedule_free(config: Any) -> Iterator[Contradiction]:
         )
 
 
-def _allocation(config: Any) -> Iterator[Contradiction]:
+def _allocation(config: Any) -> Iterator[Problem]:
     if (config.target_rank or 0) > config.rank:
         yield (
             "target_rank",
@@ -128,71 +110,7 @@ def _allocation(config: Any) -> Iterator[Contradiction]:
         )
 
 
-def _slider(config: Any) -> Iterator[Contradiction]:
-    yield from _slider_prompts(config)
-    changed = {*config.target, *config.positive, *config.negative}
-    lowercase = {prompt.lower() for prompt in changed}
-    if both := [prompt for prompt in config.anchors if prompt.lower() in lowercase]:
-        yield (
-            "anchors",
-            f"anchors contains {quoted(both[0])}, which the slider changes; leave it out",
-        )
-    least = len({*changed, *config.anchors})
-    if config.num_class_images < least:
-        yield (
-            "num_class_images",
-            f"num_class_images is {config.num_class_images}, but each of this slider's {least} "
-            f"different prompts needs an image; give at least {least}",
-        )
-    for name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti"):
-        if getattr(config, name):
-            yield (
-                name,
-                f"{name} is set, but teach slider learns from prompts alone; leave it out, or "
-                "--teach subject",
-            )
-    if config.is_full:
-        yield (
-            "method",
-            "method is full, whose weights have no adjustable strength; train an adapter for "
-            "teach slider: lora or dora",
-        )
-
-
-def _slider_prompts(config: Any) -> Iterator[Contradiction]:
-    for name in ("target", "positive", "negative", "anchors"):
-        prompts = getattr(config, name)
-        if not prompts and name != "anchors":
-            yield (
-                name,
-                f"teach slider has no {name}; a slider needs --target, --positive and --negative, "
-                "each with a prompt",
-            )
-        if not all(prompts):
-            yield name, f"{name} has an empty prompt; write it, or leave it out"
-    count = len(config.positive)
-    if len(config.negative) != count:
-        yield (
-            "negative",
-            f"positive has {counted(count, 'prompt')} and negative {len(config.negative)}; give "
-            "one of each for every pair",
-        )
-    if len(config.target) not in (1, count):
-        yield (
-            "target",
-            f"target has {len(config.target)} prompts for {counted(count, 'pair')}; give one for "
-            "all or one for each",
-        )
-    for _, (positive, negative) in config.slider_pairs:
-        if positive.lower() == negative.lower():
-            yield (
-                "negative",
-                f"positive and negative are both {quoted(positive)}; give two prompts that differ "
-                "in the concept of the slider",
-            )
-
-
-def _new_words(config: Any) -> Iterator[Contradiction]:
+def _new_words(config: Any) -> Iterator[Problem]:
     words = config.words
     if not words:
         yield (
@@ -214,7 +132,7 @@ def _new_words(config: Any) -> Iterator[Contradiction]:
                 f"new word {word!r} contains the new word {part!r}, so tokenizers cannot separate "
                 "them; choose others",
             )
-    adapts_table = config.train_text_encoder and not config.is_full
+    adapts_table = config.train_text_encoder and config.trains_adapters
     if adapts_table and "token-embedding" in config.text_encoder_targets:
         yield (
             "text_encoder_targets",
@@ -224,7 +142,7 @@ def _new_words(config: Any) -> Iterator[Contradiction]:
     yield from _initializers(words, config.initializer_concept)
 
 
-def _initializers(words: list[str], concepts: list[str]) -> Iterator[Contradiction]:
+def _initializers(words: list[str], concepts: list[str]) -> Iterator[Problem]:
     is_complete = all(concept.strip() for concept in concepts)
     if len(concepts) not in (0, 1, len(words)) or not is_complete:
         yield (

@@ -22,7 +22,7 @@ from dora_diffusion.config.problems import (
     prefixed,
     read_values,
 )
-from dora_diffusion.config.subject import ENTRY_SETTINGS, Entry
+from dora_diffusion.config.subject import Entry
 from dora_diffusion.config.wording import quoted
 
 
@@ -91,11 +91,13 @@ def by_folder(entry: Entry) -> list[Entry]:
 def _find(name: str, known: Mapping[str, Setting]) -> Setting:
     """Look up a setting that an entry may have."""
     require(
-        name in ENTRY_SETTINGS or name not in known,
+        name not in known or known[name].of_subject,
         f"{name} is a setting of the whole run; give it outside of dataset_config",
         name,
     )
-    return find_training_setting(name, {name: known[name] for name in ENTRY_SETTINGS})
+    return find_training_setting(
+        name, {name: setting for name, setting in known.items() if setting.of_subject}
+    )
 
 
 def _read(path: Path, batch_size: int) -> Any:

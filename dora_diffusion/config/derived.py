@@ -14,15 +14,14 @@ from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.flag_map import had_no_effect
-from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.config.train import TrainConfig, prefixed_prompt, settings, settings_by_name
 
 Changes = dict[str, tuple[Any, Any]]
 
-# Least and most of the usual learning rates, generously. Adafactor takes Adam's rates: its rate is
-# not relative to the weights here, and its updates are clipped. Prodigy multiplies its estimate by
-# the learning rate.
-_ADAPTER, _VERA, _FULL, _PRODIGY = (1e-6, 5e-3), (1e-5, 1e-1), (1e-8, 1e-4), (0.1, 10.0)
+# Least and most of the usual learning rates, generously, of VeRA, and of Prodigy, which multiplies
+# its estimate by the rate. Adafactor takes Adam's rates: its rate is not relative to the weights
+# here, and its updates are clipped.
+_VERA, _PRODIGY = (1e-5, 1e-1), (0.1, 10.0)
 # Words after which a prompt describes the scene or the style: a class word ends before them.
 _NEXT_PHRASE = re.compile(
     r"[,.;:()]|\b(?:on|in|at|with|by|under|over|near|against|wearing|from|and|of|beside)\b.*", re.I
@@ -79,8 +78,7 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
         200 if config.num_validation_images and not config.validation_epochs else None
     ),
     "validation_loss_steps": _validation_loss_steps,
-    # A checkpoint of a whole model takes gigabytes.
-    "checkpointing_steps": lambda config: 500 if config.is_full else 100,
+    "checkpointing_steps": lambda config: config.default("checkpointing_steps", 100),
     "class_data_dir": _class_data_dir,
     "adam_weight_decay_text_encoder": lambda config: (
         config.adam_weight_decay if config.train_text_encoder else None
@@ -95,10 +93,10 @@ def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
     """Default gamma of min-SNR; 0: no weighting.
 
     For v-prediction, its weight goes to 0 with the SNR, at the timesteps that decide the shape of
-    the image: lab/measurements/min-snr.md measures the cost. A slider weights all predictions
-    alike, as in its paper.
+    the image: lab/measurements/min-snr.md measures the cost.
     """
-    return 5.0 if prediction_type == "epsilon" and not config.is_slider else 0.0
+    gamma: float = config.default("snr_gamma", 5.0 if prediction_type == "epsilon" else 0.0)
+    return gamma
 
 
 def resolve(
@@ -127,8 +125,8 @@ def resolve(
         for name, derive in DERIVED.items()
         if getattr(config, name) in (None, []) and (value := derive(config)) is not None
     }
-    if config.learning_rate is None and not config.is_full:
-        values["learning_rate"] = family.default_rate
+    if config.learning_rate is None:
+        values["learning_rate"] = config.default("learning_rate", family.default_rate)
     if config.snr_gamma is None:
         values["snr_gamma"] = usual_snr_gamma(config, prediction_type)
     if config.with_prior_preservation and not config.dataset_config:
@@ -246,16 +244,16 @@ def unusual_rates(config: TrainConfig) -> list[str]:
         >>> unusual_rates(TrainConfig(learning_rate=0.1))[0]
         'learning_rate is 0.1; for adapters adamw usually takes 1e-06 to 0.005'
     """
-    name, method = config.optimizer, "full fine-tuning" if config.is_full else "adapters"
-    least, most = _FULL if config.is_full else _ADAPTER
-    if config.parametrization == "vera" and not config.is_full:
+    run, name = config.describe(), config.optimizer
+    (least, most), method = run.rates, run.trained
+    if config.parametrization == "vera" and config.trains_adapters:
         (least, most), method = _VERA, "VeRA"
     if config.is_prodigy:
         least, most = _PRODIGY
     rates = {"learning_rate": (config.unet_lr, most)}
     if config.train_text_encoder and not config.is_prodigy:
         rates["text_encoder_lr"] = (config.text_encoder_lr, most)
-    if not config.is_full:
+    if config.trains_adapters:
         # Rates of parts of the adapter; magnitudes and B tolerate larger steps.
         rates |= {f"lr_pattern {name}": (rate, most) for name, rate in config.lr_pattern.items()}
         rates["magnitude_lr"] = (config.magnitude_lr or 0, 10 * most)
@@ -291,7 +289,7 @@ def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, C
         refused |= {
             f"{name} of entry {number}": change
             for name, change in changes.items()
-            if name in ENTRY_SETTINGS and refused.get(name) != change
+            if settings_by_name()[name].of_subject and refused.get(name) != change
         }
     return refused, allowed
 

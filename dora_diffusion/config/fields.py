@@ -11,7 +11,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from os import PathLike
@@ -217,6 +217,10 @@ class Setting:
         repeated: Whether repeated flags add up to one list.
         aliases: Other names of choices, in lower case.
         refused: Words that look like a choice -> the choice to use instead.
+        one_line: Whether white space in a text becomes single spaces.
+        of_photos: Whether it has no effect in a run without photos.
+        of_subject: Whether each subject of a run may have its own value.
+        after: Setting that it follows, in whose group it is.
     """
 
     name: str
@@ -241,6 +245,10 @@ class Setting:
     aliases: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     is_map: bool = False
+    one_line: bool = False
+    of_photos: bool = False
+    of_subject: bool = False
+    after: str = ""
 
     @classmethod
     def from_field(cls, source: dataclasses.Field[Any], **common: Any) -> Setting:
@@ -391,6 +399,17 @@ class Setting:
 def _bound(number: float) -> str:
     """A limit as a message shows it: a whole number with all its digits."""
     return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def in_order(settings: Iterable[Setting]) -> list[Setting]:
+    """Move settings behind those that they follow (`Setting.after`), and into their groups."""
+    placed = list[Setting]()
+    for setting in sorted(settings, key=lambda setting: bool(setting.after)):
+        index = next((i for i, s in enumerate(placed) if s.name == setting.after), len(placed) - 1)
+        if setting.after:
+            setting = dataclasses.replace(setting, group=placed[index].group)
+        placed.insert(index + 1, setting)
+    return placed
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:

@@ -14,10 +14,8 @@ from dora_diffusion.config.adapter import (
     PRESETS,
     TEXT_ENCODER_PRESETS,
 )
-from dora_diffusion.config.fields import AnyOf, Condition, Need, TextOrPath, flag, free_flag
+from dora_diffusion.config.fields import Condition, Need, TextOrPath, flag, free_flag
 
-METHODS = ("dora", "lora", "full")
-FULL_WEIGHTS = ("all", "targets")
 PRODIGIES = ("prodigy", "prodigy-schedule-free")
 SCHEDULE_FREE = ("adamw-schedule-free", "prodigy-schedule-free")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", *SCHEDULE_FREE)
@@ -27,8 +25,6 @@ LR_SCHEDULES = (
 
 _TEXT_ENCODER = Need("train_text_encoder")
 _ADAPTER = Need("method", ("dora", "lora"))
-_FULL = Need("method", ("full",))
-_TARGETED = AnyOf((_ADAPTER, Need("full_weights", ("targets",))))
 _ADAM = Need("optimizer", tuple(name for name in OPTIMIZERS if name != "adafactor"))
 _RANKED = Need("parametrization", ("low-rank", "adalora"))
 _VERA = Need("parametrization", ("vera",))
@@ -65,10 +61,9 @@ class AdapterSettings:
     method: str = flag(
         None,
         "Training method. dora: low-rank matrices and magnitudes; weights are frozen. lora: the "
-        "matrices alone. full: full fine-tuning of the weights themselves; the result is a whole "
-        "model.",
-        derived="dora; for a slider lora, whose strength is the same in every program",
-        choices=METHODS,
+        "matrices alone.",
+        derived="dora",
+        choices=("dora", "lora"),
     )
     init_adapter: TextOrPath[str | None] = _adapter_flag(
         None,
@@ -77,21 +72,14 @@ class AdapterSettings:
         "given.",
         is_path=True,
     )
-    full_weights: str = flag(
-        "all",
-        "Weights that full fine-tuning trains: all of the denoiser, or only the layers in targets.",
-        choices=FULL_WEIGHTS,
-        needs=(_FULL,),
-    )
-    targets: list[str] = flag(
+    targets: list[str] = _adapter_flag(
         ["attention+conv"],
         f"Denoiser layers to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
-        needs=(_TARGETED,),
     )
     text_encoder_targets: list[str] = flag(
         ["text-encoder-attention"],
         f"Text-encoder layers to adapt: {', '.join(TEXT_ENCODER_PRESETS)}, or glob patterns.",
-        needs=(_TEXT_ENCODER, _TARGETED),
+        needs=(_TEXT_ENCODER, _ADAPTER),
     )
     train_text_encoder: bool = flag(False, "Train the text encoders too.")
     rank: int = _ranked_flag(8, "Rank of Linear layers.", above=0)
@@ -197,7 +185,7 @@ class OptimizerSettings:
     learning_rate: float | None = free_flag(
         None,
         "Learning rate of the denoiser.",
-        derived="8e-5, for flow models 1e-4, for full fine-tuning 5e-6",
+        derived="8e-5, for flow models 1e-4",
         needs=(_rate("learning_rate", "nothing of the denoiser"),),
         least=0,
     )
@@ -295,7 +283,7 @@ class LossSettings:
     snr_gamma: float | None = flag(
         None,
         "Gamma of min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.",
-        derived="5 if the model predicts the noise, 0 if it predicts v or velocity and for sliders",
+        derived="5 if the model predicts the noise, 0 if it predicts v or velocity",
         least=0,
     )
     loss_type: str = flag(
@@ -344,7 +332,7 @@ class LossSettings:
 
 HOOKS: Mapping[str, Callable[[Any], bool]] = {
     "words:NewWords": lambda config: bool(config.words),
-    "allocation:Allocation": lambda c: c.parametrization == "adalora" and not c.is_full,
+    "allocation:Allocation": lambda c: c.parametrization == "adalora" and c.trains_adapters,
     "average:ScheduleFreeAverage": lambda config: config.is_schedule_free,
     "average:MovingAverage": lambda config: config.ema_decay is not None,
 }

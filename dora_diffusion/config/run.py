@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 from dora_diffusion.config.fields import (
-    DTYPES,
     PRECISIONS,
     AnyOf,
     Need,
@@ -16,7 +15,7 @@ from dora_diffusion.config.fields import (
     free_flag,
 )
 from dora_diffusion.config.images import GUIDANCE_SCALE, MOST_STEPS, STEPS
-from dora_diffusion.config.subject import prior_or_slider
+from dora_diffusion.config.subject import PRIOR
 
 OFFLOADS = ("auto", "none", "model")
 SHARDINGS = ("auto", "none", "fsdp")
@@ -128,14 +127,14 @@ class SampleSettings:
     validation_inference_steps: int = free_flag(
         STEPS,
         "Denoising steps of samples and class images.",
-        needs=(AnyOf((_SAMPLES, prior_or_slider)),),
+        needs=(AnyOf((_SAMPLES, PRIOR)),),
         above=0,
         most=MOST_STEPS,
     )
     validation_guidance_scale: float = free_flag(
         GUIDANCE_SCALE,
         "Guidance scale (CFG scale) of samples and class images.",
-        needs=(AnyOf((_SAMPLES, prior_or_slider)),),
+        needs=(AnyOf((_SAMPLES, PRIOR)),),
         least=0,
     )
 
@@ -152,12 +151,16 @@ class ValidationSettings:
         "validation loss on.",
         resume="ignored",  # its photos are compared by content
         is_path=True,
+        of_photos=True,
+        of_subject=True,
     )
     validation_split: float = flag(
         0.0,
         "Photos of instance_data_dir to hold out instead: a fraction below 1, or their number. "
         "They are drawn by seed and content.",
         least=0,
+        of_photos=True,
+        of_subject=True,
     )
     validation_loss_steps: int | None = _held_out_flag(
         None,
@@ -187,7 +190,7 @@ class OutputSettings:
         None,
         "Save a checkpoint every N steps and at the end; 0 saves none, so a finished run cannot be "
         "extended.",
-        derived="100, for full fine-tuning 500",
+        derived="100",
         least=0,
     )
     checkpointing_minutes: float = flag(
@@ -205,20 +208,6 @@ class OutputSettings:
     )
     resume_from_checkpoint: TextOrPath[str | None] = flag(
         None, "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.", is_path=True
-    )
-    single_file: bool = flag(
-        False,
-        "Also write the model of full fine-tuning as one .safetensors file, in the original layout "
-        "that web UIs read.",
-        needs=(Need("method", ("full",)),),
-    )
-    save_precision: str | None = flag(
-        None,
-        "Precision of the model that full fine-tuning writes. float32 keeps everything that was "
-        "learned, at twice the size of half precision.",
-        derived="the base model's",
-        choices=DTYPES,
-        needs=(Need("method", ("full",)),),
     )
     report_to: str | None = flag(None, "Experiment tracker.", choices=("tensorboard", "wandb"))
     logging_dir: TextOrPath[str] = flag(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -16,13 +16,10 @@ from dora_diffusion.config.base import (
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, TextOrPath, flag
 
-TAUGHT = ("subject", "slider")
-SLIDER_STRENGTHS = (-3.0, -1.5, 0.0, 1.5, 3.0)
-"""Strengths of a slider's sample images."""
 PRIOR_MODES = ("images", "image-free")
 INPAINTING_MASKS = ("random", "subject")
 
-_PRIOR = Need("with_prior_preservation")
+PRIOR = Need("with_prior_preservation")
 
 Entry = dict[str, Any]
 """Settings of one subject, by name; defaults are the settings of the run."""
@@ -34,33 +31,12 @@ def _class_images(config: Any) -> str | None:
     return "prior_preservation_mode is image-free" if is_image_free else None
 
 
-def _num_class_images(config: Any) -> str | None:
-    """`--teach slider`, or class images (`--prior_preservation_mode images`)."""
-    if config.teach == "slider":
-        return None
-    return next((reason for need in _CLASS_IMAGES if (reason := need(config))), None)
-
-
-def prior_or_slider(config: Any) -> str | None:
-    """`--with_prior_preservation` or `--teach slider`."""
-    return None if config.teach == "slider" else _PRIOR(config)
-
-
-def _prior_or_anchors(config: Any) -> str | None:
-    """`--with_prior_preservation` or a slider's `--anchors`."""
-    return Need("anchors")(config) if config.teach == "slider" else _PRIOR(config)
-
-
-def _of_images(config: Any) -> str | None:
-    return "teach is slider, which has no images" if config.teach == "slider" else None
-
-
-_SLIDER = Need("teach", ("slider",))
 _TAGS = AnyOf((Need("shuffle_tags"), Need("tag_dropout")))
-_CLASS_IMAGES = (_PRIOR, _class_images)
+_CLASS_IMAGES = (PRIOR, _class_images)
 _BUCKETS = Need("aspect_ratio_buckets")
 
-_slider_flag = partial(flag, needs=(_SLIDER,))
+# A setting of subjects that has one value for the run, and an effect without photos too.
+_run_flag = partial(flag, of_photos=False, of_subject=False)
 _bucket_flag = partial(flag, needs=(_BUCKETS,))
 
 
@@ -125,6 +101,7 @@ class SubjectSettings:
     """Subjects and captions."""
 
     heading: ClassVar = "Subject"
+    common: ClassVar = {"of_photos": True, "of_subject": True}  # attributes of all its settings
 
     dataset_config: TextOrPath[list[Entry]] = flag(
         [],
@@ -134,6 +111,7 @@ class SubjectSettings:
         derived="one subject, with these settings",
         resume="ignored",  # its entries are compared
         is_path=True,
+        of_subject=False,
     )
     instance_data_dir: TextOrPath[str | None] = flag(
         None,
@@ -176,6 +154,7 @@ class WordSettings:
     """New words: trained token embeddings (textual inversion)."""
 
     heading: ClassVar = "Subject"
+    common: ClassVar = {"of_photos": True}
 
     train_text_encoder_ti: bool = flag(
         False,
@@ -204,51 +183,18 @@ class WordSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SliderSettings:
-    """Sliders: concepts from prompts, without images."""
-
-    heading: ClassVar = "Slider"
-
-    teach: str = flag(
-        "subject",
-        "Training objective. subject: a subject or style from images. slider: the difference of "
-        "two prompts, for strengths of -3 to 3 (concept sliders, arXiv:2311.12092; LECO). A slider "
-        "uses no photos: settings of photos, captions and held-out photos have no effect.",
-        choices=TAUGHT,
-    )
-    target: list[str] = _slider_flag(
-        [],
-        'Prompts that the slider changes: one for all pairs, or one for each: "a photo of a mug".',
-        derived="none, required by --teach slider",
-    )
-    positive: list[str] = _slider_flag(
-        [],
-        'Prompts at strength 3, one for each pair: "a photo of a large mug".',
-        derived="none, required by --teach slider",
-    )
-    negative: list[str] = _slider_flag(
-        [],
-        "Prompts at strength -3, one for each pair, in the order of --positive.",
-        derived="none, required by --teach slider",
-    )
-    anchors: list[str] = _slider_flag(
-        [],
-        "Prompts that the slider must not change: a loss with prior_loss_weight keeps their "
-        "predictions at the base model's.",
-    )
-    slider_guidance: float = _slider_flag(
-        0.3, "Effect of strength 1: factor of the difference of the two predictions.", above=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """Images and captions."""
 
     heading: ClassVar = "Data"
+    common: ClassVar = {"of_photos": True, "of_subject": True}
 
     resolution: int | None = flag(
-        None, "Training resolution in pixels.", derived="the base model's own", above=0
+        None,
+        "Training resolution in pixels.",
+        derived="the base model's own",
+        above=0,
+        of_photos=False,
     )
     center_crop: bool = flag(True, "Center crop; off: a random crop of each image in every epoch.")
     random_flip: bool = flag(
@@ -282,6 +228,7 @@ class ImageSettings:
         "model's prediction for the same caption. 0 trains nothing outside of masks.",
         needs=(Need("masked_loss"),),
         least=0,
+        of_subject=False,
     )
     inpainting_mask: str | None = flag(
         None,
@@ -315,12 +262,12 @@ class ImageSettings:
         least=0,
         most=1,
     )
-    max_token_length: int = flag(
+    max_token_length: int = _run_flag(
         TOKENS_PER_CHUNK,
         "Maximum number of caption tokens: 75, or more in chunks of 75 (150, 225, ...) as in web "
         "UIs; 0: no limit. Applies to samples and generate too.",
     )
-    clip_skip: int = flag(
+    clip_skip: int = _run_flag(
         0,
         "Number of last text-encoder layers to skip, counted as in Diffusers: with Stable "
         "Diffusion 1 and 2, clip_skip 1 is Clip skip 2 of web UIs and sd-scripts; with SDXL, which "
@@ -328,12 +275,12 @@ class ImageSettings:
         "generate too.",
         least=0,
     )
-    cache_latents: bool = flag(
+    cache_latents: bool = _run_flag(
         True,
         "Cache latents of up to 8 crops of each image; off: encode a new random crop in every "
         "step.",
     )
-    dataloader_num_workers: int = flag(
+    dataloader_num_workers: int = _run_flag(
         0,
         "Data-loader workers; 0 loads in the main process.",
         needs=(Need("cache_latents", (False,)),),
@@ -347,6 +294,7 @@ class PriorSettings:
     """Prior preservation."""
 
     heading: ClassVar = "Data"
+    common: ClassVar = {"of_photos": True, "of_subject": True}
 
     with_prior_preservation: bool = flag(
         False, "Prior preservation, against language drift: the rest of the class is unchanged."
@@ -358,7 +306,7 @@ class PriorSettings:
         "generated before the first step.",
         derived="image-free; images if class_data_dir or class_prompt is given",
         choices=PRIOR_MODES,
-        needs=(_PRIOR,),
+        needs=(PRIOR,),
     )
     class_data_dir: TextOrPath[str | None] = flag(
         None,
@@ -376,62 +324,15 @@ class PriorSettings:
         needs=_CLASS_IMAGES,
     )
     num_class_images: int = flag(
-        100,
-        "Number of class images; for a slider, number of images that the base model generates from "
-        "its prompts.",
-        needs=(_num_class_images,),
-        above=0,
+        100, "Number of class images.", needs=_CLASS_IMAGES, above=0, of_photos=False
     )
-    prior_loss_weight: float = flag(
-        1.0,
-        "Weight of the prior-preservation loss, and of the loss of a slider's anchors.",
-        needs=(_prior_or_anchors,),
-        least=0,
+    prior_loss_weight: float = _run_flag(
+        1.0, "Weight of the prior-preservation loss.", needs=(PRIOR,), least=0
     )
-    sample_batch_size: int = flag(
+    sample_batch_size: int = _run_flag(
         4,
         "Batch size for generating class images and samples.",
-        needs=(AnyOf((prior_or_slider, Need("num_validation_images"))),),
+        needs=(AnyOf((PRIOR, Need("num_validation_images"))),),
         resume="ignored",
         above=0,
     )
-
-
-# Settings of the whole run within the groups of settings that each subject may have.
-_WHOLE_RUN = frozenset((
-    "dataset_config", "cache_latents", "dataloader_num_workers", "prior_loss_weight",
-    "unmasked_prior",
-    "sample_batch_size", "max_token_length", "clip_skip",
-))  # fmt: skip
-
-# Settings that apply to sliders within the groups of settings of images.
-_OF_SLIDERS = frozenset((
-    "resolution", "max_token_length", "clip_skip", "cache_latents", "dataloader_num_workers",
-    "num_class_images", "prior_loss_weight", "sample_batch_size",
-))  # fmt: skip
-OF_IMAGES = {
-    name: _of_images
-    for name in (
-        *(
-            source.name
-            for group in (SubjectSettings, WordSettings, ImageSettings, PriorSettings)
-            for source in fields(group)
-        ),
-        "validation_data_dir",
-        "validation_split",
-    )
-    if name not in _OF_SLIDERS
-}
-"""Setting without effect on a slider -> its condition."""
-
-ENTRY_SETTINGS = (
-    *(
-        source.name
-        for group in (SubjectSettings, ImageSettings, PriorSettings)
-        for source in fields(group)
-        if source.name not in _WHOLE_RUN
-    ),
-    "validation_data_dir",
-    "validation_split",
-)
-"""Settings that an entry of a dataset file may have."""

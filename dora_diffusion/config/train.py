@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
-from functools import cached_property, lru_cache, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial, reduce
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,18 @@ from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.checks import contradictions
 from dora_diffusion.config.families import DEFAULT_FAMILY
+from dora_diffusion.config.features.feature import Description, Feature
+from dora_diffusion.config.features.full import FullSettings
+from dora_diffusion.config.features.slider import SliderSettings
 from dora_diffusion.config.fields import (
+    Condition,
     ConfigError,
     Setting,
+    in_order,
     python_number,
     require,
     require_token_length,
+    shown,
 )
 from dora_diffusion.config.file import PATHS
 from dora_diffusion.config.flag_map import find_training_setting, without_removed
@@ -46,10 +53,11 @@ class TrainConfig(  # type: ignore[misc]
     subject.ModelSettings,
     subject.SubjectSettings,
     subject.WordSettings,
-    subject.SliderSettings,
+    SliderSettings,
     subject.ImageSettings,
     subject.PriorSettings,
     learning.AdapterSettings,
+    FullSettings,
     learning.LengthSettings,
     learning.OptimizerSettings,
     learning.LossSettings,
@@ -71,12 +79,8 @@ class TrainConfig(  # type: ignore[misc]
     def __post_init__(self) -> None:
         self._check_values()
         if self.method is None:
-            object.__setattr__(self, "method", "lora" if self.is_slider else "dora")
-        if self.is_slider:
-            # Normalized like captions: the prompts become captions of generated images.
-            for name in ("target", "positive", "negative", "anchors"):
-                prompts = [" ".join(prompt.split()) for prompt in getattr(self, name)]
-                object.__setattr__(self, name, prompts)
+            object.__setattr__(self, "method", self.default("method", "dora"))
+            vars(self).pop("features")  # Whether one is on may depend on the method.
         if self.dataset_config:
             from dora_diffusion.config.dataset_file import checked_entries
 
@@ -92,7 +96,7 @@ class TrainConfig(  # type: ignore[misc]
         for name, message in contradictions(self):
             raise ConfigError(message, name)
         adapters = self.unet_adapter, self.text_encoder_adapter  # They check their own values.
-        if self.init_adapter and not self.is_full:
+        if self.init_adapter and self.trains_adapters:
             adapters[0].check_start()
 
     def _check_values(self) -> None:
@@ -105,6 +109,9 @@ class TrainConfig(  # type: ignore[misc]
             object.__setattr__(self, setting.name, value)
             with problems.collect():
                 setting.check(value)
+                if setting.one_line:
+                    value = [" ".join(text.split()) for text in value]
+                    object.__setattr__(self, setting.name, value)
         problems.raise_all()
         require_token_length(self.max_token_length)
         require_tile_size(self.vae_tile_size)
@@ -123,23 +130,42 @@ class TrainConfig(  # type: ignore[misc]
         return [self.of_entry(index) for index in indices] or [self]
 
     @property
+    def kind(self) -> Any:
+        """Class of the config, which has the settings of features from outside too."""
+        return type(self)
+
+    @cached_property
+    def features(self) -> tuple[Feature, ...]:
+        """Optional features that are on, in the order in which they act."""
+        return tuple(one for one in features_of(self.kind) if one.is_on(self))
+
+    @cached_property
+    def has_photos(self) -> bool:
+        """True if the run learns from photos."""
+        return _without_photos(self) is None
+
+    @property
+    def trains_adapters(self) -> bool:
+        """True if the run trains adapters, not weights of the model itself."""
+        return all(one.trains_adapters for one in self.features)
+
+    def uses(self, name: str) -> bool:
+        """Return whether a setting has an effect."""
+        return settings_by_name(self.kind)[name].inactive_reason(self) is None
+
+    def default(self, name: str, usual: Any) -> Any:
+        """Return the default of a setting by the features that are on, or else the usual one."""
+        values = (one.defaults(self) for one in self.features)
+        return next((of_one[name] for of_one in values if name in of_one), usual)
+
+    def describe(self) -> Description:
+        """Describe what the run makes."""
+        return reduce(lambda run, one: one.describe(self, run), self.features, Description())
+
+    @cached_property
     def holds_prior(self) -> bool:
-        """True if any subject uses prior preservation, or the slider has anchors."""
-        if self.is_slider:
-            return bool(self.anchors)
-        return any(subject.with_prior_preservation for subject in self.subjects)
-
-    @property
-    def is_slider(self) -> bool:
-        """True if the run trains a slider from prompts, not from images."""
-        return self.teach == "slider"
-
-    @property
-    def slider_pairs(self) -> list[tuple[str, tuple[str, str]]]:
-        """Pairs of the slider: target, and its positive and negative prompt."""
-        targets = self.target * (len(self.positive) if len(self.target) == 1 else 1)
-        ends = zip(self.positive, self.negative, strict=True)
-        return list(zip(targets, ends, strict=True)) if self.is_slider else []
+        """True if the loss of any subject has a prior-preservation loss."""
+        return any(subject.uses("prior_loss_weight") for subject in self.subjects)
 
     @property
     def allocation_phases(self) -> tuple[int, int]:
@@ -186,11 +212,6 @@ class TrainConfig(  # type: ignore[misc]
         return "lora" if self.method == "dora" and not self.use_dora else self.method
 
     @property
-    def is_full(self) -> bool:
-        """True for full fine-tuning."""
-        return self.method_name == "full"
-
-    @property
     def base_model(self) -> BaseModel:
         """The base model with its loading options."""
         return BaseModel.of_settings(vars(self))
@@ -203,7 +224,8 @@ class TrainConfig(  # type: ignore[misc]
     @property
     def usual_lr(self) -> float:
         """Default learning rate of the denoiser, of adapters for the default family."""
-        return 5e-6 if self.is_full else DEFAULT_FAMILY.default_rate
+        rate: float = self.default("learning_rate", DEFAULT_FAMILY.default_rate)
+        return rate
 
     @property
     def is_prodigy(self) -> bool:
@@ -242,8 +264,9 @@ class TrainConfig(  # type: ignore[misc]
 
     @property
     def taught_prompts(self) -> list[str]:
-        """Unique instance prompts of the subjects, or targets of the slider."""
-        prompts = self.target if self.is_slider else map(prefixed_prompt, self.subjects)
+        """Unique prompts that the run teaches: the instance prompts of the subjects."""
+        prompts = self.describe().prompts
+        prompts = list(map(prefixed_prompt, self.subjects)) if prompts is None else prompts
         return list(dict.fromkeys(filter(None, prompts)))
 
     def with_sample_prompts(self) -> TrainConfig:
@@ -279,12 +302,12 @@ class TrainConfig(  # type: ignore[misc]
         return self._uses_prior("images")
 
     def _uses_prior(self, mode: str) -> bool:
-        return self.with_prior_preservation and self.prior_mode == mode and not self.is_slider
+        return self.with_prior_preservation and self.prior_mode == mode and self.has_photos
 
     @property
     def holds_out(self) -> bool:
         """True if photos are held out for the validation loss."""
-        return not self.is_slider and any(
+        return self.has_photos and any(
             s.validation_data_dir or s.validation_split for s in self.subjects
         )
 
@@ -310,24 +333,62 @@ def prefixed_prompt(config: TrainConfig) -> str:
     return prefixed_caption(prefix, prompt) if prompt and prefix else prompt
 
 
-@lru_cache(maxsize=1)
-def settings() -> tuple[Setting, ...]:
-    """All settings, in the order of their fields."""
-    groups: tuple[Any, ...] = TrainConfig.__bases__
-    described = (
+@dataclass(frozen=True)
+class _Used:
+    """Conditions of a setting, for a feature that is on and uses it its own."""
+
+    name: str
+    features: tuple[Feature, ...]
+    needs: tuple[Condition, ...]
+
+    def __call__(self, config: Any) -> str | None:
+        """Return why the setting has no effect; None if it has one."""
+        on = [one.uses[self.name] for one in self.features if one.is_on(config)]
+        return next(filter(None, (need(config) for need in on or self.needs)), None)
+
+
+def _without_photos(config: Any) -> str | None:
+    for one in features_of(config.kind):
+        if not one.has_photos and one.on(config) is None:
+            name = one.on.setting
+            return f"{name} is {shown(getattr(config, name))}, which has no images"
+    return None
+
+
+@lru_cache
+def features_of(kind: Any) -> tuple[Feature, ...]:
+    """All optional features, on or off, in the order in which they act."""
+    groups = (vars(group) for group in kind.__mro__)
+    return tuple(group["feature"] for group in groups if "feature" in group)
+
+
+@lru_cache
+def settings(kind: Any = TrainConfig) -> tuple[Setting, ...]:
+    """All settings, in the order of the help."""
+    described = [
         Setting.from_field(source, group=group.heading, **getattr(group, "common", {}))
-        for group in groups
+        for group in kind.__mro__
+        if "heading" in vars(group)
         for source in dataclasses.fields(group)
-    )
-    return tuple(
-        dataclasses.replace(setting, needs=(need, *setting.needs))
-        if (need := subject.OF_IMAGES.get(setting.name))
-        else setting
-        for setting in described
-    )
+    ]
+    features = features_of(kind)
+    return tuple(_extended(setting, features) for setting in in_order(described))
 
 
-@lru_cache(maxsize=1)
-def settings_by_name() -> dict[str, Setting]:
+def _extended(setting: Setting, features: Sequence[Feature]) -> Setting:
+    """Return a setting with what features add to it, and conditions for their use of it."""
+    name, help_, derived, choices = setting.name, setting.help, setting.derived, setting.choices
+    for added in (one.adds[name] for one in features if name in one.adds):
+        help_ = help_.removesuffix(".") + f"{added.help}." if added.help else help_
+        derived += added.derived
+        choices = (*choices, *added.choices) if choices else None
+    users, needs = tuple(one for one in features if name in one.uses), setting.needs
+    needs = (_Used(name, users, needs),) if users else needs
+    needs = (_without_photos, *needs) if setting.of_photos else needs
+    return dataclasses.replace(setting, help=help_, derived=derived, choices=choices, needs=needs)
+
+
+@lru_cache
+def settings_by_name(kind: Any = TrainConfig) -> dict[str, Setting]:
     """All settings by name."""
-    return {setting.name: setting for setting in settings()}
+    return {setting.name: setting for setting in settings(kind)}

@@ -213,6 +213,7 @@ class SubjectPhotos:
         mask_channels: Additional channels of the pixels, for models that read them.
         class_caption: Caption -> class caption, for the image-free prior.
         repeats: Number of samples of each photo per epoch.
+        more_captions: Captions that terms of the loss ask for besides.
     """
 
     photos: Sequence[Photo]
@@ -223,6 +224,7 @@ class SubjectPhotos:
     mask_channels: MaskChannels | None = None
     class_caption: Callable[[str], str] | None = None
     repeats: int = 1
+    more_captions: Sequence[str] = ()
 
     @property
     def captions(self) -> list[str]:
@@ -309,12 +311,12 @@ class DreamBoothDataset(Dataset[Sample]):
             on_crop(number, len(crops))
 
     def all_captions(self, indices: Sequence[EpochIndex]) -> set[str]:
-        """Drawn captions of samples, with their class captions and the captions of class images."""
+        """Captions that samples need: drawn ones, of the class, of class images, and of terms."""
         captions: set[str] = set()
         for sample_index in indices:
             subject, index = self._rows[sample_index.index]
             caption = subject.draws.caption(subject.photos[index], sample_index.epoch)
-            captions.add(caption)
+            captions |= {caption, *subject.more_captions}
             if subject.class_caption is not None:
                 captions.add(subject.class_caption(caption))
             if subject.class_images:

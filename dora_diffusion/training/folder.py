@@ -54,7 +54,7 @@ class TrainResult:
 
     Attributes:
         output_dir: Output folder of the run.
-        adapter: Adapter file; None if the run was interrupted or was full fine-tuning.
+        adapter: Adapter file; None if the run was interrupted or trained no adapter.
         steps: Number of completed optimizer steps.
         total_steps: Number of optimizer steps of the whole run; 0 if it was interrupted before that
             was known.
@@ -249,16 +249,16 @@ class RunFolder:
             raise TrainingError(self._unlearned_message(written))
         signal_number = None if is_complete else self.stop.signal_number
         self.on_event(events.TrainingEnded(steps, not is_complete, result_step))
-        is_full = self.run.config.is_full
+        is_adapter = self.run.config.trains_adapters
         return TrainResult(
             self.output_dir,
-            adapter=None if is_full else written,
+            adapter=written if is_adapter else None,
             steps=steps,
             total_steps=total_steps,
             signal_number=signal_number,
             samples=self.samples.files,
             checkpoint=self.saver.newest,
-            model=written if is_full else None,
+            model=None if is_adapter else written,
             result_step=result_step,
             kept=kept,
         )
@@ -369,7 +369,7 @@ class RunFolder:
         if not self.is_main or not self.start.step < step != self.saver.last_step:
             return
         failed = f"no checkpoint of step {step} was saved before the error"
-        if self.shards and self.run.config.is_full:
+        if self.shards and not self.run.config.trains_adapters:
             warnings.warn(f"{failed}, since other processes hold shards", stacklevel=3)
             return
         if not self.run.step.is_whole:

@@ -491,6 +491,7 @@ def stepped_parameters(
         shards: Whether the model is sharded.
         order: See `FlatParameters`.
     """
-    if not config.is_full and config.optimizer == "adamw":
+    if config.trains_adapters and config.optimizer == "adamw":
         return FlatParameters(groups, order)
-    return LocalParameters(groups) if shards and config.is_full else SteppedParameters(groups)
+    is_local = shards and not config.trains_adapters
+    return LocalParameters(groups) if is_local else SteppedParameters(groups)

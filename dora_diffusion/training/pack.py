@@ -138,8 +138,7 @@ def _unsupported(config: TrainConfig) -> dict[str, bool]:
     """Return the settings that a pack does not support, and whether they are set."""
     encodes = config.train_text_encoder
     return {
-        "method": config.is_full,
-        "teach": config.is_slider,
+        **{one.on.setting: "pack" in one.excludes for one in config.features},
         "parametrization": config.parametrization != "low-rank",
         "init": config.init == "pissa",
         "lora_dropout": config.lora_dropout > 0,

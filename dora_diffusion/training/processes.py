@@ -85,7 +85,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         allow_tf32()
     # Adapters need no autocast: the frozen model has the precision already, and an adapted layer
     # casts its parameters. Autocast would only cast around the normalization layers.
-    autocast = AutocastKwargs(enabled=config.is_full)
+    autocast = AutocastKwargs(enabled=not config.trains_adapters)
     # The model is sharded by `shard`, not by Accelerate.
     with patch_environment(ACCELERATE_USE_FSDP="false"):
         accelerator: Any = Accelerator(
@@ -186,7 +186,7 @@ def has_sharding() -> bool:
 def _check_settings(config: TrainConfig) -> None:
     """Check that no setting excludes sharding."""
     holds = {subject.is_image_free for subject in config.subjects}
-    is_full, optimizer = config.is_full, config.optimizer
+    is_full, optimizer = not config.trains_adapters, config.optimizer
     problems = {
         f"needs torch 2.7 or newer, this is {torch.__version__}": not has_sharding(),
         "excludes compile: compiled blocks do not gather their weights": config.compile,

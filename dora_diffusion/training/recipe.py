@@ -21,6 +21,7 @@ from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
+from dora_diffusion.training.features.part import parts_of
 from dora_diffusion.training.folder import RunFolder, TrainResult
 from dora_diffusion.training.inputs.base import (
     LoadBase,
@@ -53,7 +54,7 @@ from dora_diffusion.training.trainable.words import add_words, require_new
 
 if TYPE_CHECKING:
     from dora_diffusion.training.hooks.hook import Hook
-    from dora_diffusion.training.trainable.full import TrainedWeights
+    from dora_diffusion.training.trainable.weights import TrainedWeights
 
 __all__ = ["TrainResult", "TrainingError", "train"]
 
@@ -215,7 +216,7 @@ def assemble(
     weights = select_trainable(components, config, start)
     samples = iterate_batches(*data, num_workers=config.dataloader_num_workers)
     if shards_model(accelerator):
-        shard_trainable(components, weights, accelerator)
+        shard(components, weights.modules, weights.trained, weights.base, accelerator)
     process = components.process
     batches = Batches(config, components, process, samples, accelerator.process_index)
     return Run(
@@ -290,24 +291,9 @@ def select_trainable(
     Raises:
         TargetError, ValueError, AdapterFormatError: If the weights cannot be trained.
     """
-    weights: TrainedWeights
-    if config.is_full:
-        from dora_diffusion.training.trainable.full import select_weights
-
-        weights = select_weights(components, config)
-    else:
-        weights = inject_trained(components, config, start)
+    selected = (part.weights(components) for part in parts_of(config))
+    weights = next(filter(None, selected), None) or inject_trained(components, config, start)
     weights = replace(weights, words=add_words(components, config, start.tokens if start else None))
     for name in weights.words.tables if not config.train_text_encoder else ():
         enter_training(components.adaptable()[name], components, config)
     return weights
-
-
-def shard_trainable(components: Components, weights: TrainedWeights, accelerator: Any) -> None:
-    """Shard the trained components over all processes (`shard`)."""
-    from dora_diffusion.training.trainable.full import FullWeights
-
-    if isinstance(weights, FullWeights):
-        shard(components, weights.modules, weights.trained, weights.base, accelerator)
-    else:
-        shard(components, weights.modules, {}, {}, accelerator)

@@ -20,7 +20,7 @@ from dora_diffusion.training.step import Step
 
 if TYPE_CHECKING:
     from dora_diffusion.training.results.validation import Validation
-    from dora_diffusion.training.trainable.full import TrainedWeights
+    from dora_diffusion.training.trainable.weights import TrainedWeights
 
 
 @dataclass

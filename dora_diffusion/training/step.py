@@ -26,7 +26,7 @@ from dora_diffusion.training.terms import Term, mean_losses
 
 if TYPE_CHECKING:
     from dora_diffusion.training.hooks.hook import Hook, Record
-    from dora_diffusion.training.trainable.full import TrainedWeights
+    from dora_diffusion.training.trainable.weights import TrainedWeights
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.numerics.loss import denoising_loss, slider_target, split_prior
+from dora_diffusion.numerics.loss import denoising_loss, split_prior
 from dora_diffusion.numerics.process import NoiseProcess
 from dora_diffusion.training.batch import Batch, Rows
+from dora_diffusion.training.features.part import parts_of
 from dora_diffusion.training.prediction import Ask
 
 
@@ -132,50 +132,15 @@ class Unmasked:
         return Losses(self.weight * losses)
 
 
-@dataclass(frozen=True)
-class Slider:
-    """Loss of a slider (`slider_target`). Class images are trained towards the base's predictions.
-
-    Attributes:
-        loss: Loss of each row.
-        pairs: Positive and negative prompts by target prompt. A row draws one of the pairs.
-        guidance: Factor of the difference between positive and negative prediction.
-    """
-
-    loss: RowLoss
-    pairs: Mapping[str, Sequence[tuple[str, str]]]
-    guidance: float
-
-    def asks(self, batch: Batch) -> list[Ask]:
-        pairs = [self.pairs[caption] for caption in batch.captions[: batch.photos]]
-        rows = zip(pairs, batch.generators, strict=False)
-        ends = [of_row[int(torch.randint(len(of_row), (), generator=g))] for of_row, g in rows]
-        positive, negative = (dict(enumerate(side)) for side in zip(*ends, strict=True))
-        return [
-            Ask(batch.captions),
-            Ask(batch.captions, of_base=True),
-            Ask.by_row(batch, positive, of_base=True),
-            Ask.by_row(batch, negative, of_base=True),
-        ]
-
-    def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
-        predicted, base, positive, negative = predictions
-        target = slider_target(base, positive, negative, self.guidance)
-        return Losses(self.loss(batch, predicted, target))
-
-
 def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
     """Build the terms of a run's loss."""
     loss = RowLoss(process, config.snr_gamma or 0.0)
     if config.loss_type == "huber":
         delta = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
         loss = replace(loss, delta=delta)
-    if config.is_slider:  # Its target replaces that of all other terms.
-        pairs = defaultdict[str, list[tuple[str, str]]](list)
-        for target, ends in config.slider_pairs:
-            pairs[target].append(ends)
-        return [Slider(loss, pairs, config.slider_guidance)]
-    terms: list[Term] = [Denoising(loss)]
+    terms: list[Term] = [Denoising(loss)] if config.has_photos else []
+    for part in parts_of(config):
+        terms += part.terms(loss)
     if any(subject.is_image_free for subject in config.subjects):
         terms.append(Prior(loss))
     if config.holds_unmasked:

@@ -10,7 +10,6 @@ import yaml
 
 from dora_diffusion.config import TrainConfig, differences, settings, without_effect
 from dora_diffusion.config.derived import as_yaml
-from dora_diffusion.config.subject import ENTRY_SETTINGS
 from tests.every import every
 from tests.refusal import refused
 
@@ -103,7 +102,7 @@ INPAINTING = ("random", "subject")
 def test_an_entrys_setting_wins_and_the_runs_is_said() -> None:
     """Of every setting that an entry may have, in the file of a run or on its command line."""
     with every() as case:
-        for name in ENTRY_SETTINGS:
+        for name in (setting.name for setting in settings() if setting.of_subject):
             with case(name):
                 check_entry(name)
 

@@ -13,7 +13,6 @@ import yaml
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, settings
 from dora_diffusion.config.derived import as_yaml, relative_paths
 from dora_diffusion.config.file import resolve_paths
-from dora_diffusion.config.subject import ENTRY_SETTINGS
 
 NAMES = [setting.name for setting in settings() if setting.is_path and setting.kind is not dict]
 MARK = {"paths": "relative to this file"}
@@ -50,7 +49,7 @@ def test_every_path_setting_moves_with_the_run(name: str, project: Path) -> None
 
 
 def test_paths_of_entries_move_too(project: Path) -> None:
-    names = sorted({*NAMES} & {*ENTRY_SETTINGS})
+    names = sorted(s.name for s in settings() if s.of_subject and s.name in NAMES)
     assert names
     entry = {**dict.fromkeys(names, "photos/mug"), "instance_prompt": "a sks mug"}
     moved = relative_paths({"dataset_config": [entry]}, "my-run")["dataset_config"][0]

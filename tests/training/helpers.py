@@ -21,10 +21,12 @@ from PIL import Image
 
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.features.slider import pairs_of
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.batch import Batch
 from dora_diffusion.training.conditioner import Conditioner
+from dora_diffusion.training.features.slider import Slider
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.optimizer import _LIBRARIES, optimizer_library
 from dora_diffusion.training.prediction import Ask, Drawn, Question, answer
@@ -36,7 +38,6 @@ from dora_diffusion.training.terms import (
     Denoising,
     Prior,
     RowLoss,
-    Slider,
     Term,
     Unmasked,
     mean_losses,
@@ -136,7 +137,7 @@ def terms_of(
     delta = partial(process.huber_delta, schedule=huber, c=0.1) if huber else squared_error
     loss = RowLoss(process, snr_gamma, delta)
     if slider is not None:
-        pairs = {t: [e for p, e in slider.slider_pairs if p == t] for t in slider.target}
+        pairs = {t: [e for p, e in pairs_of(slider) if p == t] for t in slider.target}
         return [Slider(loss, pairs, slider.slider_guidance)]
     unmasked = [Unmasked(loss, unmasked_prior)] if unmasked_prior else []
     return [Denoising(loss), Prior(loss), *unmasked]

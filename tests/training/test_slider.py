@@ -19,7 +19,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.cli.console.training import training_summary
 from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.config.subject import OF_IMAGES, SLIDER_STRENGTHS
+from dora_diffusion.config.features.slider import STRENGTHS
 from dora_diffusion.config.train import settings
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.export.convert import convert_adapter
@@ -192,9 +192,9 @@ def test_how_it_is_computed_changes_no_loss(sdxl_folder: Path, tmp_path: Path) -
 
 def test_settings_of_images_have_no_effect_which_is_said(sd1_folder: Path, tmp_path: Path) -> None:
     by_name, moved = {setting.name: setting for setting in settings()}, dict[str, Any]()
-    for name in OF_IMAGES:
-        setting = by_name[name]
-        if name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti"):
+    refused = "instance_data_dir", "dataset_config", "train_text_encoder_ti"
+    for name, setting in by_name.items():
+        if not setting.of_photos or name in refused:
             continue
         if setting.kind is bool:
             moved[name] = not setting.default
@@ -283,7 +283,7 @@ def test_samples_are_a_strip_of_the_written_file(sd1_folder: Path, tmp_path: Pat
     components, metadata = load_adapted(sd1_folder, result.adapter)
     sampling = SamplingSettings(steps=2, width=32, height=32)
     places = []
-    for strength in SLIDER_STRENGTHS:
+    for strength in STRENGTHS:
         set_strength(components.denoiser, strength)
         for image in generate_images(components, TARGET, [3, 4], sampling):
             places.append(find(sheet, image, within=1)[0])

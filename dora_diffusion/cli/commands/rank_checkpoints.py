@@ -110,7 +110,7 @@ def _questions(config: TrainConfig, args: RankCheckpointsSettings, base: str) ->
     from dora_diffusion.training.inputs.subject import subjects_of, triggers_of
 
     require(
-        not config.is_slider,
+        config.has_photos,
         "the run taught a slider, which has no photos to compare with; its samples, as "
         "samples/step-000200.png, show each checkpoint at several strengths",
         "run",

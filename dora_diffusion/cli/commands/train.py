@@ -114,7 +114,9 @@ class TrainSettings(CommandSettings):
             return 128 + result.signal_number
         if written := result.adapter or result.model:
             print(f"done: {written}")
-            print(trigger_line(progress.triggers[""], example_prompt(config), config.is_slider))
+            print(
+                trigger_line(progress.triggers[""], example_prompt(config), config.describe().hint)
+            )
             print("\n".join(next_steps(config, written)))
             if result.kept is not None:
                 print(f"the file keeps {result.kept:.1%} of what training changed")
@@ -200,7 +202,7 @@ def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     return 1 if pack.failures else 0
 
 
-def trigger_line(trigger: str, prompt: str, is_slider: bool = False) -> str:
+def trigger_line(trigger: str, prompt: str, hint: str = "") -> str:
     """Return a line on prompts: with the trigger words, or a caption if there are none."""
     from dora_diffusion.formats.adapter.metadata import split_triggers
 
@@ -208,9 +210,7 @@ def trigger_line(trigger: str, prompt: str, is_slider: bool = False) -> str:
         which = "the subject" if len(triggers) == 1 else "that subject"
         return f"write {' or '.join(map(repr, triggers))} in a prompt to get {which}"
     such_as = f", such as {quoted(prompt)}" if prompt else ""
-    if is_slider:
-        return f"it is a slider: generate with --strength -3 to 3, and a prompt{such_as}"
-    return f"it has no trigger word: write prompts like its captions{such_as}"
+    return f"{hint or 'it has no trigger word: write prompts like its captions'}{such_as}"
 
 
 def stopped_line(result: TrainResult) -> str:

@@ -207,11 +207,8 @@ def training_summary(config: TrainConfig) -> str:
         warnings.warn(reason, stacklevel=2)
     subjects, lines, an_epoch = subjects_of(config), list[str](), 0
     check_folders(config)
-    if config.is_slider:
-        lines += [f"{prompt}: from {low} to {high}" for prompt, (high, low) in config.slider_pairs]
-        lines += [f"{anchor}: does not move" for anchor in config.anchors]
-        lines.append(_slider_images(config))
-        return "\n".join(lines)
+    if not config.has_photos:
+        return "\n".join([*lines, *config.describe().plan, _made_images(config)])
     trained_on, held_out = divide_all(subjects, list_subjects(subjects))
     for subject, paths, held_out_paths in zip(subjects, trained_on, held_out, strict=True):
         settings = subject.settings
@@ -244,7 +241,7 @@ def training_summary(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _slider_images(config: TrainConfig) -> str:
+def _made_images(config: TrainConfig) -> str:
     from dora_diffusion.training.inputs.prior import class_folder
 
     return (
@@ -332,7 +329,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         f"pipeline.load_lora_weights({str(folder)!r}, weight_name={written.name!r})"
         "  # after: pip install peft"
     )
-    if config.is_full:
+    if not config.trains_adapters:
         adapted = ["--base", str(folder)]
         comfyui = _command("export", *adapted, "--output", single) + copy
         comfyui += "diffusion_models" if family and family.has_separate_files else "checkpoints"
@@ -341,7 +338,8 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         diffusers = _command("export", *adapted, "--output", merged)
         diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
     prompt = example_prompt(config)
-    adapted += ["--strength", "3"] if config.is_slider else []
+    strength = config.describe().strength
+    adapted += ["--strength", f"{strength:g}"] if strength != 1 else []
     images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
     lines = [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
     is_known = family is None or family.has_unet or family.has_separate_files

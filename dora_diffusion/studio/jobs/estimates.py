@@ -78,7 +78,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     info = model_info(config.pretrained_model_name_or_path)
     size = max(subject.resolution or info.resolution for subject in config.subjects)
     # The table is for adapters; full fine-tuning was not measured.
-    in_table = info.has_released_shape and not config.is_full
+    in_table = info.has_released_shape and config.trains_adapters
     family = info.family if in_table else ""
     batch = config.train_batch_size * (2 if config.holds_prior else 1)
     memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
@@ -93,7 +93,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     )
     if not cost.will_not_fit or not family:
         return cost
-    off = "no anchors" if config.is_slider else "with_prior_preservation off"
+    off = "with_prior_preservation off" if config.has_photos else "no anchors"
     change = what_would_fit(
         family, size, settings, device,
         batch=config.train_batch_size, without_prior=off if config.holds_prior else "",
@@ -109,7 +109,7 @@ def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
     """
     from dora_diffusion.training.inputs.prior import missing_class_images
 
-    needed = [s for s in config.subjects if s.uses_class_images or s.is_slider]
+    needed = [s for s in config.subjects if s.uses("num_class_images")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The run repeats them.
         missing = [one for s in needed if (one := missing_class_images(s)).count]
@@ -121,8 +121,8 @@ def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
     about = f"as long as {steps:.0f} training steps"
     if cost.seconds and config.max_train_steps:
         about = duration(cost.seconds / config.max_train_steps * steps)
-    if config.is_slider:
-        return f"{count} images of the slider's prompts come first, which takes about {about}."
+    if not config.has_photos:
+        return f"{count} images of the prompts come first, which takes about {about}."
     own = Path(config.output_dir)
     places = ["the run's folder" if own in one.folder.parents else one.folder for one in missing]
     folders = " and ".join(dict.fromkeys(map(str, places)))

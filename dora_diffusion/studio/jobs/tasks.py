@@ -89,7 +89,7 @@ def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
     ]
     if entries:
         return dataclasses.replace(config, output_dir=str(folder), dataset_config=entries)
-    photos = None if config.is_slider else str(folder / _photos(0))
+    photos = str(folder / _photos(0)) if config.has_photos else None
     return dataclasses.replace(config, output_dir=str(folder), instance_data_dir=photos)
 
 

@@ -34,10 +34,10 @@ def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = Non
         ModelNotFoundError: If the model does not exist.
     """
     precision = precision_of(config.mixed_precision, accelerator.device)
-    loaded = (load_components if load is None or config.is_full else load)(
+    loaded = (load if load and config.trains_adapters else load_components)(
         config.base_model,
         # Trained weights are float32; autocast computes in the configured precision.
-        dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
+        dtype=PRECISION_DTYPES[precision] if config.trains_adapters else torch.float32,
     )
     if not shards_model(accelerator):
         return place_model(loaded, accelerator.device, config.offload)

@@ -34,8 +34,7 @@ def cache_inputs(run: Run, steps: int, on_event: OnEvent) -> None:
             with on_device(components.device, components.vae):
                 dataset.fill_cache(indices, lambda *done: on_event(CachingProgress(*done)))
         if not config.encodes_in_steps:
-            ends = chain.from_iterable(ends for _, ends in config.slider_pairs)
-            _cache_captions(run, {*dataset.all_captions(indices), *ends})
+            _cache_captions(run, dataset.all_captions(indices))
     release_memory()
 
 

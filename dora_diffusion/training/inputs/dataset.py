@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
-from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.training.events import OnEvent
+from dora_diffusion.training.features.part import parts_of
 from dora_diffusion.training.inputs.subject import (
     Subject,
     caption_rules,
@@ -41,7 +41,7 @@ _CROP_VARIANTS = 8
 
 
 def list_subjects(subjects: Sequence[Subject]) -> list[list[Path]]:
-    """List the photos of each subject, sorted by file name, without decoding. A slider has none.
+    """List the photos of each subject, sorted by file name, without decoding.
 
     Raises:
         PhotoError: If a folder is missing or has no photo, or if two subjects share a photo.
@@ -50,7 +50,9 @@ def list_subjects(subjects: Sequence[Subject]) -> list[list[Path]]:
     # The folders of several subjects are in a dataset file, where no flag sets them.
     setting = "instance_data_dir" if len(subjects) == 1 else ""
     paths = [
-        [] if config.is_slider else list_photos(config.instance_data_dir or "", setting=setting)
+        []
+        if not config.has_photos
+        else list_photos(config.instance_data_dir or "", setting=setting)
         for config in configs
     ]
     owners: dict[str, tuple[Subject, Path]] = {}
@@ -73,7 +75,7 @@ def open_dataset(
     accelerator: Any,
     on_event: OnEvent,
 ) -> DreamBoothDataset:
-    """Open the photos of all subjects, with class images if configured, or the images of a slider.
+    """Open the photos of all subjects, with class images if configured, or make other images.
 
     Missing class images are generated. The model must therefore have no adapters.
 
@@ -89,8 +91,9 @@ def open_dataset(
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
     make = partial(_class_images, accelerator=accelerator, on_event=on_event)
-    if config.is_slider:
-        dataset = DreamBoothDataset([_open_slider(subjects[0], components, make)])
+    made = [part.images(subjects[0], components, make) for part in parts_of(config)]
+    if images := list(filter(None, made)):
+        dataset = DreamBoothDataset(images)
     else:
         opened = [
             _open_subject(subject, subjects, components, photos)
@@ -118,50 +121,6 @@ def _class_images(*args: Any, **options: Any) -> list[Photo]:
     from dora_diffusion.training.inputs.prior import class_images
 
     return class_images(*args, **options)
-
-
-def _open_slider(
-    subject: Subject, components: Components, make: Callable[..., list[Photo]]
-) -> SubjectPhotos:
-    """Generate the images of a slider: its prompts, captioned with their target, and its anchors.
-
-    Images of the positive and negative prompts are similar to the noisy inputs of sampling with the
-    slider.
-    """
-    config = replace(subject.settings, class_data_dir=None, class_prompt=None)
-    _check_ends(components, config)
-    targets = {target: target for target in config.target}
-    for target, ends in config.slider_pairs:
-        targets = dict.fromkeys(ends, target) | targets
-    images = make(replace(subject, settings=config), components, [*targets, *config.anchors])
-    return SubjectPhotos(
-        [
-            replace(image, caption=targets.get(image.caption, config.target[0]))
-            for image in images
-            if image.caption not in config.anchors
-        ],
-        SampleTransform(
-            config.resolution or components.default_resolution,
-            seed=config.seed,
-            multiple=components.size_step,
-        ),
-        [image for image in images if image.caption in config.anchors],
-    )
-
-
-@torch.no_grad()
-def _check_ends(components: Components, config: TrainConfig) -> None:
-    """Check that the prompts of a slider have different encodings, as beyond the token limit."""
-    with on_device(components.device, *components.text_encoders):
-        for _, ends in config.slider_pairs:
-            states = encode_prompts(components, ends).encoder_hidden_states
-            if torch.allclose(*states):
-                limit = components.code.token_limit(components)
-                raise ConfigError(
-                    f"{components.name} encodes {quoted(ends[0])} and {quoted(ends[1])} alike, as "
-                    f"it reads {limit}; use prompts that differ earlier",
-                    "negative",
-                )
 
 
 def _check_words(config: TrainConfig, captions: Sequence[str]) -> None:

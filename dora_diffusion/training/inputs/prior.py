@@ -303,7 +303,7 @@ def missing_class_images(config: TrainConfig) -> MissingClassImages:
     advice = "--prior_preservation_mode image-free is a prior without class images"
     if present:
         advice = f"--num_class_images {present} uses only the {present} that are there"
-    folder, advice = generated_folder(config), "" if config.is_slider else advice
+    folder, advice = generated_folder(config), advice if config.has_photos else ""
     return MissingClassImages(present, config.num_class_images - present, folder, advice)
 
 

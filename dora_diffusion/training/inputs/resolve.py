@@ -32,6 +32,7 @@ from dora_diffusion.training.trainable.adapters import (
     StartingAdapter,
     adapter_configs,
     components_that_train,
+    matched,
 )
 from dora_diffusion.training.trainable.words import require_new
 
@@ -82,7 +83,7 @@ def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Component
     for subject, paths in zip(subjects, plan.photos, strict=True):
         prompt = subject.settings.instance_prompt or ""
         photos = read_photos(paths, prompt, skip_unreadable=True, per_line=True)
-        if not config.is_slider:
+        if config.has_photos:
             check_subject(subject, photos)
     components = configure_reading(empty, config)
     require_new(components, config.words)
@@ -108,10 +109,9 @@ def check_with_model(components: Components, config: TrainConfig) -> None:
                 "validation_prompt",
             )
     modules = components_that_train(components, config)
-    if config.is_full:
-        from dora_diffusion.training.trainable.full import check_weights
-
-        check_weights(modules, config)
+    if not config.trains_adapters:
+        for name, model in modules.items() if config.uses("targets") else ():
+            matched(name, model, config)
         return
     for name, adapter in adapter_configs(modules, config).items():
         layers_to_adapt(modules[name], adapter)
@@ -152,7 +152,7 @@ def open_data(
     """
     dataset = open_dataset(config, subjects, components, photos, accelerator, on_event)
     _warn_of_small_data(config, components, dataset)
-    has_buckets = any(s.settings.aspect_ratio_buckets for s in subjects) and not config.is_slider
+    has_buckets = any(s.settings.aspect_ratio_buckets for s in subjects) and config.has_photos
     sampler = EpochSampler(
         len(dataset),
         batch_size=config.train_batch_size,

@@ -11,6 +11,7 @@ from pathlib import Path
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import usual_class_word
 from dora_diffusion.config.problems import naming_entry
+from dora_diffusion.config.train import features_of
 from dora_diffusion.config.wording import quoted
 from dora_diffusion.data.captions import (
     CaptionRules,
@@ -55,7 +56,7 @@ class Subject:
 
 def caption_rules(config: TrainConfig) -> CaptionRules:
     """Return the caption rules of a config."""
-    if config.is_slider:
+    if not config.has_photos:
         return CaptionRules()
     return CaptionRules(
         per_line=config.caption_per_line,
@@ -141,13 +142,13 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
 
 
 def _subject_of(config: TrainConfig) -> Subject:
-    if config.is_slider:
+    if not config.has_photos:
         return Subject("", "", config)
     if not config.instance_data_dir:
-        is_slider = config.target or config.positive or config.negative
+        switches = [one.on for one in features_of(config.kind) if not one.has_photos]
+        ways = [f", or train without any: --{one.setting} {one.values[0]}" for one in switches]
         raise ConfigError(
-            "instance_data_dir is not set; name the folder of subject photos"
-            + (", or use --teach slider to train from prompts alone" if is_slider else ""),
+            f"instance_data_dir is not set; name the folder of subject photos{''.join(ways)}",
             "instance_data_dir",
         )
     token, prompt = config.token.strip(), config.instance_prompt or ""

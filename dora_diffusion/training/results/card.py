@@ -95,18 +95,18 @@ def _head(
 ) -> str:
     """Return the front matter. The hub's template shows an adapter's sample and prompt."""
     text = example_prompt(config) or title
-    tags = ["text-to-image", _method(config)[0], "slider" if config.is_slider else "dreambooth"]
+    tags = ["text-to-image", _method(config)[0], config.describe().tag]
     fields = {
         "library_name": "" if written.name in INPUT_AXIS_FILES.values() else "diffusers",
         "instance_prompt": subject.instance_prompt,
-        "tags": tags if config.is_full else [*tags, "template:sd-lora"],
+        "tags": [*tags, "template:sd-lora"] if config.trains_adapters else tags,
         # The first image is the result's.
         "widget": [{"text": text, "output": {"url": path}} for path in samples.values()][:1],
         "model-index": _model_index(title, metadata, config),
     }
     source, family = Path(metadata.base_model), FAMILIES[metadata.family]
     name = model_name(source) if source.exists() else metadata.base_model
-    return front_matter(name, family, "finetune" if config.is_full else "adapter", fields)
+    return front_matter(name, family, "adapter" if config.trains_adapters else "finetune", fields)
 
 
 def _model_index(
@@ -146,8 +146,8 @@ def _validation(config: TrainConfig, metadata: AdapterMetadata, written: Path) -
 
 def _method(config: TrainConfig) -> tuple[str, str]:
     """Return the method as a tag and as text."""
-    if config.is_full:
-        return "full-finetuning", "Full fine-tuning"
+    if method := config.describe().method:
+        return method
     is_dora = config.method_name == "dora"
     name = "DoRA" if is_dora else "LoRA"
     axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
@@ -170,12 +170,14 @@ def _use(
     model = shlex.quote(base) + "".join(f" --{n} {shlex.quote(v)}" for n, v in loaded.items())
     options = [_literal(base), *(f"{name}={_literal(value)}" for name, value in loaded.items())]
     image = "".join(f" --{name} my_{name}.png" for name in family.image_arguments)
-    strength = " --strength 3" if config.is_slider else ""
+    given = config.describe().strength
+    strength = f" --strength {given:g}" if given != 1 else ""
     flags = f"--prompt {shlex.quote(prompt)}{image}{strength} --output image.png"
     imports = "\nfrom diffusers.utils import load_image" if family.image_arguments else ""
-    folder = f"{written.parent.name}/{written.name}" if config.is_full else written.parent.name
+    folder = written.parent.name
+    folder = folder if config.trains_adapters else f"{folder}/{written.name}"
     quoted, source, load, needs = shlex.quote(folder), ", ".join(options), "", ""
-    if config.is_full:
+    if not config.trains_adapters:
         commands = f"""dora-diffusion generate --base {quoted} {flags}
 dora-diffusion extract --base {model} --tuned {quoted} \\
     --rank 16 --output adapter.safetensors"""
@@ -185,10 +187,11 @@ dora-diffusion extract --base {model} --tuned {quoted} \\
     {flags}
 dora-diffusion export --base {model} --adapter {quoted}{strength} --output merged"""
         load = f'pipeline.load_lora_weights({_literal(folder)}, weight_name="{written.name}")\n'
-        if config.is_slider and config.method_name == "lora":
+        if strength and config.method_name == "lora":
             # For DoRA, the scale of Diffusers differs from the strength.
-            load = load.replace(")\n", ', adapter_name="slider")\n')
-            load += 'pipeline.set_adapters("slider", 3.0)\n'
+            name = _literal(config.describe().tag)
+            load = load.replace(")\n", f", adapter_name={name})\n")
+            load += f"pipeline.set_adapters({name}, {given:.1f})\n"
         needs = ", which needs PEFT for an adapter (`pip install peft`)"
         if base.startswith("embedded:"):
             source = f'model_folder("{base.removeprefix("embedded:")}")'
@@ -217,10 +220,10 @@ def _words(config: TrainConfig, written: Path) -> str:
     """Return the section on loading new words; empty if there are none."""
     if not config.words:
         return ""
-    folder = written if config.is_full else written.parent
+    folder = written.parent if config.trains_adapters else written
     files = embedding_files(folder, "", config.words)
     section = word_section(list(files.items()), written.parent)
-    if config.is_full and config.single_file:
+    if config.uses("single_file") and config.single_file:
         section += (
             f"\n`{written.name}.safetensors` has the same files in `{EMBEDDINGS}` next to it.\n"
         )
@@ -233,12 +236,8 @@ def _literal(text: str) -> str:
 
 
 def _trigger_sentence(config: TrainConfig, trigger: str, prompt: str) -> str:
-    if config.is_slider:
-        ends = [f"from `{low}` (-3) to `{high}` (3)" for _, (high, low) in config.slider_pairs]
-        return (
-            f"It is a slider without a trigger word, {' and '.join(ends)}. Its strength, such as "
-            "`--strength -1.5`, sets the position between the two; 0 is the base model."
-        )
+    if usage := config.describe().usage:
+        return usage
     if triggers := split_triggers(trigger):
         which = "the subject" if len(triggers) == 1 else "that subject"
         return f"Write {' or '.join(f'**`{t}`**' for t in triggers)} in a prompt to get {which}."

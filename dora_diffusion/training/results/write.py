@@ -1,7 +1,7 @@
 """Results of a run: adapter or model, sample images and model card.
 
 Samples are generated at fixed seeds and saved as labelled sheets with a row per prompt and a column
-per seed. Sliders have a row per prompt and seed and a column per strength.
+per seed; at several strengths a row per prompt and seed and a column per strength.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from dora_diffusion import __version__, system
 from dora_diffusion.adapters.inject import set_strength
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.images import ImageRequest, SamplePrompt
-from dora_diffusion.config.subject import SLIDER_STRENGTHS
 from dora_diffusion.data.captions import stated_rules
 from dora_diffusion.data.sheets import image_grid, labelled_sheet
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS
@@ -118,7 +117,7 @@ def write_result(
 
     def add_thumbnail(grid: Image.Image) -> None:
         """Write the adapter again with a sample as thumbnail for adapter managers."""
-        if not run.config.is_full and accelerator.is_main_process:
+        if run.config.trains_adapters and accelerator.is_main_process:
             with tempfile.TemporaryDirectory() as temporary:
                 image = thumbnail(save_image(grid, Path(temporary) / "thumbnail.png"))
             write(folder, dataclasses.replace(metadata, thumbnail=image))
@@ -158,7 +157,6 @@ def result_metadata(run: Run, steps: int) -> AdapterMetadata:
     class_words = dict.fromkeys(subject.class_word for subject in run.subjects)
     losses = run.validation.losses if run.validation else {}
     layout = UNetLayout.of(components.denoiser.config)
-    pairs = [[target, *ends] for target, ends in run.config.slider_pairs]
     return AdapterMetadata(
         family=components.family.name,
         base_model=run.config.pretrained_model_name_or_path,
@@ -169,7 +167,7 @@ def result_metadata(run: Run, steps: int) -> AdapterMetadata:
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_stated_settings(run),
-            **({"slider": json.dumps(pairs, ensure_ascii=False)} if pairs else {}),
+            **run.config.describe().metadata,
             **({VALIDATION_LOSS: f"{losses[steps]:.6g}"} if steps in losses else {}),
             **run.weights.origin,
             **({UNET_LAYERS: layout.text()} if layout else {}),
@@ -182,7 +180,7 @@ def result_metadata(run: Run, steps: int) -> AdapterMetadata:
 def _stated_settings(run: Run) -> dict[str, str]:
     """Return non-default settings of initialization, parametrization and prompts, as metadata."""
     config, usual = run.config, TrainConfig()
-    names = (*(() if config.is_full else ("init", "parametrization")), *READING)
+    names = (*(("init", "parametrization") if config.trains_adapters else ()), *READING)
     stated = {n: str(v) for n in names if (v := getattr(config, n)) != getattr(usual, n)}
     captions = stated_rules({s.trigger: caption_rules(s.settings) for s in run.subjects})
     return stated | ({CAPTIONS: captions} if captions else {})
@@ -192,9 +190,9 @@ def _write_card(
     run: Run, folder: Path, written: Path, steps: int, samples: Mapping[str, Path]
 ) -> None:
     titles = {"adapted": "With the adapter", "base": "Without it, at the same seeds"}
-    if run.config.is_full:
+    if not run.config.trains_adapters:
         titles = {"adapted": "Fine-tuned", "base": "The base model, at the same seeds"}
-    if run.config.is_slider:
+    if run.config.describe().strengths:
         titles = {"adapted": "At several strengths"}
     images = {
         title: samples[name].relative_to(folder).as_posix()
@@ -268,14 +266,14 @@ class SampleWriter:
         self._run, self._output_dir = run, output_dir
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
         config = run.config
-        self._with = "fine-tuned" if config.is_full else "with the adapter"
+        self._with = "with the adapter" if config.trains_adapters else "fine-tuned"
         prompts = config.prompts
         self._prompts = [prompt.prompt for prompt in prompts]
         self._settings = [sample_settings(prompt, config, run.components) for prompt in prompts]
         starts = [config.seed if prompt.seed is None else prompt.seed for prompt in prompts]
         self._seeds = [range(first, first + config.num_validation_images) for first in starts]
         self._lines = config.validation_prompt or self._prompts
-        self._strengths = SLIDER_STRENGTHS if config.is_slider else ()
+        self._strengths = config.describe().strengths
 
     def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
         """Write ``step-STEP.png``; a full disk is a warning. Returns prompts with their images."""
@@ -290,7 +288,8 @@ class SampleWriter:
     def of_result(self, step: int, on_adapted: Callable[[Image.Image], object]) -> None:
         """Write ``adapted.png``, ``base.png`` (without the adapter) and both as one image.
 
-        For a slider, ``adapted.png`` includes the base model as strength 0 and is the only image.
+        At several strengths, ``adapted.png`` includes the base model as strength 0 and is the only
+        image.
 
         Args:
             step: Step of the result.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,36 +54,24 @@ from dora_diffusion.models.locate import ModelNotFoundError, resolve_adapter
 from dora_diffusion.numerics.devices import keeps_random_state, random_state, set_random_state
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.optimizer import parameter_groups
-from dora_diffusion.training.trainable.words import TrainedTokens
-
-Writer = Callable[[Path, AdapterMetadata], Path]
+from dora_diffusion.training.trainable.weights import TrainedWeights, Writer
 
 
-@dataclass(frozen=True)
-class TrainedAdapters:
+@dataclass(frozen=True, kw_only=True)
+class TrainedAdapters(TrainedWeights):
     """Trained adapters on a model, new or started from another adapter.
 
     Attributes:
-        components: The model.
-        modules: Components with adapters, by name.
-        report: Summary of the adapted layers.
         key_format: Key format of the adapter file: Diffusers' format, or for magnitudes on the
             input axis `input_format`.
-        words: New words that train with the adapters.
-        origin: Metadata of the starting adapter: ``init_adapter`` and its SHA-256; empty if new.
     """
 
-    components: Components
-    modules: dict[str, nn.Module]
     report: InjectionReport
     key_format: str = "diffusers"
-    words: TrainedTokens = field(default_factory=TrainedTokens)
-    origin: dict[str, str] = field(default_factory=dict)
 
     noun = "adapter"
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return all trained parameters by component and path."""
         return self.words.parameters() | {
             f"{path}.{name}": parameter
             for path, adapters in self._adapters()
@@ -108,12 +96,10 @@ class TrainedAdapters:
         return {component: digest_of(projections) for component, projections in drawn.items()}
 
     def start(self) -> dict[str, Any]:
-        """Return the state that replaces the file of the starting adapter in a resumed run."""
         alpha = {path: next(iter(adapters.values())).alpha for path, adapters in self._adapters()}
         return {"origin": dict(self.origin), "alpha": alpha}
 
     def restore_start(self, start: Mapping[str, Any]) -> None:
-        """Restore the state of `start`."""
         self.origin.update(start["origin"])
         for path, adapters in self._adapters():
             next(iter(adapters.values())).alpha = start["alpha"][path]
@@ -125,7 +111,6 @@ class TrainedAdapters:
                 yield f"{component}.{path}", layer.adapters
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """Return parameter groups by component and role."""
         return parameter_groups(self.modules, config) + self.words.groups(config)
 
     @contextmanager
@@ -135,10 +120,6 @@ class TrainedAdapters:
             yield
 
     def writer(self) -> Writer:
-        """Return a function that writes the present weights to a folder and returns the file.
-
-        On a full disk the function raises `DiskFullError` and leaves existing files unchanged.
-        """
         layers, tokens = adapter_state(self.modules), self.words.tokens()
 
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
@@ -158,15 +139,9 @@ class TrainedAdapters:
         return self.writer()(folder, metadata)
 
     def check(self, written: Path) -> None:
-        """Read a written file back, which checks all values.
-
-        Raises:
-            ValueError: If the file contains values that are not finite.
-        """
-        read_adapter(written)
+        read_adapter(written)  # It checks all values.
 
     def result(self, folder: Path) -> Path:
-        """Return the folder of the result: the output folder of the run."""
         return folder
 
     def write_copies(
@@ -181,11 +156,6 @@ class TrainedAdapters:
         return folder
 
     def reload(self, written: Path) -> float | None:
-        """Replace the adapter on the model by the written file, so that samples show the file.
-
-        Returns:
-            None: the file is in float32 and preserves all changes.
-        """
         components = self.components.adaptable()
         for model in self.modules.values():
             remove_adapters(model)
@@ -219,7 +189,7 @@ class StartingAdapter:
             ConfigError, AdapterFormatError: If it does not exist or is not an adapter.
         """
         name = config.init_adapter
-        if not name or config.is_full or config.resume_from_checkpoint:
+        if not name or not config.trains_adapters or config.resume_from_checkpoint:
             return None
         try:
             return cls(StoredAdapter.open(resolve_adapter(name)).path, name)
@@ -337,7 +307,9 @@ def inject_trained(
     _warn_of_unused_conv_settings(config, report)
     on_input = config.method_name == "dora" and config.norm_axis == "input"
     key_format = input_format(components.family.denoiser) if on_input else "diffusers"
-    trained = TrainedAdapters(components, modules, report, key_format, origin=origin)
+    trained = TrainedAdapters(
+        components=components, modules=modules, report=report, key_format=key_format, origin=origin
+    )
     # Check the key format now, not after hours of training.
     layout_named(trained.key_format).check(adapter_state(modules))
     return trained

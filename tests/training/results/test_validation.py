@@ -230,8 +230,8 @@ def test_it_is_that_of_what_is_written(name, folders, tmp_path, request, monkeyp
     )  # fmt: skip
     train(config)
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
-    adapter = None if config.is_full else config.output_dir
-    model = tmp_path / "out" / "model" if config.is_full else base
+    adapter = config.output_dir if config.trains_adapters else None
+    model = base if config.trains_adapters else tmp_path / "out" / "model"
     components, _ = load_adapted(model, adapter, dtype=dtype)
     (path,) = divide(config)[1]
     caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()

@@ -451,7 +451,7 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
 
 def _class_prompts(config: TrainConfig) -> list[str]:
     """Return warnings about sample prompts that do not name the subject."""
-    tokens = [] if config.is_slider else [subject.token for subject in config.subjects]
+    tokens = [subject.token for subject in config.subjects if config.has_photos]
     return [
         f"Sample prompt {prompt.prompt!r} does not contain the token "
         f"{' or '.join(map(repr, tokens))}: its images show language drift, not the subject "

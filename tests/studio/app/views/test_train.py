@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.config import PRESETS, TrainConfig
+from dora_diffusion.config.features.slider import pairs_of
 from dora_diffusion.models.memory import Device, needed_memory
 from dora_diffusion.studio.app.context import Context
 from dora_diffusion.studio.app.launch import Launch
@@ -154,7 +155,7 @@ def test_a_slider_needs_prompts_and_no_subject(context: Context, tmp_path: Path)
     job = context.job(job_id)
     assert job.record.title.startswith("a photo of a mug ")
     config = TrainConfig.from_dict(job.settings)
-    assert config.slider_pairs == [
+    assert pairs_of(config) == [
         ("a photo of a mug", ("a photo of a large mug", "a photo of a small mug")),
         ("a photo of a mug", ("a large mug", "a small mug")),
     ]

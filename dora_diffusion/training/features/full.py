@@ -6,10 +6,10 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import dtype_of
 from dora_diffusion.numerics.merging import is_finite
 from dora_diffusion.numerics.operation import convolve
+from dora_diffusion.training.features.part import Part
 from dora_diffusion.training.optimizer import weight_groups
 from dora_diffusion.training.processes import (
     add_up,
@@ -38,13 +39,11 @@ from dora_diffusion.training.processes import (
     own_part,
 )
 from dora_diffusion.training.trainable.adapters import (
-    TrainedAdapters,
-    Writer,
     components_that_train,
     enter_training,
     matched,
 )
-from dora_diffusion.training.trainable.words import TrainedTokens
+from dora_diffusion.training.trainable.weights import TrainedWeights, Writer
 
 # Bytes of optimizer state per parameter. adamw8bit quantises both moments, and
 # prodigy-schedule-free reduces one of them to rows and columns.
@@ -81,57 +80,37 @@ class FullReport:
         )
 
 
-@dataclass(frozen=True)
-class FullWeights:
-    """Trained float32 weights of a model, with the methods of `TrainedAdapters`.
+class FullPart(Part):
+    """Full fine-tuning in a run."""
+
+    def weights(self, components: Components) -> FullWeights:
+        return select_weights(components, self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullWeights(TrainedWeights):
+    """Trained float32 weights of a model.
 
     Attributes:
-        components: The model.
-        modules: Trained components, by name.
-        trained: Trained parameters, by canonical name.
         config: Settings, including the base model and the format of the result.
-        report: Summary of the weights.
-        base: Values before training, if every step needs them; else empty.
-        words: New words that train with the weights.
     """
 
-    components: Components
-    modules: dict[str, nn.Module]
-    trained: dict[str, nn.Parameter]
     config: TrainConfig
     report: FullReport
-    base: dict[str, Tensor] = field(default_factory=dict)
-    words: TrainedTokens = field(default_factory=TrainedTokens)
 
     noun = "model"
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return all trained parameters by canonical name."""
         return {**self.trained, **self.words.parameters()}
 
     def tensors(self) -> Mapping[str, Tensor]:
         return self.parameters()
 
-    def projections(self) -> dict[str, str]:
-        return {}
-
-    @property
-    def origin(self) -> dict[str, str]:
-        return {}
-
-    def start(self) -> dict[str, Any]:
-        return {}
-
-    def restore_start(self, start: Mapping[str, Any]) -> None:
-        """Do nothing, since full fine-tuning starts from the base model."""
-
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        """Return parameter groups by component."""
         return weight_groups(self.trained, config) + self.words.groups(config)
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
-        """Restore the base weights inside the block. No training step may be taken inside."""
         base = self.base or self._read(self._source)
         trained: dict[str, Tensor] = {}
         caches = torch.is_autocast_cache_enabled()
@@ -148,17 +127,13 @@ class FullWeights:
             torch.set_autocast_cache_enabled(caches)
 
     def writer(self) -> Writer:
-        """Return a function that writes the whole model as a Diffusers folder.
-
-        All processes must call this method if the model is sharded. The first process writes.
-        """
+        """Return a function that writes the whole model as a Diffusers folder."""
         values = {n: gather(p) if is_sharded(p) else p.detach() for n, p in self.trained.items()}
         return partial(self._export, values=values)
 
     def write_checkpoint(
         self, folder: Path, metadata: AdapterMetadata, values: Mapping[str, Tensor]
     ) -> Path:
-        """Write the whole model with the given values of the trained weights."""
         return self._export(folder, metadata, values)
 
     def check(self, written: Path) -> None:
@@ -243,10 +218,6 @@ class FullWeights:
             }
 
 
-TrainedWeights: TypeAlias = TrainedAdapters | FullWeights
-"""Weights that a run trains."""
-
-
 def select_weights(components: Components, config: TrainConfig) -> FullWeights:
     """Select the trained weights, and set their components to training mode.
 
@@ -279,7 +250,10 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
     checkpoint = size + count * (4 + 4 * is_averaged + _MOMENTS[config.optimizer])
     report = FullReport(len(trained), count, size, checkpoint)
     _check_disk(config, report)
-    return FullWeights(components, modules, trained, config, report, base)
+    return FullWeights(
+        components=components, modules=modules, report=report, config=config,
+        trained=trained, base=base,
+    )  # fmt: skip
 
 
 def widen_small_convolutions(model: nn.Module) -> None:
@@ -293,16 +267,6 @@ def widen_small_convolutions(model: nn.Module) -> None:
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     settings = conv.stride, conv.padding, conv.dilation, conv.groups
     return convolve(x, conv.weight, conv.bias, *settings)
-
-
-def check_weights(modules: Mapping[str, nn.Module], config: TrainConfig) -> None:
-    """Check that targets name weights of each component.
-
-    Raises:
-        TargetError: If a target matches no layer.
-    """
-    for name, model in modules.items():
-        _parameters_to_train(name, model, config)
 
 
 def _parameters_to_train(

@@ -1,0 +1,62 @@
+"""What a feature that is on does in a run. All methods do nothing by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
+
+from dora_diffusion.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dora_diffusion.data.dataset import SubjectPhotos
+    from dora_diffusion.data.photos import Photo
+    from dora_diffusion.models.components import Components
+    from dora_diffusion.training.hooks.hook import Hook
+    from dora_diffusion.training.inputs.subject import Subject
+    from dora_diffusion.training.step import Step
+    from dora_diffusion.training.terms import RowLoss, Term
+    from dora_diffusion.training.trainable.weights import TrainedWeights
+
+
+class Part:
+    """Code of a feature in a run; `dora_diffusion.config.features.feature.Feature` has the rest.
+
+    Args:
+        config: Settings of the run.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def images(
+        self, subject: Subject, components: Components, make: Callable[..., list[Photo]]
+    ) -> SubjectPhotos | None:
+        """Make the images of a run without photos.
+
+        Args:
+            subject: Subject of the run.
+            components: The model, without adapters.
+            make: Generates images of a subject, of the model and prompts.
+        """
+
+    def weights(self, components: Components) -> TrainedWeights | None:
+        """Select the weights that train instead of adapters."""
+
+    def terms(self, loss: RowLoss) -> Sequence[Term]:
+        """Return terms of the loss."""
+        return ()
+
+    def hooks(self, step: Step) -> Sequence[Hook]:
+        """Return hooks of the steps."""
+        return ()
+
+
+def parts_of(config: TrainConfig) -> list[Part]:
+    """Return the parts of the features that are on, in the order in which they act."""
+    codes = [one.code for one in config.features if one.code]
+    home = "dora_diffusion.training.features"
+    return [
+        (resolve_name(f"{home}.{code}") if isinstance(code, str) else code)(config)
+        for code in codes
+    ]
