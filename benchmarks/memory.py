@@ -49,7 +49,7 @@ from dora_diffusion.cli.main import build_parser
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.families import FAMILIES
-from dora_diffusion.config.subject import PRIOR_MODES
+from dora_diffusion.config.features.prior import is_image_free
 from dora_diffusion.data.crops import apply_crop, plan_crop
 from dora_diffusion.data.images import decode_photo
 from dora_diffusion.models.components import Components
@@ -193,7 +193,7 @@ def latent_shape(components: Components, side: int) -> tuple[int, int, int]:
 def batch_of(components: Components, side: int, config: TrainConfig) -> Batch:
     """A batch of photos, with class images or class captions where the prior asks for them."""
     photos = config.train_batch_size
-    rows = photos * (2 if config.with_prior_preservation and not config.is_image_free else 1)
+    rows = photos * (2 if config.with_prior_preservation and not is_image_free(config) else 1)
     shape = (rows, *latent_shape(components, side))
     latents, noise = torch.empty(shape, device=DEVICE), torch.empty(shape, device=DEVICE)
     timesteps = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
@@ -204,7 +204,7 @@ def batch_of(components: Components, side: int, config: TrainConfig) -> Batch:
         ("",) * rows,
         photos,
         # Another caption: predictions for equal ones are computed once.
-        class_captions=dict.fromkeys(range(photos), "class") if config.is_image_free else {},
+        class_captions=dict.fromkeys(range(photos), "class") if is_image_free(config) else {},
     )
 
 
@@ -532,7 +532,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--parts", action="store_true", help="what each peak consists of")
-    parser.add_argument("--prior", choices=("none", *PRIOR_MODES), default="none")
+    parser.add_argument("--prior", choices=("none", "images", "image-free"), default="none")
     parser.add_argument("--cards", action="store_true", help="the table of cards in README instead")
     parser.add_argument("--sampling", action="store_true", help="of sampling and encoding instead")
     parser.add_argument(

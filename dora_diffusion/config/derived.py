@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.families import Family
+from dora_diffusion.config.features.average import SCHEDULE_FREE
+from dora_diffusion.config.features.prior import prior_mode
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.flag_map import had_no_effect
@@ -57,34 +59,27 @@ def _alpha(config: TrainConfig, rank: int) -> float | None:
     return None if config.parametrization == "vera" or config.init_adapter else float(rank)
 
 
-def _class_data_dir(config: TrainConfig) -> str | None:
-    is_used = config.uses_class_images and not config.dataset_config
-    return str(Path(config.output_dir) / "class_images") if is_used else None
+def defaults_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the defaults that follow from other settings, and from the features that are on."""
+    defaults: dict[str, Any] = {
+        "learning_rate": config.usual_lr,
+        "lora_alpha": _alpha(config, config.rank),
+        "conv_alpha": _alpha(config, config.conv_rank),
+        "class_word": _class_word(config),
+        "validation_prompt": _validation_prompt(config),
+        "validation_steps": (
+            200 if config.num_validation_images and not config.validation_epochs else None
+        ),
+        "checkpointing_steps": 100,
+        "adam_weight_decay_text_encoder": (
+            config.adam_weight_decay if config.train_text_encoder else None
+        ),
+    }
+    for one in config.features:
+        defaults |= one.defaults(config)
+    return defaults
 
 
-def _validation_loss_steps(config: TrainConfig) -> int | None:
-    is_known = config.validation_steps or not config.validation_epochs
-    return config.validation_steps or 200 if config.holds_out and is_known else None
-
-
-DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
-    "learning_rate": lambda config: config.usual_lr,
-    "lora_alpha": lambda config: _alpha(config, config.rank),
-    "conv_alpha": lambda config: _alpha(config, config.conv_rank),
-    "class_word": _class_word,
-    "new_words": lambda config: config.words,
-    "validation_prompt": _validation_prompt,
-    "validation_steps": lambda config: (
-        200 if config.num_validation_images and not config.validation_epochs else None
-    ),
-    "validation_loss_steps": _validation_loss_steps,
-    "checkpointing_steps": lambda config: config.default("checkpointing_steps", 100),
-    "class_data_dir": _class_data_dir,
-    "adam_weight_decay_text_encoder": lambda config: (
-        config.adam_weight_decay if config.train_text_encoder else None
-    ),
-}
-"""Setting -> function that derives its default from the other settings."""
 # Settings whose default depends on the model.
 _BY_MODEL = ("resolution", "snr_gamma")
 
@@ -120,23 +115,20 @@ def resolve(
         steps_per_epoch: Optimizer steps per epoch, rounded up.
         mixed_precision: Precision that ``auto`` selects on this machine.
     """
+    if config.validation_epochs and config.uses("validation_epochs"):
+        steps = config.validation_epochs * steps_per_epoch
+        config = dataclasses.replace(config, validation_steps=steps, validation_epochs=None)
     values = {
         name: value
-        for name, derive in DERIVED.items()
-        if getattr(config, name) in (None, []) and (value := derive(config)) is not None
+        for name, value in defaults_of(config).items()
+        if getattr(config, name) in (None, []) and value is not None
     }
     if config.learning_rate is None:
         values["learning_rate"] = config.default("learning_rate", family.default_rate)
     if config.snr_gamma is None:
         values["snr_gamma"] = usual_snr_gamma(config, prediction_type)
     if config.with_prior_preservation and not config.dataset_config:
-        values["prior_preservation_mode"] = config.prior_mode
-    is_validated = config.num_validation_images or config.holds_out
-    if config.validation_epochs and config.validation_steps is None and is_validated:
-        steps = config.validation_epochs * steps_per_epoch
-        values |= {"validation_steps": steps, "validation_epochs": None}
-        if config.holds_out and config.validation_loss_steps is None:
-            values["validation_loss_steps"] = steps
+        values["prior_preservation_mode"] = prior_mode(config)
     return dataclasses.replace(
         config,
         **values,
@@ -167,8 +159,8 @@ def overridden(values: Mapping[str, Any], changed: Collection[str]) -> dict[str,
         config = TrainConfig.from_dict(values)
     except ConfigError:
         return kept_values
-    for name, derive in DERIVED.items():
-        if name in kept_values and getattr(config, name) == derive(config):
+    for name, value in defaults_of(config).items():
+        if name in kept_values and getattr(config, name) == value:
             del kept_values[name]
     return kept_values
 
@@ -304,12 +296,12 @@ def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, 
             continue
         # beta1 defines the average of schedule-free optimizers.
         is_free = setting.resume == "free" and not (
-            setting.name == "adam_beta1" and now.is_schedule_free
+            setting.name == "adam_beta1" and now.optimizer in SCHEDULE_FREE
         )
         if is_free:
             allowed[setting.name] = (old, new)
         # A checkpoint holds no derived values: None there may be the same value.
-        elif old is not None or setting.name not in (*DERIVED, *_BY_MODEL):
+        elif old is not None or setting.name not in (*defaults_of(now), *_BY_MODEL):
             refused[setting.name] = (old, new)
     return refused, allowed
 

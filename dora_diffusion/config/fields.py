@@ -402,13 +402,13 @@ def _bound(number: float) -> str:
 
 
 def in_order(settings: Iterable[Setting]) -> list[Setting]:
-    """Move settings behind those that they follow (`Setting.after`), and into their groups."""
-    placed = list[Setting]()
-    for setting in sorted(settings, key=lambda setting: bool(setting.after)):
-        index = next((i for i, s in enumerate(placed) if s.name == setting.after), len(placed) - 1)
-        if setting.after:
-            setting = dataclasses.replace(setting, group=placed[index].group)
-        placed.insert(index + 1, setting)
+    """Move settings behind the one that they follow (`Setting.after`), and into its group."""
+    own = list(settings)
+    placed = [setting for setting in own if not setting.after]
+    for setting in (setting for setting in own if setting.after):
+        places = [i for i, one in enumerate(placed) if setting.after in (one.name, one.after)]
+        first, last = (places[0], places[-1]) if places else (-1, len(placed) - 1)
+        placed.insert(last + 1, dataclasses.replace(setting, group=placed[first].group))
     return placed
 
 

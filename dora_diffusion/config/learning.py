@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from dora_diffusion.config.adapter import (
     INITS,
     NORM_AXES,
-    PARAMETRIZATIONS,
     PRESETS,
     TEXT_ENCODER_PRESETS,
 )
+from dora_diffusion.config.features.average import SCHEDULE_FREE
 from dora_diffusion.config.fields import Condition, Need, TextOrPath, flag, free_flag
 
 PRODIGIES = ("prodigy", "prodigy-schedule-free")
-SCHEDULE_FREE = ("adamw-schedule-free", "prodigy-schedule-free")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", *SCHEDULE_FREE)
 LR_SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -28,7 +26,6 @@ _ADAPTER = Need("method", ("dora", "lora"))
 _ADAM = Need("optimizer", tuple(name for name in OPTIMIZERS if name != "adafactor"))
 _RANKED = Need("parametrization", ("low-rank", "adalora"))
 _VERA = Need("parametrization", ("vera",))
-_ALLOCATED = Need("parametrization", ("adalora",))
 _PRODIGY = Need("optimizer", ("prodigy",))
 
 
@@ -36,7 +33,6 @@ _MAGNITUDES = (Need("method", ("dora",)), Need("use_dora"))
 
 _adapter_flag = partial(flag, needs=(_ADAPTER,))
 _ranked_flag = partial(flag, needs=(_ADAPTER, _RANKED))
-_allocation_flag = partial(flag, needs=(_ADAPTER, _ALLOCATED))
 _adam_flag = partial(free_flag, needs=(_ADAM,))
 _prodigy_flag = partial(flag, needs=(_PRODIGY,))
 
@@ -107,27 +103,10 @@ class AdapterSettings:
         "low-rank",
         "Form of the update. low-rank: trainable A and B. vera: frozen random A and B shared by "
         "all layers, and two trainable vectors per layer (VeRA, arXiv:2310.11454; with magnitudes "
-        "DVoRA); needs 10 to 100 times the learning rate. adalora: A and B, whose ranks move to "
-        "the layers that need them (AdaLoRA, arXiv:2303.10512).",
-        choices=PARAMETRIZATIONS,
+        "DVoRA); needs 10 to 100 times the learning rate.",
+        choices=("low-rank", "vera"),
     )
     vera_rank: int = flag(64, "Rank of VeRA's projections.", needs=(_ADAPTER, _VERA), above=0)
-    target_rank: int | None = _allocation_flag(
-        None,
-        "Average rank of Linear layers after rank allocation; Conv2d layers in proportion.",
-        derived="two thirds of rank",
-        above=0,
-    )
-    allocation_warmup: int | None = _allocation_flag(
-        None, "Steps before rank allocation begins.", derived="a tenth of the steps", least=0
-    )
-    allocation_final: int | None = _allocation_flag(
-        None, "Steps at the end with fixed ranks.", derived="half of the steps", least=0
-    )
-    allocation_interval: int = _allocation_flag(10, "Steps between rank allocations.", above=0)
-    orthogonality_weight: float = _allocation_flag(
-        0.5, "Weight of AdaLoRA's orthogonality term.", least=0
-    )
     init: str = _adapter_flag(
         "random",
         "Initialization of A and B. random: A random, B zero. pissa: leading singular vectors of "
@@ -258,13 +237,6 @@ class OptimizerSettings:
         True, "Exclude the learning rate from the denominator of Prodigy's estimate, for warm-ups."
     )
     max_grad_norm: float = free_flag(1.0, "Gradient clipping norm; 0 does not clip.", least=0)
-    ema_decay: float | None = flag(
-        None,
-        "Decay of an exponential moving average (EMA) of the weights; after n steps at most "
-        "(1 + n) / (10 + n). Samples, validation and files use the average.",
-        least=0,
-        below=1,
-    )
 
 
 LOSS_TYPES = ("l2", "huber")
@@ -328,13 +300,3 @@ class LossSettings:
         needs=(Need("timestep_distribution", ("power",)),),
         above=0,
     )
-
-
-HOOKS: Mapping[str, Callable[[Any], bool]] = {
-    "words:NewWords": lambda config: bool(config.words),
-    "allocation:Allocation": lambda c: c.parametrization == "adalora" and c.trains_adapters,
-    "average:ScheduleFreeAverage": lambda config: config.is_schedule_free,
-    "average:MovingAverage": lambda config: config.ema_decay is not None,
-}
-"""Features of a training step by module and class in `training.hooks`, in the order in which they
-act, and whether a config has them on. A hook is imported only if it is on."""

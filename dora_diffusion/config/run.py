@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
+from dora_diffusion.config.features.prior import PRIOR
 from dora_diffusion.config.fields import (
     PRECISIONS,
     AnyOf,
@@ -15,7 +15,6 @@ from dora_diffusion.config.fields import (
     free_flag,
 )
 from dora_diffusion.config.images import GUIDANCE_SCALE, MOST_STEPS, STEPS
-from dora_diffusion.config.subject import PRIOR
 
 OFFLOADS = ("auto", "none", "model")
 SHARDINGS = ("auto", "none", "fsdp")
@@ -23,22 +22,9 @@ SHARDINGS = ("auto", "none", "fsdp")
 _SAMPLES = Need("num_validation_images")
 
 
-def _held_out(config: Any) -> str | None:
-    """Held-out photos (`--validation_data_dir` or `--validation_split`)."""
-    return None if config.holds_out else "no photos are held out (validation_split is 0)"
-
-
-def _validated(config: Any) -> str | None:
-    """Samples or held-out photos."""
-    return None if config.holds_out else _SAMPLES(config)
-
-
 def _checkpoints(config: Any) -> str | None:
     """Checkpoints (`--checkpointing_steps` above 0)."""
     return "checkpointing_steps is 0" if config.checkpointing_steps == 0 else None
-
-
-_held_out_flag = partial(free_flag, needs=(_held_out,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +100,14 @@ class SampleSettings:
         None,
         "Sample every N steps, and at the end; 0 samples at the end only.",
         derived="200",
-        needs=(_validated,),
+        needs=(_SAMPLES,),
         least=0,
     )
     validation_epochs: int | None = free_flag(
         None,
         "Sample every N epochs, instead of validation_steps.",
         derived="none, validation_steps is used",
-        needs=(_validated, Need("validation_steps", (None,))),
+        needs=(_SAMPLES, Need("validation_steps", (None,))),
         above=0,
     )
     validation_inference_steps: int = free_flag(
@@ -136,42 +122,6 @@ class SampleSettings:
         "Guidance scale (CFG scale) of samples and class images.",
         needs=(AnyOf((_SAMPLES, PRIOR)),),
         least=0,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationSettings:
-    """Validation on held-out photos, and choice of the best checkpoint."""
-
-    heading: ClassVar = "Validation"
-
-    validation_data_dir: TextOrPath[str | None] = flag(
-        None,
-        "Folder of held-out photos of the subject, with optional .txt captions, to compute the "
-        "validation loss on.",
-        resume="ignored",  # its photos are compared by content
-        is_path=True,
-        of_photos=True,
-        of_subject=True,
-    )
-    validation_split: float = flag(
-        0.0,
-        "Photos of instance_data_dir to hold out instead: a fraction below 1, or their number. "
-        "They are drawn by seed and content.",
-        least=0,
-        of_photos=True,
-        of_subject=True,
-    )
-    validation_loss_steps: int | None = _held_out_flag(
-        None,
-        "Compute the validation loss every N steps, and at step 0 and at the end.",
-        derived="validation_steps, or 200 if it is 0",
-        above=0,
-    )
-    keep_best: bool = _held_out_flag(
-        False,
-        "Keep the checkpoint with the lowest validation loss, regardless of "
-        "checkpoints_total_limit, and write it as the result.",
     )
 
 

@@ -16,23 +16,14 @@ from dora_diffusion.config.base import (
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, TextOrPath, flag
 
-PRIOR_MODES = ("images", "image-free")
 INPAINTING_MASKS = ("random", "subject")
 
-PRIOR = Need("with_prior_preservation")
 
 Entry = dict[str, Any]
 """Settings of one subject, by name; defaults are the settings of the run."""
 
 
-def _class_images(config: Any) -> str | None:
-    """Class images (`--prior_preservation_mode images`)."""
-    is_image_free = config.prior_mode == "image-free"
-    return "prior_preservation_mode is image-free" if is_image_free else None
-
-
 _TAGS = AnyOf((Need("shuffle_tags"), Need("tag_dropout")))
-_CLASS_IMAGES = (PRIOR, _class_images)
 _BUCKETS = Need("aspect_ratio_buckets")
 
 # A setting of subjects that has one value for the run, and an effect without photos too.
@@ -138,50 +129,6 @@ class SubjectSettings:
     repeats: int = flag(1, "Repeats of each image per epoch, each with a new crop.", above=0)
 
 
-_WORDS = Need("train_text_encoder_ti")
-_word_flag = partial(flag, needs=(_WORDS,))
-
-
-def _embedding_rate(config: Any) -> str | None:
-    """Condition of a rate above 0, and another optimizer than Prodigy."""
-    if config.is_prodigy:
-        return f"optimizer is {config.optimizer}"
-    return "it is 0: no new word is trained" if config.embedding_lr == 0 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class WordSettings:
-    """New words: trained token embeddings (textual inversion)."""
-
-    heading: ClassVar = "Subject"
-    common: ClassVar = {"of_photos": True}
-
-    train_text_encoder_ti: bool = flag(
-        False,
-        "Train the embedding vectors of new words in every text encoder (textual inversion), "
-        "together with the adapter (pivotal tuning).",
-    )
-    new_words: list[str] = _word_flag(
-        [], "New words, each in captions or prompts.", derived="the token"
-    )
-    num_new_tokens_per_abstraction: int = _word_flag(
-        2, "Vectors of each new word in each text encoder.", above=0
-    )
-    initializer_concept: list[str] = _word_flag(
-        [],
-        "Initialization of new words: a word of the model, such as the class, for all of them or "
-        "one for each. Copies its vectors if there are as many, else uses their mean.",
-        derived="random vectors",
-    )
-    embedding_lr: float = flag(
-        3e-4,
-        "Learning rate of new words' vectors.",
-        resume="free",
-        needs=(_WORDS, _embedding_rate),
-        least=0,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """Images and captions."""
@@ -221,14 +168,6 @@ class ImageSettings:
     masked_loss: bool = flag(
         False,
         "Masked loss: only where NAME.mask.png next to an image, or its alpha channel, is bright.",
-    )
-    unmasked_prior: float = flag(
-        0.0,
-        "Prior preservation outside of masks: weight of a loss there, whose target is the base "
-        "model's prediction for the same caption. 0 trains nothing outside of masks.",
-        needs=(Need("masked_loss"),),
-        least=0,
-        of_subject=False,
     )
     inpainting_mask: str | None = flag(
         None,
@@ -286,53 +225,4 @@ class ImageSettings:
         needs=(Need("cache_latents", (False,)),),
         resume="ignored",
         least=0,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorSettings:
-    """Prior preservation."""
-
-    heading: ClassVar = "Data"
-    common: ClassVar = {"of_photos": True, "of_subject": True}
-
-    with_prior_preservation: bool = flag(
-        False, "Prior preservation, against language drift: the rest of the class is unchanged."
-    )
-    prior_preservation_mode: str | None = flag(
-        None,
-        "Mode of prior preservation. image-free: keep the adapted model's prediction for the class "
-        "caption at the base model's. images: also train on class images; missing ones are "
-        "generated before the first step.",
-        derived="image-free; images if class_data_dir or class_prompt is given",
-        choices=PRIOR_MODES,
-        needs=(PRIOR,),
-    )
-    class_data_dir: TextOrPath[str | None] = flag(
-        None,
-        "Folder of class images, or of kohya's '1_dog' folders. Missing images are generated: in a "
-        "new folder, or if it has images of yours, in OUTPUT_DIR/class_images.",
-        derived="OUTPUT_DIR/class_images",
-        resume="ignored",  # its images are compared by content
-        needs=_CLASS_IMAGES,
-        is_path=True,
-    )
-    class_prompt: str | None = flag(
-        None,
-        "Caption of class images without a .txt file.",
-        derived="the name of kohya's folder, or each image's caption without the token",
-        needs=_CLASS_IMAGES,
-    )
-    num_class_images: int = flag(
-        100, "Number of class images.", needs=_CLASS_IMAGES, above=0, of_photos=False
-    )
-    prior_loss_weight: float = _run_flag(
-        1.0, "Weight of the prior-preservation loss.", needs=(PRIOR,), least=0
-    )
-    sample_batch_size: int = _run_flag(
-        4,
-        "Batch size for generating class images and samples.",
-        needs=(AnyOf((PRIOR, Need("num_validation_images"))),),
-        resume="ignored",
-        above=0,
     )

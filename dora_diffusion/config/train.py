@@ -21,9 +21,18 @@ from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.checks import contradictions
 from dora_diffusion.config.families import DEFAULT_FAMILY
+from dora_diffusion.config.features.adalora import AdaLoraSettings
+from dora_diffusion.config.features.average import EmaSettings, ScheduleFreeSettings
 from dora_diffusion.config.features.feature import Description, Feature
 from dora_diffusion.config.features.full import FullSettings
+from dora_diffusion.config.features.held_out import HeldOutSettings
+from dora_diffusion.config.features.prior import (
+    ImageFreeSettings,
+    PriorSettings,
+    UnmaskedSettings,
+)
 from dora_diffusion.config.features.slider import SliderSettings
+from dora_diffusion.config.features.words import WordSettings
 from dora_diffusion.config.fields import (
     Condition,
     ConfigError,
@@ -52,18 +61,23 @@ else:
 class TrainConfig(  # type: ignore[misc]
     subject.ModelSettings,
     subject.SubjectSettings,
-    subject.WordSettings,
+    WordSettings,
     SliderSettings,
     subject.ImageSettings,
-    subject.PriorSettings,
+    PriorSettings,
+    ImageFreeSettings,
+    UnmaskedSettings,
     learning.AdapterSettings,
     FullSettings,
+    AdaLoraSettings,
     learning.LengthSettings,
     learning.OptimizerSettings,
+    EmaSettings,
+    ScheduleFreeSettings,
     learning.LossSettings,
     run.DeviceSettings,
     run.SampleSettings,
-    run.ValidationSettings,
+    HeldOutSettings,
     run.OutputSettings,
 ):
     """All settings of one DreamBooth run.
@@ -78,9 +92,6 @@ class TrainConfig(  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self._check_values()
-        if self.method is None:
-            object.__setattr__(self, "method", self.default("method", "dora"))
-            vars(self).pop("features")  # Whether one is on may depend on the method.
         if self.dataset_config:
             from dora_diffusion.config.dataset_file import checked_entries
 
@@ -93,6 +104,10 @@ class TrainConfig(  # type: ignore[misc]
                 with problems.collect(), naming_entry(index):
                     self.of_entry(index)
             problems.raise_all()
+        if self.method is None:
+            object.__setattr__(self, "method", self.default("method", "dora"))
+            for name in ("features", "subjects"):  # They depend on the method.
+                vars(self).pop(name)
         for name, message in contradictions(self):
             raise ConfigError(message, name)
         adapters = self.unet_adapter, self.text_encoder_adapter  # They check their own values.
@@ -167,16 +182,6 @@ class TrainConfig(  # type: ignore[misc]
         """True if the loss of any subject has a prior-preservation loss."""
         return any(subject.uses("prior_loss_weight") for subject in self.subjects)
 
-    @property
-    def allocation_phases(self) -> tuple[int, int]:
-        """Number of steps before rank allocation begins, and after it ends."""
-        steps, warmup, final = (
-            self.max_train_steps or 0,
-            self.allocation_warmup,
-            self.allocation_final,
-        )
-        return (steps // 10 if warmup is None else warmup, steps // 2 if final is None else final)
-
     def _adapter(self, targets: tuple[str, ...], linear_only: bool) -> AdapterConfig:
         is_vera = self.parametrization == "vera"
         return AdapterConfig(
@@ -233,23 +238,10 @@ class TrainConfig(  # type: ignore[misc]
         return self.optimizer in learning.PRODIGIES
 
     @property
-    def is_schedule_free(self) -> bool:
-        """True if the optimizer averages the weights."""
-        return self.optimizer in learning.SCHEDULE_FREE
-
-    @property
     def lr_schedule(self) -> str:
         """Learning-rate schedule; Diffusers' plain ``constant`` would ignore the warm-up."""
         with_warmup = self.lr_scheduler == "constant" and self.lr_warmup_steps > 0
         return "constant_with_warmup" if with_warmup else self.lr_scheduler
-
-    @property
-    def words(self) -> list[str]:
-        """New words to train."""
-        if not self.train_text_encoder_ti:
-            return []
-        tokens = (subject.token.strip() for subject in self.subjects)
-        return self.new_words or list(dict.fromkeys(filter(None, tokens)))
 
     @property
     def encodes_in_steps(self) -> bool:
@@ -279,37 +271,6 @@ class TrainConfig(  # type: ignore[misc]
             return self
         lines = [*self.validation_prompt, *read_prompts(self.sample_prompts)]
         return dataclasses.replace(self, validation_prompt=lines, sample_prompts=None)
-
-    @property
-    def prior_mode(self) -> str:
-        """Mode of prior preservation; Diffusers' settings of class images select ``images``."""
-        has_class_images = self.class_data_dir or self.class_prompt
-        return self.prior_preservation_mode or ("images" if has_class_images else "image-free")
-
-    @property
-    def is_image_free(self) -> bool:
-        """True if the prior is preserved without class images."""
-        return self._uses_prior("image-free")
-
-    @property
-    def holds_unmasked(self) -> bool:
-        """True if the prediction outside of masks is kept at the base model's."""
-        return self.unmasked_prior > 0 and any(subject.masked_loss for subject in self.subjects)
-
-    @property
-    def uses_class_images(self) -> bool:
-        """True if the prior is preserved by class images."""
-        return self._uses_prior("images")
-
-    def _uses_prior(self, mode: str) -> bool:
-        return self.with_prior_preservation and self.prior_mode == mode and self.has_photos
-
-    @property
-    def holds_out(self) -> bool:
-        """True if photos are held out for the validation loss."""
-        return self.has_photos and any(
-            s.validation_data_dir or s.validation_split for s in self.subjects
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as plain values, as in a YAML file."""

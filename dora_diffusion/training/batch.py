@@ -64,7 +64,7 @@ class Batch:
         class_captions: Row -> caption without the subject, for photos with prior preservation
             without class images.
         mask: ``(B, 1, h, w)`` in [0, 1], 1 where the loss counts. None: the loss counts everywhere.
-        masked_rows: Rows whose mask is below 1 somewhere; empty if no term of the loss needs them.
+        masked_rows: Rows whose mask is below 1 somewhere.
         generators: Generator of each row, for terms that draw random numbers themselves.
     """
 
@@ -181,7 +181,7 @@ def draw_batch(
         index=index,
         class_captions={row: c for row, c in enumerate(samples.class_captions) if c is not None},
         mask=_optional(send, mask, device),
-        masked_rows=_excluding(mask) if config.holds_unmasked and mask is not None else (),
+        masked_rows=() if mask is None else _excluding(mask),
         generators=generators,
     )
 

@@ -13,6 +13,7 @@ from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.targets import require_rows
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.exclusions import exclusions
 from dora_diffusion.config.fields import require, shown
 from dora_diffusion.config.subject_list import SHARED
 from dora_diffusion.data.images import reading_once
@@ -126,34 +127,14 @@ def check_pack(configs: Mapping[str, TrainConfig]) -> None:
                 setting,
             )
     for name, config in configs.items():
-        if setting := next((s for s, is_wrong in _unsupported(config).items() if is_wrong), ""):
+        excluded = [setting for setting, _ in exclusions(config, "pack")]
+        excluded += ["mixed_precision"] * (precision_of(config.mixed_precision) == "fp16")
+        for setting in excluded:
             raise ConfigError(
                 f"{setting} {shown(getattr(config, setting))} of {name} is not possible in a pack; "
                 "remove it, or train that subject alone",
                 setting,
             )
-
-
-def _unsupported(config: TrainConfig) -> dict[str, bool]:
-    """Return the settings that a pack does not support, and whether they are set."""
-    encodes = config.train_text_encoder
-    return {
-        **{one.on.setting: "pack" in one.excludes for one in config.features},
-        "parametrization": config.parametrization != "low-rank",
-        "init": config.init == "pissa",
-        "lora_dropout": config.lora_dropout > 0,
-        "train_text_encoder_ti": config.train_text_encoder_ti,
-        "text_encoder_targets": encodes and "token-embedding" in config.text_encoder_targets,
-        # In a text encoder, a caption in chunks occupies several rows, and a dropped one none.
-        "max_token_length": encodes and config.max_token_length != 75,
-        "clip_skip": encodes
-        and config.clip_skip > 0
-        and any(subject.caption_dropout for subject in config.subjects),
-        "compile": config.compile,
-        "report_to": config.report_to is not None,
-        "push_to_hub": config.push_to_hub,
-        "mixed_precision": precision_of(config.mixed_precision) == "fp16",
-    }
 
 
 class _Pack:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.training.hooks.hook import Record
+from dora_diffusion.training.hook import Record
 from dora_diffusion.training.prediction import Drawn, answer
 from dora_diffusion.training.step import Step, stack_of
 

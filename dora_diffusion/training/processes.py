@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
 from dora_diffusion.adapters.layout import RowShard, join, split_like
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.exclusions import exclusions
 from dora_diffusion.config.fields import require
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.offload import fetch, send
@@ -185,35 +186,19 @@ def has_sharding() -> bool:
 
 def _check_settings(config: TrainConfig) -> None:
     """Check that no setting excludes sharding."""
-    holds = {subject.is_image_free for subject in config.subjects}
-    is_full, optimizer = not config.trains_adapters, config.optimizer
-    problems = {
-        f"needs torch 2.7 or newer, this is {torch.__version__}": not has_sharding(),
-        "excludes compile: compiled blocks do not gather their weights": config.compile,
-        "excludes quantize: quantised weights cannot be sharded": config.quantize != "none",
-        "excludes offload model: each process keeps its shard on its device": (
-            config.offload == "model"
-        ),
-        f"with full fine-tuning excludes optimizer {optimizer}, which needs whole weights; use "
-        "adamw": is_full and optimizer != "adamw",
-        "with full fine-tuning excludes mixed_precision fp16; use bf16": (
-            is_full and config.mixed_precision == "fp16"
-        ),
-        "excludes unmasked_prior: processes would call the base model a different number of "
-        "times": config.holds_unmasked,
-        "needs with_prior_preservation without images for all subjects or for none": (
-            len(holds) > 1
-        ),
-    }
-    for problem, is_there in problems.items():
-        require(not is_there, f"sharding fsdp {problem}", "sharding")
+    require(
+        has_sharding(),
+        f"sharding fsdp needs torch 2.7 or newer, this is {torch.__version__}",
+        "sharding",
+    )
+    for _, reason in exclusions(config, "sharding"):
+        raise ConfigError(f"sharding fsdp {reason}", "sharding")
 
 
 def shard(
     components: Components,
     modules: Mapping[str, nn.Module],
     trained: dict[str, nn.Parameter],
-    base: dict[str, Tensor],
     accelerator: Any,
 ) -> None:
     """Shard the trained components in place, and move them to the device block by block.
@@ -224,7 +209,6 @@ def shard(
         components: The model.
         modules: Trained components, by name.
         trained: Trained weights of the model, by name. Their shards replace them.
-        base: Values of these weights before training. The local rows replace them.
         accelerator: Devices and processes (`make_accelerator`).
 
     Raises:
@@ -261,8 +245,6 @@ def shard(
             if is_sharded(layer.weight):
                 layer.shard = _row_shard(layer.weight)
     trained.update({name: getattr(*owner) for name, owner in attributes.items()})
-    for name in base:
-        base[name] = local(trained[name]).clone()
 
 
 def _kept_whole(model: nn.Module) -> Iterable[nn.Parameter]:

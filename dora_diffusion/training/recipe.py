@@ -6,18 +6,19 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
-from dora_diffusion.config.learning import HOOKS
+from dora_diffusion.config.features.words import words_of
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import known_family
 from dora_diffusion.models.precision import precision_of
+from dora_diffusion.numerics.process import NoiseProcess
 from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
@@ -44,7 +45,7 @@ from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.run import Run
 from dora_diffusion.training.signals import Stopped, StopRequest
 from dora_diffusion.training.step import Step
-from dora_diffusion.training.terms import build_terms
+from dora_diffusion.training.terms import Denoising, RowLoss, Term
 from dora_diffusion.training.trainable.adapters import (
     StartingAdapter,
     enter_training,
@@ -53,7 +54,6 @@ from dora_diffusion.training.trainable.adapters import (
 from dora_diffusion.training.trainable.words import add_words, require_new
 
 if TYPE_CHECKING:
-    from dora_diffusion.training.hooks.hook import Hook
     from dora_diffusion.training.trainable.weights import TrainedWeights
 
 __all__ = ["TrainResult", "TrainingError", "train"]
@@ -200,23 +200,18 @@ def assemble(
     plan = plan_run(config, subjects)
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)
-    require_new(components, config.words)
+    require_new(components, words_of(config))
     check_with_model(components, config)
     config = replace(config, resolution=run_resolution(config, components))
     start = plan.start.read(components, config) if plan.start else None
     data = open_data(config, subjects, plan.photos, components, accelerator, on_event)
     config = resolve_settings(config, subjects, components, data, accelerator)
-    validation = None
-    if any(plan.held_out):
-        from dora_diffusion.training.results.validation import Validation
-
-        pairs = list(zip(subjects, plan.held_out, strict=True))
-        validation = Validation(config, pairs, components, accelerator)
+    validation = plan.validate(config, components, accelerator) if plan.validate else None
     move_step_modules(config, components)
     weights = select_trainable(components, config, start)
     samples = iterate_batches(*data, num_workers=config.dataloader_num_workers)
     if shards_model(accelerator):
-        shard(components, weights.modules, weights.trained, weights.base, accelerator)
+        shard(components, weights.modules, weights.trained, accelerator)
     process = components.process
     batches = Batches(config, components, process, samples, accelerator.process_index)
     return Run(
@@ -268,14 +263,20 @@ def build_step(
         optimizer=accelerator.prepare_optimizer(optimizer),
         lr_schedule=lr_schedule,
     )
-    step.hooks = build_hooks(step)
+    step.hooks = [hook for part in parts_of(config) for hook in part.hooks(step)]
     return step
 
 
-def build_hooks(step: Step) -> list[Hook]:
-    """Build the hooks that are on (`HOOKS`), in the order in which they are called."""
-    names = [name for name, is_on in HOOKS.items() if is_on(step.config)]
-    return [resolve_name(f"dora_diffusion.training.hooks.{name}")(step) for name in names]
+def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
+    """Build the terms of a run's loss."""
+    loss = RowLoss(process, config.snr_gamma or 0.0)
+    if config.loss_type == "huber":
+        delta = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
+        loss = replace(loss, delta=delta)
+    terms: list[Term] = [Denoising(loss)] if config.has_photos else []
+    for part in parts_of(config):
+        terms += part.terms(loss)
+    return terms
 
 
 def select_trainable(

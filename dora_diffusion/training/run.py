@@ -19,7 +19,7 @@ from dora_diffusion.training.processes import gather
 from dora_diffusion.training.step import Step
 
 if TYPE_CHECKING:
-    from dora_diffusion.training.results.validation import Validation
+    from dora_diffusion.training.features.validation import Validation
     from dora_diffusion.training.trainable.weights import TrainedWeights
 
 

@@ -25,7 +25,7 @@ from dora_diffusion.training.processes import average_gradients
 from dora_diffusion.training.terms import Term, mean_losses
 
 if TYPE_CHECKING:
-    from dora_diffusion.training.hooks.hook import Hook, Record
+    from dora_diffusion.training.hook import Hook, Record
     from dora_diffusion.training.trainable.weights import TrainedWeights
 
 
@@ -145,7 +145,7 @@ class Step:
     @contextmanager
     def base(self, stack: AdapterStack) -> Iterator[None]:
         """Restore the base model inside the block, with the stack of all trained adapters."""
-        with stack.of(BASE), self.weights.base_weights():
+        with stack.of(BASE), self.weights.base_weights(keep=True):
             yield
 
     @cached_property

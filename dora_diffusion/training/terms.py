@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial, reduce
+from dataclasses import dataclass
+from functools import reduce
 from operator import add
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.config import TrainConfig
 from dora_diffusion.numerics.loss import denoising_loss, split_prior
 from dora_diffusion.numerics.process import NoiseProcess
 from dora_diffusion.training.batch import Batch, Rows
-from dora_diffusion.training.features.part import parts_of
 from dora_diffusion.training.prediction import Ask
 
 
@@ -87,65 +85,6 @@ class Denoising:
         (predicted,) = predictions
         target = self.loss.process.target(batch.latents, batch.noise, batch.inputs.timesteps)
         return Losses(self.loss(batch, predicted, target, mask=batch.mask))
-
-
-@dataclass(frozen=True)
-class Prior:
-    """Prior preservation without class images: match the base's predictions for class captions."""
-
-    loss: RowLoss
-
-    def asks(self, batch: Batch) -> list[Ask]:
-        captions = batch.class_captions
-        if not captions:
-            return []
-        return [Ask.by_row(batch, captions), Ask.by_row(batch, captions, of_base=True)]
-
-    def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
-        predicted, base = predictions
-        rows = batch.rows(batch.class_captions)
-        return Losses(prior=self.loss(batch, predicted, base, rows=rows))
-
-
-@dataclass(frozen=True)
-class Unmasked:
-    """Prior preservation outside the masks: match the base's predictions there."""
-
-    loss: RowLoss
-    weight: float
-
-    def asks(self, batch: Batch) -> list[Ask]:
-        captions = {row: batch.captions[row] for row in batch.masked_rows}
-        if not captions:
-            return []
-        return [Ask(batch.captions), Ask.by_row(batch, captions, of_base=True)]
-
-    def losses(self, batch: Batch, *predictions: Tensor) -> Losses:
-        predicted, base = predictions
-        assert batch.mask is not None
-        rows, mask = batch.rows(batch.masked_rows), 1 - batch.mask
-        predicted, mask = batch.select(rows, predicted), batch.select(rows, mask)
-        losses = self.loss(batch, predicted, base, rows=rows, mask=mask)
-        if rows is not None:
-            index = (batch.index_of(rows),)
-            losses = losses.new_zeros(len(batch.captions)).index_put(index, losses)
-        return Losses(self.weight * losses)
-
-
-def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
-    """Build the terms of a run's loss."""
-    loss = RowLoss(process, config.snr_gamma or 0.0)
-    if config.loss_type == "huber":
-        delta = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
-        loss = replace(loss, delta=delta)
-    terms: list[Term] = [Denoising(loss)] if config.has_photos else []
-    for part in parts_of(config):
-        terms += part.terms(loss)
-    if any(subject.is_image_free for subject in config.subjects):
-        terms.append(Prior(loss))
-    if config.holds_unmasked:
-        terms.append(Unmasked(loss, config.unmasked_prior))
-    return terms
 
 
 def mean_losses(batch: Batch, losses: Sequence[Losses]) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.config.config_file import read_config_file
+from dora_diffusion.config.features.held_out import HeldOutSettings
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.flag_map import find_training_setting
 from dora_diffusion.config.problems import Problems, prefixed
-from dora_diffusion.config.run import ValidationSettings
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.config.wording import did_you_mean
 from dora_diffusion.evaluation.measures import MEASURES
@@ -26,7 +26,7 @@ _RESERVED = (
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
     "class_word", "class_data_dir", "seed", "num_train_epochs",
 )  # fmt: skip
-_HELD_OUT = frozenset(setting.name for setting in fields(ValidationSettings))
+_HELD_OUT = frozenset(setting.name for setting in fields(HeldOutSettings))
 
 
 @dataclass(frozen=True)

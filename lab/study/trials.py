@@ -22,6 +22,7 @@ from torch import Tensor
 from dora_diffusion import __version__
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.features.prior import has_class_images
 from dora_diffusion.config.problems import Problems
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
@@ -290,7 +291,7 @@ def check_methods(
 def _settings(trial: Trial, base: str, work: Path, folder: Path) -> TrainConfig:
     """All settings of a trial; trials share class images, whose names depend on all inputs."""
     subject_settings = trial.subject.training(work, trial.config)
-    if trial.config.uses_class_images:
+    if has_class_images(trial.config):
         subject_settings["class_data_dir"] = str(work / "class")
     return dataclasses.replace(
         trial.config,

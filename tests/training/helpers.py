@@ -26,6 +26,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.batch import Batch
 from dora_diffusion.training.conditioner import Conditioner
+from dora_diffusion.training.features.prior import Prior, Unmasked
 from dora_diffusion.training.features.slider import Slider
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.optimizer import _LIBRARIES, optimizer_library
@@ -36,10 +37,8 @@ from dora_diffusion.training.run import Run
 from dora_diffusion.training.step import Step
 from dora_diffusion.training.terms import (
     Denoising,
-    Prior,
     RowLoss,
     Term,
-    Unmasked,
     mean_losses,
     squared_error,
 )

@@ -13,12 +13,13 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from dora_diffusion.config import TrainConfig, without_effect
+from dora_diffusion.training.features.prior import Unmasked
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.run import Run
-from dora_diffusion.training.terms import Losses, Unmasked
+from dora_diffusion.training.terms import Losses
 from tests.refusal import refused
 from tests.training.helpers import (
     assert_same_adapter,

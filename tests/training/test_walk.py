@@ -8,7 +8,7 @@ import pytest
 from diffusers.models import modeling_utils
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.hooks.hook import Record
+from dora_diffusion.training.hook import Record
 from dora_diffusion.training.recipe import train
 from dora_diffusion.training.step import Step
 

@@ -327,7 +327,8 @@ def known_photos(
     """
     from dora_diffusion.data.photos import list_photos
     from dora_diffusion.evaluation.photos import PhotoSubject
-    from dora_diffusion.training.inputs.held_out import divide_all, read_held_out
+    from dora_diffusion.training.features.held_out import divide_all
+    from dora_diffusion.training.features.validation import read_held_out
 
     none: list[list[Path]] = [[] for _ in subjects]
     folders = [Path(one.settings.instance_data_dir or "") for one in subjects]

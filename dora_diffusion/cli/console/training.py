@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.cli.console.output import ProgressBar, say, shown_command, tell
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.derived import listed
+from dora_diffusion.config.features.prior import has_class_images, prior_mode
 from dora_diffusion.config.wording import counted, duration, listing, pixels, quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.numerics.devices import default_device, device_name
@@ -194,8 +195,8 @@ def training_summary(config: TrainConfig) -> str:
     """
     from dora_diffusion.data.photos import read_photos
     from dora_diffusion.models.locate import known_family
+    from dora_diffusion.training.features.held_out import check_held_out, divide_all
     from dora_diffusion.training.inputs.dataset import check_subject, list_subjects
-    from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
     from dora_diffusion.training.inputs.subject import caption_rules, subjects_of
     from dora_diffusion.training.results.folders import check_folders
 
@@ -274,7 +275,7 @@ def _facts_of(settings: TrainConfig, photos: Sequence[Photo]) -> list[str]:
         f"captions dropped: {settings.caption_dropout:g}": settings.caption_dropout,
     }
     facts = [fact for fact in applies if applies[fact]]
-    if settings.uses_class_images:
+    if has_class_images(settings):
         missing, folder = missing_class_images(settings), class_folder(settings)
         images = counted(settings.num_class_images, "class image")
         prompt = f" ({quoted(settings.class_prompt)})" if settings.class_prompt else ""
@@ -285,7 +286,7 @@ def _facts_of(settings: TrainConfig, photos: Sequence[Photo]) -> list[str]:
                 f"({missing.advice})"
             )
         return facts
-    return facts + ([f"prior: {settings.prior_mode}"] if settings.with_prior_preservation else [])
+    return facts + ([f"prior: {prior_mode(settings)}"] if settings.with_prior_preservation else [])
 
 
 def _in_buckets(settings: TrainConfig, photos: Sequence[Photo]) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from dora_diffusion.config.fields import Condition, Need
-
-if TYPE_CHECKING:
-    from dora_diffusion.config.train import TrainConfig
 
 Problem = tuple[str, str]
 """A setting and the error message."""
@@ -23,6 +20,22 @@ class Added(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
+class Excluded(NamedTuple):
+    """Way of running that a run excludes: ``"pack"`` or ``"sharding"``.
+
+    Attributes:
+        way: The way.
+        reason: Why, as the message goes on; empty: no reason is given.
+        setting: The setting that is in its way; empty: the one that turns the feature on.
+        when: Whether a run with the feature excludes it.
+    """
+
+    way: str
+    reason: str = ""
+    setting: str = ""
+    when: Callable[[Any], Any] = lambda config: True
+
+
 @dataclass(frozen=True)
 class Description:
     """What a run makes, for dry run, model card, metadata, samples and console.
@@ -30,6 +43,7 @@ class Description:
     Attributes:
         tag: Tag of the model card.
         method: Tag and name of the method; None: those of the adapter.
+        ranks: Ranks of the adapter; empty: as the settings say.
         usage: Sentence of the model card on prompts; empty: on trigger words.
         hint: The same for the console, before an example of a prompt.
         plan: Lines of the dry run of a run without photos.
@@ -43,6 +57,7 @@ class Description:
 
     tag: str = "dreambooth"
     method: tuple[str, str] | None = None
+    ranks: str = ""
     usage: str = ""
     hint: str = ""
     plan: tuple[str, ...] = ()
@@ -67,7 +82,7 @@ class Feature:
         trains_adapters: Whether a run with it trains adapters, not weights of the model itself.
         adds: Setting of others -> what the feature adds to its description.
         uses: Setting of others -> condition under which the feature uses it.
-        excludes: Way of running (``"pack"``, ``"sharding"``) -> why the feature excludes it.
+        excludes: Ways of running that it excludes.
     """
 
     on: Need
@@ -76,20 +91,23 @@ class Feature:
     trains_adapters = True
     adds: ClassVar[Mapping[str, Added]] = {}
     uses: ClassVar[Mapping[str, Condition]] = {}
-    excludes: ClassVar[Mapping[str, str]] = {}
+    excludes: ClassVar[tuple[Excluded, ...]] = ()
 
-    def is_on(self, config: TrainConfig) -> bool:
-        """Return whether a run has the feature."""
-        return self.on(config) is None and config.uses(self.on.setting)
+    def is_on(self, config: Any) -> bool:
+        """Return whether a subject of the run has the feature, or the run itself."""
+        return any(
+            self.on(subject) is None and subject.uses(self.on.setting)
+            for subject in config.subjects
+        )
 
-    def defaults(self, config: TrainConfig) -> Mapping[str, Any]:
+    def defaults(self, config: Any) -> Mapping[str, Any]:
         """Return the defaults of settings that differ while the feature is on."""
         return {}
 
-    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+    def problems(self, config: Any) -> Iterator[Problem]:
         """Yield contradictions while the feature is on; later ones rely on the earlier ones."""
         yield from ()
 
-    def describe(self, config: TrainConfig, run: Description) -> Description:
+    def describe(self, config: Any, run: Description) -> Description:
         """Describe a run with the feature, which is a run without it as described so far."""
         return run

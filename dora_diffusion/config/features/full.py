@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Added, Description, Feature, Problem
+from dora_diffusion.config.features.feature import Added, Description, Excluded, Feature, Problem
 from dora_diffusion.config.fields import DTYPES, Condition, Need, flag
-
-if TYPE_CHECKING:
-    from dora_diffusion.config.train import TrainConfig
 
 _ON = Need("method", ("full",))
 _TARGETS = Need("full_weights", ("targets",))
@@ -33,13 +30,26 @@ class Full(Feature):
         "targets": _TARGETS,
         "text_encoder_targets": _TARGETS,
     }
-    excludes: ClassVar = {"pack": ""}
+    excludes: ClassVar = (
+        Excluded("pack"),
+        Excluded(
+            "sharding",
+            "with full fine-tuning excludes optimizers but adamw, which need whole weights; use "
+            "adamw",
+            when=lambda config: config.optimizer != "adamw",
+        ),
+        Excluded(
+            "sharding",
+            "with full fine-tuning excludes mixed_precision fp16; use bf16",
+            when=lambda config: config.mixed_precision == "fp16",
+        ),
+    )
 
-    def defaults(self, config: TrainConfig) -> Mapping[str, Any]:
+    def defaults(self, config: Any) -> Mapping[str, Any]:
         # A checkpoint of a whole model takes gigabytes.
         return {"learning_rate": 5e-6, "checkpointing_steps": 500}
 
-    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+    def problems(self, config: Any) -> Iterator[Problem]:
         if config.quantize != "none":
             yield (
                 "quantize",
@@ -53,7 +63,7 @@ class Full(Feature):
                 "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
             )
 
-    def describe(self, config: TrainConfig, run: Description) -> Description:
+    def describe(self, config: Any, run: Description) -> Description:
         method = "full-finetuning", "Full fine-tuning"
         return replace(run, method=method, trained="full fine-tuning", rates=(1e-8, 1e-4))
 

@@ -6,21 +6,18 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Added, Description, Feature, Problem
+from dora_diffusion.config.features.feature import Added, Description, Excluded, Feature, Problem
 from dora_diffusion.config.fields import Condition, Need, flag
 from dora_diffusion.config.wording import counted, quoted
-
-if TYPE_CHECKING:
-    from dora_diffusion.config.train import TrainConfig
 
 STRENGTHS = (-3.0, -1.5, 0.0, 1.5, 3.0)
 """Strengths of a slider's sample images."""
 _ON = Need("teach", ("slider",))
 
 
-def pairs_of(config: TrainConfig) -> list[tuple[str, tuple[str, str]]]:
+def pairs_of(config: Any) -> list[tuple[str, tuple[str, str]]]:
     """Return the pairs of a slider: target, and its positive and negative prompt."""
     targets = config.target * (len(config.positive) if len(config.target) == 1 else 1)
     ends = zip(config.positive, config.negative, strict=True)
@@ -46,13 +43,13 @@ class Slider(Feature):
         "validation_inference_steps": _ON,
         "validation_guidance_scale": _ON,
     }
-    excludes: ClassVar = {"pack": ""}
+    excludes: ClassVar = (Excluded("pack"),)
 
-    def defaults(self, config: TrainConfig) -> Mapping[str, Any]:
+    def defaults(self, config: Any) -> Mapping[str, Any]:
         # As in the paper, a slider weights all predictions alike.
         return {"method": "lora", "snr_gamma": 0.0}
 
-    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+    def problems(self, config: Any) -> Iterator[Problem]:
         yield from _prompt_problems(config)
         changed = {*config.target, *config.positive, *config.negative}
         lowercase = {prompt.lower() for prompt in changed}
@@ -82,7 +79,7 @@ class Slider(Feature):
                 "adapter for teach slider: lora or dora",
             )
 
-    def describe(self, config: TrainConfig, run: Description) -> Description:
+    def describe(self, config: Any, run: Description) -> Description:
         pairs = pairs_of(config)
         ends = [f"from `{low}` (-3) to `{high}` (3)" for _, (high, low) in pairs]
         return replace(
@@ -106,7 +103,7 @@ class Slider(Feature):
         )  # fmt: skip
 
 
-def _prompt_problems(config: TrainConfig) -> Iterator[Problem]:
+def _prompt_problems(config: Any) -> Iterator[Problem]:
     for name in ("target", "positive", "negative", "anchors"):
         prompts = getattr(config, name)
         if not prompts and name != "anchors":

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.features.average import SCHEDULE_FREE
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.checkpoint import export_trained
 from dora_diffusion.export.files import open_model
@@ -93,10 +94,12 @@ class FullWeights(TrainedWeights):
 
     Attributes:
         config: Settings, including the base model and the format of the result.
+        base: Values of `trained` before training, if they are kept.
     """
 
     config: TrainConfig
     report: FullReport
+    base: dict[str, Tensor] = field(default_factory=dict)
 
     noun = "model"
 
@@ -110,8 +113,10 @@ class FullWeights(TrainedWeights):
         return weight_groups(self.trained, config) + self.words.groups(config)
 
     @contextmanager
-    def base_weights(self) -> Iterator[None]:
+    def base_weights(self, *, keep: bool = False) -> Iterator[None]:
         base = self.base or self._read(self._source)
+        if keep:
+            self.base.update(base)
         trained: dict[str, Tensor] = {}
         caches = torch.is_autocast_cache_enabled()
         # Autocast caches casts by parameter, not by value, so that its cache must be off.
@@ -240,19 +245,17 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
         enter_training(model, components, config)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    needs_base = config.holds_unmasked or any(s.is_image_free for s in config.subjects)
-    base = {n: p.detach().clone() for n, p in trained.items()} if needs_base else {}
     count = sum(parameter.numel() for parameter in trained.values())
     with open_model(BaseModel(components.source, config.variant)) as stored:
         specs = MergedModel(stored, (), _dtype(config)).specs
         size = sum(spec.nbytes for spec in specs.values())
-    is_averaged = config.is_schedule_free or config.ema_decay is not None
+    is_averaged = config.optimizer in SCHEDULE_FREE or config.ema_decay is not None
     checkpoint = size + count * (4 + 4 * is_averaged + _MOMENTS[config.optimizer])
     report = FullReport(len(trained), count, size, checkpoint)
     _check_disk(config, report)
     return FullWeights(
         components=components, modules=modules, report=report, config=config,
-        trained=trained, base=base,
+        trained=trained,
     )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import TrainConfig
 
@@ -12,11 +13,15 @@ if TYPE_CHECKING:
     from dora_diffusion.data.dataset import SubjectPhotos
     from dora_diffusion.data.photos import Photo
     from dora_diffusion.models.components import Components
-    from dora_diffusion.training.hooks.hook import Hook
+    from dora_diffusion.training.features.validation import Validation
+    from dora_diffusion.training.hook import Hook
     from dora_diffusion.training.inputs.subject import Subject
     from dora_diffusion.training.step import Step
     from dora_diffusion.training.terms import RowLoss, Term
     from dora_diffusion.training.trainable.weights import TrainedWeights
+
+Validate = Callable[[TrainConfig, "Components", Any], "Validation"]
+"""Opens the validation of a run: of its resolved settings, model, devices and processes."""
 
 
 class Part:
@@ -28,6 +33,11 @@ class Part:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+
+    def hold_out(
+        self, subjects: Sequence[Subject], photos: list[list[Path]]
+    ) -> tuple[list[list[Path]], Validate] | None:
+        """Divide the photos of each subject into those to train on, and others to validate on."""
 
     def images(
         self, subject: Subject, components: Components, make: Callable[..., list[Photo]]

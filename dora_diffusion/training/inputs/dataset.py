@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.features.prior import has_class_images, is_image_free
+from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.wording import counted, listing, quoted
 from dora_diffusion.data.captions import (
     CaptionRules,
@@ -124,7 +126,7 @@ def _class_images(*args: Any, **options: Any) -> list[Photo]:
 
 
 def _check_words(config: TrainConfig, captions: Sequence[str]) -> None:
-    for word in config.words:
+    for word in words_of(config):
         if not any(contains_token(caption, word) for caption in captions):
             raise ConfigError(
                 f"the new word {word!r} is in no caption and would not be trained; add it to the "
@@ -163,7 +165,7 @@ def _open_subject(
         warn_of_unused_masks(photos)
     as_class = partial(class_caption_of, subjects, subject)
     prompts: list[str] = []
-    if config.uses_class_images:
+    if has_class_images(config):
         captions = [c for photo in photos for c in draws.captions.captions(photo.caption)]
         from dora_diffusion.training.inputs.prior import class_prompts
 
@@ -173,7 +175,7 @@ def _open_subject(
         draws,
         masked_loss=config.masked_loss,
         mask_channels=mask if reads_masks else None,
-        class_caption=as_class if config.is_image_free else None,
+        class_caption=as_class if is_image_free(config) else None,
         repeats=config.repeats,
     )
     return opened, prompts
@@ -220,7 +222,7 @@ def check_captions(subject: Subject, photos: Sequence[Photo]) -> None:
     possible = possible_captions(subject, texts)
     if token:
         require_token(possible, token)
-    if config.is_image_free:
+    if is_image_free(config):
         from dora_diffusion.training.inputs.prior import check_image_free
 
         check_image_free(subject, possible)
@@ -242,7 +244,7 @@ def _check_tag_dropout(
                 f"tag_dropout may drop the token {token!r} of {quoted(text)}: raise keep_tags to "
                 "keep it, or put the token into caption_prefix"
             )
-            if config.is_image_free:
+            if is_image_free(config):
                 raise ConfigError(message, "tag_dropout")
             warnings.warn(message, stacklevel=4)
             return

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
+from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
 from dora_diffusion.config.images import near_side
 from dora_diffusion.config.wording import quoted
@@ -20,6 +21,7 @@ from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training.events import OnEvent
+from dora_diffusion.training.features.part import Validate, parts_of
 from dora_diffusion.training.inputs.base import configure_reading
 from dora_diffusion.training.inputs.dataset import (
     check_subject,
@@ -42,12 +44,12 @@ class RunPlan(NamedTuple):
 
     Attributes:
         photos: Photos of each subject.
-        held_out: Held-out photos of each subject; empty if no subject has any.
+        validate: Opens the validation of the run; None: it has none.
         start: Adapter that the run starts from, or None.
     """
 
     photos: list[list[Path]]
-    held_out: list[list[Path]]
+    validate: Validate | None
     start: StartingAdapter | None
 
 
@@ -58,14 +60,11 @@ def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
         ConfigError, PhotoError, AdapterFormatError: If an input is invalid.
     """
     optimizer_library(config.optimizer)
-    photos, held_out = list_subjects(subjects), list[list[Path]]()
-    if any(subject.settings.holds_out for subject in subjects):
-        from dora_diffusion.training.inputs.held_out import check_held_out, divide_all
-
-        photos, held_out = divide_all(subjects, photos)
-        for subject, excluded in zip(subjects, held_out, strict=True):
-            check_held_out(subject, excluded)
-    return RunPlan(photos, held_out, StartingAdapter.of(config))
+    photos, validate = list_subjects(subjects), None
+    for part in parts_of(config):
+        if divided := part.hold_out(subjects, photos):
+            photos, validate = divided
+    return RunPlan(photos, validate, StartingAdapter.of(config))
 
 
 def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Components) -> None:
@@ -86,7 +85,7 @@ def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Component
         if config.has_photos:
             check_subject(subject, photos)
     components = configure_reading(empty, config)
-    require_new(components, config.words)
+    require_new(components, words_of(config))
     if plan.start is not None:
         plan.start.read(components, config)
     check_with_model(components, config)

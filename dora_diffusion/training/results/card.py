@@ -11,6 +11,7 @@ from typing import Any
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.families import FAMILIES, Family
+from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.wording import pixels
 from dora_diffusion.export.files import model_name
@@ -152,9 +153,7 @@ def _method(config: TrainConfig) -> tuple[str, str]:
     name = "DoRA" if is_dora else "LoRA"
     axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
     start = f", started by {config.init}" if config.init != "random" else ""
-    ranks = f"rank {config.rank}, convolutions {config.conv_rank}"
-    if config.parametrization == "adalora":
-        ranks = f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
+    ranks = config.describe().ranks or f"rank {config.rank}, convolutions {config.conv_rank}"
     if config.rank_pattern:
         ranks += f", of some layers {shown(config.rank_pattern)}"
     if config.parametrization == "vera":
@@ -218,10 +217,11 @@ pipeline = {family.auto_pipeline}.from_pretrained({source})
 
 def _words(config: TrainConfig, written: Path) -> str:
     """Return the section on loading new words; empty if there are none."""
-    if not config.words:
+    words = words_of(config)
+    if not words:
         return ""
     folder = written.parent if config.trains_adapters else written
-    files = embedding_files(folder, "", config.words)
+    files = embedding_files(folder, "", words)
     section = word_section(list(files.items()), written.parent)
     if config.uses("single_file") and config.single_file:
         section += (

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.features.prior import has_class_images
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embeddings_of
 from dora_diffusion.formats.files.runs import (
     ADAPTER_FILES,
@@ -121,7 +122,7 @@ def _check_subject_folders(config: TrainConfig, output: Path) -> None:
         checkpoints = (path.name for path in output.glob("checkpoint-*"))
         for name in (*_OWN_FOLDERS, config.logging_dir, *checkpoints):
             _apart(setting, folder, f"the run's {name},", output / name)
-    folder = _folder(config.class_data_dir) if config.uses_class_images else None
+    folder = _folder(config.class_data_dir) if has_class_images(config) else None
     if folder is not None and folder == photos:
         raise ConfigError(
             f"class_data_dir is the folder of the subject's photos, {folder}, but class images "

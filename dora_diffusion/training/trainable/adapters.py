@@ -38,6 +38,7 @@ from dora_diffusion.adapters.targets import (
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.families import DENOISERS
+from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.wording import listing
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.embeddings import Vectors
@@ -114,7 +115,7 @@ class TrainedAdapters(TrainedWeights):
         return parameter_groups(self.modules, config) + self.words.groups(config)
 
     @contextmanager
-    def base_weights(self) -> Iterator[None]:
+    def base_weights(self, *, keep: bool = False) -> Iterator[None]:
         """Disable adapters and restore the initial vectors of new words inside the block."""
         with disabled(*self.components.adaptable().values()), self.words.at_start():
             yield
@@ -208,7 +209,7 @@ class StartingAdapter:
             "--alpha ALPHA'"
         )
         adapter = read_for(live, self.path, remedy, family=components.family.name)
-        if lost := [token for token in adapter.tokens if token not in config.words]:
+        if lost := [token for token in adapter.tokens if token not in words_of(config)]:
             raise ConfigError(
                 f"init_adapter {self.name} has trained tokens, {listing(lost)}, which the run "
                 "would neither train nor write; add --train_text_encoder_ti --new_words "

@@ -29,7 +29,6 @@ class TrainedWeights(ABC):
         report: Summary of the weights.
         words: New words that train with them.
         trained: Trained weights of the model itself, by canonical name.
-        base: Their values before training, if every step needs them.
         origin: Metadata of the starting adapter: ``init_adapter`` and its SHA-256; empty if new.
     """
 
@@ -38,7 +37,6 @@ class TrainedWeights(ABC):
     report: Any
     words: TrainedTokens = field(default_factory=TrainedTokens)
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
-    base: dict[str, Tensor] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
 
     noun: ClassVar[str]
@@ -67,8 +65,12 @@ class TrainedWeights(ABC):
         """Return parameter groups of the optimizer."""
 
     @abstractmethod
-    def base_weights(self) -> AbstractContextManager[None]:
-        """Restore the base model inside the block. No training step may be taken inside."""
+    def base_weights(self, *, keep: bool = False) -> AbstractContextManager[None]:
+        """Restore the base model inside the block. No training step may be taken inside.
+
+        Args:
+            keep: Keep the base's weights in memory, for steps that need them again.
+        """
 
     @abstractmethod
     def writer(self) -> Writer:

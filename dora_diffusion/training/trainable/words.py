@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.wording import counted, listing, quoted
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.embeddings import (
@@ -118,7 +119,7 @@ def add_words(
     Warns:
         UserWarning: If an initializer concept has several tokens in the model.
     """
-    words, count = config.words, config.num_new_tokens_per_abstraction
+    words, count = words_of(config), config.num_new_tokens_per_abstraction
     if not words:
         return TrainedTokens()
     concepts = config.initializer_concept or [""]

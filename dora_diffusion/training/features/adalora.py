@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.parametrizations import SingularParametrization
-from dora_diffusion.training.hooks.hook import Hook, Record
+from dora_diffusion.config.features.adalora import phases_of
+from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.hook import Hook, Record
 
 if TYPE_CHECKING:
     from dora_diffusion.training.step import Step
@@ -151,6 +153,13 @@ def orthogonality_gradients(factors: Sequence[Tensor], weight: float) -> list[Te
     return gradients
 
 
+class AdaLoraPart(Part):
+    """AdaLoRA in a run."""
+
+    def hooks(self, step: Step) -> Sequence[Hook]:
+        return [Allocation(step)]
+
+
 class Allocation(Hook):
     """Reallocates ranks between layers.
 
@@ -165,7 +174,7 @@ class Allocation(Hook):
         start = sum(len(adapter.down) for adapter in adapters)
         target_rank = config.target_rank or max(1, round(2 * config.rank / 3))
         target = round(start * target_rank / config.rank)
-        phases, steps = config.allocation_phases, config.max_train_steps or 0
+        phases, steps = phases_of(config), config.max_train_steps or 0
         schedule = BudgetSchedule(start, target, steps, *phases, config.allocation_interval)
         self.ranks = RankAllocation(adapters, schedule, config.orthogonality_weight)
         self._parameters, self._scaler = step.parameters, step.accelerator.scaler

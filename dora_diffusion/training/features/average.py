@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dora_diffusion.training.hooks.hook import Hook
+from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.hook import Hook
 from dora_diffusion.training.optimizer import role_of
 from dora_diffusion.training.processes import gather, load
 
@@ -58,6 +59,20 @@ class Average(Hook):
     def load_state_dict(self, state: Any) -> None:
         self.leave()
         load(state, self._weights.parameters())
+
+
+class EmaPart(Part):
+    """Exponential moving average in a run."""
+
+    def hooks(self, step: Step) -> Sequence[Hook]:
+        return [MovingAverage(step)]
+
+
+class ScheduleFreePart(Part):
+    """Average of a schedule-free optimizer in a run."""
+
+    def hooks(self, step: Step) -> Sequence[Hook]:
+        return [ScheduleFreeAverage(step)]
 
 
 class MovingAverage(Average):

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.features.held_out import holds_out
 from dora_diffusion.config.wording import counted, listing, quoted
 from dora_diffusion.data.captions import contains_token, read_caption, require_token
 from dora_diffusion.data.images import PhotoError, digest_of, read_bytes
-from dora_diffusion.data.photos import Photo, list_photos, read_photos
+from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.training.features.part import Part, Validate
+from dora_diffusion.training.features.validation import Validation
 from dora_diffusion.training.inputs.subject import Subject, caption_rules
+
+
+class HeldOutPart(Part):
+    """Held-out photos in a run."""
+
+    def hold_out(
+        self, subjects: Sequence[Subject], photos: list[list[Path]]
+    ) -> tuple[list[list[Path]], Validate]:
+        trained_on, held_out = divide_all(subjects, photos)
+        pairs = list(zip(subjects, held_out, strict=True))
+        for subject, excluded in pairs:
+            check_held_out(subject, excluded)
+        return trained_on, partial(Validation, pairs)
 
 
 def divide_all(
@@ -56,7 +72,7 @@ def divide(
         ConfigError: If no training photo would be left, or a training photo is held out too.
     """
     paths = list_photos(config.instance_data_dir or "") if paths is None else list(paths)
-    if not config.holds_out:
+    if not holds_out(config):
         return paths, []
     if config.validation_data_dir:
         held_out = list_photos(config.validation_data_dir, setting="validation_data_dir")
@@ -80,22 +96,6 @@ def divide(
     content = dict(zip(paths, digests, strict=True))
     trained_on = [path for path in paths if content[path] not in drawn]
     return trained_on, [path for path in paths if content[path] in drawn]
-
-
-def read_held_out(subject: Subject, paths: Sequence[Path]) -> list[Photo]:
-    """Read held-out photos of a subject. Captions follow its rules, without random changes.
-
-    Raises:
-        PhotoError: If no photo can be read.
-    """
-    config, rules = subject.settings, caption_rules(subject.settings)
-    photos = read_photos(
-        paths,
-        config.instance_prompt or "",
-        skip_unreadable=True,
-        per_line=config.caption_per_line,
-    )
-    return [replace(photo, caption=rules.plain(photo.caption)) for photo in photos]
 
 
 def check_held_out(subject: Subject, paths: Sequence[Path]) -> None:

@@ -19,13 +19,13 @@ from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import recipe
 from dora_diffusion.training.batch import Batches
+from dora_diffusion.training.features.validation import Validation
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results import write
 from dora_diffusion.training.results.checkpoint import read_state
-from dora_diffusion.training.results.validation import Validation
 from dora_diffusion.training.run import Run
 from tests.refusal import refused
 from tests.training.helpers import accelerator_of_fp16, losses, names, needs_library

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
-from dora_diffusion.training.hooks.allocation import (
+from dora_diffusion.training.features.adalora import (
     BudgetSchedule,
     Sensitivity,
     kept_triplets,

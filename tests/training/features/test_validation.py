@@ -23,13 +23,13 @@ from dora_diffusion.models import offload
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import TrainingStarted, Validated
-from dora_diffusion.training.inputs import base, held_out
-from dora_diffusion.training.inputs.held_out import divide, read_held_out
+from dora_diffusion.training.features import validation
+from dora_diffusion.training.features.held_out import divide
+from dora_diffusion.training.features.validation import Validation, read_held_out
+from dora_diffusion.training.inputs import base
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
-from dora_diffusion.training.results import validation
-from dora_diffusion.training.results.validation import Validation
 from tests.refusal import refused
 from tests.training.helpers import (
     assert_same_adapter,
@@ -272,7 +272,7 @@ def test_it_is_the_same_offloaded_and_in_any_number_of_processes(
     paths = divide(config)[1]
     for index in range(3):
         one = Validation(
-            session.config, [(session.subjects[0], paths)], session.components, Process(index)
+            [(session.subjects[0], paths)], session.config, session.components, Process(index)
         )
         found = one.measure(0)
     assert [bool(share.any()) for share in shares] == [True, True, False]
@@ -390,14 +390,14 @@ def test_samples_are_compared_with_the_held_out_photos(
         torch.randn(1000)
         return Metric()
 
-    real = held_out.read_photos
+    real = validation.read_photos
 
     def read_photos(*args: Any, **kwargs: Any) -> Any:
         torch.manual_seed(5)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(validation, "open_metric_model", open_metric_model)
-    monkeypatch.setattr(held_out, "read_photos", read_photos)
+    monkeypatch.setattr(validation, "read_photos", read_photos)
     config = make_config(
         sd1_folder, folders["all"], tmp_path / "out", validation_split=2.0, num_validation_images=2,
         validation_steps=2,

@@ -22,12 +22,12 @@ from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.export.files import open_model
 from dora_diffusion.models.load import load_components
+from dora_diffusion.training.features import full
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.checkpoint import checkpoints_in
-from dora_diffusion.training.trainable import full
 from tests.emulation import OneDNN
 from tests.refusal import refused
 from tests.training.helpers import (

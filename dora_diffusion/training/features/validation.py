@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,12 @@ import torch
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.images import open_photo
-from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.photos import Photo, read_photos
 from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
 from dora_diffusion.evaluation.measures import similarities
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.metric_models import LITE, lite_is_installed, open_metric_model
-from dora_diffusion.training.inputs.held_out import read_held_out
-from dora_diffusion.training.inputs.subject import Subject
+from dora_diffusion.training.inputs.subject import Subject, caption_rules
 from dora_diffusion.training.processes import shards_model
 
 if TYPE_CHECKING:
@@ -44,16 +44,16 @@ class Validation:
 
     def __init__(
         self,
-        config: TrainConfig,
         held_out: Sequence[tuple[Subject, Sequence[Path]]],
+        config: TrainConfig,
         components: Components,
         accelerator: Any,
     ) -> None:
         """Read the photos and encode this process's share of them.
 
         Args:
-            config: Resolved settings.
             held_out: Held-out photos of each subject.
+            config: Resolved settings.
             components: The model. Adapters may be attached later.
             accelerator: Devices and processes (`make_accelerator`). Each process measures a share.
 
@@ -159,3 +159,19 @@ class Validation:
 
     def _contents(self) -> list[list[str]]:
         return sorted([photo.digest, photo.caption] for photo in self.photos)
+
+
+def read_held_out(subject: Subject, paths: Sequence[Path]) -> list[Photo]:
+    """Read held-out photos of a subject. Captions follow its rules, without random changes.
+
+    Raises:
+        PhotoError: If no photo can be read.
+    """
+    config, rules = subject.settings, caption_rules(subject.settings)
+    photos = read_photos(
+        paths,
+        config.instance_prompt or "",
+        skip_unreadable=True,
+        per_line=config.caption_per_line,
+    )
+    return [replace(photo, caption=rules.plain(photo.caption)) for photo in photos]

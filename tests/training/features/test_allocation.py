@@ -14,7 +14,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter, write_adapter
-from dora_diffusion.training.hooks.allocation import Allocation, BudgetSchedule, RankAllocation
+from dora_diffusion.training.features.adalora import Allocation, BudgetSchedule, RankAllocation
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.optimizer import FlatParameters
 from dora_diffusion.training.processes import make_accelerator

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from dora_diffusion.training.hooks.hook import Hook
+from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.hook import Hook
 
 if TYPE_CHECKING:
     from dora_diffusion.training.step import Step
+
+
+class WordsPart(Part):
+    """New words in a run."""
+
+    def hooks(self, step: Step) -> Sequence[Hook]:
+        return [NewWords(step)]
 
 
 class NewWords(Hook):

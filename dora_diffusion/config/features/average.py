@@ -1,0 +1,70 @@
+"""Averages of the trained weights: exponential, or a schedule-free optimizer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dora_diffusion.config.features.feature import Feature, Problem
+from dora_diffusion.config.fields import Need, flag
+
+SCHEDULE_FREE = ("adamw-schedule-free", "prodigy-schedule-free")
+
+
+class Ema(Feature):
+    """Samples, validation and files use an exponential moving average of the weights."""
+
+    on, code = Need("ema_decay"), "average:EmaPart"
+
+
+class ScheduleFree(Feature):
+    """They use the average that the optimizer keeps."""
+
+    on, code = Need("optimizer", SCHEDULE_FREE), "average:ScheduleFreePart"
+
+    def problems(self, config: Any) -> Iterator[Problem]:
+        name = config.optimizer
+        if not config.lr_scheduler.startswith("constant"):
+            yield (
+                "lr_scheduler",
+                f"lr_scheduler is {config.lr_scheduler}, but {name} supports no schedule, only a "
+                "warm-up; leave it out",
+            )
+        if config.ema_decay is not None:
+            yield "ema_decay", f"{name} averages the weights itself; leave ema_decay out"
+        if config.adam_beta1 <= 0:
+            yield (
+                "adam_beta1",
+                f"adam_beta1 is {config.adam_beta1:g}; for {name} it must be greater than 0",
+            )
+        if config.parametrization == "adalora" and config.trains_adapters:
+            yield (
+                "optimizer",
+                f"AdaLoRA switches triplets off, but the average of {name} would restore them; use "
+                "optimizer adamw",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaSettings:
+    """Moving average of the weights."""
+
+    heading: ClassVar = "Optimization"
+    feature: ClassVar[Feature] = Ema()
+
+    ema_decay: float | None = flag(
+        None,
+        "Decay of an exponential moving average (EMA) of the weights; after n steps at most "
+        "(1 + n) / (10 + n). Samples, validation and files use the average.",
+        least=0,
+        below=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFreeSettings:
+    """Schedule-free optimizers, whose settings are those of their relatives."""
+
+    heading: ClassVar = "Optimization"
+    feature: ClassVar[Feature] = ScheduleFree()

@@ -1,1 +1,0 @@
-"""Optional features of a training step. A feature that is off is not in the list of hooks."""
