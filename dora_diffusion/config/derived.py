@@ -10,13 +10,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.families import Family
+from dora_diffusion.config.families import DEFAULT_FAMILY, Family
 from dora_diffusion.config.features.average import SCHEDULE_FREE
 from dora_diffusion.config.features.prior import prior_mode
 from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.flag_map import had_no_effect
-from dora_diffusion.config.train import TrainConfig, prefixed_prompt, settings, settings_by_name
+from dora_diffusion.config.train import (
+    TrainConfig,
+    prefixed_prompt,
+    settings,
+    settings_by_name,
+    taught_prompts,
+)
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -51,7 +57,7 @@ def _class_word(config: TrainConfig) -> str | None:
 
 def _validation_prompt(config: TrainConfig) -> list[str]:
     is_sampled = config.num_validation_images and not config.sample_prompts
-    return config.taught_prompts if is_sampled else []
+    return taught_prompts(config) if is_sampled else []
 
 
 def _alpha(config: TrainConfig, rank: int) -> float | None:
@@ -62,7 +68,7 @@ def _alpha(config: TrainConfig, rank: int) -> float | None:
 def defaults_of(config: TrainConfig) -> dict[str, Any]:
     """Return the defaults that follow from other settings, and from the features that are on."""
     defaults: dict[str, Any] = {
-        "learning_rate": config.usual_lr,
+        "learning_rate": DEFAULT_FAMILY.default_rate,
         "lora_alpha": _alpha(config, config.rank),
         "conv_alpha": _alpha(config, config.conv_rank),
         "class_word": _class_word(config),

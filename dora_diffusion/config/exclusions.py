@@ -1,4 +1,4 @@
-"""What excludes a way of running: a pack, or sharding. Features add their own (`Feature`)."""
+"""Settings that exclude a way of running, a pack or sharding; features add their own."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.base import BaseModel, require_tile_size
 from dora_diffusion.config.checks import contradictions
-from dora_diffusion.config.families import DEFAULT_FAMILY
+from dora_diffusion.config.families import DEFAULT_FAMILY, DENOISERS
 from dora_diffusion.config.features.adalora import AdaLoraSettings
 from dora_diffusion.config.features.average import EmaSettings, ScheduleFreeSettings
 from dora_diffusion.config.features.feature import Description, Feature
@@ -110,9 +110,10 @@ class TrainConfig(  # type: ignore[misc]
                 vars(self).pop(name)
         for name, message in contradictions(self):
             raise ConfigError(message, name)
-        adapters = self.unet_adapter, self.text_encoder_adapter  # They check their own values.
+        adapters = map(self.adapter, ("unet", "text_encoder"))
+        denoiser, _ = adapters  # They check their own values.
         if self.init_adapter and self.trains_adapters:
-            adapters[0].check_start()
+            denoiser.check_start()
 
     def _check_values(self) -> None:
         """Check each value on its own."""
@@ -144,20 +145,15 @@ class TrainConfig(  # type: ignore[misc]
         indices = range(len(self.dataset_config))
         return [self.of_entry(index) for index in indices] or [self]
 
-    @property
-    def kind(self) -> Any:
-        """Class of the config, which has the settings of features from outside too."""
-        return type(self)
-
     @cached_property
     def features(self) -> tuple[Feature, ...]:
         """Optional features that are on, in the order in which they act."""
-        return tuple(one for one in features_of(self.kind) if one.is_on(self))
+        return tuple(one for one in features_of(type(self)) if one.is_on(self))
 
     @cached_property
     def has_photos(self) -> bool:
         """True if the run learns from photos."""
-        return _without_photos(self) is None
+        return learns_from_photos(vars(self))
 
     @property
     def trains_adapters(self) -> bool:
@@ -166,7 +162,7 @@ class TrainConfig(  # type: ignore[misc]
 
     def uses(self, name: str) -> bool:
         """Return whether a setting has an effect."""
-        return settings_by_name(self.kind)[name].inactive_reason(self) is None
+        return settings_by_name(type(self))[name].inactive_reason(self) is None
 
     def default(self, name: str, usual: Any) -> Any:
         """Return the default of a setting by the features that are on, or else the usual one."""
@@ -182,10 +178,13 @@ class TrainConfig(  # type: ignore[misc]
         """True if the loss of any subject has a prior-preservation loss."""
         return any(subject.uses("prior_loss_weight") for subject in self.subjects)
 
-    def _adapter(self, targets: tuple[str, ...], linear_only: bool) -> AdapterConfig:
+    def adapter(self, component: str) -> AdapterConfig:
+        """Return the adapter of a component; text encoders have layers of one kind."""
+        linear_only = component not in DENOISERS
+        targets = self.text_encoder_targets if linear_only else self.targets
         is_vera = self.parametrization == "vera"
         return AdapterConfig(
-            targets=targets,
+            targets=tuple(targets),
             rank=self.vera_rank if is_vera else self.rank,
             alpha=self.lora_alpha,
             conv_rank=None if linear_only or is_vera else self.conv_rank,
@@ -202,16 +201,6 @@ class TrainConfig(  # type: ignore[misc]
         )
 
     @property
-    def unet_adapter(self) -> AdapterConfig:
-        """The adapter of the UNet."""
-        return self._adapter(tuple(self.targets), linear_only=False)
-
-    @property
-    def text_encoder_adapter(self) -> AdapterConfig:
-        """The adapter of each text encoder."""
-        return self._adapter(tuple(self.text_encoder_targets), linear_only=True)
-
-    @property
     def method_name(self) -> str:
         """The method, with ``use_dora`` taken into account."""
         return "lora" if self.method == "dora" and not self.use_dora else self.method
@@ -224,13 +213,8 @@ class TrainConfig(  # type: ignore[misc]
     @property
     def unet_lr(self) -> float:
         """Learning rate of the denoiser."""
-        return self.usual_lr if self.learning_rate is None else self.learning_rate
-
-    @property
-    def usual_lr(self) -> float:
-        """Default learning rate of the denoiser, of adapters for the default family."""
         rate: float = self.default("learning_rate", DEFAULT_FAMILY.default_rate)
-        return rate
+        return rate if self.learning_rate is None else self.learning_rate
 
     @property
     def is_prodigy(self) -> bool:
@@ -251,15 +235,8 @@ class TrainConfig(  # type: ignore[misc]
     @property
     def prompts(self) -> list[SamplePrompt]:
         """Prompts of sample images: the validation prompts, else the training prompts."""
-        lines = self.validation_prompt or self.taught_prompts
+        lines = self.validation_prompt or taught_prompts(self)
         return [parse_prompt(line) for line in lines if line]
-
-    @property
-    def taught_prompts(self) -> list[str]:
-        """Unique prompts that the run teaches: the instance prompts of the subjects."""
-        prompts = self.describe().prompts
-        prompts = list(map(prefixed_prompt, self.subjects)) if prompts is None else prompts
-        return list(dict.fromkeys(filter(None, prompts)))
 
     def with_sample_prompts(self) -> TrainConfig:
         """Return the settings with the lines of ``sample_prompts`` added to the validation prompts.
@@ -288,6 +265,13 @@ class TrainConfig(  # type: ignore[misc]
         return cls(**read_values(without_removed(values), find))
 
 
+def taught_prompts(config: TrainConfig) -> list[str]:
+    """Return the unique prompts that a run teaches: the instance prompts of the subjects."""
+    prompts = config.describe().prompts
+    prompts = list(map(prefixed_prompt, config.subjects)) if prompts is None else prompts
+    return list(dict.fromkeys(filter(None, prompts)))
+
+
 def prefixed_prompt(config: TrainConfig) -> str:
     """Instance prompt as a caption, with its prefix."""
     prefix, prompt = config.caption_prefix, config.instance_prompt or ""
@@ -309,14 +293,19 @@ class _Used:
 
 
 def _without_photos(config: Any) -> str | None:
-    for one in features_of(config.kind):
+    for one in features_of(type(config)):
         if not one.has_photos and one.on(config) is None:
             name = one.on.setting
             return f"{name} is {shown(getattr(config, name))}, which has no images"
     return None
 
 
-@lru_cache
+def learns_from_photos(values: Mapping[str, Any]) -> bool:
+    """Return whether a run with these values of settings learns from photos."""
+    switches = [one.on for one in features_of(TrainConfig) if not one.has_photos]
+    return not any(values.get(on.setting) in on.values for on in switches)
+
+
 def features_of(kind: Any) -> tuple[Feature, ...]:
     """All optional features, on or off, in the order in which they act."""
     groups = (vars(group) for group in kind.__mro__)
@@ -324,8 +313,7 @@ def features_of(kind: Any) -> tuple[Feature, ...]:
 
 
 @lru_cache
-def settings(kind: Any = TrainConfig) -> tuple[Setting, ...]:
-    """All settings, in the order of the help."""
+def _settings(kind: Any) -> dict[str, Setting]:
     described = [
         Setting.from_field(source, group=group.heading, **getattr(group, "common", {}))
         for group in kind.__mro__
@@ -333,7 +321,17 @@ def settings(kind: Any = TrainConfig) -> tuple[Setting, ...]:
         for source in dataclasses.fields(group)
     ]
     features = features_of(kind)
-    return tuple(_extended(setting, features) for setting in in_order(described))
+    return {one.name: _extended(one, features) for one in in_order(described)}
+
+
+def settings(kind: Any = TrainConfig) -> tuple[Setting, ...]:
+    """All settings, in the order of the help."""
+    return tuple(_settings(kind).values())
+
+
+def settings_by_name(kind: Any = TrainConfig) -> Mapping[str, Setting]:
+    """All settings by name."""
+    return _settings(kind)
 
 
 def _extended(setting: Setting, features: Sequence[Feature]) -> Setting:
@@ -347,9 +345,3 @@ def _extended(setting: Setting, features: Sequence[Feature]) -> Setting:
     needs = (_Used(name, users, needs),) if users else needs
     needs = (_without_photos, *needs) if setting.of_photos else needs
     return dataclasses.replace(setting, help=help_, derived=derived, choices=choices, needs=needs)
-
-
-@lru_cache
-def settings_by_name(kind: Any = TrainConfig) -> dict[str, Setting]:
-    """All settings by name."""
-    return {setting.name: setting for setting in settings(kind)}

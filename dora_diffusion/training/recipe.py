@@ -22,7 +22,7 @@ from dora_diffusion.numerics.process import NoiseProcess
 from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
-from dora_diffusion.training.features.part import parts_of
+from dora_diffusion.training.features.code import code_of
 from dora_diffusion.training.folder import RunFolder, TrainResult
 from dora_diffusion.training.inputs.base import (
     LoadBase,
@@ -263,7 +263,7 @@ def build_step(
         optimizer=accelerator.prepare_optimizer(optimizer),
         lr_schedule=lr_schedule,
     )
-    step.hooks = [hook for part in parts_of(config) for hook in part.hooks(step)]
+    step.hooks = [hook for one in code_of(config) for hook in one.hooks(step)]
     return step
 
 
@@ -274,8 +274,8 @@ def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
         delta = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
         loss = replace(loss, delta=delta)
     terms: list[Term] = [Denoising(loss)] if config.has_photos else []
-    for part in parts_of(config):
-        terms += part.terms(loss)
+    for one in code_of(config):
+        terms += one.terms(loss)
     return terms
 
 
@@ -292,7 +292,7 @@ def select_trainable(
     Raises:
         TargetError, ValueError, AdapterFormatError: If the weights cannot be trained.
     """
-    selected = (part.weights(components) for part in parts_of(config))
+    selected = (one.weights(components) for one in code_of(config))
     weights = next(filter(None, selected), None) or inject_trained(components, config, start)
     weights = replace(weights, words=add_words(components, config, start.tokens if start else None))
     for name in weights.words.tables if not config.train_text_encoder else ():

@@ -130,7 +130,8 @@ def test_a_derived_setting_follows_what_the_command_line_changes() -> None:
     file = used().to_dict()
     assert "lora_alpha" in overridden(file, set())
     left = overridden(file, {"rank"})
-    assert TrainConfig.from_dict(left | {"rank": 16}).unet_adapter.rank_and_alpha(False) == (16, 16)
+    adapter = TrainConfig.from_dict(left | {"rank": 16}).adapter("unet")
+    assert adapter.rank_and_alpha(False) == (16, 16)
     apart = overridden(used(lora_alpha=2.0).to_dict(), {"rank"})
     assert apart["lora_alpha"] == 2.0
     left = overridden(file, {"instance_prompt"})

@@ -69,7 +69,7 @@ def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:
     with refused("push_to_hub", "publishes adapters"):
         TrainConfig(method="full", push_to_hub=True, hub_model_id="me/dog")
     assert TrainConfig(use_dora=False).method_name == "lora"
-    assert not TrainConfig(method="lora").unet_adapter.use_dora
+    assert not TrainConfig(method="lora").adapter("unet").use_dora
     assert TrainConfig(method="full").unet_lr == 5e-6
     assert TrainConfig(method="full", learning_rate=1e-4).unet_lr == 1e-4
 

@@ -308,4 +308,4 @@ def test_the_segments_that_are_shown_are_of_settings_that_may_change() -> None:
     for segment in yaml.safe_load(block.text)[SEGMENTS]:
         assert set(segment["settings"]) <= free
     first = yaml.safe_load(block.text)[SEGMENTS][0]["settings"]
-    assert first["learning_rate"] == TrainConfig().usual_lr
+    assert first["learning_rate"] == TrainConfig().unet_lr

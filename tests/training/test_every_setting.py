@@ -45,7 +45,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "targets": ["attention+conv"], "train_text_encoder": True, "masked_loss": True,
         "unmasked_prior": 0.5, "shuffle_tags": True,
         "with_prior_preservation": True, "loss_type": "huber", "lr_scheduler": "polynomial",
-        "timestep_distribution": "logit_normal",
+        "timestep_distribution": "logit_normal", "ema_decay": 0.5,
     },
     "samples and results": {
         "num_validation_images": 1, "validation_split": 1, "validation_loss_steps": 1,
@@ -313,10 +313,10 @@ def read_by(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
     monkeypatch.setattr("dora_diffusion.export.hub.push", lambda *_, **__: "")
     monkeypatch.setattr(Spied, "read", set())
-    object.__setattr__(config, "__class__", Spied)
+    spied = Spied(**config.to_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        train(config)
+        train(spied)
     return Spied.read
 
 

@@ -88,8 +88,8 @@ def test_text_encoders_have_their_own_weight_decay(sd1_folder):
 
     components = load_components(str(sd1_folder))
     config = TrainConfig(adam_weight_decay=0.1, adam_weight_decay_text_encoder=0.3, rank=2)
-    inject_adapters(components.denoiser, config.unet_adapter)
-    inject_adapters(components.text_encoders[0], config.text_encoder_adapter)
+    inject_adapters(components.denoiser, config.adapter("unet"))
+    inject_adapters(components.text_encoders[0], config.adapter("text_encoder"))
     groups = {
         g["name"]: g["weight_decay"] for g in parameter_groups(components.adaptable(), config)
     }
@@ -119,8 +119,8 @@ def test_magnitudes_do_not_decay_and_rates_are_separate(sd1_folder):
         rank=2, conv_rank=2, learning_rate=1e-4, text_encoder_lr=1e-5, magnitude_lr=3e-4,
         loraplus_ratio=4.0, adam_weight_decay=0.1,
     )  # fmt: skip
-    inject_adapters(components.denoiser, config.unet_adapter)
-    inject_adapters(components.text_encoders[0], config.text_encoder_adapter)
+    inject_adapters(components.denoiser, config.adapter("unet"))
+    inject_adapters(components.text_encoders[0], config.adapter("text_encoder"))
     groups = {g["name"]: g for g in parameter_groups(components.adaptable(), config)}
     assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
         "unet/down": (1e-4, 0.1),

@@ -12,7 +12,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.devices import default_device
 from dora_diffusion.training import recipe
 from dora_diffusion.training.events import StepDone
-from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.hook import Hook
 from dora_diffusion.training.recipe import train
 from tests.training.helpers import make_config, warnings_of
@@ -124,11 +124,11 @@ def test_an_error_within_an_update_saves_no_half_of_it(tiny_run, monkeypatch, mo
         moved = fail if moment == "moved" else Hook.moved
         done = fail if moment == "done" else Hook.done
 
-    class Failing(Part):
+    class Failing(FeatureCode):
         def hooks(self, step):
             return [Fails()]
 
-    monkeypatch.setattr(recipe, "parts_of", lambda config: [Failing(config)])
+    monkeypatch.setattr(recipe, "code_of", lambda config: [Failing(config)])
     config = tiny_run(max_train_steps=4, checkpointing_steps=10)
     with (
         pytest.raises(OSError, match="driver is gone"),

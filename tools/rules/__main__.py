@@ -16,6 +16,7 @@ RULES: tuple[Rule, ...] = (
     code.imports_make_no_circle,
     code.imports_are_requirements,
     code.errors_are_public,
+    code.features_read_what_exists,
     code.settings_of_training_are_read,
     code.settings_of_commands_are_read,
     code.families_are_not_told_apart_by_name,

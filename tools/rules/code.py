@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 
 import dora_diffusion
 from dora_diffusion.cli import main as cli
-from dora_diffusion.config import Setting, settings
+from dora_diffusion.config import Setting, TrainConfig, settings
 from dora_diffusion.config.base import _NAMES, BaseModel
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.file import read_facts
+from dora_diffusion.config.train import features_of, settings_by_name
 from tests.portable.windows import GONE, GONE_MODULES
 from tools.count import circles, graph
 from tools.rules.requirements import OPTIONAL, REQUIRED
@@ -70,12 +71,24 @@ def errors_are_public(repository: Repository) -> Iterator[str]:
                     yield source.problem(node, message)
 
 
+def features_read_what_exists(repository: Repository) -> Iterator[str]:
+    """Settings, and properties of a config, which type checkers do not see there."""
+    known = {*dir(TrainConfig), *settings_by_name()}
+    for source in repository.package:
+        if not source.path.startswith(f"{PACKAGE}/config/features/"):
+            continue
+        for name in dict.fromkeys(re.findall(r"\b(?:config|subject)\.([a-z]\w*)", source.text)):
+            if name not in known and f".config.{name}" not in source.text:
+                yield f"{source.path}:1: there is no setting {name}; remove what reads it"
+
+
 def settings_of_training_are_read(repository: Repository) -> Iterator[str]:
     """By their names, besides the command line, the app and the fields themselves."""
     interface = {"app", "commands", "flag_map.py"}
     sources = [s for s in repository.package if not interface & {*s.path.split("/")}]
     text = "".join(source.text for source in sources)
     read = {*re.findall(r"\b(?:config|self|base)(?=\.(\w+))", text)}
+    read |= {one.on.setting for one in features_of(TrainConfig)}
     for setting in settings():
         if setting.name not in read:
             yield _problem_of(setting, sources, "nothing reads it; remove it")

@@ -21,10 +21,10 @@ def phases_of(config: Any) -> tuple[int, int]:
     return (steps // 10 if warmup is None else warmup, steps // 2 if final is None else final)
 
 
-class AdaLora(Feature):
+class AdaLoraFeature(Feature):
     """Ranks are allocated to layers by importance."""
 
-    on, code = _ON, "adalora:AdaLoraPart"
+    on, code = _ON, "adalora:AdaLoraCode"
     adds: ClassVar = {
         "parametrization": Added(
             ". adalora: A and B, whose ranks move to the layers that need them (AdaLoRA, "
@@ -63,7 +63,7 @@ class AdaLoraSettings:
 
     heading: ClassVar = "Adapter"
     common: ClassVar = {"after": "vera_rank"}
-    feature: ClassVar[Feature] = AdaLora()
+    feature: ClassVar[Feature] = AdaLoraFeature()
 
     target_rank: int | None = _allocation_flag(
         None,

@@ -12,16 +12,16 @@ from dora_diffusion.config.fields import Need, flag
 SCHEDULE_FREE = ("adamw-schedule-free", "prodigy-schedule-free")
 
 
-class Ema(Feature):
+class EmaFeature(Feature):
     """Samples, validation and files use an exponential moving average of the weights."""
 
-    on, code = Need("ema_decay"), "average:EmaPart"
+    on, code = Need("ema_decay"), "average:EmaCode"
 
 
-class ScheduleFree(Feature):
+class ScheduleFreeFeature(Feature):
     """They use the average that the optimizer keeps."""
 
-    on, code = Need("optimizer", SCHEDULE_FREE), "average:ScheduleFreePart"
+    on, code = Need("optimizer", SCHEDULE_FREE), "average:ScheduleFreeCode"
 
     def problems(self, config: Any) -> Iterator[Problem]:
         name = config.optimizer
@@ -51,7 +51,7 @@ class EmaSettings:
     """Moving average of the weights."""
 
     heading: ClassVar = "Optimization"
-    feature: ClassVar[Feature] = Ema()
+    feature: ClassVar[Feature] = EmaFeature()
 
     ema_decay: float | None = flag(
         None,
@@ -67,4 +67,4 @@ class ScheduleFreeSettings:
     """Schedule-free optimizers, whose settings are those of their relatives."""
 
     heading: ClassVar = "Optimization"
-    feature: ClassVar[Feature] = ScheduleFree()
+    feature: ClassVar[Feature] = ScheduleFreeFeature()

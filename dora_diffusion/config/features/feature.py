@@ -1,4 +1,4 @@
-"""What a feature of training states about itself, without torch."""
+"""Statements of a feature of training about itself, without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Problem = tuple[str, str]
 
 
 class Added(NamedTuple):
-    """What a feature adds to a setting of others: texts at the end of its own, and a choice."""
+    """Additions of a feature to a setting of others: texts at the end of its own, and choices."""
 
     help: str = ""
     derived: str = ""
@@ -25,7 +25,7 @@ class Excluded(NamedTuple):
 
     Attributes:
         way: The way.
-        reason: Why, as the message goes on; empty: no reason is given.
+        reason: Rest of the message; empty: no reason is given.
         setting: The setting that is in its way; empty: the one that turns the feature on.
         when: Whether a run with the feature excludes it.
     """
@@ -38,7 +38,7 @@ class Excluded(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What a run makes, for dry run, model card, metadata, samples and console.
+    """Description of what a run makes, for dry run, card, metadata, samples and console.
 
     Attributes:
         tag: Tag of the model card.
@@ -72,7 +72,7 @@ class Description:
 class Feature:
     """Optional feature of training. What it does not answer is as in a run without it.
 
-    `dora_diffusion.training.features.part.Part` has the questions to its code.
+    Its code answers `dora_diffusion.training.features.code.FeatureCode`.
 
     Attributes:
         on: Setting that turns it on, with the values that do, where the setting has an effect.

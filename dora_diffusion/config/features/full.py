@@ -14,10 +14,10 @@ _ON = Need("method", ("full",))
 _TARGETS = Need("full_weights", ("targets",))
 
 
-class Full(Feature):
+class FullFeature(Feature):
     """Full fine-tuning of the denoiser, and of the text encoders with ``train_text_encoder``."""
 
-    on, code, trains_adapters = _ON, "full:FullPart", False
+    on, code, trains_adapters = _ON, "full:FullCode", False
     adds: ClassVar = {
         "method": Added(
             ". full: full fine-tuning of the weights themselves; the result is a whole model",
@@ -76,7 +76,7 @@ class FullSettings:
     """Full fine-tuning."""
 
     heading: ClassVar = "Adapter"
-    feature: ClassVar[Feature] = Full()
+    feature: ClassVar[Feature] = FullFeature()
 
     full_weights: str = _full_flag(
         "all",

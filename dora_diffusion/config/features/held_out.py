@@ -23,10 +23,10 @@ def _held_out(config: Any) -> str | None:
     return None if is_on else "no photos are held out (validation_split is 0)"
 
 
-class HeldOut(Feature):
+class HeldOutFeature(Feature):
     """Photos of some subjects are held out for the validation loss."""
 
-    on, code = Need("validation_split"), "held_out:HeldOutPart"
+    on, code = Need("validation_split"), "held_out:HeldOutCode"
     uses: ClassVar[Mapping[str, Condition]] = {
         "validation_steps": _held_out,
         "validation_epochs": Need("validation_steps", (None,)),
@@ -62,7 +62,7 @@ class HeldOutSettings:
     """Validation on held-out photos, and choice of the best checkpoint."""
 
     heading: ClassVar = "Validation"
-    feature: ClassVar[Feature] = HeldOut()
+    feature: ClassVar[Feature] = HeldOutFeature()
 
     validation_data_dir: TextOrPath[str | None] = flag(
         None,

@@ -40,7 +40,7 @@ def _has(subject: Any, mode: str) -> bool:
     return PRIOR(subject) is None and subject.has_photos and prior_mode(subject) == mode
 
 
-class ClassImages(Feature):
+class ClassImagesFeature(Feature):
     """Prior preservation with images of the class."""
 
     on = PRIOR
@@ -53,10 +53,10 @@ class ClassImages(Feature):
         return {} if config.dataset_config else {"class_data_dir": folder}
 
 
-class ImageFree(Feature):
+class ImageFreeFeature(Feature):
     """Prior preservation without images."""
 
-    on, code = PRIOR, "prior:ImageFreePart"
+    on, code = PRIOR, "prior:ImageFreeCode"
     excludes: ClassVar = (
         Excluded(
             "sharding",
@@ -69,10 +69,10 @@ class ImageFree(Feature):
         return any(map(is_image_free, config.subjects))
 
 
-class Unmasked(Feature):
+class UnmaskedFeature(Feature):
     """The prediction outside of masks is kept at the base model's."""
 
-    on, code = Need("unmasked_prior"), "prior:UnmaskedPart"
+    on, code = Need("unmasked_prior"), "prior:UnmaskedCode"
     excludes: ClassVar = (
         Excluded(
             "sharding",
@@ -95,7 +95,7 @@ class PriorSettings:
 
     heading: ClassVar = "Data"
     common: ClassVar = {"of_photos": True, "of_subject": True}
-    feature: ClassVar[Feature] = ClassImages()
+    feature: ClassVar[Feature] = ClassImagesFeature()
 
     with_prior_preservation: bool = flag(
         False, "Prior preservation, against language drift: the rest of the class is unchanged."
@@ -144,7 +144,7 @@ class ImageFreeSettings:
     """Prior preservation without images, which has no settings of its own."""
 
     heading: ClassVar = "Data"
-    feature: ClassVar[Feature] = ImageFree()
+    feature: ClassVar[Feature] = ImageFreeFeature()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class UnmaskedSettings:
     """Prior preservation outside of masks."""
 
     heading: ClassVar = "Data"
-    feature: ClassVar[Feature] = Unmasked()
+    feature: ClassVar[Feature] = UnmaskedFeature()
 
     unmasked_prior: float = flag(
         0.0,

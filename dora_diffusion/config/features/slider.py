@@ -24,10 +24,10 @@ def pairs_of(config: Any) -> list[tuple[str, tuple[str, str]]]:
     return list(zip(targets, ends, strict=True))
 
 
-class Slider(Feature):
+class SliderFeature(Feature):
     """A run that trains a slider from prompts, not from images."""
 
-    on, code, has_photos = _ON, "slider:SliderPart", False
+    on, code, has_photos = _ON, "slider:SliderCode", False
     adds: ClassVar = {
         "method": Added(derived="; for a slider lora, whose strength is the same in every program"),
         "snr_gamma": Added(derived=" and for sliders"),
@@ -146,7 +146,7 @@ class SliderSettings:
     """Sliders: concepts from prompts, without images."""
 
     heading: ClassVar = "Slider"
-    feature: ClassVar[Feature] = Slider()
+    feature: ClassVar[Feature] = SliderFeature()
 
     teach: str = flag(
         "subject",

@@ -24,10 +24,10 @@ def words_of(config: Any) -> list[str]:
     return config.new_words or list(dict.fromkeys(filter(None, tokens)))
 
 
-class Words(Feature):
+class WordsFeature(Feature):
     """New words train together with the weights (pivotal tuning)."""
 
-    on, code = _ON, "words:WordsPart"
+    on, code = _ON, "words:WordsCode"
     excludes: ClassVar = (Excluded("pack"),)
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
@@ -99,7 +99,7 @@ class WordSettings:
 
     heading: ClassVar = "Subject"
     common: ClassVar = {"of_photos": True}
-    feature: ClassVar[Feature] = Words()
+    feature: ClassVar[Feature] = WordsFeature()
 
     train_text_encoder_ti: bool = flag(
         False,

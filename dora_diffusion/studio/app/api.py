@@ -19,6 +19,7 @@ import gradio as gr
 from dora_diffusion.cli.commands.generate import GenerateSettings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.flag_map import refusal, removal
+from dora_diffusion.config.train import learns_from_photos
 from dora_diffusion.config.wording import did_you_mean
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.sampling.images import adapter_name
@@ -201,10 +202,10 @@ def _training(
     values = preset_values(preset, model, context.device()) | requested
     texts = {name: setting_text(value) for name, value in values.items()}
     texts |= {name: "\n".join(requested.get(name, ())) for name in PROMPTS}
-    if values["teach"] != "slider":
+    if learns_from_photos(values):
         learned = context.learned(ids)
     elif ids:
-        raise UserError("a slider learns from prompts alone; leave subjects out")
+        raise UserError("a run without photos learns from prompts alone; leave subjects out")
     else:
         learned = []
     token, word = (learned[0].token, learned[0].class_word) if learned else ("", "")

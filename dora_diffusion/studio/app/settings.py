@@ -26,6 +26,7 @@ from dora_diffusion.config.foreign import ForeignFileError
 from dora_diffusion.config.presets import EMBEDDED as SMALL
 from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.config.problems import read_values
+from dora_diffusion.config.train import learns_from_photos
 from dora_diffusion.models.embedded import MODELS
 from dora_diffusion.models.locate import (
     EMBEDDED_PREFIX,
@@ -44,8 +45,9 @@ EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
 EMBEDDED = EMBEDDED_MODELS[0]
 DATASET_FILE = "subjects.yaml"
 
-PROMPTS = ("target", "positive", "negative", "anchors")
-"""Settings of a slider with a separate field, one prompt per line."""
+SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
+PROMPTS = tuple(name for name, setting in SETTINGS.items() if setting.one_line)
+"""Settings of a run without photos with a separate field, one prompt per line."""
 # Settings with a separate field, and settings that the app decides: the folder of a run, resuming,
 # and publishing (in the Library).
 _NOT_ADVANCED = frozenset((
@@ -53,7 +55,6 @@ _NOT_ADVANCED = frozenset((
     "token", "class_word", *PROMPTS, "validation_prompt", "output_dir", "overwrite_output_dir",
     "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id",
 ))  # fmt: skip
-SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
 ADVANCED: tuple[str, ...] = tuple(name for name in SETTINGS if name not in _NOT_ADVANCED)
 # Advanced settings by heading, as in --help, under their command-line names.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -119,7 +120,7 @@ def preset_sentence(preset: str, model: str) -> str:
     values, usual = _preset_settings(preset, model), TrainConfig().to_dict()
     changed = {n: values[n] for n in ADVANCED if n in values and values[n] != usual[n]}
     phrases = [f"{changed.pop('max_train_steps', usual['max_train_steps'])} steps"]
-    if values.get("teach") != "slider":  # A slider has no photos.
+    if learns_from_photos(values):
         for name, title in _SWITCHES.items():
             phrases.append(f"{'with' if changed.pop(name, usual[name]) else 'without'} {title}")
     phrases += [
@@ -186,7 +187,7 @@ def make_config(
         class_word: Class word of the subject.
         prompts: Prompts of the sample images. ``{subject}`` is replaced by token and class word; a
             prompt with it is repeated for each subject.
-        advanced: Values of the page's fields by setting name; for a slider also its `PROMPTS`.
+        advanced: Values of the page's fields by setting name; without photos also the `PROMPTS`.
         other_entries: Entries of `TrainConfig.dataset_config` for further subjects, with token and
             class word.
 
@@ -194,7 +195,7 @@ def make_config(
         UserError, ConfigError: If a value is invalid, in one line.
     """
     taught: dict[str, Any]
-    if advanced.get("teach") == "slider":
+    if not learns_from_photos(advanced):
         taught = {name: _lines(advanced.get(name, ""), name) for name in PROMPTS}
         samples = [line for line in _lines("\n".join(prompts)) if "{subject}" not in line]
         return _config(model, output_dir, samples, advanced, taught)
@@ -230,7 +231,7 @@ def _config(
     model: str, output_dir: Path, prompts: Sequence[str], advanced: Mapping[str, Any],
     taught: Mapping[str, Any],
 ) -> TrainConfig:  # fmt: skip
-    """Return the settings of a run with the ``taught`` subjects or slider."""
+    """Return the settings of a run with the ``taught`` subjects or prompts."""
     usual = vars(TrainConfig())
     values = {n: _value(n, advanced[n], usual[n]) for n in ADVANCED if n in advanced}
     return TrainConfig.from_dict(

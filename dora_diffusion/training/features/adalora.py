@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.parametrizations import SingularParametrization
 from dora_diffusion.config.features.adalora import phases_of
-from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.hook import Hook, Record
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def orthogonality_gradients(factors: Sequence[Tensor], weight: float) -> list[Te
     return gradients
 
 
-class AdaLoraPart(Part):
+class AdaLoraCode(FeatureCode):
     """AdaLoRA in a run."""
 
     def hooks(self, step: Step) -> Sequence[Hook]:

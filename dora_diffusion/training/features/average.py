@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.hook import Hook
 from dora_diffusion.training.optimizer import role_of
 from dora_diffusion.training.processes import gather, load
@@ -61,14 +61,14 @@ class Average(Hook):
         load(state, self._weights.parameters())
 
 
-class EmaPart(Part):
+class EmaCode(FeatureCode):
     """Exponential moving average in a run."""
 
     def hooks(self, step: Step) -> Sequence[Hook]:
         return [MovingAverage(step)]
 
 
-class ScheduleFreePart(Part):
+class ScheduleFreeCode(FeatureCode):
     """Average of a schedule-free optimizer in a run."""
 
     def hooks(self, step: Step) -> Sequence[Hook]:

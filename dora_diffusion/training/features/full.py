@@ -29,7 +29,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import dtype_of
 from dora_diffusion.numerics.merging import is_finite
 from dora_diffusion.numerics.operation import convolve
-from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.optimizer import weight_groups
 from dora_diffusion.training.processes import (
     add_up,
@@ -81,7 +81,7 @@ class FullReport:
         )
 
 
-class FullPart(Part):
+class FullCode(FeatureCode):
     """Full fine-tuning in a run."""
 
     def weights(self, components: Components) -> FullWeights:

@@ -13,12 +13,12 @@ from dora_diffusion.data.captions import contains_token, read_caption, require_t
 from dora_diffusion.data.images import PhotoError, digest_of, read_bytes
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import generator_for
-from dora_diffusion.training.features.part import Part, Validate
+from dora_diffusion.training.features.code import FeatureCode, Validate
 from dora_diffusion.training.features.validation import Validation
 from dora_diffusion.training.inputs.subject import Subject, caption_rules
 
 
-class HeldOutPart(Part):
+class HeldOutCode(FeatureCode):
     """Held-out photos in a run."""
 
     def hold_out(

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dora_diffusion.training.batch import Batch
-from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.prediction import Ask
 from dora_diffusion.training.terms import Losses, RowLoss, Term
 
 
-class ImageFreePart(Part):
+class ImageFreeCode(FeatureCode):
     """Prior preservation without class images in a run."""
 
     def terms(self, loss: RowLoss) -> Sequence[Term]:
         return [Prior(loss)]
 
 
-class UnmaskedPart(Part):
+class UnmaskedCode(FeatureCode):
     """Prior preservation outside of masks in a run."""
 
     def terms(self, loss: RowLoss) -> Sequence[Term]:

@@ -20,13 +20,13 @@ from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import slider_target
 from dora_diffusion.training.batch import Batch
-from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.inputs.subject import Subject
 from dora_diffusion.training.prediction import Ask
 from dora_diffusion.training.terms import Losses, RowLoss, Term
 
 
-class SliderPart(Part):
+class SliderCode(FeatureCode):
     """A slider in a run."""
 
     def images(

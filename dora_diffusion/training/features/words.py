@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.hook import Hook
 
 if TYPE_CHECKING:
     from dora_diffusion.training.step import Step
 
 
-class WordsPart(Part):
+class WordsCode(FeatureCode):
     """New words in a run."""
 
     def hooks(self, step: Step) -> Sequence[Hook]:

@@ -30,7 +30,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.training.events import OnEvent
-from dora_diffusion.training.features.part import parts_of
+from dora_diffusion.training.features.code import code_of
 from dora_diffusion.training.inputs.subject import (
     Subject,
     caption_rules,
@@ -93,7 +93,7 @@ def open_dataset(
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
     make = partial(_class_images, accelerator=accelerator, on_event=on_event)
-    made = [part.images(subjects[0], components, make) for part in parts_of(config)]
+    made = [one.images(subjects[0], components, make) for one in code_of(config)]
     if images := list(filter(None, made)):
         dataset = DreamBoothDataset(images)
     else:

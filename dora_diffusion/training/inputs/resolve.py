@@ -21,7 +21,7 @@ from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training.events import OnEvent
-from dora_diffusion.training.features.part import Validate, parts_of
+from dora_diffusion.training.features.code import Validate, code_of
 from dora_diffusion.training.inputs.base import configure_reading
 from dora_diffusion.training.inputs.dataset import (
     check_subject,
@@ -61,8 +61,8 @@ def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
     """
     optimizer_library(config.optimizer)
     photos, validate = list_subjects(subjects), None
-    for part in parts_of(config):
-        if divided := part.hold_out(subjects, photos):
+    for one in code_of(config):
+        if divided := one.hold_out(subjects, photos):
             photos, validate = divided
     return RunPlan(photos, validate, StartingAdapter.of(config))
 

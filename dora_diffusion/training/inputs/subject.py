@@ -146,7 +146,7 @@ def _subject_of(config: TrainConfig) -> Subject:
     if not config.has_photos:
         return Subject("", "", config)
     if not config.instance_data_dir:
-        switches = [one.on for one in features_of(config.kind) if not one.has_photos]
+        switches = [one.on for one in features_of(type(config)) if not one.has_photos]
         ways = [f", or train without any: --{one.setting} {one.values[0]}" for one in switches]
         raise ConfigError(
             f"instance_data_dir is not set; name the folder of subject photos{''.join(ways)}",

@@ -248,10 +248,7 @@ def adapter_configs(
     Raises:
         TargetError: If a target matches no layer of a component, or a pattern no layer at all.
     """
-    adapters = {
-        name: config.unet_adapter if name in DENOISERS else config.text_encoder_adapter
-        for name in modules
-    }
+    adapters = {name: config.adapter(name) for name in modules}
     layers = {}
     for name, model in modules.items():
         layers[name] = {path: model.get_submodule(path) for path in matched(name, model, config)}

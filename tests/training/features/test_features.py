@@ -12,7 +12,7 @@ from dora_diffusion.config import features as settings_of
 from dora_diffusion.config.features.feature import Feature
 from dora_diffusion.config.train import features_of, settings_by_name
 from dora_diffusion.training import features as code_of
-from dora_diffusion.training.features.part import Part
+from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.hook import Hook
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
@@ -39,7 +39,7 @@ def classes_in(package: Any, kind: type) -> set[type]:
 def test_the_settings_have_every_feature_and_its_code_and_nothing_else() -> None:
     assert {type(one) for one in ALL} == classes_in(settings_of, Feature)
     code = {pkgutil.resolve_name(f"{code_of.__name__}.{one.code}") for one in ALL if one.code}
-    assert code == classes_in(code_of, Part)
+    assert code == classes_in(code_of, FeatureCode)
 
 
 def test_what_a_feature_names_exists() -> None:

@@ -12,6 +12,7 @@ import gradio as gr
 
 from dora_diffusion.config import PRESETS, ConfigError, TrainConfig
 from dora_diffusion.config.foreign import SUFFIXES
+from dora_diffusion.config.train import learns_from_photos
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.models.memory import gpu_of
@@ -390,7 +391,7 @@ def read_form(
     other_ids, *of_slider = rest or [()]
     advanced = dict(zip(settings.ADVANCED, fields, strict=True))
     learned: list[StoredSubject] = []
-    if advanced["teach"] != "slider":
+    if learns_from_photos(advanced):
         learned = context.learned([subject_id, *(other_ids or ())], f"{token}{class_word}")
     advanced |= dict(zip(settings.PROMPTS, map(str, of_slider), strict=False))
     config = context.run_config(

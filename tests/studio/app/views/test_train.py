@@ -148,7 +148,7 @@ def test_a_slider_needs_prompts_and_no_subject(context: Context, tmp_path: Path)
         assert f"teach slider has no {setting}" in html.unescape(said)
     cost, command = handler(context, "plan")(*form, [], *prompts, "a teapot")
     assert "24 images" not in cost
-    assert "images of the slider's prompts come first" in html.unescape(cost)
+    assert "images of the prompts come first" in html.unescape(cost)
     assert "--teach slider" in html.unescape(command)
     handler(context, "start")("", *form, [], *prompts, "a teapot")
     (job_id,) = ids_in(tmp_path / "runs")

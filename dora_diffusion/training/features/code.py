@@ -1,4 +1,4 @@
-"""What a feature that is on does in a run. All methods do nothing by default."""
+"""Code of a feature in a run. All methods do nothing by default."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Validate = Callable[[TrainConfig, "Components", Any], "Validation"]
 """Opens the validation of a run: of its resolved settings, model, devices and processes."""
 
 
-class Part:
+class FeatureCode:
     """Code of a feature in a run; `dora_diffusion.config.features.feature.Feature` has the rest.
 
     Args:
@@ -62,8 +62,8 @@ class Part:
         return ()
 
 
-def parts_of(config: TrainConfig) -> list[Part]:
-    """Return the parts of the features that are on, in the order in which they act."""
+def code_of(config: TrainConfig) -> list[FeatureCode]:
+    """Return the code of the features that are on, in the order in which they act."""
     codes = [one.code for one in config.features if one.code]
     home = "dora_diffusion.training.features"
     return [
