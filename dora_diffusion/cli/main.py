@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,7 @@ from dora_diffusion import __version__
 from dora_diffusion.cli.commands.parser import Parser
 from dora_diffusion.cli.console.errors import reporting_errors
 from dora_diffusion.config.command import CommandSettings
+from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.config.flag_map import REMOVED
 from dora_diffusion.system import let_break_interrupt
 
@@ -67,7 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         of memory, 128 + N saved and stopped by signal N.
     """
     words = sys.argv[1:] if argv is None else argv
-    return perform(build_parser(COMMANDS.keys() & words).parse_args(words), read_settings)
+    with ExitStack() as stack:
+        if words[:1] == ["train"]:
+            from dora_diffusion.config.features.outside import features_of_command
+
+            try:
+                stack.enter_context(features_of_command(words))
+            except ConfigError as error:
+                build_parser(()).error(str(error))
+        parser = build_parser(COMMANDS.keys() & words)
+        return perform(parser.parse_args(words), read_settings)
 
 
 def perform(args: argparse.Namespace, read: Callable[[argparse.Namespace], Any]) -> int:

@@ -357,7 +357,9 @@ def relative_paths(values: Mapping[str, Any], folder: str | Path) -> dict[str, A
 
     def rewrite(name: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [{n: rewrite(n, v) for n, v in entry.items()} for entry in value]
+            return [rewrite(name, item) for item in value]
+        if isinstance(value, dict):
+            return {n: rewrite(n, v) for n, v in value.items()}
         path = Path(value).expanduser() if isinstance(value, str) and value else None
         if path is None or name not in names or not (path.exists() or name.endswith("_dir")):
             return value

@@ -74,13 +74,17 @@ def resolve_paths(values: Mapping[str, Any], folder: str | Path) -> dict[str, An
         f"{PATHS} is {meaning!r}; write '{PATHS}: {RELATIVE}', or leave the line out",
     )
 
-    def resolved(value: Any) -> Any:
+    def resolved(name: str, value: Any) -> Any:
         if isinstance(value, str) and value.startswith(("./", "../")):
             return os.path.normpath(Path(folder, value))
-        is_entries = isinstance(value, list) and all(isinstance(item, dict) for item in value)
-        return [{n: resolved(v) for n, v in e.items()} for e in value] if is_entries else value
+        if isinstance(value, dict):
+            return {n: resolved(n, v) for n, v in value.items()}
+        is_listed = isinstance(value, list) and (
+            name == "feature" or all(isinstance(item, dict) for item in value)
+        )
+        return [resolved(name, item) for item in value] if is_listed else value
 
-    return {n: resolved(v) for n, v in values.items()} if meaning else values
+    return {n: resolved(n, v) for n, v in values.items()} if meaning else values
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -159,6 +159,12 @@ class OutputSettings:
     resume_from_checkpoint: TextOrPath[str | None] = flag(
         None, "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.", is_path=True
     )
+    feature: list[str] = flag(
+        [],
+        "Python files with features of your own, which are run: code, with settings that --help "
+        "then lists. A copy is kept in OUTPUT_DIR/features.",
+        is_path=True,
+    )
     report_to: str | None = flag(None, "Experiment tracker.", choices=("tensorboard", "wandb"))
     logging_dir: TextOrPath[str] = flag(
         "logs", "Folder of the tracker's logs, in OUTPUT_DIR.", needs=(Need("report_to"),)

@@ -27,7 +27,7 @@ SUBJECT_FILE = "subject.yaml"
 SHARED = frozenset((
     *(source.name for group in (ModelSettings, DeviceSettings) for source in
       dataclasses.fields(group) if source.name != "seed"),
-    "dataset_config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
+    "dataset_config", "feature", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
 ))  # fmt: skip
 """Settings that all subjects share."""
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial, reduce
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
@@ -90,8 +93,17 @@ class TrainConfig(  # type: ignore[misc]
         ConfigError: If a value cannot work, or two values contradict each other.
     """
 
+    files: ClassVar[Mapping[Path, str]] = {}
+    """Texts of the files of features from outside (`with_features`)."""
+
     def __post_init__(self) -> None:
         self._check_values()
+        if self.feature and not self.files:
+            raise ConfigError(
+                f"feature {self.feature[0]} is code, and runs only where it is given: in a command "
+                "as 'train --feature FILE', in Python as with_features(FILE)",
+                "feature",
+            )
         if self.dataset_config:
             from dora_diffusion.config.dataset_file import checked_entries
 
@@ -118,7 +130,7 @@ class TrainConfig(  # type: ignore[misc]
     def _check_values(self) -> None:
         """Check each value on its own."""
         problems = Problems()
-        for setting in settings():
+        for setting in settings(type(self)):
             value = python_number(getattr(self, setting.name))
             # A path is text, as in a YAML file.
             value = fspath(value) if isinstance(value, PathLike) else value
@@ -251,18 +263,19 @@ class TrainConfig(  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as plain values, as in a YAML file."""
-        return {s.name: copy.deepcopy(getattr(self, s.name)) for s in settings()}
+        return {s.name: copy.deepcopy(getattr(self, s.name)) for s in settings(type(self))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build a config from plain values.
+        """Build a config from plain values, with the features from outside that are in use.
 
         Raises:
             ConfigError: If a key is not a setting, or a value has the wrong type.
         """
         require(PATHS not in values, f"{PATHS} is of a file; read_config_file resolves its paths")
-        find = partial(find_training_setting, known=settings_by_name())
-        return cls(**read_values(without_removed(values), find))
+        kind, find = current(), partial(find_training_setting, known=settings_by_name())
+        config: TrainConfig = kind(**read_values(without_removed(values), find))
+        return config
 
 
 def taught_prompts(config: TrainConfig) -> list[str]:
@@ -309,7 +322,7 @@ def learns_from_photos(values: Mapping[str, Any]) -> bool:
 def features_of(kind: Any) -> tuple[Feature, ...]:
     """All optional features, on or off, in the order in which they act."""
     groups = (vars(group) for group in kind.__mro__)
-    return tuple(group["feature"] for group in groups if "feature" in group)
+    return tuple(group["belongs_to"] for group in groups if "belongs_to" in group)
 
 
 @lru_cache
@@ -324,14 +337,40 @@ def _settings(kind: Any) -> dict[str, Setting]:
     return {one.name: _extended(one, features) for one in in_order(described)}
 
 
-def settings(kind: Any = TrainConfig) -> tuple[Setting, ...]:
-    """All settings, in the order of the help."""
-    return tuple(_settings(kind).values())
+_KIND = ContextVar[Any]("kind", default=TrainConfig)
 
 
-def settings_by_name(kind: Any = TrainConfig) -> Mapping[str, Setting]:
-    """All settings by name."""
-    return _settings(kind)
+def current() -> Any:
+    """Return `TrainConfig`, or its subclass with the features from outside that are in use."""
+    return _KIND.get()
+
+
+@contextmanager
+def using(kind: Any) -> Iterator[None]:
+    """Use a subclass of `TrainConfig`, and its settings, inside the block."""
+    token = _KIND.set(kind)
+    try:
+        yield
+    finally:
+        _KIND.reset(token)
+
+
+def settings(kind: Any = None) -> tuple[Setting, ...]:
+    """All settings, in the order of the help; default: of the `current` class."""
+    return tuple(_settings(kind or current()).values())
+
+
+def settings_by_name(kind: Any = None) -> Mapping[str, Setting]:
+    """All settings by name, as `settings`."""
+    return _settings(kind or current())
+
+
+def run_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run's file that this package has, to read of a run alone."""
+    if not values.get("feature"):
+        return dict(values)
+    known = settings_by_name()
+    return {name: value for name, value in values.items() if name in known and name != "feature"}
 
 
 def _extended(setting: Setting, features: Sequence[Feature]) -> Setting:

@@ -14,6 +14,7 @@ from typing import Any
 from dora_diffusion.data.photos import write_photo_record
 from dora_diffusion.formats.files.runs import REQUESTS, SAMPLE
 from dora_diffusion.training import events
+from dora_diffusion.training.features.outside import copied
 from dora_diffusion.training.metrics import (
     MOST_SKIPPED,
     MetricsLog,
@@ -131,7 +132,8 @@ class RunFolder:
         self.stop.answer_with(SAVING)
         if self.is_main:
             clear_folder(self.output_dir, start.step)
-            save_config(run.config, self.output_dir / "config.yaml", start.segments)
+            config = copied(run.config, self.output_dir / "features")
+            save_config(config, self.output_dir / "config.yaml", start.segments)
             save_record(self.output_dir, start.conditions)
             write_photo_record(self.output_dir, run.dataset.photos)
         log_file = self.output_dir / METRICS_NAME if self.is_main else None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.batch import Batch
 
 Record = dict[str, Any]
 """Metrics of a step by name, still on the device."""
@@ -20,10 +24,14 @@ class Hook:
 
     name = ""
 
-    def gradients(self, number: int) -> None:
-        """Act after the backward passes, before gradients are averaged and clipped.
+    def drawn(self, number: int, batches: Sequence[Batch]) -> None:
+        """Act on the batches of a step, before predictions; parameters may change here.
 
         Steps are counted from 1.
+        """
+
+    def gradients(self, number: int) -> None:
+        """Act after the backward passes, before gradients are averaged and clipped.
 
         ``step.weights.parameters()`` have the gradients: scaled with fp16, and each
         process's own. ``step.parameters`` gets them afterwards.

@@ -38,7 +38,7 @@ OnPackEvent = Callable[[str, events.Event], None]
 
 # Settings that all subjects must share, in addition to the base model's.
 _ALIKE = (
-    *sorted(SHARED - {"dataset_config", "output_dir", "overwrite_output_dir",
+    *sorted(SHARED - {"dataset_config", "feature", "output_dir", "overwrite_output_dir",
                       "resume_from_checkpoint"}),
     "method", "use_dora", "norm_axis", "targets", "text_encoder_targets", "train_text_encoder",
     "clip_skip", "max_token_length",

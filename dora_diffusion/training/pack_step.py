@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.training.batch import Batch
 from dora_diffusion.training.hook import Record
 from dora_diffusion.training.prediction import Drawn, answer
 from dora_diffusion.training.step import Step, stack_of
@@ -47,11 +48,16 @@ class PackStep:
         """
         outcomes: list[Outcome] = [{} for _ in self.steps]
         losses: list[list[Tensor]] = [[] for _ in self.steps]
-        for step, number in zip(self.steps, numbers, strict=True):
-            step.begin(number)
+        batches: list[list[Batch]] = [[] for _ in self.steps]
+        for k, (step, number) in enumerate(zip(self.steps, numbers, strict=True)):
+            try:
+                step.begin(number)
+                batches[k] = step.draw(number)
+            except Exception as error:
+                outcomes[k] = error
         with self.stack.scope():  # Norms are computed once: no parameter changes inside.
             for turn in range(max(step.turns for step in self.steps)):
-                for group in _of_one_size(self._draw(turn, outcomes)):
+                for group in _of_one_size(self._questions(turn, batches, outcomes)):
                     for k, loss in self._backward(group):
                         losses[k].append(loss)
         for k, (step, number) in enumerate(zip(self.steps, numbers, strict=True)):
@@ -62,13 +68,15 @@ class PackStep:
                     outcomes[k] = error
         return outcomes
 
-    def _draw(self, turn: int, outcomes: list[Outcome]) -> Group:
-        """Draw the next batch of each run that has not yet accumulated all its gradients."""
+    def _questions(
+        self, turn: int, batches: Sequence[Sequence[Batch]], outcomes: list[Outcome]
+    ) -> Group:
+        """Return a batch of each run that has not yet accumulated all its gradients."""
         group = {}
         for k, step in enumerate(self.steps):
-            if turn < step.turns and not isinstance(outcomes[k], Exception):
+            if turn < len(batches[k]) and not isinstance(outcomes[k], Exception):
                 try:
-                    group[k] = step.draw()
+                    group[k] = step.questions(batches[k][turn])
                 except Exception as error:
                     outcomes[k] = error
         return group

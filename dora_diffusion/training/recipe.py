@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.features.words import words_of
+from dora_diffusion.config.train import using
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
@@ -23,6 +24,7 @@ from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.features.code import code_of
+from dora_diffusion.training.features.outside import naming_features
 from dora_diffusion.training.folder import RunFolder, TrainResult
 from dora_diffusion.training.inputs.base import (
     LoadBase,
@@ -94,8 +96,8 @@ def train(
         >>> result.adapter.name
         'pytorch_lora_weights.safetensors'
     """
-    config, subjects = checked(config)
-    with StopRequest() as stop, reading_once():
+    with using(type(config)), naming_features(config), StopRequest() as stop, reading_once():
+        config, subjects = checked(config)
         try:
             accelerator = make_accelerator(config)
             is_main = accelerator.is_main_process
@@ -273,8 +275,11 @@ def build_terms(config: TrainConfig, process: NoiseProcess) -> list[Term]:
     if config.loss_type == "huber":
         delta = partial(process.huber_delta, schedule=config.huber_schedule, c=config.huber_c)
         loss = replace(loss, delta=delta)
+    parts = code_of(config)
+    for one in parts:
+        loss = one.loss(loss)
     terms: list[Term] = [Denoising(loss)] if config.has_photos else []
-    for one in code_of(config):
+    for one in parts:
         terms += one.terms(loss)
     return terms
 

@@ -16,7 +16,7 @@ from dora_diffusion.adapters.stack import BASE, AdapterStack
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.training.batch import Batches
+from dora_diffusion.training.batch import Batch, Batches
 from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.metrics import skip_if_not_finite
 from dora_diffusion.training.optimizer import SteppedParameters, learning_rates
@@ -70,7 +70,7 @@ class Step:
             TrainingError: If loss or gradients are not finite, on a CPU. No weight has changed.
         """
         self.begin(number)
-        return self.update(number, self.accumulate())
+        return self.update(number, self.accumulate(number))
 
     def begin(self, number: int) -> None:
         """Seed the global generator for a step.
@@ -80,17 +80,24 @@ class Step:
         position = self.config.seed, number, self.accelerator.process_index
         torch.manual_seed(generator_for("step", *position).initial_seed())
 
-    def draw(self) -> Drawn:
-        """Draw the next batch, with the predictions that the terms request."""
-        batch, encode = next(self.batches), self.encode
+    def draw(self, number: int) -> list[Batch]:
+        """Draw the batches of a step."""
+        batches = [next(self.batches) for _ in range(self.turns)]
+        for hook in self.hooks:
+            hook.drawn(number, batches)
+        return batches
+
+    def questions(self, batch: Batch) -> Drawn:
+        """Return a batch with the predictions that the terms request."""
+        encode = self.encode
         asks = [term.asks(batch) for term in self.terms]
         return Drawn(batch, [[Question(ask, batch, encode) for ask in of_term] for of_term in asks])
 
-    def accumulate(self) -> list[Tensor]:
+    def accumulate(self, number: int) -> list[Tensor]:
         """Accumulate the gradients of a step's batches. Returns ``(loss, prior)`` of each."""
+        batches = self.draw(number)
         with self.stack.scope():  # Norms are computed once: no parameter changes inside.
-            drawn = (self.draw() for _ in range(self.turns))
-            return [self.backward(batch) for batch in drawn]
+            return [self.backward(self.questions(batch)) for batch in batches]
 
     def backward(self, drawn: Drawn) -> Tensor:
         """Accumulate the gradients of a batch. Returns ``(loss, prior)``, detached."""

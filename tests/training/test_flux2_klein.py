@@ -67,7 +67,7 @@ def test_a_rows_loss_is_that_of_diffusers_example(
     """Its target is noise less latents, at sigmas without the pipeline's dynamic shift."""
     run = open_run(folder, small_photos, tmp_path / "out", train_batch_size=2)
     step = run.step
-    drawn = step.draw()
+    drawn = step.questions(next(step.batches))
     batch = drawn.batch
     with step.stack.scope(), step.stack.of(0), torch.no_grad():
         answers = answer(run.components, drawn.distinct(), step.base)

@@ -62,7 +62,7 @@ def slider(model: Path, output: Path, **changes: Any) -> TrainConfig:
 def drawn_by(config: TrainConfig, steps: int) -> list[tuple[Batch, list[tuple[str, str]]]]:
     """Batches of a run, each with the prompts of both ends for each of its photos."""
     step = assemble(config, subjects_of(config), make_accelerator(config)).step
-    drawn = [step.draw() for _ in range(steps)]
+    drawn = [step.questions(next(step.batches)) for _ in range(steps)]
     # The last two questions are about the ends.
     ends = [zip(*(q.ask.captions for q in each.questions[0][2:]), strict=True) for each in drawn]
     return [(each.batch, list(own)) for each, own in zip(drawn, ends, strict=True)]

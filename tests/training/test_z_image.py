@@ -111,7 +111,7 @@ class Reference:
 def losses_of(run: Run) -> tuple[Batch, Tensor, Tensor, list[Tensor]]:
     """A batch with its loss, its prior and the losses of each term's rows."""
     step = run.step
-    drawn, rows = step.draw(), list[Tensor]()
+    drawn, rows = step.questions(next(step.batches)), list[Tensor]()
     with step.stack.scope(), step.stack.of(0), torch.no_grad():
         answers = answer(run.components, drawn.distinct(), partial(step.base, step.stack))
         for term, questions in zip(step.terms, drawn.questions, strict=True):

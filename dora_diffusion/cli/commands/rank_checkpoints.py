@@ -12,6 +12,7 @@ from dora_diffusion.cli.console.output import progress, tell
 from dora_diffusion.cli.settings import AnyBase, Overwrite, check_results
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.config.fields import REQUIRED, flag, require
+from dora_diffusion.config.train import run_values
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.formats.files.runs import (
     BASE_NAME,
@@ -49,7 +50,7 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
     def perform(self) -> int:
         """Sample the same images from base and checkpoints, measure them, and suggest one."""
         check_results(self.output, "a ranking", [COMPARISON], overwrite=self.overwrite)
-        config = TrainConfig.from_dict(read_config_file(self.run / "config.yaml"))
+        config = TrainConfig.from_dict(run_values(read_config_file(self.run / "config.yaml")))
         adapters = _adapters(self.run, self.checkpoints)
         base = config.base_model
         if self.base is not None:

@@ -63,7 +63,7 @@ class AdaLoraSettings:
 
     heading: ClassVar = "Adapter"
     common: ClassVar = {"after": "vera_rank"}
-    feature: ClassVar[Feature] = AdaLoraFeature()
+    belongs_to: ClassVar[Feature] = AdaLoraFeature()
 
     target_rank: int | None = _allocation_flag(
         None,

@@ -51,7 +51,7 @@ class EmaSettings:
     """Moving average of the weights."""
 
     heading: ClassVar = "Optimization"
-    feature: ClassVar[Feature] = EmaFeature()
+    belongs_to: ClassVar[Feature] = EmaFeature()
 
     ema_decay: float | None = flag(
         None,
@@ -67,4 +67,4 @@ class ScheduleFreeSettings:
     """Schedule-free optimizers, whose settings are those of their relatives."""
 
     heading: ClassVar = "Optimization"
-    feature: ClassVar[Feature] = ScheduleFreeFeature()
+    belongs_to: ClassVar[Feature] = ScheduleFreeFeature()

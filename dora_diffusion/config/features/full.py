@@ -76,7 +76,7 @@ class FullSettings:
     """Full fine-tuning."""
 
     heading: ClassVar = "Adapter"
-    feature: ClassVar[Feature] = FullFeature()
+    belongs_to: ClassVar[Feature] = FullFeature()
 
     full_weights: str = _full_flag(
         "all",

@@ -62,7 +62,7 @@ class HeldOutSettings:
     """Validation on held-out photos, and choice of the best checkpoint."""
 
     heading: ClassVar = "Validation"
-    feature: ClassVar[Feature] = HeldOutFeature()
+    belongs_to: ClassVar[Feature] = HeldOutFeature()
 
     validation_data_dir: TextOrPath[str | None] = flag(
         None,

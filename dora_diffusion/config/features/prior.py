@@ -95,7 +95,7 @@ class PriorSettings:
 
     heading: ClassVar = "Data"
     common: ClassVar = {"of_photos": True, "of_subject": True}
-    feature: ClassVar[Feature] = ClassImagesFeature()
+    belongs_to: ClassVar[Feature] = ClassImagesFeature()
 
     with_prior_preservation: bool = flag(
         False, "Prior preservation, against language drift: the rest of the class is unchanged."
@@ -144,7 +144,7 @@ class ImageFreeSettings:
     """Prior preservation without images, which has no settings of its own."""
 
     heading: ClassVar = "Data"
-    feature: ClassVar[Feature] = ImageFreeFeature()
+    belongs_to: ClassVar[Feature] = ImageFreeFeature()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class UnmaskedSettings:
     """Prior preservation outside of masks."""
 
     heading: ClassVar = "Data"
-    feature: ClassVar[Feature] = UnmaskedFeature()
+    belongs_to: ClassVar[Feature] = UnmaskedFeature()
 
     unmasked_prior: float = flag(
         0.0,

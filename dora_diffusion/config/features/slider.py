@@ -146,7 +146,7 @@ class SliderSettings:
     """Sliders: concepts from prompts, without images."""
 
     heading: ClassVar = "Slider"
-    feature: ClassVar[Feature] = SliderFeature()
+    belongs_to: ClassVar[Feature] = SliderFeature()
 
     teach: str = flag(
         "subject",

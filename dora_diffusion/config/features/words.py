@@ -99,7 +99,7 @@ class WordSettings:
 
     heading: ClassVar = "Subject"
     common: ClassVar = {"of_photos": True}
-    feature: ClassVar[Feature] = WordsFeature()
+    belongs_to: ClassVar[Feature] = WordsFeature()
 
     train_text_encoder_ti: bool = flag(
         False,

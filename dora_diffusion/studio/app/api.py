@@ -195,6 +195,8 @@ def _training(
         if name not in (*ADVANCED, *PROMPTS, _MODEL, _SAMPLES):
             unknown = f"{name[:80]} is not a setting{did_you_mean(name, SETTINGS)}"
             reserved = f"{name} is set by the app itself, or by a subject; leave it out"
+            if name == "feature":
+                reserved = "feature is code, which the app does not run; use 'train --feature FILE'"
             raise UserError(reserved if name in SETTINGS else refusal(name) or unknown)
         requested[name] = SETTINGS[name].cast(value)
     model = context.allowed_model(requested.pop(_MODEL, EMBEDDED))

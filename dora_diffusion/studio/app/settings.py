@@ -53,7 +53,7 @@ PROMPTS = tuple(name for name, setting in SETTINGS.items() if setting.one_line)
 _NOT_ADVANCED = frozenset((
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
     "token", "class_word", *PROMPTS, "validation_prompt", "output_dir", "overwrite_output_dir",
-    "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id",
+    "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id", "feature",
 ))  # fmt: skip
 ADVANCED: tuple[str, ...] = tuple(name for name in SETTINGS if name not in _NOT_ADVANCED)
 # Advanced settings by heading, as in --help, under their command-line names.

@@ -53,6 +53,10 @@ class FeatureCode:
     def weights(self, components: Components) -> TrainedWeights | None:
         """Select the weights that train instead of adapters."""
 
+    def loss(self, loss: RowLoss) -> RowLoss:
+        """Change how errors of rows are measured."""
+        return loss
+
     def terms(self, loss: RowLoss) -> Sequence[Term]:
         """Return terms of the loss."""
         return ()

@@ -13,6 +13,7 @@ from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.families import FAMILIES, Family
 from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.fields import shown
+from dora_diffusion.config.train import run_values
 from dora_diffusion.config.wording import pixels
 from dora_diffusion.export.files import model_name
 from dora_diffusion.export.metadata import front_matter, word_section
@@ -261,7 +262,7 @@ def card_of(folder: Path, adapter: Path) -> str:
     written = folder / "README.md"
     if adapter.parent == folder and written.is_file():
         return written.read_text(encoding="utf-8")
-    config = TrainConfig.from_dict(read_config_file(folder / "config.yaml"))
+    config = TrainConfig.from_dict(run_values(read_config_file(folder / "config.yaml")))
     from dora_diffusion.formats.adapter.inspect import report_on
 
     report = report_on(adapter)

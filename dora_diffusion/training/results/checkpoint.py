@@ -24,6 +24,7 @@ from dora_diffusion.config.file import PATHS, RELATIVE, resolve_paths
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
 from dora_diffusion.formats.files.runs import CHECKPOINT
 from dora_diffusion.numerics.merging import is_finite
+from dora_diffusion.training.features.outside import digests_of
 from dora_diffusion.training.optimizer import restore_optimizer
 from dora_diffusion.training.processes import gather, load
 
@@ -124,6 +125,7 @@ def state_of(run: Run, segments: object, step: int) -> dict[str, Any]:
         "projections": run.weights.projections(),
         "start": run.weights.start(),
         "initial": run.initial,
+        "features": digests_of(run.config),
         "validation": None if run.validation is None else run.validation.state_dict(),
     }
 

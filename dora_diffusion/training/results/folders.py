@@ -31,7 +31,7 @@ UNFINISHED = ".result-"
 # Files of a run with common names, which a user may have in the folder for another purpose.
 _COMMON_NAMES = ("README.md", "config.yaml", RECORD_NAME)
 # Sub-folders that a run writes to and deletes from.
-_OWN_FOLDERS = ("samples", "class_images", EMBEDDINGS, PIPELINE_NAME)
+_OWN_FOLDERS = ("samples", "class_images", "features", EMBEDDINGS, PIPELINE_NAME)
 _SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 

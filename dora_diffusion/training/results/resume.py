@@ -20,6 +20,7 @@ from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import counted, quoted
 from dora_diffusion.formats.adapter.stored import adapter_hash
 from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.training.features.outside import digests_of
 from dora_diffusion.training.results.checkpoint import (
     checkpoints_in,
     find_checkpoint,
@@ -235,6 +236,13 @@ def check_same_run(
             f"cannot resume {name}: these settings differ: {listed(refused)}; restore them, or "
             "start over in another --output_dir",
             "resume_from_checkpoint",
+        )
+    if (before := state.get("features") or {}) != (now := digests_of(config)):
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        raise ConfigError(
+            f"cannot resume {name}: the file of the feature {names[0]} differs; give the copy in "
+            "the run's folder, features, with --feature, or start over in another --output_dir",
+            "feature",
         )
     before = state["contents"]
     problems = [problem for kind in _KINDS for problem in _content_problems(kind, before, contents)]
