@@ -45,9 +45,8 @@ OFF = (
     "adapters/compiled.py", "adapters/parametrizations.py", "data/prepare.py", "data/sheets.py",
     "evaluation/*", "export/hub.py", "models/words.py",
     "numerics/projections.py", "numerics/quantised.py",
-    "training/hooks/*", "training/inputs/cache.py", "training/inputs/held_out.py",
-    "training/inputs/prior.py", "training/pack*.py", "training/results/resume.py",
-    "training/results/validation.py", "training/trainable/full.py", "training/trainable/words.py",
+    "training/features/*", "training/inputs/cache.py", "training/inputs/prior.py",
+    "training/pack*.py", "training/results/resume.py", "training/trainable/words.py",
 )  # fmt: skip
 """Modules of features that a default training has off."""
 STEP = ("step.py", "batch.py", "prediction.py", "terms.py", "conditioner.py")

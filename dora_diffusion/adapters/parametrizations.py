@@ -109,7 +109,7 @@ class SingularParametrization(Parametrization):
     """AdaLoRA (arXiv:2303.10512): ``delta = s P diag(l) Q``. An l of 0 switches a triplet off.
 
     ``down`` is Q, ``(r, in, *k)``, and ``up`` is P, ``(out, r, ...)``. They are initially random,
-    and l is 0. Training selects the triplets (`training.hooks.allocation`).
+    and l is 0. Training selects the triplets (`training.features.adalora`).
 
     Attributes:
         diagonal: l, ``(r,)``.

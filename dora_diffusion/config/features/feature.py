@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,13 +60,13 @@ class Description:
     ranks: str = ""
     usage: str = ""
     hint: str = ""
-    plan: tuple[str, ...] = ()
+    plan: Sequence[str] = ()
     prompts: list[str] | None = None
-    strengths: tuple[float, ...] = ()
+    strengths: Sequence[float] = ()
     strength: float = 1
     metadata: Mapping[str, str] = field(default_factory=dict)
     trained: str = "adapters"
-    rates: tuple[float, float] = (1e-6, 5e-3)
+    rates: Sequence[float] = (1e-6, 5e-3)
 
 
 class Feature:
