@@ -1,9 +1,9 @@
 """Run each ``bash`` and ``python`` block that README and the pages of the site show.
 
-The blocks of a page run in their order, in one shell and one folder that has nothing but a copy of
-``samples``. A ``text`` block right below one is what it prints, errors too; ``...`` stands for
-anything, as doctest has it. Where that has a line that begins with ``error:``, the block may fail.
-Python blocks with none of bash between them are one program.
+The blocks of a page run in their order, in one shell and one folder that has nothing but copies of
+``samples`` and ``examples``. A ``text`` block right below one is what it prints, errors too; ``...``
+stands for anything, as doctest has it. Where that has a line that begins with ``error:``, the block
+may fail. Python blocks with none of bash between them are one program.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def script_of(examples: list[Example], folder: Path) -> str:
 
 def outputs_of(examples: list[Example], folder: Path) -> tuple[list[str], int]:
     """The output of each block, up to one that failed, and the script's exit code."""
-    shutil.copytree(ROOT / "samples", folder / "samples")
+    for name in ("samples", "examples"):
+        shutil.copytree(ROOT / name, folder / name)
     script, log = folder.parent / "script", folder.parent / "log"
     script.write_text(script_of(examples, folder), encoding="utf-8")
     environment = {
