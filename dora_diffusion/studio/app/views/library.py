@@ -24,7 +24,7 @@ from dora_diffusion.studio.jobs.deletions import run_question
 from dora_diffusion.studio.jobs.image_store import kept_thumbnail
 from dora_diffusion.studio.jobs.queue import delete_job, stop_job
 from dora_diffusion.studio.jobs.snapshot import Job, chosen_adapter
-from dora_diffusion.studio.jobs.store import GONE, REMAINS
+from dora_diffusion.studio.jobs.store import REMAINS, MissingError
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
@@ -96,10 +96,13 @@ def connect(context: Context, tab: LibraryTab) -> None:
         _, job_id = ui.clicked(event)
         return job_id if job_id in {job.id for job in _listed(context.jobs())} else gr.skip()
 
-    def show(job_id: str | None) -> list[str]:
-        if not job_id or job_id == GONE:
-            return [_GONE if job_id else _NOTHING, ""]
-        return [_facts(context.job(job_id)), ""]
+    def show(job_id: str | None) -> str:
+        if not job_id:
+            return _NOTHING
+        try:
+            return _facts(context.job(job_id))
+        except MissingError:
+            return _GONE
 
     def delete(job_id: str) -> list[Any]:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
@@ -124,7 +127,8 @@ def connect(context: Context, tab: LibraryTab) -> None:
         return html.task_list(context.jobs(fresh=True), run_id)
 
     ui.on(tab.gallery.click, choose, None, [tab.run])
-    ui.on(tab.run.change, show, [tab.run], [tab.details, tab.files])
+    ui.on([tab.gallery.change, tab.run.change], show, [tab.run], [tab.details])
+    ui.on(tab.run.change, lambda: "", None, [tab.files])
     question = functools.partial(run_question, workspace)
     ui.on(tab.delete.click, delete, [tab.run], [tab.gallery, tab.run, tab.files], confirm=question)
     ui.on(tab.convert.click, card, [tab.run], [tab.files])
@@ -142,8 +146,9 @@ def _listed(jobs: Sequence[Job]) -> list[Job]:
 def refresh(jobs: Sequence[Job], run_id: str | None) -> dict[str, Any]:
     """Return the timer's update of this tab."""
     runs = _listed(jobs)
-    # A new stamp makes the page request the cards again (gallery.js).
-    stamp = zlib.crc32(repr([(job.id, _card_text(job)) for job in runs]).encode())
+    # A new stamp makes the page request the cards (gallery.js) and the facts again.
+    shown = [(job.id, _card_text(job), job.stands, job.total) for job in runs]
+    stamp = zlib.crc32(repr(shown).encode())
     count = html.pieces.count(counted(len(runs), "run"), stamp)
     value = run_id or next((job.id for job in runs), None)
     choices = [(f"{job.label} · {job.shown_state}", job.id) for job in runs]

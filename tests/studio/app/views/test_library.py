@@ -120,14 +120,23 @@ def test_a_download_has_a_link_and_a_model_card(context: Context, trained: str) 
 
 def test_a_run_is_shown_with_what_is_known_of_its_file(context: Context, trained: str) -> None:
     show = handler(context, "show", "library")
-    details, files = show(trained)
+    details = show(trained)
     for text in ("<dd>kohya</dd>", "DoRA, rank", "<dt>programs</dt>", "<dt>parameters</dt>"):
         assert text in details
     assert "<dt>alpha</dt>" in details
     assert "text_encoder.text_model" not in details  # layers that differ are a range
-    assert files == ""
-    assert "The library is empty" in show(None)[0]
-    assert "was deleted" in show(GONE)[0]
+    assert "The library is empty" in show(None)
+    assert "was deleted" in show(GONE)
+
+
+def test_the_facts_of_a_run_follow_its_state_and_its_chosen_checkpoint(context: Context) -> None:
+    events = {("library", "change"), ("library-run", "change")}
+    assert triggers(context, "show", "library") == events
+    run = ended_run(context.workspace, (2, 4), 4)
+    states: list[dict[str, Any]] = [{}, {"state": "running"}, {"chosen": "checkpoint-2"}]
+    changes = [*states, {"total": 9}]
+    stamps = {library.refresh([replace(run, **change)], None)["library"] for change in changes}
+    assert len(stamps) == len(changes)
 
 
 def test_a_run_is_merged_at_a_strength(context: Context, trained: str) -> None:
