@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from dora_diffusion.adapters.inject import (
     adapter_parameters,
     attach_adapters,
+    disabled,
     inject_adapters,
     merge_adapters,
     remove_adapters,
@@ -36,6 +37,10 @@ IMAGE, LINE = torch.randn(2, 6, 9, 8, generator=G), torch.randn(2, 6, 11, genera
 
 # What makes the layer, and its input.
 CASES = {
+    "Linear": (lambda: nn.Linear(11, 7), LINE),
+    "Linear, square": (lambda: nn.Linear(11, 11, bias=False), LINE),
+    "Conv2d": (lambda: nn.Conv2d(6, 8, 3, padding="same", padding_mode="reflect"), IMAGE),
+    "Conv2d, strided": (lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False), IMAGE),
     "Embedding": (lambda: nn.Embedding(11, 8), IDS),
     "Embedding, padded": (lambda: nn.Embedding(11, 5, padding_idx=0), IDS),
     "Embedding, square": (lambda: nn.Embedding(11, 11), IDS),
@@ -97,7 +102,7 @@ def reference(layer: nn.Module, x: torch.Tensor, factors) -> torch.Tensor:
     if isinstance(layer, nn.Embedding):
         return F.embedding(x, weight.t(), layer.padding_idx)
     x = x.double()
-    if is_transposed:
+    if isinstance(layer, nn.Linear | Conv1D):
         return F.linear(x, weight, bias)
     plain = nn.Conv1d if x.ndim == 3 else nn.Conv2d
     return plain._conv_forward(layer, x, weight, bias)
@@ -119,6 +124,7 @@ def test_a_fresh_adapter_changes_no_bit(case, axis, dtype):
     with norm_scope(model):
         assert torch.equal(model(x), base)
     assert model(x).dtype == dtype
+    assert {p.dtype for p in adapter_parameters(model)} == {torch.float32}
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -201,12 +207,18 @@ def test_removal_gives_the_class_and_the_output_back(case):
     inject_adapters(model, config())
     move(model)
     assert not torch.allclose(model(x), base)
+    with disabled(model):
+        assert torch.equal(model(x), base)
+    with pytest.raises(ValueError, match="no adapter named 'other'"):
+        remove_adapters(model, "other")
     remove_adapters(model)
     assert (type(model[0]), set(model.state_dict())) == (plain, keys)
     assert torch.equal(model(x), base)
 
 
-@pytest.mark.parametrize("case", ["Embedding", "Conv1d", "Conv2d, grouped", "Conv1D"])
+@pytest.mark.parametrize(
+    "case", ["Embedding", "Conv1d", "Conv2d", "Conv2d, grouped", "Conv1D", "Linear"]
+)
 @pytest.mark.parametrize("axis", AXES)
 def test_accumulation_and_checkpointing_give_the_same_gradients(case, axis):
     """Norms are made once for a scope, and the same norm serves all calls in it."""

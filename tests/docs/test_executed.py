@@ -1,9 +1,9 @@
 """Run each ``bash`` and ``python`` block that README and the pages of the site show.
 
 The blocks of a page run in their order, in one shell and one folder that has nothing but copies of
-``samples`` and ``examples``. A ``text`` block right below one is what it prints, errors too; ``...``
-stands for anything, as doctest has it. Where that has a line that begins with ``error:``, the block
-may fail. Python blocks with none of bash between them are one program.
+``samples`` and ``examples``. A ``text`` block right below one is what it prints, errors too;
+``...`` stands for anything, as doctest has it. Where that has a line that begins with ``error:``,
+the block may fail. Python blocks with none of bash between them are one program.
 """
 
 from __future__ import annotations

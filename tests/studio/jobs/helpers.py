@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -170,23 +167,6 @@ def damage(path: Path, content: bytes | None) -> None:
         path.write_bytes(content.rstrip(b"\n") + b"\n")
     else:
         path.write_bytes(content)
-
-
-def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Refuse to open or look at anything below a folder, as its permissions would for others."""
-
-    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(path: Any, *args: Any, **options: Any) -> Any:
-            if isinstance(path, (str, Path)) and folder in Path(path).parents:
-                raise PermissionError(13, "Permission denied", str(path))
-            return function(path, *args, **options)
-
-        return call
-
-    for module, name in ((os, "stat"), (os, "scandir"), (os, "listdir"), (io, "open")):
-        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
-    for name in ("stat", "open", "read_text", "read_bytes", "iterdir", "glob"):
-        monkeypatch.setattr(Path, name, guarded(getattr(Path, name)))
 
 
 def write_folder(folder: Path, *, kind: str = "UNet2DConditionModel", weights: bool = True) -> Path:

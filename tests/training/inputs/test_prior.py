@@ -26,10 +26,9 @@ from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from tests.refusal import refused
-from tests.training.helpers import make_config
 
 
-def make(folder, count, told, stop_at=None, output="out"):
+def make(folder, count, told, stop_at=None, output="out", prompt="a dog"):
     made = []
 
     def generate(prompt, seeds):
@@ -42,7 +41,7 @@ def make(folder, count, told, stop_at=None, output="out"):
         class_data_dir=str(folder), num_class_images=count, seed=1, sample_batch_size=2,
         output_dir=str(folder.parent / output),
     )  # fmt: skip
-    prompts = ["a dog", "a dog on grass"]
+    prompts = [prompt, "a dog on grass"]
     ensure_class_images(config, prompts, "x", generate, lambda *numbers: told.append(numbers))
 
 
@@ -58,6 +57,8 @@ def test_progress_begins_at_what_is_there_and_ends_at_all(tmp_path):
     told.clear()
     make(tmp_path, 8, told)
     assert told == [], "nothing to wait for"
+    make(tmp_path, 8, told, prompt="a cat")
+    assert told[0] == (1, 8), "images of other prompts are not these"
 
 
 def files_in(folder):
@@ -187,33 +188,26 @@ def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
+STYLE = {"token": "", "class_word": "mug"}
+
+
 @pytest.mark.parametrize(
-    ("changes", "caption", "message"),
+    ("mode", "changes", "caption", "setting", "message"),
     [
-        (
-            {"token": "", "class_word": "mug"},
-            None,
-            "with token ''",
-        ),
-        ({}, "a mug on a table", "1 caption of 5 without the token 'sks'"),
+        ("image-free", STYLE, "", "prior_preservation_mode", "with token ''"),
+        ("image-free", {}, "a mug", "prior_preservation_mode", "1 caption of 5 without the token"),
+        ("images", STYLE, "", "class_prompt", "prior preservation with token ''"),
+        ("images", {"class_prompt": "a sks mug"}, "", "class_prompt", "contains the token 'sks'"),
     ],
 )
-def test_an_image_free_prior_of_what_is_trained_is_refused(
-    changes, caption, message, config, photos
+def test_a_prior_of_what_is_trained_is_refused(
+    mode, changes, caption, setting, message, config, photos
 ):
     if caption:
         (photos / "01.txt").write_text(caption, encoding="utf-8")
-    held = replace(
-        config, with_prior_preservation=True, prior_preservation_mode="image-free", **changes
-    )
-    with refused("prior_preservation_mode", message):
-        train(held)
-
-
-def test_class_images_of_the_captions_themselves_are_refused(config):
-    images = {"with_prior_preservation": True, "prior_preservation_mode": "images"}
-    with refused("class_prompt", "prior preservation with token ''"):
-        train(replace(config, **images, token="", class_word="mug"))
+    prior = {"with_prior_preservation": True, "prior_preservation_mode": mode}
+    with refused(setting, message):
+        train(replace(config, **prior, **changes))
 
 
 @pytest.fixture
@@ -263,26 +257,3 @@ def test_class_images_that_are_left_out_are_said(reg):
     ]
     with pytest.warns(UserWarning, match="has 4 class images, but num_class_images 2 are"):
         make(reg, 2, [])
-
-
-def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, tmp_path):
-    config = make_config(
-        sd1_folder, photos, tmp_path / "a", with_prior_preservation=True, num_class_images=2,
-        class_data_dir=str(tmp_path / "classes"), max_train_steps=1,
-    )  # fmt: skip
-    train(config)
-    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "classes").rglob("*.png")}
-    assert len(first) == 2
-    train(replace(config, output_dir=str(tmp_path / "b")))
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "classes").rglob("*.png")} == first
-    train(replace(config, output_dir=str(tmp_path / "c"), class_prompt="a painting of a mug"))
-    assert len(list((tmp_path / "classes").rglob("*.png"))) == 4
-
-
-def test_a_class_prompt_with_the_token_is_refused(sd1_folder, photos, tmp_path):
-    config = make_config(
-        sd1_folder, photos, tmp_path / "out",
-        with_prior_preservation=True, class_prompt="a photo of a sks mug",
-    )  # fmt: skip
-    with refused("class_prompt", "contains the token 'sks'"):
-        train(config)
