@@ -28,17 +28,12 @@ def finished_run(
     folder = make(workspace, title, **settings)
     (folder / "metrics.jsonl").write_text(METRICS.format(step=steps), encoding="utf-8")
     for place in (folder, *(folder / f"checkpoint-{step}" for step in checkpoints)):
-        keep_adapter(place, adapter)
+        place.mkdir(exist_ok=True)
+        shutil.copyfile(adapter, place / "pytorch_lora_weights.safetensors")
+        if place != folder:
+            (place / "training_state.pt").write_bytes(b"")
     write_json(folder / records.RESULT, {"code": 0})
     return folder
-
-
-def keep_adapter(folder: Path, adapter: Path = ADAPTER) -> None:
-    """Have a run, or a checkpoint of it, hold an adapter."""
-    folder.mkdir(exist_ok=True)
-    shutil.copyfile(adapter, folder / "pytorch_lora_weights.safetensors")
-    if folder.name.startswith("checkpoint-"):
-        (folder / "training_state.pt").write_bytes(b"")
 
 
 def images_of(app: App) -> list[Path]:

@@ -209,7 +209,7 @@ def test_a_reload_opens_the_tab_and_what_was_looked_at(
         page.reload()
         assert (page.opened(), shown(tab)) == (tab, chosen[tab])
     # Another window begins with the first tab, and takes none of the others with it.
-    window, page.page = page.page, page.page.context.new_page()
+    window, page.page = page.page, page.context.new_page()
     page.open()
     assert page.opened() == "Subject"
     assert choose_other("Train") != chosen["Train"]

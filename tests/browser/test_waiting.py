@@ -13,17 +13,16 @@ import pytest
 
 from dora_diffusion.studio.jobs.records import JobProgress
 from tests import waiting
-from tests.browser.conftest import App
 
 
 @pytest.fixture
 def watched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    app_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Any, list[int]]]:
     """An app whose one job is as a test says, look by look; each pause is a minute."""
 
     def make(state: Callable[[int], str], step: Callable[[int], int]) -> tuple[Any, list[int]]:
-        app, looks = App(tmp_path / "runs"), [0]
+        app, looks = app_class(tmp_path / "runs"), [0]
         app._process = SimpleNamespace(poll=lambda: None, pid=1)
 
         def jobs() -> tuple[Any, ...]:
@@ -65,6 +64,12 @@ def test_a_run_that_has_failed_is_not_waited_for(watched: Any) -> None:
     with pytest.raises(AssertionError, match="sks mug has failed: cause"):
         app.until(look_until(looks, 5000))
     assert looks == [21]
+
+
+def test_a_run_that_a_test_ends_by_force_may_fail(watched: Any) -> None:
+    app, looks = watched(lambda at: "crashed", lambda at: at)
+    app.may_fail.add("1")
+    assert app.until(look_until(looks, 30)) is True
 
 
 def test_where_nothing_moves_a_wait_ends(watched: Any) -> None:
