@@ -124,6 +124,8 @@ def check_hostile_file(flag, kind, refused, tmp_path):
     else:
         line = refused(**{flag: file})
     assert "hostile" in line
+    if kind == "pixel bomb" and "image" in flag:
+        assert "40000 x 40000 is" in line, "it was refused by its size, before it was decoded"
 
 
 @pytest.mark.parametrize(
