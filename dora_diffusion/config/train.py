@@ -101,7 +101,7 @@ class TrainConfig(  # type: ignore[misc]
         if self.feature and not self.files:
             raise ConfigError(
                 f"feature {self.feature[0]} is code, and runs only where it is given: in a command "
-                "as 'train --feature FILE', in Python as with_features(FILE)",
+                "as 'dora-diffusion train --feature FILE', in Python as with_features(FILE)",
                 "feature",
             )
         if self.dataset_config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import sys
 import pytest
 
 from dora_diffusion.cli import main as cli
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import settings
 
 COMMANDS = tuple(cli.COMMANDS)
 
@@ -47,9 +46,9 @@ class TestHelp:
             cli.main(["train", "--help-all"])
         # Lines may end in a word's hyphen.
         text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
-        for setting in dataclasses.fields(TrainConfig):
+        for setting in settings():
             assert f"--{setting.name}" in text
-            said = " ".join(setting.metadata["help"].split()).replace("- ", "-")
+            said = " ".join(setting.help.split()).replace("- ", "-")
             assert said[:25] in text
             assert f"{said} Default: " in text
             if isinstance(setting.default, bool):

@@ -297,7 +297,7 @@ def test_every_setting_is_compared_unless_it_says_otherwise() -> None:
         "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpointing_minutes",
         "checkpoints_total_limit",
         "resume_from_checkpoint", "report_to", "logging_dir", "push_to_hub", "hub_model_id",
-        "save_precision", "single_file", "validation_data_dir",
+        "save_precision", "single_file", "validation_data_dir", "feature",
     }  # fmt: skip
     assert {"learning_rate", "max_train_steps", "validation_steps"} <= free
     assert not free & set(OTHER)

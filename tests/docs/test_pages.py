@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dora_diffusion.config import TrainConfig, settings
+from dora_diffusion.config import TrainConfig, settings, with_features
+from dora_diffusion.config.features.outside import features_of_command
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.config.images import OPTIONS
+from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, TARGETS
 from lab.__main__ import build_parser as laboratory
 from tests.every import every
@@ -92,8 +94,10 @@ def test_commands_parse(page: Page) -> None:
             if not {"--help", "--help-all"} & {*command}:
                 error = io.StringIO()
                 try:
-                    with contextlib.redirect_stderr(error):
-                        PARSERS[command[0]].parse_args(command[1:])
+                    with contextlib.redirect_stderr(error), features_of_command(command):
+                        has_own = "--feature" in command
+                        parsers = site.parsers.__wrapped__() if has_own else PARSERS
+                        parsers[command[0]].parse_args(command[1:])
                 except SystemExit:
                     pytest.fail(f"{shlex.join(words)}: {error.getvalue()}")
 
@@ -154,6 +158,8 @@ def test_flags_exist(page: Page) -> None:
     """In sentences and tables too, in a command that the page shows or names."""
     text = page.source
     known = flags_of_scripts().union(*map(flags_of, named_commands(page)))
+    files = re.findall(r"--feature (\S+\.py)", text)
+    known |= {f"--{name}" for name in settings_by_name(with_features(*{*files}))}
     if OF_OTHERS.search(page.name):
         text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
         text = re.sub(r"\*\*Not here\*\*:.*?\n\n", "", text, flags=re.DOTALL)

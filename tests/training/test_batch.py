@@ -242,15 +242,15 @@ def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
 
     def losses_of(name):
         session = assemble(config, subjects_of(config), make_accelerator(config))
-        draw = session.step.draw
+        questions = session.step.questions
 
-        def drawn():
-            made = draw()
+        def drawn(batch):
+            made = questions(batch)
             class_captions = [*made.batch.class_captions.values()]
             seen.append((name, made.batch.captions, class_captions))
             return made
 
-        monkeypatch.setattr(session.step, "draw", drawn)
+        monkeypatch.setattr(session.step, "questions", drawn)
         return [session.step(step)["loss"] for step in (1, 2, 3)]
 
     cached = losses_of("cached")

@@ -162,6 +162,7 @@ ELSEWHERE = {
     "model_config": "tests/models/test_single_file.py: it needs a released model's whole file",
     "revision": "tests/models/test_load.py: only the hub has revisions",
     "output_dir": "tests/training/test_every_setting.py: each group has its own",
+    "feature": "tests/training/features/test_outside.py: it is a file of code",
     "teach": "tests/training/test_slider.py: a slider has no photos, and a subject some",
     "offload": "tests/models/test_offload.py: it moves nothing where there is no GPU",
     "sharding": "tests/training/test_two_processes.py: it needs two processes",
@@ -323,7 +324,7 @@ def read_by(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_each_setting_has_a_case() -> None:
     listed = [name for values in CASES.values() for name in values]
     assert sorted(listed) == sorted(NAMES - ELSEWHERE.keys())
-    assert set(ELSEWHERE) - set(ALONE) == {"output_dir"}
+    assert set(ELSEWHERE) - set(ALONE) == {"output_dir", "feature"}
     root = Path(__file__).parents[2]
     for name, place in ELSEWHERE.items():
         path = root / place.partition(":")[0]

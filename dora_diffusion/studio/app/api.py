@@ -196,7 +196,7 @@ def _training(
             unknown = f"{name[:80]} is not a setting{did_you_mean(name, SETTINGS)}"
             reserved = f"{name} is set by the app itself, or by a subject; leave it out"
             if name == "feature":
-                reserved = "feature is code, which the app does not run; use 'train --feature FILE'"
+                reserved = "feature is code, which the app does not run; leave it out"
             raise UserError(reserved if name in SETTINGS else refusal(name) or unknown)
         requested[name] = SETTINGS[name].cast(value)
     model = context.allowed_model(requested.pop(_MODEL, EMBEDDED))

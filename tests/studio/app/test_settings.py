@@ -164,7 +164,7 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
     the_app_s = {
         "dataset_config", "instance_data_dir", "instance_prompt", "output_dir",
         "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "push_to_hub",
-        "hub_model_id",
+        "hub_model_id", "feature",
     }  # fmt: skip
     every = {field.name for field in dataclasses.fields(TrainConfig)}
     assert every - set(ADVANCED) == own_field | the_app_s

@@ -423,7 +423,7 @@ def test_an_empty_start_is_refused_in_plain_words(context: Context) -> None:
     assert "No images yet" in generate.refresh(context, (), None)["history"]
     assert "Generate images" in generate.refresh(context, (), None)["history"]
     assert library.refresh((), None)["library_side"][0] == {"visible": False}
-    assert "Start one in the Train tab" in handler(context, "show", "library")(None)[0]
+    assert "Start one in the Train tab" in handler(context, "show", "library")(None)
 
 
 FOREIGN = Path(__file__).parents[4] / "tests/config/foreign"
