@@ -95,10 +95,12 @@ class TrainConfig(  # type: ignore[misc]
 
     files: ClassVar[Mapping[Path, str]] = {}
     """Texts of the files of features from outside (`with_features`)."""
+    classes: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes of features from outside."""
 
     def __post_init__(self) -> None:
         self._check_values()
-        if self.feature and not self.files:
+        if self.feature and not (self.files or self.classes):
             raise ConfigError(
                 f"feature {self.feature[0]} is code, and runs only where it is given: in a command "
                 "as 'dora-diffusion train --feature FILE', in Python as with_features(FILE)",

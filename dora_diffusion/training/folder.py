@@ -32,7 +32,7 @@ from dora_diffusion.training.results.checkpoint import (
     state_of,
     step_of,
 )
-from dora_diffusion.training.results.folders import METRICS_NAME, clear_folder
+from dora_diffusion.training.results.folders import FEATURES, METRICS_NAME, clear_folder
 from dora_diffusion.training.results.record import save_record
 from dora_diffusion.training.results.resume import save_config, start_run
 from dora_diffusion.training.results.write import (
@@ -132,7 +132,7 @@ class RunFolder:
         self.stop.answer_with(SAVING)
         if self.is_main:
             clear_folder(self.output_dir, start.step)
-            config = copied(run.config, self.output_dir / "features")
+            config = copied(run.config, self.output_dir / FEATURES)
             save_config(config, self.output_dir / "config.yaml", start.segments)
             save_record(self.output_dir, start.conditions)
             write_photo_record(self.output_dir, run.dataset.photos)

@@ -16,10 +16,12 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.exclusions import exclusions
 from dora_diffusion.config.fields import require, shown
 from dora_diffusion.config.subject_list import SHARED
+from dora_diffusion.config.train import using
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
+from dora_diffusion.training.features.outside import named
 from dora_diffusion.training.folder import SAVING, RunFolder, TrainResult
 from dora_diffusion.training.inputs.base import LoadBase, load_base
 from dora_diffusion.training.inputs.dataset import list_subjects
@@ -98,12 +100,13 @@ def train_pack(
     """
     usable = {name: config for name, config in configs.items() if isinstance(config, TrainConfig)}
     check_pack(usable)
-    pack = _Pack(on_event or (lambda name, event: None))
+    kind = type(next(iter(usable.values())))
+    pack = _Pack(on_event or (lambda name, event: None), kind)
     for name, config in configs.items():
         with pack.leaving(name):
             if isinstance(config, ConfigError):
                 raise config
-    with pack.stop, pack.folders, reading_once(), contextlib.suppress(Stopped):
+    with using(kind), pack.stop, pack.folders, reading_once(), contextlib.suppress(Stopped):
         pack.open(usable, load)
         pack.train()
     return PackResult(pack.results, pack.failures, pack.stop.signal_number)
@@ -118,6 +121,12 @@ def check_pack(configs: Mapping[str, TrainConfig]) -> None:
     require(bool(configs), "a pack needs a subject; none is given")
     first, *rest = configs
     for name in rest:
+        require(
+            type(configs[first]) is type(configs[name]),
+            f"{first} and {name} have other features from outside; make all settings of a pack "
+            "with one with_features()",
+            "feature",
+        )
         for setting in _ALIKE:
             values = [getattr(configs[subject], setting) for subject in (first, name)]
             require(
@@ -147,11 +156,11 @@ class _Pack:
         folders: Locks of the output folders.
     """
 
-    def __init__(self, on_event: OnPackEvent) -> None:
+    def __init__(self, on_event: OnPackEvent, kind: type[TrainConfig]) -> None:
         self.results: dict[str, TrainResult] = {}
         self.failures: dict[str, Exception] = {}
         self.stop, self.folders = StopRequest(), contextlib.ExitStack()
-        self._show = on_event
+        self._show, self._kind = on_event, kind
         self._runs: dict[str, RunFolder] = {}
         self._attached: AdapterSet | None = None
 
@@ -270,5 +279,5 @@ class _Pack:
             if name in self._runs:
                 self._runs[name].fail(error)
                 self._drop(name)
-            self.failures[name] = error
+            self.failures[name] = error = named(error, self._kind)
             self._show(name, events.SubjectLeft(str(error)))

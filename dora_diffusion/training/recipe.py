@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.features.words import words_of
-from dora_diffusion.config.train import using
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
@@ -96,7 +95,7 @@ def train(
         >>> result.adapter.name
         'pytorch_lora_weights.safetensors'
     """
-    with using(type(config)), naming_features(config), StopRequest() as stop, reading_once():
+    with naming_features(type(config)), StopRequest() as stop, reading_once():
         config, subjects = checked(config)
         try:
             accelerator = make_accelerator(config)

@@ -1,16 +1,14 @@
-"""T-LoRA (arXiv:2507.05964): the noisier the image, the fewer ranks train, against overfitting.
+"""T-LoRA (arXiv:2507.05964, section 4.1): the noisier an image, the fewer ranks train.
 
-At timestep t of T, ``r(t) = r_min + floor((T - t) / T * (r - r_min))`` ranks are active (section
-4.1). For batches of one image, as in the paper; its orthogonal start of A and B is left out.
+At timestep t of T, ``r_min + floor((T - t) / T * (r - r_min))`` ranks are active.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from dora_diffusion.config.features.feature import Feature, Problem
+from dora_diffusion.config.features.feature import Feature
 from dora_diffusion.config.fields import Need, flag
 from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.hook import Hook
@@ -21,12 +19,12 @@ class ActiveRanks(Hook):
         denoiser = set(map(id, step.components.denoiser.modules()))
         pairs = zip(step.adapters.layers, step.adapters.trained(), strict=True)
         self.adapters = [adapter for (layer, *_), adapter in pairs if id(layer) in denoiser]
-        self.least, self.process = step.config.t_lora_least_rank, step.batches.process
-        self.masked = []
+        self.process, self.least = step.batches.process, step.config.t_lora_least_rank
 
     @torch.no_grad()
     def drawn(self, number, batches):
         share = 1 - float(batches[0].inputs.timesteps[0]) / self.process.num_timesteps
+        self.masked = []
         for up in (adapter.up for adapter in self.adapters):
             active = self.least + int(share * max(0, up.shape[1] - self.least))
             self.masked.append((up, active, up[:, active:].clone()))
@@ -38,7 +36,6 @@ class ActiveRanks(Hook):
             up[:, active:] = values
             if up.grad is not None:
                 up.grad[:, active:] = 0
-        self.masked = []
 
 
 class TLoraCode(FeatureCode):
@@ -49,10 +46,10 @@ class TLoraCode(FeatureCode):
 class TLora(Feature):
     on, code = Need("t_lora_least_rank"), TLoraCode
 
-    def problems(self, config) -> Iterator[Problem]:
+    def problems(self, config):
         for name in ("train_batch_size", "gradient_accumulation_steps"):
-            if getattr(config, name) > 1:
-                yield name, f"{name} is {getattr(config, name)}, but T-LoRA needs 1"
+            if (value := getattr(config, name)) > 1:
+                yield name, f"{name} is {value}, but T-LoRA needs 1"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dora_diffusion.cli.main import build_parser
 from dora_diffusion.config import TrainConfig, settings, with_features
 from dora_diffusion.config.features.outside import features_of_command
 from dora_diffusion.config.file import SEGMENTS
@@ -96,7 +97,7 @@ def test_commands_parse(page: Page) -> None:
                 try:
                     with contextlib.redirect_stderr(error), features_of_command(command):
                         has_own = "--feature" in command
-                        parsers = site.parsers.__wrapped__() if has_own else PARSERS
+                        parsers = site.parsers_of(build_parser()) if has_own else PARSERS
                         parsers[command[0]].parse_args(command[1:])
                 except SystemExit:
                     pytest.fail(f"{shlex.join(words)}: {error.getvalue()}")

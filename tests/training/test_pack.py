@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import TrainConfig, read_config_file
+from dora_diffusion.config.features.outside import with_features
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import precision
@@ -26,6 +27,8 @@ from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import read_state
 from tests.refusal import refused
 from tests.training.helpers import SAMPLES, make_config, needs_library, small_samples
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "features"
 
 # What every subject has of its own: ranks, rates, limits, seeds, lengths.
 THREE: list[dict[str, Any]] = [
@@ -167,6 +170,28 @@ def test_in_float64_each_adapter_is_that_of_its_own_run(
     }
     for name, config in configs.items():
         assert_alike(Path(config.output_dir), alone(configs, name), 1e-6)
+
+
+def test_a_feature_from_outside_acts_on_each_subject(
+    in_float64: None, sd1_folder: Path, tmp_path: Path
+) -> None:
+    kind = with_features(EXAMPLES / "t_lora.py")
+    own = {"targets": TARGETS, "max_train_steps": 3}
+    configs = {
+        name: kind(**config.to_dict(), t_lora_least_rank=1)
+        for name, config in pack_of(sd1_folder, tmp_path / "pack", THREE[:2], **own).items()
+    }
+    assert not train_pack(configs).failures
+    for name, config in configs.items():
+        own_run = alone(configs, name)
+        of_own = records(own_run)
+        assert_alike(Path(config.output_dir), own_run, 1e-6)
+        settings = [
+            read_config_file(Path(at) / "config.yaml") for at in (own_run, config.output_dir)
+        ]
+        assert [values["t_lora_least_rank"] for values in settings] == [1, 1]
+        without = alone(configs, name, t_lora_least_rank=0, overwrite_output_dir=True)
+        assert records(without) != of_own
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw-schedule-free"])

@@ -41,16 +41,20 @@ def with_features(*sources: str | PathLike[str] | type) -> Any:
             raise ConfigError(f"feature: two files are named {file.name}; rename one", "feature")
         files[file] = _read(file)
         groups += _groups_in(file, files[file])
-    known = train.settings_by_name(train.TrainConfig)
+    known = {*dir(train.TrainConfig), *train.settings_by_name(train.TrainConfig)}
     for group in groups:
-        for field in dataclasses.fields(group):
-            if field.name in known:
-                raise ConfigError(
-                    f"{_home(group)}: there is a setting {field.name} already; give it another "
-                    "name",
-                    "feature",
-                )
-    kind = type("TrainConfig", (train.TrainConfig, *groups), {"files": files})
+        names = [field.name for field in dataclasses.fields(group)]
+        if taken := next(filter(known.__contains__, names), ""):
+            raise ConfigError(
+                f"{_home(group)}: there is a setting {taken} already, or a part of TrainConfig "
+                "with that name; give it another name",
+                "feature",
+            )
+        known.update(names)
+    own = [group for group in sources if isinstance(group, type)]
+    classes = tuple(f"{group.__module__}.{group.__qualname__}" for group in own)
+    members = {"files": files, "classes": classes}
+    kind = type("TrainConfig", (train.TrainConfig, *groups), members)
     return dataclasses.dataclass(frozen=True, kw_only=True)(kind)
 
 

@@ -137,6 +137,8 @@ def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
         value = portable.get(setting.name)
         if setting.kind is dict:
             portable[setting.name] = [without_paths(entry) for entry in value or []]
+        elif setting.is_path and isinstance(value, list):
+            portable[setting.name] = [without_path(path) for path in value]
         elif setting.is_path and isinstance(value, str):
             portable[setting.name] = without_path(value)
     return {name: value for name, value in portable.items() if name in values}

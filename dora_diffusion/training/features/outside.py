@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.features.outside import place_in
+from dora_diffusion.config.train import using
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.training.metrics import TrainingError
 
@@ -21,23 +25,36 @@ def digests_of(config: TrainConfig) -> dict[str, str]:
 
 
 def copied(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Copy the files of features from outside to a folder. Returns the settings with the copies."""
+    """Copy the files of features from outside to a folder. Returns settings that name the copies.
+
+    A class has no file: its name stands for it, so that readers of the run know of a feature.
+    """
+    names = [*type(config).classes]
     for file, text in type(config).files.items():
-        save_text(folder / file.name, text)
-    copies = [str(folder / file.name) for file in type(config).files]
-    return replace(config, feature=copies) if copies else config
+        names.append(str(save_text(folder / file.name, text)))
+    return replace(config, feature=names) if names else config
+
+
+def named(error: Exception, kind: Any) -> Exception:
+    """Return an error of a feature from outside with its file and line, and others as they are.
+
+    Args:
+        error: The error.
+        kind: Class of the run's settings (`with_features`).
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):  # It has advice of its own.
+        return error
+    place = place_in(kind.files, error)
+    return TrainingError(f"feature {place}") if place else error
 
 
 @contextmanager
-def naming_features(config: TrainConfig) -> Iterator[None]:
-    """Name the file and the line of a feature from outside in an error that it raises.
-
-    Raises:
-        TrainingError: Instead of the error.
-    """
+def naming_features(kind: Any) -> Iterator[None]:
+    """Use the settings of a class inside the block, and name its features' errors (`named`)."""
     try:
-        yield
+        with using(kind):
+            yield
     except Exception as error:
-        if place := place_in(type(config).files, error):
-            raise TrainingError(f"feature {place}") from error
-        raise
+        if (other := named(error, kind)) is error:
+            raise
+        raise other from error

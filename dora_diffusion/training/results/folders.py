@@ -31,7 +31,9 @@ UNFINISHED = ".result-"
 # Files of a run with common names, which a user may have in the folder for another purpose.
 _COMMON_NAMES = ("README.md", "config.yaml", RECORD_NAME)
 # Sub-folders that a run writes to and deletes from.
-_OWN_FOLDERS = ("samples", "class_images", "features", EMBEDDINGS, PIPELINE_NAME)
+FEATURES = "features"
+"""Folder of the copies of features from outside."""
+_OWN_FOLDERS = ("samples", "class_images", FEATURES, EMBEDDINGS, PIPELINE_NAME)
 _SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 
@@ -208,6 +210,7 @@ def clear_folder(folder: Path, step: int) -> None:
         if pipeline_in(model):
             shutil.rmtree(model, ignore_errors=True)
         embeddings = [path for adapter in adapters for path in embeddings_of(adapter)]
+        shutil.rmtree(folder / FEATURES, ignore_errors=True)
         files = (*embeddings, *adapters, *samples)
         for path in (*files, model.with_suffix(".safetensors"), folder / "README.md"):
             path.unlink(missing_ok=True)

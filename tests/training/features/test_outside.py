@@ -19,9 +19,11 @@ from dora_diffusion.config.features.feature import Feature
 from dora_diffusion.config.features.outside import with_features
 from dora_diffusion.config.fields import Need, flag
 from dora_diffusion.config.train import run_values, settings, using
+from dora_diffusion.formats.adapter.metadata import without_paths
 from dora_diffusion.training.hook import Hook
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.metrics import TrainingError
+from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from tests.every import every
@@ -131,6 +133,24 @@ def test_a_run_is_repeated_and_resumed_bit_for_bit(tiny_run: Tiny, tmp_path: Pat
         TrainConfig(feature=[str(copy)])
 
 
+def test_subjects_of_a_pack_have_the_same_features(tiny_run: Tiny) -> None:
+    pack = {"a": made(tiny_run, "t_lora"), "b": tiny_run(output_dir="b")}
+    with refused("feature", "a and b have other features from outside"):
+        train_pack(pack)
+
+
+def test_what_is_published_names_no_folder_and_an_older_copy_goes(
+    tiny_run: Tiny, tmp_path: Path
+) -> None:
+    config = made(tiny_run, "log_gradients", log_gradients=2, max_train_steps=1)
+    folder = train(config).output_dir
+    values = without_paths(read_config_file(folder / "config.yaml"))
+    assert values["feature"] == ["log_gradients.py"]
+    assert str(tmp_path) not in str(values)
+    train(tiny_run(learning_rate=1e-3, max_train_steps=1, overwrite_output_dir=True))
+    assert not (folder / "features").exists()
+
+
 def test_an_error_of_the_code_is_named_with_its_place(tiny_run: Tiny, tmp_path: Path) -> None:
     file, text = tmp_path / "mine.py", (EXAMPLES / "t_lora.py").read_text(encoding="utf-8")
     lines = text.splitlines()
@@ -139,10 +159,13 @@ def test_an_error_of_the_code_is_named_with_its_place(tiny_run: Tiny, tmp_path: 
     file.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(TrainingError) as info:
         train(made(tiny_run, str(file), t_lora_least_rank=1))
-    assert str(info.value) == f"feature {file}, line {at + 1}: ZeroDivisionError: division by zero"
+    line = f"feature {file}, line {at + 1}: ZeroDivisionError: division by zero"
+    assert str(info.value) == line
+    failed = made(tiny_run, str(file), t_lora_least_rank=1, output_dir=str(tmp_path / "a"))
+    assert {name: str(e) for name, e in train_pack({"a": failed}).failures.items()} == {"a": line}
 
 
-def test_a_class_is_a_feature_too_and_is_gone_after_its_run() -> None:
+def test_a_class_is_a_feature_too_and_is_gone_after_its_run(tiny_run: Tiny) -> None:
     class Mine(Feature):
         on = Need("my_number")
 
@@ -162,6 +185,11 @@ def test_a_class_is_a_feature_too_and_is_gone_after_its_run() -> None:
     with using(kind):
         assert TrainConfig.from_dict({"my_number": "3"}).my_number == 3
         assert "my_number" in {setting.name for setting in settings()}
+    result = train(kind(**tiny_run(max_train_steps=1).to_dict(), my_number=2))
+    values = read_config_file(result.output_dir / "config.yaml")
+    assert (values["my_number"], len(values["feature"])) == (2, 1)
+    assert values["feature"][0].endswith("MySettings")
+    assert TrainConfig.from_dict(run_values(values)).max_train_steps == 1
     with pytest.raises(ConfigError, match="no setting my_number"):
         TrainConfig.from_dict({"my_number": 3})
 
@@ -213,6 +241,7 @@ def test_files_that_are_no_feature_are_named(
         "syntax": ("def f(:\n", "line 1: SyntaxError"),
         "raises": ("\n1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
         "taken": (example.replace("p2_gamma", "rank"), "there is a setting rank already"),
+        "part": (example.replace("p2_gamma", "features"), "a setting features already, or a part"),
         "missing": (None, "cannot be read: No such file or directory"),
         "binary": (b"\xff\xfe", "cannot be read"),
     }
@@ -244,3 +273,7 @@ def test_code_is_refused_where_settings_come_from_others(
     assert (code, "all subjects share feature" in text) == (1, True)
     with pytest.raises(ConfigError, match="two files are named"):
         with_features(file, file)
+    other = tmp_path / "other.py"
+    other.write_bytes(Path(file).read_bytes())
+    with pytest.raises(ConfigError, match="there is a setting log_gradients already"):
+        with_features(file, other)
