@@ -20,7 +20,7 @@ from common import machine, markdown
 from train_step import settings
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble
 
@@ -38,7 +38,7 @@ def losses(output: Path, steps: int, **chosen: object) -> torch.Tensor:
     """Loss of each step."""
     config = settings(str(output), learning_rate=1e-3, **chosen)
     make = fp16_accelerator if config.mixed_precision == "fp16" else make_accelerator
-    run = assemble(config, subjects_of(config), make(config))
+    run = assemble(plan_run(config), make(config))
     return torch.stack([run.step(step + 1)["loss"].float() for step in range(steps)])
 
 

@@ -33,7 +33,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.base import QUANTISATIONS
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble
 from dora_diffusion.training.run import Run
@@ -59,7 +59,7 @@ def settings(output: str, **chosen: object) -> TrainConfig:
 def session(output: str, **chosen: object) -> Run:
     """A run on an embedded model, ready for its first step."""
     config = settings(output, **chosen)
-    return assemble(config, subjects_of(config), make_accelerator(config))
+    return assemble(plan_run(config), make_accelerator(config))
 
 
 def bare_step(run: Run) -> None:

@@ -30,7 +30,7 @@ from dora_diffusion.models.load import load_components, load_empty
 from dora_diffusion.models.memory import gpu_of
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.studio.app.launch import Launch
-from dora_diffusion.training.inputs.resolve import check_with_model
+from dora_diffusion.training.inputs.plan import check_with_model
 from tests.every import every
 from tests.flux2_klein import write_flux2_klein
 from tests.z_image import write_z_image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 from dora_diffusion.config.fields import ConfigError, Setting
 
@@ -56,6 +56,8 @@ class Problems:
     def raise_all(self, setting: str = "") -> None:
         """Raise the collected errors as one, without repeated messages; none: do nothing.
 
+        A single error is raised as it is.
+
         Args:
             setting: Setting of the error; default: the setting of the first one.
 
@@ -65,6 +67,8 @@ class Problems:
         errors = list({str(error): error for error in self._errors}.values())
         if not errors:
             return
+        if len(errors) == 1 and not setting and str(self._cause) == str(errors[0]):
+            raise cast(Exception, self._cause)
         single_errors = [single for error in errors for single in (error.parts or [error])]
         if setting:
             single_errors = [ConfigError(str(single), setting) for single in single_errors]

@@ -24,12 +24,11 @@ from dora_diffusion.training import events
 from dora_diffusion.training.features.outside import named
 from dora_diffusion.training.folder import SAVING, RunFolder, TrainResult
 from dora_diffusion.training.inputs.base import LoadBase, load_base
-from dora_diffusion.training.inputs.dataset import list_subjects
-from dora_diffusion.training.inputs.subject import Subject
+from dora_diffusion.training.inputs.plan import RunPlan, plan_run
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.pack_step import PackStep
 from dora_diffusion.training.processes import make_accelerator
-from dora_diffusion.training.recipe import assemble, checked
+from dora_diffusion.training.recipe import assemble
 from dora_diffusion.training.results.checkpoint import checkpoints_in
 from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.results.record import has_learned_nothing
@@ -166,14 +165,14 @@ class _Pack:
 
     def open(self, configs: Mapping[str, TrainConfig], load: LoadBase | None = None) -> None:
         """Load the base, and prepare the first step of every subject."""
-        ready: dict[str, tuple[TrainConfig, list[Subject]]] = {}
+        ready: dict[str, RunPlan] = {}
         for name, config in configs.items():
             with self.leaving(name):
                 if prepared := self._prepared(name, config):
                     ready[name] = prepared
         if not ready:
             return
-        config = next(iter(ready.values()))[0]
+        config = next(iter(ready.values())).config
         accelerator = make_accelerator(config)
         require(
             accelerator.num_processes == 1,
@@ -183,15 +182,15 @@ class _Pack:
         model, device = config.pretrained_model_name_or_path, str(accelerator.device)
         self._show("", events.ModelLoading(model, device, config.mixed_precision))
         base = load_base(config, accelerator, load)
-        for name, (config, subjects) in ready.items():
+        for name, plan in ready.items():
             try:
                 with self.leaving(name):
-                    self._begin(name, config, subjects, accelerator, base)
+                    self._begin(name, plan, accelerator, base)
             finally:
                 AdapterSet.of(*base.adaptable().values()).detach()
                 self._attached = None
 
-    def _prepared(self, name: str, config: TrainConfig) -> tuple[TrainConfig, list[Subject]] | None:
+    def _prepared(self, name: str, config: TrainConfig) -> RunPlan | None:
         """Check a subject's settings without the base model. Returns None if the run is over."""
         folder = Path(config.output_dir)
         if config.resume_from_checkpoint == "latest" and not checkpoints_in(folder):
@@ -206,18 +205,14 @@ class _Pack:
                 self.results[name] = TrainResult(folder, adapter, steps, steps, None, {})
                 return None
             config = replace(config, resume_from_checkpoint=None)
-        config, subjects = checked(config)
-        list_subjects(subjects)
+        plan = plan_run(config)
         self.folders.enter_context(output_folder(config))
-        return config, subjects
+        return plan
 
-    def _begin(
-        self, name: str, config: TrainConfig, subjects: list[Subject], accelerator: Any,
-        base: Components,
-    ) -> None:  # fmt: skip
+    def _begin(self, name: str, plan: RunPlan, accelerator: Any, base: Components) -> None:
         """Assemble a run and begin it. Its adapters stay attached to the model."""
         show = partial(self._show, name)
-        run = assemble(config, subjects, accelerator, show, base=base)
+        run = assemble(plan, accelerator, show, base=base)
         for model in run.weights.modules.values():
             require_rows([path for path, _ in adapted_layers(model)])
         run.activate = partial(self._attach, run.step.adapters)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.adapters.inject import AdapterSet
-from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
-from dora_diffusion.config.features.words import words_of
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.locate import known_family
-from dora_diffusion.models.precision import precision_of
 from dora_diffusion.numerics.process import NoiseProcess
 from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
@@ -31,14 +26,12 @@ from dora_diffusion.training.inputs.base import (
     load_base,
     move_step_modules,
 )
+from dora_diffusion.training.inputs.plan import RunPlan, check_with_model, plan_run
 from dora_diffusion.training.inputs.resolve import (
-    check_with_model,
     open_data,
-    plan_run,
     resolve_settings,
     run_resolution,
 )
-from dora_diffusion.training.inputs.subject import Subject, outside_toy_world, subjects_of
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer, stepped_parameters
 from dora_diffusion.training.processes import make_accelerator, shard, shards_model
@@ -52,7 +45,7 @@ from dora_diffusion.training.trainable.adapters import (
     enter_training,
     inject_trained,
 )
-from dora_diffusion.training.trainable.words import add_words, require_new
+from dora_diffusion.training.trainable.words import add_words
 
 if TYPE_CHECKING:
     from dora_diffusion.training.trainable.weights import TrainedWeights
@@ -78,7 +71,8 @@ def train(
         load: Loads the base model. A `models.load.BaseCache` keeps it for the next run.
 
     Raises:
-        ConfigError, PhotoError, ModelNotFoundError, TargetError: Before training starts.
+        ConfigError, PhotoError, AdapterFormatError, ModelNotFoundError, TargetError: Before
+            training starts.
         TrainingError: If loss, gradients or weights are not finite. Nothing is written from then
             on; files that were written before are kept.
         ExportError: If the result cannot be published; before training if that is known by then.
@@ -96,7 +90,8 @@ def train(
         'pytorch_lora_weights.safetensors'
     """
     with naming_features(type(config)), StopRequest() as stop, reading_once():
-        config, subjects = checked(config)
+        plan = plan_run(config)
+        config = plan.config
         try:
             accelerator = make_accelerator(config)
             is_main = accelerator.is_main_process
@@ -105,7 +100,7 @@ def train(
                 accelerator.wait_for_everyone()
                 model, device = config.pretrained_model_name_or_path, str(accelerator.device)
                 show(events.ModelLoading(model, device, config.mixed_precision))
-                run = assemble(config, subjects, accelerator, show, load=load)
+                run = assemble(plan, accelerator, show, load=load)
                 result = _train(RunFolder(run, show, stop))
                 accelerator.end_training()
                 return _published(result, config) if is_main and config.push_to_hub else result
@@ -140,41 +135,8 @@ def _published(result: TrainResult, config: TrainConfig) -> TrainResult:
         ) from error
 
 
-def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
-    """Check the settings of a run without loading the model.
-
-    Returns:
-        The settings with the precision resolved, and the subjects.
-
-    Raises:
-        ConfigError, HubError: If the settings are invalid.
-
-    Warns:
-        UserWarning: For settings without effect and for subjects that the base model cannot learn.
-    """
-    config = config.with_sample_prompts()
-    subjects = subjects_of(config)
-    if config.push_to_hub:
-        from dora_diffusion.export import hub
-
-        hub.check(config.hub_model_id or "")
-    base, words = config.pretrained_model_name_or_path, [s.class_word for s in subjects]
-    family = known_family(base)
-    inactive = without_effect(config, family=family)
-    if family is not None:
-        family.refuse(base, vars(config))
-        for name in inactive.keys() & family.without_effect.keys():
-            del inactive[name]  # The loaded model's family gives its reason.
-    for reason in (*inactive.values(), *unusual_rates(config)):
-        warnings.warn(reason, stacklevel=3)
-    if toy := next(filter(None, (outside_toy_world(base, word) for word in words)), ""):
-        warnings.warn(f"{toy} Name another pretrained_model_name_or_path.", stacklevel=3)
-    return replace(config, mixed_precision=precision_of(config.mixed_precision)), subjects
-
-
 def assemble(
-    config: TrainConfig,
-    subjects: Sequence[Subject],
+    plan: RunPlan,
     accelerator: Any,
     on_event: events.OnEvent = events.ignore,
     *,
@@ -184,8 +146,7 @@ def assemble(
     """Load the model of a run, resolve the settings and build the training step.
 
     Args:
-        config: Settings.
-        subjects: Subjects (`subjects_of`).
+        plan: Settings and inputs (`plan_run`).
         accelerator: Devices and processes (`make_accelerator`).
         on_event: Called with `ClassImagesProgress` while class images are generated.
         base: The model without adapters, if it is loaded already (`load_base`).
@@ -194,17 +155,15 @@ def assemble(
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: If an input is invalid.
     """
+    config, subjects = plan.config, plan.subjects
     if config.compile:
         from dora_diffusion.adapters.compiled import require_compiler
 
         require_compiler(accelerator.device)
-    plan = plan_run(config, subjects)
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)
-    require_new(components, words_of(config))
-    check_with_model(components, config)
+    start = check_with_model(components, config, plan.start)
     config = replace(config, resolution=run_resolution(config, components))
-    start = plan.start.read(components, config) if plan.start else None
     data = open_data(config, subjects, plan.photos, components, accelerator, on_event)
     config = resolve_settings(config, subjects, components, data, accelerator)
     validation = plan.validate(config, components, accelerator) if plan.validate else None

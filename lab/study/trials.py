@@ -24,15 +24,17 @@ from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.features.prior import has_class_images
 from dora_diffusion.config.problems import Problems
+from dora_diffusion.data.photos import read_photos
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_empty
 from dora_diffusion.numerics.devices import device_name
 from dora_diffusion.numerics.quantised import memory_of
 from dora_diffusion.sampling.images import save_image
-from dora_diffusion.training.inputs.base import LoadBase
-from dora_diffusion.training.inputs.resolve import check_run
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.base import LoadBase, configure_reading
+from dora_diffusion.training.inputs.dataset import check_subject
+from dora_diffusion.training.inputs.plan import RunPlan, check_with_model, plan_run
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble
@@ -239,7 +241,7 @@ def perform(
     shutil.rmtree(folder, ignore_errors=True)  # leftovers of a killed call
     try:
         config = _settings(trial, base, work, folder)
-        run = assemble(config, subjects_of(config), make_accelerator(config), load=load)
+        run = assemble(plan_run(config), make_accelerator(config), load=load)
         record: Record = {
             "digest": trial.digest,
             "row": trial.row,
@@ -284,8 +286,18 @@ def check_methods(
         with problems.collect(f"methods.{trial.method}: "), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Training repeats these warnings.
             config = _settings(trial, str(base.path), work, work / "trials")
-            check_run(config, subjects_of(config), empty)
+            _check(plan_run(config), empty)
     problems.raise_all()
+
+
+def _check(plan: RunPlan, empty: Components) -> None:
+    """Check the photos of a trial, and its settings with the model without weights."""
+    for subject, paths in zip(plan.subjects, plan.photos, strict=True):
+        prompt = subject.settings.instance_prompt or ""
+        photos = read_photos(paths, prompt, skip_unreadable=True, per_line=True)
+        if plan.config.has_photos:
+            check_subject(subject, photos)
+    check_with_model(configure_reading(empty, plan.config), plan.config, plan.start)
 
 
 def _settings(trial: Trial, base: str, work: Path, folder: Path) -> TrainConfig:

@@ -28,7 +28,7 @@ from dora_diffusion.config import AdapterConfig, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.norms import widens_products
 from dora_diffusion.training import optimizer as optimizer_module
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -139,7 +139,7 @@ def two_photos(config: TrainConfig) -> TrainConfig:
 
 
 def open_on(config: TrainConfig) -> Run:
-    return assemble(config, subjects_of(config), make_accelerator(config))
+    return assemble(plan_run(config), make_accelerator(config))
 
 
 @pytest.mark.parametrize(

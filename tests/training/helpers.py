@@ -28,7 +28,7 @@ from dora_diffusion.training.batch import Batch
 from dora_diffusion.training.conditioner import Conditioner
 from dora_diffusion.training.features.prior import Prior, Unmasked
 from dora_diffusion.training.features.slider import Slider
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.optimizer import _LIBRARIES, optimizer_library
 from dora_diffusion.training.prediction import Ask, Drawn, Question, answer
 from dora_diffusion.training.processes import make_accelerator
@@ -110,7 +110,7 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Run
             **settings,
         },
     )
-    return moved(assemble(config, subjects_of(config), make_accelerator(config)))
+    return moved(assemble(plan_run(config), make_accelerator(config)))
 
 
 def moved(run: Run) -> Run:

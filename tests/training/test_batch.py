@@ -23,7 +23,7 @@ from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.training import conditioner
 from dora_diffusion.training.batch import draw_batch
 from dora_diffusion.training.conditioner import Conditioner
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble
 from tests.training.helpers import open_run, small_samples
@@ -55,7 +55,7 @@ def test_two_processes_draw_the_rows_of_one(tiny_run) -> None:
             prior_preservation_mode="images", class_data_dir=str(small_samples() / "heart_teapot"),
         )  # fmt: skip
         accelerator = OneOf(make_accelerator(config), process_index, num_processes)
-        session = assemble(config, subjects_of(config), accelerator)
+        session = assemble(plan_run(config), accelerator)
         next(session.step.batches)
         return next(session.step.batches)
 
@@ -241,7 +241,7 @@ def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
     seen = []
 
     def losses_of(name):
-        session = assemble(config, subjects_of(config), make_accelerator(config))
+        session = assemble(plan_run(config), make_accelerator(config))
         questions = session.step.questions
 
         def drawn(batch):

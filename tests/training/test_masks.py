@@ -14,7 +14,7 @@ from PIL import Image
 
 from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.training.features.prior import Unmasked
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -60,7 +60,7 @@ def run(tiny_run: Make, masked: Path) -> Make:
 
 
 def session_of(config: TrainConfig) -> Run:
-    return assemble(config, subjects_of(config), make_accelerator(config))
+    return assemble(plan_run(config), make_accelerator(config))
 
 
 def steps_of(config: TrainConfig, count: int = 2) -> list[dict[str, float]]:

@@ -34,7 +34,7 @@ from dora_diffusion.training.events import (
     TrainingStarted,
 )
 from dora_diffusion.training.inputs import dataset
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.run import Run
@@ -76,7 +76,7 @@ def test_the_resolution_that_is_trained_is_told_written_and_inspected(
     saved = TrainConfig.from_dict(read_config_file(out / "config.yaml"))
     assert saved.resolution == resolved
     for each in (config, saved):
-        session = assemble(each, subjects_of(each), make_accelerator(each))
+        session = assemble(plan_run(each), make_accelerator(each))
         assert {side for size in session.dataset.groups for side in size} == {*trained}
         assert session.resolutions == trained
 
@@ -84,9 +84,9 @@ def test_the_resolution_that_is_trained_is_told_written_and_inspected(
 def test_bucket_steps_that_the_model_cannot_halve_are_refused(tiny_run):
     config = tiny_run(aspect_ratio_buckets=True, resolution=128, bucket_reso_steps=24)
     with refused("bucket_reso_steps", "24; ", "needs a multiple of 16"):
-        assemble(config, subjects_of(config), make_accelerator(config))
+        assemble(plan_run(config), make_accelerator(config))
     config = replace(config, bucket_reso_steps=128, min_bucket_reso=128, max_bucket_reso=200)
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     (subject,) = session.dataset.subjects
     assert subject.draws.buckets == Buckets(128, 128, 128, 200)
 

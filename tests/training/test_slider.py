@@ -35,7 +35,7 @@ from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.batch import Batch
 from dora_diffusion.training.folder import TrainResult
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.pack import check_pack
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -61,7 +61,7 @@ def slider(model: Path, output: Path, **changes: Any) -> TrainConfig:
 
 def drawn_by(config: TrainConfig, steps: int) -> list[tuple[Batch, list[tuple[str, str]]]]:
     """Batches of a run, each with the prompts of both ends for each of its photos."""
-    step = assemble(config, subjects_of(config), make_accelerator(config)).step
+    step = assemble(plan_run(config), make_accelerator(config)).step
     drawn = [step.questions(next(step.batches)) for _ in range(steps)]
     # The last two questions are about the ends.
     ends = [zip(*(q.ask.captions for q in each.questions[0][2:]), strict=True) for each in drawn]

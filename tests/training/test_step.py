@@ -17,7 +17,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import class_caption
 from dora_diffusion.numerics.loss import min_snr
 from dora_diffusion.training.batch import draw_batch
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.pack_step import _of_one_size
 from dora_diffusion.training.processes import make_accelerator
@@ -113,7 +113,7 @@ def test_each_step_draws_dropout_from_a_seed_of_its_own(tiny_run) -> None:
     seeds = []
     for seed in (3, 3, 4):
         config = tiny_run(seed=seed)
-        learner = assemble(config, subjects_of(config), make_accelerator(config)).step
+        learner = assemble(plan_run(config), make_accelerator(config)).step
         for step in (1, 2, 1):
             learner.begin(step)
             seeds.append(torch.initial_seed())
@@ -125,7 +125,7 @@ def test_each_step_draws_dropout_from_a_seed_of_its_own(tiny_run) -> None:
 
 def test_each_process_draws_dropout_of_its_own(tiny_run) -> None:
     config, seeds = tiny_run(), []
-    step = assemble(config, subjects_of(config), make_accelerator(config)).step
+    step = assemble(plan_run(config), make_accelerator(config)).step
     for index in (0, 1, 0):
         step.accelerator = SimpleNamespace(process_index=index)
         step.begin(1)
@@ -135,7 +135,7 @@ def test_each_process_draws_dropout_of_its_own(tiny_run) -> None:
 
 def test_a_loss_that_is_not_finite_moves_nothing(tiny_run) -> None:
     config = tiny_run()
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     step = session.step
     batch = next(step.batches)
     broken = replace(batch, noise=torch.full_like(batch.noise, torch.nan))
@@ -163,7 +163,7 @@ def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limite
     for precision, max_grad_norm in [("no", 0.0), ("fp16", 0.0), ("fp16", limit)]:
         config = tiny_run(mixed_precision=precision, max_grad_norm=max_grad_norm)
         made = (accelerator_of_fp16 if precision == "fp16" else make_accelerator)(config)
-        session = assemble(config, subjects_of(config), made)
+        session = assemble(plan_run(config), made)
         session.step.optimizer.zero_grad = lambda set_to_none: None
         norms.append(float(session.step(1)["grad_norm"]))
         left = float(torch.nn.utils.get_total_norm([p.grad for p in session.step.parameters]))
@@ -175,13 +175,13 @@ def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limite
 def test_min_snr_reaches_the_loss(tiny_run) -> None:
     """The loss is that of the samples times their weights."""
     session, plain = (
-        assemble(config, subjects_of(config), make_accelerator(config))
+        assemble(plan_run(config), make_accelerator(config))
         for config in (tiny_run(snr_gamma=1e-3), tiny_run(snr_gamma=0.0))
     )
     timesteps = next(plain.step.batches).inputs.timesteps
     alpha_bar = plain.components.scheduler.alphas_cumprod[timesteps]
     expected = min_snr(alpha_bar / (1 - alpha_bar), "epsilon", 1e-3)
-    again = assemble(plain.config, subjects_of(plain.config), plain.accelerator)
+    again = assemble(plan_run(plain.config), plain.accelerator)
     ratio = float(session.step(1)["loss"]) / float(again.step(1)["loss"])
     assert ratio == pytest.approx(float(expected), rel=1e-5)
     assert ratio != pytest.approx(1, rel=1e-3)
@@ -198,9 +198,7 @@ def test_compiled_blocks_learn_what_others_do_and_are_compiled_once(
         with_prior_preservation=True, prior_preservation_mode="image-free", class_word="mug",
         gradient_accumulation_steps=2, **settings,
     )  # fmt: skip
-    plain, compiled = (
-        assemble(config, subjects_of(config), make_accelerator(config)) for _ in range(2)
-    )
+    plain, compiled = (assemble(plan_run(config), make_accelerator(config)) for _ in range(2))
     torch._dynamo.reset()
     counters.clear()
     # One kind of block, which has adapters here: each takes seconds.

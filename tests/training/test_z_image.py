@@ -26,7 +26,7 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import sample_noise
 from dora_diffusion.training.batch import Batch, ModelInputs
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.prediction import answer
 from dora_diffusion.training.processes import make_accelerator
@@ -170,7 +170,7 @@ def test_a_sliders_loss_is_that_of_the_formula(folders: dict[float, Path], tmp_p
         output_dir=str(tmp_path / "out"), num_class_images=3, validation_inference_steps=1,
         slider_guidance=1.7, mixed_precision="no", targets=["attention"], method="dora", **prompts,
     )  # fmt: skip
-    run = moved(assemble(config, subjects_of(config), make_accelerator(config)))
+    run = moved(assemble(plan_run(config), make_accelerator(config)))
     batch, loss, _, _ = losses_of(run)
     trained, base = Reference(folders[3.0], run), Reference(folders[3.0])
     target, high, low = (base.predicted(batch, tuple(texts)) for texts in prompts.values())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.console.output import ProgressBar, say, shown_command, tell
-from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import listed
 from dora_diffusion.config.features.prior import has_class_images, prior_mode
 from dora_diffusion.config.wording import counted, duration, listing, pixels, quoted
@@ -194,30 +193,20 @@ def training_summary(config: TrainConfig) -> str:
         UserWarning: As in the run.
     """
     from dora_diffusion.data.photos import read_photos
-    from dora_diffusion.models.locate import known_family
-    from dora_diffusion.training.features.held_out import check_held_out, divide_all
-    from dora_diffusion.training.inputs.dataset import check_subject, list_subjects
-    from dora_diffusion.training.inputs.subject import caption_rules, subjects_of
-    from dora_diffusion.training.results.folders import check_folders
+    from dora_diffusion.training.inputs.dataset import check_subject
+    from dora_diffusion.training.inputs.plan import plan_run
+    from dora_diffusion.training.inputs.subject import caption_rules
 
-    family = known_family(config.pretrained_model_name_or_path)
-    if family is not None:
-        family.refuse(config.pretrained_model_name_or_path, vars(config))
-    inactive = without_effect(config, family=family)
-    for reason in (*inactive.values(), *unusual_rates(config)):
-        warnings.warn(reason, stacklevel=2)
-    subjects, lines, an_epoch = subjects_of(config), list[str](), 0
-    check_folders(config)
+    plan, lines, an_epoch = plan_run(config), list[str](), 0
     if not config.has_photos:
-        return "\n".join([*lines, *config.describe().plan, _made_images(config)])
-    trained_on, held_out = divide_all(subjects, list_subjects(subjects))
-    for subject, paths, held_out_paths in zip(subjects, trained_on, held_out, strict=True):
+        return "\n".join([*config.describe().plan, _made_images(config)])
+    groups = zip(plan.subjects, plan.photos, plan.held_out, strict=True)
+    for subject, paths, held_out_paths in groups:
         settings = subject.settings
         photos = read_photos(
             paths, settings.instance_prompt or "", skip_unreadable=True, per_line=True
         )
         check_subject(subject, photos)
-        check_held_out(subject, held_out_paths)
         an_epoch += len(photos) * settings.repeats
         facts = _facts_of(settings, photos)
         facts += [f"{counted(len(held_out_paths), 'image')} held out"] if held_out_paths else []

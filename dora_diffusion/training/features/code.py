@@ -36,7 +36,7 @@ class FeatureCode:
 
     def hold_out(
         self, subjects: Sequence[Subject], photos: list[list[Path]]
-    ) -> tuple[list[list[Path]], Validate] | None:
+    ) -> tuple[list[list[Path]], list[list[Path]], Validate] | None:
         """Divide the photos of each subject into those to train on, and others to validate on."""
 
     def images(

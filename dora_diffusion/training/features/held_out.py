@@ -23,12 +23,12 @@ class HeldOutCode(FeatureCode):
 
     def hold_out(
         self, subjects: Sequence[Subject], photos: list[list[Path]]
-    ) -> tuple[list[list[Path]], Validate]:
+    ) -> tuple[list[list[Path]], list[list[Path]], Validate]:
         trained_on, held_out = divide_all(subjects, photos)
         pairs = list(zip(subjects, held_out, strict=True))
         for subject, excluded in pairs:
             check_held_out(subject, excluded)
-        return trained_on, partial(Validation, pairs)
+        return trained_on, held_out, partial(Validation, pairs)
 
 
 def divide_all(

@@ -12,6 +12,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import changed_settings
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.locate import known_family
 from dora_diffusion.models.offload import move_frozen, place_model
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.sampling.load import few_steps
@@ -47,7 +48,7 @@ def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = Non
 
 
 def configure_reading(loaded: Components, config: TrainConfig) -> Components:
-    """Check the settings for the family of a model, and set clip skip and prompt length.
+    """Set clip skip and prompt length, and check settings for a family that was not known before.
 
     Raises:
         ConfigError: If the family refuses a setting.
@@ -56,9 +57,10 @@ def configure_reading(loaded: Components, config: TrainConfig) -> Components:
         UserWarning: If a setting has no effect on the family, or the model was trained with another
             clip skip, or distilled to few steps.
     """
-    loaded.family.refuse(loaded.name, vars(config))
-    for message in loaded.family.inactive(changed_settings(config)).values():
-        warnings.warn(message, stacklevel=2)
+    if known_family(config.pretrained_model_name_or_path) is None:
+        loaded.family.refuse(loaded.name, vars(config))
+        for message in loaded.family.inactive(changed_settings(config)).values():
+            warnings.warn(message, stacklevel=2)
     if few := few_steps(loaded):
         name, (kind, *_) = few
         warnings.warn(

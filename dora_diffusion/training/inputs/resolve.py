@@ -1,4 +1,4 @@
-"""Resolution of a run's settings, before the model is loaded and with model and data."""
+"""Data of a run, and the settings that depend on its model and its data."""
 
 from __future__ import annotations
 
@@ -8,112 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
-from dora_diffusion.config.features.words import words_of
-from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
-from dora_diffusion.config.images import near_side
-from dora_diffusion.config.wording import quoted
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.data.dataset import DreamBoothDataset
-from dora_diffusion.data.photos import read_photos
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training.events import OnEvent
-from dora_diffusion.training.features.code import Validate, code_of
-from dora_diffusion.training.inputs.base import configure_reading
 from dora_diffusion.training.inputs.dataset import (
-    check_subject,
-    list_subjects,
     open_dataset,
 )
 from dora_diffusion.training.inputs.subject import Subject
-from dora_diffusion.training.optimizer import optimizer_library
-from dora_diffusion.training.trainable.adapters import (
-    StartingAdapter,
-    adapter_configs,
-    components_that_train,
-    matched,
-)
-from dora_diffusion.training.trainable.words import require_new
-
-
-class RunPlan(NamedTuple):
-    """Inputs of a run that are known before its model is loaded.
-
-    Attributes:
-        photos: Photos of each subject.
-        validate: Opens the validation of the run; None: it has none.
-        start: Adapter that the run starts from, or None.
-    """
-
-    photos: list[list[Path]]
-    validate: Validate | None
-    start: StartingAdapter | None
-
-
-def plan_run(config: TrainConfig, subjects: Sequence[Subject]) -> RunPlan:
-    """Find and check the inputs of a run without loading the model.
-
-    Raises:
-        ConfigError, PhotoError, AdapterFormatError: If an input is invalid.
-    """
-    optimizer_library(config.optimizer)
-    photos, validate = list_subjects(subjects), None
-    for one in code_of(config):
-        if divided := one.hold_out(subjects, photos):
-            photos, validate = divided
-    return RunPlan(photos, validate, StartingAdapter.of(config))
-
-
-def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Components) -> None:
-    """Check the settings of a run without the weights of the model.
-
-    Args:
-        config: Settings.
-        subjects: Subjects (`subjects_of`).
-        empty: The model without weights (`load_empty`).
-
-    Raises:
-        ConfigError, PhotoError, TargetError, ValueError: If an input is invalid.
-    """
-    plan = plan_run(config, subjects)
-    for subject, paths in zip(subjects, plan.photos, strict=True):
-        prompt = subject.settings.instance_prompt or ""
-        photos = read_photos(paths, prompt, skip_unreadable=True, per_line=True)
-        if config.has_photos:
-            check_subject(subject, photos)
-    components = configure_reading(empty, config)
-    require_new(components, words_of(config))
-    if plan.start is not None:
-        plan.start.read(components, config)
-    check_with_model(components, config)
-
-
-def check_with_model(components: Components, config: TrainConfig) -> None:
-    """Check the layers that a run trains, and the sizes of its samples, with the model.
-
-    Raises:
-        TargetError, ValueError: If a target matches no layer, or a rank exceeds a layer.
-        ConfigError: If the model cannot generate a sample of a size.
-    """
-    step = components.size_step
-    for prompt in config.prompts if config.num_validation_images else ():
-        for name, side in (("width", prompt.width or 0), ("height", prompt.height or 0)):
-            require(
-                side % step == 0,
-                f"{name} {side} of the sample prompt {quoted(prompt.prompt)} must be a multiple of "
-                f"{step} on {components.family.title}, such as {near_side(side, step)}",
-                "validation_prompt",
-            )
-    modules = components_that_train(components, config)
-    if not config.trains_adapters:
-        for name, model in modules.items() if config.uses("targets") else ():
-            matched(name, model, config)
-        return
-    for name, adapter in adapter_configs(modules, config).items():
-        layers_to_adapt(modules[name], adapter)
 
 
 class RunData(NamedTuple):

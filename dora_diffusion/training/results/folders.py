@@ -39,7 +39,7 @@ _SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 @contextlib.contextmanager
 def output_folder(config: TrainConfig) -> Iterator[Path]:
-    """Check and create ``output_dir``, and lock it inside the block.
+    """Create ``output_dir``, and lock it inside the block.
 
     The lock is held by the operating system, which releases it whenever the process ends. The lock
     file is not deleted, since two other processes could then lock different files of that name.
@@ -49,7 +49,6 @@ def output_folder(config: TrainConfig) -> Iterator[Path]:
             another run, or holds a result that the settings do not overwrite.
     """
     folder = Path(config.output_dir)
-    check_folders(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,7 +14,7 @@ from dora_diffusion.studio.jobs import records
 from dora_diffusion.studio.jobs.records import log_tail
 from dora_diffusion.studio.jobs.snapshot import read_job, snapshot
 from dora_diffusion.studio.jobs.store import Workspace, write_json
-from dora_diffusion.training.recipe import checked
+from dora_diffusion.training.inputs.plan import plan_run
 from tests.studio.jobs.helpers import about, make, photo, started_run
 
 
@@ -47,7 +47,7 @@ def test_a_run_names_its_model_and_device_and_says_once_what_the_model_does_not_
         instance_prompt="a photo of a sks dog",
     )
     with pytest.warns(UserWarning, match="toy model") as warned:
-        checked(settings)
+        plan_run(settings)
     folder = make(workspace, "sks dog", **settings.to_dict())
     write_json(folder / records.PROGRESS, {"phase": "training", "device_name": "NVIDIA X"})
     write_json(folder / records.RESULT, {"code": 143})

@@ -15,7 +15,7 @@ from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter, write_adapter
 from dora_diffusion.training.features.adalora import Allocation, BudgetSchedule, RankAllocation
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.optimizer import FlatParameters
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -156,7 +156,7 @@ def test_a_step_that_fp16_skips_tells_it_nothing(tiny_run):
         allocation_interval=1, allocation_warmup=1, allocation_final=2,
     )  # fmt: skip
     accelerator = accelerator_of_fp16(config, scale=2.0**60)
-    session = assemble(config, subjects_of(config), accelerator)
+    session = assemble(plan_run(config), accelerator)
     allocation = hook_of(session.step, Allocation).ranks
     before = [p.detach().clone() for p in allocation._parameters]
     session.step(1)
@@ -178,7 +178,7 @@ def test_prodigy_does_not_see_the_term(tiny_run):
     for weight in (0.0, 0.3):
         config = tiny_run(parametrization="adalora", rank=4, optimizer="prodigy", learning_rate=1.0,
                           orthogonality_weight=weight, max_train_steps=20)  # fmt: skip
-        session = assemble(config, subjects_of(config), make_accelerator(config))
+        session = assemble(plan_run(config), make_accelerator(config))
         for group in session.step.optimizer.param_groups:
             group |= {"d": rate, "d0": rate, "d_max": rate}
         session.step(1)
@@ -201,7 +201,7 @@ def test_in_fp16_the_term_is_scaled_as_the_losses_gradients_are(tiny_run) -> Non
     config = tiny_run(parametrization="adalora", rank=4, mixed_precision="fp16")
     gradients = []
     for scale in (1.0, 2.0**10):
-        step = assemble(config, subjects_of(config), accelerator_of_fp16(config, scale=scale)).step
+        step = assemble(plan_run(config), accelerator_of_fp16(config, scale=scale)).step
         hook_of(step, Allocation).gradients(1)
         gradients.append([adapter.down.grad for adapter in step.adapters.trained()])
     assert any(bool(gradient.any()) for gradient in gradients[0])

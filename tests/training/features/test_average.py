@@ -20,7 +20,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import recipe
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.features.validation import Validation
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -75,7 +75,7 @@ def run(tiny_run: Callable[..., TrainConfig], photos: Path) -> Callable[..., Tra
 
 
 def session_of(config: TrainConfig) -> Run:
-    return assemble(config, subjects_of(config), make_accelerator(config))
+    return assemble(plan_run(config), make_accelerator(config))
 
 
 def values(session: Run) -> Values:
@@ -150,7 +150,7 @@ def test_a_step_that_fp16_skips_leaves_it(average: str, run: Callable[..., Train
     needs_library(AVERAGES[average].get("optimizer", "adamw"))
     config = run(mixed_precision="fp16", **AVERAGES[average])
     accelerator = accelerator_of_fp16(config, scale=2.0**60)
-    session = assemble(config, subjects_of(config), accelerator)
+    session = assemble(plan_run(config), accelerator)
     before = values(session)
     session.step(1)
     assert are_equal(used(session), before)

@@ -14,7 +14,7 @@ from dora_diffusion.config.train import features_of, settings_by_name
 from dora_diffusion.training import features as code_of
 from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.hook import Hook
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble
 from dora_diffusion.training.results.checkpoint import state_of
@@ -62,7 +62,7 @@ def test_no_hook_replaces_another_part_of_a_checkpoint(
 ) -> None:
     """A checkpoint contains their states by name, next to the other parts of the run's state."""
     config = tiny_run()
-    run = assemble(config, subjects_of(config), make_accelerator(config))
+    run = assemble(plan_run(config), make_accelerator(config))
     names = {kind.name for kind in classes_in(code_of, Hook)}
     assert names == {"", "allocation", "live"}
     assert not names & state_of(run, [], 0).keys()

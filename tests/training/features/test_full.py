@@ -23,7 +23,7 @@ from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.export.files import open_model
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.features import full
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -51,7 +51,7 @@ def full_config(sd1_folder, photos, tmp_path):
 
 
 def session_of(config):
-    return assemble(config, subjects_of(config), make_accelerator(config))
+    return assemble(plan_run(config), make_accelerator(config))
 
 
 def stored(source):
@@ -213,7 +213,7 @@ def test_in_half_precision_the_image_free_prior_is_that_of_float32(
     for kind in ("no", precision):
         given = replace(config, mixed_precision=kind, output_dir=str(tmp_path / kind))
         accelerator = (accelerator_of_fp16 if kind == "fp16" else make_accelerator)(given)
-        session = assemble(given, subjects_of(given), accelerator)
+        session = assemble(plan_run(given), accelerator)
         parameters = session.weights.parameters().values()
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():

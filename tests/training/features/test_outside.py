@@ -21,7 +21,7 @@ from dora_diffusion.config.fields import Need, flag
 from dora_diffusion.config.train import run_values, settings, using
 from dora_diffusion.formats.adapter.metadata import without_paths
 from dora_diffusion.training.hook import Hook
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.pack import train_pack
 from dora_diffusion.training.processes import make_accelerator
@@ -58,7 +58,7 @@ def test_gradients_are_logged_and_nothing_else_changes(tiny_run: Tiny, tmp_path:
 def test_p2_weights_the_error_by_the_formula_of_the_paper(tiny_run: Tiny) -> None:
     def loss_of(config: Any) -> tuple[Any, Any]:
         with using(type(config)):
-            run = assemble(config, subjects_of(config), make_accelerator(config))
+            run = assemble(plan_run(config), make_accelerator(config))
             step = run.step
             (batch,) = step.draw(1)
             predicted = torch.zeros_like(batch.noise)
@@ -82,7 +82,7 @@ class Seen(Hook):
 def test_t_lora_trains_the_ranks_of_a_timestep_alone(tiny_run: Tiny) -> None:
     config = made(tiny_run, "t_lora", t_lora_least_rank=1, rank=6)
     with using(type(config)):
-        run = assemble(config, subjects_of(config), make_accelerator(config))
+        run = assemble(plan_run(config), make_accelerator(config))
         adapters = AdapterSet.of(run.components.denoiser).trained()
         seen = Seen()
         run.step.hooks = [*run.step.hooks, seen]

@@ -27,6 +27,7 @@ from dora_diffusion.training.features import validation
 from dora_diffusion.training.features.held_out import divide
 from dora_diffusion.training.features.validation import Validation, read_held_out
 from dora_diffusion.training.inputs import base
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -249,11 +250,11 @@ def test_it_is_the_same_offloaded_and_in_any_number_of_processes(
     monkeypatch.setattr(validation, "NUM_SEEDS", 1)
     config = make_config(sd1_folder, folders["all"], tmp_path / "out", validation_split=2.0)
     accelerator = make_accelerator(config)
-    session = assemble(config, subjects_of(config), accelerator)
+    session = assemble(plan_run(config), accelerator)
     alone = session.validation.measure(0)
 
     monkeypatch.setattr(offload, "has_own_memory", lambda kind: True)
-    offloaded = assemble(config, subjects_of(config), accelerator)
+    offloaded = assemble(plan_run(config), accelerator)
     assert offloaded.components.offload_to is not None
     assert offloaded.validation.measure(0) == alone
 
@@ -402,10 +403,10 @@ def test_samples_are_compared_with_the_held_out_photos(
         sd1_folder, folders["all"], tmp_path / "out", validation_split=2.0, num_validation_images=2,
         validation_steps=2,
     )  # fmt: skip
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     drawn = torch.randn(4)
     alone = replace(config, num_validation_images=0)
-    assemble(alone, subjects_of(alone), make_accelerator(alone))
+    assemble(plan_run(alone), make_accelerator(alone))
     assert torch.equal(drawn, torch.randn(4))
     references = [Image.open(path).convert("RGB") for path in divide(config)[1]]
     colours = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]

@@ -20,6 +20,7 @@ from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import Photo, mask_path
 from dora_diffusion.training.inputs.dataset import check_captions
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
@@ -71,13 +72,13 @@ def opened_with(config):
     """The warnings of a run that is opened and not started."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assemble(config, subjects_of(config), make_accelerator(config))
+        assemble(plan_run(config), make_accelerator(config))
     return [str(w.message) for w in caught]
 
 
 def test_without_the_cache_workers_load_pixels(config):
     bare = replace(config, cache_latents=False, dataloader_num_workers=1)
-    session = assemble(bare, subjects_of(bare), make_accelerator(bare))
+    session = assemble(plan_run(bare), make_accelerator(bare))
     batch = next(session.step.batches.samples)
     assert batch.moments is None
     assert batch.pixels.shape == (1, 3, 32, 32)
@@ -217,7 +218,7 @@ def test_no_class_image_is_made_before_all_captions_were_looked_at(tiny_run, pho
     entries[1]["instance_data_dir"] = str(other)
     config = tiny_run(dataset_config=entries, instance_prompt=None, with_prior_preservation=True)
     with refused("class_prompt", "contains the token"):
-        assemble(config, subjects_of(config), make_accelerator(config))
+        assemble(plan_run(config), make_accelerator(config))
     assert asked == []
 
 

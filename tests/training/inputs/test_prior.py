@@ -21,8 +21,8 @@ from dora_diffusion.training.events import (
     TrainingEnded,
     TrainingStarted,
 )
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.inputs.prior import ensure_class_images, own_class_images
-from dora_diffusion.training.inputs.subject import subjects_of
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from tests.refusal import refused
@@ -230,7 +230,7 @@ def test_kohyas_regularisation_folder_is_that_of_class_images(tiny_run, reg, pro
         with_prior_preservation=True, class_data_dir=str(reg), class_prompt=prompt,
         num_class_images=3,
     )  # fmt: skip
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     (subject,) = session.dataset.subjects
     captions = {image.path.name: image.caption for image in subject.class_images}
     expected = {"2.png": "cup", "0.png": "mug", "1.png": "an old mug"}

@@ -14,6 +14,7 @@ from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.sampling.conditioning import lacks_trigger
 from dora_diffusion.training.inputs.dataset import list_subjects
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.inputs.subject import (
     class_caption_of,
     is_toy_word,
@@ -114,7 +115,7 @@ def test_a_run_of_two_subjects_resumes_bit_for_bit_and_names_both(two, tmp_path)
 
 def test_a_batch_is_of_one_size_and_every_row_has_its_own_prior(two):
     config = two(train_batch_size=3)
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     seen = set()
     for _, batch in zip(range(7), session.step.batches.samples, strict=False):
         (size,) = {crop.target_size for crop in batch.crops}

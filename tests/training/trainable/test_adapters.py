@@ -20,7 +20,7 @@ from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig, witho
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import AdapterFormatError, AdapterMetadata, read_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.trainable.adapters import inject_trained
@@ -119,7 +119,7 @@ def predictions(components):
 
 
 def opened(config):
-    return assemble(config, subjects_of(config), make_accelerator(config))
+    return assemble(plan_run(config), make_accelerator(config))
 
 
 @pytest.mark.parametrize("rank", [2, 5])

@@ -31,7 +31,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.sampling.load import load_adapted
-from dora_diffusion.training.inputs.subject import subjects_of
+from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.card import _words
@@ -172,7 +172,7 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
     config = make_config(
         sdxl_folder, named, tmp_path, **WORDS, max_train_steps=3, with_prior_preservation=True
     )
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     before = load_components(sdxl_folder)
     words = session.weights.words
     seen = [{name: rows.clone() for name, rows in words.parameters().items()}]
@@ -205,7 +205,7 @@ def test_a_batch_without_the_word_gives_it_a_gradient_of_zero(
 ) -> None:
     """Not none, which processes that share gradients could not average."""
     config = make_config(sd1_folder, named, tmp_path, **WORDS)
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     step = session.step
     step.batches = repeat(replace(next(step.batches), captions=("a mug",)))  # type: ignore[assignment]
     (rows,) = session.weights.words.parameters().values()
@@ -239,7 +239,7 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
         sd1_folder, named, tmp_path / "out", **WORDS, method="full", full_weights="targets",
         with_prior_preservation=True,
     )  # fmt: skip
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     live, start = session.components, encode_prompts(session.components, [PROMPT])
     session.step(1)
     trained = encode_prompts(live, [PROMPT])
@@ -280,7 +280,7 @@ def test_other_optimizers_and_precisions_train_it(
 ) -> None:
     def rows_of(**settings: object) -> torch.Tensor:
         config = make_config(sd1_folder, named, tmp_path, **WORDS, **settings)
-        session = assemble(config, subjects_of(config), make_accelerator(config))
+        session = assemble(plan_run(config), make_accelerator(config))
         for step in (1, 2):
             session.step(step)
         (rows,) = session.weights.words.parameters().values()
@@ -424,17 +424,17 @@ def test_a_run_starts_from_the_words_of_an_adapter(
 ) -> None:
     base, run = runs("sdxl")
     config = make_config(base, named, tmp_path, **WORDS, init_adapter=str(run))
-    session = assemble(config, subjects_of(config), make_accelerator(config))
+    session = assemble(plan_run(config), make_accelerator(config))
     stored = read_adapter(run).tokens["<s1>"]
     assert are_equal(session.weights.words.tokens()["<s1>"], stored)
     with session.weights.base_weights():
         assert are_equal(session.weights.words.tokens()["<s1>"], stored)
     one = replace(config, num_new_tokens_per_abstraction=1)
     with refused("num_new_tokens_per_abstraction", "2 vectors"):
-        assemble(one, subjects_of(one), make_accelerator(one))
+        assemble(plan_run(one), make_accelerator(one))
     none = replace(config, train_text_encoder_ti=False)
     with refused("init_adapter", "<s1>", "add --train_text_encoder_ti --new_words <s1>"):
-        assemble(none, subjects_of(none), make_accelerator(none))
+        assemble(plan_run(none), make_accelerator(none))
 
 
 def test_a_merged_file_knows_the_words_beside_it(
