@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from dora_diffusion.config.features.feature import Problem
@@ -11,14 +11,15 @@ from dora_diffusion.config.images import PIXELS, SAFE_STEP, near_side
 
 
 def contradictions(config: Any) -> Iterator[Problem]:
-    """Yield the contradictions of a `TrainConfig`; later checks rely on the earlier ones."""
+    """Yield the first contradiction of each part of a `TrainConfig`; its others may follow."""
     checks: dict[Callable[[Any], Iterator[Problem]], bool] = {
         _resolution: bool(config.resolution),
         _hub: config.push_to_hub,
         _prodigy: config.is_prodigy,
     }
     own = (check(config) for check, applies in checks.items() if applies)
-    return chain(chain.from_iterable(own), *(one.problems(config) for one in config.features))
+    for problems in chain(own, (one.problems(config) for one in config.features)):
+        yield from islice(problems, 1)
 
 
 def _resolution(config: Any) -> Iterator[Problem]:

@@ -41,11 +41,11 @@ class Problems:
         try:
             yield
         except self._kinds as error:
-            self._cause = self._cause or error
             self.add(error, prefix)
 
     def add(self, error: Exception, prefix: str = "") -> None:
         """Add an error, as `collect` does."""
+        self._cause = self._cause or error
         single_errors = tuple(
             ConfigError(f"{prefix}{single}", single.setting)
             for single in getattr(error, "parts", ())

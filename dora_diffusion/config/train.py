@@ -122,8 +122,10 @@ class TrainConfig(  # type: ignore[misc]
             object.__setattr__(self, "method", self.default("method", "dora"))
             for name in ("features", "subjects"):  # They depend on the method.
                 vars(self).pop(name)
+        problems = Problems()
         for name, message in contradictions(self):
-            raise ConfigError(message, name)
+            problems.add(ConfigError(message, name))
+        problems.raise_all()
         adapters = map(self.adapter, ("unet", "text_encoder"))
         denoiser, _ = adapters  # They check their own values.
         if self.init_adapter and self.trains_adapters:

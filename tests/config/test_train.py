@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dora_diffusion.config import AdapterConfig, TrainConfig, settings
+from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig, settings
 from dora_diffusion.config.derived import as_yaml
 from tests.every import every
 from tests.refusal import refused
@@ -119,3 +119,14 @@ def test_numbers_of_numpy_become_numbers_of_python() -> None:
     assert [type(getattr(config, name)) for name in numbers] == [float, int, bool]
     assert as_yaml(config) == as_yaml(plain)
     assert type(AdapterConfig(rank=np.int64(4)).rank) is int
+
+
+def test_all_contradictions_are_named_at_once_and_one_is_its_own_error() -> None:
+    with pytest.raises(ConfigError) as info:
+        TrainConfig(resolution=500, push_to_hub=True, optimizer="prodigy", learning_rate=0.01)
+    assert [part.setting for part in info.value.parts] == [
+        "resolution", "push_to_hub", "learning_rate",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^resolution is 500; ") as info:
+        TrainConfig(resolution=500)
+    assert info.value.parts == ()
