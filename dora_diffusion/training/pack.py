@@ -22,7 +22,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.features.outside import named
-from dora_diffusion.training.folder import SAVING, RunFolder, TrainResult
+from dora_diffusion.training.folder import RunFolder, TrainResult
 from dora_diffusion.training.inputs.base import LoadBase, load_base
 from dora_diffusion.training.inputs.plan import RunPlan, plan_run
 from dora_diffusion.training.metrics import TrainingError
@@ -30,6 +30,7 @@ from dora_diffusion.training.pack_step import PackStep
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble
 from dora_diffusion.training.results.checkpoint import checkpoints_in
+from dora_diffusion.training.results.files import SAVING
 from dora_diffusion.training.results.folders import output_folder
 from dora_diffusion.training.results.record import has_learned_nothing
 from dora_diffusion.training.signals import Stopped, StopRequest
@@ -242,7 +243,7 @@ class _Pack:
         """Write the results of completed runs."""
         for name, folder in list(self._runs.items()):
             with self.leaving(name):
-                if folder.answer_requests():
+                if folder.is_over:
                     self.results[name] = folder.finish()
                     self.stop.answer_with(SAVING)
                     self._drop(name)

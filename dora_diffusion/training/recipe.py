@@ -112,7 +112,7 @@ def _train(folder: RunFolder) -> TrainResult:
     """Train a run and write its result."""
     try:
         folder.begin()
-        while not folder.answer_requests():
+        while not folder.is_over:
             folder.record(folder.run.step(folder.steps + 1))
         return folder.finish()
     except Exception as error:

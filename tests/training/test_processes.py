@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.offload import send
-from dora_diffusion.training.folder import RunFolder
 from dora_diffusion.training.processes import SharedFlags, make_accelerator
 from dora_diffusion.training.recipe import train
 from dora_diffusion.training.results.checkpoint import CheckpointSaver
+from dora_diffusion.training.results.files import RunFiles
 from tests.nvidia import nvidia_gpu
 from tests.training.helpers import accelerator_of_fp16, losses, make_config, names
 from tests.training.pairs import agreeing, assert_agree
@@ -218,7 +218,7 @@ def test_only_the_process_that_saves_says_when_that_is_overdue(
     saved = []
     monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: False))
     monkeypatch.setattr(CheckpointSaver, "is_overdue", lambda _: True)
-    monkeypatch.setattr(RunFolder, "_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
+    monkeypatch.setattr(RunFiles, "checkpoint", lambda *args, **kwargs: saved.append(kwargs))
     (tmp_path / "out").mkdir()
     train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=3))
     assert [kwargs for kwargs in saved if kwargs] == []
