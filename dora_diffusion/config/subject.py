@@ -103,6 +103,7 @@ class SubjectSettings:
         resume="ignored",  # its entries are compared
         is_path=True,
         of_subject=False,
+        of_run=True,
     )
     instance_data_dir: TextOrPath[str | None] = flag(
         None,

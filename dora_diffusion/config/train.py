@@ -150,8 +150,8 @@ class TrainConfig(  # type: ignore[misc]
 
     def of_entry(self, index: int) -> TrainConfig:
         """Settings of the run, overridden by an entry of `dataset_config`."""
-        values = {"dataset_config": [], "initializer_concept": [], **self.dataset_config[index]}
-        return dataclasses.replace(self, **values)
+        defaults = {s.name: s.default for s in settings(type(self)) if s.of_run}
+        return dataclasses.replace(self, **{**defaults, **self.dataset_config[index]})
 
     @cached_property
     def subjects(self) -> list[TrainConfig]:
@@ -243,8 +243,8 @@ class TrainConfig(  # type: ignore[misc]
 
     @property
     def encodes_in_steps(self) -> bool:
-        """True if text encoders run in every step, since they or their new words train."""
-        return self.train_text_encoder or self.train_text_encoder_ti
+        """True if text encoders run in every step, since they or their words train."""
+        return self.train_text_encoder or any(one.encodes_in_steps for one in self.features)
 
     @property
     def prompts(self) -> list[SamplePrompt]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
@@ -47,12 +46,7 @@ from dora_diffusion.training.run import Run
 from dora_diffusion.training.signals import Stopped, StopRequest
 from dora_diffusion.training.step import Step
 from dora_diffusion.training.terms import Denoising, RowLoss, Term
-from dora_diffusion.training.trainable.adapters import (
-    StartingAdapter,
-    enter_training,
-    inject_trained,
-)
-from dora_diffusion.training.trainable.words import add_words, require_new
+from dora_diffusion.training.trainable.adapters import StartingAdapter, inject_trained
 
 if TYPE_CHECKING:
     from dora_diffusion.training.trainable.weights import TrainedWeights
@@ -201,7 +195,6 @@ def assemble(
     plan = plan_run(config, subjects)
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)
-    require_new(components, words_of(config))
     check_with_model(components, config)
     config = replace(config, resolution=run_resolution(config, components))
     start = plan.start.read(components, config) if plan.start else None
@@ -296,9 +289,9 @@ def select_trainable(
     Raises:
         TargetError, ValueError, AdapterFormatError: If the weights cannot be trained.
     """
-    selected = (one.weights(components) for one in code_of(config))
-    weights = next(filter(None, selected), None) or inject_trained(components, config, start)
-    weights = replace(weights, words=add_words(components, config, start.tokens if start else None))
-    for name in weights.words.tables if not config.train_text_encoder else ():
-        enter_training(components.adaptable()[name], components, config)
+    parts = code_of(config)
+    selected = filter(None, (one.weights(components) for one in parts))
+    weights = next(selected, None) or inject_trained(components, config, start)
+    for one in parts:
+        weights = one.extend(weights, start)
     return weights

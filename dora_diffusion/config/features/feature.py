@@ -48,6 +48,7 @@ class Description:
         hint: The same for the console, before an example of a prompt.
         plan: Lines of the dry run of a run without photos.
         prompts: Prompts that the run teaches; None: the instance prompts of the subjects.
+        words: New words that the run trains.
         strengths: Strengths of sample images; empty: 1, and without the adapter for comparison.
         strength: Strength of the result in examples; 1: the default.
         metadata: Metadata of the result.
@@ -62,6 +63,7 @@ class Description:
     hint: str = ""
     plan: Sequence[str] = ()
     prompts: list[str] | None = None
+    words: Sequence[str] = ()
     strengths: Sequence[float] = ()
     strength: float = 1
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -80,6 +82,8 @@ class Feature:
             imported only if the feature is on.
         has_photos: Whether a run with it learns from photos.
         trains_adapters: Whether a run with it trains adapters, not weights of the model itself.
+        encodes_in_steps: Whether text encoders run in every step.
+        costs: Settings that time and memory of a step depend on.
         adds: Setting of others -> what the feature adds to its description.
         uses: Setting of others -> condition under which the feature uses it.
         excludes: Ways of running that it excludes.
@@ -89,6 +93,8 @@ class Feature:
     code: Any = ""
     has_photos = True
     trains_adapters = True
+    encodes_in_steps = False
+    costs: tuple[str, ...] = ()
     adds: ClassVar[Mapping[str, Added]] = {}
     uses: ClassVar[Mapping[str, Condition]] = {}
     excludes: ClassVar[tuple[Excluded, ...]] = ()

@@ -17,7 +17,7 @@ _TARGETS = Need("full_weights", ("targets",))
 class FullFeature(Feature):
     """Full fine-tuning of the denoiser, and of the text encoders with ``train_text_encoder``."""
 
-    on, code, trains_adapters = _ON, "full:FullCode", False
+    on, code, trains_adapters, costs = _ON, "full:FullCode", False, ("full_weights",)
     adds: ClassVar = {
         "method": Added(
             ". full: full fine-tuning of the weights themselves; the result is a whole model",

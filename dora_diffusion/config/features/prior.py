@@ -43,7 +43,7 @@ def _has(subject: Any, mode: str) -> bool:
 class ClassImagesFeature(Feature):
     """Prior preservation with images of the class."""
 
-    on = PRIOR
+    on, costs = PRIOR, (PRIOR.setting, "prior_preservation_mode")
 
     def is_on(self, config: Any) -> bool:
         return any(map(has_class_images, config.subjects))
@@ -72,7 +72,7 @@ class ImageFreeFeature(Feature):
 class UnmaskedFeature(Feature):
     """The prediction outside of masks is kept at the base model's."""
 
-    on, code = Need("unmasked_prior"), "prior:UnmaskedCode"
+    on, code, costs = Need("unmasked_prior"), "prior:UnmaskedCode", ("unmasked_prior",)
     excludes: ClassVar = (
         Excluded(
             "sharding",

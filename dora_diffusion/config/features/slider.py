@@ -27,7 +27,7 @@ def pairs_of(config: Any) -> list[tuple[str, tuple[str, str]]]:
 class SliderFeature(Feature):
     """A run that trains a slider from prompts, not from images."""
 
-    on, code, has_photos = _ON, "slider:SliderCode", False
+    on, code, has_photos, costs = _ON, "slider:SliderCode", False, (_ON.setting, "anchors")
     adds: ClassVar = {
         "method": Added(derived="; for a slider lora, whose strength is the same in every program"),
         "snr_gamma": Added(derived=" and for sliders"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
 from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Excluded, Feature, Problem
+from dora_diffusion.config.features.feature import Description, Excluded, Feature, Problem
 from dora_diffusion.config.fields import Need, flag
 from dora_diffusion.config.wording import whole_word
 
@@ -17,9 +17,7 @@ _ON = Need("train_text_encoder_ti")
 
 
 def words_of(config: Any) -> list[str]:
-    """Return the new words that a run trains."""
-    if not config.train_text_encoder_ti:
-        return []
+    """Return the new words that a run with the feature trains."""
     tokens = (subject.token.strip() for subject in config.subjects)
     return config.new_words or list(dict.fromkeys(filter(None, tokens)))
 
@@ -27,7 +25,8 @@ def words_of(config: Any) -> list[str]:
 class WordsFeature(Feature):
     """New words train together with the weights (pivotal tuning)."""
 
-    on, code = _ON, "words:WordsCode"
+    on, code, encodes_in_steps = _ON, "words:WordsCode", True
+    costs = (_ON.setting,)
     excludes: ClassVar = (Excluded("pack"),)
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
@@ -63,6 +62,9 @@ class WordsFeature(Feature):
                 "adapts the table; leave token-embedding out of text_encoder_targets",
             )
         yield from _initializers(words, config.initializer_concept)
+
+    def describe(self, config: Any, run: Description) -> Description:
+        return replace(run, words=words_of(config))
 
 
 def _initializers(words: list[str], concepts: list[str]) -> Iterator[Problem]:
@@ -117,6 +119,7 @@ class WordSettings:
         "Initialization of new words: a word of the model, such as the class, for all of them or "
         "one for each. Copies its vectors if there are as many, else uses their mean.",
         derived="random vectors",
+        of_run=True,
     )
     embedding_lr: float = flag(
         3e-4,

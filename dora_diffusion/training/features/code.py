@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dora_diffusion.training.inputs.subject import Subject
     from dora_diffusion.training.step import Step
     from dora_diffusion.training.terms import RowLoss, Term
+    from dora_diffusion.training.trainable.adapters import StartingAdapter
     from dora_diffusion.training.trainable.weights import TrainedWeights
 
 Validate = Callable[[TrainConfig, "Components", Any], "Validation"]
@@ -50,8 +51,23 @@ class FeatureCode:
             make: Generates images of a subject, of the model and prompts.
         """
 
+    def check_model(self, components: Components) -> None:
+        """Check that a run can train the model, which may have no weights yet."""
+
+    def check_captions(self, captions: Sequence[str]) -> None:
+        """Check the captions of the photos."""
+
     def weights(self, components: Components) -> TrainedWeights | None:
         """Select the weights that train instead of adapters."""
+
+    def extend(self, weights: TrainedWeights, start: StartingAdapter | None) -> TrainedWeights:
+        """Add to the weights that train.
+
+        Args:
+            weights: Adapters, or weights of the model itself.
+            start: Adapter that the run starts from, or None.
+        """
+        return weights
 
     def loss(self, loss: RowLoss) -> RowLoss:
         """Change how errors of rows are measured."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.features.prior import has_class_images, is_image_free
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.wording import counted, listing, quoted
 from dora_diffusion.data.captions import (
     CaptionRules,
@@ -93,7 +92,8 @@ def open_dataset(
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
     make = partial(_class_images, accelerator=accelerator, on_event=on_event)
-    made = [one.images(subjects[0], components, make) for one in code_of(config)]
+    parts = code_of(config)
+    made = [one.images(subjects[0], components, make) for one in parts]
     if images := list(filter(None, made)):
         dataset = DreamBoothDataset(images)
     else:
@@ -101,7 +101,9 @@ def open_dataset(
             _open_subject(subject, subjects, components, photos)
             for subject, photos in zip(subjects, paths, strict=True)
         ]
-        _check_words(config, DreamBoothDataset([photos for photos, _ in opened]).captions)
+        captions = DreamBoothDataset([photos for photos, _ in opened]).captions
+        for one in parts:
+            one.check_captions(captions)
         # Generating class images may take an hour, so that it comes after all checks.
         dataset = DreamBoothDataset([
             replace(photos, class_images=make(subject, components, prompts)) if prompts else photos
@@ -123,16 +125,6 @@ def _class_images(*args: Any, **options: Any) -> list[Photo]:
     from dora_diffusion.training.inputs.prior import class_images
 
     return class_images(*args, **options)
-
-
-def _check_words(config: TrainConfig, captions: Sequence[str]) -> None:
-    for word in words_of(config):
-        if not any(contains_token(caption, word) for caption in captions):
-            raise ConfigError(
-                f"the new word {word!r} is in no caption and would not be trained; add it to the "
-                "instance prompt or the captions",
-                "new_words",
-            )
 
 
 def _open_subject(

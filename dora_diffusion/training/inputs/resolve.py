@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require
 from dora_diffusion.config.images import near_side
 from dora_diffusion.config.wording import quoted
@@ -36,7 +35,6 @@ from dora_diffusion.training.trainable.adapters import (
     components_that_train,
     matched,
 )
-from dora_diffusion.training.trainable.words import require_new
 
 
 class RunPlan(NamedTuple):
@@ -85,19 +83,20 @@ def check_run(config: TrainConfig, subjects: Sequence[Subject], empty: Component
         if config.has_photos:
             check_subject(subject, photos)
     components = configure_reading(empty, config)
-    require_new(components, words_of(config))
+    check_with_model(components, config)
     if plan.start is not None:
         plan.start.read(components, config)
-    check_with_model(components, config)
 
 
 def check_with_model(components: Components, config: TrainConfig) -> None:
-    """Check the layers that a run trains, and the sizes of its samples, with the model.
+    """Check the layers that a run trains, its features and the sizes of its samples.
 
     Raises:
         TargetError, ValueError: If a target matches no layer, or a rank exceeds a layer.
-        ConfigError: If the model cannot generate a sample of a size.
+        ConfigError: If the model cannot generate a sample of a size, or train a feature.
     """
+    for one in code_of(config):
+        one.check_model(components)
     step = components.size_step
     for prompt in config.prompts if config.num_validation_images else ():
         for name, side in (("width", prompt.width or 0), ("height", prompt.height or 0)):

@@ -11,7 +11,6 @@ from typing import Any
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.families import FAMILIES, Family
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.train import run_values
 from dora_diffusion.config.wording import pixels
@@ -218,7 +217,7 @@ pipeline = {family.auto_pipeline}.from_pretrained({source})
 
 def _words(config: TrainConfig, written: Path) -> str:
     """Return the section on loading new words; empty if there are none."""
-    words = words_of(config)
+    words = config.describe().words
     if not words:
         return ""
     folder = written.parent if config.trains_adapters else written

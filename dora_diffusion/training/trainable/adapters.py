@@ -38,7 +38,6 @@ from dora_diffusion.adapters.targets import (
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.families import DENOISERS
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.wording import listing
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.embeddings import Vectors
@@ -112,7 +111,7 @@ class TrainedAdapters(TrainedWeights):
                 yield f"{component}.{path}", layer.adapters
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        return parameter_groups(self.modules, config) + self.words.groups(config)
+        return parameter_groups(self.modules, config) + self.words.groups()
 
     @contextmanager
     def base_weights(self, *, keep: bool = False) -> Iterator[None]:
@@ -209,7 +208,8 @@ class StartingAdapter:
             "--alpha ALPHA'"
         )
         adapter = read_for(live, self.path, remedy, family=components.family.name)
-        if lost := [token for token in adapter.tokens if token not in words_of(config)]:
+        words = config.describe().words
+        if lost := [token for token in adapter.tokens if token not in words]:
             raise ConfigError(
                 f"init_adapter {self.name} has trained tokens, {listing(lost)}, which the run "
                 "would neither train nor write; add --train_text_encoder_ti --new_words "
