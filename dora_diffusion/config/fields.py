@@ -221,6 +221,8 @@ class Setting:
         of_photos: Whether it has no effect in a run without photos.
         of_subject: Whether each subject of a run may have its own value.
         of_run: Whether subjects of a run have the default, not the run's value.
+        has_photos: Whether it is a folder of a subject's photos.
+        ends_run: Whether it acts after the last step, so that a finished run may change it.
         after: Setting that it follows, in whose group it is.
     """
 
@@ -250,6 +252,8 @@ class Setting:
     of_photos: bool = False
     of_subject: bool = False
     of_run: bool = False
+    has_photos: bool = False
+    ends_run: bool = False
     after: str = ""
 
     @classmethod

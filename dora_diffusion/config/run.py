@@ -74,6 +74,7 @@ class SampleSettings:
     """Sample images and logging."""
 
     heading: ClassVar = "Validation"
+    common: ClassVar = {"ends_run": True}
 
     validation_prompt: list[str] = free_flag(
         [],

@@ -111,6 +111,7 @@ class SubjectSettings:
         derived="none, required",
         resume="ignored",  # its images are compared by content
         is_path=True,
+        has_photos=True,
     )
     instance_prompt: str | None = flag(
         None,

@@ -287,6 +287,12 @@ def taught_prompts(config: TrainConfig) -> list[str]:
     return list(dict.fromkeys(filter(None, prompts)))
 
 
+def photo_folders(config: TrainConfig) -> dict[str, str]:
+    """Return the folders of a subject's photos, by their settings."""
+    names = [setting.name for setting in settings() if setting.has_photos]
+    return {name: folder for name in names if (folder := getattr(config, name))}
+
+
 def prefixed_prompt(config: TrainConfig) -> str:
     """Instance prompt as a caption, with its prefix."""
     prefix, prompt = config.caption_prefix, config.instance_prompt or ""

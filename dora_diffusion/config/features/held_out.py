@@ -70,6 +70,7 @@ class HeldOutSettings:
         "validation loss on.",
         resume="ignored",  # its photos are compared by content
         is_path=True,
+        has_photos=True,
         of_photos=True,
         of_subject=True,
     )
@@ -91,4 +92,5 @@ class HeldOutSettings:
         False,
         "Keep the checkpoint with the lowest validation loss, regardless of "
         "checkpoints_total_limit, and write it as the result.",
+        ends_run=True,
     )
