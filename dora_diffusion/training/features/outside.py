@@ -27,7 +27,7 @@ def digests_of(config: TrainConfig) -> dict[str, str]:
 def copied(config: TrainConfig, folder: Path) -> TrainConfig:
     """Copy the files of features from outside to a folder. Returns settings that name the copies.
 
-    A class has no file: its name stands for it, so that readers of the run know of a feature.
+    A class has no file: its name stands for it, so that readers of the run know that it has one.
     """
     names = [*type(config).classes]
     for file, text in type(config).files.items():

@@ -56,16 +56,7 @@ class Subject:
 
 def caption_rules(config: TrainConfig) -> CaptionRules:
     """Return the caption rules of a config."""
-    if not config.has_photos:
-        return CaptionRules()
-    return CaptionRules(
-        per_line=config.caption_per_line,
-        prefix=config.caption_prefix,
-        shuffle_tags=config.shuffle_tags,
-        keep_tags=config.keep_tags,
-        tag_dropout=config.tag_dropout,
-        dropout=config.caption_dropout,
-    )
+    return CaptionRules.of_settings(config) if config.has_photos else CaptionRules()
 
 
 def token_messages(subjects: Sequence[Subject]) -> list[str]:
