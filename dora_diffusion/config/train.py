@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.base import BaseModel, require_tile_size
+from dora_diffusion.config.base import BaseModel, StorageSettings, require_tile_size
 from dora_diffusion.config.checks import contradictions
 from dora_diffusion.config.families import DEFAULT_FAMILY, DENOISERS
 from dora_diffusion.config.features.adalora import AdaLoraSettings
@@ -63,6 +63,7 @@ else:
 @frozen_dataclass(kw_only=True)
 class TrainConfig(  # type: ignore[misc]
     subject.ModelSettings,
+    StorageSettings,
     subject.SubjectSettings,
     WordSettings,
     SliderSettings,
