@@ -29,14 +29,8 @@ _EXCLUDED = (
     Excluded("pack", setting="text_encoder_targets", when=_adapts_table),
     Excluded("pack", setting="max_token_length", when=_chunks),
     Excluded("pack", setting="clip_skip", when=_skips),
-    Excluded("pack", setting="compile", when=lambda c: c.compile),
     Excluded("pack", setting="report_to", when=lambda c: c.report_to is not None),
     Excluded("pack", setting="push_to_hub", when=lambda c: c.push_to_hub),
-    Excluded(
-        "sharding",
-        "excludes compile: compiled blocks do not gather their weights",
-        when=lambda c: c.compile,
-    ),
     Excluded(
         "sharding",
         "excludes quantize: quantised weights cannot be sharded",

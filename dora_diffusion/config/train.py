@@ -26,6 +26,7 @@ from dora_diffusion.config.checks import contradictions
 from dora_diffusion.config.families import DEFAULT_FAMILY, DENOISERS
 from dora_diffusion.config.features.adalora import AdaLoraSettings
 from dora_diffusion.config.features.average import EmaSettings, ScheduleFreeSettings
+from dora_diffusion.config.features.compile import CompileSettings
 from dora_diffusion.config.features.feature import Description, Feature
 from dora_diffusion.config.features.full import FullSettings
 from dora_diffusion.config.features.held_out import HeldOutSettings
@@ -80,6 +81,7 @@ class TrainConfig(  # type: ignore[misc]
     ScheduleFreeSettings,
     learning.LossSettings,
     run.DeviceSettings,
+    CompileSettings,
     run.SampleSettings,
     HeldOutSettings,
     run.OutputSettings,

@@ -188,10 +188,8 @@ def assemble(
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: If an input is invalid.
     """
-    if config.compile:
-        from dora_diffusion.adapters.compiled import require_compiler
-
-        require_compiler(accelerator.device)
+    for one in code_of(config):
+        one.check_device(accelerator.device)
     plan = plan_run(config, subjects)
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)

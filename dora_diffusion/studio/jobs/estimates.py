@@ -21,7 +21,7 @@ from dora_diffusion.studio.jobs.snapshot import Job
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
     "quantize", "quantize_convolutions", "gradient_accumulation_steps", "mixed_precision",
-    "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer", "method",
+    "gradient_checkpointing", "offload", "cache_latents", "optimizer", "method",
     "use_dora", "parametrization", "targets", "text_encoder_targets", "rank", "conv_rank",
     "rank_pattern", "lora_dropout",
     *(name for one in features_of(TrainConfig) for name in one.costs),

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.config import TrainConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from dora_diffusion.data.dataset import SubjectPhotos
     from dora_diffusion.data.photos import Photo
     from dora_diffusion.models.components import Components
@@ -34,6 +36,9 @@ class FeatureCode:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+
+    def check_device(self, device: torch.device) -> None:
+        """Check that a run can train on a device, before the model is loaded."""
 
     def hold_out(
         self, subjects: Sequence[Subject], photos: list[list[Path]]

@@ -332,7 +332,7 @@ def components_that_train(components: Components, config: TrainConfig) -> dict[s
 
 
 def enter_training(model: nn.Module, components: Components, config: TrainConfig) -> None:
-    """Set a component to training mode, with gradient checkpointing and compilation if configured.
+    """Set a component to training mode, with gradient checkpointing if configured.
 
     Blocks that are recomputed in the backward pass repeat their dropout.
     """
@@ -347,10 +347,6 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
             module.gradient_checkpointing_enable(settings)
         else:
             module.enable_gradient_checkpointing(partial(checkpoint, **settings))
-    if config.compile and model is components.denoiser:
-        from dora_diffusion.adapters.compiled import compile_blocks
-
-        compile_blocks(model)
 
 
 def _repeating_draws(device_type: str) -> tuple[_Draws, _Draws]:
