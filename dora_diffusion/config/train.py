@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial, reduce
+from itertools import chain
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.base import BaseModel, StorageSettings, require_tile_size
-from dora_diffusion.config.checks import contradictions
+from dora_diffusion.config.exclusions import exclusions
 from dora_diffusion.config.families import DEFAULT_FAMILY, DENOISERS
 from dora_diffusion.config.features.adalora import AdaLoraSettings
 from dora_diffusion.config.features.average import EmaSettings, ScheduleFreeSettings
@@ -49,7 +50,14 @@ from dora_diffusion.config.fields import (
 )
 from dora_diffusion.config.file import PATHS
 from dora_diffusion.config.flag_map import find_training_setting, without_removed
-from dora_diffusion.config.images import SamplePrompt, parse_prompt, read_prompts
+from dora_diffusion.config.images import (
+    PIXELS,
+    SAFE_STEP,
+    SamplePrompt,
+    near_side,
+    parse_prompt,
+    read_prompts,
+)
 from dora_diffusion.config.problems import Problems, naming_entry, read_values
 from dora_diffusion.config.wording import prefixed_caption
 
@@ -125,7 +133,8 @@ class TrainConfig(  # type: ignore[misc]
             object.__setattr__(self, "method", self.default("method", "dora"))
             for name in ("features", "subjects"):  # They depend on the method.
                 vars(self).pop(name)
-        for name, message in contradictions(self):
+        problems = (one.problems(self) for one in self.features)
+        for name, message in chain(exclusions(self, "run"), *problems):
             raise ConfigError(message, name)
         adapters = map(self.adapter, ("unet", "text_encoder"))
         denoiser, _ = adapters  # They check their own values.
@@ -148,6 +157,13 @@ class TrainConfig(  # type: ignore[misc]
         problems.raise_all()
         require_token_length(self.max_token_length)
         require_tile_size(self.vae_tile_size)
+        side = self.resolution or PIXELS
+        require(
+            side % PIXELS == 0,
+            f"resolution is {side}; it must be a multiple of {PIXELS}, such as "
+            f"{near_side(side, SAFE_STEP)}",
+            "resolution",
+        )
         for prompt in self.validation_prompt:
             parse_prompt(prompt)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.adapters.inject import AdapterSet
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
+from dora_diffusion.config.exclusions import refuse
 from dora_diffusion.data.dataset import iterate_batches
 from dora_diffusion.data.images import reading_once
 from dora_diffusion.models.components import Components
@@ -156,7 +157,7 @@ def checked(config: TrainConfig) -> tuple[TrainConfig, list[Subject]]:
     family = known_family(base)
     inactive = without_effect(config, family=family)
     if family is not None:
-        family.refuse(base, vars(config))
+        refuse(config, family, base)
         for name in inactive.keys() & family.without_effect.keys():
             del inactive[name]  # The loaded model's family gives its reason.
     for reason in (*inactive.values(), *unusual_rates(config)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.cli.console.output import ProgressBar, say, shown_command, tell
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.derived import listed
+from dora_diffusion.config.exclusions import refuse
 from dora_diffusion.config.features.prior import has_class_images, prior_mode
 from dora_diffusion.config.wording import counted, duration, listing, pixels, quoted
 from dora_diffusion.formats.adapter.metadata import split_triggers
@@ -202,7 +203,7 @@ def training_summary(config: TrainConfig) -> str:
 
     family = known_family(config.pretrained_model_name_or_path)
     if family is not None:
-        family.refuse(config.pretrained_model_name_or_path, vars(config))
+        refuse(config, family, config.pretrained_model_name_or_path)
     inactive = without_effect(config, family=family)
     for reason in (*inactive.values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Feature, Problem
+from dora_diffusion.config.features.feature import Excluded, Feature, Problem
 from dora_diffusion.config.fields import Condition, Need, TextOrPath, flag, free_flag
 
 
@@ -32,6 +32,16 @@ class HeldOutFeature(Feature):
         "validation_epochs": Need("validation_steps", (None,)),
     }
 
+    excludes: ClassVar = (
+        Excluded(
+            "run",
+            "validation_data_dir and validation_split both select held-out photos; leave one of "
+            "them out",
+            setting="validation_split",
+            when=lambda config: config.validation_data_dir and config.validation_split,
+        ),
+    )
+
     def is_on(self, config: Any) -> bool:
         return _held_out(config) is None
 
@@ -40,12 +50,6 @@ class HeldOutFeature(Feature):
         return {"validation_loss_steps": config.validation_steps or 200} if is_known else {}
 
     def problems(self, config: Any) -> Iterator[Problem]:
-        if config.validation_data_dir and config.validation_split:
-            yield (
-                "validation_split",
-                "validation_data_dir and validation_split both select held-out photos; leave one "
-                "of them out",
-            )
         if config.validation_split > 1 and config.validation_split % 1:
             yield (
                 "validation_split",

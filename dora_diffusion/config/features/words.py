@@ -22,12 +22,26 @@ def words_of(config: Any) -> list[str]:
     return config.new_words or list(dict.fromkeys(filter(None, tokens)))
 
 
+def _adapts_table(config: Any) -> bool:
+    adapts_text = config.train_text_encoder and config.trains_adapters
+    return adapts_text and "token-embedding" in config.text_encoder_targets
+
+
 class WordsFeature(Feature):
     """New words train together with the weights (pivotal tuning)."""
 
     on, code, encodes_in_steps = _ON, "words:WordsCode", True
     costs = (_ON.setting,)
-    excludes: ClassVar = (Excluded("pack"),)
+    excludes: ClassVar = (
+        Excluded("pack"),
+        Excluded(
+            "run",
+            "train_text_encoder_ti adds rows to the token table, but text_encoder_targets adapts "
+            "the table; leave token-embedding out of text_encoder_targets",
+            setting="text_encoder_targets",
+            when=_adapts_table,
+        ),
+    )
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
         return {"new_words": words_of(config)}
@@ -54,13 +68,6 @@ class WordsFeature(Feature):
                     f"new word {word!r} contains the new word {part!r}, so tokenizers cannot "
                     "separate them; choose others",
                 )
-        adapts_table = config.train_text_encoder and config.trains_adapters
-        if adapts_table and "token-embedding" in config.text_encoder_targets:
-            yield (
-                "text_encoder_targets",
-                "train_text_encoder_ti adds rows to the token table, but text_encoder_targets "
-                "adapts the table; leave token-embedding out of text_encoder_targets",
-            )
         yield from _initializers(words, config.initializer_concept)
 
     def describe(self, config: Any, run: Description) -> Description:

@@ -10,6 +10,7 @@ import torch
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import changed_settings
+from dora_diffusion.config.exclusions import refuse
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import move_frozen, place_model
@@ -56,7 +57,7 @@ def configure_reading(loaded: Components, config: TrainConfig) -> Components:
         UserWarning: If a setting has no effect on the family, or the model was trained with another
             clip skip, or distilled to few steps.
     """
-    loaded.family.refuse(loaded.name, vars(config))
+    refuse(config, loaded.family, loaded.name)
     for message in loaded.family.inactive(changed_settings(config)).values():
         warnings.warn(message, stacklevel=2)
     if few := few_steps(loaded):
