@@ -32,47 +32,26 @@ def _has_rates(config: Any) -> bool:
 
 
 _EXCLUDED = (
-    Excluded(
-        "run",
-        "push_to_hub needs --hub_model_id NAME/MODEL",
-        setting="push_to_hub",
-        when=lambda config: config.push_to_hub and "/" not in (config.hub_model_id or ""),
-    ),
-    Excluded(
-        "run",
-        "learning_rate is {config.unet_lr}, but Prodigy estimates the rate and multiplies it by "
-        "learning_rate; use 1",
-        setting="learning_rate",
-        when=lambda config: config.is_prodigy and config.unet_lr < 0.1,
-    ),
-    Excluded(
-        "run",
-        "Prodigy has one rate for all parameters; leave out magnitude_lr, loraplus_ratio and "
-        "lr_pattern",
-        setting="optimizer",
-        when=_has_rates,
-    ),
-    Excluded("pack", setting="parametrization", values=("vera",)),
-    Excluded("pack", setting="init", values=("pissa",)),
-    Excluded("pack", setting="lora_dropout"),
-    Excluded("pack", setting="text_encoder_targets", when=_adapts_table),
-    Excluded("pack", setting="max_token_length", when=_chunks),
-    Excluded("pack", setting="clip_skip", when=_skips),
-    Excluded("pack", setting="report_to"),
-    Excluded("pack", setting="push_to_hub"),
-    Excluded(
-        "sharding",
-        "excludes quantize: quantised weights cannot be sharded",
-        setting="quantize",
-        values=QUANTISATIONS,
-    ),
-    Excluded(
-        "sharding",
-        "excludes offload model: each process keeps its shard on its device",
-        setting="offload",
-        values=("model",),
-    ),
-)
+    Excluded("run", "push_to_hub needs --hub_model_id NAME/MODEL", "push_to_hub",
+             when=lambda config: config.push_to_hub and "/" not in (config.hub_model_id or "")),
+    Excluded("run", "learning_rate is {config.unet_lr}, but Prodigy estimates the rate and "
+             "multiplies it by learning_rate; use 1", "learning_rate",
+             when=lambda config: config.is_prodigy and config.unet_lr < 0.1),
+    Excluded("run", "Prodigy has one rate for all parameters; leave out magnitude_lr, "
+             "loraplus_ratio and lr_pattern", "optimizer", when=_has_rates),
+    Excluded("pack", "", "parametrization", ("vera",)),
+    Excluded("pack", "", "init", ("pissa",)),
+    Excluded("pack", "", "lora_dropout"),
+    Excluded("pack", "", "text_encoder_targets", when=_adapts_table),
+    Excluded("pack", "", "max_token_length", when=_chunks),
+    Excluded("pack", "", "clip_skip", when=_skips),
+    Excluded("pack", "", "report_to"),
+    Excluded("pack", "", "push_to_hub"),
+    Excluded("sharding", "excludes quantize: quantised weights cannot be sharded", "quantize",
+             QUANTISATIONS),
+    Excluded("sharding", "excludes offload model: each process keeps its shard on its device",
+             "offload", ("model",)),
+)  # fmt: skip
 
 
 def _of_family(family: Family) -> Iterator[Excluded]:

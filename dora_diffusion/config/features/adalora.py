@@ -35,14 +35,9 @@ class AdaLoraFeature(Feature):
     }
     excludes: ClassVar = (
         Excluded("pack"),
-        Excluded(
-            "run",
-            "AdaLoRA switches triplets off, but the average of {config.optimizer} would restore "
-            "them; use optimizer adamw",
-            setting="optimizer",
-            values=SCHEDULE_FREE,
-        ),
-    )
+        Excluded("run", "AdaLoRA switches triplets off, but the average of {config.optimizer} "
+                 "would restore them; use optimizer adamw", "optimizer", SCHEDULE_FREE),
+    )  # fmt: skip
 
     def problems(self, config: Any) -> Iterator[Problem]:
         if (config.target_rank or 0) > config.rank:

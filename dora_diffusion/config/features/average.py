@@ -22,26 +22,14 @@ class ScheduleFreeFeature(Feature):
 
     on, code = Need("optimizer", SCHEDULE_FREE), "average:ScheduleFreeCode"
     excludes: ClassVar = (
-        Excluded(
-            "run",
-            "lr_scheduler is {config.lr_scheduler}, but {config.optimizer} supports no schedule, "
-            "only a warm-up; leave it out",
-            setting="lr_scheduler",
-            when=lambda config: not config.lr_scheduler.startswith("constant"),
-        ),
-        Excluded(
-            "run",
-            "{config.optimizer} averages the weights itself; leave ema_decay out",
-            setting="ema_decay",
-            when=lambda config: config.ema_decay is not None,
-        ),
-        Excluded(
-            "run",
-            "adam_beta1 is {config.adam_beta1:g}; for {config.optimizer} it must be greater than 0",
-            setting="adam_beta1",
-            when=lambda config: config.adam_beta1 <= 0,
-        ),
-    )
+        Excluded("run", "lr_scheduler is {config.lr_scheduler}, but {config.optimizer} supports no "
+                 "schedule, only a warm-up; leave it out", "lr_scheduler",
+                 when=lambda config: not config.lr_scheduler.startswith("constant")),
+        Excluded("run", "{config.optimizer} averages the weights itself; leave ema_decay out",
+                 "ema_decay", when=lambda config: config.ema_decay is not None),
+        Excluded("run", "adam_beta1 is {config.adam_beta1:g}; for {config.optimizer} it must be "
+                 "greater than 0", "adam_beta1", when=lambda config: config.adam_beta1 <= 0),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

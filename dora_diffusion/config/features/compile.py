@@ -16,7 +16,7 @@ class CompileFeature(Feature):
     excludes: ClassVar = (
         Excluded("pack"),
         Excluded("sharding", "excludes compile: compiled blocks do not gather their weights"),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

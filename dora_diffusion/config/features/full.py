@@ -32,33 +32,17 @@ class FullFeature(Feature):
         "text_encoder_targets": _TARGETS,
     }
     excludes: ClassVar = (
-        Excluded(
-            "run",
-            "quantize is {config.quantize}, but method full trains the weights themselves, which "
-            "cannot be quantised; leave it out, or train an adapter",
-            setting="quantize",
-            values=QUANTISATIONS,
-        ),
-        Excluded(
-            "run",
-            "push_to_hub publishes adapters; upload the model of full fine-tuning with "
-            "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
-            setting="push_to_hub",
-        ),
         Excluded("pack"),
-        Excluded(
-            "sharding",
-            "with full fine-tuning excludes optimizers but adamw, which need whole weights; use "
-            "adamw",
-            when=lambda config: config.optimizer != "adamw",
-        ),
-        Excluded(
-            "sharding",
-            "with full fine-tuning excludes mixed_precision fp16; use bf16",
-            setting="mixed_precision",
-            values=("fp16",),
-        ),
-    )
+        Excluded("run", "quantize is {config.quantize}, but method full trains the weights "
+                 "themselves, which cannot be quantised; leave it out, or train an adapter",
+                 "quantize", QUANTISATIONS),
+        Excluded("run", "push_to_hub publishes adapters; upload the model of full fine-tuning with "
+                 "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'", "push_to_hub"),
+        Excluded("sharding", "with full fine-tuning excludes optimizers but adamw, which need "
+                 "whole weights; use adamw", when=lambda config: config.optimizer != "adamw"),
+        Excluded("sharding", "with full fine-tuning excludes mixed_precision fp16; use bf16",
+                 "mixed_precision", ("fp16",)),
+    )  # fmt: skip
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
         # A checkpoint of a whole model takes gigabytes.

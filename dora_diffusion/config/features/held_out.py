@@ -33,14 +33,10 @@ class HeldOutFeature(Feature):
     }
 
     excludes: ClassVar = (
-        Excluded(
-            "run",
-            "validation_data_dir and validation_split both select held-out photos; leave one of "
-            "them out",
-            setting="validation_split",
-            when=lambda config: config.validation_data_dir and config.validation_split,
-        ),
-    )
+        Excluded("run", "validation_data_dir and validation_split both select held-out photos; "
+                 "leave one of them out", "validation_split",
+                 when=lambda config: config.validation_data_dir and config.validation_split),
+    )  # fmt: skip
 
     def is_on(self, config: Any) -> bool:
         return _held_out(config) is None

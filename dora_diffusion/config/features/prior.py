@@ -58,12 +58,9 @@ class ImageFreeFeature(Feature):
 
     on, code = PRIOR, "prior:ImageFreeCode"
     excludes: ClassVar = (
-        Excluded(
-            "sharding",
-            "needs with_prior_preservation without images for all subjects or for none",
-            when=lambda config: not all(map(is_image_free, config.subjects)),
-        ),
-    )
+        Excluded("sharding", "needs with_prior_preservation without images for all subjects or for "
+                 "none", when=lambda config: not all(map(is_image_free, config.subjects))),
+    )  # fmt: skip
 
     def is_on(self, config: Any) -> bool:
         return any(map(is_image_free, config.subjects))
@@ -74,12 +71,9 @@ class UnmaskedFeature(Feature):
 
     on, code, costs = Need("unmasked_prior"), "prior:UnmaskedCode", ("unmasked_prior",)
     excludes: ClassVar = (
-        Excluded(
-            "sharding",
-            "excludes unmasked_prior: processes would call the base model a different number of "
-            "times",
-        ),
-    )
+        Excluded("sharding", "excludes unmasked_prior: processes would call the base model a "
+                 "different number of times"),
+    )  # fmt: skip
 
 
 _CLASS_IMAGES = (PRIOR, _class_images)

@@ -45,23 +45,13 @@ class SliderFeature(Feature):
     }
     excludes: ClassVar = (
         Excluded("pack"),
-        *(
-            Excluded(
-                "run",
-                f"{name} is set, but teach slider learns from prompts alone; leave it out, or "
-                "--teach subject",
-                setting=name,
-            )
-            for name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti")
-        ),
-        Excluded(
-            "run",
-            "method is {config.method}, whose weights have no adjustable strength; train an "
-            "adapter for teach slider: lora or dora",
-            setting="method",
-            when=lambda config: not config.trains_adapters,
-        ),
-    )
+        *(Excluded("run", f"{name} is set, but teach slider learns from prompts alone; leave it "
+                   "out, or --teach subject", name)
+          for name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti")),
+        Excluded("run", "method is {config.method}, whose weights have no adjustable strength; "
+                 "train an adapter for teach slider: lora or dora", "method",
+                 when=lambda config: not config.trains_adapters),
+    )  # fmt: skip
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
         # As in the paper, a slider weights all predictions alike.

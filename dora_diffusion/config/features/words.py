@@ -34,14 +34,10 @@ class WordsFeature(Feature):
     costs = (_ON.setting,)
     excludes: ClassVar = (
         Excluded("pack"),
-        Excluded(
-            "run",
-            "train_text_encoder_ti adds rows to the token table, but text_encoder_targets adapts "
-            "the table; leave token-embedding out of text_encoder_targets",
-            setting="text_encoder_targets",
-            when=_adapts_table,
-        ),
-    )
+        Excluded("run", "train_text_encoder_ti adds rows to the token table, but "
+                 "text_encoder_targets adapts the table; leave token-embedding out of "
+                 "text_encoder_targets", "text_encoder_targets", when=_adapts_table),
+    )  # fmt: skip
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
         return {"new_words": words_of(config)}
