@@ -149,15 +149,13 @@ def _method(config: TrainConfig) -> tuple[str, str]:
     """Return the method as a tag and as text."""
     if method := config.describe().method:
         return method
-    is_dora = config.method_name == "dora"
-    name = "DoRA" if is_dora else "LoRA"
-    axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
+    adapter = config.adapter("unet")
+    name, ranks = adapter.description
+    axis = f", norm on the {config.norm_axis} axis" if adapter.use_dora else ""
     start = f", started by {config.init}" if config.init != "random" else ""
-    ranks = config.describe().ranks or f"rank {config.rank}, convolutions {config.conv_rank}"
-    if config.rank_pattern:
-        ranks += f", of some layers {shown(config.rank_pattern)}"
-    if config.parametrization == "vera":
-        name, ranks = "DVoRA" if is_dora else "VeRA", f"projections of rank {config.vera_rank}"
+    ranks = config.describe().ranks or ranks
+    if adapter.rank_pattern:
+        ranks += f", of some layers {shown(adapter.rank_pattern)}"
     return name.lower(), f"{name} ({ranks}{axis}{start})"
 
 
