@@ -133,8 +133,8 @@ class TrainConfig(  # type: ignore[misc]
             object.__setattr__(self, "method", self.default("method", "dora"))
             for name in ("features", "subjects"):  # They depend on the method.
                 vars(self).pop(name)
-        problems = (one.problems(self) for one in self.features)
-        for name, message in chain(exclusions(self, "run"), *problems):
+        of_features = (one.problems(self) for one in self.features)
+        for name, message in chain(exclusions(self, "run"), *of_features):
             raise ConfigError(message, name)
         adapters = map(self.adapter, ("unet", "text_encoder"))
         denoiser, _ = adapters  # They check their own values.

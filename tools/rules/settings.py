@@ -63,22 +63,24 @@ def calls_name_settings_that_exist(repository: Repository) -> Iterator[str]:
 def _names_in(source: Source) -> Iterator[tuple[ast.AST, str]]:
     """Names of settings in calls and mappings."""
     for node in source.nodes(ast.Call, ast.Subscript, ast.Assign, ast.AnnAssign):
-        arguments: list[ast.AST] = []
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            if _name_of(target) in TABLES and node.value:
-                table = node.value
-                arguments = [*(table.keys if isinstance(table, ast.Dict) else ast.walk(table))]
-        elif isinstance(node, ast.Subscript):
-            arguments = [node.slice] if _name_of(node.value) in MAPPINGS else []
-        elif _name_of(node.func) in POSITIONS:
-            arguments = node.args[POSITIONS[_name_of(node.func)] :][:1]
-            arguments += [keyword.value for keyword in node.keywords if keyword.arg == "setting"]
-        elif isinstance(node.func, ast.Attribute) and _name_of(node.func.value) in MAPPINGS:
-            arguments = node.args[:1] if node.func.attr in ("get", "pop") else []
-        for argument in arguments:
+        for argument in _arguments(node):
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                 yield argument, argument.value
+
+
+def _arguments(node: ast.AST) -> Iterable[ast.AST | None]:
+    match node:
+        case ast.Assign(targets=[target], value=table) | ast.AnnAssign(target=target, value=table):
+            if _name_of(target) in TABLES and table:
+                return table.keys if isinstance(table, ast.Dict) else ast.walk(table)
+        case ast.Subscript(value=mapping, slice=key) if _name_of(mapping) in MAPPINGS:
+            return [key]
+        case ast.Call(func=function, args=args) if _name_of(function) in POSITIONS:
+            named = [keyword.value for keyword in node.keywords if keyword.arg == "setting"]
+            return [*args[POSITIONS[_name_of(function)] :][:1], *named]
+        case ast.Call(func=ast.Attribute(value=mapping, attr="get" | "pop"), args=[key, *_]):
+            return [key] if _name_of(mapping) in MAPPINGS else []
+    return []
 
 
 def _name_of(node: ast.expr) -> str:
