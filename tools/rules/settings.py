@@ -25,7 +25,7 @@ MAPPINGS = {"LABELS", "SETTINGS", "advanced", "current", "form"}
 """Mappings by such names."""
 ARGUMENTS = {"budget", "memory", "name", "projection_seed"}
 """Names that errors have, too: arguments of functions, and flags that are no setting."""
-TABLES = {"LABELS", "SHARED", "_ALIKE", "_LOADED", "_NOT_ADVANCED", "_SAME", "_SWITCHES"}
+TABLES = {"LABELS", "SHARED", "_ALIKE", "_LOADED", "_NOT_ADVANCED", "_SAME", "_SLIDER", "_SWITCHES"}
 """Tables of such names, or with such keys."""
 TEXTS = ("flags", "elsewhere", "kohya", "trainers", "families")
 """Files of texts with flags."""
