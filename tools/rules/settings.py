@@ -15,17 +15,23 @@ from dora_diffusion.config import TrainConfig, flag_map, presets, settings
 from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.file import read_facts
 from dora_diffusion.config.train import features_of
-from tools.rules.sources import PACKAGE, Repository, Source
+from tools.rules.sources import PACKAGE, ROOT, Repository, Source
 
 POSITIONS = {
     "ConfigError": 1, "Excluded": 2, "Need": 0, "OfModel": 0, "default": 0, "require": 2, "uses": 0,
 }  # fmt: skip
 """Calls that take the name of a setting, with the position of the argument."""
-MAPPINGS = {"LABELS", "SETTINGS", "advanced", "current", "form"}
+MAPPINGS = {"LABELS", "SETTINGS", "advanced", "current", "form", "settings"}
 """Mappings by such names."""
-ARGUMENTS = {"budget", "memory", "name", "projection_seed"}
-"""Names that errors have, too: arguments of functions, and flags that are no setting."""
-TABLES = {"LABELS", "SHARED", "_ALIKE", "_LOADED", "_NOT_ADVANCED", "_SAME", "_SLIDER", "_SWITCHES"}
+OTHERS = {
+    "_class_name", "budget", "context_fn", "memory", "name", "originals", "plain_copies", "prior",
+    "projection_seed",
+}  # fmt: skip
+"""Names there that are no settings, but arguments of functions, and keys of other mappings."""
+TABLES = {
+    "LABELS", "SHARED", "_ALIKE", "_LOADED", "_NOT_ADVANCED", "_SAME", "_SLIDER", "_SWITCHES",
+    "advanced",
+}  # fmt: skip
 """Tables of such names, or with such keys."""
 TEXTS = ("flags", "elsewhere", "kohya", "trainers", "families")
 """Files of texts with flags."""
@@ -42,6 +48,8 @@ OTHER_WORDS = {
 """Names of folders and tensors, and of what other libraries have."""
 OF_FILES = {"formats", "numerics"}
 """Rooms whose texts name what is in files, or in torch."""
+PIECES = f"{PACKAGE}/studio/app/pieces.html"
+"""Templates of the app."""
 FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z]\w\w+(?:-[a-z]+)*)")
 WORD = re.compile(r"(?<![\w./-])([a-z0-9]+(?:_[a-z0-9]+)+)\b(?![./(])")
 
@@ -56,7 +64,7 @@ def _known() -> frozenset[str]:
 def calls_name_settings_that_exist(repository: Repository) -> Iterator[str]:
     for source in repository.package:
         for node, name in _names_in(source):
-            if name.isidentifier() and name not in _known() | ARGUMENTS:
+            if name.isidentifier() and name not in _known() | OTHERS:
                 yield source.problem(node, f"there is no setting {name}; remove what names it")
 
 
@@ -144,6 +152,9 @@ def _tables() -> dict[str, Iterable[str]]:
         "config/flags.json": flag_map.OTHER_NAMES.values(),
         "config/trainers.json": filter(
             str.isidentifier, (str(text).removeprefix("-") for text in texts)
+        ),
+        "studio/app/pieces.html": re.findall(
+            r"settings\.get\('(\w+)'", (ROOT / PIECES).read_text(encoding="utf-8")
         ),
         "config/elsewhere.json": chain(
             flag_map.DIFFERENCES, (need.setting for one in differences for need in one.needs)
