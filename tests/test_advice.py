@@ -81,6 +81,7 @@ FOLLOWED: dict[str, tuple[Callable[[str], object], Iterable[str]]] = {
     "{name} is {rank}; it must be at least 1": (lambda v: FitSettings(int(v)), ["0", "-3"]),
     "memory is {memory}": (gpu_of, ["0", "much", "-1"]),
     "{name} is {side}; {subject} must be a multiple": (of_side, ["17", "70", "500", "700", "8191"]),
+    "resolution is {side}": (lambda v: TrainConfig(resolution=int(v)), ["1", "63", "509"]),
     "host is {self.host}": (
         lambda v: Launch(host=v, auth="me:12345678"), ["http://x", "a b"]
     ),

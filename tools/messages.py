@@ -17,7 +17,7 @@ from typing import NamedTuple
 PACKAGE = Path(__file__).parents[1] / "dora_diffusion"
 _LONGEST = 40
 """Characters of an expression in braces; a longer one is left out."""
-_KINDS = {"require": "ConfigError", "warn": "warning"}
+_KINDS = {"require": "ConfigError", "Excluded": "ConfigError", "warn": "warning"}
 """Functions that take a message, and what they make of it."""
 
 
@@ -71,7 +71,7 @@ def _argument(call: ast.Call) -> tuple[str, ast.expr] | None:
     """Return what a call makes of a message, and the message; None for other calls."""
     name = getattr(call.func, "id", getattr(call.func, "attr", ""))
     kind = _KINDS.get(name, name if name.endswith("Error") and name[:1].isupper() else "")
-    given = call.args[1:] if name == "require" else call.args
+    given = call.args[1:] if name in ("require", "Excluded") else call.args
     if not kind or not given:
         return None
     return kind, next(filter(_is_text, given), given[0])

@@ -14,10 +14,8 @@ from dora_diffusion.config.base import (
     BASE_HELP,
     BaseModel,
     OfModel,
-    quantize_convolutions_flag,
-    quantize_flag,
+    StorageSettings,
     require_tile_size,
-    vae_tile_size_flag,
 )
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.families import PREDICTION_TYPES
@@ -171,9 +169,7 @@ _STATED = "Default: from the adapter's file, else the base's."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model(ScheduleFlags, RequiredBase):
-    """Base model that is loaded for sampling."""
-
+class _ModelFlags(ScheduleFlags, RequiredBase):
     dtype: str = flag(
         AUTO,
         "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU.",
@@ -199,9 +195,11 @@ class Model(ScheduleFlags, RequiredBase):
         "Compile the UNet's repeated blocks with torch.compile: a longer start, then faster steps "
         "on a GPU. Pays from some hundred steps on.",
     )
-    quantize: str = quantize_flag()
-    quantize_convolutions: bool = quantize_convolutions_flag()
-    vae_tile_size: int | None = vae_tile_size_flag()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(StorageSettings, _ModelFlags):
+    """Base model that is loaded for sampling, stored as requested."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

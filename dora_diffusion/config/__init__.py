@@ -7,8 +7,8 @@
     run        device, samples, output        derived   defaults that depend on other settings
     fields     description of a setting       file      YAML
     flag_map   flags of other trainers        presets   settings for one purpose
-    checks     contradictions of settings     problems  errors that are reported together
-    features   optional features of a run     exclusions  what packs and sharding exclude
+    exclusions  what excludes what            problems  errors that are reported together
+    features   optional features of a run
     images     an image that is wanted        foreign   files of other trainers
 
 Nothing here imports torch, and a name is imported when it is first used.

@@ -155,6 +155,14 @@ class AdapterConfig:
         return configured_alpha is None and alpha is None and not self.rslora
 
     @property
+    def description(self) -> tuple[str, str]:
+        """Name of the method and its ranks, for texts."""
+        if self.parametrization == "vera":
+            return "DVoRA" if self.use_dora else "VeRA", f"projections of rank {self.rank}"
+        ranks = f"rank {self.rank}, convolutions {self.conv_rank_or_rank}"
+        return "DoRA" if self.use_dora else "LoRA", ranks
+
+    @property
     def conv_rank_or_rank(self) -> int:
         """Rank of Conv2d layers."""
         return self.rank if self.conv_rank is None else self.conv_rank

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import Need, flag, require, require_choice
@@ -93,24 +93,20 @@ class BaseModel:
 AnyModel = str | PathLike[str] | BaseModel
 
 
-def quantize_flag() -> Any:
-    """The setting `BaseModel.quantize`."""
-    return flag(
+@dataclass(frozen=True, kw_only=True)
+class StorageSettings:
+    """Storage of a base model in less memory, as in `BaseModel`."""
+
+    heading: ClassVar = "Model"
+
+    quantize: str = flag(
         "none",
         "Quantise the base model's weights to save GPU memory: int8, or nf4 (4 bits, QLoRA). The "
         "trained adapter works with the unquantised model.",
         choices=("none", *QUANTISATIONS),
     )
-
-
-def quantize_convolutions_flag() -> Any:
-    """The setting `BaseModel.quantize_convolutions`."""
-    return flag(False, "Quantise convolutions too.", needs=(_QUANTIZED,))
-
-
-def vae_tile_size_flag() -> Any:
-    """The setting `BaseModel.vae_tile_size`."""
-    return flag(
+    quantize_convolutions: bool = flag(False, "Quantise convolutions too.", needs=(_QUANTIZED,))
+    vae_tile_size: int | None = flag(
         None,
         "VAE tiling: encode and decode larger images in tiles of this side in pixels (a multiple "
         "of 32), which overlap by a quarter. Takes less memory and changes images slightly; 0 "

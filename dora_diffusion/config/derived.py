@@ -202,8 +202,8 @@ def without_effect(
         family: Family of the base model, whose reasons count too; None: unknown.
 
     Example:
-        >>> without_effect(TrainConfig(keep_tags=3))
-        {'keep_tags': 'keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0'}
+        >>> without_effect(TrainConfig(lr_power=2.0))
+        {'lr_power': 'lr_power has no effect because lr_scheduler is constant'}
     """
     defaults = family.defaults if family and given is None else {}
     names = changed_settings(config) if given is None else given

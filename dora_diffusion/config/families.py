@@ -16,9 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.config.file import read_facts
-from dora_diffusion.config.problems import Problems
 
 # Folders of a pipeline: denoisers, which predict noise or velocity, with their names in texts; text
 # encoders; all that can have adapters; all that have weights.
@@ -146,7 +144,7 @@ class Family:
         vae_prefix: Prefix of the autoencoder's tensor names in a single-file checkpoint.
         has_separate_files: Programs load denoiser, text encoders and autoencoder from a file each.
         refused: Settings, or values of settings (``"name=value"``), that would give wrong results,
-            with the reason.
+            with the reason (`config.exclusions`).
         without_effect: Settings without effect, with the reason.
         prompt_width: Width of the encoder hidden states in the UNet's cross-attention.
         up_attention: For each up level of the UNet, whether it has attention.
@@ -300,25 +298,6 @@ class Family:
         name, width = self.width
         own = config.get(name, width)
         return bool((own[0] if isinstance(own, list) else own) == width)
-
-    def refuse(self, model: str, settings: Mapping[str, Any]) -> None:
-        """Refuse settings that would give wrong results.
-
-        Args:
-            model: Name of the model.
-            settings: Values by setting; None and False are off.
-
-        Raises:
-            ConfigError: If some of `refused` are on, with all of them.
-        """
-        problems = Problems()
-        for key, reason in self.refused.items():
-            name, _, value = key.partition("=")
-            is_on = settings.get(name) == value if value else bool(settings.get(name))
-            if is_on:
-                text = f"{key} cannot be used with {model} ({self.title}): {reason}; leave it out"
-                problems.add(ConfigError(text, name))
-        problems.raise_all()
 
     def inactive(self, settings: Collection[str]) -> dict[str, str]:
         """Return messages on settings without effect, by setting."""

@@ -180,10 +180,10 @@ def shown(value: Any) -> str:
         return "not set"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(words_of(value))
+    return " ".join(flag_words(value))
 
 
-def words_of(value: Any) -> list[str]:
+def flag_words(value: Any) -> list[str]:
     """Command-line words of a value; the words of a mapping are ``KEY=VALUE``."""
     if isinstance(value, dict):
         return [f"{key}={item}" for key, item in value.items()]
@@ -220,6 +220,9 @@ class Setting:
         one_line: Whether white space in a text becomes single spaces.
         of_photos: Whether it has no effect in a run without photos.
         of_subject: Whether each subject of a run may have its own value.
+        of_run: Whether subjects of a run have the default, not the run's value.
+        has_photos: Whether it is a folder of a subject's photos.
+        ends_run: Whether it acts after the last step, so that a finished run may change it.
         after: Setting that it follows, in whose group it is.
     """
 
@@ -248,6 +251,9 @@ class Setting:
     one_line: bool = False
     of_photos: bool = False
     of_subject: bool = False
+    of_run: bool = False
+    has_photos: bool = False
+    ends_run: bool = False
     after: str = ""
 
     @classmethod

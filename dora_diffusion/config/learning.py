@@ -140,7 +140,7 @@ class LengthSettings:
     heading: ClassVar = "Optimization"
 
     max_train_steps: int | None = free_flag(
-        None, "Optimizer steps.", derived="800; SDXL and flows 1000", above=0
+        None, "Optimizer steps.", derived="800; SDXL and flows 1000", above=0, ends_run=True
     )
     num_train_epochs: int | None = free_flag(
         None,

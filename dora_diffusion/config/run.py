@@ -43,11 +43,6 @@ class DeviceSettings:
     gradient_checkpointing: bool = free_flag(
         False, "Recompute activations in the backward pass: less memory, slower."
     )
-    compile: bool = free_flag(
-        False,
-        "Compile the denoiser's repeated blocks with torch.compile: faster steps on a GPU, but a "
-        "slower start. Samples run uncompiled.",
-    )
     offload: str = flag(
         "auto",
         "Offloading to the machine's memory. model: VAE and untrained text encoders leave the GPU "
@@ -74,6 +69,7 @@ class SampleSettings:
     """Sample images and logging."""
 
     heading: ClassVar = "Validation"
+    common: ClassVar = {"ends_run": True}
 
     validation_prompt: list[str] = free_flag(
         [],

@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from dora_diffusion.config.base import (
-    BASE_HELP,
-    OfModel,
-    quantize_convolutions_flag,
-    quantize_flag,
-    vae_tile_size_flag,
-)
+from dora_diffusion.config.base import BASE_HELP, OfModel
 from dora_diffusion.config.families import PREDICTION_TYPES
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, TextOrPath, flag
 
@@ -82,9 +76,6 @@ class ModelSettings:
         "that predict v.",
         derived="read from the model, else off",
     )
-    quantize: str = quantize_flag()
-    quantize_convolutions: bool = quantize_convolutions_flag()
-    vae_tile_size: int | None = vae_tile_size_flag()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +94,7 @@ class SubjectSettings:
         resume="ignored",  # its entries are compared
         is_path=True,
         of_subject=False,
+        of_run=True,
     )
     instance_data_dir: TextOrPath[str | None] = flag(
         None,
@@ -110,6 +102,7 @@ class SubjectSettings:
         derived="none, required",
         resume="ignored",  # its images are compared by content
         is_path=True,
+        has_photos=True,
     )
     instance_prompt: str | None = flag(
         None,

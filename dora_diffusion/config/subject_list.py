@@ -25,8 +25,8 @@ SUBJECT_FILE = "subject.yaml"
 """Name of an optional file of settings in a folder of photos."""
 
 SHARED = frozenset((
-    *(source.name for group in (ModelSettings, DeviceSettings) for source in
-      dataclasses.fields(group) if source.name != "seed"),
+    *(setting.name for setting in settings(TrainConfig) if setting.name != "seed"
+      and setting.group in (ModelSettings.heading, DeviceSettings.heading)),
     "dataset_config", "feature", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
 ))  # fmt: skip
 """Settings that all subjects share."""

@@ -15,17 +15,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial, reduce
+from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.base import BaseModel, require_tile_size
-from dora_diffusion.config.checks import contradictions
+from dora_diffusion.config.base import BaseModel, StorageSettings, require_tile_size
+from dora_diffusion.config.exclusions import exclusions
 from dora_diffusion.config.families import DEFAULT_FAMILY, DENOISERS
 from dora_diffusion.config.features.adalora import AdaLoraSettings
 from dora_diffusion.config.features.average import EmaSettings, ScheduleFreeSettings
+from dora_diffusion.config.features.compile import CompileSettings
 from dora_diffusion.config.features.feature import Description, Feature
 from dora_diffusion.config.features.full import FullSettings
 from dora_diffusion.config.features.held_out import HeldOutSettings
@@ -48,7 +50,14 @@ from dora_diffusion.config.fields import (
 )
 from dora_diffusion.config.file import PATHS
 from dora_diffusion.config.flag_map import find_training_setting, without_removed
-from dora_diffusion.config.images import SamplePrompt, parse_prompt, read_prompts
+from dora_diffusion.config.images import (
+    PIXELS,
+    SAFE_STEP,
+    SamplePrompt,
+    near_side,
+    parse_prompt,
+    read_prompts,
+)
 from dora_diffusion.config.problems import Problems, naming_entry, read_values
 from dora_diffusion.config.wording import prefixed_caption
 
@@ -63,6 +72,7 @@ else:
 @frozen_dataclass(kw_only=True)
 class TrainConfig(  # type: ignore[misc]
     subject.ModelSettings,
+    StorageSettings,
     subject.SubjectSettings,
     WordSettings,
     SliderSettings,
@@ -79,6 +89,7 @@ class TrainConfig(  # type: ignore[misc]
     ScheduleFreeSettings,
     learning.LossSettings,
     run.DeviceSettings,
+    CompileSettings,
     run.SampleSettings,
     HeldOutSettings,
     run.OutputSettings,
@@ -123,7 +134,9 @@ class TrainConfig(  # type: ignore[misc]
             for name in ("features", "subjects"):  # They depend on the method.
                 vars(self).pop(name)
         problems = Problems()
-        for name, message in contradictions(self):
+        # Of a feature, its first problem: the others may follow.
+        of_features = (islice(one.problems(self), 1) for one in self.features)
+        for name, message in chain(exclusions(self, "run"), *of_features):
             problems.add(ConfigError(message, name))
         problems.raise_all()
         adapters = map(self.adapter, ("unet", "text_encoder"))
@@ -147,13 +160,20 @@ class TrainConfig(  # type: ignore[misc]
         problems.raise_all()
         require_token_length(self.max_token_length)
         require_tile_size(self.vae_tile_size)
+        side = self.resolution or PIXELS
+        require(
+            side % PIXELS == 0,
+            f"resolution is {side}; it must be a multiple of {PIXELS}, such as "
+            f"{near_side(side, SAFE_STEP)}",
+            "resolution",
+        )
         for prompt in self.validation_prompt:
             parse_prompt(prompt)
 
     def of_entry(self, index: int) -> TrainConfig:
         """Settings of the run, overridden by an entry of `dataset_config`."""
-        values = {"dataset_config": [], "initializer_concept": [], **self.dataset_config[index]}
-        return dataclasses.replace(self, **values)
+        defaults = {s.name: s.default for s in settings(type(self)) if s.of_run}
+        return dataclasses.replace(self, **{**defaults, **self.dataset_config[index]})
 
     @cached_property
     def subjects(self) -> list[TrainConfig]:
@@ -245,8 +265,8 @@ class TrainConfig(  # type: ignore[misc]
 
     @property
     def encodes_in_steps(self) -> bool:
-        """True if text encoders run in every step, since they or their new words train."""
-        return self.train_text_encoder or self.train_text_encoder_ti
+        """True if text encoders run in every step, since they or their words train."""
+        return self.train_text_encoder or any(one.encodes_in_steps for one in self.features)
 
     @property
     def prompts(self) -> list[SamplePrompt]:
@@ -287,6 +307,12 @@ def taught_prompts(config: TrainConfig) -> list[str]:
     prompts = config.describe().prompts
     prompts = list(map(prefixed_prompt, config.subjects)) if prompts is None else prompts
     return list(dict.fromkeys(filter(None, prompts)))
+
+
+def photo_folders(config: TrainConfig) -> dict[str, str]:
+    """Return the folders of a subject's photos, by their settings."""
+    names = [setting.name for setting in settings() if setting.has_photos]
+    return {name: folder for name in names if (folder := getattr(config, name))}
 
 
 def prefixed_prompt(config: TrainConfig) -> str:

@@ -6,14 +6,16 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import torch
 
-from dora_diffusion.config.wording import prefixed_caption, quoted, whole_word
+from dora_diffusion.config.fields import require
+from dora_diffusion.config.wording import counted, prefixed_caption, quoted, whole_word
 from dora_diffusion.data.sampler import generator_for
 
 
@@ -69,6 +71,18 @@ class CaptionRules:
     tag_dropout: float = 0.0
     dropout: float = 0.0
 
+    @classmethod
+    def of_settings(cls, config: Any) -> CaptionRules:
+        """Return the rules of a run's settings."""
+        return cls(
+            config.caption_per_line,
+            config.caption_prefix,
+            config.shuffle_tags,
+            config.keep_tags,
+            config.tag_dropout,
+            config.caption_dropout,
+        )
+
     def draw(self, text: str, *key: object) -> str:
         """Draw a caption from a photo's text, seeded by the key."""
         lines = self._lines(text)
@@ -106,19 +120,59 @@ class CaptionRules:
         kept = (_TAG_JOINER.join(_tags_of(line)[: self.keep_tags]) for line in self._lines(text))
         return [self._prefixed(line) for line in kept]
 
-    def can_shuffle(self, captions: Sequence[str], count: int = 2) -> bool:
-        """Return whether any caption has at least this many tags after the kept ones."""
-        return any(len(_tags_of(caption)) >= self.keep_tags + count for caption in captions)
+    def check_token_kept(self, token: str, texts: Sequence[str], *, strictly: bool) -> None:
+        """Check that tag dropout keeps the token of all texts.
+
+        Args:
+            token: The token; empty: there is none.
+            texts: Texts of photos.
+            strictly: Raise an error, not a warning.
+
+        Raises:
+            ConfigError: If tag dropout may drop the token.
+        """
+        for text in texts if token and self.tag_dropout else ():
+            whole = all(contains_token(caption, token) for caption in self.captions(text))
+            left = self.without_tags(text)
+            if whole and not all(contains_token(caption, token) for caption in left):
+                message = (
+                    f"tag_dropout may drop the token {token!r} of {quoted(text)}: raise keep_tags "
+                    "to keep it, or put the token into caption_prefix"
+                )
+                require(not strictly, message, "tag_dropout")
+                warnings.warn(message, stacklevel=4)
+                return
+
+    def without_effect(self, texts: Sequence[str]) -> Iterator[str]:
+        """Yield messages on rules without effect on texts, and on texts that need a rule."""
+        after = f"after the first {self.keep_tags}, which keep their places (keep_tags)"
+        captions = [caption for text in texts for caption in self._lines(text)]
+        free = max((len(_tags_of(caption)) - self.keep_tags for caption in captions), default=0)
+        if self.shuffle_tags and free < 2:
+            yield (
+                "shuffle_tags has no effect because no caption has two or more tags, separated by "
+                f"commas, {after}"
+            )
+        if self.tag_dropout and free < 1:
+            yield f"tag_dropout has no effect because no caption has a tag {after}"
+        empty = [c for c in captions if "," in c and not all(map(str.strip, c.split(",")))]
+        if empty and self._draws_tags:
+            yield (
+                f"{counted(len(empty), 'caption')} with empty tags, first {quoted(empty[0])}: they "
+                "are removed when tags are shuffled or dropped, and keep_tags does not count them"
+            )
+        lines = sum("\n" in text for text in texts)
+        if self.per_line and not lines:
+            yield "caption_per_line has no effect because no caption file has two lines"
+        elif lines and not self.per_line:
+            yield (
+                f"{counted(lines, 'caption')} of several lines, which are joined; set "
+                "caption_per_line to draw one of them in every epoch"
+            )
 
     @property
-    def draws_tags(self) -> bool:
-        """True if captions are split into tags."""
+    def _draws_tags(self) -> bool:
         return self.shuffle_tags or self.tag_dropout > 0.0
-
-    def has_empty_tag(self, caption: str) -> bool:
-        """Return whether a caption has an empty tag."""
-        pieces = caption.split(",")
-        return len(pieces) > 1 and not all(map(str.strip, pieces))
 
     def identity(self, text: str) -> str:
         """The lines of a photo's text that are separate captions."""
@@ -137,7 +191,7 @@ class CaptionRules:
         return prefixed_caption(self.prefix, text) if self.prefix else text
 
     def _tags(self, text: str, generator: torch.Generator, key: Sequence[object]) -> str:
-        if not self.draws_tags:
+        if not self._draws_tags:
             return text
         tags = _tags_of(text)
         fixed, free = tags[: self.keep_tags], tags[self.keep_tags :]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dora_diffusion.config.base import AnyModel, BaseModel
+from dora_diffusion.config.exclusions import refuse
 from dora_diffusion.config.families import (
     DEFAULT_FAMILY,
     Family,
@@ -196,7 +197,7 @@ def _planned(
     usual = [] if file is None else configured
     index = read_json(source / "model_index.json") if file is None else {}
     family = family.of_model(str(base.path), index)
-    family.refuse(str(base.path), vars(base))
+    refuse(base, family, str(base.path))
     schedule = choose_schedule(str(base.path), statements_on(base, stated, usual, adapters))
     require_prediction(source.name, family, schedule)
     folder = configured_folder or released_folder(family, schedule.prediction_type)

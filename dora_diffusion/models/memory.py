@@ -76,9 +76,9 @@ def gpu_training_memory(
     Args:
         family: Name of a `Family`.
         resolution: Side in pixels.
-        settings: Settings of `TrainConfig` by name: gradient_checkpointing, train_text_encoder,
-            train_text_encoder_ti, optimizer, offload, cache_latents, quantize and
-            quantize_convolutions. Missing ones have their defaults; others are ignored.
+        settings: Settings of `TrainConfig` by name: gradient_checkpointing, train_text_encoder (or
+            their words), optimizer, offload, cache_latents, quantize and quantize_convolutions.
+            Missing ones have their defaults; others are ignored.
         batch: Number of images per step, including class images.
         precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
 
@@ -90,18 +90,17 @@ def gpu_training_memory(
     table: GpuMemory = FAMILIES[family].gpu_memory
     factor = 2 if precision == "no" else 1
     stays, trained = settings.get("offload") == "none", settings.get("train_text_encoder")
-    has_words = settings.get("train_text_encoder_ti")
     is_whole = settings.get("quantize_convolutions")
     gib = _weights(
         table.denoiser, table.denoiser if is_whole else table.denoiser_linear, settings, factor
     )
-    if trained or has_words or stays:
+    if trained or stays:
         gib += _weights(table.text_encoders, table.text_linear, settings, factor)
     if stays or not settings.get("cache_latents", True):
         gib += table.vae * (1 if table.vae_is_float32 else factor)
     is_8bit = settings.get("optimizer") == "adamw8bit"
     gib += table.adapter_8bit if is_8bit else table.adapter
-    gib += table.text_adapter if trained or has_words else 0
+    gib += table.text_adapter if trained else 0
     recomputes = settings.get("gradient_checkpointing")
     activations = table.recomputed if recomputes else table.activations
     pixels = resolution**2 * batch / table.resolution**2

@@ -110,7 +110,7 @@ def add_own_tokens(model: Encoders, adapter: str, tokens: Mapping[str, Vectors])
             names = token_parts(token, len(rows))
             # Added words of the base model may be trained again.
             vocabulary = tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()
-            _require_new(vocabulary & {*names, f"{token}_{len(rows)}"})
+            _refuse_known(vocabulary & {*names, f"{token}_{len(rows)}"})
             free = getattr(encoder.get_input_embeddings(), "free", [])
             for name, row in zip(names, rows.split(1), strict=True):
                 word = free.pop() if free else f"<{secrets.token_hex(16)}>"
@@ -153,7 +153,7 @@ def _by_encoder(
                 yield name, encoder, tokenizer, token, rows
 
 
-def _require_new(known: Collection[str]) -> None:
+def _refuse_known(known: Collection[str]) -> None:
     if known:
         raise ValueError(
             f"the model's vocabulary already has the token {quoted(min(known))}; give the trained "
@@ -174,7 +174,7 @@ def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbeddin
         with torch.no_grad():
             table.rows[added[token] - table.first :][: len(rows)] = rows.to(table.rows)
         return table
-    _require_new(tokenizer.get_vocab().keys() & {*names, f"{token}_{len(rows)}"})
+    _refuse_known(tokenizer.get_vocab().keys() & {*names, f"{token}_{len(rows)}"})
     first = len(tokenizer)
     tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
     if isinstance(table, WordEmbedding):

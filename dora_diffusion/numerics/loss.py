@@ -109,25 +109,6 @@ def training_target(
     )
 
 
-def slider_target(base: Tensor, positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
-    """Return the target of a slider: the base's prediction plus the difference of two prompts.
-
-    Gandikota et al., arXiv:2311.12092, equation 8, for any prediction type.
-
-    Args:
-        base: Predictions of the base model, ``(B, C, h, w)``.
-        positive: Predictions for the first n inputs with the positive prompt, ``(n, C, h, w)``.
-        negative: Predictions for the first n inputs with the negative prompt, ``(n, C, h, w)``.
-        guidance: Factor of the difference.
-
-    Returns:
-        ``(B, C, h, w)``, float32. Rows after the first n equal the base's predictions.
-    """
-    target, count = base.float(), len(positive)
-    moved = target[:count] + guidance * (positive.float() - negative.float())
-    return torch.cat([moved, target[count:]])
-
-
 def min_snr(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """Min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4); the paper's gamma is 5.
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.scope import norm_scope, row_scope
+from dora_diffusion.config.exclusions import refuse
 from dora_diffusion.config.fields import require, require_positive
 from dora_diffusion.config.images import DENOISE
 from dora_diffusion.data.crops import cut, plan_crop
@@ -153,7 +154,7 @@ class Pass:
         Raises:
             ConfigError: If an inpainting model has an image and no mask.
         """
-        components.family.refuse(components.name, vars(settings))
+        refuse(settings, components.family, components.name)
         inpaints, task = _inpaints(components), ""
         lacks_mask = settings.image is not None and settings.mask_image is None
         require(

@@ -1,4 +1,4 @@
-"""When a run samples, validates, saves and ends; `results.files.RunFiles` says how."""
+"""Times at which a run samples, validates, saves and ends; `RunFiles` does it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class RunFolder:
         if validation is None or not validation.is_due(self.steps):
             return False
         self.files.validate(self.steps, validation)
-        return self.run.config.keep_best and validation.best() == self.steps
+        return validation.keeps_best and validation.best() == self.steps
 
     def _answer_requests(self) -> None:
         """Take samples and checkpoints that a file or the clock asks for, and note a signal."""

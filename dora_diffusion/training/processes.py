@@ -238,7 +238,7 @@ def shard(
         names: Any = getattr(model, "_no_split_modules", None) or ()
         inner = [module for module in model.modules() if type(module).__name__ in names]
         for unit in [*reversed(inner), model]:
-            # Reshard the outermost unit too: `FullWeights.base_weights` writes to the shards.
+            # Reshard the outermost unit too: `TrainedWeights.base_weights` writes to the shards.
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         model.to(accelerator.device)  # Moves the parameters that are not sharded.
         for _, layer in adapted_layers(model):

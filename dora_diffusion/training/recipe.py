@@ -40,12 +40,7 @@ from dora_diffusion.training.run import Run
 from dora_diffusion.training.signals import Stopped, StopRequest
 from dora_diffusion.training.step import Step
 from dora_diffusion.training.terms import Denoising, RowLoss, Term
-from dora_diffusion.training.trainable.adapters import (
-    StartingAdapter,
-    enter_training,
-    inject_trained,
-)
-from dora_diffusion.training.trainable.words import add_words
+from dora_diffusion.training.trainable.adapters import StartingAdapter, inject_trained
 
 if TYPE_CHECKING:
     from dora_diffusion.training.trainable.weights import TrainedWeights
@@ -156,10 +151,8 @@ def assemble(
         ConfigError, PhotoError, ModelNotFoundError, TargetError: If an input is invalid.
     """
     config, subjects = plan.config, plan.subjects
-    if config.compile:
-        from dora_diffusion.adapters.compiled import require_compiler
-
-        require_compiler(accelerator.device)
+    for one in code_of(config):
+        one.check_device(accelerator.device)
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)
     start = check_with_model(components, config, plan.start)
@@ -255,9 +248,9 @@ def select_trainable(
     Raises:
         TargetError, ValueError, AdapterFormatError: If the weights cannot be trained.
     """
-    selected = (one.weights(components) for one in code_of(config))
-    weights = next(filter(None, selected), None) or inject_trained(components, config, start)
-    weights = replace(weights, words=add_words(components, config, start.tokens if start else None))
-    for name in weights.words.tables if not config.train_text_encoder else ():
-        enter_training(components.adaptable()[name], components, config)
+    parts = code_of(config)
+    selected = filter(None, (one.weights(components) for one in parts))
+    weights = next(selected, None) or inject_trained(components, config, start)
+    for one in parts:
+        weights = one.extend(weights, start)
     return weights

@@ -42,6 +42,7 @@ def test_a_subject_with_two_folders_has_one_adapter() -> None:
     ("entries", "said"),
     [
         ([{"instance_data_dir": "a/x"}, {"name": "X"}], "the name 'X' is also the name of"),
+        ([{"name": "a", "quantize": "int8"}], "all subjects share quantize"),
         ([{"name": "a", "mixed_precision": "bf16"}], "all subjects share mixed_precision"),
         ([{"name": "a", "rnak": 2}], "there is no setting rnak (did you mean rank"),
         ([{"name": "../a"}], "the name '../a' is not valid for a folder"),

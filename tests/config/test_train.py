@@ -122,11 +122,11 @@ def test_numbers_of_numpy_become_numbers_of_python() -> None:
 
 
 def test_all_contradictions_are_named_at_once_and_one_is_its_own_error() -> None:
+    own: dict[str, Any] = {"push_to_hub": True, "optimizer": "prodigy", "learning_rate": 0.01}
     with pytest.raises(ConfigError) as info:
-        TrainConfig(resolution=500, push_to_hub=True, optimizer="prodigy", learning_rate=0.01)
-    assert [part.setting for part in info.value.parts] == [
-        "resolution", "push_to_hub", "learning_rate",
-    ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"^resolution is 500; ") as info:
-        TrainConfig(resolution=500)
+        TrainConfig(**own, train_text_encoder_ti=True, token="")
+    parts = [part.setting for part in info.value.parts]
+    assert parts == ["push_to_hub", "learning_rate", "token"]
+    with pytest.raises(ConfigError, match="^push_to_hub needs --hub_model_id") as info:
+        TrainConfig(push_to_hub=True)
     assert info.value.parts == ()

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.features.slider import pairs_of
@@ -245,3 +246,15 @@ def find(sheet: Image.Image, image: Image.Image, within: int = 0) -> list[tuple[
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
     drawn = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
     return Image.fromarray(drawn)
+
+
+def compile_without_compiler(monkeypatch: Any, backend: Any, **options: Any) -> None:
+    """Have runs compile their blocks with a backend of torch that needs no C++ compiler."""
+    home = "dora_diffusion.training.features.compile"
+    compiled = partial(compile_blocks, backend=backend, **options)
+    monkeypatch.setattr(f"{home}.compile_blocks", compiled)
+    monkeypatch.setattr(f"{home}.require_compiler", lambda device: None)
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
+    )
+    torch._dynamo.reset()

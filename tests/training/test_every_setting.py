@@ -25,8 +25,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.config.base import StorageSettings
 from dora_diffusion.config.subject import ModelSettings
-from dora_diffusion.config.train import settings
+from dora_diffusion.config.train import features_of, settings
 from dora_diffusion.training import events
 from dora_diffusion.training.recipe import train
 from tests.conftest import shallow_config
@@ -177,7 +178,7 @@ ALONE: dict[str, Any] = {
 }  # fmt: skip
 """Each setting without those that it needs."""
 DESCRIBE = (
-    "dora_diffusion.config.checks", "dora_diffusion.config.derived",
+    "dora_diffusion.config.derived", "dora_diffusion.config.exclusions",
     "dora_diffusion.training.results.card", "dora_diffusion.training.results.record",
     "dora_diffusion.training.results.resume",
 )  # fmt: skip
@@ -280,7 +281,7 @@ def filled(value: Any, places: Mapping[str, Path]) -> Any:
 
 
 NAMES = {setting.name for setting in settings()}
-OF_BASE = {field.name for field in fields(ModelSettings)}
+OF_BASE = {field.name for kind in (ModelSettings, StorageSettings) for field in fields(kind)}
 
 
 class Spied(TrainConfig):
@@ -310,7 +311,7 @@ def acts(frame: FrameType | None) -> bool:
 
 
 def read_by(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Train, and return the settings that acting code has read."""
+    """Train, and return the settings that acting code has read, or that turn on code."""
     monkeypatch.setattr("dora_diffusion.export.hub.check", lambda name: None)
     monkeypatch.setattr("dora_diffusion.export.hub.push", lambda *_, **__: "")
     monkeypatch.setattr(Spied, "read", set())
@@ -318,7 +319,7 @@ def read_by(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(spied)
-    return Spied.read
+    return Spied.read.union(one.on.setting for one in features_of(TrainConfig) if one.code)
 
 
 def test_each_setting_has_a_case() -> None:

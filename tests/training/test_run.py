@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from PIL import Image
 from safetensors import safe_open
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.data.crops import Buckets
@@ -40,7 +38,13 @@ from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.run import Run
 from tests.apple import DEVICE, AppleGPU
 from tests.refusal import refused
-from tests.training.helpers import assert_same_adapter, losses, make_config, warnings_of
+from tests.training.helpers import (
+    assert_same_adapter,
+    compile_without_compiler,
+    losses,
+    make_config,
+    warnings_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -340,13 +344,7 @@ def test_compiled_blocks_of_an_offloaded_model_train_the_same(
 
     monkeypatch.setattr(offload, "_move", move)
     counter = CompileCounterWithBackend("eager")  # without a C++ compiler
-    backend = partial(compile_blocks, backend=counter, fullgraph=True)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr(
-        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
-    )
-    torch._dynamo.reset()
+    compile_without_compiler(monkeypatch, counter, fullgraph=True)
     settings = {"num_validation_images": 1, "validation_steps": 1}
     plain = run(sd1_folder, "plain", **settings, offload="none")
     both = run(sd1_folder, "both", **settings, offload="model", compile=True)

@@ -20,6 +20,7 @@ from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.config.presets import PRESETS, preset_settings
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training import events, recipe
+from dora_diffusion.training.inputs import base, plan
 from tests.flux2_klein import write_flux2_klein
 from tests.refusal import check
 from tests.training import test_every_setting as every
@@ -134,7 +135,8 @@ def test_a_setting_is_refused_before_weights_are_read(
 def test_the_family_of_a_model_that_is_not_here_is_asked_when_it_is(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipe, "known_family", lambda name: None)
+    for module in (plan, base):
+        monkeypatch.setattr(module, "known_family", lambda name: None)
     values = {**USUAL, "train_text_encoder": True, "output_dir": str(tmp_path / "out")}
     with pytest.raises(ConfigError) as error:
         recipe.train(TrainConfig(**filled(values, places)), load=load_components)

@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 
-from tools.rules import code, project, suite
+from tools.rules import code, project, settings, suite
 from tools.rules.sources import Repository
 
 Rule = Callable[[Repository], Iterator[str]]
@@ -19,6 +19,9 @@ RULES: tuple[Rule, ...] = (
     code.features_read_what_exists,
     code.settings_of_training_are_read,
     code.settings_of_commands_are_read,
+    settings.calls_name_settings_that_exist,
+    settings.texts_name_settings_that_exist,
+    settings.tables_name_settings_that_exist,
     code.families_are_not_told_apart_by_name,
     code.original_names_are_written_once,
     code.holders_of_weights_are_alike,

@@ -24,6 +24,7 @@ from dora_diffusion import system
 from dora_diffusion.cli.console.errors import explain
 from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
 from dora_diffusion.config.derived import listed
+from dora_diffusion.config.train import photo_folders
 from dora_diffusion.config.wording import counted, duration
 from dora_diffusion.data.images import digest_of
 from dora_diffusion.data.photos import COMPANIONS, PHOTO_SUFFIXES
@@ -125,8 +126,7 @@ def settings_digest(config: TrainConfig) -> str:
     moved = {name: values[name] for name in names if values[name] != defaults[name]}
     contents = []
     for subject in config.subjects:
-        folders = (subject.instance_data_dir, subject.validation_data_dir)
-        contents += [_contents(folder) for folder in folders if folder]
+        contents += [_contents(folder) for folder in photo_folders(subject).values()]
     text = json.dumps([moved, contents])
     return hashlib.sha256(text.encode()).hexdigest()
 

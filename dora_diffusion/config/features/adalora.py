@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
+from dora_diffusion.config.features.average import SCHEDULE_FREE
 from dora_diffusion.config.features.feature import Added, Description, Excluded, Feature, Problem
 from dora_diffusion.config.fields import Need, flag
 
@@ -32,7 +33,11 @@ class AdaLoraFeature(Feature):
             choices=("adalora",),
         )
     }
-    excludes: ClassVar = (Excluded("pack"),)
+    excludes: ClassVar = (
+        Excluded("pack"),
+        Excluded("run", "AdaLoRA switches triplets off, but the average of {config.optimizer} "
+                 "would restore them; use optimizer adamw", "optimizer", SCHEDULE_FREE),
+    )  # fmt: skip
 
     def problems(self, config: Any) -> Iterator[Problem]:
         if (config.target_rank or 0) > config.rank:

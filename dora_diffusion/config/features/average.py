@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from dora_diffusion.config.features.feature import Feature, Problem
+from dora_diffusion.config.features.feature import Excluded, Feature
 from dora_diffusion.config.fields import Need, flag
 
 SCHEDULE_FREE = ("adamw-schedule-free", "prodigy-schedule-free")
@@ -22,28 +21,15 @@ class ScheduleFreeFeature(Feature):
     """They use the average that the optimizer keeps."""
 
     on, code = Need("optimizer", SCHEDULE_FREE), "average:ScheduleFreeCode"
-
-    def problems(self, config: Any) -> Iterator[Problem]:
-        name = config.optimizer
-        if not config.lr_scheduler.startswith("constant"):
-            yield (
-                "lr_scheduler",
-                f"lr_scheduler is {config.lr_scheduler}, but {name} supports no schedule, only a "
-                "warm-up; leave it out",
-            )
-        if config.ema_decay is not None:
-            yield "ema_decay", f"{name} averages the weights itself; leave ema_decay out"
-        if config.adam_beta1 <= 0:
-            yield (
-                "adam_beta1",
-                f"adam_beta1 is {config.adam_beta1:g}; for {name} it must be greater than 0",
-            )
-        if config.parametrization == "adalora" and config.trains_adapters:
-            yield (
-                "optimizer",
-                f"AdaLoRA switches triplets off, but the average of {name} would restore them; use "
-                "optimizer adamw",
-            )
+    excludes: ClassVar = (
+        Excluded("run", "lr_scheduler is {config.lr_scheduler}, but {config.optimizer} supports no "
+                 "schedule, only a warm-up; leave it out", "lr_scheduler",
+                 when=lambda config: not config.lr_scheduler.startswith("constant")),
+        Excluded("run", "{config.optimizer} averages the weights itself; leave ema_decay out",
+                 "ema_decay", when=lambda config: config.ema_decay is not None),
+        Excluded("run", "adam_beta1 is {config.adam_beta1:g}; for {config.optimizer} it must be "
+                 "greater than 0", "adam_beta1", when=lambda config: config.adam_beta1 <= 0),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,19 +21,28 @@ class Added(NamedTuple):
 
 
 class Excluded(NamedTuple):
-    """Way of running that a run excludes: ``"pack"`` or ``"sharding"``.
+    """Something that a setting, or the feature, excludes.
 
     Attributes:
-        way: The way.
-        reason: Rest of the message; empty: no reason is given.
-        setting: The setting that is in its way; empty: the one that turns the feature on.
-        when: Whether a run with the feature excludes it.
+        way: What it excludes: ``"pack"``, ``"sharding"``, the name of a family, or ``"run"`` if
+            there is no way to run with it.
+        reason: Message or the rest of one, with settings such as ``{config.rank}``; empty: none.
+        setting: The setting; empty: the one that turns the feature on.
+        values: Its values that exclude it; empty: any true one.
+        when: Whether they exclude it, if that depends on more than the setting.
     """
 
     way: str
     reason: str = ""
     setting: str = ""
-    when: Callable[[Any], Any] = lambda config: True
+    values: tuple[Any, ...] = ()
+    when: Callable[[Any], Any] | None = None
+
+    def applies(self, config: Any) -> bool:
+        """Return whether settings exclude it."""
+        if self.when or not self.setting:
+            return bool(self.when is None or self.when(config))
+        return hasattr(config, self.setting) and Need(self.setting, self.values)(config) is None
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Description:
         hint: The same for the console, before an example of a prompt.
         plan: Lines of the dry run of a run without photos.
         prompts: Prompts that the run teaches; None: the instance prompts of the subjects.
+        words: New words that the run trains.
         strengths: Strengths of sample images; empty: 1, and without the adapter for comparison.
         strength: Strength of the result in examples; 1: the default.
         metadata: Metadata of the result.
@@ -62,6 +72,7 @@ class Description:
     hint: str = ""
     plan: Sequence[str] = ()
     prompts: list[str] | None = None
+    words: Sequence[str] = ()
     strengths: Sequence[float] = ()
     strength: float = 1
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -80,15 +91,19 @@ class Feature:
             imported only if the feature is on.
         has_photos: Whether a run with it learns from photos.
         trains_adapters: Whether a run with it trains adapters, not weights of the model itself.
+        encodes_in_steps: Whether text encoders run in every step.
+        costs: Settings that time and memory of a step depend on.
         adds: Setting of others -> what the feature adds to its description.
         uses: Setting of others -> condition under which the feature uses it.
-        excludes: Ways of running that it excludes.
+        excludes: Other settings and ways of running that it excludes.
     """
 
     on: Need
     code: Any = ""
     has_photos = True
     trains_adapters = True
+    encodes_in_steps = False
+    costs: tuple[str, ...] = ()
     adds: ClassVar[Mapping[str, Added]] = {}
     uses: ClassVar[Mapping[str, Condition]] = {}
     excludes: ClassVar[tuple[Excluded, ...]] = ()
@@ -105,7 +120,7 @@ class Feature:
         return {}
 
     def problems(self, config: Any) -> Iterator[Problem]:
-        """Yield contradictions while the feature is on; later ones rely on the earlier ones."""
+        """Yield problems of the settings, besides `excludes`; later ones rely on earlier ones."""
         yield from ()
 
     def describe(self, config: Any, run: Description) -> Description:

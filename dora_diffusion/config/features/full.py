@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Added, Description, Excluded, Feature, Problem
+from dora_diffusion.config.base import QUANTISATIONS
+from dora_diffusion.config.features.feature import Added, Description, Excluded, Feature
 from dora_diffusion.config.fields import DTYPES, Condition, Need, flag
 
 _ON = Need("method", ("full",))
@@ -17,7 +18,7 @@ _TARGETS = Need("full_weights", ("targets",))
 class FullFeature(Feature):
     """Full fine-tuning of the denoiser, and of the text encoders with ``train_text_encoder``."""
 
-    on, code, trains_adapters = _ON, "full:FullCode", False
+    on, code, trains_adapters, costs = _ON, "full:FullCode", False, ("full_weights",)
     adds: ClassVar = {
         "method": Added(
             ". full: full fine-tuning of the weights themselves; the result is a whole model",
@@ -32,36 +33,20 @@ class FullFeature(Feature):
     }
     excludes: ClassVar = (
         Excluded("pack"),
-        Excluded(
-            "sharding",
-            "with full fine-tuning excludes optimizers but adamw, which need whole weights; use "
-            "adamw",
-            when=lambda config: config.optimizer != "adamw",
-        ),
-        Excluded(
-            "sharding",
-            "with full fine-tuning excludes mixed_precision fp16; use bf16",
-            when=lambda config: config.mixed_precision == "fp16",
-        ),
-    )
+        Excluded("run", "quantize is {config.quantize}, but method full trains the weights "
+                 "themselves, which cannot be quantised; leave it out, or train an adapter",
+                 "quantize", QUANTISATIONS),
+        Excluded("run", "push_to_hub publishes adapters; upload the model of full fine-tuning with "
+                 "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'", "push_to_hub"),
+        Excluded("sharding", "with full fine-tuning excludes optimizers but adamw, which need "
+                 "whole weights; use adamw", when=lambda config: config.optimizer != "adamw"),
+        Excluded("sharding", "with full fine-tuning excludes mixed_precision fp16; use bf16",
+                 "mixed_precision", ("fp16",)),
+    )  # fmt: skip
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
         # A checkpoint of a whole model takes gigabytes.
         return {"learning_rate": 5e-6, "checkpointing_steps": 500}
-
-    def problems(self, config: Any) -> Iterator[Problem]:
-        if config.quantize != "none":
-            yield (
-                "quantize",
-                f"quantize is {config.quantize}, but method full trains the weights themselves, "
-                "which cannot be quantised; leave it out, or train an adapter",
-            )
-        if config.push_to_hub:
-            yield (
-                "push_to_hub",
-                "push_to_hub publishes adapters; upload the model of full fine-tuning with "
-                "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
-            )
 
     def describe(self, config: Any, run: Description) -> Description:
         method = "full-finetuning", "Full fine-tuning"

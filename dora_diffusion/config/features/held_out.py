@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Feature, Problem
+from dora_diffusion.config.features.feature import Excluded, Feature, Problem
 from dora_diffusion.config.fields import Condition, Need, TextOrPath, flag, free_flag
 
 
@@ -32,6 +32,12 @@ class HeldOutFeature(Feature):
         "validation_epochs": Need("validation_steps", (None,)),
     }
 
+    excludes: ClassVar = (
+        Excluded("run", "validation_data_dir and validation_split both select held-out photos; "
+                 "leave one of them out", "validation_split",
+                 when=lambda config: config.validation_data_dir and config.validation_split),
+    )  # fmt: skip
+
     def is_on(self, config: Any) -> bool:
         return _held_out(config) is None
 
@@ -40,12 +46,6 @@ class HeldOutFeature(Feature):
         return {"validation_loss_steps": config.validation_steps or 200} if is_known else {}
 
     def problems(self, config: Any) -> Iterator[Problem]:
-        if config.validation_data_dir and config.validation_split:
-            yield (
-                "validation_split",
-                "validation_data_dir and validation_split both select held-out photos; leave one "
-                "of them out",
-            )
         if config.validation_split > 1 and config.validation_split % 1:
             yield (
                 "validation_split",
@@ -70,6 +70,7 @@ class HeldOutSettings:
         "validation loss on.",
         resume="ignored",  # its photos are compared by content
         is_path=True,
+        has_photos=True,
         of_photos=True,
         of_subject=True,
     )
@@ -91,4 +92,5 @@ class HeldOutSettings:
         False,
         "Keep the checkpoint with the lowest validation loss, regardless of "
         "checkpoints_total_limit, and write it as the result.",
+        ends_run=True,
     )

@@ -43,7 +43,7 @@ def _has(subject: Any, mode: str) -> bool:
 class ClassImagesFeature(Feature):
     """Prior preservation with images of the class."""
 
-    on = PRIOR
+    on, costs = PRIOR, (PRIOR.setting, "prior_preservation_mode")
 
     def is_on(self, config: Any) -> bool:
         return any(map(has_class_images, config.subjects))
@@ -58,12 +58,9 @@ class ImageFreeFeature(Feature):
 
     on, code = PRIOR, "prior:ImageFreeCode"
     excludes: ClassVar = (
-        Excluded(
-            "sharding",
-            "needs with_prior_preservation without images for all subjects or for none",
-            when=lambda config: not all(map(is_image_free, config.subjects)),
-        ),
-    )
+        Excluded("sharding", "needs with_prior_preservation without images for all subjects or for "
+                 "none", when=lambda config: not all(map(is_image_free, config.subjects))),
+    )  # fmt: skip
 
     def is_on(self, config: Any) -> bool:
         return any(map(is_image_free, config.subjects))
@@ -72,14 +69,11 @@ class ImageFreeFeature(Feature):
 class UnmaskedFeature(Feature):
     """The prediction outside of masks is kept at the base model's."""
 
-    on, code = Need("unmasked_prior"), "prior:UnmaskedCode"
+    on, code, costs = Need("unmasked_prior"), "prior:UnmaskedCode", ("unmasked_prior",)
     excludes: ClassVar = (
-        Excluded(
-            "sharding",
-            "excludes unmasked_prior: processes would call the base model a different number of "
-            "times",
-        ),
-    )
+        Excluded("sharding", "excludes unmasked_prior: processes would call the base model a "
+                 "different number of times"),
+    )  # fmt: skip
 
 
 _CLASS_IMAGES = (PRIOR, _class_images)

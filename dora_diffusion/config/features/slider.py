@@ -27,7 +27,7 @@ def pairs_of(config: Any) -> list[tuple[str, tuple[str, str]]]:
 class SliderFeature(Feature):
     """A run that trains a slider from prompts, not from images."""
 
-    on, code, has_photos = _ON, "slider:SliderCode", False
+    on, code, has_photos, costs = _ON, "slider:SliderCode", False, (_ON.setting, "anchors")
     adds: ClassVar = {
         "method": Added(derived="; for a slider lora, whose strength is the same in every program"),
         "snr_gamma": Added(derived=" and for sliders"),
@@ -43,7 +43,15 @@ class SliderFeature(Feature):
         "validation_inference_steps": _ON,
         "validation_guidance_scale": _ON,
     }
-    excludes: ClassVar = (Excluded("pack"),)
+    excludes: ClassVar = (
+        Excluded("pack"),
+        *(Excluded("run", f"{name} is set, but teach slider learns from prompts alone; leave it "
+                   "out, or --teach subject", name)
+          for name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti")),
+        Excluded("run", "method is {config.method}, whose weights have no adjustable strength; "
+                 "train an adapter for teach slider: lora or dora", "method",
+                 when=lambda config: not config.trains_adapters),
+    )  # fmt: skip
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
         # As in the paper, a slider weights all predictions alike.
@@ -64,19 +72,6 @@ class SliderFeature(Feature):
                 "num_class_images",
                 f"num_class_images is {config.num_class_images}, but each of this slider's {least} "
                 f"different prompts needs an image; give at least {least}",
-            )
-        for name in ("instance_data_dir", "dataset_config", "train_text_encoder_ti"):
-            if getattr(config, name):
-                yield (
-                    name,
-                    f"{name} is set, but teach slider learns from prompts alone; leave it out, or "
-                    "--teach subject",
-                )
-        if not config.trains_adapters:
-            yield (
-                "method",
-                f"method is {config.method}, whose weights have no adjustable strength; train an "
-                "adapter for teach slider: lora or dora",
             )
 
     def describe(self, config: Any, run: Description) -> Description:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
 from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Excluded, Feature, Problem
+from dora_diffusion.config.features.feature import Description, Excluded, Feature, Problem
 from dora_diffusion.config.fields import Need, flag
 from dora_diffusion.config.wording import whole_word
 
@@ -17,18 +17,27 @@ _ON = Need("train_text_encoder_ti")
 
 
 def words_of(config: Any) -> list[str]:
-    """Return the new words that a run trains."""
-    if not config.train_text_encoder_ti:
-        return []
+    """Return the new words that a run with the feature trains."""
     tokens = (subject.token.strip() for subject in config.subjects)
     return config.new_words or list(dict.fromkeys(filter(None, tokens)))
+
+
+def _adapts_table(config: Any) -> bool:
+    adapts_text = config.train_text_encoder and config.trains_adapters
+    return adapts_text and "token-embedding" in config.text_encoder_targets
 
 
 class WordsFeature(Feature):
     """New words train together with the weights (pivotal tuning)."""
 
-    on, code = _ON, "words:WordsCode"
-    excludes: ClassVar = (Excluded("pack"),)
+    on, code, encodes_in_steps = _ON, "words:WordsCode", True
+    costs = (_ON.setting,)
+    excludes: ClassVar = (
+        Excluded("pack"),
+        Excluded("run", "train_text_encoder_ti adds rows to the token table, but "
+                 "text_encoder_targets adapts the table; leave token-embedding out of "
+                 "text_encoder_targets", "text_encoder_targets", when=_adapts_table),
+    )  # fmt: skip
 
     def defaults(self, config: Any) -> Mapping[str, Any]:
         return {"new_words": words_of(config)}
@@ -55,14 +64,10 @@ class WordsFeature(Feature):
                     f"new word {word!r} contains the new word {part!r}, so tokenizers cannot "
                     "separate them; choose others",
                 )
-        adapts_table = config.train_text_encoder and config.trains_adapters
-        if adapts_table and "token-embedding" in config.text_encoder_targets:
-            yield (
-                "text_encoder_targets",
-                "train_text_encoder_ti adds rows to the token table, but text_encoder_targets "
-                "adapts the table; leave token-embedding out of text_encoder_targets",
-            )
         yield from _initializers(words, config.initializer_concept)
+
+    def describe(self, config: Any, run: Description) -> Description:
+        return replace(run, words=words_of(config))
 
 
 def _initializers(words: list[str], concepts: list[str]) -> Iterator[Problem]:
@@ -117,6 +122,7 @@ class WordSettings:
         "Initialization of new words: a word of the model, such as the class, for all of them or "
         "one for each. Copies its vectors if there are as many, else uses their mean.",
         derived="random vectors",
+        of_run=True,
     )
     embedding_lr: float = flag(
         3e-4,

@@ -20,7 +20,7 @@ from dora_diffusion.config import (
 from dora_diffusion.config.answers import ForeignAnswers
 from dora_diffusion.config.config_file import read_config_file
 from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
-from dora_diffusion.config.fields import ConfigError, words_of
+from dora_diffusion.config.fields import ConfigError, flag_words
 from dora_diffusion.config.flag_map import find_training_setting
 from dora_diffusion.config.foreign import ForeignFileError
 from dora_diffusion.config.presets import EMBEDDED as SMALL
@@ -124,7 +124,7 @@ def preset_sentence(preset: str, model: str) -> str:
         for name, title in _SWITCHES.items():
             phrases.append(f"{'with' if changed.pop(name, usual[name]) else 'without'} {title}")
     phrases += [
-        " ".join([name.replace("_", " "), *([] if value is True else words_of(value))])
+        " ".join([name.replace("_", " "), *([] if value is True else flag_words(value))])
         for name, value in changed.items()
     ]
     text = f"For this model: {', '.join(phrases)}."
@@ -319,7 +319,7 @@ def setting_text(value: Any) -> Any:
     """
     if isinstance(value, bool):
         return value
-    return "" if value is None else " ".join(words_of(value))
+    return "" if value is None else " ".join(flag_words(value))
 
 
 def shown_choices(setting: Setting) -> list[tuple[str, str]]:
@@ -344,7 +344,7 @@ def command_line(config: TrainConfig) -> str:
         value = getattr(config, name)
         if value == getattr(default, name) and name != "pretrained_model_name_or_path":
             continue
-        words = [f"--{name}", *words_of(value)]
+        words = [f"--{name}", *flag_words(value)]
         if name == "dataset_config":
             entries = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
             file = f"cat > {DATASET_FILE} <<'END'\n{entries}END\n"

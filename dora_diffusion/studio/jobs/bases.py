@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dora_diffusion.config import TrainConfig, families
 from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config.exclusions import refuse
 from dora_diffusion.formats.files.runs import PIPELINE_NAME
 from dora_diffusion.models import locate
 from dora_diffusion.models.embedded import MODELS
@@ -195,7 +196,7 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
     check_base(name, config.revision, ask_hub=ask_hub)
     family = families.FAMILIES.get(locate.model_info(name).family)
     if family is not None:
-        family.refuse(name, vars(config))
+        refuse(config, family, name)
     vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     if vae and locate.looks_local(vae) and not Path(vae).expanduser().exists():
         raise UserError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")

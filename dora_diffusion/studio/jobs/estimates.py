@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.train import features_of
 from dora_diffusion.config.wording import duration
 from dora_diffusion.models.locate import model_info
 from dora_diffusion.models.memory import Device, needed_memory, what_would_fit
@@ -19,12 +20,11 @@ from dora_diffusion.studio.jobs.snapshot import Job
 # The settings that step time and memory depend on most.
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
-    "train_text_encoder_ti", "teach", "anchors", "quantize", "quantize_convolutions",
-    "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
-    "unmasked_prior",
-    "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
-    "method", "use_dora", "parametrization", "full_weights", "targets", "text_encoder_targets",
-    "rank", "conv_rank", "rank_pattern", "lora_dropout",
+    "quantize", "quantize_convolutions", "gradient_accumulation_steps", "mixed_precision",
+    "gradient_checkpointing", "offload", "cache_latents", "optimizer", "method",
+    "use_dora", "parametrization", "targets", "text_encoder_targets", "rank", "conv_rank",
+    "rank_pattern", "lora_dropout",
+    *(name for one in features_of(TrainConfig) for name in one.costs),
 )  # fmt: skip
 
 
@@ -81,6 +81,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     in_table = info.has_released_shape and config.trains_adapters
     family = info.family if in_table else ""
     batch = config.train_batch_size * (2 if config.holds_prior else 1)
+    settings["train_text_encoder"] = config.encodes_in_steps
     memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
     steps = config.max_train_steps or 0
     cost = Estimate(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.config import TrainConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from dora_diffusion.data.dataset import SubjectPhotos
     from dora_diffusion.data.photos import Photo
     from dora_diffusion.models.components import Components
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from dora_diffusion.training.inputs.subject import Subject
     from dora_diffusion.training.step import Step
     from dora_diffusion.training.terms import RowLoss, Term
+    from dora_diffusion.training.trainable.adapters import StartingAdapter
     from dora_diffusion.training.trainable.weights import TrainedWeights
 
 Validate = Callable[[TrainConfig, "Components", Any], "Validation"]
@@ -33,6 +36,9 @@ class FeatureCode:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+
+    def check_device(self, device: torch.device) -> None:
+        """Check that a run can train on a device, before the model is loaded."""
 
     def hold_out(
         self, subjects: Sequence[Subject], photos: list[list[Path]]
@@ -50,8 +56,23 @@ class FeatureCode:
             make: Generates images of a subject, of the model and prompts.
         """
 
+    def check_model(self, components: Components) -> None:
+        """Check that a run can train the model, which may have no weights yet."""
+
+    def check_captions(self, captions: Sequence[str]) -> None:
+        """Check the captions of the photos."""
+
     def weights(self, components: Components) -> TrainedWeights | None:
         """Select the weights that train instead of adapters."""
+
+    def extend(self, weights: TrainedWeights, start: StartingAdapter | None) -> TrainedWeights:
+        """Add to the weights that train.
+
+        Args:
+            weights: Adapters, or weights of the model itself.
+            start: Adapter that the run starts from, or None.
+        """
+        return weights
 
     def loss(self, loss: RowLoss) -> RowLoss:
         """Change how errors of rows are measured."""

@@ -110,7 +110,7 @@ class FullWeights(TrainedWeights):
         return self.parameters()
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        return weight_groups(self.trained, config) + self.words.groups(config)
+        return weight_groups(self.trained, config) + self.words.groups()
 
     @contextmanager
     def base_weights(self, *, keep: bool = False) -> Iterator[None]:

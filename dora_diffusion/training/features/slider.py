@@ -18,7 +18,6 @@ from dora_diffusion.data.photos import Photo
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import encode_prompts
-from dora_diffusion.numerics.loss import slider_target
 from dora_diffusion.training.batch import Batch
 from dora_diffusion.training.features.code import FeatureCode
 from dora_diffusion.training.inputs.subject import Subject
@@ -110,3 +109,22 @@ class Slider:
         predicted, base, positive, negative = predictions
         target = slider_target(base, positive, negative, self.guidance)
         return Losses(self.loss(batch, predicted, target))
+
+
+def slider_target(base: Tensor, positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    """Return the target of a slider: the base's prediction plus the difference of two prompts.
+
+    Gandikota et al., arXiv:2311.12092, equation 8, for any prediction type.
+
+    Args:
+        base: Predictions of the base model, ``(B, C, h, w)``.
+        positive: Predictions for the first n inputs with the positive prompt, ``(n, C, h, w)``.
+        negative: Predictions for the first n inputs with the negative prompt, ``(n, C, h, w)``.
+        guidance: Factor of the difference.
+
+    Returns:
+        ``(B, C, h, w)``, float32. Rows after the first n equal the base's predictions.
+    """
+    target, count = base.float(), len(positive)
+    moved = target[:count] + guidance * (positive.float() - negative.float())
+    return torch.cat([moved, target[count:]])

@@ -88,6 +88,11 @@ class Validation:
                 if photos
             }
 
+    @property
+    def keeps_best(self) -> bool:
+        """True if the best checkpoint is the result."""
+        return self.config.keep_best
+
     def is_due(self, step: int) -> bool:
         """Return whether the loss of a step is due. It always is at the last step."""
         is_last, every = step == self.config.max_train_steps, self.config.validation_loss_steps

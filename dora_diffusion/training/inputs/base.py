@@ -10,6 +10,7 @@ import torch
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import changed_settings
+from dora_diffusion.config.exclusions import refuse
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.locate import known_family
@@ -58,7 +59,7 @@ def configure_reading(loaded: Components, config: TrainConfig) -> Components:
             clip skip, or distilled to few steps.
     """
     if known_family(config.pretrained_model_name_or_path) is None:
-        loaded.family.refuse(loaded.name, vars(config))
+        refuse(config, loaded.family, loaded.name)
         for message in loaded.family.inactive(changed_settings(config)).values():
             warnings.warn(message, stacklevel=2)
     if few := few_steps(loaded):

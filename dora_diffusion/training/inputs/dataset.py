@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,8 @@ from torch import Tensor
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.features.prior import has_class_images, is_image_free
-from dora_diffusion.config.features.words import words_of
-from dora_diffusion.config.wording import counted, listing, quoted
-from dora_diffusion.data.captions import (
-    CaptionRules,
-    contains_token,
-    require_token,
-)
+from dora_diffusion.config.wording import counted, listing
+from dora_diffusion.data.captions import require_token
 from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
 from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.dataset import DreamBoothDataset, SampleTransform, SubjectPhotos
@@ -93,7 +88,8 @@ def open_dataset(
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
     make = partial(_class_images, accelerator=accelerator, on_event=on_event)
-    made = [one.images(subjects[0], components, make) for one in code_of(config)]
+    parts = code_of(config)
+    made = [one.images(subjects[0], components, make) for one in parts]
     if images := list(filter(None, made)):
         dataset = DreamBoothDataset(images)
     else:
@@ -101,7 +97,9 @@ def open_dataset(
             _open_subject(subject, subjects, components, photos)
             for subject, photos in zip(subjects, paths, strict=True)
         ]
-        _check_words(config, DreamBoothDataset([photos for photos, _ in opened]).captions)
+        captions = DreamBoothDataset([photos for photos, _ in opened]).captions
+        for one in parts:
+            one.check_captions(captions)
         # Generating class images may take an hour, so that it comes after all checks.
         dataset = DreamBoothDataset([
             replace(photos, class_images=make(subject, components, prompts)) if prompts else photos
@@ -123,16 +121,6 @@ def _class_images(*args: Any, **options: Any) -> list[Photo]:
     from dora_diffusion.training.inputs.prior import class_images
 
     return class_images(*args, **options)
-
-
-def _check_words(config: TrainConfig, captions: Sequence[str]) -> None:
-    for word in words_of(config):
-        if not any(contains_token(caption, word) for caption in captions):
-            raise ConfigError(
-                f"the new word {word!r} is in no caption and would not be trained; add it to the "
-                "instance prompt or the captions",
-                "new_words",
-            )
 
 
 def _open_subject(
@@ -217,66 +205,17 @@ def check_subject(subject: Subject, photos: Sequence[Photo]) -> None:
 
 def check_captions(subject: Subject, photos: Sequence[Photo]) -> None:
     """Check all captions that may be drawn for a subject, as `check_subject` does."""
-    config, rules = subject.settings, caption_rules(subject.settings)
-    token, texts = subject.token, [photo.caption for photo in photos]
-    possible = possible_captions(subject, texts)
-    if token:
-        require_token(possible, token)
-    if is_image_free(config):
+    rules, texts = caption_rules(subject.settings), [photo.caption for photo in photos]
+    possible, needs_all = possible_captions(subject, texts), is_image_free(subject.settings)
+    if subject.token:
+        require_token(possible, subject.token)
+    if needs_all:
         from dora_diffusion.training.inputs.prior import check_image_free
 
         check_image_free(subject, possible)
-    if token and config.tag_dropout:
-        _check_tag_dropout(config, rules, token, texts)
-    for message in filter(None, _without_effect(config, rules, photos)):
+    rules.check_token_kept(subject.token, texts, strictly=needs_all)
+    for message in rules.without_effect(texts):
         warnings.warn(message, stacklevel=3)
-
-
-def _check_tag_dropout(
-    config: TrainConfig, rules: CaptionRules, token: str, texts: Sequence[str]
-) -> None:
-    """Warn if tag dropout may drop the token, or raise `ConfigError` with the image-free prior."""
-    for text in texts:
-        whole = all(contains_token(caption, token) for caption in rules.captions(text))
-        left = rules.without_tags(text)
-        if whole and not all(contains_token(caption, token) for caption in left):
-            message = (
-                f"tag_dropout may drop the token {token!r} of {quoted(text)}: raise keep_tags to "
-                "keep it, or put the token into caption_prefix"
-            )
-            if is_image_free(config):
-                raise ConfigError(message, "tag_dropout")
-            warnings.warn(message, stacklevel=4)
-            return
-
-
-def _without_effect(
-    config: TrainConfig, rules: CaptionRules, photos: Sequence[Photo]
-) -> Iterator[str]:
-    """Yield messages on caption settings without effect, and on captions that need a setting."""
-    after = f"after the first {config.keep_tags}, which keep their places (keep_tags)"
-    bare = replace(rules, prefix="")
-    captions = [caption for photo in photos for caption in bare.captions(photo.caption)]
-    if config.shuffle_tags and not rules.can_shuffle(captions):
-        yield (
-            "shuffle_tags has no effect because no caption has two or more tags, separated by "
-            f"commas, {after}"
-        )
-    if config.tag_dropout and not rules.can_shuffle(captions, 1):
-        yield f"tag_dropout has no effect because no caption has a tag {after}"
-    if empty := [c for c in captions if rules.has_empty_tag(c)] if rules.draws_tags else []:
-        yield (
-            f"{counted(len(empty), 'caption')} with empty tags, first {quoted(empty[0])}: they are "
-            "removed when tags are shuffled or dropped, and keep_tags does not count them"
-        )
-    lines = [photo.caption.count("\n") for photo in photos]
-    if config.caption_per_line and not any(lines):
-        yield "caption_per_line has no effect because no caption file has two lines"
-    elif any(lines) and not config.caption_per_line:
-        yield (
-            f"{counted(sum(map(bool, lines)), 'caption')} of several lines, which are joined; set "
-            "caption_per_line to draw one of them in every epoch"
-        )
 
 
 def _buckets(config: TrainConfig, components: Components) -> Buckets | None:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from dora_diffusion.adapters.inject import layers_to_adapt
 from dora_diffusion.config import ConfigError, TrainConfig, unusual_rates, without_effect
+from dora_diffusion.config.exclusions import refuse
 from dora_diffusion.config.families import Family
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.images import near_side
 from dora_diffusion.config.problems import Problems
 from dora_diffusion.config.wording import quoted
@@ -33,7 +33,6 @@ from dora_diffusion.training.trainable.adapters import (
     components_that_train,
     matched,
 )
-from dora_diffusion.training.trainable.words import require_new
 
 
 class RunPlan(NamedTuple):
@@ -77,7 +76,7 @@ def plan_run(config: TrainConfig) -> RunPlan:
         optimizer_library(config.optimizer)
     with problems.collect():
         if family is not None:
-            family.refuse(base, vars(config))
+            refuse(config, family, base)
     with problems.collect():
         if config.push_to_hub:
             from dora_diffusion.export import hub
@@ -114,7 +113,7 @@ def _warn(config: TrainConfig, subjects: Sequence[Subject], family: Family | Non
 def check_with_model(
     components: Components, config: TrainConfig, start: StartingAdapter | None = None
 ) -> StartingAdapter | None:
-    """Check words, layers and sizes of samples with the model, which needs no weights.
+    """Check features, layers and sizes of samples with the model, which needs no weights.
 
     Args:
         components: The model.
@@ -125,13 +124,14 @@ def check_with_model(
         The adapter with its weights.
 
     Raises:
-        ConfigError, AdapterFormatError, TargetError, ValueError: If a new word is a token of the
-            model, a target matches no layer, a rank exceeds a layer, the run cannot start from its
-            adapter, or the model cannot generate a sample of a size.
+        ConfigError, AdapterFormatError, TargetError, ValueError: If the model cannot train a
+            feature, a target matches no layer, a rank exceeds a layer, the run cannot start from
+            its adapter, or the model cannot generate a sample of a size.
     """
     problems = Problems(ValueError)
     with problems.collect():
-        require_new(components, words_of(config))
+        for one in code_of(config):
+            one.check_model(components)
     with problems.collect():
         _check_sizes(components, config)
     with problems.collect():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import usual_class_word
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.problems import naming_entry
 from dora_diffusion.config.train import features_of
 from dora_diffusion.config.wording import quoted
@@ -57,16 +56,7 @@ class Subject:
 
 def caption_rules(config: TrainConfig) -> CaptionRules:
     """Return the caption rules of a config."""
-    if not config.has_photos:
-        return CaptionRules()
-    return CaptionRules(
-        per_line=config.caption_per_line,
-        prefix=config.caption_prefix,
-        shuffle_tags=config.shuffle_tags,
-        keep_tags=config.keep_tags,
-        tag_dropout=config.tag_dropout,
-        dropout=config.caption_dropout,
-    )
+    return CaptionRules.of_settings(config) if config.has_photos else CaptionRules()
 
 
 def token_messages(subjects: Sequence[Subject]) -> list[str]:
@@ -138,7 +128,7 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
                 "show language drift, not the subject (append --drift if this is intended)",
                 stacklevel=3,
             )
-    words = tuple(word for word in words_of(config) if word.lower() not in by_token)
+    words = tuple(w for w in config.describe().words if w.lower() not in by_token)
     return [replace(subject, words=words) for subject in subjects]
 
 

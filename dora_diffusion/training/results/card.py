@@ -11,7 +11,6 @@ from typing import Any
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.families import FAMILIES, Family
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.fields import shown
 from dora_diffusion.config.train import run_values
 from dora_diffusion.config.wording import pixels
@@ -150,15 +149,13 @@ def _method(config: TrainConfig) -> tuple[str, str]:
     """Return the method as a tag and as text."""
     if method := config.describe().method:
         return method
-    is_dora = config.method_name == "dora"
-    name = "DoRA" if is_dora else "LoRA"
-    axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
+    adapter = config.adapter("unet")
+    name, ranks = adapter.description
+    axis = f", norm on the {config.norm_axis} axis" if adapter.use_dora else ""
     start = f", started by {config.init}" if config.init != "random" else ""
-    ranks = config.describe().ranks or f"rank {config.rank}, convolutions {config.conv_rank}"
-    if config.rank_pattern:
-        ranks += f", of some layers {shown(config.rank_pattern)}"
-    if config.parametrization == "vera":
-        name, ranks = "DVoRA" if is_dora else "VeRA", f"projections of rank {config.vera_rank}"
+    ranks = config.describe().ranks or ranks
+    if adapter.rank_pattern:
+        ranks += f", of some layers {shown(adapter.rank_pattern)}"
     return name.lower(), f"{name} ({ranks}{axis}{start})"
 
 
@@ -218,7 +215,7 @@ pipeline = {family.auto_pipeline}.from_pretrained({source})
 
 def _words(config: TrainConfig, written: Path) -> str:
     """Return the section on loading new words; empty if there are none."""
-    words = words_of(config)
+    words = config.describe().words
     if not words:
         return ""
     folder = written.parent if config.trains_adapters else written

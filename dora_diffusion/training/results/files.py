@@ -64,8 +64,8 @@ class TrainResult:
         samples: Name -> image file, with names such as ``adapted`` and ``base``.
         checkpoint: Newest checkpoint to resume from, or None.
         model: Folder of the fine-tuned model; None if adapters were trained.
-        result_step: Step whose weights the result has, which may be earlier than the last step with
-            ``keep_best``; None if no result was written.
+        result_step: Step whose weights the result has, which may be earlier than the last one if
+            the best checkpoint is kept; None if no result was written.
         kept: Share of the changes of full fine-tuning that the model file preserves, or None.
         published: URL of the result on the hub with ``push_to_hub``, or None.
     """
@@ -334,7 +334,7 @@ class RunFiles:
 
     def _best_step(self, steps: int) -> int:
         """Load the weights of the result into the model. Returns their step."""
-        if self.run.validation is None or not self.run.config.keep_best:
+        if self.run.validation is None or not self.run.validation.keeps_best:
             return steps
         last_steps = {self.output_dir: steps}
         if self.start.checkpoint is not None:  # It may be in another run's folder.

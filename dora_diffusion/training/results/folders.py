@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.features.prior import has_class_images
+from dora_diffusion.config.train import photo_folders
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embeddings_of
 from dora_diffusion.formats.files.runs import (
     ADAPTER_FILES,
@@ -115,9 +116,8 @@ def check_folders(config: TrainConfig) -> None:
 
 def _check_subject_folders(config: TrainConfig, output: Path) -> None:
     photos = _folder(config.instance_data_dir)
-    for setting in ("instance_data_dir", "validation_data_dir"):
-        folder = _folder(getattr(config, setting))
-        if folder is None:
+    for setting, name in photo_folders(config).items():
+        if (folder := _folder(name)) is None:
             continue
         _apart("output_dir", output, setting, folder)
         checkpoints = (path.name for path in output.glob("checkpoint-*"))

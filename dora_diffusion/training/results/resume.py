@@ -16,7 +16,6 @@ from dora_diffusion.config.fields import shown
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.flag_map import REMOVED
 from dora_diffusion.config.learning import OptimizerSettings
-from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.config.wording import counted, quoted
 from dora_diffusion.formats.adapter.stored import adapter_hash
 from dora_diffusion.formats.files.atomic import save_text
@@ -87,8 +86,7 @@ def start_run(run: Run, output_dir: Path) -> RunStart:
     unused: Changes = {}
     if step == run.total_steps:
         # Samples are generated again. Other changed settings would not describe the trained steps.
-        used = {source.name for source in fields(SampleSettings)}
-        used |= {"max_train_steps", "keep_best"}
+        used = {setting.name for setting in settings() if setting.ends_run}
         unused = {name: change for name, change in changed.items() if name not in used}
         config = replace(config, **{name: before for name, (before, _) in unused.items()})
         changed = {}

@@ -38,7 +38,6 @@ from dora_diffusion.adapters.targets import (
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.config.adapter import PATTERNS
 from dora_diffusion.config.families import DENOISERS
-from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.wording import listing
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.embeddings import Vectors
@@ -112,7 +111,7 @@ class TrainedAdapters(TrainedWeights):
                 yield f"{component}.{path}", layer.adapters
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        return parameter_groups(self.modules, config) + self.words.groups(config)
+        return parameter_groups(self.modules, config) + self.words.groups()
 
     @contextmanager
     def base_weights(self, *, keep: bool = False) -> Iterator[None]:
@@ -209,7 +208,8 @@ class StartingAdapter:
             "--alpha ALPHA'"
         )
         adapter = read_for(live, self.path, remedy, family=components.family.name)
-        if lost := [token for token in adapter.tokens if token not in words_of(config)]:
+        words = config.describe().words
+        if lost := [token for token in adapter.tokens if token not in words]:
             raise ConfigError(
                 f"init_adapter {self.name} has trained tokens, {listing(lost)}, which the run "
                 "would neither train nor write; add --train_text_encoder_ti --new_words "
@@ -332,7 +332,7 @@ def components_that_train(components: Components, config: TrainConfig) -> dict[s
 
 
 def enter_training(model: nn.Module, components: Components, config: TrainConfig) -> None:
-    """Set a component to training mode, with gradient checkpointing and compilation if configured.
+    """Set a component to training mode, with gradient checkpointing if configured.
 
     Blocks that are recomputed in the backward pass repeat their dropout.
     """
@@ -347,10 +347,6 @@ def enter_training(model: nn.Module, components: Components, config: TrainConfig
             module.gradient_checkpointing_enable(settings)
         else:
             module.enable_gradient_checkpointing(partial(checkpoint, **settings))
-    if config.compile and model is components.denoiser:
-        from dora_diffusion.adapters.compiled import compile_blocks
-
-        compile_blocks(model)
 
 
 def _repeating_draws(device_type: str) -> tuple[_Draws, _Draws]:

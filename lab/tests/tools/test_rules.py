@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.rules import code, project, suite
+from tools.rules import code, project, settings, suite
 from tools.rules.__main__ import Rule
 from tools.rules.sources import Repository
 
@@ -50,6 +50,17 @@ FOUND = {
     code.imports_make_no_circle: ["import dora_diffusion.config"],
     code.holders_of_weights_are_alike: ["isinstance(model, (dict, CheckpointFile))"],
     code.docstrings_begin_with_a_verb_or_a_noun: ['def f():\n    """What it does."""'],
+    settings.calls_name_settings_that_exist: [
+        'raise ConfigError(message, "gone")',
+        'require(is_valid, message, "gone")',
+        'Excluded("pack", setting="gone")',
+        'config.uses("gone")',
+        'form.get("gone", "")',
+        'LABELS["rank"] + SETTINGS["gone"]',
+        '_SAME = ("rank", "gone")',
+        'LABELS = {"rank": "Rank", "gone": "Left"}',
+    ],
+    settings.texts_name_settings_that_exist: ['x = "leave gone_away out"', 'x = "add --gone"'],
     project.printed_commands_install_what_there_is: ["print(f'pip install {name} xyz')"],
     project.documents_and_code_speak_the_words_of_the_field: ["# goes\n  on"],
     suite.tests_wait_for_events: [
@@ -85,6 +96,12 @@ FINE = {
     ],
     code.devices_are_not_named: ["def f():\n    'on cuda'\n    return torch.accelerator"],
     code.functions_fit_on_a_screen: ["def f():\n" + "    pass\n" * 59],
+    settings.calls_name_settings_that_exist: ['LABELS = {"rank": "left"}', 'require(a, b, f"{c}")'],
+    settings.texts_name_settings_that_exist: [
+        'here_it_is = "leave keep_tags out, add --rank, not here_it_is"',
+        'KEYS = "gone_away"',
+        'def f():\n    """Without gone_away and --gone."""',
+    ],
     suite.tests_wait_for_events: [
         "serve_settings(timeout=60)",
         "process.wait(WAIT_SECONDS)\nbarrier.wait()\nopen(timeout=None, wait=True)",

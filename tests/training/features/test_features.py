@@ -49,7 +49,7 @@ def test_what_a_feature_names_exists() -> None:
         named |= {row.setting for row in one.excludes if row.setting}
         assert named <= known.keys()
         assert {*one.on.values} <= {*(known[one.on.setting].choices or one.on.values)}
-        assert {row.way for row in one.excludes} <= {"pack", "sharding"}
+        assert {row.way for row in one.excludes} <= {"run", "pack", "sharding"}
     assert {setting.after for setting in settings()} - {""} <= known.keys()
 
 

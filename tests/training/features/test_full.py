@@ -6,7 +6,6 @@ import re
 import shutil
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -16,7 +15,6 @@ import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig, without_effect
@@ -32,6 +30,7 @@ from tests.emulation import OneDNN
 from tests.refusal import refused
 from tests.training.helpers import (
     accelerator_of_fp16,
+    compile_without_compiler,
     losses,
     make_config,
     names,
@@ -154,13 +153,7 @@ def test_a_resumed_run_is_that_of_one_piece_bit_for_bit(full_config, tmp_path, o
 
 def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")  # without a C++ compiler
-    backend = partial(compile_blocks, backend=counter)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr(
-        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
-    )
-    torch._dynamo.reset()
+    compile_without_compiler(monkeypatch, counter)
     config = replace(
         full_config, with_prior_preservation=True, prior_preservation_mode="image-free",
     )  # fmt: skip

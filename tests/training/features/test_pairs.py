@@ -16,7 +16,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.features.feature import Feature
 from dora_diffusion.config.train import features_of, settings_by_name
 from dora_diffusion.training.recipe import train
-from tests.training.helpers import assert_same_adapter
+from tests.training.helpers import assert_same_adapter, compile_without_compiler
 
 ALL = {type(one).__name__.removesuffix("Feature"): one for one in features_of(TrainConfig)}
 # What a feature needs besides the setting that turns it on.
@@ -33,6 +33,11 @@ WITH: dict[str, dict[str, Any]] = {
     "Ema": {"ema_decay": 0.5},
     "HeldOut": {"validation_split": 1.0, "keep_best": True, "validation_loss_steps": 1},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_without_compiler(monkeypatch, "eager")
 
 
 def turned_on(name: str, one: Feature) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.state import load_adapter, save_adapter
@@ -25,7 +23,14 @@ from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.trainable.adapters import inject_trained
 from tests.refusal import refused
-from tests.training.helpers import SAMPLES, assert_same_adapter, losses, make_config, warnings_of
+from tests.training.helpers import (
+    SAMPLES,
+    assert_same_adapter,
+    compile_without_compiler,
+    losses,
+    make_config,
+    warnings_of,
+)
 
 
 def test_a_conv_rank_without_conv_layers_is_said(config):
@@ -42,13 +47,7 @@ def test_a_compiled_run_follows_the_other_in_few_graphs(
 ):
     # Without a C++ compiler, and the cheapest kind of block.
     counter = CompileCounterWithBackend("aot_eager")
-    backend = partial(compile_blocks, backend=counter, fullgraph=True)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.compile_blocks", backend)
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", lambda device: None)
-    monkeypatch.setattr(
-        "diffusers.UNet2DConditionModel._no_split_modules", ["BasicTransformerBlock"]
-    )
-    torch._dynamo.reset()
+    compile_without_compiler(monkeypatch, counter, fullgraph=True)
     plain = make_config(
         sd1_folder, shaped_photos, tmp_path / "out", aspect_ratio_buckets=True, resolution=64,
         targets=["cross-attention"], gradient_checkpointing=True, num_validation_images=1,
@@ -72,7 +71,7 @@ def test_a_machine_that_cannot_compile_is_refused_before_the_model_is_loaded(con
     def refuse(device):
         raise ConfigError("compile does not work", "compile")
 
-    monkeypatch.setattr("dora_diffusion.adapters.compiled.require_compiler", refuse)
+    monkeypatch.setattr("dora_diffusion.training.features.compile.require_compiler", refuse)
     monkeypatch.setattr("dora_diffusion.training.inputs.base.load_components", None)
     with refused("compile"):
         train(replace(config, compile=True))

@@ -31,13 +31,14 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.sampling.load import load_adapted
+from dora_diffusion.training.features.words import add_words
 from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.results.card import _words
 from dora_diffusion.training.results.checkpoint import STATE_FILE
 from dora_diffusion.training.results.write import result_metadata
-from dora_diffusion.training.trainable.words import TrainedTokens, add_words
+from dora_diffusion.training.trainable.words import TrainedTokens
 from tests.formats.layouts.helpers import load_pipeline
 from tests.refusal import refused
 from tests.training.helpers import (

@@ -35,12 +35,12 @@ _OF_ADAPTER = (
     "method", "use_dora", "norm_axis", "rank", "conv_rank", "targets", "train_text_encoder",
     "text_encoder_targets",
 )  # fmt: skip
-_SLIDER = (
-    "What it changes, such as a photo of a mug.",
-    "At strength 3, such as a photo of a large mug.",
-    "At strength -3, such as a photo of a small mug.",
-    "Optional: prompts that stay as they are.",
-)
+_SLIDER = {
+    "target": "What it changes, such as a photo of a mug.",
+    "positive": "At strength 3, such as a photo of a large mug.",
+    "negative": "At strength -3, such as a photo of a small mug.",
+    "anchors": "Optional: prompts that stay as they are.",
+}
 """Hints at the fields of a slider."""
 _PROMPTS = "a photo of a {subject} in the snow\na photo of a {subject} at night"
 
@@ -89,7 +89,7 @@ class TrainTab:
             self.slider = [
                 gr.Textbox(label=name.capitalize(), info=text, lines=1, max_length=4000,
                            elem_id=f"slider-{name}")
-                for name, text in zip(settings.PROMPTS, _SLIDER, strict=True)
+                for name, text in _SLIDER.items()
             ]  # fmt: skip
         # Ids are checked where they are used, see `id_dropdown`.
         self.others = gr.Dropdown(
