@@ -127,6 +127,6 @@ def test_all_contradictions_are_named_at_once_and_one_is_its_own_error() -> None
         TrainConfig(**own, train_text_encoder_ti=True, token="")
     parts = [part.setting for part in info.value.parts]
     assert parts == ["push_to_hub", "learning_rate", "token"]
-    with pytest.raises(ConfigError, match="^push_to_hub needs --hub_model_id") as info:
+    with pytest.raises(ConfigError, match=r"^push_to_hub needs --hub_model_id") as info:
         TrainConfig(push_to_hub=True)
     assert info.value.parts == ()
