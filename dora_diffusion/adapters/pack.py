@@ -1,0 +1,105 @@
+"""Rows of a batch that use different ones of the K adapters of a pack.
+
+The number of operations, except products with W, does not depend on K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.adapters.flat import split_like
+from dora_diffusion.adapters.layout import VECTOR, Layout, Rows
+
+# Maximum number of cached selections of a layout.
+_KEPT = 8
+
+
+class PackRows:
+    """Selection of a layout's K adapters for the rows of a batch.
+
+    A layer gets ``down (N, r, in, *k)``, ``up (N, out, r)`` and vectors ``(N, n)`` (`RowOperation`),
+    or the tensors of one adapter if ``rows`` is a number.
+
+    Args:
+        layout: The layout.
+        rows: The adapters of the rows.
+    """
+
+    def __init__(self, layout: Layout, rows: Rows) -> None:
+        self._layout, self._rows, is_one = layout, rows, isinstance(rows, int)
+        self._is_whole = rows == tuple(range(layout.count))
+        self._index = torch.tensor([rows] if isinstance(rows, int) else rows).to(layout.device)
+        front = [] if is_one else [len(self._index)]
+        downs, ups, vectors = list[Tensor](), list[Tensor](), list[Tensor]()
+        for site in layout.sites:
+            ones = [1] * (site.weight.ndim - 2) if is_one else []
+            for views, shape in (
+                (downs, [site.rank, *site.weight.shape[1:]]),
+                (ups, [site.out, site.rank, *ones]),
+                (vectors, [site.width]),
+            ):
+                views.append(torch.empty([*front, *shape], device="meta"))
+        self._like = downs, ups, vectors, vectors
+
+    def views(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """View vectors for these rows as a tensor for each layer."""
+        pairs = zip(vectors, self._like, strict=False)
+        return [part for vector, like in pairs for part in split_like(vector, like)]
+
+    def gather(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return each layer's tensors for these rows, from vectors of all adapters."""
+        if self._is_whole:
+            return self.views(vectors)
+        tensors, layout = [], self._layout
+        for number, (vector, like) in enumerate(zip(vectors, self._like, strict=False)):
+            shapes = iter(like)
+            for group in layout.by_group(vector, min(number, VECTOR)):
+                adapters = group.unflatten(0, (-1, layout.count))
+                if isinstance(self._rows, int):
+                    selected = adapters[:, self._rows]
+                else:
+                    selected = adapters.index_select(1, self._index)
+                tensors += [part.view(next(shapes).shape) for part in selected.unbind()]
+        return tensors
+
+    def add_up(self, vectors: list[Tensor]) -> list[Tensor]:
+        """Return vectors of all adapters, each the sum over the rows that use it."""
+        if self._is_whole:
+            return vectors
+        layout = self._layout
+        sums = layout.new_vectors(layout.count, zero=True)
+        sums += [torch.zeros_like(layout.base) for _ in vectors[VECTOR:]]
+        for kind, (total, vector) in enumerate(zip(sums, vectors, strict=True)):
+            groups = layout.by_group(total, kind), layout.by_group(vector, kind, len(self._index))
+            for of_adapters, of_rows in zip(*groups, strict=True):
+                of_adapters.unflatten(0, (-1, layout.count)).index_add_(
+                    1, self._index, of_rows.unflatten(0, (-1, len(self._index)))
+                )
+        return sums
+
+
+def pack_rows(layout: Layout, rows: Rows) -> PackRows:
+    """Return the selection of a layout's adapters for these rows, cached."""
+    if rows not in layout.selections:
+        if len(layout.selections) == _KEPT:
+            layout.selections.clear()
+        layout.selections[rows] = PackRows(layout, rows)
+    selection: PackRows = layout.selections[rows]
+    return selection
+
+
+def pieces_of(layout: Layout, sums: Sequence[Tensor]) -> list[Tensor]:
+    """View sums with the shapes of `Layout.parameters`, which may have smaller ranks."""
+    groups = [g for kind, total in enumerate(sums[:VECTOR]) for g in layout.by_group(total, kind)]
+    pieces = [piece for group in groups for piece in group.unbind()]
+    for vector in sums[VECTOR:]:
+        pieces += torch.split(vector, layout.sizes)
+    return [
+        piece
+        if piece.shape == parameter.shape
+        else piece[: len(parameter), : parameter.shape[1:].numel()].view(parameter.shape)
+        for piece, parameter in zip(pieces, layout.parameters, strict=True)
+    ]
