@@ -78,7 +78,7 @@ class Buffers:
     def fill(self, plan: Plan) -> None:
         """Write the factors of a step."""
         (down, up, gain, shift), layout = self._factors, self._layout
-        assert plan.gain is not None
+        assert plan.scales is not None
         down.copy_(plan.down)
         layout.scale_rows(plan.up, plan.scales, out=up)
         gain.copy_(plan.gain)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_diffusion.adapters.flat import join
-from dora_diffusion.adapters.layout import Rows
+from dora_diffusion.adapters.layout import B, Rows
 from dora_diffusion.adapters.pack import pack_rows, pieces_of
 from dora_diffusion.adapters.plan import Collected, Plan
 from dora_diffusion.numerics.dora import Factors, direction_of
@@ -74,10 +74,12 @@ class Graph:
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
         """Return A, B, gain and shift of all layers, one field after the other."""
         plan, layout = self.plan, self._layout
-        up = plan.up.to(dtype) if not plan.scales else torch.empty_like(plan.up, dtype=dtype)
-        if plan.scales:
-            layout.scale_rows(plan.up, plan.scales, out=up)
-        vectors = [plan.down.to(dtype), up]
+        vectors = [plan.down.to(dtype)]
+        if plan.scales is None:
+            vectors.append(plan.up.to(dtype))
+        else:
+            vectors.append(torch.empty_like(plan.up, dtype=dtype))
+            layout.scale_rows(plan.up, plan.scales, out=vectors[B])
         if plan.gain is not None:
             vectors.append(plan.gain)
             if layout.bias is not None:

@@ -8,50 +8,23 @@ neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.flat import consecutive, join, split_like
-from dora_diffusion.adapters.shard import RowShard
 from dora_diffusion.adapters.site import Site
-from dora_diffusion.numerics.norms import widens
 from dora_diffusion.numerics.precision import upcast_dtype
 
 A, B, VECTOR = range(3)
 """Kinds of vectors: of all A, of all B, or of a number for each channel."""
 Rows = int | tuple[int, ...]
 """The index among K adapters for each row of a batch; a number if all rows have the same."""
-
-
-class Group(NamedTuple):
-    """Neighbours with equal rank, shape, scales and dtype, whose norms are computed together.
-
-    Attributes:
-        sites: The layers.
-        shapes: Shape of an adapter's part of each kind of vector: ``(r, in * k)``, ``(out, r)``
-            and ``(n,)``.
-        scale: ``s``; None if the K adapters of a layer differ in it.
-        widens: Whether products with the weights can be float32 (`norms.widens`).
-    """
-
-    sites: list[Site]
-    shapes: tuple[tuple[int, ...], ...]
-    scale: float | None
-    widens: bool
-
-    @classmethod
-    def of(cls, sites: Iterable[Site]) -> Group:
-        """Return the group of some layers."""
-        sites = list(sites)
-        weight, rank, scales = sites[0].weight, sites[0].rank, _scales_of(sites[:1])
-        shapes = (rank, weight.shape[1:].numel()), (sites[0].out, rank), (sites[0].width,)
-        return cls(sites, shapes, scales[0] if len(set(scales)) == 1 else None, widens(weight))
 
 
 class Layout:
@@ -63,8 +36,10 @@ class Layout:
         count: K.
         axis: Axis of the norm.
         has_gain: Whether the adapters are DoRA, not LoRA.
-        groups: The layers by shape.
-        scales: ``s`` for each rank's rows of B: a number, or ``(rows, 1)`` if adapters differ.
+        groups: Neighbours with equal rank, shape, scales and dtype, whose norms are computed
+            together.
+        ranks: Each rank with the number of its rows of B, which are one matrix.
+        scales: ``s`` of each row of B, ``(rows, 1)``; None if all are 1.
         widths: Number of magnitudes per adapter of each layer; 0 for LoRA.
         sizes: The same for each adapter of each layer.
         direct: Indices of layers that multiply by the gain in the graph (`Factors.gain_in_graph`).
@@ -74,6 +49,8 @@ class Layout:
         roles: All A, all B and all m, layer by layer and adapter by adapter.
         parameters: The same in one list.
         has_other_dtypes: Whether a parameter has another dtype than the norms.
+        is_padded: Whether the K adapters of a layer differ in rank.
+        anchor: Root of a graph that has no edges to the parameters.
         selections: Cache of `pack.pack_rows`.
     """
 
@@ -84,7 +61,7 @@ class Layout:
         first, self.count = adapters[0], len(sites[0].adapters)
         self.axis, self.has_gain = first.norm_axis, first.magnitude is not None
         self.dtype, self.device = upcast_dtype(sites[0].weight), sites[0].weight.device
-        self.groups = [Group.of(group) for _, group in groupby(sites, key=_kind)]
+        self.groups = [list(group) for _, group in groupby(sites, key=_kind)]
         self.widths = [site.width for site in sites]
         self.sizes = [width for width in self.widths for _ in range(self.count)]
         self.direct = {index for index, site in enumerate(sites) if site.gain_in_graph}
@@ -92,23 +69,19 @@ class Layout:
         self.roles = [a.down for a in adapters], [a.up for a in adapters], magnitudes
         self.parameters = [parameter for role in self.roles for parameter in role]
         self.has_other_dtypes = any(p.dtype != self.dtype for p in self.parameters)
+        self.is_padded = any(a.rank < site.rank for site in sites for a in site.adapters)
+        # Neighbours of equal rank; their B are the rows of one matrix.
+        ranks = groupby(sites, lambda site: site.rank)
+        self.ranks = [(rank, self.count * sum(site.out for site in group)) for rank, group in ranks]
+        rows = torch.tensor([len(adapter.up) for adapter in adapters])
+        scales = torch.tensor([adapter.scale for adapter in adapters], dtype=torch.float64)
+        row_scales = scales.repeat_interleave(rows)[:, None].to(self.dtype).to(self.device)
+        self.scales = None if bool((scales == 1).all()) else row_scales
+        self.anchor = torch.zeros((), requires_grad=True)
         self.selections: dict[Rows, Any] = {}
         self._memory: list[Tensor | None] = [None, None, None]
-        self._is_padded = any(a.rank < site.rank for site in sites for a in site.adapters)
-        # Neighbours of equal rank; their B are the rows of one matrix.
-        ranks = [(rank, list(group)) for rank, group in groupby(sites, lambda site: site.rank)]
-        self._ranks = [(rank, self.count * sum(s.out for s in group)) for rank, group in ranks]
-        self.scales = [self._row_scales_of(group) for _, group in ranks]
         self._new_bias()
         self.update_statistics()
-
-    def _row_scales_of(self, sites: Sequence[Site]) -> Tensor | float:
-        scales = _scales_of(sites)
-        if len(set(scales)) == 1:
-            return scales[0]
-        rows = torch.tensor([len(adapter.up) for site in sites for adapter in site.adapters])
-        row_scales = torch.tensor(scales, dtype=torch.float64).repeat_interleave(rows)[:, None]
-        return row_scales.to(self.dtype).to(self.device)
 
     def _new_bias(self) -> None:
         """Allocate the biases, which are read with one operation if they have the same dtype."""
@@ -142,16 +115,6 @@ class Layout:
             self.recorded = torch.cat([s.checksum for s in statistics])
             self.recorded_base = torch.cat(norms)
 
-    @property
-    def has_buffers(self) -> bool:
-        """True if the layers' factors can lie in `Buffers`: one DoRA each, on the output axis."""
-        return self.count == 1 and self.has_gain and self.axis == "output"
-
-    @cached_property
-    def anchor(self) -> Tensor:
-        """Root of a graph that has no edges to the parameters."""
-        return torch.zeros((), requires_grad=True)
-
     # Parameters to vectors
 
     def read_in_place(self) -> None:
@@ -167,38 +130,27 @@ class Layout:
     @torch.no_grad()
     def joined_factors(self) -> Sequence[Tensor]:
         """Return the vectors of all A and all B, padded with zeros to the rank of each layer."""
-        if not self._is_padded:
+        if not self.is_padded:
             return self.joined(A), self.joined(B)
-        sizes = self._numbers_of(self.count)
-        vectors = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device).split(sizes)
-        sources = [factor.flatten(1) for role in self.roles[:VECTOR] for factor in role]
+        vectors = self.new_vectors(self.count, zero=True)
         groups = [g for kind, vector in enumerate(vectors) for g in self.by_group(vector, kind)]
+        sources = [factor.flatten(1) for role in self.roles[:VECTOR] for factor in role]
         pairs = zip((part for group in groups for part in group), sources, strict=True)
-        targets = [part[: len(source), : source.shape[1]] for part, source in pairs]
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_([part[: len(s), : s.shape[1]] for part, s in pairs], sources)
         return vectors
 
-    def row_scales(self, gain: Tensor | None) -> list[Any]:
-        """Return the scales of each rank's rows of B: ``g s`` on the output axis, else ``s``.
+    def row_scales(self, gain: Tensor | None) -> Tensor | None:
+        """Return the scales of B's rows: ``g s`` on the output axis, else `scales`."""
+        if gain is None or self.axis == "input":
+            return self.scales
+        return gain[:, None] if self.scales is None else gain[:, None] * self.scales
 
-        Empty if they are all 1.
-        """
-        scales: list[Any] = self.scales
-        if gain is not None and self.axis == "output":
-            gains = torch.split(gain[:, None], [rows for _, rows in self._ranks])
-            pairs = zip(gains, scales, strict=True)
-            scales = [gain if _is_one(scale) else gain * scale for gain, scale in pairs]
-        return [] if all(map(_is_one, scales)) else scales
-
-    def scale_rows(self, up: Tensor, scales: Sequence[Any], out: Tensor) -> None:
-        """Multiply each rank's rows of B by their scales. ``out`` may be ``up``."""
-        for scale, source, target in zip(scales, *map(self._by_rank, (up, out)), strict=True):
-            if up is not out or not _is_one(scale):
-                torch.mul(source, scale, out=target)
-
-    def _by_rank(self, up: Tensor) -> list[Tensor]:
-        parts = torch.split(up, [rank * rows for rank, rows in self._ranks])
-        return [part.view(-1, rank) for part, (rank, _) in zip(parts, self._ranks, strict=True)]
+    def scale_rows(self, up: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Multiply the rows of B by their scales. ``out`` may be ``up``."""
+        parts = [torch.split(v, [rank * rows for rank, rows in self.ranks]) for v in (up, out)]
+        of_ranks = torch.split(scales, [rows for _, rows in self.ranks])
+        for (rank, _), source, target, scale in zip(self.ranks, *parts, of_ranks, strict=True):
+            torch.mul(source.view(-1, rank), scale, out=target.view(-1, rank))
 
     # Vectors to layers
 
@@ -212,16 +164,12 @@ class Layout:
             zero: Fill them with zeros.
             dtype: Dtype. Default: that of the norms.
         """
-        new = torch.zeros if zero else torch.empty
-        sizes = self._numbers_of(count)
-        return [new(size, dtype=dtype or self.dtype, device=self.device) for size in sizes]
-
-    def _numbers_of(self, count: int) -> list[int]:
-        """Return the lengths of the vectors of A and B with so many adapters per layer."""
-        return [sum(prod(shape) for shape in self._shapes(kind, count)) for kind in (A, B)]
+        new = partial(torch.zeros if zero else torch.empty, device=self.device)
+        sizes = [sum(map(prod, self._shapes(kind, count))) for kind in (A, B)]
+        return [new(size, dtype=dtype or self.dtype) for size in sizes]
 
     def _shapes(self, kind: int, count: int) -> list[tuple[int, ...]]:
-        return [(len(group.sites) * count, *group.shapes[kind]) for group in self.groups]
+        return [(len(group) * count, *group[0].shapes[kind]) for group in self.groups]
 
     def by_group(self, vector: Tensor, kind: int, count: int | None = None) -> list[Tensor]:
         """View a vector as a tensor for each group, with an entry per adapter of each layer.
@@ -234,14 +182,6 @@ class Layout:
         shapes = self._shapes(kind, count or self.count)
         parts = torch.split(vector, [prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    def local_by_group(self, vector: Tensor, kind: int) -> list[Tensor]:
-        """`by_group` of all A or B, with the rows of B that this process holds of the weights."""
-        parts = self.by_group(vector, kind)
-        if kind == A or self.sites[0].shard is None:
-            return parts
-        shards = [cast(RowShard, group.sites[0].shard) for group in self.groups]
-        return [shard.own(part, 1) for shard, part in zip(shards, parts, strict=True)]
 
     def views(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """View vectors of A, B and any others as a tensor for each layer with one adapter.
@@ -294,12 +234,5 @@ def _kind(site: Site) -> tuple[Any, ...]:
     """Return the sort key of layers; those with equal keys have their norms computed together."""
     # The whole weight's shape, since processes that share it must agree on the order.
     shape = site.out, *site.weight.shape[1:]
-    return site.rank, shape, tuple(_scales_of([site])), str(site.weight.dtype)
-
-
-def _scales_of(sites: Iterable[Site]) -> list[float]:
-    return [adapter.scale for site in sites for adapter in site.adapters]
-
-
-def _is_one(scale: Tensor | float) -> bool:
-    return isinstance(scale, float) and scale == 1
+    scales = tuple(adapter.scale for adapter in site.adapters)
+    return site.rank, shape, scales, str(site.weight.dtype)

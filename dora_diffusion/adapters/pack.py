@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.flat import split_like
 from dora_diffusion.adapters.layout import VECTOR, Layout, Rows
 
 # Maximum number of cached selections of a layout.
@@ -29,40 +28,44 @@ class PackRows:
     """
 
     def __init__(self, layout: Layout, rows: Rows) -> None:
-        self._layout, self._rows, is_one = layout, rows, isinstance(rows, int)
+        self._layout, self._is_one = layout, isinstance(rows, int)
         self._is_whole = rows == tuple(range(layout.count))
         self._index = torch.tensor([rows] if isinstance(rows, int) else rows).to(layout.device)
-        front = [] if is_one else [len(self._index)]
-        downs, ups, vectors = list[Tensor](), list[Tensor](), list[Tensor]()
-        for site in layout.sites:
-            ones = [1] * (site.weight.ndim - 2) if is_one else []
-            for views, shape in (
-                (downs, [site.rank, *site.weight.shape[1:]]),
-                (ups, [site.out, site.rank, *ones]),
-                (vectors, [site.width]),
-            ):
-                views.append(torch.empty([*front, *shape], device="meta"))
-        self._like = downs, ups, vectors, vectors
+        self._selected = rows if isinstance(rows, int) else self._index
 
     def views(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """View vectors for these rows as a tensor for each layer."""
-        pairs = zip(vectors, self._like, strict=False)
-        return [part for vector, like in pairs for part in split_like(vector, like)]
+        return self._of_layers(vectors, len(self._index), 0 if self._is_one else None)
 
     def gather(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return each layer's tensors for these rows, from vectors of all adapters."""
         if self._is_whole:
             return self.views(vectors)
-        tensors, layout = [], self._layout
-        for number, (vector, like) in enumerate(zip(vectors, self._like, strict=False)):
-            shapes = iter(like)
-            for group in layout.by_group(vector, min(number, VECTOR)):
-                adapters = group.unflatten(0, (-1, layout.count))
-                if isinstance(self._rows, int):
-                    selected = adapters[:, self._rows]
-                else:
-                    selected = adapters.index_select(1, self._index)
-                tensors += [part.view(next(shapes).shape) for part in selected.unbind()]
+        return self._of_layers(vectors, self._layout.count, self._selected)
+
+    def _of_layers(
+        self, vectors: Sequence[Tensor], count: int, selected: int | Tensor | None
+    ) -> list[Tensor]:
+        """Return each layer's tensors, from vectors of so many adapters per layer.
+
+        Args:
+            vectors: The vectors.
+            count: The number of adapters.
+            selected: Index of one of them, or a vector of indices. None: all.
+        """
+        tensors = list[Tensor]()
+        for number, vector in enumerate(vectors):
+            groups = self._layout.by_group(vector, min(number, VECTOR), count)
+            for (site, *_), entries in zip(self._layout.groups, groups, strict=True):
+                ones = [1] * (site.weight.ndim - 2) if self._is_one else []
+                shapes = (site.rank, *site.weight.shape[1:]), (site.out, site.rank, *ones)
+                shape = [*shapes, (site.width,)][min(number, VECTOR)]
+                of_layers = entries.view(-1, count, *shape)
+                if isinstance(selected, int):
+                    of_layers = of_layers[:, selected]
+                elif selected is not None:
+                    of_layers = of_layers.index_select(1, selected)
+                tensors += of_layers.unbind()
         return tensors
 
     def add_up(self, vectors: list[Tensor]) -> list[Tensor]:

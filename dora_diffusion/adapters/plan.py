@@ -10,7 +10,7 @@ gradients of all factors become those of the parameters at once.
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from dora_diffusion.numerics.norms import (
     is_ill_conditioned,
     norm_terms,
     parts_of,
+    widens,
 )
 from dora_diffusion.numerics.precision import full_precision
 
@@ -78,8 +79,8 @@ class Plan:
     def __init__(self, layout: Layout, flags: DeferredFlags | None = None) -> None:
         self.layout, self.direct = layout, set(layout.direct)
         self.down, self.up = layout.joined_factors()
-        self.norm: Tensor | None = None
-        self.gain: Tensor | None = None
+        self.norm: Any = None
+        self.gain: Any = None
         if layout.has_gain:
             with full_precision(layout.device):
                 layout.update_bias()
@@ -115,25 +116,31 @@ class Plan:
     def _terms(self) -> Terms:
         """Return the terms of all channels."""
         layout, axis, up = self.layout, self.layout.axis, self.up
-        scales = [group.scale for group in layout.groups]
-        if None in scales:  # The adapters of a layer differ in it: multiply B.
-            up, scales = torch.empty_like(up), [1.0] * len(scales)
+        scales = [{adapter.scale for adapter in group[0].adapters} for group in layout.groups]
+        if layout.scales is not None and any(len(distinct) > 1 for distinct in scales):
+            up, scales = torch.empty_like(up), [{1.0}] * len(scales)
             layout.scale_rows(self.up, layout.scales, out=up)
-        factors = [layout.local_by_group(*pair) for pair in ((self.down, A), (up, B))]
-        vector, kind = (self.down, A) if axis == "output" else (up, B)
-        parts = parts_of(vector) if any(group.widens for group in layout.groups) else []
-        splits = [layout.local_by_group(part, kind) for part in parts]
+        kind = A if axis == "output" else B
+        are_wide = [widens(group[0].weight) for group in layout.groups]
+        parts = parts_of((self.down, up)[kind]) if any(are_wide) else []
+        kinds = [A, B, *[kind for _ in parts]]
+        views = map(layout.by_group, (self.down, up, *parts), kinds)
         terms = []
-        for number, (group, scale) in enumerate(zip(layout.groups, scales, strict=True)):
-            multipliers = splits if group.widens else [factors[kind]]
+        for group, is_wide, (scale,), *factors in zip(
+            layout.groups, are_wide, scales, *views, strict=True
+        ):
+            if (shard := group[0].shard) is not None:
+                factors = [
+                    f if k == A else shard.own(f, 1) for f, k in zip(factors, kinds, strict=True)
+                ]
             of_group: Sequence[Tensor] = norm_terms(
-                [site.weight for site in group.sites],
-                *(factor[number] for factor in factors),
-                cast(float, scale),
+                [site.weight for site in group],
+                *factors[:VECTOR],
+                scale,
                 axis,
-                [part[number] for part in multipliers],
+                factors[VECTOR:] if is_wide else [factors[kind]],
             )
-            if (shard := group.sites[0].shard) is not None:
+            if shard is not None:
                 of_group = [shard.partial_sum(term, axis) for term in of_group]
             terms.append([term.flatten() for term in of_group])
         joined = Terms(*map(torch.cat, zip(*terms, strict=True)))
@@ -142,8 +149,6 @@ class Plan:
     def _recompute(self, number: int) -> None:
         """Recompute norm and gain of a flagged adapter, from its dense weight if necessary."""
         index, k = divmod(number, self.layout.count)
-        assert self.norm is not None
-        assert self.gain is not None
         pair = (torch.split(all_, self.layout.sizes)[number] for all_ in (self.norm, self.gain))
         (norm, gain), site = pair, self.layout.sites[index]
         weights, statistics = site.adapters[k], site.statistics
@@ -163,7 +168,7 @@ class Plan:
     def gradients(self, collected: Collected) -> list[Tensor | None]:
         """Return the gradients of the layout's parameters. The sums are changed in place."""
         (sums, pieces, used), layout = collected, self.layout
-        if self.scales:
+        if self.scales is not None:
             layout.scale_rows(sums[B], self.scales, out=sums[B])
         if layout.has_gain:
             self._divide(sums[VECTOR])
@@ -184,8 +189,6 @@ class Plan:
         axis the sum is over ``g x`` times its gradient. For direct layers the sum is dm times the
         norm.
         """
-        assert self.gain is not None
-        assert self.norm is not None
         layout = self.layout
         gain = self.gain.masked_fill(self.gain == 0, 1)
         if self.direct:

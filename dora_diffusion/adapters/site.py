@@ -73,6 +73,12 @@ class Site(NamedTuple):
         return len(self.weight) if self.shard is None else self.shard.out
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of an adapter's part of a vector of A, of B, and over channels (`Layout`)."""
+        ins = self.weight.shape[1:].numel()
+        return (self.rank, ins), (self.out, self.rank), (self.width,)
+
+    @property
     def width(self) -> int:
         """Number of magnitudes of an adapter."""
         first = self.adapters[0]

@@ -143,44 +143,36 @@ class AdapterStack:
 
     def _make_ready(self, dtype: torch.dtype) -> None:
         """Compute the factors of all layers in a dtype, for rows that use one adapter."""
-        entries, unserved = self._made[self.rows], []
         for graph in self._graphs:
             plan, layout = graph.plan, graph.plan.layout
-            if not layout.has_buffers or not self._layouts.is_kept:
-                unserved.append(graph)
+            is_one_dora = layout.count == 1 and layout.has_gain and layout.axis == "output"
+            if not is_one_dora or not self._layouts.is_kept:
+                self._make(graph, dtype)
                 continue
             if layout not in self._buffers:
                 routes = enumerate(self._routes[number] for number in layout.numbers)
-                operations = {
+                fusible = {
                     i: r.op for i, r in routes if r.plain_dtype == dtype and is_fusible(r.op)
                 }
-                self._buffers[layout] = Buffers(layout, dtype, operations, self._memory)
-            buffers = self._buffers[layout]
-            buffers.fill(plan)
-            for index, forward in buffers.forwards.items():
+                self._buffers[layout] = Buffers(layout, dtype, fusible, self._memory)
+            self._buffers[layout].fill(plan)
+            for index, forward in self._buffers[layout].forwards.items():
                 if index not in plan.direct:
-                    entries[layout.numbers[index]][1][dtype] = forward
-        self.make(dtype, unserved)
+                    self._made[self.rows][layout.numbers[index]][1][dtype] = forward
 
-    def make(self, dtype: torch.dtype, graphs: Sequence[Graph] | None = None) -> None:
-        """Compute the factors of all layers in a dtype, for the current rows.
+    def make(self, dtype: torch.dtype) -> None:
+        """Compute the factors of all layers in a dtype, for the current rows."""
+        for graph in self._graphs:
+            self._make(graph, dtype)
 
-        Args:
-            dtype: The dtype.
-            graphs: Graphs of the layers; None: all.
-        """
-        entries, has_one = self._made[self.rows], isinstance(self.rows, int)
-        for graph in self._graphs if graphs is None else graphs:
-            factors = graph.factors(dtype, self.rows)
-            for number, layer_factors in zip(graph.plan.layout.numbers, factors, strict=True):
-                route, (factors_by_dtype, ready) = self._routes[number], entries[number]
-                factors_by_dtype[dtype] = layer_factors
-                if has_one and route.plain_dtype == dtype:
-                    op, matrix, bias = route.op, route.matrix, route.layer.bias
-                    forward = partial(
-                        dora_forward, op, weight=matrix, bias=bias, factors=layer_factors
-                    )
-                    ready.setdefault(dtype, forward)
+    def _make(self, graph: Graph, dtype: torch.dtype) -> None:
+        pairs = zip(graph.plan.layout.numbers, graph.factors(dtype, self.rows), strict=True)
+        for number, factors in pairs:
+            route, (factors_by_dtype, ready) = self._routes[number], self._made[self.rows][number]
+            factors_by_dtype[dtype] = factors
+            if isinstance(self.rows, int) and route.plain_dtype == dtype:
+                weights = {"weight": route.matrix, "bias": route.layer.bias, "factors": factors}
+                ready.setdefault(dtype, partial(dora_forward, route.op, **weights))
 
 
 def _fits_pack(layer: AdaptedLayer, group: Sequence[LayerAdapter]) -> bool:
