@@ -48,28 +48,24 @@ class Graph:
             flat: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, *start)  # type: ignore[no-untyped-call]
         fields: list[Any] = [flat[i : i + count] for i in range(0, len(flat), count)]
         fields += [[None] * count] * (4 - len(fields))  # LoRA has no gains and shifts.
-        return [
-            Factors(
-                down,
-                up,
-                gain,
-                None if bias is None else shift,
-                bias,
-                layout.axis,
-                index in self.plan.direct,
-                self._direction(index, rows, dtype) if index in self.plan.direct else None,
-            )
-            for index, (down, up, gain, shift, bias) in enumerate(
-                zip(*fields, layout.biases, strict=True)
-            )
-        ]
+        factors = []
+        for index, (down, up, gain, shift, bias) in enumerate(
+            zip(*fields, layout.biases, strict=True)
+        ):
+            direct = self._direct(index, rows, dtype)
+            shift = None if bias is None else shift
+            factors.append(Factors(down, up, gain, shift, bias, layout.axis, *direct))
+        return factors
 
-    def _direction(self, index: int, rows: Rows, dtype: torch.dtype) -> Tensor | None:
-        """Return `direction_of` a layer with one adapter for all rows; None if it is sharded."""
-        site = self._layout.sites[index]
-        if site.shard or not isinstance(rows, int):
-            return None
-        return direction_of(site.weight, site.adapters[rows], dtype)
+    def _direct(self, index: int, rows: Rows, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
+        """Return whether a layer is direct, and its `direction_of` if one adapter is for all rows.
+
+        The layer itself computes the direction of a sharded weight, when it is whole.
+        """
+        is_direct, site = index in self.plan.direct, self._layout.sites[index]
+        if not is_direct or site.shard or not isinstance(rows, int):
+            return is_direct, None
+        return True, direction_of(site.weight, site.adapters[rows], dtype)
 
     def prepared(self, dtype: torch.dtype, rows: Rows) -> list[Tensor]:
         """Return A, B, gain and shift of all layers, one field after the other."""

@@ -73,10 +73,13 @@ class Layout:
         # Neighbours of equal rank; their B are the rows of one matrix.
         ranks = groupby(sites, lambda site: site.rank)
         self.ranks = [(rank, self.count * sum(site.out for site in group)) for rank, group in ranks]
-        rows = torch.tensor([len(adapter.up) for adapter in adapters])
-        scales = torch.tensor([adapter.scale for adapter in adapters], dtype=torch.float64)
-        row_scales = scales.repeat_interleave(rows)[:, None].to(self.dtype).to(self.device)
-        self.scales = None if bool((scales == 1).all()) else row_scales
+        self.scales: Tensor | None = None
+        if any(adapter.scale != 1 for adapter in adapters):
+            pairs = [(adapter.scale, len(adapter.up)) for adapter in adapters]
+            scales, rows = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+            total = sum(rows for _, rows in self.ranks)
+            scales = scales.repeat_interleave(rows.long(), output_size=total)[:, None]
+            self.scales = scales.to(self.dtype).to(self.device)
         self.anchor = torch.zeros((), requires_grad=True)
         self.selections: dict[Rows, Any] = {}
         self._memory: list[Tensor | None] = [None, None, None]
@@ -89,9 +92,8 @@ class Layout:
         biases = [site.bias if is_scaled else None for site in self.sites]
         self.bias: Tensor | None = None
         self.biases: list[Tensor | None] = [None for _ in biases]
-        first = next((bias for bias in biases if bias is not None), None)
-        if first is not None:
-            zeros = torch.zeros(max(self.widths), dtype=first.dtype, device=self.device)
+        if dtypes := [bias.dtype for bias in biases if bias is not None]:
+            zeros = torch.zeros(max(self.widths), dtype=dtypes[0], device=self.device)
             pairs = zip(biases, self.widths, strict=True)
             vectors = [zeros[:width] if bias is None else bias for bias, width in pairs]
             self._bias_vectors = [vector for vector in vectors for _ in range(self.count)]
@@ -126,18 +128,6 @@ class Layout:
         """Return the vector of all A, B or m."""
         memory = self._memory[kind]
         return (join(self.roles[kind]) if memory is None else memory).to(self.dtype)
-
-    @torch.no_grad()
-    def joined_factors(self) -> Sequence[Tensor]:
-        """Return the vectors of all A and all B, padded with zeros to the rank of each layer."""
-        if not self.is_padded:
-            return self.joined(A), self.joined(B)
-        vectors = self.new_vectors(self.count, zero=True)
-        groups = [g for kind, vector in enumerate(vectors) for g in self.by_group(vector, kind)]
-        sources = [factor.flatten(1) for role in self.roles[:VECTOR] for factor in role]
-        pairs = zip((part for group in groups for part in group), sources, strict=True)
-        torch._foreach_copy_([part[: len(s), : s.shape[1]] for part, s in pairs], sources)
-        return vectors
 
     def row_scales(self, gain: Tensor | None) -> Tensor | None:
         """Return the scales of B's rows: ``g s`` on the output axis, else `scales`."""

@@ -12,14 +12,11 @@ from torch import Tensor
 
 from dora_diffusion.adapters.layout import VECTOR, Layout, Rows
 
-# Maximum number of cached selections of a layout.
-_KEPT = 8
-
 
 class PackRows:
     """Selection of a layout's K adapters for the rows of a batch.
 
-    A layer gets ``down (N, r, in, *k)``, ``up (N, out, r)`` and vectors ``(N, n)`` (`RowOperation`),
+    Layers get ``down (N, r, in, *k)``, ``up (N, out, r)`` and vectors ``(N, n)`` (`RowOperation`),
     or the tensors of one adapter if ``rows`` is a number.
 
     Args:
@@ -87,11 +84,20 @@ class PackRows:
 def pack_rows(layout: Layout, rows: Rows) -> PackRows:
     """Return the selection of a layout's adapters for these rows, cached."""
     if rows not in layout.selections:
-        if len(layout.selections) == _KEPT:
-            layout.selections.clear()
         layout.selections[rows] = PackRows(layout, rows)
     selection: PackRows = layout.selections[rows]
     return selection
+
+
+@torch.no_grad()
+def padded_factors(layout: Layout) -> list[Tensor]:
+    """Return the vectors of all A and all B, padded with zeros to the largest rank of a layer."""
+    vectors = layout.new_vectors(layout.count, zero=True)
+    groups = [g for kind, vector in enumerate(vectors) for g in layout.by_group(vector, kind)]
+    sources = [factor.flatten(1) for role in layout.roles[:VECTOR] for factor in role]
+    pairs = zip((part for group in groups for part in group), sources, strict=True)
+    torch._foreach_copy_([part[: len(s), : s.shape[1]] for part, s in pairs], sources)
+    return vectors
 
 
 def pieces_of(layout: Layout, sums: Sequence[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.flags import DeferredFlags
 from dora_diffusion.adapters.layout import VECTOR, A, B, Layout
+from dora_diffusion.adapters.pack import padded_factors
 from dora_diffusion.numerics.dora import NORM_FLOOR
 from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.norms import (
@@ -78,7 +79,8 @@ class Plan:
     @torch.no_grad()
     def __init__(self, layout: Layout, flags: DeferredFlags | None = None) -> None:
         self.layout, self.direct = layout, set(layout.direct)
-        self.down, self.up = layout.joined_factors()
+        pair = padded_factors(layout) if layout.is_padded else map(layout.joined, (A, B))
+        self.down, self.up = pair
         self.norm: Any = None
         self.gain: Any = None
         if layout.has_gain:
@@ -177,9 +179,9 @@ class Plan:
             pairs = zip(pieces, layout.parameters, strict=True)
             gradients = [piece.to(parameter.dtype) for piece, parameter in pairs]
         if len(used) < len(layout.sites):
-            for number in range(len(gradients)):
-                if number % len(layout.sizes) // layout.count not in used:
-                    gradients[number] = None
+            layers = (n % len(layout.sizes) // layout.count for n in range(len(gradients)))
+            pairs = zip(layers, gradients, strict=True)
+            gradients = [gradient if layer in used else None for layer, gradient in pairs]
         return gradients
 
     def _divide(self, total: Tensor) -> None:
