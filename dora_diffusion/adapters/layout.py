@@ -180,7 +180,7 @@ class Layout:
         """
         pairs = zip(vectors, self.roles[:VECTOR], strict=False)
         views = [part for vector, role in pairs for part in split_like(vector, role)]
-        return views + [p for v in vectors[VECTOR:] for p in v.detach().split(self.widths)]
+        return views + [p for v in vectors[VECTOR:] for p in torch.split(v.detach(), self.widths)]
 
     def with_zeros(self, vectors: Sequence[Tensor | None], count: int = 1) -> list[Tensor]:
         """Replace None among the vectors of layers, for so many adapters each, by zeros."""

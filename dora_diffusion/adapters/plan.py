@@ -48,12 +48,12 @@ class Collected(NamedTuple):
         used: Indices of the layers that a backward pass has reached.
     """
 
-    sums: Sequence[Tensor]
+    sums: list[Tensor]
     pieces: Sequence[Tensor]
     used: Set[int]
 
 
-NOTHING = Collected((), (), frozenset())
+NOTHING = Collected([], (), frozenset())
 
 
 class Plan:
@@ -135,13 +135,9 @@ class Plan:
                 factors = [
                     f if k == A else shard.own(f, 1) for f, k in zip(factors, kinds, strict=True)
                 ]
-            of_group: Sequence[Tensor] = norm_terms(
-                [site.weight for site in group],
-                *factors[:VECTOR],
-                scale,
-                axis,
-                factors[VECTOR:] if is_wide else [factors[kind]],
-            )
+            weights, (down, up, *splits) = [site.weight for site in group], factors
+            multipliers = splits if is_wide else [factors[kind]]
+            of_group: Sequence[Tensor] = norm_terms(weights, down, up, scale, axis, multipliers)
             if shard is not None:
                 of_group = [shard.partial_sum(term, axis) for term in of_group]
             terms.append([term.flatten() for term in of_group])
@@ -179,9 +175,9 @@ class Plan:
             pairs = zip(pieces, layout.parameters, strict=True)
             gradients = [piece.to(parameter.dtype) for piece, parameter in pairs]
         if len(used) < len(layout.sites):
-            layers = (n % len(layout.sizes) // layout.count for n in range(len(gradients)))
-            pairs = zip(layers, gradients, strict=True)
-            gradients = [gradient if layer in used else None for layer, gradient in pairs]
+            for number in range(len(gradients)):
+                if number % len(layout.sizes) // layout.count not in used:
+                    gradients[number] = None
         return gradients
 
     def _divide(self, total: Tensor) -> None:
@@ -215,4 +211,4 @@ class Plan:
             elif gradient is not None:
                 parameter.grad = gradient
         if derived:
-            torch.autograd.backward(*zip(*derived, strict=True))
+            torch.autograd.backward([p for p, _ in derived], [gradient for _, gradient in derived])

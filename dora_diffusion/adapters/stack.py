@@ -171,8 +171,9 @@ class AdapterStack:
             route, (factors_by_dtype, ready) = self._routes[number], self._made[self.rows][number]
             factors_by_dtype[dtype] = factors
             if isinstance(self.rows, int) and route.plain_dtype == dtype:
-                weights = {"weight": route.matrix, "bias": route.layer.bias, "factors": factors}
-                ready.setdefault(dtype, partial(dora_forward, route.op, **weights))
+                op, bias = route.op, route.layer.bias
+                forward = partial(dora_forward, op, weight=route.matrix, bias=bias, factors=factors)
+                ready.setdefault(dtype, forward)
 
 
 def _fits_pack(layer: AdaptedLayer, group: Sequence[LayerAdapter]) -> bool:
