@@ -118,26 +118,26 @@ class Plan:
     def _terms(self) -> Terms:
         """Return the terms of all channels."""
         layout, axis, up = self.layout, self.layout.axis, self.up
-        scales = [{adapter.scale for adapter in group[0].adapters} for group in layout.groups]
-        if layout.scales is not None and any(len(distinct) > 1 for distinct in scales):
-            up, scales = torch.empty_like(up), [{1.0}] * len(scales)
+        differ = any(len({a.scale for a in group[0].adapters}) > 1 for group in layout.groups)
+        if differ:  # The K adapters of a layer: multiply B by their scales.
+            assert layout.scales is not None
+            up = torch.empty_like(up)
             layout.scale_rows(self.up, layout.scales, out=up)
         kind = A if axis == "output" else B
-        are_wide = [widens(group[0].weight) for group in layout.groups]
-        parts = parts_of((self.down, up)[kind]) if any(are_wide) else []
+        is_any_wide = any(widens(group[0].weight) for group in layout.groups)
+        parts = parts_of((self.down, up)[kind]) if is_any_wide else []
         kinds = [A, B, *[kind for _ in parts]]
         views = map(layout.by_group, (self.down, up, *parts), kinds)
         terms = []
-        for group, is_wide, (scale,), *factors in zip(
-            layout.groups, are_wide, scales, *views, strict=True
-        ):
-            if (shard := group[0].shard) is not None:
-                factors = [
-                    f if k == A else shard.own(f, 1) for f, k in zip(factors, kinds, strict=True)
-                ]
-            weights, (down, up, *splits) = [site.weight for site in group], factors
-            multipliers = splits if is_wide else [factors[kind]]
-            of_group: Sequence[Tensor] = norm_terms(weights, down, up, scale, axis, multipliers)
+        for group, *factors in zip(layout.groups, *views, strict=True):
+            weights, first, shard = [site.weight for site in group], group[0], group[0].shard
+            if shard is not None:
+                pairs = zip(factors, kinds, strict=True)
+                factors = [f if role == A else shard.own(f, 1) for f, role in pairs]
+            downs, ups, *splits = factors
+            multipliers = splits if widens(first.weight) else [factors[kind]]
+            scale = 1.0 if differ else first.adapters[0].scale
+            of_group: Sequence[Tensor] = norm_terms(weights, downs, ups, scale, axis, multipliers)
             if shard is not None:
                 of_group = [shard.partial_sum(term, axis) for term in of_group]
             terms.append([term.flatten() for term in of_group])
