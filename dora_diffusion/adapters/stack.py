@@ -30,6 +30,8 @@ BASE: Rows = ()
 """Rows of a batch of any size without adapters."""
 Entry = tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]
 """A layer's factors for some rows by dtype, and its `Route.ready`."""
+_NOTHING: Entry = {}, {}
+"""A layer's entry for the base, always empty."""
 
 
 class AdapterStack:
@@ -137,7 +139,7 @@ class AdapterStack:
     def _choose(self, rows: Rows) -> None:
         self.rows = rows
         if rows not in self._made:
-            self._made[rows] = [({}, {}) for _ in self.layers]
+            self._made[rows] = [_NOTHING if rows == BASE else ({}, {}) for _ in self.layers]
         for route, entry in zip(self._routes, self._made[rows], strict=True):
             route.factors_by_dtype, route.ready = entry
 
