@@ -75,9 +75,9 @@ class PackRows:
         for kind, (total, vector) in enumerate(zip(sums, vectors, strict=True)):
             groups = layout.by_group(total, kind), layout.by_group(vector, kind, len(self._index))
             for of_adapters, of_rows in zip(*groups, strict=True):
-                of_adapters.unflatten(0, (-1, layout.count)).index_add_(
-                    1, self._index, of_rows.unflatten(0, (-1, len(self._index)))
-                )
+                sums_of_layers = torch.unflatten(of_adapters, 0, (-1, layout.count))
+                rows_of_layers = torch.unflatten(of_rows, 0, (-1, len(self._index)))
+                sums_of_layers.index_add_(1, self._index, rows_of_layers)
         return sums
 
 
