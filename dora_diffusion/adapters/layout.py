@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.flat import consecutive, join, split_like
 from dora_diffusion.adapters.site import Site
+from dora_diffusion.numerics.norms import widens
 from dora_diffusion.numerics.precision import upcast_dtype
 
 A, B, VECTOR = range(3)
@@ -38,6 +39,9 @@ class Layout:
         has_gain: Whether the adapters are DoRA, not LoRA.
         groups: Neighbours with equal rank, shape, scales and dtype, whose norms are computed
             together.
+        shapes: `Site.shapes` of each group.
+        widens: Whether products with the weights of a group can be float32 (`norms.widens`).
+        group_scales: ``s`` of each group; None if the K adapters of a layer differ in it.
         ranks: Each rank with the number of its rows of B, which are one matrix.
         scales: ``s`` of each row of B, ``(rows, 1)``; None if all are 1.
         widths: Number of magnitudes per adapter of each layer; 0 for LoRA.
@@ -62,6 +66,10 @@ class Layout:
         self.axis, self.has_gain = first.norm_axis, first.magnitude is not None
         self.dtype, self.device = upcast_dtype(sites[0].weight), sites[0].weight.device
         self.groups = [list(group) for _, group in groupby(sites, key=_kind)]
+        self.shapes = [group[0].shapes for group in self.groups]
+        self.widens = [widens(group[0].weight) for group in self.groups]
+        scales = [{adapter.scale for adapter in group[0].adapters} for group in self.groups]
+        self.group_scales = [distinct.pop() if len(distinct) == 1 else None for distinct in scales]
         self.widths = [site.width for site in sites]
         self.sizes = [width for width in self.widths for _ in range(self.count)]
         self.direct = {index for index, site in enumerate(sites) if site.gain_in_graph}
@@ -76,10 +84,10 @@ class Layout:
         self.scales: Tensor | None = None
         if any(adapter.scale != 1 for adapter in adapters):
             pairs = [(adapter.scale, len(adapter.up)) for adapter in adapters]
-            scales, rows = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+            values, rows = torch.tensor(pairs, dtype=torch.float64).unbind(1)
             total = sum(rows for _, rows in self.ranks)
-            scales = scales.repeat_interleave(rows.long(), output_size=total)[:, None]
-            self.scales = scales.to(self.dtype).to(self.device)
+            values = values.repeat_interleave(rows.long(), output_size=total)
+            self.scales = values[:, None].to(self.dtype).to(self.device)
         self.anchor = torch.zeros((), requires_grad=True)
         self.selections: dict[Rows, Any] = {}
         self._memory: list[Tensor | None] = [None, None, None]
@@ -159,7 +167,8 @@ class Layout:
         return [new(size, dtype=dtype or self.dtype) for size in sizes]
 
     def _shapes(self, kind: int, count: int) -> list[tuple[int, ...]]:
-        return [(len(group) * count, *group[0].shapes[kind]) for group in self.groups]
+        pairs = zip(self.groups, self.shapes, strict=True)
+        return [(len(group) * count, *shapes[kind]) for group, shapes in pairs]
 
     def by_group(self, vector: Tensor, kind: int, count: int | None = None) -> list[Tensor]:
         """View a vector as a tensor for each group, with an entry per adapter of each layer.

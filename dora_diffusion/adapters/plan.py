@@ -26,7 +26,6 @@ from dora_diffusion.numerics.norms import (
     is_ill_conditioned,
     norm_terms,
     parts_of,
-    widens,
 )
 from dora_diffusion.numerics.precision import full_precision
 
@@ -118,25 +117,21 @@ class Plan:
     def _terms(self) -> Terms:
         """Return the terms of all channels."""
         layout, axis, up = self.layout, self.layout.axis, self.up
-        differ = any(len({a.scale for a in group[0].adapters}) > 1 for group in layout.groups)
-        if differ:  # The K adapters of a layer: multiply B by their scales.
-            assert layout.scales is not None
-            up = torch.empty_like(up)
+        scales: Sequence[Any] = layout.group_scales
+        if None in scales and layout.scales is not None:  # Multiply B by them.
+            up, scales = torch.empty_like(up), [1.0] * len(scales)
             layout.scale_rows(self.up, layout.scales, out=up)
         kind = A if axis == "output" else B
-        is_any_wide = any(widens(group[0].weight) for group in layout.groups)
-        parts = parts_of((self.down, up)[kind]) if is_any_wide else []
+        parts = parts_of((self.down, up)[kind]) if any(layout.widens) else []
         kinds = [A, B, *[kind for _ in parts]]
         views = map(layout.by_group, (self.down, up, *parts), kinds)
-        terms = []
-        for group, *factors in zip(layout.groups, *views, strict=True):
-            weights, first, shard = [site.weight for site in group], group[0], group[0].shard
-            if shard is not None:
+        terms, groups = [], zip(layout.groups, scales, layout.widens, *views, strict=True)
+        for group, scale, is_wide, *factors in groups:
+            if (shard := group[0].shard) is not None:
                 pairs = zip(factors, kinds, strict=True)
                 factors = [f if role == A else shard.own(f, 1) for f, role in pairs]
-            downs, ups, *splits = factors
-            multipliers = splits if widens(first.weight) else [factors[kind]]
-            scale = 1.0 if differ else first.adapters[0].scale
+            weights, (downs, ups, *splits) = [site.weight for site in group], factors
+            multipliers = splits if is_wide else [factors[kind]]
             of_group: Sequence[Tensor] = norm_terms(weights, downs, ups, scale, axis, multipliers)
             if shard is not None:
                 of_group = [shard.partial_sum(term, axis) for term in of_group]
