@@ -28,7 +28,7 @@ class Graph:
     Args:
         plan: The plan.
         has_edges: If True, each backward pass adds to the parameters' ``grad``. If False, backward
-                passes add to sums, which `collect` returns.
+            passes add to sums, which `collect` returns.
 
     Attributes:
         ran_without_gradients: Indices of layers that were called without gradients.
