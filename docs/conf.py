@@ -51,9 +51,9 @@ nitpicky = True
 # Undocumented classes, and documented ones that a module imports by name. The build warns about
 # unused entries.
 LEFT_OUT = [
-    "AdaptedLayerReport", "AdapterRef", "Factors",
+    "AdaptedLayerReport", "AdapterRef", "Factors", "Graph",
     "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "MemoryRow", "MergeStrengths",
-    "NoiseSchedule", "NormRoute", "Path", "Photo", "Plan",
+    "NoiseSchedule", "NormRoute", "Path", "Photo",
     "Preprocessing", "Preset", "Route", "RowShard", "ScheduleInfo", "Site", "Strengths",
     "SubjectRecord", "TextEncoder", "Values", "WorkQueue", "Workers",
 ]  # fmt: skip

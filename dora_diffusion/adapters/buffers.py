@@ -1,19 +1,21 @@
 """Memory of a run's factors and gradients, which stays from step to step.
 
-Each layer has views of the buffers that are created once. A step fills the factors of all layers
+Each layer has views of the vectors that are created once. A step fills the factors of all layers
 with a few operations, backward passes write to the layers' gradients, and a few operations turn
 them into the gradients of the parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.layout import Layout, consecutive
+from dora_diffusion.adapters.flat import consecutive
+from dora_diffusion.adapters.layout import VECTOR, Layout
 from dora_diffusion.adapters.plan import Collected, Plan
 from dora_diffusion.numerics.fused import FusedLayer, Gradients, apply_of, fused
 from dora_diffusion.numerics.operation import Operation
@@ -39,46 +41,49 @@ class Buffers:
         operations: Mapping[int, Operation],
         memory: Mapping[Tensor, Tensor],
     ) -> None:
-        self._layout, self._gradients_of = layout, dict[int, Gradients]()
-        self.forwards: dict[int, Callable[[Tensor], Tensor]] = {}
-        products = layout.new_buffers(0, zero=True)
-        sums, pieces = _in_memory(layout, memory, [*products, layout.base])
-        products = products if sums is None else sums[:-1]
-        self._factors = [torch.zeros_like(buffer, dtype=dtype) for buffer in products]
-        self._gain = torch.zeros_like(layout.base)
-        self._shift = torch.zeros_like(self._gain, dtype=dtype)
+        self._layout, count = layout, len(layout.sites)
         # In the dtype of the sums, backward passes write to the sums themselves.
         self._is_wide, self._used = dtype == layout.dtype, set[int]()
-        if self._is_wide and sums is None:
-            sums = [*products, torch.zeros_like(layout.base)]
-            pieces = layout.pieces(sums)
+        self._sums, self._pieces = _in_memory(layout, memory) or ([], [])
+        if self._is_wide and not self._sums:
+            self._allocate()
         # Otherwise allocated after the passes, when the memory of activations is free.
-        self._sums, self._pieces, self._is_kept = sums or [], pieces, sums is not None
-        self._gradients = products if self._is_wide else list(map(torch.zeros_like, self._factors))
-        count = len(layout.sites)
-        factors, gradients = (layout.views(0, b) for b in (self._factors, self._gradients))
-        gains, shifts = (torch.split(v, layout.widths) for v in (self._gain, self._shift))
-        pairs = list(zip(gradients[:count], gradients[count:], strict=True))
-        unserved = (pairs[index] for index in range(count) if index not in operations)
-        self._unserved = [view for pair in unserved for view in pair]
+        self._is_kept = bool(self._sums)
+        self._gradients = self._sums[:VECTOR]
+        if not self._is_wide:
+            self._gradients = layout.new_vectors(dtype=dtype)
+        gain = torch.empty_like(layout.base)
+        shift = torch.empty_like(gain, dtype=dtype)
+        self._factors = [*layout.new_vectors(dtype=dtype), gain, shift]
+        factors, gradients = layout.views(self._factors), layout.views(self._gradients)
+        self._views = [gradients[index::count] for index in range(count)]
+        self._gradients_of = {index: Gradients(*self._views[index]) for index in operations}
+        self.forwards: dict[int, Callable[[Tensor], Tensor]] = {}
         for index, op in operations.items():
             site, mean = layout.sites[index], layout.biases[index]
-            shift = None if mean is None else shifts[index]
-            self._gradients_of[index] = of_layer = Gradients(*pairs[index])
-            triple = factors[index], factors[count + index], gains[index]
-            layer = FusedLayer(op, site.weight, site.bias, shift, mean, triple, of_layer)
+            down, up, gain, shift = factors[index::count]
+            layer = FusedLayer(
+                *(op, site.weight, site.bias, None if mean is None else shift, mean),
+                (down, up, gain),
+                self._gradients_of[index],
+            )
             self.forwards[index] = partial(apply_of(fused(op)), layer, layout.anchor)
+
+    def _allocate(self) -> None:
+        layout = self._layout
+        self._sums = [*layout.new_vectors(), torch.empty_like(layout.base)]
+        self._pieces = layout.views(self._sums)
 
     @torch.no_grad()
     def fill(self, plan: Plan) -> None:
         """Write the factors of a step."""
-        assert plan.gain is not None
-        self._factors[0].copy_(plan.down)
-        for buffer, up, scale in zip(self._factors[1:], plan.up, plan.scales, strict=True):
-            torch.mul(up, scale, out=buffer)
-        self._gain.copy_(plan.gain)
-        if any(self._layout.has_bias):
-            torch.mul(1 - plan.gain, self._layout.bias, out=self._shift)
+        (down, up, gain, shift), layout = self._factors, self._layout
+        assert plan.scales is not None
+        down.copy_(plan.down)
+        layout.scale_rows(plan.up, plan.scales, out=up)
+        gain.copy_(plan.gain)
+        if layout.bias is not None:
+            torch.mul(1 - plan.gain, layout.bias, out=shift)
 
     def end_pass(self) -> None:
         """Add the gradients of a backward pass to the sums, in the dtype of the sums."""
@@ -100,20 +105,19 @@ class Buffers:
         if not used:
             return
         if not self._sums:
-            self._sums = [*layout.new_buffers(0, zero=False), torch.empty_like(layout.base)]
-            self._pieces = layout.pieces(self._sums)
+            self._allocate()
         reached = [every[index] for index in used]
         if convolutions := [gradients for gradients in reached if gradients.convolution]:
             targets = [target for g in convolutions for target in (g.down, g.up)]
             sources = [tensor for g in convolutions for tensor in g.convolution]
             torch._foreach_copy_(targets, sources)
-        unused = (every[index] for index in every.keys() - used)
-        if empty := [*self._unserved, *(view for g in unused for view in (g.down, g.up))]:
-            torch._foreach_zero_(empty)
+        if len(used) < len(self._views):
+            others = (pair for index, pair in enumerate(self._views) if index not in used)
+            torch._foreach_zero_([view for pair in others for view in pair])
         gains = [every[i].gain if i in used else None for i in range(len(layout.sites))]
-        gradients = [*self._gradients, torch.cat(layout.with_zeros(0, gains))]
+        gradients = [*self._gradients, torch.cat(layout.with_zeros(gains))]
         # Otherwise backward passes have added to the sums.
-        sums = self._sums[-1:] if self._is_wide else self._sums
+        sums = self._sums[VECTOR:] if self._is_wide else self._sums
         add = torch._foreach_add_ if self._used else torch._foreach_copy_
         add(sums, gradients[-len(sums) :])
         self._used |= used
@@ -122,25 +126,15 @@ class Buffers:
 
 
 def _in_memory(
-    layout: Layout, memory: Mapping[Tensor, Tensor], like: Sequence[Tensor]
-) -> tuple[list[Tensor] | None, list[Tensor]]:
-    """Return the sums of a layout's gradients and their `Layout.pieces`, in the memory.
+    layout: Layout, memory: Mapping[Tensor, Tensor]
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Return the sums of a layout's gradients in the memory, and their parts by parameter.
 
-    The sums are None if the memory does not have the layout's order.
-
-    Args:
-        layout: The layout.
-        memory: Memory for the parameters' gradients.
-        like: Tensors with the shapes of the sums.
+    None if the memory does not have the layout's order.
     """
-    sums, pieces = list[Tensor](), [memory[p] for p in layout.parameters if p in memory]
-    if len(pieces) < len(layout.parameters):
-        return None, []
-    start = 0
-    for buffer, count in zip(like, layout.counts, strict=True):
-        vector = consecutive(pieces[start : start + count])
-        if vector is None or vector.dtype != layout.dtype:
-            return None, []
-        sums.append(vector.view(buffer.shape))
-        start += count
-    return sums, pieces
+    if any(parameter not in memory for parameter in layout.parameters):
+        return None
+    sums = [consecutive([memory[parameter] for parameter in role]) for role in layout.roles]
+    if any(total is None or total.dtype != layout.dtype for total in sums):
+        return None
+    return cast(list[Tensor], sums), [memory[parameter] for parameter in layout.parameters]

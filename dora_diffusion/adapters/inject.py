@@ -31,7 +31,8 @@ from dora_diffusion.adapters.layers import (
     adapted_layers,
     own_modules,
 )
-from dora_diffusion.adapters.layout import Site, layout_order
+from dora_diffusion.adapters.layout import layout_order
+from dora_diffusion.adapters.site import Site
 from dora_diffusion.adapters.targets import check_pattern, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.config.adapter import PATTERNS

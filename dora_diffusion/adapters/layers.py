@@ -17,15 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.flags import DeferredFlags
-from dora_diffusion.adapters.layout import (
-    Layout,
-    RowShard,
-    Site,
-    WeightStatistics,
-    layouts_of,
-)
-from dora_diffusion.adapters.plan import make_scales
+from dora_diffusion.adapters.layout import Layout, layouts_of
 from dora_diffusion.adapters.route import Route, Scales
+from dora_diffusion.adapters.scales import make_scales
+from dora_diffusion.adapters.shard import RowShard
+from dora_diffusion.adapters.site import Site, WeightStatistics
 from dora_diffusion.numerics.dora import (
     Factors,
     direction_of,

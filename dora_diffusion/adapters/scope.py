@@ -21,8 +21,8 @@ from dora_diffusion.adapters.layers import (
     state_of,
 )
 from dora_diffusion.adapters.norm_routes import NormRoute, RowRoute
-from dora_diffusion.adapters.plan import FixedScales, LayerScales, make_scales, scales_of
 from dora_diffusion.adapters.route import routed
+from dora_diffusion.adapters.scales import FixedScales, LayerScales, make_scales, scales_of
 
 Entry = tuple[NormRoute, str, LayerAdapter]
 """The route of a layer, and an adapter of that layer by name."""

@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.buffers import Buffers
+from dora_diffusion.adapters.graph import Graph
 from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
 from dora_diffusion.adapters.layout import Layout, Rows
 from dora_diffusion.adapters.plan import NOTHING, Plan
 from dora_diffusion.adapters.route import Ready, Route, forward_rows, routed
-from dora_diffusion.numerics.dora import (
-    Factors,
-    direction_of,
-    dora_forward,
-)
+from dora_diffusion.numerics.dora import Factors, direction_of, dora_forward
 from dora_diffusion.numerics.fused import is_fusible
 from dora_diffusion.numerics.precision import product_dtype
 
 BASE: Rows = ()
 """Rows of a batch of any size without adapters."""
-_BASE: tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]] = ({}, {})
-"""Factors and `Route.ready` of a layer for the base, always empty."""
+Entry = tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]
+"""A layer's factors for some rows by dtype, and its `Route.ready`."""
+_NOTHING: Entry = {}, {}
+"""A layer's entry for the base, always empty."""
 
 
 class AdapterStack:
@@ -56,29 +55,19 @@ class AdapterStack:
         adapters: Sequence[Sequence[LayerAdapter]],
         memory: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
-        for layer, group in zip(layers, adapters, strict=True):
-            is_plain = layer.kind != "embedding" and layer_groups(layer) == 1
-            alike = {(a.magnitude is None, a.norm_axis) for a in group}
-            if len(group) > 1 and not (
-                is_plain
-                and len(alike) == 1
-                and not any(a.parametrization or a.dropout for a in group)
-            ):
-                raise ValueError(
-                    "adapters can be trained together on Linear layers and convolutions without "
-                    "groups, all DoRA on one norm axis or all LoRA, without dropout"
-                )
+        pairs = list(zip(layers, adapters, strict=True))
+        if any(len(group) > 1 and not _fits_pack(layer, group) for layer, group in pairs):
+            raise ValueError(
+                "adapters can be trained together on Linear layers and convolutions without "
+                "groups, all DoRA on one norm axis or all LoRA, without dropout"
+            )
         self.layers, self.adapters, self._memory = layers, adapters, memory or {}
         self.rows: Rows = BASE
-        pairs = zip(layers, adapters, strict=True)
         self._routes = [StackRoute(self, *pair) for pair in pairs]
         self._layouts = LayoutCache()
-        self._dtype: torch.dtype | None = None
-        self._plans: list[Plan] = []
+        self._graphs: list[Graph] = []
         self._buffers: dict[Layout, Buffers] = {}
-        # Each layer's factors by dtype, and its `Route.ready`.
-        self._made: dict[Rows, list[tuple[dict[torch.dtype, Factors], dict[torch.dtype, Ready]]]]
-        self._are_ready: set[Rows] = set()
+        self._made: dict[Rows, list[Entry]] = {}
 
     def _settled(self) -> Mapping[Any, Layout]:
         """Return the layouts. If they are new, memory of earlier steps is dropped."""
@@ -87,6 +76,8 @@ class AdapterStack:
             self._buffers = {}
             for route in self._routes:
                 route.settle()
+            for layout in layouts.values() if self._memory else ():
+                layout.read_in_place()
             self._dtype = next((r.plain_dtype for r in self._routes if r.plain_dtype), None)
             self._parameters = [p for group in self.adapters for a in group for p in a.parameters()]
         return layouts
@@ -100,11 +91,11 @@ class AdapterStack:
         Raises:
             RuntimeError: At the end, if a parameter changed inside the block.
         """
-        self._plans = [
-            Plan(layout, self._layouts.flags[kind], has_edges=False, shared=bool(self._memory))
+        self._graphs = [
+            Graph(Plan(layout, self._layouts.flags[kind]), has_edges=False)
             for kind, layout in self._settled().items()
         ]
-        self._made, self._are_ready = {}, set()
+        self._made = {}
         before = [parameter._version for parameter in self._parameters]
         try:
             with routed(self.layers, self._routes):
@@ -112,14 +103,15 @@ class AdapterStack:
                 yield
                 if before != [parameter._version for parameter in self._parameters]:
                     raise RuntimeError("an adapter's parameters changed inside of its step")
-                for plan in self._plans:
-                    buffers = self._buffers.get(plan.layout)
-                    plan.give_gradients(NOTHING if buffers is None else buffers.collect())
+                for graph in self._graphs:
+                    buffers = self._buffers.get(graph.plan.layout)
+                    collected = NOTHING if buffers is None else buffers.collect()
+                    graph.plan.give_gradients(graph.collect(collected))
         except BaseException:
             self._buffers = {}  # They may have gradients of the step.
             raise
         finally:
-            self._plans = []
+            self._graphs = []
 
     @contextmanager
     def of(self, rows: int | Sequence[int]) -> Iterator[None]:
@@ -133,10 +125,10 @@ class AdapterStack:
         if not isinstance(rows, int):
             rows = rows[0] if len(set(rows)) == 1 else tuple(rows)
         try:
+            is_new = rows not in self._made
             self._choose(rows)
             # Before the first layer is called, so that every layer has its ``ready`` forward.
-            if isinstance(rows, int) and self._dtype is not None and rows not in self._are_ready:
-                self._are_ready.add(rows)
+            if isinstance(rows, int) and self._dtype is not None and is_new:
                 self._make_ready(self._dtype)
             yield
             for buffers in self._buffers.values():
@@ -147,59 +139,53 @@ class AdapterStack:
     def _choose(self, rows: Rows) -> None:
         self.rows = rows
         if rows not in self._made:
-            self._made[rows] = [_BASE if rows == BASE else ({}, {}) for _ in self.layers]
+            self._made[rows] = [_NOTHING if rows == BASE else ({}, {}) for _ in self.layers]
         for route, entry in zip(self._routes, self._made[rows], strict=True):
             route.factors_by_dtype, route.ready = entry
 
     def _make_ready(self, dtype: torch.dtype) -> None:
         """Compute the factors of all layers in a dtype, for rows that use one adapter."""
-        entries, unserved = self._made[self.rows], []
-        for plan in self._plans:
-            if not plan.layout.has_buffers or not self._layouts.is_kept:
-                unserved.append(plan)
+        for graph in self._graphs:
+            plan, layout = graph.plan, graph.plan.layout
+            is_one_dora = layout.count == 1 and layout.has_gain and layout.axis == "output"
+            if not is_one_dora or not self._layouts.is_kept:
+                self._make(graph, dtype)
                 continue
-            layout = plan.layout
             if layout not in self._buffers:
-                self._buffers[layout] = self._new_buffers(layout, dtype)
-            buffers = self._buffers[layout]
-            buffers.fill(plan)
-            for index, forward in buffers.forwards.items():
+                routes = enumerate(self._routes[number] for number in layout.numbers)
+                fusible = {
+                    i: r.op for i, r in routes if r.plain_dtype == dtype and is_fusible(r.op)
+                }
+                self._buffers[layout] = Buffers(layout, dtype, fusible, self._memory)
+            self._buffers[layout].fill(plan)
+            for index, forward in self._buffers[layout].forwards.items():
                 if index not in plan.direct:
-                    entries[layout.numbers[index]][1][dtype] = forward
-        self.make(dtype, unserved)
+                    self._made[self.rows][layout.numbers[index]][1][dtype] = forward
 
-    def _new_buffers(self, layout: Layout, dtype: torch.dtype) -> Buffers:
-        routes = {index: self._routes[number] for index, number in enumerate(layout.numbers)}
-        return Buffers(
-            layout,
-            dtype,
-            {
-                index: route.op
-                for index, route in routes.items()
-                if route.plain_dtype == dtype and is_fusible(route.op)
-            },
-            self._memory,
-        )
+    def make(self, dtype: torch.dtype) -> None:
+        """Compute the factors of all layers in a dtype, for the current rows."""
+        for graph in self._graphs:
+            self._make(graph, dtype)
 
-    def make(self, dtype: torch.dtype, plans: Sequence[Plan] | None = None) -> None:
-        """Compute the factors of all layers in a dtype, for the current rows.
+    def _make(self, graph: Graph, dtype: torch.dtype) -> None:
+        pairs = zip(graph.plan.layout.numbers, graph.factors(dtype, self.rows), strict=True)
+        for number, factors in pairs:
+            route, (factors_by_dtype, ready) = self._routes[number], self._made[self.rows][number]
+            factors_by_dtype[dtype] = factors
+            if isinstance(self.rows, int) and route.plain_dtype == dtype:
+                op, bias = route.op, route.layer.bias
+                forward = partial(dora_forward, op, weight=route.matrix, bias=bias, factors=factors)
+                ready.setdefault(dtype, forward)
 
-        Args:
-            dtype: The dtype.
-            plans: Plans of the layers; None: all.
-        """
-        entries, has_one = self._made[self.rows], isinstance(self.rows, int)
-        for plan in self._plans if plans is None else plans:
-            factors = plan.factors(dtype, self.rows)
-            for number, layer_factors in zip(plan.layout.numbers, factors, strict=True):
-                route, (factors_by_dtype, ready) = self._routes[number], entries[number]
-                factors_by_dtype[dtype] = layer_factors
-                if has_one and route.plain_dtype == dtype:
-                    op, matrix, bias = route.op, route.matrix, route.layer.bias
-                    forward = partial(
-                        dora_forward, op, weight=matrix, bias=bias, factors=layer_factors
-                    )
-                    ready.setdefault(dtype, forward)
+
+def _fits_pack(layer: AdaptedLayer, group: Sequence[LayerAdapter]) -> bool:
+    """Return whether a layer and its adapters can be part of a pack."""
+    return (
+        layer.kind != "embedding"
+        and layer_groups(layer) == 1
+        and len({(a.magnitude is None, a.norm_axis) for a in group}) == 1
+        and not any(a.parametrization or a.dropout for a in group)
+    )
 
 
 class StackRoute(Route):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from dora_diffusion.adapters.flat import join, split_like
 from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.adapters.layout import join, split_like
 from dora_diffusion.adapters.targets import first_naming
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.families import DENOISERS

@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.flat import join, split_like
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
-from dora_diffusion.adapters.layout import RowShard, join, split_like
+from dora_diffusion.adapters.shard import RowShard
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.exclusions import exclusions
 from dora_diffusion.config.fields import require

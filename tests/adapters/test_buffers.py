@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dora_diffusion.adapters.flat import consecutive
 from dora_diffusion.adapters.inject import AdapterSet, adapter_parameters, inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.adapters.layout import consecutive
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.stack import AdapterStack
 from dora_diffusion.training.optimizer import FlatParameters

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_diffusion.adapters.layout import RowShard, Site, WeightStatistics
-from dora_diffusion.adapters.plan import Plan, make_scales
+from dora_diffusion.adapters.plan import Plan
+from dora_diffusion.adapters.scales import make_scales
+from dora_diffusion.adapters.shard import RowShard
+from dora_diffusion.adapters.site import Site, WeightStatistics
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.waiting import WAIT_SECONDS

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_diffusion.adapters.layout import Site, WeightStatistics
-from dora_diffusion.adapters.plan import make_scales
+from dora_diffusion.adapters.scales import make_scales
+from dora_diffusion.adapters.site import Site, WeightStatistics
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.adapters.layout import Site, WeightStatistics
-from dora_diffusion.adapters.plan import make_scales
+from dora_diffusion.adapters.scales import make_scales
+from dora_diffusion.adapters.site import Site, WeightStatistics
 from dora_diffusion.numerics import precision
 from dora_diffusion.numerics.dora import dora_forward
 from dora_diffusion.numerics.operation import ConvOperation, Operation

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.adapters import layout
-from dora_diffusion.adapters.layout import join, split_like
+from dora_diffusion.adapters import flat as module
+from dora_diffusion.adapters.flat import join, split_like
 
 SHAPES = [(3, 4), (2,), (1, 2, 3, 1), (0, 5), ()]
 
@@ -26,12 +26,12 @@ def test_what_is_joined_comes_apart_again(count):
 
 def test_an_empty_tensor_keeps_its_shape_with_torch_2_6(monkeypatch):
     """Sharding gives it the shape (0,)."""
-    plain = layout._unflatten_dense_tensors
+    plain = module._unflatten_dense_tensors
 
     def old(flat, tensors):
         return [part if part.numel() else flat.new_empty(0) for part in plain(flat, tensors)]
 
-    monkeypatch.setattr(layout, "_unflatten_dense_tensors", old)
+    monkeypatch.setattr(module, "_unflatten_dense_tensors", old)
     tensors = [torch.randn(shape) for shape in SHAPES]
     parts = split_like(join(tensors), tensors)
     assert [tuple(part.shape) for part in parts] == SHAPES
