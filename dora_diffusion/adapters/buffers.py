@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.layout import Layout, consecutive
 from dora_diffusion.adapters.plan import Collected, Plan
-from dora_diffusion.numerics.fused import FusedLayer, Gradients, apply_of, fused
+from dora_diffusion.numerics.fused import FusedLayer, Gradients, fused
 from dora_diffusion.numerics.operation import Operation
 
 
@@ -67,7 +67,7 @@ class Buffers:
             self._gradients_of[index] = of_layer = Gradients(*pairs[index])
             triple = factors[index], factors[count + index], gains[index]
             layer = FusedLayer(op, site.weight, site.bias, shift, mean, triple, of_layer)
-            self.forwards[index] = partial(apply_of(fused(op)), layer, layout.anchor)
+            self.forwards[index] = partial(fused, layer, layout.anchor)
 
     @torch.no_grad()
     def fill(self, plan: Plan) -> None:

@@ -191,8 +191,8 @@ class AdaptedLayer(nn.Module):
         weight = out_in(weight, self.kind)
         return weight if dtype is None else weight.to(dtype)
 
-    def operation(self, *, leaves_garbage: bool = True) -> Operation:
-        """Return the operation of the weight on an input; see `ConvOperation`."""
+    def operation(self) -> Operation:
+        """Return the operation of the weight on an input."""
         return _LINEAR
 
     @property

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.adapters.layers import Active, AdaptedLayer, LayerAdapter
-from dora_diffusion.adapters.route import Ready, Route, Scales, forward_rows
-from dora_diffusion.numerics.dora import Factors
-from dora_diffusion.numerics.fused import is_fusible
+from dora_diffusion.adapters.route import Ready, Route, Scales
+from dora_diffusion.numerics.dora import Factors, dora_forward
 from dora_diffusion.numerics.precision import product_dtype
 
 
@@ -112,7 +111,7 @@ class RowRoute(NormRoute):
             inputs, matrix, bias = layer.operands(x)
             assert isinstance(inputs, Tensor)
             if (factors := self._factors_of_rows(active, names, inputs.dtype)) is not None:
-                return forward_rows(layer.operation(), inputs, matrix, bias, factors)
+                return dora_forward(layer.operation(), inputs, matrix, bias, factors)
         return _each_by_itself(layer, x, names, active)
 
     def forget(self, name: str | None = None) -> None:
@@ -155,7 +154,7 @@ def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
     # A strength is folded into the gain of the output, which then gives no gradient of m.
     folds = not torch.is_grad_enabled() and "input" not in axes
     return (
-        is_fusible(layer.operation())
+        layer.operation().is_plain
         and len(axes) < 2
         and all(folds or adapter.strengths.strength == 1 for adapter in adapters)
         and not (layer.training and any(adapter.dropout for adapter in adapters))

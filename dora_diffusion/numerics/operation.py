@@ -31,6 +31,8 @@ class Operation:
             optional bias to the output.
         shape: Shape of a vector over outputs to multiply an activation.
         dims: Dimensions of an activation except for the channels, by number of dimensions.
+        is_plain: True for a Linear and for a Conv2d without groups. Only these have a fused forward
+            (`numerics.fused`) and a `RowOperation`.
     """
 
     apply: Callable[..., Tensor] = staticmethod(F.linear)
@@ -38,6 +40,7 @@ class Operation:
     up_project: Callable[..., Tensor] = staticmethod(F.linear)
     shape: tuple[int, ...] = (-1,)
     dims: Mapping[int, tuple[int, ...]] | Sequence[tuple[int, ...]] = _LEADING
+    is_plain = True
 
     def scale_input(self, x: Any, vector: Tensor) -> Any:
         """Multiply ``x`` by ``vector`` ``(in,)``, one value for each slice ``weight[:, i]``."""
@@ -55,7 +58,6 @@ class ConvOperation(Operation):
 
     Args:
         stride, padding, dilation, groups: Settings of the layer.
-        leaves_garbage: Whether `convolve` must correct the gradient of A.
     """
 
     def __init__(
@@ -64,24 +66,20 @@ class ConvOperation(Operation):
         padding: tuple[int, ...] = (0, 0),
         dilation: tuple[int, ...] = (1, 1),
         groups: int = 1,
-        *,
-        leaves_garbage: bool = True,
     ) -> None:
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.leaves_garbage = leaves_garbage
         size = len(stride)
+        self.is_plain = groups == 1 and size == 2
         run: Any = F.conv2d if size == 2 else F.conv1d
-        settings: dict[str, Any] = {
+        settings: Any = {
             "stride": stride,
             "padding": padding,
             "dilation": dilation,
             "groups": groups,
         }
         self.apply = partial(run, **settings)
-        convolution = partial(convolve, bias=None, **settings) if leaves_garbage else self.apply
-        self.down_project = (
-            partial(_down_groups, convolution, groups) if groups > 1 else convolution
-        )
+        down = partial(convolve, bias=None, **settings)
+        self.down_project = partial(_down_groups, down, groups) if groups > 1 else down
         self.up_project = partial(run, groups=groups)
         self.shape = (-1, *[1] * size)
         self.dims = {size + 1: tuple(range(1, size + 1)), size + 2: (0, *range(2, size + 2))}
@@ -179,6 +177,7 @@ class EmbeddingOperation(Operation):
         return x.look_up(weight.t()) * x.values[..., None]
 
     down_project = apply
+    is_plain = False
 
     def scale_input(self, x: OneHot, vector: Tensor) -> OneHot:
         """Multiply the values by the entries of ``vector`` ``(num,)`` at the ids."""
@@ -208,6 +207,8 @@ class RowOperation(Operation):
         ndim: Number of dimensions of an activation. The first one is the rows.
         rows: Number of rows N.
     """
+
+    is_plain = False
 
     def __init__(self, op: Operation, ndim: int, rows: int) -> None:
         self.op, self.apply = op, op.apply

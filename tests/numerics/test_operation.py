@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.numerics import dora
+from dora_diffusion.numerics.fused import Scale
 from dora_diffusion.numerics.operation import (
     ConvOperation,
     EmbeddingOperation,
@@ -114,7 +114,7 @@ def test_a_scaled_sum_of_16_bits_reads_float32_and_rounds_once(dtype, has_total)
     grad = grad * 200 if dtype == torch.float16 else grad
     gain = (1 + 0.1 * torch.rand(9, generator=g)).requires_grad_()
     added = total if has_total else None
-    y = dora._Scale.apply(Operation(), added, value.requires_grad_(), gain, None)
+    y = Scale.apply(Operation(), added, value.requires_grad_(), gain, None)
     exact = gain.double() * value.double() + (total.double() if has_total else 0)
     share = torch.finfo(dtype).eps
     assert y.dtype == dtype
