@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.layout import Layout, consecutive
 from dora_diffusion.adapters.plan import Collected, Plan
+from dora_diffusion.numerics.dora import Factors
 from dora_diffusion.numerics.fused import FusedLayer, Gradients, fused
 from dora_diffusion.numerics.operation import Operation
 
@@ -65,8 +66,8 @@ class Buffers:
             site, mean = layout.sites[index], layout.biases[index]
             shift = None if mean is None else shifts[index]
             self._gradients_of[index] = of_layer = Gradients(*pairs[index])
-            triple = factors[index], factors[count + index], gains[index]
-            layer = FusedLayer(op, site.weight, site.bias, shift, mean, triple, of_layer)
+            tensors = Factors(factors[index], factors[count + index], gains[index], shift, mean)
+            layer = FusedLayer(op, site.weight, site.bias, tensors, of_layer)
             self.forwards[index] = partial(fused, layer, layout.anchor)
 
     @torch.no_grad()

@@ -29,7 +29,6 @@ from dora_diffusion.adapters.route import Route, Scales
 from dora_diffusion.numerics.dora import (
     Factors,
     direction_of,
-    dora_forward,
     factors_of,
     interpolated_magnitude,
     sum_of_adapters,
@@ -237,11 +236,6 @@ class AdaptedLayer(nn.Module):
             return base
         op = self.operation()
         inputs, matrix, added = self.operands(x)
-        name, adapter = active[0]
-        is_dropping = self.training and adapter.dropout > 0
-        if len(active) == 1 and adapter.strengths.strength == 1 and not is_dropping:
-            factors = self.factors(name, adapter, inputs.dtype)
-            return dora_forward(op, inputs, matrix, added, factors)
         terms = [
             (
                 self.factors(name, adapter, inputs.dtype),
@@ -270,7 +264,12 @@ class AdaptedLayer(nn.Module):
         if not torch.compiler.is_compiling():
             scales = self.scales(name, adapter)
             if scales is not None:
-                return self.with_direction(scales.factors(dtype), adapter)
+                factors = scales.factors(dtype)
+                if self.shard is None or not factors.gain_in_graph:
+                    return factors
+                # A plan has no whole weight.
+                direction = direction_of(self.dense(), adapter.scaled_weights(), dtype)
+                return factors._replace(direction=direction)
         # Torch cannot trace a plan: use the scope's factors, or compute them in the graph.
         elif self.route is not None and name in self.route.norms:
             factors_by_dtype = self.route.norms[name].factors_by_dtype
@@ -278,13 +277,6 @@ class AdaptedLayer(nn.Module):
                 return factors_by_dtype[dtype]
         strength = adapter.strengths.magnitude_strength
         return factors_of(self.dense(), self.bias, adapter.scaled_weights(), dtype, strength)
-
-    def with_direction(self, factors: Factors, adapter: LayerAdapter) -> Factors:
-        """Return factors with the direction, which a plan cannot compute for a sharded weight."""
-        if self.shard is None or not factors.gain_in_graph or factors.axis == "input":
-            return factors
-        direction = direction_of(self.dense(), adapter.scaled_weights(), factors.down.dtype)
-        return factors._replace(direction=direction)
 
     def scales(self, name: str, adapter: LayerAdapter) -> Scales | None:
         """Return norm and gain of one adapter, from the open scope or computed here.

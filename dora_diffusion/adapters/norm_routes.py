@@ -141,9 +141,8 @@ class RowRoute(NormRoute):
                 name: _folded(layer.factors(name, adapter, dtype), adapter.strengths.strength)
                 for name, adapter in active
             }
-            trains = torch.is_grad_enabled() and any(f.gain is not None for f in factors.values())
-            gain_in_graph = trains and any(f.gain_in_graph for f in factors.values())
-            self._factors[key] = None if gain_in_graph else _stacked(factors, names)
+            in_graph = torch.is_grad_enabled() and any(f.gain_in_graph for f in factors.values())
+            self._factors[key] = None if in_graph else _stacked(factors, names)
         return self._factors[key]
 
 
@@ -178,33 +177,25 @@ def _stacked(factors: dict[str, Factors], names: Sequence[str | None]) -> Factor
 
     Ranks are padded with zeros. A row without an adapter has zeros, and a gain of 1.
     """
-    first = next(iter(factors.values()))
-    rank = max(f.down.shape[0] for f in factors.values())
-    downs = {
-        name: F.pad(f.down, (0, 0) * (f.down.ndim - 1) + (0, rank - f.down.shape[0]))
+    rank = max(len(f.down) for f in factors.values())
+    padded = {
+        name: f._replace(
+            down=F.pad(f.down, (0, 0) * (f.down.ndim - 1) + (0, rank - len(f.down))),
+            up=F.pad(f.up.flatten(1), (0, rank - len(f.down))),
+        )
         for name, f in factors.items()
     }
-    ups = {name: F.pad(f.up.flatten(1), (0, rank - f.down.shape[0])) for name, f in factors.items()}
-    axis = next((f.axis for f in factors.values() if f.gain is not None), first.axis)
 
-    def stack(tensors: dict[str, Tensor], empty: float = 0.0) -> Tensor | None:
+    def stack(field: str, empty: float = 0.0) -> Any:
+        tensors = {n: t for n, f in padded.items() if (t := getattr(f, field)) is not None}
         if not tensors:
             return None
-        one = next(iter(tensors.values()))
-        other = torch.full_like(one, empty, requires_grad=False)
+        other = torch.full_like(next(iter(tensors.values())), empty, requires_grad=False)
         return torch.stack([tensors.get(name or "", other) for name in names])
 
-    down, up = stack(downs), stack(ups)
-    assert down is not None
-    assert up is not None
-    return Factors(
-        down,
-        up,
-        stack({name: f.gain for name, f in factors.items() if f.gain is not None}, 1.0),
-        stack({name: f.shift for name, f in factors.items() if f.shift is not None}),
-        next((f.mean for f in factors.values() if f.mean is not None), None),
-        axis,
-    )
+    fields = stack("down"), stack("up"), stack("gain", 1.0), stack("shift")
+    dora = max(factors.values(), key=lambda f: f.gain is not None)  # If there is one.
+    return Factors(*fields, dora.mean, dora.axis)
 
 
 def _each_by_itself(

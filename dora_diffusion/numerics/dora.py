@@ -13,7 +13,7 @@ the magnitude is on the output axis, it calls `fused`, the same layer as one nod
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -217,11 +217,9 @@ def factors_of(
 @torch.no_grad()
 def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Tensor | None:
     """Compute `Factors.direction` of a direct layer."""
-    if layer.norm_axis == "input":
-        return None
     # Dynamo of torch 2.6 cannot trace `dataclasses.replace`.
     lora = LayerWeights(layer.down, layer.up, alpha=layer.alpha)
-    return adapted_weight(weight, lora).to(dtype)
+    return None if layer.norm_axis == "input" else adapted_weight(weight, lora).to(dtype)
 
 
 def dora_forward(
@@ -304,8 +302,7 @@ def scaled_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, bas
 
 def fused_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:
     """`scaled_forward` as one node of the graph."""
-    layer = FusedLayer(op, weight, bias, f.shift, f.mean, (f.down, f.up, f.gain))
-    y: Tensor = FusedNode.apply(layer, None, x, *layer.factors)
+    y: Tensor = FusedNode.apply(FusedLayer(op, weight, bias, f), None, x, f.down, f.up, f.gain)
     return y
 
 
@@ -320,9 +317,9 @@ def direct_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, bas
 
 def sum_of_adapters(
     op: Operation, x: Any, weight: Tensor, bias: Tensor | None,
-    adapters: Iterable[tuple[Factors, float, Any]],
+    adapters: Sequence[tuple[Factors, float, Any]],
 ) -> Tensor:  # fmt: skip
-    """``W x + b + sum_k strength_k (W'_k - W) x_k``: several adapters, each on the unmerged base.
+    """``W x + b + sum_k strength_k (W'_k - W) x_k``: adapters, each on the unmerged base.
 
     Args:
         op: Operation that applies a weight.
@@ -332,14 +329,16 @@ def sum_of_adapters(
         adapters: Factors, strength and input of each adapter. The input is ``x`` or ``x`` after
             dropout (as in PEFT).
     """
+    first, strength, adapter_input = adapters[0]
+    if len(adapters) == 1 and strength == 1 and adapter_input is x:
+        return dora_forward(op, x, weight, bias, first)
     total = base = op.apply(x, weight, bias)
     for factors, strength, adapter_input in adapters:
         if factors.gain is None:
             difference = op.up_project(op.down_project(adapter_input, factors.down), factors.up)
         else:
             unadapted = base if adapter_input is x else op.apply(adapter_input, weight, bias)
-            difference = (
-                dora_forward(op, adapter_input, weight, bias, factors, unadapted) - unadapted
-            )
+            y = dora_forward(op, adapter_input, weight, bias, factors, unadapted)
+            difference = y - unadapted
         total = total + strength * difference
     return total

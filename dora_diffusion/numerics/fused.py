@@ -6,19 +6,20 @@ layer as one node takes less of the processor's time than its products, one by o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.numerics.devices import mixes_batch_norm
 from dora_diffusion.numerics.operation import ConvOperation, Operation, leaves_garbage
 
 # Without the call in Python of torch's `OpOverload`.
-_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default._op
-_gradients: Any = torch.ops.aten.convolution_backward.default._op
+_batch_norm: Any = torch.ops.aten.native_batch_norm_backward.default._op
+_convolution: Any = torch.ops.aten.convolution_backward.default._op
 _VALUE_AND_GAIN, _GAIN = (True, True, False), (False, True, False)
 _PIXEL = (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)
 _IMAGES = ConvOperation()
@@ -34,6 +35,14 @@ def unit_statistics(length: int, dtype: torch.dtype, device: torch.device) -> tu
     with torch.inference_mode(False):
         options: Any = {"dtype": dtype, "device": device}
         return torch.zeros(length, **options), torch.ones(length, **options)
+
+
+def statistics_of(gain: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Return b and variance 1 as torch takes them, twice; nothing on other kinds of devices."""
+    if not mixes_batch_norm(gain.device.type):
+        return ()
+    zeros, ones = unit_statistics(len(gain), gain.dtype, gain.device)
+    return ((zeros if bias is None else bias), ones) * 2
 
 
 def scaled_sum(op: Operation, value: Tensor, gain: Tensor, total: Tensor | None = None) -> Tensor:
@@ -76,37 +85,32 @@ def scale_gradients(
         return None if of_value is None else of_value.view(shape), of_gain.view(gain.shape)
     if (
         gain.ndim == 1
-        and (is_linear or (len(shape) == len(op.shape) + 1 and y.is_contiguous()))
         and grad.numel()
-        and mixes_batch_norm(grad.device.type)
+        and (is_linear or (grad.ndim == len(op.shape) + 1 and y.is_contiguous()))
         and not torch.compiler.is_compiling()
+        and (statistics := statistics_of(gain, bias))
     ):
-        if not is_linear:
-            grad = grad.contiguous()  # Torch mixes up the memory formats of a single image.
-        elif len(shape) != 2:
-            grad, y = grad.reshape(-1, len(gain)), y.reshape(-1, len(gain))
-        mean, variance = unit_statistics(len(gain), gain.dtype, gain.device)
-        statistics = ((mean if bias is None else bias), variance) * 2
-        of_value, of_gain, _ = _batch_norm_backward(
-            grad, y, gain, *statistics, False, 0.0, _VALUE_AND_GAIN if to_value else _GAIN
-        )
-        return of_value.view(shape) if to_value and is_linear and len(
-            shape
-        ) != 2 else of_value, of_gain
-    of_value, dims = scaled_sum(op, grad, gain) if to_value else None, op.dims[grad.ndim]
+        flat, mask = (-1, shape[-1]) if is_linear else shape, _VALUE_AND_GAIN if to_value else _GAIN
+        grad, y = grad.reshape(flat), y.reshape(flat)
+        grad = grad if is_linear else grad.contiguous()  # As in `FusedNode`.
+        of_value, of_gain, _ = _batch_norm(grad, y, gain, *statistics, False, 0.0, mask)
+        return of_value.view(shape) if to_value else None, of_gain
+    of_value = scaled_sum(op, grad, gain) if to_value else None
+    ones = [1] * (len(shape) - len(op.shape))
+    dims = [dim for dim, size in enumerate([*ones, *op.shape]) if size == 1]
     # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
     product = (
         grad * y
         if grad.dtype != torch.float16
         else torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
     )
-    of_gain = _sum(product, dims, gain.dtype)
+    of_gain = _sum(product, dims, gain.dtype).view(gain.shape)
     if bias is not None:
         of_gain = of_gain.addcmul(_sum(grad, dims, gain.dtype), bias, value=-1)
     return of_value, of_gain
 
 
-def _sum(tensor: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _sum(tensor: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
     return torch.sum(tensor, dims, dtype=dtype) if dims else tensor.to(dtype)
 
 
@@ -151,31 +155,42 @@ class Gradients:
     convolution: tuple[Tensor, ...] = ()
     gain: Tensor | None = None
 
+    def add(self, down: Any, up: Any, gain: Tensor) -> None:
+        """Add the gradients of a backward pass, without the products of a Linear."""
+        if self.gain is not None:
+            gain = self.gain.add_(gain)
+            down, up = (
+                map(torch.add, self.convolution, (down, up)) if self.convolution else (down, up)
+            )
+        self.gain, self.convolution = gain, () if down is None else (down, up)
+
     def clear(self) -> None:
         """Begin a step."""
         self.convolution, self.gain = (), None
 
 
-class FusedLayer(NamedTuple):
+@dataclass(slots=True)
+class FusedLayer:
     """Tensors of a layer that are the same in all calls.
 
     Attributes:
         op: Operation of the weight.
         weight: Base weight ``(out, in, *k)``.
         bias: Bias ``(out,)``, or None.
-        shift: ``(1 - g) b``, or None.
-        mean: b in the gain's dtype; None: 0.
-        factors: A, ``g s B`` and g.
-        gradients: Memory for the gradients of the factors; None: the graph has them.
+        factors: `numerics.dora.Factors`.
+        gradients: Memory for the gradients of A, ``g s B`` and g; None: the graph has them.
+        statistics: Statistics of the batch normalization of `scale_gradients`; empty: it has none.
     """
 
     op: Any
     weight: Tensor
     bias: Tensor | None
-    shift: Tensor | None
-    mean: Tensor | None
-    factors: tuple[Tensor, ...]
+    factors: Any
     gradients: Gradients | None = None
+    statistics: tuple[Tensor, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.statistics = statistics_of(self.factors.gain, self.factors.mean)
 
 
 class FusedNode(torch.autograd.Function):
@@ -188,80 +203,77 @@ class FusedNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: FusedLayer, anchor: Any, x: Tensor, *factors: Tensor) -> Tensor:
-        ctx.layer, ctx.factors, ctx.shape = layer, factors or layer.factors, x.shape
-        (down, up, gain), op = ctx.factors, layer.op
-        is_linear = len(op.shape) == 1
-        ctx.is_wide = not is_linear and leaves_garbage(x, down, op.dilation)
-        if not is_linear:
-            x, gain = x if x.ndim == 4 else x[None], gain.view(op.shape)
-        # Torch rounds products differently where it cannot flatten the input.
-        elif x.ndim != 2 and x.is_contiguous():
-            x = x.view(-1, x.shape[-1])
-        operands = (x.float(), down.float()) if ctx.is_wide else (x, down)
-        inner = op.down_project(*operands).to(x.dtype)
-        y: Tensor = op.up_project(inner, up, layer.shift)
-        y.addcmul_(op.apply(x, layer.weight, layer.bias), gain)
+        op, shape, is_wide = layer.op, x.shape, False
+        down, up, gain = factors = factors or layer.factors[:3]
+        ndim, shift = len(shape), layer.factors.shift
+        if down.ndim == 2:
+            # Torch rounds products differently where it cannot flatten the input.
+            if ndim != 2 and x.is_contiguous():
+                x = x.view(-1, shape[-1])
+            inner = F.linear(x, down)
+            y = F.linear(inner, up, shift)
+            y.addcmul_(F.linear(x, layer.weight, layer.bias), gain)
+        else:
+            x, settings = x[None] if ndim == 3 else x, (op.stride, op.padding, op.dilation)
+            is_wide = leaves_garbage(x, down, op.dilation)
+            operands = (x.float(), down.float()) if is_wide else (x, down)
+            inner = torch.conv2d(*operands, None, *settings)
+            inner = inner.to(x.dtype) if is_wide else inner
+            y = torch.conv2d(inner, up, shift)
+            base = torch.conv2d(x, layer.weight, layer.bias, *settings)
+            y.addcmul_(base, gain.view(-1, 1, 1))
         ctx.save_for_backward(x, inner, y)
-        shape = ctx.shape
-        return (
-            y if y.ndim == len(shape) else y.view(*shape[: len(shape) + 1 - y.ndim], *y.shape[1:])
-        )
+        ctx.saved = layer, factors, shape, is_wide
+        if y.ndim == ndim:
+            return y
+        return y[0] if y.ndim == 4 else y.view(*shape[:-1], y.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_FIRST_DERIVATIVE)
-        saved, layer, gradients = ctx.saved_tensors, ctx.layer, ctx.layer.gradients
-        is_linear, to_x = len(layer.op.shape) == 1, ctx.needs_input_grad[2]
-        if is_linear and saved[2].ndim != 2:
-            saved = [tensor.reshape(-1, tensor.shape[-1]) for tensor in saved]
-        grad = grad if grad.ndim == saved[2].ndim else grad.reshape(saved[2].shape)
-        scaled, of_gain = scale_gradients(
-            layer.op, grad, saved[2], ctx.factors[2], layer.mean, to_x
-        )
-        backward = _linear_backward if is_linear else _convolution_backward
-        of_x, of_down, of_up = backward(ctx, grad, scaled if to_x else None, *saved[:2])
-        if to_x and of_x.ndim != len(ctx.shape):
-            of_x = of_x.view(ctx.shape)
+        (x, inner, y), to_x = ctx.saved_tensors, ctx.needs_input_grad[2]
+        layer, (down, up, gain), shape, is_wide = ctx.saved
+        gradients, ndim = layer.gradients, down.ndim
+        if y.ndim != ndim:
+            x, inner, y = (saved.reshape(-1, saved.shape[-1]) for saved in (x, inner, y))
+        if len(shape) != ndim:
+            grad = grad.reshape(*y.shape)
+        if layer.statistics and y.is_contiguous() and grad.numel():
+            # Torch mixes up the memory formats of a single image.
+            grad = grad.contiguous() if ndim == 4 else grad
+            mask = _VALUE_AND_GAIN if to_x else _GAIN
+            scaled, of_gain, _ = _batch_norm(grad, y, gain, *layer.statistics, False, 0.0, mask)
+        else:
+            scaled, of_gain = scale_gradients(layer.op, grad, y, gain, layer.factors.mean, to_x)
+        of_x = of_down = of_up = None
+        if ndim == 2:
+            of_inner = torch.mm(grad, up)
+            if to_x:
+                of_x = torch.mm(scaled, layer.weight).addmm_(of_inner, down)
+            if gradients is None:
+                of_up, of_down = torch.mm(grad.t(), inner), torch.mm(of_inner.t(), x)
+            elif gradients.gain is None:
+                torch.mm(grad.t(), inner, out=gradients.up)
+                torch.mm(of_inner.t(), x, out=gradients.down)
+            else:
+                gradients.up.addmm_(grad.t(), inner)
+                gradients.down.addmm_(of_inner.t(), x)
+        else:
+            op = layer.op
+            settings = op.stride, op.padding, op.dilation, False, (0, 0), 1
+            of_inner, of_up, _ = _convolution(grad, inner, up, None, *_PIXEL)
+            low = (of_inner.float(), x.float(), down.float()) if is_wide else (of_inner, x, down)
+            of_x, of_down, _ = _convolution(*low, None, *settings, (to_x, True, False))
+            if to_x:
+                full = scaled, x, layer.weight, None, *settings, (True, False, False)
+                of_x = _convolution(*full)[0].add_(of_x)
+        if of_x is not None and of_x.ndim != len(shape):
+            of_x = of_x.view(*shape)  # Torch takes ten times longer for a `torch.Size`.
         if gradients is None:
             return None, None, of_x, of_down, of_up, of_gain
-        if gradients.gain is None:
-            gradients.gain = of_gain
-        else:
-            gradients.gain += of_gain
+        gradients.add(of_down, of_up, of_gain)
         return None, None, of_x
-
-
-def _linear_backward(ctx: Any, grad: Tensor, scaled: Any, x: Tensor, inner: Tensor) -> Any:
-    """Return the gradients of x, A and B from dy and ``g dy``, None for those with memory."""
-    (down, up, _), gradients = ctx.factors, ctx.layer.gradients
-    of_inner = torch.mm(grad, up)
-    of_x = None if scaled is None else torch.mm(scaled, ctx.layer.weight).addmm_(of_inner, down)
-    if gradients is None:
-        return of_x, torch.mm(of_inner.t(), x), torch.mm(grad.t(), inner)
-    beta = 0 if gradients.gain is None else 1
-    gradients.up.addmm_(grad.t(), inner, beta=beta)
-    gradients.down.addmm_(of_inner.t(), x, beta=beta)
-    return of_x, None, None
-
-
-def _convolution_backward(ctx: Any, grad: Tensor, scaled: Any, x: Tensor, inner: Tensor) -> Any:
-    """`_linear_backward` of a convolution."""
-    (down, up, _), op, gradients = ctx.factors, ctx.layer.op, ctx.layer.gradients
-    settings, to_x = (op.stride, op.padding, op.dilation, False, (0, 0), 1), scaled is not None
-    of_inner, of_up, _ = _gradients(grad, inner, up, None, *_PIXEL)
-    operands = (of_inner, x, down)
-    if ctx.is_wide:
-        operands = (of_inner.float(), x.float(), down.float())
-    of_x, of_down, _ = _gradients(*operands, None, *settings, (to_x, True, False))
-    if to_x:
-        weight = ctx.layer.weight
-        of_base, _, _ = _gradients(scaled, x, weight, None, *settings, (True, False, False))
-        of_x = of_base.add_(of_x)
-    if gradients is not None:
-        sums = gradients.convolution
-        gradients.convolution = (sums[0] + of_down, sums[1] + of_up) if sums else (of_down, of_up)
-    return of_x, of_down, of_up
 
 
 # Without a wrapper for functorch.

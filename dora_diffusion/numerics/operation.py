@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.numerics.precision import product_dtype
-
-# All dimensions but the last, by number of dimensions (at most 64 in torch).
-_LEADING = tuple(tuple(range(max(0, ndim - 1))) for ndim in range(65))
 
 
 class Operation:
@@ -30,7 +27,6 @@ class Operation:
         up_project: Function of the input of B, ``up`` ``(out, r)`` or ``(out, r, *1)`` and an
             optional bias to the output.
         shape: Shape of a vector over outputs to multiply an activation.
-        dims: Dimensions of an activation except for the channels, by number of dimensions.
         is_plain: True for a Linear and for a Conv2d without groups. Only these have a fused forward
             (`numerics.fused`) and a `RowOperation`.
     """
@@ -39,7 +35,6 @@ class Operation:
     down_project: Callable[..., Tensor] = staticmethod(F.linear)
     up_project: Callable[..., Tensor] = staticmethod(F.linear)
     shape: tuple[int, ...] = (-1,)
-    dims: Mapping[int, tuple[int, ...]] | Sequence[tuple[int, ...]] = _LEADING
     is_plain = True
 
     def scale_input(self, x: Any, vector: Tensor) -> Any:
@@ -82,7 +77,6 @@ class ConvOperation(Operation):
         self.down_project = partial(_down_groups, down, groups) if groups > 1 else down
         self.up_project = partial(run, groups=groups)
         self.shape = (-1, *[1] * size)
-        self.dims = {size + 1: tuple(range(1, size + 1)), size + 2: (0, *range(2, size + 2))}
 
     def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
         """Multiply channel i of every group by value i of ``vector`` ``(in / groups,)``."""
@@ -217,7 +211,6 @@ class RowOperation(Operation):
         shape = [rows, *[1] * (ndim - 1)]
         shape[channels] = -1
         self.shape = tuple(shape)
-        self.dims = {ndim: tuple(d for d in range(1, ndim) if d != channels)}
 
     def down_project(self, x: Tensor, down: Tensor) -> Tensor:
         """Project each row with its own factor: a batched product, or a grouped convolution.

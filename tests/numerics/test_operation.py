@@ -86,25 +86,6 @@ def test_an_embedding_is_a_linear_of_one_hot_vectors():
     assert dropout(x, 0.5, False) is x
 
 
-@pytest.mark.parametrize(
-    ("op", "shape", "channels"),
-    [
-        (Operation(), (3,), 0),
-        (Operation(), (4099, 3), 1),
-        (Operation(), (2, 1500, 3), 2),
-        (ConvOperation(), (3, 50, 40), 0),
-        (ConvOperation(), (2, 3, 50, 40), 1),
-        (ConvOperation((1,), (0,), (1,)), (2, 3, 900), 1),
-    ],
-    ids=["one row", "rows", "images", "an image", "maps", "signals"],
-)
-def test_sums_over_channels_are_not_rounded_to_the_activations_bits(op, shape, channels):
-    ones, dims = torch.ones(shape, dtype=torch.bfloat16), op.dims[len(shape)]
-    found = torch.sum(ones, dims, dtype=torch.float32) if dims else ones.float()
-    assert torch.equal(found, torch.full((3,), ones.numel() / 3))
-    assert shape[channels] == torch.arange(3.0).view(op.shape).numel()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_total", [False, True])
 def test_a_scaled_sum_of_16_bits_reads_float32_and_rounds_once(dtype, has_total):
