@@ -97,14 +97,15 @@ def scale_gradients(
         return of_value.view(shape) if to_value else None, of_gain
     of_value = scaled_sum(op, grad, gain) if to_value else None
     ones = [1] * (len(shape) - len(op.shape))
-    dims = [dim for dim, size in enumerate([*ones, *op.shape]) if size == 1]
+    rows = gain.ndim - 1
+    dims = [dim for dim, size in enumerate([*ones, *op.shape]) if size == 1 and dim >= rows]
     # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
     product = (
         grad * y
         if grad.dtype != torch.float16
         else torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
     )
-    of_gain = _sum(product, dims, gain.dtype).view(gain.shape)
+    of_gain = _sum(product, dims, gain.dtype)
     if bias is not None:
         of_gain = of_gain.addcmul(_sum(grad, dims, gain.dtype), bias, value=-1)
     return of_value, of_gain
