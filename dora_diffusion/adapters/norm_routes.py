@@ -106,7 +106,13 @@ class RowRoute(NormRoute):
         if len(set(self.names)) == 1 or not active or layer.is_merged:
             return layer.adapted(x, active)
         is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
-        names = self._repeated(len(x) if is_batch else 1)
+        repeats, rest = divmod(batch := len(x) if is_batch else 1, len(self.names))
+        if rest or not repeats:
+            raise ValueError(
+                f"a layer is called with a batch of {batch}, but adapters are given for "
+                f"{len(self.names)} rows; give one per row of the batch"
+            )
+        names = self.names * repeats
         if _are_batched(layer, active):
             inputs, matrix, bias = layer.operands(x)
             assert isinstance(inputs, Tensor)
@@ -117,15 +123,6 @@ class RowRoute(NormRoute):
     def forget(self, name: str | None = None) -> None:
         super().forget(name)
         self._factors.clear()
-
-    def _repeated(self, batch: int) -> tuple[str | None, ...]:
-        repeats, rest = divmod(batch, len(self.names))
-        if rest or not repeats:
-            raise ValueError(
-                f"a layer is called with a batch of {batch}, but adapters are given for "
-                f"{len(self.names)} rows; give one per row of the batch"
-            )
-        return self.names * repeats
 
     def _factors_of_rows(
         self, active: Active, names: Sequence[str | None], dtype: torch.dtype

@@ -5,9 +5,21 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICM
     W' = m * (W + delta) / norm(W + delta),    delta = s * B @ A,    m starts as norm(W)
 
 Weights are ``(out, in, *k)``; weights that a model stores as ``(in, out)`` are transposed views.
-Norms and weights are computed in float32 (float64 for float64 weights). Merges and exports call
-`adapted_weight`. Layers call `dora_forward`, with factors that are computed once per step. Where
-the magnitude is on the output axis, it calls `fused`, the same layer as one node of the graph.
+Norms and weights are computed in float32 (float64 for float64 weights). `adapted_weight` is the
+formula: merges and exports call it, and tests compare layers with ``x @ adapted_weight(...).T + b``
+and its gradients by autograd.
+
+Layers compute the same from factors that are computed once per step (`dora_forward`). With ``n =
+norm(W + delta)`` a constant in the backward pass (section 4.3) and ``g = m / n`` (section 4.1):
+
+    output axis    y = W' x + b = g (W x + b) + g s B A x + (1 - g) b
+                   dL/dm = sum(dy (W + delta) x) / n = sum(dy (y - b)) / (g n)
+    input axis     y = W' x + b = (W + delta) (g x) + b
+                   dL/dm = sum(d(g x) x) / n = sum(d(g x) (g x)) / (g n)
+
+The last sums need no tensor that is not saved anyway. Gradients of A and B are the ones of a LoRA
+with ``g s B`` and the input x, or with ``s B`` and the input ``g x``. `forward_of` is the table of
+who computes which layer.
 """
 
 from __future__ import annotations
@@ -251,14 +263,14 @@ def forward_of(
 ) -> Callable[..., Tensor]:  # fmt: skip
     """Return the implementation of a layer. Nothing else chooses one.
 
-    | adapter | computed by |
+    | layer | computed by |
     |---|---|
     | LoRA | `lora_forward` |
     | DoRA on the input axis | `input_forward` |
-    | on the output axis, gain in the graph | `direct_forward` |
-    | on the output axis, of a Linear or Conv2d without groups, whose gain trains; not compiled, \
-      each row with the same adapter, ``W x + b`` not given | `fused_forward` |
-    | on the output axis otherwise | `scaled_forward` |
+    | on the output axis, gain in the graph (see `Factors`) | `direct_forward` |
+    | on the output axis, if the gain does not train, the base is given, blocks are compiled, rows \
+      have adapters of their own, or in an Embedding, Conv1d or grouped Conv2d | `scaled_forward` |
+    | on the output axis otherwise: Linear, Conv2d | `fused_forward` |
 
     Args:
         op: Operation of the layer, or of its rows.
@@ -277,18 +289,17 @@ def forward_of(
     return fused_forward if is_fused else scaled_forward
 
 
-def lora_forward(
-    op: Operation, x: Any, weight: Tensor, bias: Any, f: Factors, base: Tensor | None
-) -> Tensor:
+def lora_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:
     """``(W x + b) + s B A x``."""
     base = op.apply(x, weight, bias) if base is None else base
-    return base + op.up_project(op.down_project(x, f.down), f.up)
+    y: Tensor = base + op.up_project(op.down_project(x, f.down), f.up)
+    return y
 
 
 def input_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:
     """``(W + s B A) (g x) + b``: the LoRA on ``g x``."""
     gx = op.scale_input(x, f.gain) if f.gain_in_graph else Scale.apply(op, None, x, f.gain, None)
-    return lora_forward(op, gx.to(x.dtype), weight, bias, f, None)
+    return lora_forward(op, gx, weight, bias, f, None)
 
 
 def scaled_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:

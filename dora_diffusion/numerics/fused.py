@@ -90,21 +90,20 @@ def scale_gradients(
         and not torch.compiler.is_compiling()
         and (statistics := statistics_of(gain, bias))
     ):
-        flat, mask = (-1, shape[-1]) if is_linear else shape, _VALUE_AND_GAIN if to_value else _GAIN
-        grad, y = grad.reshape(flat), y.reshape(flat)
-        grad = grad if is_linear else grad.contiguous()  # As in `FusedNode`.
+        if is_linear:
+            grad, y = grad.reshape(-1, shape[-1]), y.reshape(-1, shape[-1])
+        else:
+            grad = grad.contiguous()  # As in `FusedNode`.
+        mask = _VALUE_AND_GAIN if to_value else _GAIN
         of_value, of_gain, _ = _batch_norm(grad, y, gain, *statistics, False, 0.0, mask)
         return of_value.view(shape) if to_value else None, of_gain
     of_value = scaled_sum(op, grad, gain) if to_value else None
-    ones = [1] * (len(shape) - len(op.shape))
-    rows = gain.ndim - 1
-    dims = [dim for dim, size in enumerate([*ones, *op.shape]) if size == 1 and dim >= rows]
-    # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
-    product = (
-        grad * y
-        if grad.dtype != torch.float16
-        else torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
-    )
+    sizes = [*[1] * (len(shape) - len(op.shape)), *op.shape]
+    dims = [dim for dim in range(gain.ndim - 1, len(shape)) if sizes[dim] == 1]
+    if grad.dtype == torch.float16:  # With a loss scale the product would overflow.
+        product = torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
+    else:
+        product = grad * y
     of_gain = _sum(product, dims, gain.dtype)
     if bias is not None:
         of_gain = of_gain.addcmul(_sum(grad, dims, gain.dtype), bias, value=-1)

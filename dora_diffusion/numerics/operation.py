@@ -39,7 +39,7 @@ class Operation:
 
     def scale_input(self, x: Any, vector: Tensor) -> Any:
         """Multiply ``x`` by ``vector`` ``(in,)``, one value for each slice ``weight[:, i]``."""
-        return x * vector.view(self.shape)
+        return (x * vector.view(self.shape)).to(x.dtype)
 
 
 class ConvOperation(Operation):
@@ -80,7 +80,7 @@ class ConvOperation(Operation):
 
     def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
         """Multiply channel i of every group by value i of ``vector`` ``(in / groups,)``."""
-        return x * vector.repeat(self.groups).view(self.shape)
+        return (x * vector.repeat(self.groups).view(self.shape)).to(x.dtype)
 
 
 def _down_groups(
@@ -148,10 +148,6 @@ class OneHot:
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
-    def to(self, dtype: torch.dtype) -> OneHot:
-        """Cast the values."""
-        return OneHot(self.ids, self.values.to(dtype))
-
     def look_up(self, table: Tensor) -> Tensor:
         """Look up rows of a table ``(num, n)``: ``(..., n)``."""
         return F.embedding(self.ids, table)
@@ -175,7 +171,7 @@ class EmbeddingOperation(Operation):
 
     def scale_input(self, x: OneHot, vector: Tensor) -> OneHot:
         """Multiply the values by the entries of ``vector`` ``(num,)`` at the ids."""
-        return OneHot(x.ids, x.values * x.look_up(vector[:, None])[..., 0])
+        return OneHot(x.ids, (x.values * x.look_up(vector[:, None])[..., 0]).to(x.dtype))
 
 
 def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
@@ -205,12 +201,9 @@ class RowOperation(Operation):
     is_plain = False
 
     def __init__(self, op: Operation, ndim: int, rows: int) -> None:
-        self.op, self.apply = op, op.apply
+        self.apply, ones = op.apply, (1,) * (ndim - 2)
         self._conv = op if isinstance(op, ConvOperation) else None
-        channels = 1 if self._conv else ndim - 1
-        shape = [rows, *[1] * (ndim - 1)]
-        shape[channels] = -1
-        self.shape = tuple(shape)
+        self.shape = (rows, -1, *ones) if self._conv else (rows, *ones, -1)
 
     def down_project(self, x: Tensor, down: Tensor) -> Tensor:
         """Project each row with its own factor: a batched product, or a grouped convolution.
