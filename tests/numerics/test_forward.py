@@ -1,4 +1,4 @@
-"""Who computes a layer, and that all compute `adapted_weight`: outputs and gradients."""
+"""Implementations of layers, all against `adapted_weight`: who computes, outputs and gradients."""
 
 from __future__ import annotations
 
