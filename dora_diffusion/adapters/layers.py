@@ -234,17 +234,12 @@ class AdaptedLayer(nn.Module):
         if self._unmerged is not None or not active:
             base: Tensor = super().forward(x)
             return base
-        op = self.operation()
-        inputs, matrix, added = self.operands(x)
-        terms = [
-            (
-                self.factors(name, adapter, inputs.dtype),
-                adapter.strengths.strength,
-                dropout(inputs, adapter.dropout, self.training),
-            )
-            for name, adapter in active
-        ]
-        return sum_of_adapters(op, inputs, matrix, added, terms)
+        terms, (inputs, matrix, added) = [], self.operands(x)
+        for name, adapter in active:
+            factors = self.factors(name, adapter, inputs.dtype)
+            dropped = dropout(inputs, adapter.dropout, self.training)
+            terms.append((factors, adapter.strengths.strength, dropped))
+        return sum_of_adapters(self.operation(), inputs, matrix, added, terms)
 
     def operands(self, x: Tensor) -> tuple[Tensor | OneHot, Tensor, Tensor | None]:
         """Return the input, the weight ``(out, in, *k)`` and the bias, all of one dtype."""

@@ -157,7 +157,7 @@ class Gradients:
 
     def add(self, down: Any, up: Any, gain: Tensor) -> None:
         """Add the gradients of a backward pass, without the products of a Linear."""
-        convolution = () if down is None else (down, up)
+        convolution: tuple[Tensor, ...] = () if down is None else (down, up)
         if self.gain is not None:
             gain = self.gain.add_(gain)
             convolution = tuple(map(torch.add, self.convolution, convolution))
