@@ -17,7 +17,8 @@ from torch import Tensor
 from dora_diffusion.adapters.flat import consecutive
 from dora_diffusion.adapters.layout import VECTOR, Layout
 from dora_diffusion.adapters.plan import Collected, Plan
-from dora_diffusion.numerics.fused import FusedLayer, Gradients, apply_of, fused
+from dora_diffusion.numerics.dora import Factors
+from dora_diffusion.numerics.fused import FusedLayer, Gradients, fused
 from dora_diffusion.numerics.operation import Operation
 
 
@@ -56,18 +57,15 @@ class Buffers:
         shift = torch.empty_like(gain, dtype=dtype)
         self._factors = [*layout.new_vectors(dtype=dtype), gain, shift]
         factors, gradients = layout.views(self._factors), layout.views(self._gradients)
-        self._views = [gradients[index::count] for index in range(count)]
+        self._views = list(zip(gradients[:count], gradients[count:], strict=True))
         self._gradients_of = {index: Gradients(*self._views[index]) for index in operations}
         self.forwards: dict[int, Callable[[Tensor], Tensor]] = {}
         for index, op in operations.items():
             site, mean = layout.sites[index], layout.biases[index]
             down, up, gain, shift = factors[index::count]
-            layer = FusedLayer(
-                *(op, site.weight, site.bias, None if mean is None else shift, mean),
-                (down, up, gain),
-                self._gradients_of[index],
-            )
-            self.forwards[index] = partial(apply_of(fused(op)), layer, layout.anchor)
+            tensors = Factors(down, up, gain, None if mean is None else shift, mean)
+            layer = FusedLayer(op, site.weight, site.bias, tensors, self._gradients_of[index])
+            self.forwards[index] = partial(fused, layer, layout.anchor)
 
     def _allocate(self) -> None:
         layout = self._layout

@@ -44,12 +44,11 @@ class _AdaptedConv(AdaptedLayer):
         """True if the convolution pads itself."""
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
-    def operation(self, *, leaves_garbage: bool = True) -> Operation:
+    def operation(self) -> Operation:
         """Return the convolution with this layer's stride, padding, dilation and groups."""
         padding = self.padding if self.is_prepared else (0,) * len(self.kernel_size)
         zeros = cast("tuple[int, ...]", padding)
-        settings = self.stride, zeros, self.dilation, self.groups
-        return ConvOperation(*settings, leaves_garbage=leaves_garbage)
+        return ConvOperation(self.stride, zeros, self.dilation, self.groups)
 
     def prepare(self, x: Tensor) -> Tensor:
         """Pad the input for a ``padding_mode`` other than zeros, and for ``padding="same"``."""
@@ -85,7 +84,7 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
             return y
         return torch.where((x == self.padding_idx)[..., None], y.detach(), y)
 
-    def operation(self, *, leaves_garbage: bool = True) -> Operation:
+    def operation(self) -> Operation:
         """Return the look-up operation."""
         return _EMBEDDING
 

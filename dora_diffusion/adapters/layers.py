@@ -25,7 +25,6 @@ from dora_diffusion.adapters.site import Site, WeightStatistics
 from dora_diffusion.numerics.dora import (
     Factors,
     direction_of,
-    dora_forward,
     factors_of,
     interpolated_magnitude,
     sum_of_adapters,
@@ -187,8 +186,8 @@ class AdaptedLayer(nn.Module):
         weight = out_in(weight, self.kind)
         return weight if dtype is None else weight.to(dtype)
 
-    def operation(self, *, leaves_garbage: bool = True) -> Operation:
-        """Return the operation of the weight on an input; see `ConvOperation`."""
+    def operation(self) -> Operation:
+        """Return the operation of the weight on an input."""
         return _LINEAR
 
     @property
@@ -231,22 +230,12 @@ class AdaptedLayer(nn.Module):
         if self._unmerged is not None or not active:
             base: Tensor = super().forward(x)
             return base
-        op = self.operation()
-        inputs, matrix, added = self.operands(x)
-        name, adapter = active[0]
-        is_dropping = self.training and adapter.dropout > 0
-        if len(active) == 1 and adapter.strengths.strength == 1 and not is_dropping:
+        terms, (inputs, matrix, added) = [], self.operands(x)
+        for name, adapter in active:
             factors = self.factors(name, adapter, inputs.dtype)
-            return dora_forward(op, inputs, matrix, added, factors)
-        terms = [
-            (
-                self.factors(name, adapter, inputs.dtype),
-                adapter.strengths.strength,
-                dropout(inputs, adapter.dropout, self.training),
-            )
-            for name, adapter in active
-        ]
-        return sum_of_adapters(op, inputs, matrix, added, terms)
+            dropped = dropout(inputs, adapter.dropout, self.training)
+            terms.append((factors, adapter.strengths.strength, dropped))
+        return sum_of_adapters(self.operation(), inputs, matrix, added, terms)
 
     def operands(self, x: Tensor) -> tuple[Tensor | OneHot, Tensor, Tensor | None]:
         """Return the input, the weight ``(out, in, *k)`` and the bias, all of one dtype."""
@@ -266,7 +255,12 @@ class AdaptedLayer(nn.Module):
         if not torch.compiler.is_compiling():
             scales = self.scales(name, adapter)
             if scales is not None:
-                return self.with_direction(scales.factors(dtype), adapter)
+                factors = scales.factors(dtype)
+                if self.shard is None or not factors.gain_in_graph:
+                    return factors
+                # A plan has no whole weight.
+                direction = direction_of(self.dense(), adapter.scaled_weights(), dtype)
+                return factors._replace(direction=direction)
         # Torch cannot trace a plan: use the scope's factors, or compute them in the graph.
         elif self.route is not None and name in self.route.norms:
             factors_by_dtype = self.route.norms[name].factors_by_dtype
@@ -274,13 +268,6 @@ class AdaptedLayer(nn.Module):
                 return factors_by_dtype[dtype]
         strength = adapter.strengths.magnitude_strength
         return factors_of(self.dense(), self.bias, adapter.scaled_weights(), dtype, strength)
-
-    def with_direction(self, factors: Factors, adapter: LayerAdapter) -> Factors:
-        """Return factors with the direction, which a plan cannot compute for a sharded weight."""
-        if self.shard is None or not factors.gain_in_graph or factors.axis == "input":
-            return factors
-        direction = direction_of(self.dense(), adapter.scaled_weights(), factors.down.dtype)
-        return factors._replace(direction=direction)
 
     def scales(self, name: str, adapter: LayerAdapter) -> Scales | None:
         """Return norm and gain of one adapter, from the open scope or computed here.

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.adapters.layers import Active, AdaptedLayer, LayerAdapter
-from dora_diffusion.adapters.route import Ready, Route, Scales, forward_rows
-from dora_diffusion.numerics.dora import Factors
-from dora_diffusion.numerics.fused import is_fusible
+from dora_diffusion.adapters.route import Ready, Route, Scales
+from dora_diffusion.numerics.dora import Factors, dora_forward
 from dora_diffusion.numerics.precision import product_dtype
 
 
@@ -107,26 +106,23 @@ class RowRoute(NormRoute):
         if len(set(self.names)) == 1 or not active or layer.is_merged:
             return layer.adapted(x, active)
         is_batch = layer.kind == "embedding" or x.ndim >= layer.weight.ndim
-        names = self._repeated(len(x) if is_batch else 1)
-        if _are_batched(layer, active):
-            inputs, matrix, bias = layer.operands(x)
-            assert isinstance(inputs, Tensor)
-            if (factors := self._factors_of_rows(active, names, inputs.dtype)) is not None:
-                return forward_rows(layer.operation(), inputs, matrix, bias, factors)
-        return _each_by_itself(layer, x, names, active)
-
-    def forget(self, name: str | None = None) -> None:
-        super().forget(name)
-        self._factors.clear()
-
-    def _repeated(self, batch: int) -> tuple[str | None, ...]:
-        repeats, rest = divmod(batch, len(self.names))
+        repeats, rest = divmod(batch := len(x) if is_batch else 1, len(self.names))
         if rest or not repeats:
             raise ValueError(
                 f"a layer is called with a batch of {batch}, but adapters are given for "
                 f"{len(self.names)} rows; give one per row of the batch"
             )
-        return self.names * repeats
+        names = self.names * repeats
+        if _are_batched(layer, active):
+            inputs, matrix, bias = layer.operands(x)
+            assert isinstance(inputs, Tensor)
+            if (factors := self._factors_of_rows(active, names, inputs.dtype)) is not None:
+                return dora_forward(layer.operation(), inputs, matrix, bias, factors)
+        return _each_by_itself(layer, x, names, active)
+
+    def forget(self, name: str | None = None) -> None:
+        super().forget(name)
+        self._factors.clear()
 
     def _factors_of_rows(
         self, active: Active, names: Sequence[str | None], dtype: torch.dtype
@@ -142,9 +138,8 @@ class RowRoute(NormRoute):
                 name: _folded(layer.factors(name, adapter, dtype), adapter.strengths.strength)
                 for name, adapter in active
             }
-            trains = torch.is_grad_enabled() and any(f.gain is not None for f in factors.values())
-            gain_in_graph = trains and any(f.gain_in_graph for f in factors.values())
-            self._factors[key] = None if gain_in_graph else _stacked(factors, names)
+            in_graph = torch.is_grad_enabled() and any(f.gain_in_graph for f in factors.values())
+            self._factors[key] = None if in_graph else _stacked(factors, names)
         return self._factors[key]
 
 
@@ -155,7 +150,7 @@ def _are_batched(layer: AdaptedLayer, active: Active) -> bool:
     # A strength is folded into the gain of the output, which then gives no gradient of m.
     folds = not torch.is_grad_enabled() and "input" not in axes
     return (
-        is_fusible(layer.operation())
+        layer.operation().is_plain
         and len(axes) < 2
         and all(folds or adapter.strengths.strength == 1 for adapter in adapters)
         and not (layer.training and any(adapter.dropout for adapter in adapters))
@@ -179,33 +174,25 @@ def _stacked(factors: dict[str, Factors], names: Sequence[str | None]) -> Factor
 
     Ranks are padded with zeros. A row without an adapter has zeros, and a gain of 1.
     """
-    first = next(iter(factors.values()))
-    rank = max(f.down.shape[0] for f in factors.values())
-    downs = {
-        name: F.pad(f.down, (0, 0) * (f.down.ndim - 1) + (0, rank - f.down.shape[0]))
+    rank = max(len(f.down) for f in factors.values())
+    padded = {
+        name: f._replace(
+            down=F.pad(f.down, (0, 0) * (f.down.ndim - 1) + (0, rank - len(f.down))),
+            up=F.pad(f.up.flatten(1), (0, rank - len(f.down))),
+        )
         for name, f in factors.items()
     }
-    ups = {name: F.pad(f.up.flatten(1), (0, rank - f.down.shape[0])) for name, f in factors.items()}
-    axis = next((f.axis for f in factors.values() if f.gain is not None), first.axis)
 
-    def stack(tensors: dict[str, Tensor], empty: float = 0.0) -> Tensor | None:
+    def stack(field: str, empty: float = 0.0) -> Any:
+        tensors = {n: t for n, f in padded.items() if (t := getattr(f, field)) is not None}
         if not tensors:
             return None
-        one = next(iter(tensors.values()))
-        other = torch.full_like(one, empty, requires_grad=False)
+        other = torch.full_like(next(iter(tensors.values())), empty, requires_grad=False)
         return torch.stack([tensors.get(name or "", other) for name in names])
 
-    down, up = stack(downs), stack(ups)
-    assert down is not None
-    assert up is not None
-    return Factors(
-        down,
-        up,
-        stack({name: f.gain for name, f in factors.items() if f.gain is not None}, 1.0),
-        stack({name: f.shift for name, f in factors.items() if f.shift is not None}),
-        next((f.mean for f in factors.values() if f.mean is not None), None),
-        axis,
-    )
+    fields = stack("down"), stack("up"), stack("gain", 1.0), stack("shift")
+    dora = max(factors.values(), key=lambda f: f.gain is not None)  # If there is one.
+    return Factors(*fields, dora.mean, dora.axis)
 
 
 def _each_by_itself(

@@ -13,8 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.numerics.dora import Factors, dora_forward
-from dora_diffusion.numerics.operation import Operation, RowOperation
+from dora_diffusion.numerics.dora import Factors
 
 Ready = Callable[[Tensor], Tensor]
 """Forward of a layer, for an input that needs no preparation."""
@@ -66,24 +65,6 @@ class Route:
             self.norms.clear()
         else:
             self.norms.pop(name, None)
-
-
-def forward_rows(
-    op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
-) -> Tensor:
-    """`dora_forward` of a batch whose rows have an adapter each.
-
-    One product with the weight serves all rows, and the low-rank products are batched.
-
-    Args:
-        op: Operation of a Linear layer, or of a Conv2d without groups.
-        x: As in `dora_forward`.
-        weight: Likewise.
-        bias: Likewise.
-        factors: Factors of each row, stacked (`RowOperation`).
-    """
-    rows = RowOperation(op, x.ndim, len(factors.down))
-    return dora_forward(rows, x, weight, bias, factors)
 
 
 @contextmanager

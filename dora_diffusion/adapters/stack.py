@@ -21,9 +21,14 @@ from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, LayoutCache
 from dora_diffusion.adapters.layout import Layout, Rows
 from dora_diffusion.adapters.plan import NOTHING, Plan
-from dora_diffusion.adapters.route import Ready, Route, forward_rows, routed
-from dora_diffusion.numerics.dora import Factors, direction_of, dora_forward
-from dora_diffusion.numerics.fused import is_fusible
+from dora_diffusion.adapters.route import Ready, Route, routed
+from dora_diffusion.numerics.dora import (
+    Factors,
+    direction_of,
+    dora_forward,
+    forward_of,
+    fused_forward,
+)
 from dora_diffusion.numerics.precision import product_dtype
 
 BASE: Rows = ()
@@ -154,7 +159,10 @@ class AdapterStack:
             if layout not in self._buffers:
                 routes = enumerate(self._routes[number] for number in layout.numbers)
                 fusible = {
-                    i: r.op for i, r in routes if r.plain_dtype == dtype and is_fusible(r.op)
+                    index: route.op
+                    for index, route in routes
+                    if route.plain_dtype == dtype
+                    and forward_of(route.op, layout.axis) is fused_forward
                 }
                 self._buffers[layout] = Buffers(layout, dtype, fusible, self._memory)
             self._buffers[layout].fill(plan)
@@ -212,8 +220,7 @@ class StackRoute(Route):
     def settle(self) -> None:
         """Read the properties of the layer that are the same in all steps."""
         layer, bias = self.layer, self.layer.bias
-        is_low = layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
-        self.op, self.matrix = layer.operation(leaves_garbage=is_low), layer.dense()
+        self.op, self.matrix = layer.operation(), layer.dense()
         is_plain = (
             layer.shard is None
             and layer.is_prepared
@@ -262,7 +269,7 @@ class StackRoute(Route):
         assert isinstance(inputs, Tensor)
         factors = self.factors(inputs.dtype)
         if not factors.gain_in_graph:
-            return forward_rows(op, inputs, matrix, bias, factors)
+            return dora_forward(op, inputs, matrix, bias, factors)
         return torch.cat([
             dora_forward(op, inputs[row, None], matrix, bias, self._factors_of_row(factors, k, row))
             for row, k in enumerate(rows)

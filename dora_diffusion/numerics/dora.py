@@ -5,28 +5,34 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICM
     W' = m * (W + delta) / norm(W + delta),    delta = s * B @ A,    m starts as norm(W)
 
 Weights are ``(out, in, *k)``; weights that a model stores as ``(in, out)`` are transposed views.
-Norms and weights are computed in float32 (float64 for float64 weights). Merges and exports call
-`adapted_weight`. Layers call `dora_forward`, with factors that are computed once per step. Where
-the magnitude is on the output axis, it calls `fused`, the same layer as one node of the graph.
+Norms and weights are computed in float32 (float64 for float64 weights). `adapted_weight` is the
+formula: merges and exports call it, and tests compare layers with ``x @ adapted_weight(...).T + b``
+and its gradients by autograd.
+
+Layers compute the same from factors that are computed once per step (`dora_forward`). With ``n =
+norm(W + delta)`` a constant in the backward pass (section 4.3) and ``g = m / n`` (section 4.1):
+
+    output axis    y = W' x + b = g (W x + b) + g s B A x + (1 - g) b
+                   dL/dm = sum(dy (W + delta) x) / n = sum(dy (y - b)) / (g n)
+    input axis     y = W' x + b = (W + delta) (g x) + b
+                   dL/dm = sum(d(g x) x) / n = sum(d(g x) (g x)) / (g n)
+
+The last sums need no tensor that is not saved anyway. Gradients of A and B are the ones of a LoRA
+with ``g s B`` and the input x, or with ``s B`` and the input ``g x``. `forward_of` is the table of
+who computes which layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.fused import (
-    FusedLayer,
-    fused,
-    is_fusible,
-    scale_gradients,
-    scaled_gradient,
-)
-from dora_diffusion.numerics.operation import Operation
+from dora_diffusion.numerics.fused import FusedLayer, FusedNode, Scale
+from dora_diffusion.numerics.operation import Operation, RowOperation
 from dora_diffusion.numerics.precision import full_precision, to_float64, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import LayerWeights, MergeError, NormAxis, out_in
 
@@ -223,11 +229,9 @@ def factors_of(
 @torch.no_grad()
 def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Tensor | None:
     """Compute `Factors.direction` of a direct layer."""
-    if layer.norm_axis == "input":
-        return None
     # Dynamo of torch 2.6 cannot trace `dataclasses.replace`.
     lora = LayerWeights(layer.down, layer.up, alpha=layer.alpha)
-    return adapted_weight(weight, lora).to(dtype)
+    return None if layer.norm_axis == "input" else adapted_weight(weight, lora).to(dtype)
 
 
 def dora_forward(
@@ -236,57 +240,97 @@ def dora_forward(
 ) -> Tensor:  # fmt: skip
     """``y = W' x + b`` in training: ``(..., in)`` -> ``(..., out)``, or images.
 
-    Computed as ``g (W x + b) + g s B A x + (1 - g) b`` on the output axis, and as
-    ``(W + s B A)(g x) + b`` on the input axis. In 16 bits, ``W'`` would lose updates that are small
-    compared to W. If B is 0 and g is 1, the result equals the base's exactly.
-
     Args:
         op: Operation that applies a weight.
         x: Input.
         weight: Base weight ``(out, in, *k)``.
         bias: Bias, which is not scaled, or None.
-        factors: Factors, in the dtype of the weight.
+        factors: Factors, in the dtype of the weight. If each row of x has factors of its own, they
+            are stacked (`RowOperation`).
         base: ``W x + b``. Default: it is computed.
     """
-    f: Any = factors
-    in_graph = f.gain_in_graph
-    if f.gain is not None and f.axis == "input":
-        gx = op.scale_input(x, f.gain) if in_graph else _Scale.apply(op, None, x, f.gain, None)
-        x, base = gx.to(x.dtype), None
-    if base is None and _is_fused(op, f):
-        layer = FusedLayer(op, weight, bias, f.shift, f.mean, (f.down, f.up, f.gain))
-        output: Tensor = fused(op).apply(layer, None, x, *layer.factors)
-        return output
+    f, trains = factors, factors.gain is not None and factors.gain.requires_grad
+    if f.down.ndim > weight.ndim:
+        op = RowOperation(op, x.ndim, len(f.down))
+    axis = None if f.gain is None else f.axis
+    forward = forward_of(op, axis, f.gain_in_graph, trains, base is not None)
+    return forward(op, x, weight, bias, f, base)
+
+
+def forward_of(
+    op: Operation, axis: NormAxis | None, gain_in_graph: bool = False, trains: bool = True,
+    has_base: bool = False,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Return the implementation of a layer. Nothing else chooses one.
+
+    | layer | computed by |
+    |---|---|
+    | LoRA | `lora_forward` |
+    | DoRA on the input axis | `input_forward` |
+    | on the output axis, gain in the graph (see `Factors`) | `direct_forward` |
+    | on the output axis, if the gain does not train, the base is given, blocks are compiled, rows \
+      have adapters of their own, or in an Embedding, Conv1d or grouped Conv2d | `scaled_forward` |
+    | on the output axis otherwise: Linear, Conv2d | `fused_forward` |
+
+    Args:
+        op: Operation of the layer, or of its rows.
+        axis: Norm axis; None for a LoRA.
+        gain_in_graph: See `Factors`.
+        trains: Whether the gain needs a gradient.
+        has_base: Whether ``W x + b`` is given.
+    """
+    if axis is None:
+        return lora_forward
+    if axis == "input":
+        return input_forward
+    if gain_in_graph:
+        return direct_forward
+    is_fused = op.is_plain and trains and not has_base and not torch.compiler.is_compiling()
+    return fused_forward if is_fused else scaled_forward
+
+
+def lora_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:
+    """``(W x + b) + s B A x``."""
     base = op.apply(x, weight, bias) if base is None else base
-    low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
-    if f.gain is None or f.axis == "input":
-        return base + low_rank
-    y: Tensor = _Scale.apply(op, low_rank, base, f.gain.detach() if in_graph else f.gain, f.mean)
-    if f.direction is not None:
-        with torch.no_grad():
-            unscaled = op.apply(x, f.direction)
-        zero = (f.gain - f.gain.detach()).view(op.shape)  # With the gradient of m.
-        y = y + (zero * unscaled).to(y.dtype)
+    y: Tensor = base + op.up_project(op.down_project(x, f.down), f.up)
     return y
 
 
-def _is_fused(op: Operation, f: Factors) -> bool:
-    """Return whether a layer can be one node of the graph."""
-    return (
-        f.gain is not None
-        and f.gain.requires_grad
-        and f.axis == "output"
-        and not f.gain_in_graph
-        and is_fusible(op)
-        and not torch.compiler.is_compiling()
-    )
+def input_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:
+    """``(W + s B A) (g x) + b``: the LoRA on ``g x``."""
+    gx = op.scale_input(x, f.gain) if f.gain_in_graph else Scale.apply(op, None, x, f.gain, None)
+    return lora_forward(op, gx, weight, bias, f, None)
+
+
+def scaled_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:
+    """``g (W x + b) + (g s B A x + (1 - g) b)``."""
+    base = op.apply(x, weight, bias) if base is None else base
+    low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
+    gain = f.gain.detach() if f.gain_in_graph else f.gain
+    y: Tensor = Scale.apply(op, low_rank, base, gain, f.mean)
+    return y
+
+
+def fused_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:
+    """`scaled_forward` as one node of the graph."""
+    y: Tensor = FusedNode.apply(FusedLayer(op, weight, bias, f), None, x, f.down, f.up, f.gain)
+    return y
+
+
+def direct_forward(op: Operation, x: Any, weight: Tensor, bias: Any, f: Any, base: Any) -> Tensor:
+    """`scaled_forward`, whose gain has its derivative from ``(W + s B A) x``."""
+    y = scaled_forward(op, x, weight, bias, f, base)
+    with torch.no_grad():
+        unscaled = op.apply(x, f.direction)
+    zero = (f.gain - f.gain.detach()).view(op.shape)
+    return y + (zero * unscaled).to(y.dtype)
 
 
 def sum_of_adapters(
     op: Operation, x: Any, weight: Tensor, bias: Tensor | None,
-    adapters: Iterable[tuple[Factors, float, Any]],
+    adapters: Sequence[tuple[Factors, float, Any]],
 ) -> Tensor:  # fmt: skip
-    """``W x + b + sum_k strength_k (W'_k - W) x_k``: several adapters, each on the unmerged base.
+    """``W x + b + sum_k strength_k (W'_k - W) x_k``: adapters, each on the unmerged base.
 
     Args:
         op: Operation that applies a weight.
@@ -296,46 +340,16 @@ def sum_of_adapters(
         adapters: Factors, strength and input of each adapter. The input is ``x`` or ``x`` after
             dropout (as in PEFT).
     """
+    first, strength, adapter_input = adapters[0]
+    if len(adapters) == 1 and strength == 1 and adapter_input is x:
+        return dora_forward(op, x, weight, bias, first)
     total = base = op.apply(x, weight, bias)
     for factors, strength, adapter_input in adapters:
         if factors.gain is None:
             difference = op.up_project(op.down_project(adapter_input, factors.down), factors.up)
         else:
             unadapted = base if adapter_input is x else op.apply(adapter_input, weight, bias)
-            difference = (
-                dora_forward(op, adapter_input, weight, bias, factors, unadapted) - unadapted
-            )
+            y = dora_forward(op, adapter_input, weight, bias, factors, unadapted)
+            difference = y - unadapted
         total = total + strength * difference
     return total
-
-
-class _Scale(torch.autograd.Function):
-    """``y = g * value + total``, with the sums for the gradient of m (`scale_gradients`).
-
-    On the input axis y is ``g x`` and the bias is None. Saving y instead of ``value`` saves memory,
-    as the next operation usually saves y, too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, total: Any, value: Tensor, gain: Tensor, bias: Any) -> Tensor:
-        ctx.op, ctx.gain, ctx.bias, shaped = op, gain, bias, gain.view(op.shape)
-        if torch.compiler.is_compiling():
-            scaled = shaped * value
-            y = (scaled if total is None else scaled + total).to(value.dtype)
-        # The kernel upcasts its inputs and rounds once. Autocast ignores operations with `out`.
-        elif total is None:
-            y = torch.mul(value, shaped, out=torch.empty_like(value))
-        else:
-            y = torch.addcmul(total, value, shaped, out=torch.empty_like(value))
-        ctx.save_for_backward(y if ctx.needs_input_grad[3] else None)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), (_, to_total, to_value, to_gain, _) = ctx.saved_tensors, ctx.needs_input_grad
-        if to_gain:
-            of_value, of_gain = scale_gradients(ctx.op, grad, y, ctx.gain, ctx.bias, to_value)
-        else:
-            of_value = scaled_gradient(ctx.op, grad, ctx.gain) if to_value else None
-            of_gain = None
-        return None, grad if to_total else None, of_value, of_gain, None

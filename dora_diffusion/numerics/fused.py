@@ -1,12 +1,12 @@
-"""Fused gradients: of the product with a gain, and of a whole layer.
+"""Nodes of the graph with their gradients: the product with a gain, and a whole layer.
 
-With the norm detached (DoRA, section 4.3), a layer with its norm on the output axis computes ``y =
-g (W x + b) + g s B A x + (1 - g) b``. `FusedLinear` and `FusedConv` are this layer as one node of
-the graph: fewer nodes take less of the processor's time than the products of the layer, one by one.
+Both take the gradient of m from the output that they save (the derivative is in `numerics.dora`). A
+layer as one node takes less of the processor's time than its products, one by one.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +18,8 @@ from dora_diffusion.numerics.devices import mixes_batch_norm
 from dora_diffusion.numerics.operation import ConvOperation, Operation, leaves_garbage
 
 # Without the call in Python of torch's `OpOverload`.
-_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default._op
-_convolution_backward: Any = torch.ops.aten.convolution_backward.default._op
+_batch_norm: Any = torch.ops.aten.native_batch_norm_backward.default._op
+_convolution: Any = torch.ops.aten.convolution_backward.default._op
 _VALUE_AND_GAIN, _GAIN = (True, True, False), (False, True, False)
 _PIXEL = (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)
 _IMAGES = ConvOperation()
@@ -37,16 +37,36 @@ def unit_statistics(length: int, dtype: torch.dtype, device: torch.device) -> tu
         return torch.zeros(length, **options), torch.ones(length, **options)
 
 
+def statistics_of(gain: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Return b and variance 1 as torch takes them, twice; nothing on other kinds of devices."""
+    if not mixes_batch_norm(gain.device.type):
+        return ()
+    zeros, ones = unit_statistics(len(gain), gain.dtype, gain.device)
+    return ((zeros if bias is None else bias), ones) * 2
+
+
+def scaled_sum(op: Operation, value: Tensor, gain: Tensor, total: Tensor | None = None) -> Tensor:
+    """Return ``g * value + total`` in the dtype of ``value``, rounded once."""
+    shaped = gain.view(op.shape)
+    if torch.compiler.is_compiling():
+        scaled = shaped * value
+        return (scaled if total is None else scaled + total).to(value.dtype)
+    # The kernel upcasts its inputs. Autocast ignores operations with `out`.
+    out = torch.empty_like(value)
+    if total is None:
+        return torch.mul(value, shaped, out=out)
+    return torch.addcmul(total, value, shaped, out=out)
+
+
 def scale_gradients(
     op: Operation, grad: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None, to_value: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of ``y = g * value + total``: ``g * dy`` and ``sum(dy * (y - b))``.
 
-    The second one is the gradient of m times ``g norm``, since ``(y - b) / g`` is the output of the
-    direction. These are gradients of a batch normalization with mean b and variance 1, which
-    computes both with one operation and sums in the gain's dtype. Where it does not apply
-    (channels-last images, a gain for each row of sequences, other devices), they are computed one
-    by one.
+    The second one is the gradient of m times ``g norm``. These are gradients of a batch
+    normalization with mean b and variance 1, which computes both with one operation and sums in the
+    gain's dtype. Where it does not apply (channels-last images, a gain for each row of sequences,
+    other devices), they are computed one by one.
 
     Args:
         op: Operation of the layer.
@@ -56,57 +76,70 @@ def scale_gradients(
         bias: b, ``(n,)`` in the gain's dtype; None: 0.
         to_value: Whether ``g * dy`` is needed.
     """
+    shape, is_linear = grad.shape, op.shape == (-1,)
     if gain.ndim == 2 and op.shape[1:] == (-1, 1, 1) and y.is_contiguous():
         # The channels of all images are those of one.
-        grad, y, shape = (*(t.reshape(1, -1, *t.shape[2:]) for t in (grad, y)), grad.shape)
+        grad, y = (t.reshape(1, -1, *shape[2:]) for t in (grad, y))
         mean = None if bias is None else bias.repeat(len(gain))
         of_value, of_gain = scale_gradients(_IMAGES, grad, y, gain.reshape(-1), mean, to_value)
         return None if of_value is None else of_value.view(shape), of_gain.view(gain.shape)
-    is_last, is_image = op.shape == (-1,), grad.ndim == len(op.shape) + 1 and y.is_contiguous()
     if (
-        mixes_batch_norm(grad.device.type)
-        and not torch.compiler.is_compiling()
-        and gain.ndim == 1
+        gain.ndim == 1
         and grad.numel()
-        and (is_last or is_image)
+        and (is_linear or (grad.ndim == len(op.shape) + 1 and y.is_contiguous()))
+        and not torch.compiler.is_compiling()
+        and (statistics := statistics_of(gain, bias))
     ):
-        shape, channels = grad.shape, len(gain)
-        if is_last:
-            grad, y = grad.reshape(-1, channels), y.reshape(-1, channels)
+        if is_linear:
+            grad, y = grad.reshape(-1, shape[-1]), y.reshape(-1, shape[-1])
         else:
-            grad = grad.contiguous()  # As in `FusedLayer`.
-        mean, variance = unit_statistics(channels, gain.dtype, gain.device)
-        statistics = ((mean if bias is None else bias), variance) * 2
-        of_value, of_gain, _ = _batch_norm_backward(
-            grad, y, gain, *statistics, False, 0.0, _VALUE_AND_GAIN if to_value else _GAIN
-        )
+            grad = grad.contiguous()  # As in `FusedNode`.
+        mask = _VALUE_AND_GAIN if to_value else _GAIN
+        of_value, of_gain, _ = _batch_norm(grad, y, gain, *statistics, False, 0.0, mask)
         return of_value.view(shape) if to_value else None, of_gain
-    of_value, dims = scaled_gradient(op, grad, gain) if to_value else None, op.dims[grad.ndim]
-    # In float16 the product would overflow with a loss scale: `addcmul` upcasts its inputs.
-    product = (
-        grad * y
-        if grad.dtype != torch.float16
-        else torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
-    )
+    of_value = scaled_sum(op, grad, gain) if to_value else None
+    sizes = [*[1] * (len(shape) - len(op.shape)), *op.shape]
+    dims = [dim for dim in range(gain.ndim - 1, len(shape)) if sizes[dim] == 1]
+    if grad.dtype == torch.float16:  # With a loss scale the product would overflow.
+        product = torch.addcmul(grad.new_zeros(1, dtype=torch.float32), grad, y)
+    else:
+        product = grad * y
     of_gain = _sum(product, dims, gain.dtype)
     if bias is not None:
         of_gain = of_gain.addcmul(_sum(grad, dims, gain.dtype), bias, value=-1)
     return of_value, of_gain
 
 
-def scaled_gradient(op: Operation, grad: Tensor, gain: Tensor) -> Tensor:
-    """Return ``g * dy``, in the dtype of dy."""
-    shaped = gain.view(op.shape)
-    if torch.compiler.is_compiling():
-        return (shaped * grad).to(grad.dtype)
-    # The kernel upcasts its inputs and rounds once. Autocast ignores operations with `out`.
-    return torch.mul(grad, shaped, out=torch.empty_like(grad))
-
-
-def _sum(tensor: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _sum(tensor: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
     return torch.sum(tensor, dims, dtype=dtype) if dims else tensor.to(dtype)
 
 
+class Scale(torch.autograd.Function):
+    """``y = g * value + total``, with the sums for the gradient of m (`scale_gradients`).
+
+    On the input axis y is ``g x``, and total and bias are None. Saving y instead of ``value`` saves
+    memory, as the next operation usually saves y, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, total: Any, value: Tensor, gain: Tensor, bias: Any) -> Tensor:
+        ctx.op, ctx.gain, ctx.bias = op, gain, bias
+        y = scaled_sum(op, value, gain, total)
+        ctx.save_for_backward(y if ctx.needs_input_grad[3] else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (y,), (_, to_total, to_value, to_gain, _) = ctx.saved_tensors, ctx.needs_input_grad
+        of_value = of_gain = None
+        if to_gain:
+            of_value, of_gain = scale_gradients(ctx.op, grad, y, ctx.gain, ctx.bias, to_value)
+        elif to_value:
+            of_value = scaled_sum(ctx.op, grad, ctx.gain)
+        return None, grad if to_total else None, of_value, of_gain, None
+
+
+@dataclass(slots=True)
 class Gradients:
     """Gradients of a layer's factors, summed over the backward passes of a step.
 
@@ -117,18 +150,25 @@ class Gradients:
         gain: Sum for the gradient of m, ``(out,)``; None: no backward pass has reached the layer.
     """
 
-    __slots__ = ("convolution", "down", "gain", "up")
+    down: Tensor
+    up: Tensor
+    convolution: tuple[Tensor, ...] = ()
+    gain: Tensor | None = None
 
-    def __init__(self, down: Tensor, up: Tensor) -> None:
-        self.down, self.up = down, up
-        self.clear()
+    def add(self, down: Any, up: Any, gain: Tensor) -> None:
+        """Add the gradients of a backward pass, without the products of a Linear."""
+        convolution: tuple[Tensor, ...] = () if down is None else (down, up)
+        if self.gain is not None:
+            gain = self.gain.add_(gain)
+            convolution = tuple(map(torch.add, self.convolution, convolution))
+        self.gain, self.convolution = gain, convolution
 
     def clear(self) -> None:
         """Begin a step."""
-        self.convolution: tuple[Tensor, ...] = ()
-        self.gain: Tensor | None = None
+        self.convolution, self.gain = (), None
 
 
+@dataclass(slots=True)
 class FusedLayer:
     """Tensors of a layer that are the same in all calls.
 
@@ -136,49 +176,24 @@ class FusedLayer:
         op: Operation of the weight.
         weight: Base weight ``(out, in, *k)``.
         bias: Bias ``(out,)``, or None.
-        shift: ``(1 - g) b``, or None.
-        mean: b in the gain's dtype; None: 0.
-        factors: A, ``g s B`` and g.
-        gradients: Memory for the gradients of the factors; None: the graph has them.
+        factors: `numerics.dora.Factors`.
+        gradients: Memory for the gradients of A, ``g s B`` and g; None: the graph has them.
+        statistics: Statistics of the batch normalization of `scale_gradients`; empty: it has none.
     """
 
-    __slots__ = ("_statistics", "bias", "factors", "gradients", "mean", "op", "shift", "weight")
+    op: Any
+    weight: Tensor
+    bias: Tensor | None
+    factors: Any
+    gradients: Gradients | None = None
+    statistics: tuple[Tensor, ...] = field(init=False)
 
-    def __init__(
-        self, op: Any, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
-        mean: Tensor | None, factors: tuple[Tensor, Tensor, Tensor],
-        gradients: Gradients | None = None,
-    ) -> None:  # fmt: skip
-        self.op, self.weight, self.bias, self.shift, self.mean = op, weight, bias, shift, mean
-        self.factors, self.gradients, gain = factors, gradients, factors[2]
-        self._statistics: tuple[Tensor, ...] = ()
-        if mixes_batch_norm(gain.device.type):
-            zeros, ones = unit_statistics(len(gain), gain.dtype, gain.device)
-            self._statistics = ((zeros if mean is None else mean), ones) * 2
-
-    def scale_gradients(
-        self, grad: Tensor, y: Tensor, gain: Tensor, to_value: bool
-    ) -> tuple[Any, Tensor]:
-        """`scale_gradients` of a Linear with two dimensions, or of images."""
-        if not self._statistics or not y.is_contiguous() or not grad.numel():
-            return scale_gradients(self.op, grad, y, gain, self.mean, to_value)
-        # Torch mixes up the memory formats of a single image.
-        grad = grad.contiguous() if grad.ndim == 4 else grad
-        of_value, of_gain, _ = _batch_norm_backward(
-            grad, y, gain, *self._statistics, False, 0.0, _VALUE_AND_GAIN if to_value else _GAIN
-        )
-        return of_value, of_gain
+    def __post_init__(self) -> None:
+        self.statistics = statistics_of(self.factors.gain, self.factors.mean)
 
 
-def is_fusible(op: Operation) -> bool:
-    """Return whether `fused` computes an operation: a Linear, or a Conv2d without groups."""
-    return type(op) is Operation or (
-        type(op) is ConvOperation and op.groups == 1 and len(op.stride) == 2
-    )
-
-
-class FusedLinear(torch.autograd.Function):
-    """A Linear layer: ``(..., in)`` -> ``(..., out)``.
+class FusedNode(torch.autograd.Function):
+    """A layer as one node: a Linear, or a Conv2d without groups.
 
     Called with a `FusedLayer`, an anchor, x, and the factors A, ``g s B`` and g, which get their
     gradients through the graph. A layer with `FusedLayer.gradients` is called without factors: it
@@ -187,108 +202,78 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: FusedLayer, anchor: Any, x: Tensor, *factors: Tensor) -> Tensor:
-        down, up, gain = factors if layer.gradients is None else layer.factors
-        shape = x.shape
-        # Torch rounds products differently where it cannot flatten the input.
-        if is_flat := len(shape) != 2 and x.is_contiguous():
-            x = x.view(-1, shape[-1])
-        inner = F.linear(x, down)
-        y = F.linear(inner, up, layer.shift)
-        y.addcmul_(F.linear(x, layer.weight, layer.bias), gain)
+        op, shape, is_wide = layer.op, x.shape, False
+        down, up, gain = factors = factors or layer.factors[:3]
+        ndim, shift = len(shape), layer.factors.shift
+        if down.ndim == 2:
+            # Torch rounds products differently where it cannot flatten the input.
+            if ndim != 2 and x.is_contiguous():
+                x = x.view(-1, shape[-1])
+            inner = F.linear(x, down)
+            y = F.linear(inner, up, shift)
+            y.addcmul_(F.linear(x, layer.weight, layer.bias), gain)
+        else:
+            x, settings = x[None] if ndim == 3 else x, (op.stride, op.padding, op.dilation)
+            is_wide = leaves_garbage(x, down, op.dilation)
+            operands = (x.float(), down.float()) if is_wide else (x, down)
+            inner = torch.conv2d(*operands, None, *settings)
+            inner = inner.to(x.dtype) if is_wide else inner
+            y = torch.conv2d(inner, up, shift)
+            base = torch.conv2d(x, layer.weight, layer.bias, *settings)
+            y.addcmul_(base, gain.view(-1, 1, 1))
         ctx.save_for_backward(x, inner, y)
-        ctx.saved = layer, down, up, gain, shape
-        return y.view(*shape[:-1], y.shape[1]) if is_flat else y
+        ctx.saved = layer, factors, shape, is_wide
+        if y.ndim != ndim:
+            y = y[0] if y.ndim == 4 else y.view(*shape[:-1], y.shape[1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_FIRST_DERIVATIVE)
-        x, inner, y = ctx.saved_tensors
-        layer, down, up, gain, shape = ctx.saved
-        to_x = ctx.needs_input_grad[2]
-        if len(shape) != 2:
-            grad = grad.reshape(-1, y.shape[-1])
-        if len(x.shape) != 2:
+        (x, inner, y), to_x = ctx.saved_tensors, ctx.needs_input_grad[2]
+        layer, (down, up, gain), shape, is_wide = ctx.saved
+        gradients, ndim = layer.gradients, down.ndim
+        if y.ndim != ndim:
             x, inner, y = (saved.reshape(-1, saved.shape[-1]) for saved in (x, inner, y))
-        of_value, of_gain = layer.scale_gradients(grad, y, gain, to_x)
-        of_inner = torch.mm(grad, up)
-        of_x = None
-        if to_x:
-            of_x = torch.mm(of_value, layer.weight).addmm_(of_inner, down).view(shape)
-        gradients = layer.gradients
-        if gradients is None:
-            of_up, of_down = torch.mm(grad.t(), inner), torch.mm(of_inner.t(), x)
-            return None, None, of_x, of_down, of_up, of_gain
-        if gradients.gain is None:
-            torch.mm(grad.t(), inner, out=gradients.up)
-            torch.mm(of_inner.t(), x, out=gradients.down)
-            gradients.gain = of_gain
+        if len(shape) != ndim:
+            grad = grad.reshape(*y.shape)
+        if layer.statistics and y.is_contiguous() and grad.numel():
+            # Torch mixes up the memory formats of a single image.
+            grad = grad.contiguous() if ndim == 4 else grad
+            mask = _VALUE_AND_GAIN if to_x else _GAIN
+            scaled, of_gain, _ = _batch_norm(grad, y, gain, *layer.statistics, False, 0.0, mask)
         else:
-            gradients.up.addmm_(grad.t(), inner)
-            gradients.down.addmm_(of_inner.t(), x)
-            gradients.gain += of_gain
+            scaled, of_gain = scale_gradients(layer.op, grad, y, gain, layer.factors.mean, to_x)
+        of_x = of_down = of_up = None
+        if ndim == 2:
+            of_inner = torch.mm(grad, up)
+            if to_x:
+                of_x = torch.mm(scaled, layer.weight).addmm_(of_inner, down)
+            if gradients is None:
+                of_up, of_down = torch.mm(grad.t(), inner), torch.mm(of_inner.t(), x)
+            elif gradients.gain is None:
+                torch.mm(grad.t(), inner, out=gradients.up)
+                torch.mm(of_inner.t(), x, out=gradients.down)
+            else:
+                gradients.up.addmm_(grad.t(), inner)
+                gradients.down.addmm_(of_inner.t(), x)
+        else:
+            op = layer.op
+            settings = op.stride, op.padding, op.dilation, False, (0, 0), 1
+            of_inner, of_up, _ = _convolution(grad, inner, up, None, *_PIXEL)
+            low = (of_inner.float(), x.float(), down.float()) if is_wide else (of_inner, x, down)
+            of_x, of_down, _ = _convolution(*low, None, *settings, (to_x, True, False))
+            if to_x:
+                full = scaled, x, layer.weight, None, *settings, (True, False, False)
+                of_x = _convolution(*full)[0].add_(of_x)
+        if of_x is not None and of_x.ndim != len(shape):
+            of_x = of_x.view(*shape)  # Reading a `torch.Size` takes twice as long.
+        if gradients is None:
+            return None, None, of_x, of_down, of_up, of_gain
+        gradients.add(of_down, of_up, of_gain)
         return None, None, of_x
 
 
-class FusedConv(torch.autograd.Function):
-    """A Conv2d layer without groups: ``(N, in, h, w)`` -> ``(N, out, h', w')``, or without N.
-
-    Called as `FusedLinear`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, layer: FusedLayer, anchor: Any, x: Tensor, *factors: Tensor) -> Tensor:
-        down, up, gain = factors if layer.gradients is None else layer.factors
-        op, is_single = layer.op, x.ndim == 3
-        x, settings = x[None] if is_single else x, (op.stride, op.padding, op.dilation)
-        is_wide = op.leaves_garbage and leaves_garbage(x, down, op.dilation)
-        operands = (x.float(), down.float()) if is_wide else (x, down)
-        inner = torch.conv2d(*operands, None, *settings)
-        inner = inner.to(x.dtype) if is_wide else inner
-        y = torch.conv2d(inner, up, layer.shift)
-        base = torch.conv2d(x, layer.weight, layer.bias, *settings)
-        y.addcmul_(base, gain.view(-1, 1, 1))
-        ctx.save_for_backward(x, inner, y)
-        ctx.saved = layer, down, up, gain, is_single, is_wide
-        return y[0] if is_single else y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(_FIRST_DERIVATIVE)
-        x, inner, y = ctx.saved_tensors
-        layer, down, up, gain, is_single, is_wide = ctx.saved
-        op, to_x = layer.op, ctx.needs_input_grad[2]
-        grad = grad[None] if is_single else grad
-        settings = op.stride, op.padding, op.dilation, False, (0, 0), 1
-        of_value, of_gain = layer.scale_gradients(grad, y, gain, to_x)
-        of_inner, of_up, _ = _convolution_backward(grad, inner, up, None, *_PIXEL)
-        operands = of_inner, x, down
-        if is_wide:
-            operands = of_inner.float(), x.float(), down.float()
-        of_x, of_down, _ = _convolution_backward(*operands, None, *settings, (to_x, True, False))
-        if to_x:
-            of_base, _, _ = _convolution_backward(
-                of_value, x, layer.weight, None, *settings, (True, False, False)
-            )
-            of_x = of_base.add_(of_x)[0] if is_single else of_base.add_(of_x)
-        gradients = layer.gradients
-        if gradients is None:
-            return None, None, of_x, of_down, of_up, of_gain
-        if gradients.gain is None:
-            gradients.convolution, gradients.gain = (of_down, of_up), of_gain
-        else:
-            down_sum, up_sum = gradients.convolution
-            gradients.convolution = down_sum + of_down, up_sum + of_up
-            gradients.gain += of_gain
-        return None, None, of_x
-
-
-def fused(op: Operation) -> Any:
-    """Return the autograd function of a fusible operation."""
-    return FusedLinear if type(op) is Operation else FusedConv
-
-
-def apply_of(function: Any) -> Any:
-    """Return ``function.apply`` without its wrapper for functorch."""
-    return super(torch.autograd.Function, function).apply
+# Without a wrapper for functorch.
+fused: Any = super(torch.autograd.Function, FusedNode).apply

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.numerics.precision import product_dtype
-
-# All dimensions but the last, by number of dimensions (at most 64 in torch).
-_LEADING = tuple(tuple(range(max(0, ndim - 1))) for ndim in range(65))
 
 
 class Operation:
@@ -30,18 +27,19 @@ class Operation:
         up_project: Function of the input of B, ``up`` ``(out, r)`` or ``(out, r, *1)`` and an
             optional bias to the output.
         shape: Shape of a vector over outputs to multiply an activation.
-        dims: Dimensions of an activation except for the channels, by number of dimensions.
+        is_plain: True for a Linear and for a Conv2d without groups. Only these have a fused forward
+            (`numerics.fused`) and a `RowOperation`.
     """
 
     apply: Callable[..., Tensor] = staticmethod(F.linear)
     down_project: Callable[..., Tensor] = staticmethod(F.linear)
     up_project: Callable[..., Tensor] = staticmethod(F.linear)
     shape: tuple[int, ...] = (-1,)
-    dims: Mapping[int, tuple[int, ...]] | Sequence[tuple[int, ...]] = _LEADING
+    is_plain = True
 
     def scale_input(self, x: Any, vector: Tensor) -> Any:
         """Multiply ``x`` by ``vector`` ``(in,)``, one value for each slice ``weight[:, i]``."""
-        return x * vector.view(self.shape)
+        return (x * vector.view(self.shape)).to(x.dtype)
 
 
 class ConvOperation(Operation):
@@ -55,7 +53,6 @@ class ConvOperation(Operation):
 
     Args:
         stride, padding, dilation, groups: Settings of the layer.
-        leaves_garbage: Whether `convolve` must correct the gradient of A.
     """
 
     def __init__(
@@ -64,31 +61,26 @@ class ConvOperation(Operation):
         padding: tuple[int, ...] = (0, 0),
         dilation: tuple[int, ...] = (1, 1),
         groups: int = 1,
-        *,
-        leaves_garbage: bool = True,
     ) -> None:
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.leaves_garbage = leaves_garbage
         size = len(stride)
+        self.is_plain = groups == 1 and size == 2
         run: Any = F.conv2d if size == 2 else F.conv1d
-        settings: dict[str, Any] = {
+        settings: Any = {
             "stride": stride,
             "padding": padding,
             "dilation": dilation,
             "groups": groups,
         }
         self.apply = partial(run, **settings)
-        convolution = partial(convolve, bias=None, **settings) if leaves_garbage else self.apply
-        self.down_project = (
-            partial(_down_groups, convolution, groups) if groups > 1 else convolution
-        )
+        down = partial(convolve, bias=None, **settings)
+        self.down_project = partial(_down_groups, down, groups) if groups > 1 else down
         self.up_project = partial(run, groups=groups)
         self.shape = (-1, *[1] * size)
-        self.dims = {size + 1: tuple(range(1, size + 1)), size + 2: (0, *range(2, size + 2))}
 
     def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
         """Multiply channel i of every group by value i of ``vector`` ``(in / groups,)``."""
-        return x * vector.repeat(self.groups).view(self.shape)
+        return (x * vector.repeat(self.groups).view(self.shape)).to(x.dtype)
 
 
 def _down_groups(
@@ -156,10 +148,6 @@ class OneHot:
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
-    def to(self, dtype: torch.dtype) -> OneHot:
-        """Cast the values."""
-        return OneHot(self.ids, self.values.to(dtype))
-
     def look_up(self, table: Tensor) -> Tensor:
         """Look up rows of a table ``(num, n)``: ``(..., n)``."""
         return F.embedding(self.ids, table)
@@ -179,10 +167,11 @@ class EmbeddingOperation(Operation):
         return x.look_up(weight.t()) * x.values[..., None]
 
     down_project = apply
+    is_plain = False
 
     def scale_input(self, x: OneHot, vector: Tensor) -> OneHot:
         """Multiply the values by the entries of ``vector`` ``(num,)`` at the ids."""
-        return OneHot(x.ids, x.values * x.look_up(vector[:, None])[..., 0])
+        return OneHot(x.ids, (x.values * x.look_up(vector[:, None])[..., 0]).to(x.dtype))
 
 
 def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
@@ -209,14 +198,12 @@ class RowOperation(Operation):
         rows: Number of rows N.
     """
 
+    is_plain = False
+
     def __init__(self, op: Operation, ndim: int, rows: int) -> None:
-        self.op, self.apply = op, op.apply
+        self.apply, ones = op.apply, (1,) * (ndim - 2)
         self._conv = op if isinstance(op, ConvOperation) else None
-        channels = 1 if self._conv else ndim - 1
-        shape = [rows, *[1] * (ndim - 1)]
-        shape[channels] = -1
-        self.shape = tuple(shape)
-        self.dims = {ndim: tuple(d for d in range(1, ndim) if d != channels)}
+        self.shape = (rows, -1, *ones) if self._conv else (rows, *ones, -1)
 
     def down_project(self, x: Tensor, down: Tensor) -> Tensor:
         """Project each row with its own factor: a batched product, or a grouped convolution.
