@@ -222,6 +222,7 @@ class Setting:
         of_subject: Whether each subject of a run may have its own value.
         of_run: Whether subjects of a run have the default, not the run's value.
         has_photos: Whether it is a folder of a subject's photos.
+        costs: Whether a feature's time or memory of a step depends on it.
         ends_run: Whether it acts after the last step, so that a finished run may change it.
         after: Setting that it follows, in whose group it is.
     """
@@ -253,6 +254,7 @@ class Setting:
     of_subject: bool = False
     of_run: bool = False
     has_photos: bool = False
+    costs: bool = False
     ends_run: bool = False
     after: str = ""
 

@@ -197,8 +197,9 @@ class TrainConfig(  # type: ignore[misc]
         return all(one.trains_adapters for one in self.features)
 
     def uses(self, name: str) -> bool:
-        """Return whether a setting has an effect."""
-        return settings_by_name(type(self))[name].inactive_reason(self) is None
+        """Return whether a setting has an effect, for any subject of the run."""
+        setting = settings_by_name(type(self))[name]
+        return any(setting.inactive_reason(subject) is None for subject in self.subjects)
 
     def default(self, name: str, usual: Any) -> Any:
         """Return the default of a setting by the features that are on, or else the usual one."""
@@ -207,12 +208,8 @@ class TrainConfig(  # type: ignore[misc]
 
     def describe(self) -> Description:
         """Describe what the run makes."""
-        return reduce(lambda run, one: one.describe(self, run), self.features, Description())
-
-    @cached_property
-    def holds_prior(self) -> bool:
-        """True if the loss of any subject has a prior-preservation loss."""
-        return any(subject.uses("prior_loss_weight") for subject in self.subjects)
+        run = Description(encodes_in_steps=self.train_text_encoder)
+        return reduce(lambda run, one: one.describe(self, run), self.features, run)
 
     def adapter(self, component: str) -> AdapterConfig:
         """Return the adapter of a component; text encoders have layers of one kind."""
@@ -262,11 +259,6 @@ class TrainConfig(  # type: ignore[misc]
         """Learning-rate schedule; Diffusers' plain ``constant`` would ignore the warm-up."""
         with_warmup = self.lr_scheduler == "constant" and self.lr_warmup_steps > 0
         return "constant_with_warmup" if with_warmup else self.lr_scheduler
-
-    @property
-    def encodes_in_steps(self) -> bool:
-        """True if text encoders run in every step, since they or their words train."""
-        return self.train_text_encoder or any(one.encodes_in_steps for one in self.features)
 
     @property
     def prompts(self) -> list[SamplePrompt]:
@@ -331,7 +323,8 @@ class _Used:
 
     def __call__(self, config: Any) -> str | None:
         """Return why the setting has no effect; None if it has one."""
-        on = [one.uses[self.name] for one in self.features if one.is_on(config)]
+        used = ((one, one.adds[self.name].needs) for one in self.features)
+        on = [need for one, need in used if need and one.is_on(config)]
         return next(filter(None, (need(config) for need in on or self.needs)), None)
 
 
@@ -410,7 +403,7 @@ def _extended(setting: Setting, features: Sequence[Feature]) -> Setting:
         help_ = help_.removesuffix(".") + f"{added.help}." if added.help else help_
         derived += added.derived
         choices = (*choices, *added.choices) if choices else None
-    users, needs = tuple(one for one in features if name in one.uses), setting.needs
-    needs = (_Used(name, users, needs),) if users else needs
+    users = tuple(one for one in features if name in one.adds and one.adds[name].needs)
+    needs = (_Used(name, users, setting.needs),) if users else setting.needs
     needs = (_without_photos, *needs) if setting.of_photos else needs
     return dataclasses.replace(setting, help=help_, derived=derived, choices=choices, needs=needs)

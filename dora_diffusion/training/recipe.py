@@ -17,7 +17,7 @@ from dora_diffusion.numerics.process import NoiseProcess
 from dora_diffusion.training import events
 from dora_diffusion.training.batch import Batches
 from dora_diffusion.training.conditioner import Conditioner
-from dora_diffusion.training.features.code import code_of
+from dora_diffusion.training.features.code import Select, code_of
 from dora_diffusion.training.features.outside import naming_features
 from dora_diffusion.training.folder import RunFolder, TrainResult
 from dora_diffusion.training.inputs.base import (
@@ -151,8 +151,6 @@ def assemble(
         ConfigError, PhotoError, ModelNotFoundError, TargetError: If an input is invalid.
     """
     config, subjects = plan.config, plan.subjects
-    for one in code_of(config):
-        one.check_device(accelerator.device)
     loaded = base or load_base(config, accelerator, load)
     components = configure_reading(loaded, config)
     start = check_with_model(components, config, plan.start)
@@ -248,9 +246,7 @@ def select_trainable(
     Raises:
         TargetError, ValueError, AdapterFormatError: If the weights cannot be trained.
     """
-    parts = code_of(config)
-    selected = filter(None, (one.weights(components) for one in parts))
-    weights = next(selected, None) or inject_trained(components, config, start)
-    for one in parts:
-        weights = one.extend(weights, start)
-    return weights
+    select: Select = partial(inject_trained, components, config, start)
+    for one in code_of(config):
+        select = partial(one.weights, select, components, start)
+    return select()

@@ -136,7 +136,7 @@ class Step:
         for hook in self.hooks:
             hook.done(number)
         self.is_whole = True
-        return record | ({"prior_loss": prior} if self.config.holds_prior else {})
+        return record | ({"prior_loss": prior} if self.has_prior else {})
 
     def losses(self, drawn: Drawn, answers: Mapping[Question, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the total loss of a batch and its prior-preservation loss."""
@@ -154,6 +154,11 @@ class Step:
         """Restore the base model inside the block, with the stack of all trained adapters."""
         with stack.of(BASE), self.weights.base_weights(keep=True):
             yield
+
+    @cached_property
+    def has_prior(self) -> bool:
+        """True if the loss of any subject has a prior-preservation loss."""
+        return self.config.uses("prior_loss_weight")
 
     @cached_property
     def turns(self) -> int:

@@ -140,7 +140,7 @@ def _tables() -> dict[str, Iterable[str]]:
     return {
         "config/features": chain(
             (row.setting for one in features for row in one.excludes if row.setting),
-            *(chain([one.on.setting], one.adds, one.uses, one.costs) for one in features),
+            *(chain([one.on.setting], one.adds) for one in features),
         ),
         "config/presets.py": chain(
             presets.EMBEDDED, *(chain(one.settings, one.released, one.embedded) for one in own)

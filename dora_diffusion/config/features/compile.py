@@ -12,7 +12,7 @@ from dora_diffusion.config.fields import Need, free_flag
 class CompileFeature(Feature):
     """Steps run compiled."""
 
-    on, code, costs = Need("compile"), "compile:CompileCode", ("compile",)
+    on, code = Need("compile"), "compile:CompileCode"
     excludes: ClassVar = (
         Excluded("pack"),
         Excluded("sharding", "excludes compile: compiled blocks do not gather their weights"),
@@ -30,5 +30,6 @@ class CompileSettings:
         False,
         "Compile the denoiser's repeated blocks with torch.compile: faster steps on a GPU, but a "
         "slower start. Samples run uncompiled.",
+        costs=True,
         after="gradient_checkpointing",
     )

@@ -13,11 +13,19 @@ Problem = tuple[str, str]
 
 
 class Added(NamedTuple):
-    """Additions of a feature to a setting of others: texts at the end of its own, and choices."""
+    """Changes of a feature to a setting of others.
+
+    Attributes:
+        help: Text at the end of its help.
+        derived: Text at the end of its description of a default.
+        choices: Further choices.
+        needs: Condition under which the feature uses it; None: as without the feature.
+    """
 
     help: str = ""
     derived: str = ""
     choices: tuple[str, ...] = ()
+    needs: Condition | None = None
 
 
 class Excluded(NamedTuple):
@@ -57,7 +65,8 @@ class Description:
         hint: The same for the console, before an example of a prompt.
         plan: Lines of the dry run of a run without photos.
         prompts: Prompts that the run teaches; None: the instance prompts of the subjects.
-        words: New words that the run trains.
+        words: New words that the run trains, each of which a caption needs.
+        encodes_in_steps: Whether text encoders run in every step, since they or their words train.
         strengths: Strengths of sample images; empty: 1, and without the adapter for comparison.
         strength: Strength of the result in examples; 1: the default.
         metadata: Metadata of the result.
@@ -73,6 +82,7 @@ class Description:
     plan: Sequence[str] = ()
     prompts: list[str] | None = None
     words: Sequence[str] = ()
+    encodes_in_steps: bool = False
     strengths: Sequence[float] = ()
     strength: float = 1
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -91,10 +101,7 @@ class Feature:
             imported only if the feature is on.
         has_photos: Whether a run with it learns from photos.
         trains_adapters: Whether a run with it trains adapters, not weights of the model itself.
-        encodes_in_steps: Whether text encoders run in every step.
-        costs: Settings that time and memory of a step depend on.
-        adds: Setting of others -> what the feature adds to its description.
-        uses: Setting of others -> condition under which the feature uses it.
+        adds: Setting of others -> what the feature changes of it.
         excludes: Other settings and ways of running that it excludes.
     """
 
@@ -102,10 +109,7 @@ class Feature:
     code: Any = ""
     has_photos = True
     trains_adapters = True
-    encodes_in_steps = False
-    costs: tuple[str, ...] = ()
     adds: ClassVar[Mapping[str, Added]] = {}
-    uses: ClassVar[Mapping[str, Condition]] = {}
     excludes: ClassVar[tuple[Excluded, ...]] = ()
 
     def is_on(self, config: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from dora_diffusion.config.base import QUANTISATIONS
 from dora_diffusion.config.features.feature import Added, Description, Excluded, Feature
-from dora_diffusion.config.fields import DTYPES, Condition, Need, flag
+from dora_diffusion.config.fields import DTYPES, Need, flag
 
 _ON = Need("method", ("full",))
 _TARGETS = Need("full_weights", ("targets",))
@@ -18,7 +18,7 @@ _TARGETS = Need("full_weights", ("targets",))
 class FullFeature(Feature):
     """Full fine-tuning of the denoiser, and of the text encoders with ``train_text_encoder``."""
 
-    on, code, trains_adapters, costs = _ON, "full:FullCode", False, ("full_weights",)
+    on, code, trains_adapters = _ON, "full:FullCode", False
     adds: ClassVar = {
         "method": Added(
             ". full: full fine-tuning of the weights themselves; the result is a whole model",
@@ -26,10 +26,8 @@ class FullFeature(Feature):
         ),
         "learning_rate": Added(derived=", for full fine-tuning 5e-6"),
         "checkpointing_steps": Added(derived=", for full fine-tuning 500"),
-    }
-    uses: ClassVar[Mapping[str, Condition]] = {
-        "targets": _TARGETS,
-        "text_encoder_targets": _TARGETS,
+        "targets": Added(needs=_TARGETS),
+        "text_encoder_targets": Added(needs=_TARGETS),
     }
     excludes: ClassVar = (
         Excluded("pack"),
@@ -67,6 +65,7 @@ class FullSettings:
         "all",
         "Weights that full fine-tuning trains: all of the denoiser, or only the layers in targets.",
         choices=("all", "targets"),
+        costs=True,
         after="init_adapter",
     )
     single_file: bool = _full_flag(

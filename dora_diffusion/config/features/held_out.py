@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Excluded, Feature, Problem
-from dora_diffusion.config.fields import Condition, Need, TextOrPath, flag, free_flag
+from dora_diffusion.config.features.feature import Added, Excluded, Feature, Problem
+from dora_diffusion.config.fields import Need, TextOrPath, flag, free_flag
 
 
 def holds_out(subject: Any) -> bool:
@@ -27,11 +27,10 @@ class HeldOutFeature(Feature):
     """Photos of some subjects are held out for the validation loss."""
 
     on, code = Need("validation_split"), "held_out:HeldOutCode"
-    uses: ClassVar[Mapping[str, Condition]] = {
-        "validation_steps": _held_out,
-        "validation_epochs": Need("validation_steps", (None,)),
+    adds: ClassVar = {
+        "validation_steps": Added(needs=_held_out),
+        "validation_epochs": Added(needs=Need("validation_steps", (None,))),
     }
-
     excludes: ClassVar = (
         Excluded("run", "validation_data_dir and validation_split both select held-out photos; "
                  "leave one of them out", "validation_split",

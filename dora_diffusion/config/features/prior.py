@@ -43,7 +43,7 @@ def _has(subject: Any, mode: str) -> bool:
 class ClassImagesFeature(Feature):
     """Prior preservation with images of the class."""
 
-    on, costs = PRIOR, (PRIOR.setting, "prior_preservation_mode")
+    on = PRIOR
 
     def is_on(self, config: Any) -> bool:
         return any(map(has_class_images, config.subjects))
@@ -69,7 +69,7 @@ class ImageFreeFeature(Feature):
 class UnmaskedFeature(Feature):
     """The prediction outside of masks is kept at the base model's."""
 
-    on, code, costs = Need("unmasked_prior"), "prior:UnmaskedCode", ("unmasked_prior",)
+    on, code = Need("unmasked_prior"), "prior:UnmaskedCode"
     excludes: ClassVar = (
         Excluded("sharding", "excludes unmasked_prior: processes would call the base model a "
                  "different number of times"),
@@ -92,7 +92,9 @@ class PriorSettings:
     belongs_to: ClassVar[Feature] = ClassImagesFeature()
 
     with_prior_preservation: bool = flag(
-        False, "Prior preservation, against language drift: the rest of the class is unchanged."
+        False,
+        "Prior preservation, against language drift: the rest of the class is unchanged.",
+        costs=True,
     )
     prior_preservation_mode: str | None = flag(
         None,
@@ -101,6 +103,7 @@ class PriorSettings:
         "generated before the first step.",
         derived="image-free; images if class_data_dir or class_prompt is given",
         choices=("images", "image-free"),
+        costs=True,
         needs=(PRIOR,),
     )
     class_data_dir: TextOrPath[str | None] = flag(
@@ -155,5 +158,6 @@ class UnmaskedSettings:
         needs=(Need("masked_loss"),),
         least=0,
         of_photos=True,
+        costs=True,
         after="masked_loss",
     )

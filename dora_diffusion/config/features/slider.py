@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from dora_diffusion.config.features.feature import Added, Description, Excluded, Feature, Problem
-from dora_diffusion.config.fields import Condition, Need, flag
+from dora_diffusion.config.fields import Need, flag
 from dora_diffusion.config.wording import counted, quoted
 
 STRENGTHS = (-3.0, -1.5, 0.0, 1.5, 3.0)
@@ -27,21 +27,20 @@ def pairs_of(config: Any) -> list[tuple[str, tuple[str, str]]]:
 class SliderFeature(Feature):
     """A run that trains a slider from prompts, not from images."""
 
-    on, code, has_photos, costs = _ON, "slider:SliderCode", False, (_ON.setting, "anchors")
+    on, code, has_photos = _ON, "slider:SliderCode", False
     adds: ClassVar = {
         "method": Added(derived="; for a slider lora, whose strength is the same in every program"),
         "snr_gamma": Added(derived=" and for sliders"),
         "num_class_images": Added(
-            "; for a slider, number of images that the base model generates from its prompts"
+            "; for a slider, number of images that the base model generates from its prompts",
+            needs=_ON,
         ),
-        "prior_loss_weight": Added(", and of the loss of a slider's anchors"),
-    }
-    uses: ClassVar[Mapping[str, Condition]] = {
-        "num_class_images": _ON,
-        "prior_loss_weight": Need("anchors"),
-        "sample_batch_size": _ON,
-        "validation_inference_steps": _ON,
-        "validation_guidance_scale": _ON,
+        "prior_loss_weight": Added(
+            ", and of the loss of a slider's anchors", needs=Need("anchors")
+        ),
+        "sample_batch_size": Added(needs=_ON),
+        "validation_inference_steps": Added(needs=_ON),
+        "validation_guidance_scale": Added(needs=_ON),
     }
     excludes: ClassVar = (
         Excluded("pack"),
@@ -149,6 +148,7 @@ class SliderSettings:
         "two prompts, for strengths of -3 to 3 (concept sliders, arXiv:2311.12092; LECO). A slider "
         "uses no photos: settings of photos, captions and held-out photos have no effect.",
         choices=("subject", "slider"),
+        costs=True,
     )
     target: list[str] = _text_flag(
         [],
@@ -169,6 +169,7 @@ class SliderSettings:
         [],
         "Prompts that the slider must not change: a loss with prior_loss_weight keeps their "
         "predictions at the base model's.",
+        costs=True,
     )
     slider_guidance: float = _slider_flag(
         0.3, "Effect of strength 1: factor of the difference of the two predictions.", above=0

@@ -30,8 +30,7 @@ def _adapts_table(config: Any) -> bool:
 class WordsFeature(Feature):
     """New words train together with the weights (pivotal tuning)."""
 
-    on, code, encodes_in_steps = _ON, "words:WordsCode", True
-    costs = (_ON.setting,)
+    on, code = _ON, "words:WordsCode"
     excludes: ClassVar = (
         Excluded("pack"),
         Excluded("run", "train_text_encoder_ti adds rows to the token table, but "
@@ -67,7 +66,7 @@ class WordsFeature(Feature):
         yield from _initializers(words, config.initializer_concept)
 
     def describe(self, config: Any, run: Description) -> Description:
-        return replace(run, words=words_of(config))
+        return replace(run, words=words_of(config), encodes_in_steps=True)
 
 
 def _initializers(words: list[str], concepts: list[str]) -> Iterator[Problem]:
@@ -110,6 +109,7 @@ class WordSettings:
         False,
         "Train the embedding vectors of new words in every text encoder (textual inversion), "
         "together with the adapter (pivotal tuning).",
+        costs=True,
     )
     new_words: list[str] = _word_flag(
         [], "New words, each in captions or prompts.", derived="the token"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.train import features_of
+from dora_diffusion.config.train import settings
 from dora_diffusion.config.wording import duration
 from dora_diffusion.models.locate import model_info
 from dora_diffusion.models.memory import Device, needed_memory, what_would_fit
@@ -24,7 +24,7 @@ _SAME = (
     "gradient_checkpointing", "offload", "cache_latents", "optimizer", "method",
     "use_dora", "parametrization", "targets", "text_encoder_targets", "rank", "conv_rank",
     "rank_pattern", "lora_dropout",
-    *(name for one in features_of(TrainConfig) for name in one.costs),
+    *(setting.name for setting in settings(TrainConfig) if setting.costs),
 )  # fmt: skip
 
 
@@ -63,14 +63,15 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     Raises:
         UserError: If the base model cannot be trained.
     """
-    settings, defaults = config.to_dict(), TrainConfig().to_dict()
+    given, defaults = config.to_dict(), TrainConfig().to_dict()
+    has_prior = config.uses("prior_loss_weight")
     similar = [
         job
         for job in jobs
         if job.kind == "train"
         and job.step_seconds
         # A settings file may omit defaults.
-        and all(job.settings.get(name, defaults[name]) == settings[name] for name in _SAME)
+        and all(job.settings.get(name, defaults[name]) == given[name] for name in _SAME)
     ]
     pace = [job.step_seconds for job in similar if job.step_seconds]
     results = [job.result for job in similar if job.result]
@@ -80,9 +81,9 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     # The table is for adapters; full fine-tuning was not measured.
     in_table = info.has_released_shape and config.trains_adapters
     family = info.family if in_table else ""
-    batch = config.train_batch_size * (2 if config.holds_prior else 1)
-    settings["train_text_encoder"] = config.encodes_in_steps
-    memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
+    batch = config.train_batch_size * (2 if has_prior else 1)
+    given["train_text_encoder"] = config.describe().encodes_in_steps
+    memory = max(peaks) if peaks else needed_memory(family, size, given, device, batch=batch)
     steps = config.max_train_steps or 0
     cost = Estimate(
         seconds=statistics.median(pace) * steps if pace and steps else None,
@@ -96,8 +97,8 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         return cost
     off = "with_prior_preservation off" if config.has_photos else "no anchors"
     change = what_would_fit(
-        family, size, settings, device,
-        batch=config.train_batch_size, without_prior=off if config.holds_prior else "",
+        family, size, given, device,
+        batch=config.train_batch_size, without_prior=off if has_prior else "",
     )  # fmt: skip
     return dataclasses.replace(cost, change=change)
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.config import TrainConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from dora_diffusion.data.dataset import SubjectPhotos
     from dora_diffusion.data.photos import Photo
     from dora_diffusion.models.components import Components
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
 Validate = Callable[[TrainConfig, "Components", Any], "Validation"]
 """Opens the validation of a run: of its resolved settings, model, devices and processes."""
 
+Select = Callable[[], "TrainedWeights"]
+
 
 class FeatureCode:
     """Code of a feature in a run; `dora_diffusion.config.features.feature.Feature` has the rest.
@@ -36,9 +36,6 @@ class FeatureCode:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-
-    def check_device(self, device: torch.device) -> None:
-        """Check that a run can train on a device, before the model is loaded."""
 
     def hold_out(
         self, subjects: Sequence[Subject], photos: list[list[Path]]
@@ -59,20 +56,17 @@ class FeatureCode:
     def check_model(self, components: Components) -> None:
         """Check that a run can train the model, which may have no weights yet."""
 
-    def check_captions(self, captions: Sequence[str]) -> None:
-        """Check the captions of the photos."""
-
-    def weights(self, components: Components) -> TrainedWeights | None:
-        """Select the weights that train instead of adapters."""
-
-    def extend(self, weights: TrainedWeights, start: StartingAdapter | None) -> TrainedWeights:
-        """Add to the weights that train.
+    def weights(
+        self, select: Select, components: Components, start: StartingAdapter | None
+    ) -> TrainedWeights:
+        """Select the weights that train.
 
         Args:
-            weights: Adapters, or weights of the model itself.
+            select: Selects those of the run without the feature.
+            components: The model.
             start: Adapter that the run starts from, or None.
         """
-        return weights
+        return select()
 
     def loss(self, loss: RowLoss) -> RowLoss:
         """Change how errors of rows are measured."""
@@ -88,8 +82,12 @@ class FeatureCode:
 
 
 def code_of(config: TrainConfig) -> list[FeatureCode]:
-    """Return the code of the features that are on, in the order in which they act."""
-    codes = [one.code for one in config.features if one.code]
+    """Return the code of the features that are on, in the order in which they act.
+
+    Those that train other weights than adapters are first, so that others can add to their weights.
+    """
+    features = sorted(config.features, key=lambda one: one.trains_adapters)
+    codes = [one.code for one in features if one.code]
     home = "dora_diffusion.training.features"
     return [
         (resolve_name(f"{home}.{code}") if isinstance(code, str) else code)(config)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
-from dora_diffusion.training.features.code import FeatureCode
+from dora_diffusion.models.components import Components
+from dora_diffusion.training.features.code import FeatureCode, Select
 from dora_diffusion.training.trainable.adapters import StartingAdapter
 from dora_diffusion.training.trainable.weights import TrainedWeights
 
@@ -13,9 +12,12 @@ from dora_diffusion.training.trainable.weights import TrainedWeights
 class CompileCode(FeatureCode):
     """Compiled blocks in a run."""
 
-    def check_device(self, device: torch.device) -> None:
-        require_compiler(device)
+    def check_model(self, components: Components) -> None:
+        require_compiler(components.device)
 
-    def extend(self, weights: TrainedWeights, start: StartingAdapter | None) -> TrainedWeights:
-        compile_blocks(weights.components.denoiser)
+    def weights(
+        self, select: Select, components: Components, start: StartingAdapter | None
+    ) -> TrainedWeights:
+        weights = select()
+        compile_blocks(components.denoiser)
         return weights

@@ -29,7 +29,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.precision import dtype_of
 from dora_diffusion.numerics.merging import is_finite
 from dora_diffusion.numerics.operation import convolve
-from dora_diffusion.training.features.code import FeatureCode
+from dora_diffusion.training.features.code import FeatureCode, Select
 from dora_diffusion.training.optimizer import weight_groups
 from dora_diffusion.training.processes import (
     add_up,
@@ -40,6 +40,7 @@ from dora_diffusion.training.processes import (
     own_part,
 )
 from dora_diffusion.training.trainable.adapters import (
+    StartingAdapter,
     components_that_train,
     enter_training,
     matched,
@@ -84,7 +85,9 @@ class FullReport:
 class FullCode(FeatureCode):
     """Full fine-tuning in a run."""
 
-    def weights(self, components: Components) -> FullWeights:
+    def weights(
+        self, select: Select, components: Components, start: StartingAdapter | None
+    ) -> FullWeights:
         return select_weights(components, self.config)
 
 

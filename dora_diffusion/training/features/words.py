@@ -14,12 +14,11 @@ from torch import Tensor
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.features.words import words_of
 from dora_diffusion.config.wording import counted, quoted
-from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.embeddings import Vectors
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.words import add_tokens
-from dora_diffusion.training.features.code import FeatureCode
+from dora_diffusion.training.features.code import FeatureCode, Select
 from dora_diffusion.training.hook import Hook
 from dora_diffusion.training.step import Step
 from dora_diffusion.training.trainable.adapters import StartingAdapter, enter_training
@@ -40,20 +39,13 @@ class WordsCode(FeatureCode):
                     "token",
                 )
 
-    def check_captions(self, captions: Sequence[str]) -> None:
-        for word in words_of(self.config):
-            if not any(contains_token(caption, word) for caption in captions):
-                raise ConfigError(
-                    f"the new word {word!r} is in no caption and would not be trained; add it to "
-                    "the instance prompt or the captions",
-                    "new_words",
-                )
-
-    def extend(self, weights: TrainedWeights, start: StartingAdapter | None) -> TrainedWeights:
-        model, config = weights.components, self.config
-        words = add_words(model, config, start.tokens if start else None)
+    def weights(
+        self, select: Select, components: Components, start: StartingAdapter | None
+    ) -> TrainedWeights:
+        weights, config = select(), self.config
+        words = add_words(components, config, start.tokens if start else None)
         for name in words.tables if not config.train_text_encoder else ():
-            enter_training(model.adaptable()[name], model, config)
+            enter_training(components.adaptable()[name], components, config)
         return replace(weights, words=words)
 
     def hooks(self, step: Step) -> Sequence[Hook]:

@@ -85,7 +85,7 @@ def move_step_modules(config: TrainConfig, components: Components) -> None:
     if device is None:
         return
     modules = [components.denoiser]
-    if config.encodes_in_steps:
+    if config.describe().encodes_in_steps:
         modules += components.text_encoders
     if not config.cache_latents:
         modules.append(components.vae)

@@ -33,7 +33,7 @@ def cache_inputs(run: Run, steps: int, on_event: OnEvent) -> None:
         if dataset.encode is not None:
             with on_device(components.device, components.vae):
                 dataset.fill_cache(indices, lambda *done: on_event(CachingProgress(*done)))
-        if not config.encodes_in_steps:
+        if not config.describe().encodes_in_steps:
             _cache_captions(run, dataset.all_captions(indices))
     release_memory()
 

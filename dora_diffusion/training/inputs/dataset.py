@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.features.prior import has_class_images, is_image_free
 from dora_diffusion.config.wording import counted, listing
-from dora_diffusion.data.captions import require_token
+from dora_diffusion.data.captions import contains_token, require_token
 from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
 from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.dataset import DreamBoothDataset, SampleTransform, SubjectPhotos
@@ -88,8 +88,7 @@ def open_dataset(
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
     make = partial(_class_images, accelerator=accelerator, on_event=on_event)
-    parts = code_of(config)
-    made = [one.images(subjects[0], components, make) for one in parts]
+    made = [one.images(subjects[0], components, make) for one in code_of(config)]
     if images := list(filter(None, made)):
         dataset = DreamBoothDataset(images)
     else:
@@ -98,8 +97,13 @@ def open_dataset(
             for subject, photos in zip(subjects, paths, strict=True)
         ]
         captions = DreamBoothDataset([photos for photos, _ in opened]).captions
-        for one in parts:
-            one.check_captions(captions)
+        for word in config.describe().words:
+            if not any(contains_token(caption, word) for caption in captions):
+                raise ConfigError(
+                    f"the new word {word!r} is in no caption and would not be trained; add it to "
+                    "the instance prompt or the captions",
+                    "new_words",
+                )
         # Generating class images may take an hour, so that it comes after all checks.
         dataset = DreamBoothDataset([
             replace(photos, class_images=make(subject, components, prompts)) if prompts else photos

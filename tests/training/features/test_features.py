@@ -45,7 +45,7 @@ def test_the_settings_have_every_feature_and_its_code_and_nothing_else() -> None
 def test_what_a_feature_names_exists() -> None:
     known = settings_by_name()
     for one in ALL:
-        named = {one.on.setting, *one.adds, *one.uses}
+        named = {one.on.setting, *one.adds}
         named |= {row.setting for row in one.excludes if row.setting}
         assert named <= known.keys()
         assert {*one.on.values} <= {*(known[one.on.setting].choices or one.on.values)}

@@ -67,12 +67,12 @@ def test_a_compiled_run_follows_the_other_in_few_graphs(
     assert 2 <= counter.frame_count <= 6
 
 
-def test_a_machine_that_cannot_compile_is_refused_before_the_model_is_loaded(config, monkeypatch):
+def test_a_machine_that_cannot_compile_is_refused_before_class_images_are_made(config, monkeypatch):
     def refuse(device):
         raise ConfigError("compile does not work", "compile")
 
     monkeypatch.setattr("dora_diffusion.training.features.compile.require_compiler", refuse)
-    monkeypatch.setattr("dora_diffusion.training.inputs.base.load_components", None)
+    monkeypatch.setattr("dora_diffusion.training.recipe.open_data", None)
     with refused("compile"):
         train(replace(config, compile=True))
 
