@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections import ChainMap
 from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.families import DEFAULT_FAMILY, Family
+from dora_diffusion.config.families import DEFAULT_FAMILY, PREDICTION_TYPES, Family
 from dora_diffusion.config.features.average import SCHEDULE_FREE
 from dora_diffusion.config.features.prior import prior_mode
 from dora_diffusion.config.fields import ConfigError, Setting, shown
@@ -18,6 +19,7 @@ from dora_diffusion.config.file import PATHS, RELATIVE
 from dora_diffusion.config.flag_map import had_no_effect
 from dora_diffusion.config.train import (
     TrainConfig,
+    features_of,
     prefixed_prompt,
     settings,
     settings_by_name,
@@ -65,10 +67,10 @@ def _alpha(config: TrainConfig, rank: int) -> float | None:
     return None if config.parametrization == "vera" or config.init_adapter else float(rank)
 
 
-def defaults_of(config: TrainConfig) -> dict[str, Any]:
+def defaults_of(config: TrainConfig, family: Family = DEFAULT_FAMILY) -> dict[str, Any]:
     """Return the defaults that follow from other settings, and from the features that are on."""
     defaults: dict[str, Any] = {
-        "learning_rate": DEFAULT_FAMILY.default_rate,
+        "learning_rate": family.default_rate,
         "lora_alpha": _alpha(config, config.rank),
         "conv_alpha": _alpha(config, config.conv_rank),
         "class_word": _class_word(config),
@@ -81,12 +83,11 @@ def defaults_of(config: TrainConfig) -> dict[str, Any]:
             config.adam_weight_decay if config.train_text_encoder else None
         ),
     }
-    for one in config.features:
-        defaults |= one.defaults(config)
-    return defaults
+    return dict(ChainMap(*(dict(one.defaults(config)) for one in config.features), defaults))
 
 
-# Settings whose default depends on the model.
+_MODEL = "pretrained_model_name_or_path"
+# Settings whose default depends on it.
 _BY_MODEL = ("resolution", "snr_gamma")
 
 
@@ -126,11 +127,9 @@ def resolve(
         config = dataclasses.replace(config, validation_steps=steps, validation_epochs=None)
     values = {
         name: value
-        for name, value in defaults_of(config).items()
+        for name, value in defaults_of(config, family).items()
         if getattr(config, name) in (None, []) and value is not None
     }
-    if config.learning_rate is None:
-        values["learning_rate"] = config.default("learning_rate", family.default_rate)
     if config.snr_gamma is None:
         values["snr_gamma"] = usual_snr_gamma(config, prediction_type)
     if config.with_prior_preservation and not config.dataset_config:
@@ -146,11 +145,22 @@ def resolve(
     )
 
 
-def overridden(values: Mapping[str, Any], changed: Collection[str]) -> dict[str, Any]:
+def overridden(
+    values: Mapping[str, Any],
+    changed: Collection[str],
+    family: Family = DEFAULT_FAMILY,
+    resolution: int = 0,
+) -> dict[str, Any]:
     """Drop derived settings of a file whose source the command line changes.
 
     The ``config.yaml`` of a run holds derived settings, too. With another ``--rank``, a derived
     ``lora_alpha`` must follow it; an explicitly set one is kept.
+
+    Args:
+        values: Settings of the file.
+        changed: Names of the settings that the command line changes.
+        family: Family of the file's base model.
+        resolution: Training resolution of that model.
     """
     kept_values = dict(values)
     if not changed:
@@ -159,13 +169,18 @@ def overridden(values: Mapping[str, Any], changed: Collection[str]) -> dict[str,
         kept_values.pop("max_train_steps", None)
     if "validation_epochs" in changed and "validation_steps" not in changed:
         kept_values.pop("validation_steps", None)
-    if {"pretrained_model_name_or_path", "prediction_type"} & {*changed}:
-        kept_values.pop("snr_gamma", None)
     try:
         config = TrainConfig.from_dict(values)
     except ConfigError:
         return kept_values
-    for name, value in defaults_of(config).items():
+    derived, features = defaults_of(config, family), features_of(type(config))
+    if _MODEL in changed:
+        derived = {**family.defaults, **derived, "resolution": resolution}
+    weighting = {one.on.setting for one in features if "snr_gamma" in one.adds}
+    if weighting.union((_MODEL, "prediction_type")).intersection(changed):
+        usual = {usual_snr_gamma(config, kind) for kind in PREDICTION_TYPES}
+        derived["snr_gamma"] = config.snr_gamma if config.snr_gamma in usual else None
+    for name, value in derived.items():
         if name in kept_values and getattr(config, name) == value:
             del kept_values[name]
     return kept_values

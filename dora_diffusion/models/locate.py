@@ -243,10 +243,17 @@ def family_of(name: str) -> Family | None:
 
 def known_family(name: str) -> Family | None:
     """Return the family of a model; None if it is not known before the model is loaded."""
+    info = known_info(name)
+    family = FAMILIES.get(info.family)
+    return family and family.of_model(name, info.index)
+
+
+def known_info(name: str) -> ModelInfo:
+    """Return the properties of a model; `UNKNOWN` if they are not known before it is loaded."""
     try:
-        return family_of(name)
+        return model_info(name)
     except ValueError:
-        return None
+        return UNKNOWN
 
 
 def _released_info(family: Family) -> ModelInfo:

@@ -1,15 +1,14 @@
 """P2 weighting of the loss (arXiv:2204.00227, section 3.3), for models that predict the noise.
 
-The error of a timestep is weighted by ``1 / (k + SNR) ** gamma``, so that steps with little noise,
-which decide fine details alone, count less.
+Weights errors by ``1 / (k + SNR) ** gamma``: timesteps with little noise count less.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from dora_diffusion.config.features.feature import Feature, Problem
-from dora_diffusion.config.fields import Need, flag
+from dora_diffusion.config.features.feature import Added, Feature, Problem
+from dora_diffusion.config.fields import ConfigError, Need, flag
 from dora_diffusion.training.features.code import FeatureCode
 
 
@@ -30,12 +29,17 @@ class Weighted:
 
 
 class P2Code(FeatureCode):
+    def check_model(self, components):
+        if components.prediction_type != "epsilon":
+            raise ConfigError("p2_gamma needs a base model that predicts the noise", "p2_gamma")
+
     def loss(self, loss):
         return replace(loss, process=Weighted(loss.process, self.config.p2_gamma))
 
 
 class P2(Feature):
     on, code = Need("p2_gamma"), P2Code
+    adds: ClassVar = {"snr_gamma": Added(derived=", with p2_gamma 0")}
 
     def defaults(self, config):
         return {"snr_gamma": 0.0}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -17,11 +18,16 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.derived import (
     as_yaml,
+    defaults_of,
     overridden,
     removed_settings,
     resolve,
 )
 from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.config.features.feature import Feature
+from dora_diffusion.config.features.full import FullFeature
+from dora_diffusion.config.features.outside import with_features
+from dora_diffusion.config.fields import Need
 from tests.every import every
 
 FACTS: dict[str, Any] = {
@@ -123,7 +129,40 @@ def test_min_snr_follows_from_what_the_model_predicts(
     assert config.snr_gamma == gamma
     # Written out in a run's file, it does not go to another model.
     assert overridden(config.to_dict(), {"rank"})["snr_gamma"] == gamma
-    assert "snr_gamma" not in overridden(config.to_dict(), {"prediction_type"})
+    for changed in ("prediction_type", "pretrained_model_name_or_path", "teach"):
+        assert ("snr_gamma" in overridden(config.to_dict(), {changed})) == bool(given)
+
+
+def test_another_base_model_has_its_own_defaults() -> None:
+    """Defaults of the former model in a run's file do not go to it; given values do."""
+    flow, model = FAMILIES["z-image"], {"pretrained_model_name_or_path"}
+    facts = FACTS | {"family": flow, "prediction_type": flow.prediction_type, "resolution": 768}
+    file = resolve(TrainConfig(**flow.defaults), **facts).to_dict()
+    kept = overridden(file, {"rank"}, flow, 768)
+    names = {*flow.defaults, "resolution", "snr_gamma"}
+    assert names <= kept.keys()
+    assert "learning_rate" not in kept
+    assert names.isdisjoint(overridden(file, model, flow, 768))
+    given = file | dict.fromkeys(flow.defaults, 7) | {"resolution": 512, "learning_rate": 3e-4}
+    assert names - {"snr_gamma"} | {"learning_rate"} <= overridden(given, model, flow, 768).keys()
+
+
+def test_of_two_features_the_first_decides_a_default() -> None:
+    class Second(FullFeature):
+        on = Need("full_weights", ("targets",))
+
+        def defaults(self, config: Any) -> Mapping[str, Any]:
+            return {"learning_rate": 1e-3, "rank": 3}
+
+    @dataclass(frozen=True, kw_only=True)
+    class SecondSettings:
+        heading: ClassVar = "Adapter"
+        belongs_to: ClassVar[Feature] = Second()
+
+    config = with_features(SecondSettings)(method="full", full_weights="targets")
+    assert len(config.features) == 2
+    assert config.default("learning_rate", 0) == defaults_of(config)["learning_rate"] == 5e-6
+    assert config.default("rank", 0) == defaults_of(config)["rank"] == 3
 
 
 def test_a_derived_setting_follows_what_the_command_line_changes() -> None:

@@ -28,7 +28,7 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
-from dora_diffusion.config.families import DEFAULT_FAMILY, Family
+from dora_diffusion.config.families import DEFAULT_FAMILY
 from dora_diffusion.config.fields import Setting, require_choice
 from dora_diffusion.config.file import line_prefix
 from dora_diffusion.config.flag_map import (
@@ -43,7 +43,7 @@ from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.config.problems import Problems, read_values
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.config.wording import quoted
-from dora_diffusion.models.locate import is_embedded, known_family
+from dora_diffusion.models.locate import is_embedded, known_family, known_info
 
 if TYPE_CHECKING:
     from dora_diffusion.training.recipe import TrainResult
@@ -260,10 +260,12 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     problems.raise_all()
     # A file with all settings was written by a run, not typed.
     typed = flags.keys() if known.keys() <= values.keys() else values.keys() | flags.keys()
-    values = overridden(values, flags)
+    base = _model_of(values)
+    of_base = known_family(base) or DEFAULT_FAMILY, known_info(base).resolution
+    values = overridden(values, flags, *of_base)
     if preset is not None:
         values = _preset(str(preset), values | flags) | values
-    elif family := _family_of(values | flags):
+    elif family := known_family(_model_of(values | flags)):
         values = {**family.defaults, **values}
     if memory is not None:
         values = _fitting(str(memory), values | flags) | values
@@ -319,11 +321,6 @@ def _model_of(values: Mapping[str, Any]) -> str:
     """Return the name of the base model in settings."""
     default = TrainConfig.pretrained_model_name_or_path
     return str(values.get("pretrained_model_name_or_path", default))
-
-
-def _family_of(values: Mapping[str, Any]) -> Family | None:
-    """Return the family of the base model in settings; None while it is unknown."""
-    return known_family(_model_of(values))
 
 
 def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -393,7 +390,8 @@ def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, flags: Mapping
             _warn_ignored(name)
     defaults = {setting.name: setting.default for setting in settings()}
     at_default = {name for name in flags if getattr(config, name) == defaults[name]}
-    for reason in without_effect(config, at_default, _family_of(vars(config))).values():
+    family = known_family(config.pretrained_model_name_or_path)
+    for reason in without_effect(config, at_default, family).values():
         warnings.warn(reason, stacklevel=1)
 
 

@@ -70,6 +70,8 @@ def test_p2_weights_the_error_by_the_formula_of_the_paper(tiny_run: Tiny) -> Non
         weighted, _ = loss_of(made(tiny_run, "p2_weighting", p2_gamma=gamma))
         snr = (alpha_bar / (1 - alpha_bar)).item()
         assert weighted / plain == pytest.approx(1 / (1 + snr) ** gamma, rel=1e-5)
+    with refused("p2_gamma"):
+        loss_of(made(tiny_run, "p2_weighting", p2_gamma=0.5, prediction_type="v_prediction"))
 
 
 class Seen(Hook):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.features.feature import Feature
@@ -56,7 +57,8 @@ def check(first: str, second: str, tiny_run: Callable[..., TrainConfig], tmp_pat
     photos = Path(tiny_run().instance_data_dir)
     for photo in list(photos.glob("*.jpg")):
         photo.with_suffix(".txt").unlink()  # All have the instance prompt.
-        Image.new("L", Image.open(photo).size, 255).save(photo.with_suffix(".mask.png"))
+        mask = Image.linear_gradient("L").resize(Image.open(photo).size)
+        mask.save(photo.with_suffix(".mask.png"))
     common: dict[str, Any] = {
         "max_train_steps": 2, "checkpointing_steps": 1, "learning_rate": 1e-3,
         "output_dir": str(tmp_path / "whole"),
@@ -67,13 +69,13 @@ def check(first: str, second: str, tiny_run: Callable[..., TrainConfig], tmp_pat
     except ConfigError as error:
         refusal = error
     if config is None:
-        assert first != second
+        assert first != second, refusal
         assert refusal.setting
         assert re.search("; |, ", str(refusal))  # What is wrong, and what to do.
         return
     on = {type(one).__name__.removesuffix("Feature") for one in config.features}
     if not {first, second} <= on:  # One idles the other, and that is said.
-        assert first != second
+        assert first != second, f"{WITH.get(first)} does not turn it on"
         return
     whole = train(config)
     resumed = train(
@@ -96,6 +98,15 @@ def check(first: str, second: str, tiny_run: Callable[..., TrainConfig], tmp_pat
 @pytest.mark.parametrize("name", ALL)
 def test_a_feature_alone_is_resumed_to_the_bit(name, tiny_run, tmp_path) -> None:
     check(name, name, tiny_run, tmp_path)
+    values = {k: v for k, v in turned_on(name, ALL[name]).items() if v is not None}
+    del values[ALL[name].on.setting]
+    common = {"max_train_steps": 2, "learning_rate": 1e-3, "output_dir": str(tmp_path / "off")}
+    off, files = train(tiny_run(**common | values)), []
+    for folder in (off.output_dir, tmp_path / "whole"):
+        adapters = [load_file(path) for path in folder.glob("*lora_weights*")]
+        files.append([{key: one[key].tolist() for key in one} for one in adapters])
+    # Compilation computes the same, but for rounding.
+    assert name == "Compile" or files[0] != files[1]
 
 
 @pytest.mark.slow
