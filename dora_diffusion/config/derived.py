@@ -176,10 +176,11 @@ def overridden(
     derived, features = defaults_of(config, family), features_of(type(config))
     if _MODEL in changed:
         derived = {**family.defaults, **derived, "resolution": resolution}
-    weighting = {one.on.setting for one in features if "snr_gamma" in one.adds}
-    if weighting.union((_MODEL, "prediction_type")).intersection(changed):
-        usual = {usual_snr_gamma(config, kind) for kind in PREDICTION_TYPES}
-        derived["snr_gamma"] = config.snr_gamma if config.snr_gamma in usual else None
+    sources = {_MODEL, "prediction_type"}
+    sources |= {one.on.setting for one in features if "snr_gamma" in one.adds}
+    usual = [usual_snr_gamma(config, kind) for kind in PREDICTION_TYPES]
+    if sources.intersection(changed) and config.snr_gamma in usual:
+        derived["snr_gamma"] = config.snr_gamma
     for name, value in derived.items():
         if name in kept_values and getattr(config, name) == value:
             del kept_values[name]

@@ -12,8 +12,10 @@ from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.config.problems import Problems
 
 
-def _adapts_table(config: Any) -> bool:
-    return config.train_text_encoder and "token-embedding" in config.text_encoder_targets
+def adapts_table(config: Any) -> bool:
+    """Return whether adapters are on the token table of a text encoder."""
+    adapts_text = config.train_text_encoder and config.trains_adapters
+    return adapts_text and "token-embedding" in config.text_encoder_targets
 
 
 def _chunks(config: Any) -> bool:
@@ -42,7 +44,7 @@ _EXCLUDED = (
     Excluded("pack", "", "parametrization", ("vera",)),
     Excluded("pack", "", "init", ("pissa",)),
     Excluded("pack", "", "lora_dropout"),
-    Excluded("pack", "", "text_encoder_targets", when=_adapts_table),
+    Excluded("pack", "", "text_encoder_targets", when=adapts_table),
     Excluded("pack", "", "max_token_length", when=_chunks),
     Excluded("pack", "", "clip_skip", when=_skips),
     Excluded("pack", "", "report_to"),

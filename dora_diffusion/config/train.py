@@ -134,7 +134,7 @@ class TrainConfig(  # type: ignore[misc]
             for name in ("features", "subjects"):  # They depend on the method.
                 vars(self).pop(name)
         problems = Problems()
-        # Of a feature, its first problem: the others may follow.
+        # The first problem of each feature: its others may follow from it.
         of_features = (islice(one.problems(self), 1) for one in self.features)
         for name, message in chain(exclusions(self, "run"), *of_features):
             problems.add(ConfigError(message, name))

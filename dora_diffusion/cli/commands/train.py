@@ -260,13 +260,14 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     problems.raise_all()
     # A file with all settings was written by a run, not typed.
     typed = flags.keys() if known.keys() <= values.keys() else values.keys() | flags.keys()
-    base = _model_of(values)
-    of_base = known_family(base) or DEFAULT_FAMILY, known_info(base).resolution
-    values = overridden(values, flags, *of_base)
+    if values and flags:
+        base = _model_of(values)
+        family, resolution = known_family(base) or DEFAULT_FAMILY, known_info(base).resolution
+        values = overridden(values, flags, family, resolution)
     if preset is not None:
         values = _preset(str(preset), values | flags) | values
-    elif family := known_family(_model_of(values | flags)):
-        values = {**family.defaults, **values}
+    elif of_base := known_family(_model_of(values | flags)):
+        values = {**of_base.defaults, **values}
     if memory is not None:
         values = _fitting(str(memory), values | flags) | values
     try:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import permutations
 from typing import Any, ClassVar
 
+from dora_diffusion.config.exclusions import adapts_table
 from dora_diffusion.config.features.feature import Description, Excluded, Feature, Problem
 from dora_diffusion.config.fields import Need, flag
 from dora_diffusion.config.wording import whole_word
@@ -22,11 +23,6 @@ def words_of(config: Any) -> list[str]:
     return config.new_words or list(dict.fromkeys(filter(None, tokens)))
 
 
-def _adapts_table(config: Any) -> bool:
-    adapts_text = config.train_text_encoder and config.trains_adapters
-    return adapts_text and "token-embedding" in config.text_encoder_targets
-
-
 class WordsFeature(Feature):
     """New words train together with the weights (pivotal tuning)."""
 
@@ -35,7 +31,7 @@ class WordsFeature(Feature):
         Excluded("pack"),
         Excluded("run", "train_text_encoder_ti adds rows to the token table, but "
                  "text_encoder_targets adapts the table; leave token-embedding out of "
-                 "text_encoder_targets", "text_encoder_targets", when=_adapts_table),
+                 "text_encoder_targets", "text_encoder_targets", when=adapts_table),
     )  # fmt: skip
 
     def defaults(self, config: Any) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ Validate = Callable[[TrainConfig, "Components", Any], "Validation"]
 """Opens the validation of a run: of its resolved settings, model, devices and processes."""
 
 Select = Callable[[], "TrainedWeights"]
+"""Selects the weights that a run trains, and sets their components to training mode."""
 
 
 class FeatureCode:

@@ -27,7 +27,7 @@ def digests_of(config: TrainConfig) -> dict[str, str]:
 def copied(config: TrainConfig, folder: Path) -> TrainConfig:
     """Copy the files of features from outside to a folder. Returns settings that name the copies.
 
-    A class has no file: its name stands for it, so that readers of the run see that it had one.
+    A class has no file: the settings have its name, so that readers of the run see it.
     """
     names = [*type(config).classes]
     for file, text in type(config).files.items():
