@@ -139,8 +139,9 @@ class Family:
         guidance_offset: Difference of guidance scales to those of the family's pipeline. 1 for
             pipelines that add the scaled difference to the conditional prediction.
         width: Name and value of the denoiser's width in the configuration of released models.
-        denoiser_key: Tensor that identifies the denoiser in a single file, with a row for each unit
-            of its width; empty if the text encoder identifies the family.
+        width_tensor: Name of a tensor of the denoiser, and its number of rows in released models.
+        denoiser_key: Tensor that identifies the denoiser in a single file; empty if the text
+            encoder identifies the family.
         vae_prefix: Prefix of the autoencoder's tensor names in a single-file checkpoint.
         has_separate_files: Programs load denoiser, text encoders and autoencoder from a file each.
         refused: Settings, or values of settings (``"name=value"``), that would give wrong results,
@@ -217,6 +218,7 @@ class Family:
     most_tokens: int | None = None
     guidance_offset: float = 0.0
     width: tuple[str, int] = ("block_out_channels", 320)
+    width_tensor: tuple[str, int] = ("conv_in.weight", 320)
     denoiser_key: str = ""
     vae_prefix: str = "first_stage_model."
     has_separate_files: bool = False
@@ -479,9 +481,12 @@ def detect_folder_family(folder: Path) -> Family:
 
 
 def transformer_family(path: str) -> str:
-    """Return the name of the family whose transformer has a layer of this path; ``""`` if none."""
-    own = (n for n, f in FAMILIES.items() if f.modules and re.match(f.modules, path))
-    return next(own, "")
+    """Return the name of the family whose transformer has a layer of this path; ``""`` if none.
+
+    The path is that of Diffusers or the original one, with dots or underscores.
+    """
+    patterns = {n: f.modules.replace(r"\.", "[._]") for n, f in FAMILIES.items() if f.modules}
+    return next((name for name, pattern in patterns.items() if re.match(pattern, path)), "")
 
 
 def denoiser_family(names: Iterable[str]) -> str:
@@ -490,9 +495,10 @@ def denoiser_family(names: Iterable[str]) -> str:
     Args:
         names: Paths of layers, with or without the prefix of their component.
     """
-    paths = (
-        re.sub(r"^(base_model\.model\.)?((diffusion_model|transformer)\.)?", "", n) for n in names
+    prefix = re.compile(
+        r"(base_model\.model\.)?((diffusion_model|transformer)\.)?(lora_unet_|lycoris_)?"
     )
+    paths = (name[match.end() if (match := prefix.match(name)) else 0 :] for name in names)
     votes = Counter(filter(None, map(transformer_family, paths)))
     return votes.most_common(1)[0][0] if votes else ""
 

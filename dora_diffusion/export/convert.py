@@ -173,10 +173,10 @@ def conversion_of(target: str, adapter: AdapterFile) -> str:
     """
     denoiser = denoiser_of(adapter.layers)
     if target not in PROGRAMS:
-        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser, adapter.layers)
+        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser)
         return target
     program = PROGRAMS[target]
-    refuse_denoiser(program.title, program.denoisers, denoiser, adapter.layers)
+    refuse_denoiser(program.title, program.denoisers, denoiser)
     axes = norm_axes(adapter.layers.values())
     return program.conversion(axes, is_sum=bool(adapter.beside), denoiser=denoiser)
 

@@ -98,8 +98,6 @@ def kind_of(model: StoredModel) -> str:
     prediction = model.schedule().get(PREDICTION, "")
     what = "file" if model.is_single_file else "folder"
     if not model.family.has_unet:
-        if not model.family.denoiser_key:
-            return "transformer folder without a single file"
         is_complete = model.is_single_file and not model.left_out
         what = f"{'complete ' * is_complete}transformer {what}"
     if not has_released_shape(model):
@@ -115,9 +113,9 @@ def kind_of(model: StoredModel) -> str:
 
 def has_released_shape(model: StoredModel) -> bool:
     """Return whether the denoiser has the width of released models."""
-    family = model.family
-    tensor = model.specs.get(f"{family.denoiser}.{family.denoiser_key or 'conv_in.weight'}")
-    return tensor is not None and tensor.shape[0] == family.width[1]
+    name, rows = model.family.width_tensor
+    tensor = model.specs.get(f"{model.family.denoiser}.{name}")
+    return tensor is not None and tensor.shape[0] == rows
 
 
 def schedule_notes(model: StoredModel) -> list[str]:

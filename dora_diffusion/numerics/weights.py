@@ -129,6 +129,18 @@ class LayerWeights:
         factor = getattr(self, name).narrow(dim, start, length)
         return dataclasses.replace(self, magnitude=magnitude, **{name: factor})
 
+    def with_swapped_halves(self) -> LayerWeights:
+        """Exchange the halves of the output channels."""
+        magnitude = self.magnitude
+        if magnitude is not None and self.norm_axis == "output":
+            magnitude = swap_halves(magnitude)
+        return dataclasses.replace(self, up=swap_halves(self.up), magnitude=magnitude)
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """Exchange the halves of dim 0."""
+    return tensor.roll(tensor.shape[0] // 2, 0)
+
 
 def out_in(weight: Tensor, kind: LayerKind) -> Tensor:
     """View a weight as the model stores it as ``(out, in, *k)``, or the reverse."""

@@ -26,6 +26,7 @@ from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS, TARGETS
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.sampling.load import load_adapted
+from tests.comfyui import by_name, comfyui, meant
 from tests.z_image import write_z_image
 
 Layers = dict[str, LayerWeights]
@@ -58,41 +59,11 @@ def write(path: Path, layers: Layers, target: str = "diffusers") -> Path:
     return write_adapter(path, AdapterFile(layers, AdapterMetadata("z-image")), target)
 
 
-def meant(weight: Tensor, layer: LayerWeights) -> Tensor:
-    """The formula of the paper, dense and in float64."""
-    changed = weight.double() + layer.scale * layer.up.double() @ layer.down.double()
-    if layer.magnitude is None:
-        return changed
-    dim, shape = (1, (-1, 1)) if layer.norm_axis == "output" else (0, (1, -1))
-    return changed * layer.magnitude.double().view(shape) / changed.norm(dim=dim, keepdim=True)
-
-
-def comfyui(weight: Tensor, file: dict[str, Tensor]) -> Tensor:
-    """Return what ComfyUI makes of a weight or of some rows of it."""
-    if "diff" in file:
-        return weight + file["diff"].double()
-    up, down = file["lora_up.weight"].double(), file["lora_down.weight"].double()
-    changed = weight + file["alpha"].item() / down.shape[0] * (up @ down)
-    if "dora_scale" not in file:
-        return changed
-    magnitude = file["dora_scale"].double()
-    if magnitude.shape[0] == weight.shape[0]:
-        norm = weight.norm(dim=1, keepdim=True)
-    else:
-        norm = changed.norm(dim=0, keepdim=True)
-    return changed * magnitude / (norm + torch.finfo(torch.float32).eps)
-
-
 def by_module(path: Path) -> dict[str, dict[str, Tensor]]:
     """Tensors of a ComfyUI file by Diffusers' path of the module."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path).items():
-        assert key.startswith("diffusion_model.")
-        leaf = next(e for e in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "diff")
-                    if key.endswith(f".{e}"))  # fmt: skip
-        path_of = key.removeprefix("diffusion_model.").removesuffix(f".{leaf}")
-        modules.setdefault(path_of, {})[leaf] = tensor
-    return modules
+    files = by_name(load_file(path))
+    assert all(name.startswith("diffusion_model.") for name in files)
+    return {name.removeprefix("diffusion_model."): file for name, file in files.items()}
 
 
 def errors_in_comfyui(path: Path, weights: dict[str, Tensor], layers: Layers) -> list[float]:
@@ -274,19 +245,6 @@ def test_formats_and_programs_without_transformers_are_refused(
     unet = {"unet.conv_in": LayerWeights(torch.ones(1, 4, 3, 3), torch.ones(8, 1, 1, 1), None, 1.0)}
     with pytest.raises(AdapterFormatError, match="no diffusion_model file of a UNet is known"):
         write(tmp_path / "u", unet, "diffusion_model")
-
-
-def test_transformers_without_known_names_are_refused(tmp_path: Path) -> None:
-    """ComfyUI's names of FLUX.2 were not checked."""
-    layer = LayerWeights(torch.ones(2, 8), torch.ones(6, 2), None, 2.0)
-    adapter = AdapterFile({"transformer.transformer_blocks.0.attn.to_q": layer})
-    with pytest.raises(
-        AdapterFormatError, match=r"has no name for transformer\.transformer_blocks"
-    ):
-        write_adapter(tmp_path / "a.safetensors", adapter, "diffusion_model")
-    file = write_adapter(tmp_path / "b.safetensors", adapter)
-    tools = inspect_adapter(file).tools
-    assert (tools["diffusers"], tools["ComfyUI and Forge"]) == ("exact", "-")
 
 
 # Key formats, their axis, and whether `inspect` calls them exact in Diffusers.

@@ -30,12 +30,13 @@ from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
     AdapterLayout,
     Groups,
+    Key,
     Part,
     Shapes,
     factor_pair,
 )
 from dora_diffusion.formats.names.kohya import is_kohya_name, is_sgm_path, joined_parts
-from dora_diffusion.formats.names.modules import split_prefix
+from dora_diffusion.formats.names.modules import has_swapped_halves, split_prefix
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights
 
 Layers = dict[str, LayerWeights]
@@ -112,6 +113,10 @@ class Decoder:
             with _named(name):
                 layers[name] = dataclasses.replace(layers[name], magnitude=values, norm_axis=axis)
         layers = {name: _without_padding(name, layer, metadata) for name, layer in layers.items()}
+        for name in (n for n in layers if has_swapped_halves(n, _path_of(groups[n]))):
+            layers[name] = layers[name].with_swapped_halves()
+            if name in beside:
+                beside[name] = beside[name].with_swapped_halves()
         return layers, beside, notes
 
     def _read_parts(
@@ -164,6 +169,10 @@ class Decoder:
             raise AdapterFormatError(f"{name}: its alpha is {alpha}, not a number")
         with _named(name):
             return LayerWeights(down, up, None, alpha, kind=kind)
+
+
+def _path_of(keys: Mapping[Part, Key]) -> str:
+    return next(iter(keys.values())).path
 
 
 @contextlib.contextmanager

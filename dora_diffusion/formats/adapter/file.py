@@ -160,7 +160,7 @@ def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
     layers = adapter.layers
-    refuse_denoiser(target, written[target].denoisers, denoiser_of(layers), layers)
+    refuse_denoiser(target, written[target].denoisers, denoiser_of(layers))
     if adapter.beside and target != "dense":
         raise AdapterFormatError(f"the {target} format cannot store the sum of a DoRA and a LoRA")
     return layout_named(target)

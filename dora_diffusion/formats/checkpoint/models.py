@@ -397,7 +397,7 @@ class CheckpointFile(StoredModel):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Load rows of a weight, ``(stop - start, n)``."""
         entry = self._entry_of[name]
-        if entry.operation == "transpose":
+        if entry.operation in ("transpose", "swap"):
             return self[name][start:stop]
         before = entry.sources.index(name) * self.specs[name].shape[0]
         return self.reader.rows(entry.key, before + start, before + stop).flatten(1)

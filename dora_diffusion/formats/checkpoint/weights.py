@@ -34,6 +34,8 @@ from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.names.modules import (
     NAMES,
+    ROWS,
+    SWAPPED,
     NameTable,
     UNetLayout,
     below,
@@ -41,7 +43,7 @@ from dora_diffusion.formats.names.modules import (
     transformer_names,
     unet_names,
 )
-from dora_diffusion.numerics.weights import LayerKind, MergeError
+from dora_diffusion.numerics.weights import LayerKind, MergeError, swap_halves
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIXES = tuple(dict.fromkeys(family.vae_prefix for family in FAMILIES.values()))
@@ -51,8 +53,6 @@ _CLIP_PREFIXES = [
     for encoder in family.text_encoders
     if not encoder.is_open_clip
 ]
-# Row blocks of a matrix that contains several projections.
-ROWS = ("#q", "#k", "#v")
 # More layers than the largest text encoder of CLIP: SD2's has 23, SDXL's second one 32.
 _MOST_LAYERS = 64
 # More resnets per level than known autoencoders: released encoders have two, decoders three.
@@ -111,7 +111,7 @@ def vae_names(levels: int) -> NameTable:
 
 def _vae_pairs(levels: int) -> Iterator[tuple[str, str]]:
     top, attention, resnet = (NAMES[f"vae_{part}"] for part in ("top", "attention", "resnet"))
-    yield from ((name, name) for name in ("quant_conv", "post_quant_conv"))
+    yield from ((name, name) for name in ("quant_conv", "post_quant_conv", "bn"))
     for side, blocks in (("encoder", "down"), ("decoder", "up")):
         yield from below(top, side, side)
         yield from below(attention, f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1")
@@ -136,7 +136,7 @@ def is_projection_weight(original: str) -> bool:
     return _PROJECTION.fullmatch(original) is not None
 
 
-Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer"]
+Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer", "swap"]
 # Position ids of a text encoder, which some programs store as floating-point numbers.
 POSITIONS = ".position_ids"
 
@@ -153,7 +153,7 @@ class Entry:
         key: Name in the file.
         sources: Canonical names of the source tensors, e.g. ``unet.conv_in.weight``.
         operation: Operation on the sources. ``as_conv`` turns ``(C, C)`` into ``(C, C, 1, 1)``;
-            ``concatenate`` joins along dim 0.
+            ``concatenate`` joins along dim 0; ``swap`` exchanges the halves of dim 0.
     """
 
     key: str
@@ -192,6 +192,8 @@ class Entry:
             return torch.cat(sources)
         if self.operation == "transpose":
             return sources[0].t().contiguous()
+        if self.operation == "swap":
+            return swap_halves(sources[0])
         if self.operation == "as_conv" and sources[0].ndim == 2:
             return sources[0][:, :, None, None]
         return sources[0].to(torch.int64) if self.operation == "as_integer" else sources[0]
@@ -206,6 +208,8 @@ class Entry:
             return tensor.chunk(len(self.sources))[self.sources.index(name)]
         if self.operation == "as_conv":
             return tensor.flatten(1)
+        if self.operation == "swap":
+            return swap_halves(tensor)
         return tensor.t().contiguous() if self.operation == "transpose" else tensor
 
 
@@ -241,10 +245,6 @@ def names_of_configs(
     Raises:
         CheckpointLayoutError: If a component is missing or the layout cannot number its blocks.
     """
-    if not family.has_unet and family.code not in NAMES["transformers"]:
-        raise CheckpointLayoutError(
-            f"no layout of a single file is known for {family.title}; export a folder"
-        )
     required = (family.denoiser, "vae", "scheduler")
     if missing := [name for name in required if name not in configs]:
         raise CheckpointLayoutError(f"the pipeline has no {listing(missing)} config")
@@ -287,6 +287,8 @@ def entry_of(key: str, names: NameTable) -> Entry | None:
     rows = [names.canonical[key + row] for row in ROWS if key + row in names.canonical]
     if rows:
         return Entry.of(key, rows)
+    if name := names.canonical.get(key + SWAPPED):
+        return Entry(key, (name,), "swap")
     name = names.to_canonical(standard_key(key))
     return None if name is None else Entry.of(key, [name])
 

@@ -11,7 +11,7 @@ from statistics import mode
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.families import FAMILIES, Family, guess_family
+from dora_diffusion.config.families import FAMILIES, Family, denoiser_family, guess_family
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
@@ -21,7 +21,7 @@ from dora_diffusion.formats.adapter.metadata import (
     own_fields,
 )
 from dora_diffusion.formats.files.stream import data_hash
-from dora_diffusion.formats.layouts import BYPASS, VERDICTS
+from dora_diffusion.formats.layouts import BYPASS, FACTS, VERDICTS
 from dora_diffusion.formats.layouts.layout import (
     EXACT,
     AdapterFormatError,
@@ -42,7 +42,13 @@ from dora_diffusion.formats.layouts.layout import (
     with_alpha,
 )
 from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES, Resolve, is_kohya_name, kohya_name
-from dora_diffusion.formats.names.modules import NAMES, TOP_MODULES, USUAL_LAYOUT, UNetLayout
+from dora_diffusion.formats.names.modules import (
+    NAMES,
+    TOP_MODULES,
+    USUAL_LAYOUT,
+    UNetLayout,
+    has_swapped_halves,
+)
 from dora_diffusion.numerics.weights import LayerWeights
 
 _FORMS: dict[str, Part] = NAMES["kohya_forms"]
@@ -132,6 +138,18 @@ class Kohya(AdapterLayout):
         return notes
 
 
+def with_original_names(tools: dict[str, str], keys: Collection[str]) -> dict[str, str]:
+    """Correct the verdict on Diffusers (0.42) if it does not know the names of a transformer."""
+    family = denoiser_family(keys)
+    if not family or not NAMES["transformers"][FAMILIES[family].code]["others_by_original"]:
+        return tools
+    if any(key.endswith(".lora_down.weight") for key in keys):
+        tools["diffusers"] = FACTS["words"]["finds_nothing"]
+    elif any(key.endswith(".lora_A.weight") for key in keys):
+        tools["diffusers"] = FACTS["words"]["unchecked"]
+    return tools
+
+
 def _lora_in_diffusers(layers: Layers) -> str:
     """Return the verdict on a kohya LoRA in Diffusers (0.42), which reads few text encoders whole.
 
@@ -185,6 +203,8 @@ def encode_file(layers: Layers, trained: Layers, options: WriteOptions, target: 
     names = kohya_names(layers, options)
     tensors: dict[str, Tensor] = {}
     for name, layer in _for_other_programs(layers, options).items():
+        if has_swapped_halves(name, names[name]):
+            layer = layer.with_swapped_halves()
         down, up = factors(layer, options)
         alpha = torch.tensor(layer.alpha, dtype=torch.float32)
         by_suffix = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
@@ -248,13 +268,11 @@ def kohya_names(layers: Layers, options: WriteOptions) -> dict[str, str]:
     layout = options.unet_layout or trained or USUAL_LAYOUT
     names = {name: kohya_name(name, family, layout) for name in layers}
     missing = [name for name, new in names.items() if new is None]
-    if missing and not family.has_unet:
-        raise AdapterFormatError(
-            f"the kohya format has no names for {family.title}; write the diffusers or peft "
-            "format, or export a merged model"
-        )
     if missing:
-        raise AdapterFormatError(f"modules without a name in the kohya format: {listing(missing)}")
+        raise AdapterFormatError(
+            f"modules without a name in the kohya format: {listing(missing)}; write diffusers or "
+            "peft, or export a merged model"
+        )
     counts = Counter(names.values())
     if repeated := [name for name, new in names.items() if counts[new] > 1]:
         raise AdapterFormatError(

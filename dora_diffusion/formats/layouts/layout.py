@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dora_diffusion.config.families import DENOISERS, denoiser_family
+from dora_diffusion.config.families import DENOISERS, FAMILIES, denoiser_family
 from dora_diffusion.config.wording import counted, listing
 from dora_diffusion.formats.adapter.metadata import (
     DIFFUSERS_METADATA,
@@ -35,7 +35,7 @@ from dora_diffusion.formats.layouts import (
     unknown_keys_message,
 )
 from dora_diffusion.formats.names.kohya import Resolve, name_resolver
-from dora_diffusion.formats.names.modules import UNetLayout, split_component, transformer_paths
+from dora_diffusion.formats.names.modules import UNetLayout, comfyui_reads, split_component
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # down and up are A and B; mid is the core of a Tucker-decomposed convolution. `magnitude` is PEFT's
@@ -240,10 +240,11 @@ class AdapterLayout:
             tools = dict(
                 VERDICTS.get(kind + OF_TRANSFORMERS) or VERDICTS[f"other{OF_TRANSFORMERS}"]
             )
-            # Only these were checked in ComfyUI.
-            paths = transformer_paths(denoiser_family(layers))
-            is_named = all(name.partition(".")[2] in paths for name in layers)
-            return tools if is_named else {**tools, "ComfyUI and Forge": "-"}
+            code = FAMILIES[denoiser_family(layers)].code
+            unread = [name for name in layers if not comfyui_reads(name, code)]
+            if unread and tools["ComfyUI and Forge"].startswith(EXACT):
+                tools["ComfyUI and Forge"] = f"wrong: it leaves {some_layers(unread)} unchanged"
+            return tools
         return dict(VERDICTS.get(kind) or dict.fromkeys(COLUMNS, FACTS["words"]["unchecked"]))
 
     def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
@@ -315,28 +316,19 @@ def denoiser_of(layers: Iterable[str]) -> str:
     return "transformer" if is_transformer else "unet"
 
 
-# Formats with the model's own names of layers, for transformers without known original names.
-_OWN_NAMES = ("diffusers", "peft")
-
-
-def refuse_denoiser(
-    target: str, denoisers: Collection[str], denoiser: str, layers: Collection[str] = ()
-) -> None:
+def refuse_denoiser(target: str, denoisers: Collection[str], denoiser: str) -> None:
     """Check that a format or program supports adapters of a kind of denoiser.
 
     Args:
         target: Name of the format or program.
         denoisers: Kinds of denoisers that it supports.
         denoiser: Kind of the adapter's denoiser.
-        layers: Names of the adapter's layers, if they are known.
 
     Raises:
         AdapterFormatError: If it does not; names the formats that do.
     """
     if denoiser not in denoisers:
         able = [name for name, one in LAYOUTS.items() if one and denoiser in one.denoisers]
-        if layers and not transformer_paths(denoiser_family(layers)):
-            able = [name for name in able if name in _OWN_NAMES]
         raise AdapterFormatError(
             f"no {target} file of a {DENOISERS[denoiser]} is known that its programs read; write "
             f"one of {', '.join(able)}, or export a merged checkpoint"

@@ -23,6 +23,7 @@ from dora_diffusion.formats.layouts.kohya import (
     metadata_of,
     needs_compensation,
     on_input,
+    with_original_names,
 )
 from dora_diffusion.formats.layouts.layout import (
     OF_TRANSFORMERS,
@@ -35,19 +36,21 @@ from dora_diffusion.formats.layouts.layout import (
     Tensors,
     WriteOptions,
 )
-from dora_diffusion.formats.names.kohya import TRANSFORMER_PREFIX
+from dora_diffusion.formats.names.kohya import TRANSFORMER_PREFIXES
+from dora_diffusion.formats.names.modules import has_swapped_halves
 from dora_diffusion.numerics.dora import weight_change, weight_norm
 from dora_diffusion.numerics.norms import factored_norm
 from dora_diffusion.numerics.precision import upcast
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, swap_halves
 
 
 class BaseSpecific(Kohya):
     """Base class of these files, which are not read as adapters."""
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
-        is_transformer = any(key.startswith(TRANSFORMER_PREFIX) for key in keys)
-        return dict(VERDICTS[self.name + OF_TRANSFORMERS * is_transformer])
+        is_transformer = any(key.startswith(TRANSFORMER_PREFIXES) for key in keys)
+        tools = dict(VERDICTS[self.name + OF_TRANSFORMERS * is_transformer])
+        return with_original_names(tools, keys)
 
     def base_of(self, options: WriteOptions) -> ModelWeights:
         """Return the base model for which the file is written.
@@ -120,7 +123,8 @@ class Dense(BaseSpecific):
             change = weight_change(weight, layers[name])
             if name in options.beside:
                 change += weight_change(weight, options.beside[name])
-            return change.to(dtype)
+            is_swapped = has_swapped_halves(name, names[name])
+            return (swap_halves(change) if is_swapped else change).to(dtype)
 
         tensors = {
             names[name] + self.form: (TensorSpec(dtype, layer.weight_shape), partial(make, name))

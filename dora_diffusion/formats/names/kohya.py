@@ -25,6 +25,7 @@ from dora_diffusion.formats.names.modules import (
     USUAL_LAYOUT,
     UNetLayout,
     canonical,
+    comfyui_name,
     known_layout,
     released_layout,
     renamed,
@@ -33,8 +34,8 @@ from dora_diffusion.formats.names.modules import (
     unet_names,
 )
 
-# ComfyUI's prefix of transformers; it knows the names of Diffusers.
-TRANSFORMER_PREFIX = "diffusion_model."
+# ComfyUI's prefixes of transformers, for original names and for those of Diffusers.
+TRANSFORMER_PREFIXES = ("diffusion_model.", "transformer.")
 _ENCODERS = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
 KOHYA_PREFIXES = {"lora_unet_": "unet", **{e.kohya_prefix: e.component for e in _ENCODERS}}
 LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
@@ -89,7 +90,7 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
     """
     component, path = split_component(name)
     if component == "transformer":
-        return TRANSFORMER_PREFIX + path if path in transformer_paths(family.name) else None
+        return comfyui_name(path, family.code)
     if component != "unet":
         encoder = family.text_encoder(component)
         return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
@@ -188,7 +189,8 @@ def _flat_names(names: list[str]) -> Iterable[tuple[str, str]]:
 
 
 def _by_vocabulary(flat: str, layouts: list[UNetLayout], paths: Mapping[str, str]) -> str | None:
-    denoisers = [(LYCORIS_PREFIX, "unet"), (TRANSFORMER_PREFIX.replace(".", "_"), "unet")]
+    transformers = (prefix.replace(".", "_") for prefix in TRANSFORMER_PREFIXES)
+    denoisers = [(prefix, "unet") for prefix in (LYCORIS_PREFIX, *transformers)]
     prefixes = [*KOHYA_PREFIXES.items(), *denoisers, (LYCORIS_PREFIX, "text_encoder")]
     for prefix, component in prefixes:
         if flat.startswith(prefix):

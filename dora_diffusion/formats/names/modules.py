@@ -88,6 +88,8 @@ def renamed(name: str, names: Mapping[str, str], separator: str = ".") -> str | 
     return None
 
 
+# Row blocks of a matrix that contains several projections.
+ROWS = ("#q", "#k", "#v")
 COMPONENT_PREFIXES = {**NAMES["prefixes"], **{component: component for component in COMPONENTS}}
 # Suffixes of tensors that only some layouts have.
 BUFFERS = ("position_ids", "logit_scale", "attn_mask")
@@ -284,6 +286,8 @@ def _pairs(layout: UNetLayout) -> Iterator[tuple[str, str]]:
 
 # More blocks of one kind than the largest known transformer.
 MOST_BLOCKS = 64
+# End of the original name of a matrix whose halves are the other way round: shift and scale.
+SWAPPED = "#swapped"
 
 
 @lru_cache
@@ -291,9 +295,10 @@ def transformer_names(code: str) -> NameTable:
     """Return the name table of a family's transformer: Diffusers' names and the original ones."""
     names = NAMES["transformers"][code]
     pairs = [*names["top"].items()]
-    for block, original in names["blocks"].items():
-        for number in range(MOST_BLOCKS):
-            pairs += below(names["block"], f"{block}.{number}", f"{original}.{number}")
+    for kind in names["blocks"]:
+        for block, original in kind["names"].items():
+            for number in range(MOST_BLOCKS):
+                pairs += below(kind["leaves"], f"{block}.{number}", f"{original}.{number}")
     return NameTable(pairs)
 
 
@@ -301,20 +306,85 @@ def transformer_names(code: str) -> NameTable:
 def transformer_paths(family: str = "") -> Mapping[str, str]:
     """Return Diffusers' path of each module of a family's transformer, by both of its names.
 
-    A joined matrix has Diffusers' parent and its own last word: ``layers.0.attention.qkv``.
+    A joined matrix has the parent of its parts and a name in ``joined`` of ``names.json``:
+    ``layers.0.attention.to_qkv``.
 
     Args:
         family: Name of the family. Default: the transformers of all families.
     """
+    codes = [FAMILIES[family].code] if family else NAMES["transformers"]
+    return {path: name for code in codes for path, name in _paths_of(code).items()}
+
+
+@lru_cache
+def _paths_of(code: str) -> Mapping[str, str]:
+    names = transformer_names(code).original if code in NAMES["transformers"] else {}
     paths: dict[str, str] = {}
-    codes = {FAMILIES[family].code} if family else NAMES["transformers"].keys()
-    for code in codes & NAMES["transformers"].keys():
-        for name, original in transformer_names(code).original.items():
-            module, _, row = original.partition("#")
-            path, module = name.removesuffix(".weight"), module.removesuffix(".weight")
-            joined = f"{path.rpartition('.')[0]}.{module.rpartition('.')[2]}"
-            paths |= {path: path, module: joined if row else path}
+    for name, original in names.items():
+        path, module = name.removesuffix(".weight"), original.partition("#")[0]
+        joined = _joined(path) if original.endswith(ROWS) else path
+        paths |= {path: path, module.removesuffix(".weight"): joined}
     return paths
+
+
+def _joined(path: str) -> str:
+    parent, _, leaf = path.rpartition(".")
+    return f"{parent}.{next(name for name, parts in NAMES['joined'].items() if leaf in parts)}"
+
+
+def comfyui_name(path: str, code: str) -> str | None:
+    """Return the name of a transformer's module in files for ComfyUI; None if it is unknown.
+
+    ComfyUI patches parts of a joined matrix by their names in Diffusers. Of FLUX.2 it knows few
+    others of these.
+
+    Args:
+        path: Diffusers' path of the module.
+        code: Code of the family (`Family.code`).
+    """
+    original = transformer_names(code).to_original(f"{path}.weight")
+    if original is None:
+        return None
+    facts = NAMES["transformers"][code]
+    if not facts["others_by_original"] or original.endswith(ROWS):
+        return f"{facts['diffusers_prefixes'][0]}.{path}"
+    return f"diffusion_model.{original.removesuffix(SWAPPED).removesuffix('.weight')}"
+
+
+def comfyui_reads(name: str, code: str) -> bool:
+    """Return whether ComfyUI finds a transformer's module by its name in a file of a plain LoRA.
+
+    Args:
+        name: Diffusers' or the original path of the module, with prefix.
+        code: Code of the family.
+    """
+    prefix, _, path = name.partition(".")
+    facts, table = NAMES["transformers"][code], transformer_names(code)
+    if table.to_original(f"{path}.weight"):
+        return prefix in facts["diffusers_prefixes"] and path not in facts["not_by_diffusers"]
+    return prefix == "diffusion_model" and path in _paths_of(code)
+
+
+@lru_cache
+def swapped_modules() -> Mapping[str, str]:
+    """Return canonical names of transformers' modules with swapped halves, by original names."""
+    return {
+        original.removesuffix(f".weight{SWAPPED}"): f"transformer.{name.removesuffix('.weight')}"
+        for code in NAMES["transformers"]
+        for name, original in transformer_names(code).original.items()
+        if original.endswith(SWAPPED)
+    }
+
+
+def has_swapped_halves(name: str, path: str) -> bool:
+    """Return whether a layer's rows are those of its original name, with swapped halves.
+
+    Args:
+        name: Canonical name of the layer.
+        path: Path in a file, with any prefix, and dots or underscores.
+    """
+    originals = (original for original, own in swapped_modules().items() if own == name)
+    return any(path.replace(".", "_").endswith(o.replace(".", "_")) for o in originals)
 
 
 def known_layout(names: Iterable[str]) -> UNetLayout | None:
