@@ -107,8 +107,8 @@ def export_checkpoint(  # noqa: PLR0913 - keywords, each documented
         The output path.
 
     Raises:
-        ExportError: If the output exists, the written file fails its check, or the base's ``vae``
-            would not be in it.
+        ExportError: If the output exists, the written file fails its check, the base's ``vae``
+            would not be in it, or no program reads a complete file of the family.
         MergeError, AdapterFormatError: If an adapter does not fit the base.
         DiskFullError: If there is not enough space. Nothing is changed then.
 
@@ -120,6 +120,8 @@ def export_checkpoint(  # noqa: PLR0913 - keywords, each documented
     inputs = [*spec.files(), *([Path(base.vae).expanduser()] if base.vae else [])]
     with open_base(base) as (model, weights, vae):
         check_model_output(output, model.path, inputs, overwrite)
+        if complete and (reason := model.family.refused.get("complete")):
+            raise ExportError(f"complete has no {model.family.title} file: {reason}; leave it out")
         complete = complete or not model.family.has_separate_files
         if vae is not None and output.suffix == ".safetensors" and not complete:
             raise ExportError(

@@ -19,6 +19,7 @@ from dora_diffusion.export import (
     inspect_model,
     verify_checkpoint,
 )
+from dora_diffusion.export.files import ExportError
 from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import check_components, load_components
@@ -42,12 +43,10 @@ def adapter(folder: Path, random_adapter: Callable[..., dict[str, LayerWeights]]
 
 @pytest.fixture(scope="module")
 def merged(folder: Path, adapter: Path) -> dict[str, Path]:
-    """The merged model as a folder, as a file with the diffusion model alone, and as one file."""
-    outputs = {
-        name: folder.parent / name for name in ("merged", "one.safetensors", "all.safetensors")
-    }
-    for name, output in outputs.items():
-        export_checkpoint(folder, adapter, output, complete="all" in name)
+    """The merged model as a folder, and as a file with the diffusion model alone."""
+    outputs = {name: folder.parent / name for name in ("merged", "one.safetensors")}
+    for output in outputs.values():
+        export_checkpoint(folder, adapter, output)
     return outputs
 
 
@@ -76,13 +75,10 @@ def test_a_merged_model_has_the_weights_of_the_live_one(
     assert (found - wanted).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("name", ["one.safetensors", "all.safetensors"])
-def test_diffusers_reads_the_transformer_of_a_file(
-    folder: Path, merged: dict[str, Path], name: str
-) -> None:
+def test_diffusers_reads_the_transformer_of_a_file(folder: Path, merged: dict[str, Path]) -> None:
     """Diffusers' converter splits the joined projections, and swaps the halves of the last norm."""
     read = Flux2Transformer2DModel.from_single_file(
-        str(merged[name]), config=str(folder), subfolder="transformer", local_files_only=True
+        str(merged["one.safetensors"]), config=str(folder), subfolder="transformer", local_files_only=True
     )
     expected = Flux2Transformer2DModel.from_pretrained(merged["merged"] / "transformer")
     assert read.state_dict().keys() == expected.state_dict().keys()
@@ -90,21 +86,27 @@ def test_diffusers_reads_the_transformer_of_a_file(
         assert torch.equal(read.state_dict()[key], tensor), key
 
 
-@pytest.mark.parametrize("name", ["one.safetensors", "all.safetensors"])
 def test_a_file_is_a_base_model(
-    tmp_path: Path, folder: Path, adapter: Path, merged: dict[str, Path], name: str
+    tmp_path: Path, folder: Path, adapter: Path, merged: dict[str, Path]
 ) -> None:
-    base = BaseModel(merged[name], model_config=folder)
+    one = merged["one.safetensors"]
+    base = BaseModel(one, model_config=folder)
     expected, loaded = states(load_components(merged["merged"])), states(load_components(base))
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
     assert not any(check_components(base).values())
     twice = export_checkpoint(base, adapter, tmp_path / "twice.safetensors")
     assert verify_checkpoint(twice, base, adapter).ok
-    assert load_file(twice).keys() == load_file(merged["one.safetensors"]).keys()
+    assert load_file(twice).keys() == load_file(one).keys()
 
 
-@pytest.mark.parametrize("name", ["merged", "one.safetensors", "all.safetensors"])
+def test_a_complete_file_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ExportError, match="no program is known that reads its transformer"):
+        export_checkpoint(folder, (), tmp_path / "all.safetensors", complete=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["merged", "one.safetensors"])
 def test_a_model_is_reported(merged: dict[str, Path], name: str) -> None:
     report = inspect_model(merged[name])
     assert report.family.name == "flux2-klein"
