@@ -1,7 +1,7 @@
 """Transformers of a flow at full size, for counts on fake tensors.
 
 Shapes of the transformers are the defaults of Diffusers' classes or those of its conversion
-scripts; of the text encoder, those of Qwen3-4B.
+scripts; of the text encoders, those of Qwen3-4B and Qwen3-8B.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ QWEN3_4B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "max_position_embeddings": 40960,
 }  # fmt: skip
+QWEN3_8B = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
+ENCODERS = {"z-image": QWEN3_4B, "flux2-klein": QWEN3_4B, "flux2-klein-9b": QWEN3_8B}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "z-image": {},
     "flux2-klein": {
         "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
         "joint_attention_dim": 7680, "guidance_embeds": False,
+    },
+    "flux2-klein-9b": {
+        "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
+        "joint_attention_dim": 12288, "guidance_embeds": False,
     },
 }  # fmt: skip
 VAES: dict[str, dict[str, Any]] = {
@@ -37,9 +43,10 @@ VAES: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": False,
     },
     "flux2-klein": {},
+    "flux2-klein-9b": {},
 }  # fmt: skip
 # Tokens of a caption with its chat template; FLUX.2-klein reads the padding, too.
-TOKENS = {"z-image": 64, "flux2-klein": 512}
+TOKENS = {"z-image": 64, "flux2-klein": 512, "flux2-klein-9b": 512}
 # Made outside of the fake device, since it reads numbers of its tensors.
 SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
 
@@ -65,7 +72,7 @@ def make_parts(family: str, dtype: torch.dtype) -> tuple[nn.Module, Any, list[nn
     if hasattr(vae, "bn"):
         vae.bn.num_batches_tracked = None  # A number, which the fake device does not take.
     vae = vae.to(DEVICE, dtype)
-    encoder = Qwen3Model(Qwen3Config(**QWEN3_4B)).to(DEVICE, dtype)
+    encoder = Qwen3Model(Qwen3Config(**ENCODERS[family])).to(DEVICE, dtype)
     return make_transformer(family).to(DEVICE, dtype), vae, [encoder]
 
 

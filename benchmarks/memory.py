@@ -82,8 +82,10 @@ CARD_FLAGS = (
     f"{_SAVING} --quantize nf4 --sample_batch_size 1",
 )
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
-SIZES = {"sd1": (512, 768), "sdxl": (768, 1024), "z-image": (1024,), "flux2-klein": (1024,)}
-TITLES = {"sd1": "SD1.5", "sdxl": "SDXL", "z-image": "Z-Image", "flux2-klein": "FLUX.2-klein"}
+SIZES = {"sd1": (512, 768), "sdxl": (768, 1024), "z-image": (1024,), "flux2-klein": (1024,),
+         "flux2-klein-9b": (1024,)}  # fmt: skip
+TITLES = {"sd1": "SD1.5", "sdxl": "SDXL", "z-image": "Z-Image", "flux2-klein": "FLUX.2-klein",
+          "flux2-klein-9b": "FLUX.2-klein 9B"}  # fmt: skip
 SWITCH = ("off", "on")
 
 

@@ -32,7 +32,7 @@ from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.training.inputs.plan import check_with_model
 from tests.every import every
-from tests.flux2_klein import write_flux2_klein
+from tests.flux2_klein import write_flux2_klein, write_flux2_klein_9b
 from tests.z_image import write_z_image
 from tools.messages import messages
 
@@ -177,6 +177,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "z-image": write_z_image(folder / "z-image"),
         "flux2-klein": write_flux2_klein(folder / "flux2-klein"),
+        "flux2-klein-9b": write_flux2_klein_9b(folder / "flux2-klein-9b"),
     }
 
 

@@ -449,9 +449,17 @@ def detect_family(
         )
     if len(fitting) == 1:
         return fitting[0]
+    if states := config.get("joint_attention_dim"):
+        width = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
+        return choose_by_states(fitting, states / width)
     is_linear = bool(config.get("use_linear_projection"))
     fitting = [f for f in fitting if f.uses_linear_projection == is_linear] or fitting
     return choose_by_channels(fitting, config.get("in_channels", 4))
+
+
+def choose_by_states(families: Sequence[Family], share: float) -> Family:
+    """Choose the transformer with the nearest width of text states, as a share of its own."""
+    return min(families, key=lambda f: abs(f.prompt_width / f.width_tensor[1] - share))
 
 
 def choose_by_channels(families: Sequence[Family], in_channels: int) -> Family:
@@ -506,10 +514,14 @@ def denoiser_family(names: Iterable[str]) -> str:
 def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Guess the name of the family from the shapes of adapted weights; ``""`` if it is unclear.
 
-    A second text encoder decides, otherwise the width of the encoder hidden states.
+    A second text encoder decides, otherwise the width of the encoder hidden states. Sizes of one
+    transformer are told apart by the width of its attention.
     """
     if family := denoiser_family(name for name in shapes if name.startswith("transformer.")):
-        return family
+        alike = [f for f in FAMILIES.values() if f.code == FAMILIES[family].code]
+        inputs = (s[1] for n, s in shapes.items() if re.search(r"\.to_q(kv_mlp_proj)?$", n))
+        width = max(inputs, default=0)
+        return min(alike, key=lambda f: abs(f.width_tensor[1] - width)).name
     if any(name.startswith("text_encoder_2.") for name in shapes):
         return next(name for name, f in FAMILIES.items() if len(f.text_encoders) == 2)
     widths = {

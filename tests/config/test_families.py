@@ -19,8 +19,12 @@ def test_what_tells_families_apart_differs() -> None:
     for fact in ("title", "released_id", "architecture", "version_mark", "architecture_mark"):
         assert len({getattr(family, fact) for family in families}) == len(families), fact
     families = [family for family in families if not family.image_arguments]
-    for fact in ("checkpoint_key", "prompt_width", "kohya_base_version"):
+    for fact in ("prompt_width", "kohya_base_version"):
         assert len({getattr(family, fact) for family in families}) == len(families), fact
+    # Sizes of one transformer are told apart by the width of their text states.
+    transformers = {family.code: family for family in families if not family.has_unet}
+    kinds = [family for family in families if family.has_unet] + [*transformers.values()]
+    assert len({family.checkpoint_key for family in kinds}) == len(kinds)
     prefixes = {e.checkpoint_prefix for family in families for e in family.text_encoders}
     assert len(prefixes) == sum(len(family.text_encoders) for family in families)
     for family in families:

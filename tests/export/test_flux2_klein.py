@@ -28,9 +28,9 @@ from dora_diffusion.sampling.load import load_adapted
 from tests.flux2_klein import write_flux2_klein
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_flux2_klein(tmp_path_factory.mktemp("klein") / "model")
+@pytest.fixture(scope="module", params=[False, True], ids=["4B", "9B"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_flux2_klein(tmp_path_factory.mktemp("klein") / "model", is_9b=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,9 @@ def test_a_merged_model_has_the_weights_of_the_live_one(
 ) -> None:
     live = load_adapted(folder, adapter)[0].denoiser
     model = Flux2Transformer2DModel.from_pretrained(merged["merged"] / "transformer")
+    states = torch.randn(2, 5, model.config.joint_attention_dim)
     inputs = {
-        "hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": torch.randn(2, 5, 24),
+        "hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": states,
         "timestep": torch.tensor([0.1, 0.7]), "img_ids": torch.ones(16, 4),
         "txt_ids": torch.ones(5, 4), "guidance": None, "return_dict": False,
     }  # fmt: skip
@@ -78,7 +79,10 @@ def test_a_merged_model_has_the_weights_of_the_live_one(
 def test_diffusers_reads_the_transformer_of_a_file(folder: Path, merged: dict[str, Path]) -> None:
     """Diffusers' converter splits the joined projections, and swaps the halves of the last norm."""
     read = Flux2Transformer2DModel.from_single_file(
-        str(merged["one.safetensors"]), config=str(folder), subfolder="transformer", local_files_only=True
+        str(merged["one.safetensors"]),
+        config=str(folder),
+        subfolder="transformer",
+        local_files_only=True,
     )
     expected = Flux2Transformer2DModel.from_pretrained(merged["merged"] / "transformer")
     assert read.state_dict().keys() == expected.state_dict().keys()
@@ -107,9 +111,12 @@ def test_a_complete_file_is_refused(tmp_path: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["merged", "one.safetensors"])
-def test_a_model_is_reported(merged: dict[str, Path], name: str) -> None:
+def test_a_model_is_reported(
+    request: pytest.FixtureRequest, merged: dict[str, Path], name: str
+) -> None:
     report = inspect_model(merged[name])
-    assert report.family.name == "flux2-klein"
+    is_9b = "9B" in request.node.name
+    assert report.family.name == ("flux2-klein-9b" if is_9b else "flux2-klein")
     assert report.schedule.startswith("flow prediction")
     assert report.tools["ComfyUI"].startswith("no: it loads models of the released shapes")
 

@@ -32,9 +32,9 @@ PARTS = {"to_q": ("img", 0), "to_k": ("img", 1), "to_v": ("img", 2), "add_q_proj
          "add_k_proj": ("txt", 1), "add_v_proj": ("txt", 2)}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_flux2_klein(tmp_path_factory.mktemp("klein") / "model")
+@pytest.fixture(scope="module", params=[False, True], ids=["4B", "9B"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_flux2_klein(tmp_path_factory.mktemp("klein") / "model", is_9b=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from dora_diffusion.config.families import (
     Family,
     UnsupportedModelError,
     choose_by_channels,
+    choose_by_states,
     detect_folder_family,
 )
 from dora_diffusion.formats.adapter.metadata import OWN
@@ -63,7 +64,7 @@ from dora_diffusion.formats.files.stream import (
     TensorSpec,
     read_header,
 )
-from dora_diffusion.formats.names.modules import TOP_MODULES, canonical
+from dora_diffusion.formats.names.modules import TOP_MODULES, canonical, transformer_names
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
@@ -504,6 +505,10 @@ def detect_checkpoint_family(
             f"{TITLES}; such models are not supported"
         )
     fitting = [family for family in FAMILIES.values() if family.checkpoint_key in names]
+    if fitting and not fitting[0].has_unet:
+        states = transformer_names(fitting[0].code).to_original("context_embedder.weight")
+        spec = specs.get(f"{UNET_PREFIX}{states}") or specs.get(f"{states}")
+        return choose_by_states(fitting, spec.shape[1] / spec.shape[0] if spec else 0)
     if fitting:
         conv_in = specs.get(f"{UNET_PREFIX}{TOP_MODULES['conv_in']}.weight")
         return choose_by_channels(fitting, conv_in.shape[1] if conv_in else 0)
