@@ -34,8 +34,8 @@ def write_flux2_klein(
     text_encoder = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer()), hidden_size=states, intermediate_size=8,
-            num_hidden_layers=28, num_attention_heads=states // 4, num_key_value_heads=1, head_dim=4,
-            tie_word_embeddings=True,
+            num_hidden_layers=28, num_attention_heads=states // 4, num_key_value_heads=1,
+            head_dim=4, tie_word_embeddings=True,
         )
     )  # fmt: skip
     vae = AutoencoderKLFlux2(
