@@ -162,7 +162,7 @@ def _product(name: str, side: str, tensors: Mapping[Part, Tensor]) -> tuple[Tens
             return _with_identity(parts[""])
         up, down = parts["a"], parts["b"]
         if "core" in parts:
-            up, down = up.t(), torch.einsum("rsxy,sd->rdxy", parts["core"], down)
+            up, down = up.t().contiguous(), torch.einsum("rsxy,sd->rdxy", parts["core"], down)
         if up.ndim != 2 or down.ndim < 2 or up.shape[1] != len(down):
             raise ValueError
         is_low = len(down) < min(len(up), down[0].numel())
