@@ -198,8 +198,8 @@ class StartingAdapter:
         if stored.layout.name == "lokr":
             raise ConfigError(
                 f"init_adapter {name} is a LoKr, whose factors are not trained here; convert it "
-                "first with 'dora-diffusion convert ADAPTER OUTPUT --to smaller-rank --rank RANK "
-                "--base MODEL', and start from OUTPUT",
+                "first with 'dora-diffusion convert ADAPTER OUTPUT --to lora --rank RANK --base "
+                "MODEL' (or --to smaller-rank, to a DoRA), and start from OUTPUT",
                 "init_adapter",
             )
         return cls(stored.path, name)

@@ -19,13 +19,13 @@ def divisors(size: int) -> tuple[int, int]:
 
 def lokr(
     weight: Tensor, w1: str = "whole", w2: str = "whole", *, alpha: float | None = 3.0,
-    axis: str | None = None, seed: int = 0,
+    axis: str | None = None, seed: int = 0, size: float = 0.8,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Tensors of a LoKr on a weight: each factor "whole", "low" (rank), or w2 "tucker"."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return 0.8 * torch.randn(*shape, generator=generator)
+        return size * torch.randn(*shape, generator=generator)
 
     (a, c), (b, d) = divisors(weight.shape[0]), divisors(weight.shape[1])
     kernel, taps = weight.shape[2:], weight.shape[2:].numel()
