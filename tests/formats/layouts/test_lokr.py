@@ -76,6 +76,10 @@ def test_products_stay_low_rank(tmp_path: Path) -> None:
     for (w1, w2), rank in ranks.items():
         path = save(tmp_path / "lokr.safetensors", {FLAT[TO_Q]: lokr(weight, w1, w2)})
         assert read_adapter(path).layers[TO_Q].rank == rank
+    wide = {"lokr_w1_a": torch.ones(4, 9), "lokr_w1_b": torch.ones(9, 6)}
+    low = lokr(weight, w2="low")
+    del low["lokr_w1"]
+    assert read_adapter(save(path, {FLAT[TO_Q]: low | wide})).layers[TO_Q].rank == 4 * 2
 
 
 # Settings of LyCORIS: every way in which it factorizes and scales a layer.
