@@ -15,6 +15,8 @@ from dora_diffusion.formats.adapter.metadata import DIFFUSERS_METADATA, OWN
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, Note
 from dora_diffusion.formats.names.modules import split_component
 
+LOKR = "LOKR"
+"""``peft_type`` of LoKr."""
 # PEFT changes the base's weights when it creates such an adapter, and again when it loads one.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Time limit for all patterns of a file; an ordinary file needs a small fraction.
@@ -125,15 +127,24 @@ def _alpha_by_training(metadata: Mapping[str, str]) -> tuple[AlphaOf, Note]:
 def _peft_alpha(config: Mapping[str, Any], path: str, rank: int, patterns: NamePatterns) -> float:
     """Return a module's effective alpha from a PEFT config; patterns match the end of its path."""
     try:
-        alpha = config.get("lora_alpha", rank)
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            name = path if "text_model" in pattern else path.removeprefix("text_model.")
-            if patterns.matches(pattern, name):
-                alpha = value
-                break
+        alpha = _by_pattern(config, "alpha_pattern", config.get("lora_alpha", rank), path, patterns)
+        if config.get("peft_type") == LOKR:
+            # PEFT divides by the configured rank, which layers with whole factors do not have.
+            r = _by_pattern(config, "rank_pattern", config.get("r", rank), path, patterns)
+            return float(alpha) / float(r) * rank
         return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise AdapterFormatError(f"its configuration has a broken alpha: {error}") from error
+
+
+def _by_pattern(
+    config: Mapping[str, Any], field: str, default: Any, path: str, patterns: NamePatterns
+) -> Any:
+    for pattern, value in (config.get(field) or {}).items():
+        name = path if "text_model" in pattern else path.removeprefix("text_model.")
+        if patterns.matches(pattern, name):
+            return value
+    return default
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from dora_diffusion.formats.layouts.layout import (
     Shapes,
     factor_pair,
 )
+from dora_diffusion.formats.layouts.lokr import is_lokr, kernel_of, lokr_layer, lokr_rank
 from dora_diffusion.formats.names.kohya import is_kohya_name, is_sgm_path, joined_parts
 from dora_diffusion.formats.names.modules import has_swapped_halves, split_prefix
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights
@@ -84,6 +85,8 @@ class Decoder:
                 does not fit.
         """
         if decoded := self.layout.decode(tensors, file.metadata):
+            if self.alpha is not None:
+                raise AdapterFormatError("alpha has no effect: a VeRA has none; leave it out")
             layers, note = dict(decoded[0]), decoded[1]
             return layers if self.shapes is None else fit_to_model(layers, self.shapes), {}, [note]
         layers, beside, notes = self._read(file, tensors, component)
@@ -103,7 +106,7 @@ class Decoder:
         alpha_of, without_alpha = alpha_rule(metadata, file.config, self.alpha)
         groups = self.layout.group(tensors, metadata, self.shapes, component)
         notes = key_notes(tensors) if component is None else []
-        if without_alpha and any("alpha" not in group for group in groups.values()):
+        if without_alpha and any(map(_lacks_alpha, groups.values())):
             is_ai_toolkit = any(k.is_ai_toolkit for g in groups.values() for k in g.values())
             notes.append(AI_TOOLKIT if is_ai_toolkit else without_alpha)
         layers, magnitudes, beside = self._read_parts(tensors, groups, alpha_of)
@@ -128,7 +131,11 @@ class Decoder:
             layer_tensors = {p: _numbers(key.text, p, tensors[key.text]) for p, key in keys.items()}
             is_embedding = "down" in keys and keys["down"].is_embedding
             kind: LayerKind = "embedding" if is_embedding else "plain"
-            layer = self._factors(name, layer_tensors, alpha_of, kind)
+            if is_lokr(keys):
+                is_peft = any(key.path.startswith(PEFT_PREFIX) for key in keys.values())
+                layer = self._lokr(name, layer_tensors, alpha_of, is_peft)
+            else:
+                layer = self._factors(name, layer_tensors, alpha_of, kind)
             if any(key.is_ai_toolkit for key in keys.values()) and layer.scale != 1.0:
                 if not self.sums:
                     raise AdapterFormatError(f"{name}: {_ai_toolkit_problem(layer)}")
@@ -155,7 +162,27 @@ class Decoder:
         # Some programs store the factors of a convolution flat on one side.
         if down.ndim in (3, 4) and up.ndim == 2:
             up = up.view(*up.shape, *[1] * (down.ndim - 2))
-        rank = down.shape[0]
+        alpha = self._alpha(name, tensors, alpha_of, down.shape[0])
+        with _named(name):
+            return LayerWeights(down, up, None, alpha, kind=kind)
+
+    def _lokr(
+        self, name: str, tensors: Mapping[Part, Tensor], alpha_of: AlphaOf, is_peft: bool
+    ) -> LayerWeights:
+        """Return a LoKr layer without its magnitude."""
+        rank = lokr_rank(tensors)
+        # With whole factors, PEFT alone applies an alpha.
+        scale = alpha_of(name, 1) if is_peft else 1.0
+        if rank is not None:
+            scale = self._alpha(name, tensors, alpha_of, rank) / rank
+        kernel = kernel_of(name, self.shapes, tensors.get("dora_scale"))
+        with _named(name):
+            return lokr_layer(name, tensors, kernel, scale)
+
+    def _alpha(
+        self, name: str, tensors: Mapping[Part, Tensor], alpha_of: AlphaOf, rank: int
+    ) -> float:
+        """Return the alpha that is divided by a rank of the file."""
         alpha = float(tensors["alpha"]) if "alpha" in tensors else alpha_of(name, rank)
         # LyCORIS reads alpha 0 as "no scaling".
         alpha = alpha or float(rank)
@@ -167,8 +194,7 @@ class Decoder:
             alpha = self.alpha
         if not math.isfinite(alpha):
             raise AdapterFormatError(f"{name}: its alpha is {alpha}, not a number")
-        with _named(name):
-            return LayerWeights(down, up, None, alpha, kind=kind)
+        return alpha
 
 
 def _path_of(keys: Mapping[Part, Key]) -> str:
@@ -181,6 +207,11 @@ def _named(layer: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise AdapterFormatError(f"{layer}: {error}") from error
+
+
+def _lacks_alpha(group: Mapping[Part, Key]) -> bool:
+    has_rank = not is_lokr(group) or any(part.endswith(("_a", "_b")) for part in group)
+    return "alpha" not in group and has_rank
 
 
 def _ai_toolkit_problem(layer: LayerWeights) -> str:

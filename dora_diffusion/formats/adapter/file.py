@@ -253,9 +253,7 @@ def _decode(stored: StoredAdapter, decoder: Decoder) -> AdapterFile:
 
 
 def _decode_file(decoder: Decoder, file: StoredFile, tensors: dict[str, Tensor]) -> AdapterFile:
-    layout, metadata, folder, component = decoder.layout, file.metadata, file.path.parent, None
-    if layout.is_compact and decoder.alpha is not None:
-        raise AdapterFormatError("alpha has no effect: a VeRA has none; leave it out")
+    metadata, folder, component = file.metadata, file.path.parent, None
     tokens: dict[str, Vectors] = {**take_bundled(tensors)}
     is_bundled = bool(tokens)
     if file.config is not None:

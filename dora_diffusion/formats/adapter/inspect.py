@@ -52,11 +52,12 @@ class AdapterReport:
     Attributes:
         path: The file, or the folder of a PEFT adapter.
         key_format: ``"diffusers"``, ``"kohya"`` or ``"peft"``; from early 2023 ``"attn_procs"``,
-            the attention processors of diffusers; ``"other"`` if a key is not of these programs.
+            the attention processors of diffusers; ``"lokr"``, a LoKr of any program; ``"other"`` if
+            a key is not of these programs.
         metadata: Metadata of the file. A missing family is guessed from shapes.
         layers: Number of layers per component.
         kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 3x3"``, ``"Embedding"``.
-        method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
+        method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``; ``"LoKr, read as LoRA"``.
         norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a LoRA.
         rank: The rank, or JSON per layer if they differ.
         alpha: The trained alpha, or JSON per layer if they differ; for an approximation its alpha.
@@ -126,13 +127,14 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         tools["diffusers"] = "convert: it refuses tokens in the file; convert it to diffusers"
     alpha = describe({name: layer.alpha for name, layer in layers.items()})
     methods = {"LoRA" if layer.magnitude is None else "DoRA" for layer in layers.values()}
+    method = " and ".join(sorted(methods))
     return AdapterReport(
         path=stored.path,
         key_format=stored.layout.key_format,
         metadata=dataclasses.replace(adapter.metadata, family=adapter.family),
         layers=dict(Counter(name.split(".")[0] for name in layers)),
         kinds=dict(Counter(layer.kind_and_size for layer in layers.values())),
-        method=" and ".join(sorted(methods)),
+        method=f"{stored.layout.method}, read as {method}" if stored.layout.method else method,
         norm_axis=axis,
         rank=describe({name: layer.rank for name, layer in layers.items()}),
         alpha=adapter.metadata.extra.get(TRAINED_ALPHA, alpha),
@@ -190,7 +192,8 @@ def _notes(stored: StoredAdapter, adapter: AdapterFile, is_bundled: bool) -> lis
 def _parameters(stored: StoredAdapter, adapter: AdapterFile) -> int:
     """Return the number of trained values; a compact file has fewer than its layers."""
     if stored.layout.is_compact:
-        return sum(math.prod(spec.shape) for spec in stored.files[0].specs.values())
+        specs = (item for file in stored.files for item in file.specs.items())
+        return sum(math.prod(spec.shape) for key, spec in specs if not key.endswith(".alpha"))
     layers = adapter.layers.values()
     tensors = [t for layer in layers for t in (layer.down, layer.up, layer.magnitude)]
     tensors += [tensor for vectors in adapter.tokens.values() for tensor in vectors.values()]

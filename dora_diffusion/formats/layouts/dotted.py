@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from dora_diffusion.config.families import COMPONENTS, DENOISERS
 from dora_diffusion.config.wording import listing
-from dora_diffusion.formats.adapter.alpha import json_object, refuse_changed_base
+from dora_diffusion.formats.adapter.alpha import LOKR, json_object, refuse_changed_base
 from dora_diffusion.formats.adapter.metadata import OWN, own_fields, without_path
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
@@ -333,15 +333,17 @@ def peft_config(folder: Path) -> dict[str, Any]:
     """Read the config of a PEFT folder.
 
     Raises:
-        AdapterFormatError: If it is damaged, not a LoRA or DoRA, or for a changed base model.
+        AdapterFormatError: If it is damaged, not a LoRA, DoRA or LoKr, or for a changed base model.
     """
     path = folder / PEFT_CONFIG
     try:
         config = json_object(path.read_text("utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise AdapterFormatError(f"{path} is not a text file") from error
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", LOKR):
         raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
+    if config["peft_type"] == LOKR and "alpha" in config:
+        config["lora_alpha"] = config["alpha"]
     try:
         refuse_changed_base(config.get("init_lora_weights"))
     except AdapterFormatError as error:

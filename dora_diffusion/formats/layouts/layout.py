@@ -39,8 +39,11 @@ from dora_diffusion.formats.names.modules import UNetLayout, comfyui_reads, spli
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # down and up are A and B; mid is the core of a Tucker-decomposed convolution. `magnitude` is PEFT's
-# (always on the output axis); the shape of `dora_scale` determines its axis.
-Part = Literal["down", "up", "mid", "alpha", "magnitude", "dora_scale"]
+# (always on the output axis); the shape of `dora_scale` determines its axis. The others are LoKr's.
+Part = Literal[
+    "down", "up", "mid", "alpha", "magnitude", "dora_scale",
+    "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2",
+]  # fmt: skip
 Layers = Mapping[str, LayerWeights]
 Shapes = Mapping[str, tuple[int, ...]]
 Specs = Mapping[str, TensorSpec]
@@ -153,7 +156,7 @@ class AdapterLayout:
         file_name: Default file name; None for a folder of files.
         is_compact: Whether the file has fewer values than the layers that it represents.
         form: For files for one base model: suffix of the key whose tensor has the layer's shape.
-        method: For these files: name of the method in reports.
+        method: For these files and LoKr: name of the method in reports.
         note: For these files: note for users.
     """
 

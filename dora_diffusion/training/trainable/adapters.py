@@ -186,15 +186,23 @@ class StartingAdapter:
         """Find ``init_adapter``. Returns None if it is not set or a checkpoint is resumed.
 
         Raises:
-            ConfigError, AdapterFormatError: If it does not exist or is not an adapter.
+            ConfigError, AdapterFormatError: If it does not exist, is not an adapter, or is a LoKr.
         """
         name = config.init_adapter
         if not name or not config.trains_adapters or config.resume_from_checkpoint:
             return None
         try:
-            return cls(StoredAdapter.open(resolve_adapter(name)).path, name)
+            stored = StoredAdapter.open(resolve_adapter(name))
         except (FileNotFoundError, ModelNotFoundError) as error:
             raise ConfigError(f"init_adapter: {error}", "init_adapter") from error
+        if stored.layout.name == "lokr":
+            raise ConfigError(
+                f"init_adapter {name} is a LoKr, whose factors are not trained here; convert it "
+                "first with 'dora-diffusion convert ADAPTER OUTPUT --to lora --rank RANK --base "
+                "MODEL' (or --to smaller-rank, to a DoRA), and start from OUTPUT",
+                "init_adapter",
+            )
+        return cls(stored.path, name)
 
     def read(self, components: Components, config: TrainConfig) -> StartingAdapter:
         """Read the weights for a model, and check that the run's adapters can start from them.

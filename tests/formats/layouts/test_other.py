@@ -32,7 +32,7 @@ def test_numbered_layers_are_refused_with_what_to_do(tmp_path: Path) -> None:
 
 # What LyCORIS calls its methods -> what we call them; None for those that are read.
 LYCORIS_METHODS = {
-    "lora": None, "locon": None, "dylora": None, "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3",
+    "lora": None, "locon": None, "dylora": None, "loha": "LoHa", "lokr": None, "ia3": "IA3",
     "glora": "GLoRA", "tlora": "T-LoRA", "diag-oft": "OFT or BOFT", "boft": "OFT or BOFT",
     "full": "full differences",
 }  # fmt: skip

@@ -16,12 +16,14 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.state import load_adapter, save_adapter
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig, without_effect
 from dora_diffusion.export import convert_adapter
+from dora_diffusion.export.fitting import FitSettings
 from dora_diffusion.formats.adapter.file import AdapterFormatError, AdapterMetadata, read_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.inputs.plan import plan_run
 from dora_diffusion.training.processes import make_accelerator
 from dora_diffusion.training.recipe import assemble, train
 from dora_diffusion.training.trainable.adapters import inject_trained
+from tests.formats.layouts.lokr_files import lokr, save
 from tests.refusal import refused
 from tests.training.helpers import (
     SAMPLES,
@@ -31,6 +33,23 @@ from tests.training.helpers import (
     make_config,
     warnings_of,
 )
+
+
+def test_a_lokr_is_converted_before_a_run_starts_from_it(tiny_run, sd1_folder, tmp_path):
+    """Refused before the model is loaded, with what to do; and that works."""
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    path = save(tmp_path / "lokr.safetensors", {name: lokr(torch.ones(64, 64), size=0.1)})
+    command = (
+        "convert it first with 'dora-diffusion convert ADAPTER OUTPUT --to lora --rank RANK --base "
+        "MODEL'"
+    )
+    with refused("init_adapter", f"{path} is a LoKr, whose factors are not trained", command):
+        train(tiny_run(init_adapter=str(path)))
+    for target in ("lora", "smaller-rank"):
+        fit, output = FitSettings(rank=4), tmp_path / target
+        start = convert_adapter(path, output, target, fit, base=sd1_folder).path
+        train(tiny_run(init_adapter=str(start), targets=["attention"], rank=4, max_train_steps=1,
+                       output_dir=str(tmp_path / f"{target}-run")))  # fmt: skip
 
 
 def test_a_conv_rank_without_conv_layers_is_said(config):
