@@ -70,6 +70,7 @@ READ_ONLY = {
                         for leaf in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")},
     "onetrainer": {f"unet.middle_block.1.transformer_blocks.0.attn1.to_q.{leaf}"
                    for leaf in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")},
+    "lokr": {f"{TO_Q}.{leaf}" for leaf in ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha")},
     "vera": {f"{TO_Q}.vera_lambda_{part}" for part in "db"},
 }  # fmt: skip
 

@@ -260,7 +260,6 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "shape": ({**W1, "lokr_w2": torch.ones(6, 5)}, r"made for another model: .*\(24, 30\)"),
     "kernel": ({**W1, "lokr_w2": torch.ones(6, 54)}, r"made for another model: .*\(24, 324\)"),
     "NaN": ({**LOW, "lokr_w1_a": torch.full((4, 1), math.nan)}, "w1_a contains numbers that are"),
-    "size": ({"lokr_w1": torch.ones(256, 256), "lokr_w2": torch.ones(256, 256)}, "too large for"),
 }  # fmt: skip
 
 
@@ -272,6 +271,24 @@ def test_a_bad_layer_is_named_with_the_fix(tmp_path: Path, kind: str) -> None:
         read_adapter(path, BASE)
     assert str(caught.value).startswith("lokr.safetensors: ")
     assert TO_Q in str(caught.value) or FLAT[TO_Q] in str(caught.value)
+
+
+def test_factors_of_a_damaged_file_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "lokr.safetensors", {FLAT[TO_Q]: lokr(WEIGHTS[TO_Q])})
+    monkeypatch.setattr("dora_diffusion.formats.layouts.lokr._LARGEST", 24 * 36 - 1)
+    with pytest.raises(AdapterFormatError, match=f"{TO_Q}: its factors are too large for any"):
+        read_adapter(path)
+
+
+def test_the_kernel_is_that_of_the_model(tmp_path: Path) -> None:
+    """By its weight, where the name would say 3x3."""
+    weight = torch.randn(24, 20, 1, 5, generator=torch.Generator().manual_seed(4))
+    file = lokr(weight, w2="low", axis="input")
+    path = save(tmp_path / "lokr.safetensors", {FLAT[CONV]: file})
+    layer = read_adapter(path, Held({f"{CONV}.weight": weight})).layers[CONV]
+    assert error(merged(weight, layer), changed(weight, file)) < TOLERANCE
 
 
 def test_a_broken_rank_of_peft_is_refused(tmp_path: Path, shallow: Any) -> None:
