@@ -255,6 +255,7 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "core": ({**LOW, "lokr_t2": torch.ones(2, 5, 3, 3)},
              r"lokr_t2 \(2, 5, 3, 3\) do not multiply"),
     "vector": ({**LOW, "lokr_w2_a": torch.ones(12)}, r"lokr_w2_a \(12,\).* do not multiply"),
+    "number": ({**LOW, "lokr_w2_b": torch.tensor(1.0)}, r"lokr_w2_b \(\) do not multiply"),
     "4-D w1": ({"lokr_w1": torch.ones(4, 6, 1, 1), "lokr_w2": ONES}, "is not a matrix"),
     "of a LoRA": ({**LOW, "lora_up.weight": torch.ones(24, 2)}, "factors of a LoKr, and up of a"),
     "shape": ({**W1, "lokr_w2": torch.ones(6, 5)}, r"made for another model: .*\(24, 30\)"),
@@ -280,6 +281,20 @@ def test_factors_of_a_damaged_file_do_not_fill_the_memory(
     monkeypatch.setattr("dora_diffusion.formats.layouts.lokr._LARGEST", 24 * 36 - 1)
     with pytest.raises(AdapterFormatError, match=f"{TO_Q}: its factors are too large for any"):
         read_adapter(path)
+    path = save(path, {FLAT[CONV]: lokr(WEIGHTS[CONV], w2="tucker")})
+    monkeypatch.setattr("dora_diffusion.formats.layouts.lokr._LARGEST", 2 * 9 * 5 - 1)
+    with pytest.raises(AdapterFormatError, match=f"{CONV}: .* do not multiply"):
+        read_adapter(path)
+
+
+def test_an_alpha_that_only_metadata_hold_is_read_by_no_other_program(tmp_path: Path) -> None:
+    """ComfyUI's scale is 1 then, and the training's is used here, as for a LoRA."""
+    path = save(tmp_path / "lokr.safetensors", {FLAT[TO_Q]: lokr(WEIGHTS[TO_Q], "low", "low")})
+    assert inspect_adapter(path).tools["ComfyUI and Forge"].startswith("exact: ")
+    tensors = {key: tensor for key, tensor in load_file(path).items() if "alpha" not in key}
+    save_file(tensors, path, {"ss_network_dim": "2", "ss_network_alpha": "1"})
+    assert read_adapter(path).layers[TO_Q].scale == 0.5
+    assert inspect_adapter(path).tools["ComfyUI and Forge"].startswith("convert: ")
 
 
 def test_the_kernel_is_that_of_the_model(tmp_path: Path) -> None:
