@@ -63,8 +63,17 @@ class Lokr(AdapterLayout):
         return layout.module(key, resolve, component)
 
     def is_read_as_meant(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
-        """Return True: the verdicts are about formulas, which need no alpha for whole factors."""
-        return True
+        """Check that the file has its alphas. LoRA and DoRA layers may be mixed."""
+        return self.finds_alpha(layers, specs, metadata)
+
+    def finds_alpha(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
+        """Return whether each layer that has a rank has an alpha, in the file or PEFT's config."""
+        layouts = (self, KOHYA, DIFFUSERS)
+        keys = [next(filter(None, (layout.parse(key) for layout in layouts))) for key in specs]
+        with_alpha = {key.path for key in keys if key.part == "alpha"}
+        with_rank = {key.path for key in keys if key.part in ("w1_a", "w2_a", "down")}
+        in_config = any(key.path.startswith(PEFT_PREFIX) for key in keys)
+        return in_config or with_rank <= with_alpha or all(w.scale == 1 for w in layers.values())
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
         if any(key.startswith(PEFT_PREFIX) for key in keys):
@@ -95,7 +104,7 @@ def is_lokr(parts: Collection[Part]) -> bool:
 def lokr_rank(tensors: Mapping[Part, Tensor]) -> int | None:
     """Return the rank that divides alpha, as in ComfyUI; None if both factors are whole."""
     product = tensors.get("w2_b", tensors.get("w1_b"))
-    return None if product is None else product.shape[0]
+    return product.shape[0] if product is not None and product.ndim else None
 
 
 def kernel_of(name: str, shapes: Shapes | None, dora_scale: Tensor | None) -> tuple[int, ...]:
@@ -162,7 +171,10 @@ def _product(name: str, side: str, tensors: Mapping[Part, Tensor]) -> tuple[Tens
             return _with_identity(parts[""])
         up, down = parts["a"], parts["b"]
         if "core" in parts:
-            up, down = up.t().contiguous(), torch.einsum("rsxy,sd->rdxy", parts["core"], down)
+            core = parts["core"]
+            if math.prod((*core.shape[:1], *core.shape[2:], *down.shape[1:])) > _LARGEST:
+                raise ValueError
+            up, down = up.t().contiguous(), torch.einsum("rsxy,sd->rdxy", core, down)
         if up.ndim != 2 or down.ndim < 2 or up.shape[1] != len(down):
             raise ValueError
         is_low = len(down) < min(len(up), down[0].numel())

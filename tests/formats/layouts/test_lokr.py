@@ -255,12 +255,12 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "core": ({**LOW, "lokr_t2": torch.ones(2, 5, 3, 3)},
              r"lokr_t2 \(2, 5, 3, 3\) do not multiply"),
     "vector": ({**LOW, "lokr_w2_a": torch.ones(12)}, r"lokr_w2_a \(12,\).* do not multiply"),
+    "number": ({**LOW, "lokr_w2_b": torch.tensor(1.0)}, r"lokr_w2_b \(\) do not multiply"),
     "4-D w1": ({"lokr_w1": torch.ones(4, 6, 1, 1), "lokr_w2": ONES}, "is not a matrix"),
     "of a LoRA": ({**LOW, "lora_up.weight": torch.ones(24, 2)}, "factors of a LoKr, and up of a"),
     "shape": ({**W1, "lokr_w2": torch.ones(6, 5)}, r"made for another model: .*\(24, 30\)"),
     "kernel": ({**W1, "lokr_w2": torch.ones(6, 54)}, r"made for another model: .*\(24, 324\)"),
     "NaN": ({**LOW, "lokr_w1_a": torch.full((4, 1), math.nan)}, "w1_a contains numbers that are"),
-    "size": ({"lokr_w1": torch.ones(256, 256), "lokr_w2": torch.ones(256, 256)}, "too large for"),
 }  # fmt: skip
 
 
@@ -272,6 +272,38 @@ def test_a_bad_layer_is_named_with_the_fix(tmp_path: Path, kind: str) -> None:
         read_adapter(path, BASE)
     assert str(caught.value).startswith("lokr.safetensors: ")
     assert TO_Q in str(caught.value) or FLAT[TO_Q] in str(caught.value)
+
+
+def test_factors_of_a_damaged_file_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "lokr.safetensors", {FLAT[TO_Q]: lokr(WEIGHTS[TO_Q])})
+    monkeypatch.setattr("dora_diffusion.formats.layouts.lokr._LARGEST", 24 * 36 - 1)
+    with pytest.raises(AdapterFormatError, match=f"{TO_Q}: its factors are too large for any"):
+        read_adapter(path)
+    path = save(path, {FLAT[CONV]: lokr(WEIGHTS[CONV], w2="tucker")})
+    monkeypatch.setattr("dora_diffusion.formats.layouts.lokr._LARGEST", 2 * 9 * 5 - 1)
+    with pytest.raises(AdapterFormatError, match=f"{CONV}: .* do not multiply"):
+        read_adapter(path)
+
+
+def test_an_alpha_that_only_metadata_hold_is_read_by_no_other_program(tmp_path: Path) -> None:
+    """ComfyUI's scale is 1 then, and the training's is used here, as for a LoRA."""
+    path = save(tmp_path / "lokr.safetensors", {FLAT[TO_Q]: lokr(WEIGHTS[TO_Q], "low", "low")})
+    assert inspect_adapter(path).tools["ComfyUI and Forge"].startswith("exact: ")
+    tensors = {key: tensor for key, tensor in load_file(path).items() if "alpha" not in key}
+    save_file(tensors, path, {"ss_network_dim": "2", "ss_network_alpha": "1"})
+    assert read_adapter(path).layers[TO_Q].scale == 0.5
+    assert inspect_adapter(path).tools["ComfyUI and Forge"].startswith("convert: ")
+
+
+def test_the_kernel_is_that_of_the_model(tmp_path: Path) -> None:
+    """By its weight, where the name would say 3x3."""
+    weight = torch.randn(24, 20, 1, 5, generator=torch.Generator().manual_seed(4))
+    file = lokr(weight, w2="low", axis="input")
+    path = save(tmp_path / "lokr.safetensors", {FLAT[CONV]: file})
+    layer = read_adapter(path, Held({f"{CONV}.weight": weight})).layers[CONV]
+    assert error(merged(weight, layer), changed(weight, file)) < TOLERANCE
 
 
 def test_a_broken_rank_of_peft_is_refused(tmp_path: Path, shallow: Any) -> None:
