@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -449,16 +450,23 @@ def detect_family(
         )
     if len(fitting) == 1:
         return fitting[0]
-    if states := config.get("joint_attention_dim"):
+    if not fitting[0].has_unet:
         width = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
-        return choose_by_states(fitting, states / width)
+        return choose_by_states(fitting, config.get("joint_attention_dim", 0), width)
     is_linear = bool(config.get("use_linear_projection"))
     fitting = [f for f in fitting if f.uses_linear_projection == is_linear] or fitting
     return choose_by_channels(fitting, config.get("in_channels", 4))
 
 
-def choose_by_states(families: Sequence[Family], share: float) -> Family:
-    """Choose the transformer with the nearest width of text states, as a share of its own."""
+def choose_by_states(families: Sequence[Family], states: int, width: int) -> Family:
+    """Choose the transformer with the nearest width of text states, as a share of its own.
+
+    Args:
+        families: Families whose transformers differ in size.
+        states: Width of the text states.
+        width: Width of the transformer.
+    """
+    share = states / max(width, 1)
     return min(families, key=lambda f: abs(f.prompt_width / f.width_tensor[1] - share))
 
 
@@ -493,8 +501,13 @@ def transformer_family(path: str) -> str:
 
     The path is that of Diffusers or the original one, with dots or underscores.
     """
+    return next((name for name, pattern in _modules().items() if pattern.match(path)), "")
+
+
+@cache
+def _modules() -> Mapping[str, re.Pattern[str]]:
     patterns = {n: f.modules.replace(r"\.", "[._]") for n, f in FAMILIES.items() if f.modules}
-    return next((name for name, pattern in patterns.items() if re.match(pattern, path)), "")
+    return {name: re.compile(pattern) for name, pattern in patterns.items()}
 
 
 def denoiser_family(names: Iterable[str]) -> str:

@@ -120,13 +120,16 @@ def export_checkpoint(  # noqa: PLR0913 - keywords, each documented
     inputs = [*spec.files(), *([Path(base.vae).expanduser()] if base.vae else [])]
     with open_base(base) as (model, weights, vae):
         check_model_output(output, model.path, inputs, overwrite)
-        if complete and (reason := model.family.refused.get("complete")):
-            raise ExportError(f"complete has no {model.family.title} file: {reason}; leave it out")
+        refusal = model.family.refused.get("complete")
+        if complete and refusal:
+            raise ExportError(
+                f"complete cannot be used with {model.family.title}: {refusal}; leave it out"
+            )
         complete = complete or not model.family.has_separate_files
         if vae is not None and output.suffix == ".safetensors" and not complete:
             raise ExportError(
                 f"{output.name} contains the diffusion model alone, without the VAE {base.vae}; "
-                "leave out --vae, give --complete, or export a folder"
+                f"leave out --vae, {'' if refusal else 'give --complete, '}or export a folder"
             )
         read = spec.read(weights, alpha)
         spec.warn_of_assumptions()

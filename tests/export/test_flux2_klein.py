@@ -107,6 +107,9 @@ def test_a_file_is_a_base_model(
 def test_a_complete_file_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ExportError, match="no program is known that reads its transformer"):
         export_checkpoint(folder, (), tmp_path / "all.safetensors", complete=True)
+    base = BaseModel(folder, vae=folder / "vae")
+    with pytest.raises(ExportError, match="leave out --vae, or export a folder"):
+        export_checkpoint(base, (), tmp_path / "one.safetensors")
     assert not any(tmp_path.iterdir())
 
 

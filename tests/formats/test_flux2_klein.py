@@ -196,6 +196,14 @@ def test_joined_matrices_of_ai_toolkit_are_split(
                 assert torch.equal(layer.up, ups[kind].chunk(3)[number])
 
 
+@pytest.mark.parametrize("module", ["single_transformer_blocks.0.proj_mlp", "blocks.0.x_proj"])
+def test_an_adapter_of_another_transformer_is_inspected(tmp_path: Path, module: str) -> None:
+    factors = {"lora_A": torch.ones(2, 8), "lora_B": torch.ones(6, 2)}
+    tensors = {f"transformer.{module}.{name}.weight": t for name, t in factors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert inspect_adapter(tmp_path / "a.safetensors").tools["ComfyUI and Forge"] == "-"
+
+
 @pytest.mark.parametrize("axis", ["output", "input", None])
 def test_verdicts_on_diffusers_and_comfyui_are_true(
     tmp_path: Path, folder: Path, layers_of: Callable[..., Layers], axis: str | None

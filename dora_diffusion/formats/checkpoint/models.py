@@ -505,10 +505,11 @@ def detect_checkpoint_family(
             f"{TITLES}; such models are not supported"
         )
     fitting = [family for family in FAMILIES.values() if family.checkpoint_key in names]
-    if fitting and not fitting[0].has_unet:
+    if len(fitting) > 1 and not fitting[0].has_unet:
         states = transformer_names(fitting[0].code).to_original("context_embedder.weight")
         spec = specs.get(f"{UNET_PREFIX}{states}") or specs.get(f"{states}")
-        return choose_by_states(fitting, spec.shape[1] / spec.shape[0] if spec else 0)
+        width, length = spec.shape if spec and len(spec.shape) == 2 else (1, 0)
+        return choose_by_states(fitting, length, width)
     if fitting:
         conv_in = specs.get(f"{UNET_PREFIX}{TOP_MODULES['conv_in']}.weight")
         return choose_by_channels(fitting, conv_in.shape[1] if conv_in else 0)

@@ -243,7 +243,10 @@ class AdapterLayout:
             tools = dict(
                 VERDICTS.get(kind + OF_TRANSFORMERS) or VERDICTS[f"other{OF_TRANSFORMERS}"]
             )
-            code = FAMILIES[denoiser_family(layers)].code
+            family = denoiser_family(layers)
+            if not family:  # Only transformers of known families were checked in ComfyUI.
+                return {**tools, "ComfyUI and Forge": "-"}
+            code = FAMILIES[family].code
             unread = [name for name in layers if not comfyui_reads(name, code)]
             if unread and tools["ComfyUI and Forge"].startswith(EXACT):
                 tools["ComfyUI and Forge"] = f"wrong: it leaves {some_layers(unread)} unchanged"

@@ -335,8 +335,8 @@ def _joined(path: str) -> str:
 def comfyui_name(path: str, code: str) -> str | None:
     """Return the name of a transformer's module in files for ComfyUI; None if it is unknown.
 
-    ComfyUI patches parts of a joined matrix by their names in Diffusers. Of FLUX.2 it knows few
-    others of these.
+    ComfyUI patches parts of a joined matrix by their names in Diffusers, and does not know all
+    other names of FLUX.2 in Diffusers.
 
     Args:
         path: Diffusers' path of the module.
