@@ -19,8 +19,11 @@ def meant(weight: Tensor, layer: LayerWeights) -> Tensor:
     return changed * layer.magnitude.double().view(shape) / changed.norm(dim=dim, keepdim=True)
 
 
-def comfyui(weight: Tensor, file: dict[str, Tensor]) -> Tensor:
-    """Return what ComfyUI makes of a weight or of some rows of it."""
+def comfyui(weight: Tensor, file: dict[str, Tensor], *, mended: bool = False) -> Tensor:
+    """Return what ComfyUI makes of a weight or of some rows of it.
+
+    ``mended`` divides by the norm after the change, as its pull request 15458 does.
+    """
     if "diff" in file:
         return weight + file["diff"].double()
     up, down = file["lora_up.weight"].double(), file["lora_down.weight"].double()
@@ -29,7 +32,7 @@ def comfyui(weight: Tensor, file: dict[str, Tensor]) -> Tensor:
         return changed
     magnitude = file["dora_scale"].double()
     if magnitude.shape[0] == weight.shape[0]:
-        norm = weight.norm(dim=1, keepdim=True)
+        norm = (changed if mended else weight).norm(dim=1, keepdim=True)
     else:
         norm = changed.norm(dim=0, keepdim=True)
     return changed * magnitude / (norm + torch.finfo(torch.float32).eps)

@@ -50,7 +50,8 @@ class ConversionReport:
     Attributes:
         path: The file or folder.
         target: The format, a key of ``CONVERSIONS``; for a program the format that it needs.
-            ``"kohya"`` for ``comfyui`` without output-axis magnitudes, since the files are equal.
+            ``"kohya"`` for ``comfyui`` and ``comfyui_pair`` without output-axis magnitudes, since
+            one such file is exact in every version.
         layers: Number of layers.
         errors: Relative error of each fitted layer; empty if no layer is fitted.
         total_error: Relative error of all layers together; 0 if the file is exact.
@@ -135,7 +136,7 @@ def convert_adapter(  # noqa: PLR0913 - keywords, each documented
         adapter = _at_strength(adapter, strength, model)
         adapter, errors, total = _of_smaller_rank(adapter, target, fit, model)
         path = write_adapter(output, adapter, kind, dtype=fit.dtype, base=model)
-    if target == "comfyui" and not needs_compensation(adapter.layers):
+    if target in ("comfyui", "comfyui_pair") and not needs_compensation(adapter.layers):
         target = input_format(denoiser_of(adapter.layers))
     count = len(adapter.layers)
     notes = (*adapter.notes, *embedding_notes(path, embeddings, program))
@@ -194,9 +195,11 @@ def _check_request(
         files = f"{target} files are"
         if program:
             files = f"{PROGRAMS[program].title} needs this adapter as a {target} file, which is"
+        ways = ", or write comfyui_pair for any base" * (target == "comfyui")
         raise ExportError(
             f"{files} made for one base model; give that model with --base"
             + _trained_on(trained_on)
+            + ways
         )
     limits, reason = list(settings.limits), ""
     if not conversion.takes_rank:

@@ -60,10 +60,11 @@ def write(path: Path, layers: Layers, target: str = "diffusers", **options: Any)
     return write_adapter(path, adapter, target, **options)
 
 
-def patched(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by Diffusers' names, of a model that ComfyUI patches with a file."""
+def patched(path: Path, weights: dict[str, Tensor], *, mended: bool = False) -> dict[str, Tensor]:
+    """Weights by Diffusers' names, of a model that ComfyUI patches with a file or some in order."""
     after = {name: weight.double() for name, weight in weights.items()}
-    for name, file in by_name(load_file(path)).items():
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for name, file in (item for one in files for item in by_name(load_file(one)).items()):
         prefix, _, module = name.partition(".")
         if prefix == "diffusion_model":
             rows = after[f"{module}.weight"]
@@ -73,7 +74,7 @@ def patched(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             kind, number = PARTS[leaf]
             joined = after[f"double_blocks.{block}.{kind}_attn.qkv.weight"]
             rows = joined.chunk(3)[number]
-        rows.copy_(comfyui(rows.clone(), file))
+        rows.copy_(comfyui(rows.clone(), file, mended=mended))
     return convert_flux2_transformer_checkpoint_to_diffusers(after)
 
 
@@ -109,6 +110,28 @@ def test_comfyui_computes_the_converted_file(
         assert (weight - exported[name]).norm() / change < allowed, name
     verdict = inspect_adapter(report.path).tools["ComfyUI and Forge"]
     assert verdict.startswith("exact for its base" if base else "exact: in ComfyUI")
+    assert inspect_adapter(report.path, folder).fits.startswith(f"yes, all {len(layers)} layers")
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_two_files_are_exact_in_both_formulas(
+    tmp_path: Path,
+    folder: Path,
+    original: dict[str, Tensor],
+    layers_of: Callable[..., Layers],
+    mended: bool,
+) -> None:
+    layers = layers_of("output")
+    source = write(tmp_path / "a.safetensors", layers, "diffusion_model")
+    report = convert_adapter(source, tmp_path / "b", "comfyui_pair")
+    before = convert_flux2_transformer_checkpoint_to_diffusers(dict(original))
+    for name, weight in patched(report.path, original, mended=mended).items():
+        if (key := f"transformer.{name.removesuffix('.weight')}") in layers:
+            wanted = meant(before[name], layers[key])
+            assert (weight - wanted).norm() / (wanted - before[name]).norm() < 1e-6, name
+        else:
+            assert torch.equal(weight.float(), before[name]), name
+    assert inspect_adapter(report.path).tools["ComfyUI and Forge"].startswith("exact: in ComfyUI")
     assert inspect_adapter(report.path, folder).fits.startswith(f"yes, all {len(layers)} layers")
 
 

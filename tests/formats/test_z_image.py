@@ -66,28 +66,37 @@ def by_module(path: Path) -> dict[str, dict[str, Tensor]]:
     return {name.removeprefix("diffusion_model."): file for name, file in files.items()}
 
 
-def errors_in_comfyui(path: Path, weights: dict[str, Tensor], layers: Layers) -> list[float]:
-    """Errors of the patched weights, relative to their changes.
+def errors_in_comfyui(
+    path: Path, weights: dict[str, Tensor], layers: Layers, *, mended: bool = False
+) -> list[float]:
+    """Errors of weights patched with a file or with some in order, relative to their changes.
 
     ComfyUI's model joins to_q, to_k and to_v, one above the other, and patches each through a
     range of rows. The other layers have weights of their own.
     """
-    files, errors = by_module(path), []
+    parts = [by_module(file) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    files, errors = parts[0], list[Tensor]()
     assert {f"transformer.{name}" for name in files} == layers.keys()
+
+    def patched(weight: Tensor, name: str) -> Tensor:
+        for part in parts:
+            weight = comfyui(weight, part[name], mended=mended)
+        return weight
+
     for block in {name.rpartition(".")[0] for name in files if name.endswith(PROJECTIONS)}:
         names = [f"transformer.{block}.{part}" for part in PROJECTIONS]
         joined = torch.cat([weights[name] for name in names]).double()
         before, size = joined.clone(), joined.shape[0] // 3
         for number, part in enumerate(PROJECTIONS):
             rows = joined.narrow(0, number * size, size)
-            rows.copy_(comfyui(rows.clone(), files[f"{block}.{part}"]))
+            rows.copy_(patched(rows.clone(), f"{block}.{part}"))
         wanted = torch.cat([meant(weights[name], layers[name]) for name in names])
         errors.append((joined - wanted).norm() / (wanted - before).norm())
-    for name, file in files.items():
+    for name in files:
         if not name.endswith(PROJECTIONS):
             weight = weights[f"transformer.{name}"].double()
             wanted = meant(weight, layers[f"transformer.{name}"])
-            errors.append((comfyui(weight, file) - wanted).norm() / (wanted - weight).norm())
+            errors.append((patched(weight, name) - wanted).norm() / (wanted - weight).norm())
     return [error.item() for error in errors]
 
 
@@ -155,6 +164,18 @@ def test_comfyui_computes_the_converted_file(
     verdict = inspect_adapter(report.path).tools["ComfyUI and Forge"]
     assert verdict.startswith("exact for its base" if axis == "output" else "exact: in ComfyUI")
     assert inspect_adapter(report.path, folder).fits.startswith("yes, all 37 layers")
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_two_files_are_exact_in_both_formulas(
+    tmp_path: Path, weights: dict[str, Tensor], layers_of: Callable[..., Layers], mended: bool
+) -> None:
+    layers = layers_of("output")
+    source = write(tmp_path / "a.safetensors", layers)
+    path = convert_adapter(source, tmp_path / "b", "comfyui_pair").path
+    assert max(errors_in_comfyui(path, weights, layers, mended=mended)) < 1e-6
+    alone = sorted(path.iterdir())[1]
+    assert inspect_adapter(alone).tools["ComfyUI and Forge"].startswith("exact: in ComfyUI with")
 
 
 @pytest.mark.parametrize("axis", ["output", "input", None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from dora_diffusion.cli import main as cli
 from dora_diffusion.config import TrainConfig, flag_map, presets, settings
 from dora_diffusion.config.families import FAMILIES
+from dora_diffusion.config.fields import Setting
 from dora_diffusion.config.file import read_facts
 from dora_diffusion.config.train import features_of
 from tools.rules.sources import PACKAGE, ROOT, Repository, Source
@@ -43,7 +44,7 @@ OTHER_FLAGS = {
 }  # fmt: skip
 """Flags that are no setting, those of other programs, and beginnings of flags."""
 OTHER_WORDS = {
-    "10_sks", "1_dog", "diffusion_model", PACKAGE, "load_image", "to_k", "v_pred", "weight_name",
+    "10_sks", "1_dog", PACKAGE, "load_image", "to_k", "v_pred", "weight_name",
 }  # fmt: skip
 """Names of folders and tensors, and of what other libraries have."""
 OF_FILES = {"formats", "numerics"}
@@ -55,10 +56,15 @@ WORD = re.compile(r"(?<![\w./-])([a-z0-9]+(?:_[a-z0-9]+)+)\b(?![./(])")
 
 
 @cache
-def _known() -> frozenset[str]:
-    """Names of all settings, those of commands among them."""
+def _all_settings() -> Sequence[Setting]:
+    """All settings, those of commands among them."""
     commands = (cli.settings_of(name).settings() for name in cli.COMMANDS if name != "train")
-    return frozenset(setting.name for setting in chain(settings(), *commands))
+    return (*settings(), *chain.from_iterable(commands))
+
+
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(setting.name for setting in _all_settings())
 
 
 def calls_name_settings_that_exist(repository: Repository) -> Iterator[str]:
@@ -97,7 +103,7 @@ def _name_of(node: ast.expr) -> str:
 
 def texts_name_settings_that_exist(repository: Repository) -> Iterator[str]:
     """With dashes, or as a word with an underscore that no code has."""
-    choices = (setting.choices or () for setting in settings())
+    choices = (setting.choices or () for setting in _all_settings())
     others = {*OTHER_FLAGS, *OTHER_WORDS, *read_facts("config/kohya")}
     words = {*_known(), *others, *chain.from_iterable(choices)}
     for source in repository.package:

@@ -83,13 +83,16 @@ class ConvertSettings(Written, Alpha, Limits, AnyBase):
 
     input: str = flag(REQUIRED, "An adapter file or folder.", positional=True)
     output: str = flag(
-        REQUIRED, "The file or folder to write; for peft also a .zip.", positional=True
+        REQUIRED,
+        "The file or folder to write; for peft and comfyui_pair also a .zip.",
+        positional=True,
     )
     to: str = flag(
         REQUIRED,
         f"Program that gets the format it needs of this adapter: {', '.join(PROGRAMS)}. Or a "
-        "format: diffusers, peft; kohya, for LyCORIS; diffusion_model, for transformers; for one "
-        "--base: comfyui, dense (large), and lora, lora-diffusers, which approximate it without "
+        "format: diffusers, peft; kohya, for LyCORIS; diffusion_model, for transformers; "
+        "comfyui_pair, two files for any base in every version of ComfyUI; for one --base: "
+        "comfyui, dense (large), and lora, lora-diffusers, which approximate it without "
         "magnitudes. Or smaller-rank: the same method with --rank, --conv_rank or --energy, "
         "nearest with --base.",
         choices=TARGETS,

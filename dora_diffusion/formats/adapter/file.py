@@ -38,6 +38,7 @@ from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shape
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.stream import PICKLED, write_tensors
 from dora_diffusion.formats.layouts import LAYOUTS
+from dora_diffusion.formats.layouts.comfyui_pair import pair_files
 from dora_diffusion.formats.layouts.dotted import (
     PEFT_CONFIG,
     PEFT_FILE,
@@ -109,7 +110,8 @@ def write_adapter(
 
     Args:
         path: A ``.safetensors`` file, or a folder, in which files get the target's default names.
-            The ``peft`` target always writes a folder, with one sub-folder per component.
+            The ``peft`` target always writes a folder, with one sub-folder per component, and
+            ``comfyui_pair`` one with two files.
         adapter: The layers and metadata.
         target: Name of a layout that can be written, such as ``kohya``.
         dtype: Dtype of the low-rank factors (``dense``: the differences); None keeps it.
@@ -120,7 +122,7 @@ def write_adapter(
             output axis, and ``dense``).
 
     Returns:
-        The written file (or the folder, for ``peft``).
+        The written file, or the folder.
 
     Raises:
         AdapterFormatError: If the target cannot store the adapter; names an alternative.
@@ -136,14 +138,16 @@ def write_adapter(
     if file_name is not None and path.suffix != ".safetensors":
         path = path / file_name
     elif file_name is None and path.suffix == ".safetensors":
-        raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
+        problem = f"leave .safetensors out of {path.name}"
+        raise AdapterFormatError(f"the {target} target is a folder, not a file: {problem}")
     if base is not None:
         unet_layout = unet_layout or known_layout(module_shapes(base))
     layout.check(adapter.layers)
     tokens = bundled(adapter.tokens, FAMILIES.get(adapter.family))
     extra = {name: text for name, text in adapter.metadata.extra.items() if name != EMBEDDINGS}
     metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings.values()))
-    options = WriteOptions(metadata, dtype, path.stem, unet_layout, base, adapter.beside, tokens)
+    title = path.name if file_name is None else path.stem
+    options = WriteOptions(metadata, dtype, title, unet_layout, base, adapter.beside, tokens)
     files = layout.encode(adapter.layers, options)
     if file_name is None:
         _write_folder(path, files)
@@ -173,11 +177,12 @@ def embeddings_beside(path: Path, adapter: AdapterFile) -> dict[str, Path]:
 
 
 def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
-    """Write all files of a PEFT folder under temporary names, and then rename them.
+    """Write all files of a folder under temporary names, and then rename them.
 
     Files of another adapter are removed: its text encoder would be read with the new UNet.
     """
     old = [path / name for path in peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
+    old += pair_files(folder)
     with contextlib.ExitStack() as stack:
         for name, file in files.items():
             _write_file(stack.enter_context(atomic_file(folder / name)), file)

@@ -28,6 +28,7 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.stream import TensorSpec
+from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.formats.layouts.layout import (
     BUNDLED_TOKEN,
     EXACT,
@@ -106,9 +107,9 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         AdapterFormatError: If it cannot be read as an adapter, with the reason.
     """
     stored = StoredAdapter.open(path)
-    if stored.layout.form and len(stored.files) == 1:
+    if stored.layout.form and stored.files[0].config is None:
         shapes = None if base is None else module_shapes(base)
-        return _report_for_one_base(stored, stored.layout, shapes)
+        return _report_unread(stored, stored.layout, shapes)
     adapter, fits = _decoded(stored, base)
     layers = adapter.layers
     axes = norm_axes(layers.values())
@@ -212,12 +213,15 @@ def _decoded(stored: StoredAdapter, base: ModelWeights | None) -> tuple[AdapterF
     return adapter, f"yes, all {len(adapter.layers)} layers"
 
 
-def _report_for_one_base(
+def _report_unread(
     stored: StoredAdapter, layout: AdapterLayout, shapes: Shapes | None
 ) -> AdapterReport:
     """Report from names, shapes and metadata, without reading layers."""
-    [file] = stored.files
+    file = stored.files[0]
     metadata, parsed = file.metadata, parse_metadata(file.metadata)
+    notes = [layout.note]
+    if CONVERSIONS[layout.name].for_one_base:
+        notes.append(f"for one base model: {parsed.base_model or 'unknown'}")
     resolve, by_structure = name_resolver(shapes), name_resolver()
     flat = {key: key.removesuffix(layout.form).replace(".", "_") for key in file.specs}
     keys = {key: resolve(flat[key]) for key in file.specs if key.endswith(layout.form)}
@@ -236,23 +240,23 @@ def _report_for_one_base(
         norm_axis=metadata.get(OWN + "norm_axis", "").replace("none", ""),
         rank=metadata.get(OWN + "rank", ""),
         alpha=metadata.get(OWN + "alpha", ""),
-        parameters=sum(math.prod(spec.shape) for spec in file.specs.values()),
+        parameters=sum(math.prod(s.shape) for one in stored.files for s in one.specs.values()),
         nbytes=stored.nbytes,
-        notes=(layout.note, f"for one base model: {parsed.base_model or 'unknown'}"),
+        notes=(*notes,),
         tools=layout.judge({}, "", file.specs),
-        fits="" if shapes is None else _fits_one_base(weight_shapes, keys, shapes),
+        fits="" if shapes is None else _fit_of_shapes(weight_shapes, keys, shapes),
     )
 
 
-def _fits_one_base(weight_shapes: Shapes, keys: Mapping[str, str | None], shapes: Shapes) -> str:
-    """Return whether a base has all layers of a file for one base, with their shapes."""
+def _fit_of_shapes(weight_shapes: Shapes, keys: Mapping[str, str | None], shapes: Shapes) -> str:
+    """Return whether a base has all layers of a file, with their shapes."""
     if unknown := [key for key, name in keys.items() if name is None]:
         return f"no: the model has no module for {listing(unknown, 3)}"
     named = {name: weight_shapes[key] for key, name in keys.items() if name is not None}
     wrong = [f"{n} {s} on {(*shapes[n],)}" for n, s in named.items() if s != (*shapes[n],)]
     if wrong:
         return f"no: it was made for another model: {listing(wrong, 3)}"
-    return f"yes, all {len(keys)} layers by their names and shapes; it is right for one base only"
+    return f"yes, all {len(keys)} layers by their names and shapes"
 
 
 def _weight_shape(specs: Mapping[str, TensorSpec], key: str) -> tuple[int, ...]:

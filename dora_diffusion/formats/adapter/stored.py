@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
 from dora_diffusion.formats.files.runs import VERA_FILE, pipeline_in
 from dora_diffusion.formats.files.stream import PICKLED, TensorFileError, TensorReader, file_hash
+from dora_diffusion.formats.layouts.comfyui_pair import pair_files
 from dora_diffusion.formats.layouts.dotted import (
     DIFFUSERS,
     PEFT_CONFIG,
@@ -78,7 +79,7 @@ class StoredAdapter:
     """An adapter on disk.
 
     Attributes:
-        path: The file or the PEFT folder.
+        path: The file or folder.
         files: Files of the adapter; a PEFT folder has one for each component.
         layout: Layout of the files.
     """
@@ -97,7 +98,9 @@ class StoredAdapter:
         """
         path = find_adapter(path)
         has_config = path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file()
-        if path.is_dir() or has_config:
+        if pair := pair_files(path):
+            files = [StoredFile(file) for file in pair]
+        elif path.is_dir() or has_config:
             folders = peft_folders(path.parent if has_config else path)
             files = [StoredFile(folder / PEFT_FILE, peft_config(folder)) for folder in folders]
         else:
@@ -130,7 +133,7 @@ def _metadata_of(file: Path, written: int, size: int) -> AdapterMetadata:
 
 
 def find_adapter(path: str | Path) -> Path:
-    """Return the adapter at a path: a file, or a PEFT folder.
+    """Return the adapter at a path: a file, or a folder of PEFT or of two files for ComfyUI.
 
     Raises:
         FileNotFoundError: If the path does not exist.
@@ -143,7 +146,7 @@ def find_adapter(path: str | Path) -> Path:
         return path
     if (path / DIFFUSERS.file_name).is_file():
         return path / DIFFUSERS.file_name
-    if peft_folders(path):
+    if peft_folders(path) or pair_files(path):
         return path
     if model := pipeline_in(path):
         what = "is a model" if model == path else "contains a model whose weights were trained"

@@ -25,7 +25,8 @@ class Conversion(NamedTuple):
         needs_rank: Whether a rank or a share of the update must be given.
         for_one_base: Whether the result depends on the weights of one base model.
         title: Name in the app's list of targets.
-        is_folder: Whether the result is a folder with a file for each component.
+        is_folder: Whether the result is a folder of files.
+        write_only: Whether the result is for programs, and not read as an adapter.
         denoisers: Kinds of denoisers (`config.families.DENOISERS`) that programs read in it.
         for_transformers: Conversion to use instead for adapters of a transformer.
     """
@@ -37,6 +38,7 @@ class Conversion(NamedTuple):
     for_one_base: bool = False
     title: str = ""
     is_folder: bool = False
+    write_only: bool = False
     denoisers: Sequence[str] = ("unet", "transformer")
     for_transformers: str = ""
 
@@ -105,7 +107,7 @@ LAYOUTS: dict[str, Conversion | None] = {
     name: Conversion(**entry) if entry else None for name, entry in FACTS["layouts"].items()
 }
 """Layouts with their conversions; None for layouts that are only read."""
-KEY_FORMATS = tuple(name for name, layout in LAYOUTS.items() if layout and not layout.for_one_base)
+KEY_FORMATS = tuple(name for name, layout in LAYOUTS.items() if layout and not layout.write_only)
 """Key formats in which a fitted adapter can be written."""
 
 FOLDERS = frozenset(name for name, layout in LAYOUTS.items() if layout and layout.is_folder)

@@ -79,7 +79,7 @@ class Kohya(AdapterLayout):
         return key.form in _FORMS and _OWN_PATH.fullmatch(key.path) is not None
 
     def matches(self, keys: Collection[str], metadata: Fields) -> bool:
-        is_standard = metadata.get(OWN + "target") != "comfyui"
+        is_standard = metadata.get(OWN + "target") not in ("comfyui", "comfyui_pair")
         return is_standard and super().matches(keys, metadata)
 
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:

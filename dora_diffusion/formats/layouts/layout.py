@@ -109,7 +109,7 @@ class WriteOptions:
         metadata: Metadata of the adapter.
         dtype: Dtype of the low-rank factors; None: unchanged. Magnitudes stay float32, since
             rounding a magnitude changes every weight of its row, and they are small.
-        title: Name for user interfaces, the file name without suffix.
+        title: Name for user interfaces: of the file without suffix, or of the folder.
         unet_layout: Layout of an SDXL UNet with another shape than the released one, for kohya
             names.
         base: Base model, for layouts that need it.
@@ -155,7 +155,7 @@ class AdapterLayout:
         key_format: Name of the key format in reports; ``"other"`` if no known program writes it.
         file_name: Default file name; None for a folder of files.
         is_compact: Whether the file has fewer values than the layers that it represents.
-        form: For files for one base model: suffix of the key whose tensor has the layer's shape.
+        form: For files that are not read: suffix of the key whose tensor has the layer's shape.
         method: For these files and LoKr: name of the method in reports.
         note: For these files: note for users.
     """

@@ -44,8 +44,8 @@ from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights, swap_halves
 
 
-class BaseSpecific(Kohya):
-    """Base class of these files, which are not read as adapters."""
+class WriteOnly(Kohya):
+    """Base class of files that programs apply, and that are not read as adapters."""
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
         is_transformer = any(key.startswith(TRANSFORMER_PREFIXES) for key in keys)
@@ -65,7 +65,7 @@ class BaseSpecific(Kohya):
         return options.base
 
 
-class ComfyUI(BaseSpecific):
+class ComfyUI(WriteOnly):
     """Kohya file with output-axis magnitudes compensated for ComfyUI and Forge.
 
     These programs compute ``m * (W + delta) / norm(W)``, so ``m`` is multiplied by
@@ -103,7 +103,7 @@ class ComfyUI(BaseSpecific):
         return {self.name: dataclasses.replace(file, metadata=fields)}
 
 
-class Dense(BaseSpecific):
+class Dense(WriteOnly):
     """Full differences ``W' - W`` with kohya's names: large files, exact on both axes."""
 
     name, method, form = "dense", "full differences", ".diff"

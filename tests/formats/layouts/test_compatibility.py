@@ -273,6 +273,7 @@ def judged(name: str, axis: str) -> dict[str, str]:
 
 def test_kinds_of_files() -> None:
     assert all(tuple(row) == COLUMNS for row in VERDICTS.values())
+    assert not any("{" in verdict for row in VERDICTS.values() for verdict in row.values())
     assert judged("kohya", "output") == VERDICTS["kohya DoRA, output axis"]
     assert judged("comfyui", "output") == VERDICTS["comfyui"]
     assert judged("peft", "") == VERDICTS["peft LoRA"]
