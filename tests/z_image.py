@@ -36,11 +36,12 @@ def tokenizer() -> Qwen2Tokenizer:
     return built
 
 
-def write_z_image(folder: Path, *, shift: float = 3.0, seed: int = 0) -> Path:
+def write_z_image(folder: Path, *, shift: float = 6.0, seed: int = 0, n_heads: int = 2) -> Path:
     """Write a pipeline for images of 64 pixels: 16 patches of 2 x 2 latents, padded to 32."""
     torch.manual_seed(seed)
     transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        in_channels=4, dim=24 * n_heads, n_layers=2, n_refiner_layers=1, n_heads=n_heads,
+        n_kv_heads=n_heads,
         cap_feat_dim=32, axes_dims=[8, 8, 8], axes_lens=[1024, 64, 64],
     )  # fmt: skip
     text_encoder = Qwen3Model(

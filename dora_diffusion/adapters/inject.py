@@ -195,6 +195,18 @@ def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: s
     return None
 
 
+def check_fit(model: nn.Module, other: nn.Module) -> None:
+    """Check that the trained adapter of a model fits another model, which needs no weights.
+
+    Raises:
+        ValueError: If the other model lacks a layer, or shapes differ.
+    """
+    parts = {path: layer.adapters[DEFAULT_NAME] for path, layer in adapted_layers(model)}
+    reasons = (_mismatch_reason(other, p, cast(LayerAdapter, a), "") for p, a in parts.items())
+    if problems := [reason for reason in reasons if reason]:
+        raise ValueError(f"the adapter does not fit it: {listing(problems, 3)}")
+
+
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Remove one adapter (or all), and give layers without adapters their plain class back.
 

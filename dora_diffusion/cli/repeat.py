@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Settings of a base that change the numbers, besides its name.
 _LOADED = (
     "variant", "revision", "dtype", "compile", "quantize", "quantize_convolutions", "vae_tile_size",
-    "prediction_type", "zero_terminal_snr", "alpha",
+    "prediction_type", "zero_terminal_snr", "distilled", "alpha",
 )  # fmt: skip
 _MOST_REPEATED = 64
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from dora_diffusion.cli.settings import AdaptedModel, adapter_and_strengths
 from dora_diffusion.config.command import CommandSettings, group
 from dora_diffusion.config.fields import REQUIRED, Need, flag
 from dora_diffusion.config.images import ImageRequest
+from dora_diffusion.config.wording import listing
 
 if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
@@ -77,7 +79,7 @@ class RequestedImages(CommandSettings, ImageRequest):
         is_idle = {n: all(map(known[n].inactive_reason, flat)) for n in reasons}
         return {name: reason for name, reason in reasons.items() if is_idle[name]}
 
-    def distilled(
+    def for_few_steps(
         self, settings: SamplingSettings, components: Components, uses: Sequence[AdapterUse]
     ) -> tuple[SamplingSettings, str]:
         """Replace settings that are not given by the values of a distilled model or adapter.
@@ -88,6 +90,7 @@ class RequestedImages(CommandSettings, ImageRequest):
             The settings, and a line that reports the values of a distilled model or adapter; else
             empty.
         """
+        from dora_diffusion.formats.adapter.stored import read_metadata
         from dora_diffusion.sampling.images import adapter_name
         from dora_diffusion.sampling.load import few_steps, sampling_defaults
 
@@ -106,6 +109,10 @@ class RequestedImages(CommandSettings, ImageRequest):
         values = ", ".join(f"{setting} {value}" for setting, value in chosen.items())
         flags = ", ".join(f"--{setting}" for setting in chosen)
         line = f"{name} is for few steps ({few.kind}): {values}; {flags} take precedence"
+        model = PurePath(name).name
+        trained = {PurePath(read_metadata(use.path).base_model).name for use in uses} - {"", model}
+        if name == components.name and trained:
+            line += f"; trained on {listing(sorted(trained))}, used on {model}, as people do"
         return replace(settings, **chosen), line
 
     def uses(self) -> list[AdapterUse]:
@@ -137,6 +144,6 @@ class RequestedImages(CommandSettings, ImageRequest):
 
         settings = SamplingSettings.of(self)
         self.uses()  # Raise errors about strengths too, before a model is loaded.
-        if (family := known_family(base := str(self.model.base))) is not None:
-            settings.check_sides(model_info(base).size_step, family.title)
+        if (family := known_family(self.model.base_model)) is not None:
+            settings.check_sides(model_info(str(self.model.base)).size_step, family.title)
         return settings

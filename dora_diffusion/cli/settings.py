@@ -175,6 +175,11 @@ class _ModelFlags(ScheduleFlags, RequiredBase):
         "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU.",
         choices=(AUTO, *DTYPES),
     )
+    distilled: bool | None = flag(
+        None,
+        "The base was distilled to few denoising steps (turbo): images take its steps and "
+        "guidance. Default: from the base's files or name.",
+    )
     model_config: str | None = flag(
         None,
         "Diffusers folder with the configuration of a single-file base. Default: the released "

@@ -42,6 +42,8 @@ class BaseModel:
             from the model, else from its adapters, else the default of its family.
         zero_terminal_snr: Whether the noise schedule ends in pure noise (arXiv:2305.08891). None:
             as for ``prediction_type``.
+        distilled: Whether it was distilled to few denoising steps. None: read from the model, as
+            far as its files or its name show it.
         quantize: ``"int8"`` or ``"nf4"`` stores the weights of Linear layers of UNet and text
             encoders in 8 or 4 bits (`numerics.quantised`).
         quantize_convolutions: Quantise the weights of convolutions too.
@@ -59,6 +61,7 @@ class BaseModel:
     vae: str | PathLike[str] | None = None
     prediction_type: str | None = None
     zero_terminal_snr: bool | None = None
+    distilled: bool | None = None
     quantize: str = "none"
     quantize_convolutions: bool = False
     vae_tile_size: int | None = None
@@ -77,6 +80,11 @@ class BaseModel:
         """The autoencoder's tiles in pixels, 0 for none."""
         usual = 0 if self.quantize == "none" else TILE
         return usual if self.vae_tile_size is None else self.vae_tile_size
+
+    def twin(self, path: str) -> BaseModel:
+        """Return another model that is stored as this one."""
+        names = ("quantize", "quantize_convolutions", "vae_tile_size")
+        return BaseModel(path, **{name: getattr(self, name) for name in names})
 
     @classmethod
     def of(cls, model: AnyModel) -> BaseModel:

@@ -175,7 +175,9 @@ def overridden(
         return kept_values
     derived, features = defaults_of(config, family), features_of(type(config))
     if _MODEL in changed:
-        derived = {**family.defaults, **derived, "resolution": resolution}
+        derived["resolution"] = resolution
+    if {_MODEL, "sample_model"} & set(changed):
+        derived = {**family.defaults, **derived}
     sources = {_MODEL, "prediction_type"}
     sources |= {one.on.setting for one in features if "snr_gamma" in one.adds}
     usual = [usual_snr_gamma(config, kind) for kind in PREDICTION_TYPES]

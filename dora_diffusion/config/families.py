@@ -162,9 +162,11 @@ class Family:
         default_rate: Default learning rate of adapters.
         defaults: Further settings of runs whose defaults are others for the family.
         distilled: Those of models that were distilled to few denoising steps.
-        distilled_name: Regular expression for the beginning of their names.
+        distilled_names: Regular expressions for the beginning of names, with whether such models
+            were distilled.
         distilled_option: Option of ``model_index.json`` that is true for them; their pipeline then
             computes no guidance.
+        distilled_shift: Shift of their scheduler, which differs from the others'; 0: there is none.
         is_distilled: The model was distilled to few steps (`of_model`).
         released_id: Hub id of the released model.
         released_license: The hub's name of its license.
@@ -226,8 +228,9 @@ class Family:
     default_rate: float = 8e-5
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     distilled: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    distilled_name: str = ""
+    distilled_names: Mapping[str, bool] = field(default_factory=dict, hash=False)
     distilled_option: str = ""
+    distilled_shift: float = 0.0
     is_distilled: bool = False
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
     without_effect: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -276,16 +279,24 @@ class Family:
             self.denoiser_class, self.vae_class, own, self.has_time_ids,
         )  # fmt: skip
 
-    def of_model(self, name: str, index: Mapping[str, Any]) -> Family:
+    def of_model(
+        self,
+        name: str,
+        index: Mapping[str, Any],
+        scheduler: Mapping[str, Any],
+        is_distilled: bool | None = None,
+    ) -> Family:
         """Return the family of a model, with the defaults of distilled models if it is one.
 
         Args:
             name: Path or hub id of the model.
-            index: Content of its ``model_index.json``.
+            index: Content of its ``model_index.json``, which has the hub id that it came from.
+            scheduler: Configuration of its scheduler.
+            is_distilled: Whether it was distilled; None: as the others say.
         """
-        pattern = self.distilled_name
-        is_named = pattern and re.match(pattern, PurePath(name).name, re.IGNORECASE)
-        if not (is_named or index.get(self.distilled_option) is True):
+        if is_distilled is None:
+            is_distilled = self._is_distilled(name, index, scheduler)
+        if not is_distilled:
             return self
         without_effect = dict(self.without_effect)
         if self.distilled_option:  # Its pipeline ignores guidance.
@@ -295,6 +306,17 @@ class Family:
             self, is_distilled=True, defaults={**self.defaults, **self.distilled},
             without_effect=without_effect,
         )  # fmt: skip
+
+    def _is_distilled(
+        self, name: str, index: Mapping[str, Any], scheduler: Mapping[str, Any]
+    ) -> bool:
+        if self.distilled_option in index:
+            return index[self.distilled_option] is True
+        for path in (name, str(index.get("_name_or_path", ""))):
+            for pattern, is_distilled in self.distilled_names.items():
+                if re.match(pattern, PurePath(path).name, re.IGNORECASE):
+                    return is_distilled
+        return bool(self.distilled_shift) and scheduler.get("shift") == self.distilled_shift
 
     def has_released_width(self, config: Mapping[str, Any]) -> bool:
         """Return whether a denoiser has the width of released models, by its configuration."""

@@ -76,6 +76,12 @@ class ModelSettings:
         "that predict v.",
         derived="read from the model, else off",
     )
+    distilled: bool | None = flag(
+        None,
+        "The base model was distilled to few denoising steps (turbo), as of which samples take "
+        "their steps and guidance.",
+        derived="read from the model's files or its name",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

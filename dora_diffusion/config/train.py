@@ -37,6 +37,7 @@ from dora_diffusion.config.features.prior import (
     UnmaskedSettings,
 )
 from dora_diffusion.config.features.slider import SliderSettings
+from dora_diffusion.config.features.twin import AssistantSettings, SampleModelSettings
 from dora_diffusion.config.features.words import WordSettings
 from dora_diffusion.config.fields import (
     Condition,
@@ -82,6 +83,7 @@ class TrainConfig(  # type: ignore[misc]
     UnmaskedSettings,
     learning.AdapterSettings,
     FullSettings,
+    AssistantSettings,
     AdaLoraSettings,
     learning.LengthSettings,
     learning.OptimizerSettings,
@@ -91,6 +93,7 @@ class TrainConfig(  # type: ignore[misc]
     run.DeviceSettings,
     CompileSettings,
     run.SampleSettings,
+    SampleModelSettings,
     HeldOutSettings,
     run.OutputSettings,
 ):

@@ -188,15 +188,14 @@ def _planned(
     if file is not None:
         configured_folder = None if base.model_config is None else resolve_folder(base.model_config)
     family = detect_folder_family(source) if file is None else file.family
-    configured = (
-        [by_scheduler(read_json(configured_folder / _SCHEDULER))]
-        if configured_folder
-        else usual_of(family)
-    )
+    index, scheduler = dict[str, Any](), dict[str, Any]()
+    if configured_folder:
+        names = ("model_index.json", _SCHEDULER)
+        index, scheduler = (read_json(configured_folder / name) for name in names)
+    configured = [by_scheduler(scheduler)] if configured_folder else usual_of(family)
     stated = configured if file is None else file.statements()
     usual = [] if file is None else configured
-    index = read_json(source / "model_index.json") if file is None else {}
-    family = family.of_model(str(base.path), index)
+    family = family.of_model(str(base.path), index, scheduler, base.distilled)
     refuse(base, family, str(base.path))
     schedule = choose_schedule(str(base.path), statements_on(base, stated, usual, adapters))
     require_prediction(source.name, family, schedule)

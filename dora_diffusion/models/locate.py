@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -25,10 +25,12 @@ from dora_diffusion.config.families import (
     detect_folder_family,
 )
 from dora_diffusion.config.images import PIXELS
+from dora_diffusion.config.schedulers import few_steps_of_model, few_steps_of_name
 from dora_diffusion.formats.checkpoint.schedule import choose_schedule, stated_by_file
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.models import embedded
 
+_HUB_FILE = re.compile(r"(?P<id>(?P<owner>\w[\w.-]*)/[\w.-]+)/(?P<file>[\w./-]+\.safetensors)")
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
@@ -100,6 +102,9 @@ def vae_folder(name: str | PathLike[str]) -> Path:
 def resolve_adapter(name: str | Path) -> Path:
     """Find an adapter by its file, folder or hub id. An adapter of the hub is downloaded once.
 
+    Args:
+        name: The path, the hub id, or ``OWNER/REPOSITORY/FILE.safetensors`` on the hub.
+
     Raises:
         FileNotFoundError, ModelNotFoundError: If the adapter does not exist.
         AdapterFormatError: If a folder contains no adapter or several.
@@ -107,6 +112,9 @@ def resolve_adapter(name: str | Path) -> Path:
     from dora_diffusion.formats.adapter.stored import find_adapter  # It imports torch.
 
     text = os.path.expanduser(name)
+    file = _HUB_FILE.fullmatch(text)
+    if file and not Path(text).exists() and not Path(file["owner"]).exists():
+        return find_adapter(fetch_snapshot(file["id"], None, [file["file"]], []) / file["file"])
     if Path(text).exists() or looks_local(text):
         return find_adapter(text)
     weights = [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in ("model*", "diff*")]
@@ -196,6 +204,7 @@ class ModelInfo:
         resolution: Default training resolution in pixels.
         has_released_shape: Whether the model is as large as the released models of its family.
         index: Content of its ``model_index.json``; empty for a single file.
+        scheduler: Configuration of its scheduler; likewise.
         size_step: Number of pixels of which sides of images are multiples.
     """
 
@@ -203,6 +212,7 @@ class ModelInfo:
     resolution: int
     has_released_shape: bool
     index: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
     size_step: int = PIXELS
 
 
@@ -230,22 +240,46 @@ def model_info(name: str) -> ModelInfo:
     return next(released, UNKNOWN)
 
 
-def family_of(name: str) -> Family | None:
+def family_of(base: AnyModel) -> Family | None:
     """Return the family of a model; None if the model is not on this machine.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError: As `model_info`.
     """
-    info = model_info(name)
-    family = FAMILIES.get(info.family)
-    return family and family.of_model(name, info.index)
+    return _family(BaseModel.of(base), model_info)
 
 
-def known_family(name: str) -> Family | None:
+def known_family(base: AnyModel) -> Family | None:
     """Return the family of a model; None if it is not known before the model is loaded."""
-    info = known_info(name)
-    family = FAMILIES.get(info.family)
-    return family and family.of_model(name, info.index)
+    return _family(BaseModel.of(base), known_info)
+
+
+def _family(base: BaseModel, info_of: Callable[[str], ModelInfo]) -> Family | None:
+    name = str(base.path)
+    info = info_of(name)
+    if (family := FAMILIES.get(info.family)) is None:
+        return None
+    if not info.index and base.model_config:
+        info = known_info(str(base.model_config))
+    return family.of_model(name, info.index, info.scheduler, base.distilled)
+
+
+def sampling_values(base: AnyModel) -> dict[str, Any]:
+    """Return the settings of a run's samples on a model: those of a distilled one, or its family's.
+
+    Empty if nothing is known before the model is loaded.
+    """
+    base = BaseModel.of(base)
+    family, name = known_family(base), Path(base.path).name
+    if base.distilled is not False:
+        scheduler = known_info(str(base.path)).scheduler
+        few = few_steps_of_model(scheduler, guidance_is_input=False) or few_steps_of_name(name)
+        if few:
+            return {
+                "validation_inference_steps": few.steps,
+                "validation_guidance_scale": few.guidance_scale,
+            }
+    return {} if family is None else dict(family.defaults)
 
 
 def known_info(name: str) -> ModelInfo:
@@ -271,9 +305,16 @@ def folder_of(name: str) -> Path | None:
 @functools.lru_cache(maxsize=256)
 def _folder_info(folder: Path, modified: int) -> ModelInfo:
     family = detect_folder_family(folder)
-    names = (f"{family.denoiser}/config.json", "vae/config.json", "model_index.json")
+    names = (
+        f"{family.denoiser}/config.json",
+        "vae/config.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+    )
     files = [folder / name for name in names]
-    config, vae, index = (json.loads(f.read_text("utf-8")) if f.is_file() else {} for f in files)
+    config, vae, index, scheduler = (
+        json.loads(f.read_text("utf-8")) if f.is_file() else {} for f in files
+    )
     # As in `Components.default_resolution`: a UNet states its side in latents, a VAE in pixels.
     factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
     stated, pixels = (config, factor) if family.has_unet else (vae, 1)
@@ -283,6 +324,7 @@ def _folder_info(folder: Path, modified: int) -> ModelInfo:
         size * pixels if isinstance(size, int) else family.default_resolution,
         family.has_released_width(config),
         index,
+        scheduler,
         factor * family.patch,
     )
 

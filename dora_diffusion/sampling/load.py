@@ -134,11 +134,13 @@ def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str
     for name in adapters:
         if few := few_steps_of_name(name):
             return name, few
+    if components.asked and components.asked.distilled is False:
+        return None
     is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
     few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
-    if components.family.is_distilled:
-        few = FewSteps("distilled", **_family_defaults(components.family))
     few = few or few_steps_of_name(Path(components.name).name)
+    if few is None and components.family.is_distilled:
+        few = FewSteps("distilled", **_family_defaults(components.family))
     return few and (components.name, few)
 
 

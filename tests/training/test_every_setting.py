@@ -116,7 +116,7 @@ CASES: dict[str, dict[str, Any]] = {
     "samples and results": {
         "validation_prompt": ["a red sks dog"], "sample_prompts": "{prompts}",
         "sample_at_start": True, "num_validation_images": 2, "validation_steps": 1,
-        "validation_inference_steps": 1,
+        "sample_model": "{variants}", "validation_inference_steps": 1,
         "validation_guidance_scale": 1.0, "validation_data_dir": "{others}",
         "validation_split": 1, "validation_loss_steps": 1,
         "keep_best": True,
@@ -163,6 +163,8 @@ ELSEWHERE = {
     "model_config": "tests/models/test_single_file.py: it needs a released model's whole file",
     "revision": "tests/models/test_load.py: only the hub has revisions",
     "output_dir": "tests/training/test_every_setting.py: each group has its own",
+    "assistant_adapter": "tests/training/features/test_twin.py: it is a LoRA alone",
+    "distilled": "tests/training/features/test_twin.py: it changes defaults of a command",
     "feature": "tests/training/features/test_outside.py: it is a file of code",
     "teach": "tests/training/test_slider.py: a slider has no photos, and a subject some",
     "offload": "tests/models/test_offload.py: it moves nothing where there is no GPU",
@@ -174,7 +176,7 @@ ALONE: dict[str, Any] = {
     # Of photos that have captions it names the subject; weights are trained as one of two.
     "instance_prompt": "a sks dog", "full_weights": "targets", "model_config": "{sd1}",
     "revision": "main", "offload": "model", "sharding": "fsdp", "teach": "slider",
-    "validation_epochs": 1,
+    "validation_epochs": 1, "assistant_adapter": "{adapter}", "distilled": True,
 }  # fmt: skip
 """Each setting without those that it needs."""
 DESCRIBE = (

@@ -54,7 +54,7 @@ class GenerateSettings(RequestedImages):
         settings, uses = self.sampling, self.uses()
         repeated = Repeated.of(self, settings)
         components, metadata = repeated.load(self, uses)
-        settings, line = self.distilled(settings, components, uses)
+        settings, line = self.for_few_steps(settings, components, uses)
         if line:
             say(line, sys.stderr)
         loaded = LoadedRequest(self, components, settings, repeated.batch)

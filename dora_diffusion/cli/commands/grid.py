@@ -264,7 +264,7 @@ class GridRun:
             adapter = cell.row.adapter if cell.is_pooled else None
             components = pool.components_for(adapter)
             sampling = self.samplings[cell.batch_key]
-            sampling, line = cell.settings.distilled(sampling, components, cell.uses)
+            sampling, line = cell.settings.for_few_steps(sampling, components, cell.uses)
             ready.append(_Ready(cell, LoadedRequest(cell.settings, components, sampling)))
             lines[line] = None
         for line in filter(None, lines):

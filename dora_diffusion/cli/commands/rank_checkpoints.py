@@ -25,6 +25,7 @@ from dora_diffusion.formats.files.runs import (
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.ranking import EvaluationPrompts, Ranking
+    from dora_diffusion.models.components import Components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,9 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
         config = TrainConfig.from_dict(run_values(read_config_file(self.run / "config.yaml")))
         adapters = _adapters(self.run, self.checkpoints)
         base = config.base_model
-        if self.base is not None:
+        if self.base is None and config.sample_model:
+            base = base.twin(config.sample_model)
+        elif self.base is not None:
             base = replace(base, path=self.base, variant=None, revision=None)
         base = replace(
             base, variant=self.variant or base.variant, revision=self.revision or base.revision
@@ -65,6 +68,8 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
 
         components = load_model(base, None)
         components = components.reading(config.clip_skip, config.max_token_length)
+        if str(base.path) != config.pretrained_model_name_or_path:
+            questions = _on_another_model(questions, components, config)
         with progress("generating images", "image") as show:
             measured, notes = rank(components, adapters, questions, self.output, show, BASE_NAME)
         steps = {BASE_NAME: 0, **{name: _steps(name, path) for name, path in adapters.items()}}
@@ -74,6 +79,25 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
         _print(ranking)
         print(self.output)
         return 0
+
+
+def _on_another_model(
+    questions: EvaluationPrompts, components: Components, config: TrainConfig
+) -> EvaluationPrompts:
+    """Return the prompts with the settings of another model than the run's base.
+
+    The loss of training is not one of a distilled model.
+    """
+    from dora_diffusion.sampling.load import sampling_defaults
+
+    settings, name = sampling_defaults(components), components.name
+    if name == config.sample_model:  # The run has its steps and guidance.
+        settings = {"scheduler": settings.get("scheduler")}
+    notes = questions.notes
+    if questions.held_out:
+        notes += (f"The denoising loss was not measured: images are of {name}, not of the base.",)
+    sampling = replace(questions.settings, **settings)
+    return replace(questions, settings=sampling, held_out=(), notes=notes)
 
 
 def _adapters(run: Path, names: Sequence[str]) -> dict[str, Path]:

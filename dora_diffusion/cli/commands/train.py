@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from dora_diffusion.config import (
     settings,
     without_effect,
 )
+from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.command import CommandSettings
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.families import DEFAULT_FAMILY
@@ -43,7 +44,12 @@ from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.config.problems import Problems, read_values
 from dora_diffusion.config.train import settings_by_name
 from dora_diffusion.config.wording import quoted
-from dora_diffusion.models.locate import is_embedded, known_family, known_info
+from dora_diffusion.models.locate import (
+    is_embedded,
+    known_family,
+    known_info,
+    sampling_values,
+)
 
 if TYPE_CHECKING:
     from dora_diffusion.training.recipe import TrainResult
@@ -261,12 +267,15 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     # A file with all settings was written by a run, not typed.
     typed = flags.keys() if known.keys() <= values.keys() else values.keys() | flags.keys()
     if values and flags:
-        base = _model_of(values)
-        family, resolution = known_family(base) or DEFAULT_FAMILY, known_info(base).resolution
+        family = known_family(_base_of(values)) or DEFAULT_FAMILY
+        defaults = _usual_sampling() | dict(family.defaults) | _of_samples(values)
+        family = replace(family, defaults=defaults)
+        resolution = known_info(_model_of(values)).resolution
         values = overridden(values, flags, family, resolution)
+    values = _of_samples(values | flags) | values
     if preset is not None:
         values = _preset(str(preset), values | flags) | values
-    elif of_base := known_family(_model_of(values | flags)):
+    elif of_base := known_family(_base_of(values | flags)):
         values = {**of_base.defaults, **values}
     if memory is not None:
         values = _fitting(str(memory), values | flags) | values
@@ -305,7 +314,7 @@ def _preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
     require_choice("preset", name, tuple(PRESETS))
     model = _model_of(values)
-    family = family_of(model)
+    family = family_of(_base_of(values))
     preset = preset_settings(name, family or DEFAULT_FAMILY, is_embedded=is_embedded(model))
     if family is None and "max_train_steps" not in values:
         warnings.warn(
@@ -322,6 +331,25 @@ def _model_of(values: Mapping[str, Any]) -> str:
     """Return the name of the base model in settings."""
     default = TrainConfig.pretrained_model_name_or_path
     return str(values.get("pretrained_model_name_or_path", default))
+
+
+def _of_samples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of samples on another model than the base; empty without one."""
+    if not (model := values.get("sample_model")):
+        return {}
+    return _usual_sampling() | sampling_values(str(model))
+
+
+def _usual_sampling() -> dict[str, Any]:
+    names = ("validation_inference_steps", "validation_guidance_scale")
+    return {name: getattr(TrainConfig, name) for name in names}
+
+
+def _base_of(values: Mapping[str, Any]) -> BaseModel:
+    """Return the base model in settings, as far as its family depends on them."""
+    names = ("model_config", "distilled")
+    options: dict[str, Any] = {name: values.get(name) for name in names}
+    return BaseModel(_model_of(values), **options)
 
 
 def _fitting(memory: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -391,7 +419,7 @@ def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, flags: Mapping
             _warn_ignored(name)
     defaults = {setting.name: setting.default for setting in settings()}
     at_default = {name for name in flags if getattr(config, name) == defaults[name]}
-    family = known_family(config.pretrained_model_name_or_path)
+    family = known_family(config.base_model)
     for reason in without_effect(config, at_default, family).values():
         warnings.warn(reason, stacklevel=1)
 

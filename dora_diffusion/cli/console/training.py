@@ -228,6 +228,10 @@ def training_summary(config: TrainConfig) -> str:
     if config.max_train_steps:
         seen = config.max_train_steps * batch / an_epoch
         lines[-1] += f"; {config.max_train_steps} steps of {batch} are {seen:.3g} epochs"
+    if config.sample_model:
+        steps, guidance = config.validation_inference_steps, config.validation_guidance_scale
+        sampling = f"{steps} steps, guidance scale {guidance:g}"
+        lines.append(f"samples on {config.sample_model}: {sampling}; trained on the base model")
     return "\n".join(lines)
 
 
@@ -306,14 +310,15 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
     from dora_diffusion.models.locate import known_family
     from dora_diffusion.training.inputs.subject import example_prompt
 
-    family = known_family(config.pretrained_model_name_or_path)
+    family = known_family(config.base_model)
     folder = written.parent if written.parent.name else written.parent.resolve()
     base = ["--base", config.pretrained_model_name_or_path]
     for name in ("variant", "revision"):
         base += [f"--{name}", value] if (value := getattr(config, name)) else []
     single, merged = f"{folder}.safetensors", f"{folder}-merged"
     copy = f"  # then copy {single!r} into ComfyUI/models/"
-    adapted = [*base, "--adapter", str(folder)]
+    of_images = ["--base", config.sample_model] if config.sample_model else base
+    adapted = [*of_images, "--adapter", str(folder)]
     comfyui = _command("convert", str(folder), single, "--to", "comfyui", *base) + copy + "loras"
     diffusers = (
         f"pipeline.load_lora_weights({str(folder)!r}, weight_name={written.name!r})"
@@ -325,7 +330,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         comfyui += "diffusion_models" if family and family.has_separate_files else "checkpoints"
         diffusers = f"DiffusionPipeline.from_pretrained({str(written)!r})"
     elif written.name in INPUT_AXIS_FILES.values():
-        diffusers = _command("export", *adapted, "--output", merged)
+        diffusers = _command("export", *base, "--adapter", str(folder), "--output", merged)
         diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
     prompt = example_prompt(config)
     strength = config.describe().strength

@@ -216,15 +216,18 @@ class Context:
         """
         if not self.launch.is_open:
             return
-        if config.pretrained_vae_model_name_or_path:
-            self.allowed_model(config.pretrained_vae_model_name_or_path)
+        models = ("pretrained_vae_model_name_or_path", "sample_model")
+        for name in models:
+            if model := getattr(config, name):
+                self.allowed_model(model)
         if config.report_to == "wandb":
             raise UserError(
                 "a shared app does not report to wandb, because that would use its operator's "
                 "account; choose tensorboard or none for report_to"
             )
         named = {name: getattr(config, name) for name in ADVANCED if SETTINGS[name].is_path}
-        del named["pretrained_vae_model_name_or_path"]
+        for name in models:
+            del named[name]
         if named["init_adapter"] in [str(adapter_of(job)) for job in self.jobs()]:
             del named["init_adapter"]
         for name, value in named.items():

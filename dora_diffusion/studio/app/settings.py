@@ -35,6 +35,7 @@ from dora_diffusion.models.locate import (
     is_embedded,
     known_family,
     model_info,
+    sampling_values,
 )
 from dora_diffusion.models.memory import Device, fitting_settings
 from dora_diffusion.studio.jobs.store import UserError, clean_text
@@ -43,6 +44,7 @@ from dora_diffusion.studio.jobs.uploads import require_file, shown
 PROMPT_LIMIT, NAME_LIMIT = 1000, 500
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
 EMBEDDED = EMBEDDED_MODELS[0]
+SAMPLING = ("validation_inference_steps", "validation_guidance_scale")
 DATASET_FILE = "subjects.yaml"
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
@@ -163,7 +165,7 @@ def idle_settings(config: TrainConfig) -> list[str]:
         for name in ADVANCED
         if all(getattr(config, name) != values[name] for values in presets)
     ]
-    family = known_family(config.pretrained_model_name_or_path)
+    family = known_family(config.base_model)
     return [*without_effect(config, changed, family).values(), *unusual_rates(config)]
 
 
@@ -234,6 +236,14 @@ def _config(
     """Return the settings of a run with the ``taught`` subjects or prompts."""
     usual = vars(TrainConfig())
     values = {n: _value(n, advanced[n], usual[n]) for n in ADVANCED if n in advanced}
+    if twin := values.get("sample_model"):
+        unset = {**usual, **sampling_values(model)}
+        own = {**usual, **sampling_values(twin)}
+        values |= {
+            name: own[name]
+            for name in SAMPLING
+            if setting_text(values.get(name, unset[name])) == setting_text(unset[name])
+        }
     return TrainConfig.from_dict(
         {
             **values,

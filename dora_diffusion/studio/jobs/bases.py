@@ -197,6 +197,8 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
     family = families.FAMILIES.get(locate.model_info(name).family)
     if family is not None:
         refuse(config, family, name)
+    if config.sample_model:
+        check_base(config.sample_model, None, ask_hub=ask_hub)
     vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     if vae and locate.looks_local(vae) and not Path(vae).expanduser().exists():
         raise UserError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")

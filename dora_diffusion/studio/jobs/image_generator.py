@@ -238,7 +238,7 @@ class ImageGenerator:
     def _load(self, request: GenerationRequest, sampling: SamplingSettings) -> LoadedRequest:
         uses = request.uses()
         components = self._model(request, uses)
-        sampling, _ = request.distilled(sampling, components, uses)
+        sampling, _ = request.for_few_steps(sampling, components, uses)
         return LoadedRequest(request, components, sampling, request.batch_position)
 
     @contextmanager

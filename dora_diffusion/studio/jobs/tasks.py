@@ -236,8 +236,9 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
     # A sample subject has a known ground truth; other subjects have photos.
     sample = run.record.sample if is_embedded(run.base) else ""
     output, title = workspace.ranking(run.id), f"Rank {run.title}"
+    base = {} if run.settings.get("sample_model") else _of_base(run)
     settings = RankCheckpointsSettings(
-        **_of_base(run), run=run.folder, subject=sample or None,
+        **base, run=run.folder, subject=sample or None,
         checkpoints=list(run.candidates), output=output, overwrite=True,
     )  # fmt: skip
     about = {"run": run.id, "base": run.base, "output": str(output)}

@@ -58,15 +58,16 @@ def configure_reading(loaded: Components, config: TrainConfig) -> Components:
         UserWarning: If a setting has no effect on the family, or the model was trained with another
             clip skip, or distilled to few steps.
     """
-    if known_family(config.pretrained_model_name_or_path) is None:
+    if known_family(config.base_model) is None:
         refuse(config, loaded.family, loaded.name)
         for message in loaded.family.inactive(changed_settings(config)).values():
             warnings.warn(message, stacklevel=2)
-    if few := few_steps(loaded):
+    if (few := few_steps(loaded)) and not config.assistant_adapter:
         name, (kind, *_) = few
         warnings.warn(
             f"{name} was distilled to few denoising steps ({kind}), which training may undo; train "
-            f"on a model that was not distilled, such as {loaded.family.released_id}",
+            f"on a model that was not distilled, such as {loaded.family.released_id}, with "
+            f"sample_model {name}; or set assistant_adapter",
             stacklevel=2,
         )
     components = loaded.reading(config.clip_skip, config.max_token_length)

@@ -67,7 +67,7 @@ def plan_run(config: TrainConfig) -> RunPlan:
     """
     problems, subjects = Problems(ValueError), list[Subject]()
     base = config.pretrained_model_name_or_path
-    family = known_family(base)
+    family = known_family(config.base_model)
     with problems.collect():
         config = config.with_sample_prompts()
     with problems.collect():

@@ -25,6 +25,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.models.components import Components
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import save_image
+from dora_diffusion.sampling.load import sampling_defaults
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProgress, OnEvent
 from dora_diffusion.training.inputs.subject import Subject
@@ -97,6 +98,16 @@ def check_image_free(subject: Subject, captions: Sequence[str]) -> None:
         )
 
 
+def _sampling_of(config: TrainConfig, components: Components) -> dict[str, Any]:
+    """Return the steps and guidance of class images, which are the base model's own."""
+    if config.sample_model:  # The run's are those of samples, on another model.
+        return sampling_defaults(components)
+    return {
+        "steps": config.validation_inference_steps,
+        "guidance_scale": config.validation_guidance_scale,
+    }
+
+
 def class_images(
     subject: Subject,
     components: Components,
@@ -115,12 +126,7 @@ def class_images(
     """
     config = subject.settings
     side = config.resolution or components.default_resolution
-    settings = SamplingSettings(
-        steps=config.validation_inference_steps,
-        guidance_scale=config.validation_guidance_scale,
-        width=side,
-        height=side,
-    )
+    settings = SamplingSettings(width=side, height=side, **_sampling_of(config, components))
 
     announcer = _Announcer.of(config, on_event)
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,7 @@ from dora_diffusion.numerics.weights import MergeStrengths
 from dora_diffusion.sampling.conditioning import inactive_messages
 from dora_diffusion.sampling.generate import generate_images
 from dora_diffusion.sampling.images import RecordedAdapter, parameters_text, save_image, thumbnail
+from dora_diffusion.sampling.load import sampling_defaults
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.inputs.subject import caption_rules
@@ -228,10 +229,12 @@ def sample_settings(
     Warns:
         UserWarning: For each setting without effect on the model.
     """
+    scheduler = sampling_defaults(components).get("scheduler") if config.sample_model else None
     settings = SamplingSettings.of(
         prompt,
         steps=config.validation_inference_steps,
         guidance_scale=config.validation_guidance_scale,
+        scheduler=scheduler,
         width=config.resolution,
         height=config.resolution,
     )
@@ -269,7 +272,12 @@ class SampleWriter:
         self._with = "with the adapter" if config.trains_adapters else "fine-tuned"
         prompts = config.prompts
         self._prompts = [prompt.prompt for prompt in prompts]
-        self._settings = [sample_settings(prompt, config, run.components) for prompt in prompts]
+        model = run.components
+        if config.sample_model:
+            from dora_diffusion.training.features.twin import load_empty, sample_base
+
+            model = load_empty(sample_base(config))
+        self._settings = [sample_settings(prompt, config, model) for prompt in prompts]
         starts = [config.seed if prompt.seed is None else prompt.seed for prompt in prompts]
         self._seeds = [range(first, first + config.num_validation_images) for first in starts]
         self._lines = config.validation_prompt or self._prompts
@@ -279,7 +287,7 @@ class SampleWriter:
         """Write ``step-STEP.png``; a full disk is a warning. Returns prompts with their images."""
         title, images = f"Step {step} of {self._run.total_steps}, {self._with}", []
         with warning_of_full_disk(f"no samples at step {step}"), suppress(_SamplingStopped):
-            images = self._images()
+            images = self._images(step)
             self._save_sheet(f"step-{step:06d}", images, title, step)
         rows = zip(self._prompts, self._seeds, strict=True)
         prompts = [prompt for prompt, seeds in rows for _ in seeds]
@@ -296,35 +304,49 @@ class SampleWriter:
             on_adapted: Called with the images of the adapter as a grid without labels.
         """
         with suppress(_SamplingStopped):
-            images = self._images()
+            images = self._images(step)
             title = f"After {step} steps, {self._with}"
             adapted = self._save_sheet("adapted", images, title, step)
             tiles = _of_one_size(images)
             on_adapted(image_grid(tiles, len(self._strengths) or len(self._seeds[0])))
             if self._strengths:
                 return
-            with self._run.weights.base_weights():
-                images = self._images()
+            images = self._images(step, adapter=False)
             base = self._save_sheet("base", images, "The base model", step, adapter=False)
             text = self._parameters(images, step, adapter=True)
             self._save("base_above_adapted", image_grid([base, adapted], 1), text)
 
-    def _images(self) -> list[Image.Image]:
+    @contextmanager
+    def _model(self, step: int, *, adapter: bool) -> Iterator[Components]:
+        """Yield the model to sample on, with or without the adapter."""
+        run = self._run
+        if run.config.sample_model:
+            from dora_diffusion.training.features.twin import sampled_on
+
+            with sampled_on(run, result_metadata(run, step) if adapter else None) as components:
+                yield components
+            return
+        with nullcontext() if adapter else run.weights.base_weights():
+            yield run.components
+
+    def _images(self, step: int, *, adapter: bool = True) -> list[Image.Image]:
         """Sample all images, prompt by prompt and seed by seed, each at all strengths."""
-        if not self._strengths:
-            return self._images_at_strength()
-        models, by_strength = self._run.weights.modules.values(), []
-        try:
-            for strength in self._strengths:
+        with self._model(step, adapter=adapter) as components:
+            if not self._strengths:
+                return self._images_at_strength(components)
+            parts, by_strength = components.adaptable(), []
+            models = [parts[name] for name in self._run.weights.modules]
+            try:
+                for strength in self._strengths:
+                    for model in models:
+                        set_strength(model, strength)
+                    by_strength.append(self._images_at_strength(components))
+            finally:
                 for model in models:
-                    set_strength(model, strength)
-                by_strength.append(self._images_at_strength())
-        finally:
-            for model in models:
-                set_strength(model, 1.0)
+                    set_strength(model, 1.0)
         return [image for row in zip(*by_strength, strict=True) for image in row]
 
-    def _images_at_strength(self) -> list[Image.Image]:
+    def _images_at_strength(self, components: Components) -> list[Image.Image]:
         """Sample all images at the current strength, prompt by prompt."""
         images: list[Image.Image] = []
         config = self._run.config
@@ -342,7 +364,7 @@ class SampleWriter:
             # Another batch size without gradients would recompile each block.
             with set_stance("force_eager"):
                 images += generate_images(
-                    self._run.components,
+                    components,
                     prompt,
                     seeds,
                     self._settings[row],
@@ -400,7 +422,7 @@ class SampleWriter:
             ImageRequest(self._prompts[0], seeds[0]),
             self._settings[0],
             size,
-            self._run.config.pretrained_model_name_or_path,
+            self._run.config.sample_model or self._run.config.pretrained_model_name_or_path,
             [RecordedAdapter(self._output_dir.resolve().name, strengths)] if adapter else (),
             extra=extra,
             hash_model=False,

@@ -19,5 +19,6 @@ def test_a_distilled_model_is_named_with_one_to_train_on(tmp_path: Path) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         configure_reading(base, TrainConfig())
-    with pytest.warns(UserWarning, match=r"\(distilled\).*such as Tongyi-MAI/Z-Image$"):
+    advice = "such as Tongyi-MAI/Z-Image, with sample_model .*Turbo; or set assistant_adapter$"
+    with pytest.warns(UserWarning, match=rf"\(distilled\).*{advice}"):
         assert configure_reading(turbo, TrainConfig()).family.name == "z-image"

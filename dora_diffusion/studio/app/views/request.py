@@ -337,5 +337,7 @@ class Chosen(NamedTuple):
             return cls(base, None, job.trigger, default_guidance(job.base))
         job = context.job(kind, "Run or checkpoint")
         base = replace(job.base_model, path=context.allowed_model(job.base))
+        if twin := job.settings.get("sample_model"):
+            base = base.twin(context.allowed_model(twin))
         guidance = job.settings.get("validation_guidance_scale") or default_guidance(job.base)
         return cls(base, chosen_adapter(job, name), job.trigger, float(guidance))
