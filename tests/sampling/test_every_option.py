@@ -68,6 +68,10 @@ CASES: dict[str, Case] = {
         change=scheduled("PNDMScheduler", prediction_type="v_prediction"),
     ),
     "dtype": Case({"dtype": "bfloat16"}, change=lambda pipeline: pipeline.to(torch.bfloat16)),
+    "distilled": Case(
+        {"distilled": True, "steps": None, "guidance_scale": None},
+        {"num_inference_steps": 8, "guidance_scale": 1.0},
+    ),
     "vae_tile_size": Case({"vae_tile_size": 64, "width": 128}, {"width": 128, "height": 64}, tiled),
     **{
         f"scheduler {name}": Case(

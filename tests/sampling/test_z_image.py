@@ -97,6 +97,10 @@ CASES: dict[str, Case] = {
     "num_images": Case({"num_images": 2, "batch_size": 1}, seeds=(3, 4)),
     "batch_size": Case({"num_images": 3, "batch_size": 2}, seeds=(3, 4, 5)),
     "dtype": Case({"dtype": "bfloat16"}, {"dtype": torch.bfloat16}),
+    "distilled": Case(
+        {"distilled": True, "steps": None, "guidance_scale": None},
+        {"num_inference_steps": 8, "guidance_scale": 0.0},
+    ),
     "vae_tile_size": Case(
         {"vae_tile_size": 64, "width": 128}, {"width": 128, "height": 64}, change=tiled
     ),

@@ -89,8 +89,8 @@ def test_every_setting_of_generate_has_a_field_or_is_not_the_page_s() -> None:
     others = {
         "adapter", "adapters_file", "base", "variant", "revision", "dtype", "model_config",
         "compile", "quantize", "quantize_convolutions", "vae_tile_size", "prediction_type",
-        "zero_terminal_snr", "alpha", "output", "overwrite", "repeat", "offload", "batch_size",
-        "grid", "grid_limit",
+        "zero_terminal_snr", "distilled", "alpha", "output", "overwrite", "repeat", "offload",
+        "batch_size", "grid", "grid_limit",
     }  # fmt: skip
     settings = {setting.name: setting for setting in GenerateSettings.settings()}
     further = {*MORE, *MORE.values()}
