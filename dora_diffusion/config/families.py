@@ -18,13 +18,10 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from dora_diffusion.config.file import read_facts
+from dora_diffusion.config.pipeline_index import component_classes, index_file
 
-# Folders of a pipeline: denoisers, which predict noise or velocity, with their names in texts; text
-# encoders; all that can have adapters; all that have weights.
+# Folders of denoisers, which predict noise or velocity, with their names in texts.
 DENOISERS = {"unet": "UNet", "transformer": "transformer"}
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
-WEIGHT_COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)
 # Prediction types of UNets, and of transformers that are trained on a flow.
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 FLOW = "flow_prediction"
@@ -47,12 +44,15 @@ class TextEncoder:
     """One text encoder of a family.
 
     Attributes:
-        component: ``"text_encoder"`` or ``"text_encoder_2"``.
+        component: Folder, such as ``"text_encoder_2"``.
         kohya_prefix: Prefix of its module names in a kohya file.
         checkpoint_prefix: Prefix of its tensor names in a single-file checkpoint.
         is_open_clip: A single-file checkpoint stores it in open_clip's layout (q, k and v in one
             matrix) instead of CLIP's.
         embedding_key: Its key in files of trained tokens.
+        class_name: Name of its class, without a projection.
+        tokenizer: Folder of its tokenizer.
+        tokenizer_class: Name of the tokenizer's class.
     """
 
     component: str
@@ -60,6 +60,9 @@ class TextEncoder:
     checkpoint_prefix: str
     is_open_clip: bool = False
     embedding_key: str = "clip_l"
+    class_name: str = "CLIPTextModel"
+    tokenizer: str = "tokenizer"
+    tokenizer_class: str = "CLIPTokenizer"
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,6 @@ class Family:
         denoiser: Folder of the module that predicts noise or velocity: one of `DENOISERS`.
         denoiser_class: Name of its class.
         vae_class: Name of the autoencoder's class.
-        text_encoder_class: Name of the text encoders' class, without a projection.
-        tokenizer_class: Name of the tokenizers' class.
         prediction_type: Prediction type of a model that states none.
         patch: Side of the denoiser's patches, in latents.
         packs_patches: The denoiser's inputs have the channels of a patch, at a patch's resolution.
@@ -164,8 +165,8 @@ class Family:
         distilled: Those of models that were distilled to few denoising steps.
         distilled_names: Regular expressions for the beginning of names, with whether such models
             were distilled.
-        distilled_option: Option of ``model_index.json`` that is true for them; their pipeline then
-            computes no guidance.
+        distilled_option: Option of the index that is true for them; their pipeline then computes
+            no guidance.
         distilled_shift: Shift of their scheduler, which differs from the others'; 0: there is none.
         is_distilled: The model was distilled to few steps (`of_model`).
         released_id: Hub id of the released model.
@@ -211,8 +212,6 @@ class Family:
     denoiser: str = "unet"
     denoiser_class: str = "UNet2DConditionModel"
     vae_class: str = "AutoencoderKL"
-    text_encoder_class: str = "CLIPTextModel"
-    tokenizer_class: str = "CLIPTokenizer"
     prediction_type: str = "epsilon"
     patch: int = 1
     packs_patches: bool = False
@@ -290,7 +289,7 @@ class Family:
 
         Args:
             name: Path or hub id of the model.
-            index: Content of its ``model_index.json``, which has the hub id that it came from.
+            index: Content of its index, which has the hub id that it came from.
             scheduler: Configuration of its scheduler.
             is_distilled: Whether it was distilled; None: as the others say.
         """
@@ -344,13 +343,18 @@ class Family:
     @property
     def text_encoder_classes(self) -> tuple[str, ...]:
         """Names of the text encoders' transformers classes; the pooled one has a projection."""
-        classes = [self.text_encoder_class] * len(self.text_encoders)
+        classes = [encoder.class_name for encoder in self.text_encoders]
         return (*classes[:-1], classes[-1] + ("WithProjection" if self.has_pooled else ""))
 
     @property
     def tokenizer_names(self) -> tuple[str, ...]:
         """Component names of the tokenizers, in order."""
-        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names)
+        return tuple(encoder.tokenizer for encoder in self.text_encoders)
+
+    @property
+    def tokenizer_classes(self) -> dict[str, str]:
+        """Class names of the tokenizers, by component."""
+        return {encoder.tokenizer: encoder.tokenizer_class for encoder in self.text_encoders}
 
     @property
     def checkpoint_key(self) -> str:
@@ -452,18 +456,25 @@ FAMILIES: Mapping[str, Family] = _read()
 DEFAULT_FAMILY = next(iter(FAMILIES.values()))
 TITLES = ", ".join(family.title for family in FAMILIES.values())
 
+# Folders of text encoders; all folders that can have adapters; all with weights.
+TEXT_ENCODERS = tuple(
+    dict.fromkeys(name for family in FAMILIES.values() for name in family.text_encoder_names)
+)
+COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
+WEIGHT_COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)
+
 
 def detect_family(
     model_index: Mapping[str, Any], config: Mapping[str, Any], name: str = "the model"
 ) -> Family:
-    """Detect the family from a pipeline's ``model_index.json`` and its denoiser's ``config.json``.
+    """Detect the family from a pipeline's index and its denoiser's ``config.json``.
 
     The classes of the components decide, never the name of the model.
 
     Raises:
         UnsupportedModelError: If the model is of another kind; the message names its class.
     """
-    kinds = {key: value[1] for key, value in model_index.items() if isinstance(value, list)}
+    kinds = component_classes(model_index)
     fitting = [family for family in FAMILIES.values() if family.fits(kinds, config)]
     if not fitting:
         kind = model_index.get("_class_name", "a pipeline without a class name")
@@ -509,7 +520,7 @@ def detect_folder_family(folder: Path) -> Family:
     """
     contents = list[Any]()
     configs = (folder / name / "config.json" for name in DENOISERS)
-    for file in (folder / "model_index.json", *(file for file in configs if file.is_file())):
+    for file in (index_file(folder), *(file for file in configs if file.is_file())):
         try:
             contents.append(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dora_diffusion.config.base import AnyModel, BaseModel
 from dora_diffusion.config.families import WEIGHT_COMPONENTS
+from dora_diffusion.config.pipeline_index import component_classes, index_file
 from dora_diffusion.config.schedulers import to_zero_snr
 from dora_diffusion.config.wording import listing
 from dora_diffusion.export.files import (
@@ -292,7 +293,7 @@ class _Writer:
             for component, files in shards.items():
                 self._component(component, files, temporary / component, report)
             _update(temporary / "scheduler" / "scheduler_config.json", settings)
-            save_text(temporary / "model_index.json", _dump(_index_of(temporary, index)))
+            save_text(temporary / index_file(source).name, _dump(_index_of(temporary, index)))
             replace_folder(temporary, output)
 
     def _component(
@@ -353,11 +354,15 @@ def _shards_of(checkpoint: StoredModel, config: Path) -> dict[str, list[Shard]]:
     """
     from dora_diffusion.models.configuration import empty_module, is_released
 
+    modules = {
+        component: empty_module(config / component, kind, checkpoint.family)
+        for component, kind in component_classes(read_index(config)).items()
+        if component in WEIGHT_COMPONENTS
+    }
     shapes = {
         canonical(component, key): tuple(tensor.shape)
-        for component, value in read_index(config).items()
-        if component in WEIGHT_COMPONENTS and isinstance(value, list)
-        for key, tensor in empty_module(config / component, value[1]).state_dict().items()
+        for component, module in modules.items()
+        for key, tensor in module.state_dict().items()
         if not key.endswith(BUFFERS)
     }
     stored_shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
@@ -403,7 +408,7 @@ def _is_weight(file: Path) -> bool:
 
 
 def _index_of(folder: Path, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``model_index.json`` of a folder, without components that the folder lacks.
+    """Return the index of a folder, without components that the folder lacks.
 
     Otherwise a download without the safety checker would give a folder that does not load.
     """

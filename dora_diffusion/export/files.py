@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion import system
 from dora_diffusion.config.base import AnyModel, BaseModel
+from dora_diffusion.config.pipeline_index import is_pipeline
 from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
 from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full, require_writable
@@ -140,7 +141,7 @@ def check_model_output(output: Path, base: Path, inputs: Sequence[Path], overwri
     refuse_existing([output], overwrite)
     if output.is_dir() and output.suffix == ".safetensors":
         raise ExportError(f"{output} is a folder; a single file cannot replace it")
-    if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
+    if output.is_dir() and any(output.iterdir()) and not is_pipeline(output):
         raise ExportError(f"{output} is a folder but not a model; it will not be replaced")
     if output.is_file() and output.suffix != ".safetensors":
         raise ExportError(f"{output} is a file but not a model; it will not be replaced")

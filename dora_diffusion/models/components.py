@@ -20,7 +20,7 @@ from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_toke
 from dora_diffusion.config.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, ScheduleInfo
 from dora_diffusion.models.conditioning import Conditioning
-from dora_diffusion.models.families import FamilyCode, load_code
+from dora_diffusion.models.families import FamilyCode, find_class, load_code
 from dora_diffusion.models.words import write_out_words
 from dora_diffusion.numerics.process import Diffusion, Flow
 
@@ -280,7 +280,7 @@ class Components:
         import diffusers
 
         options = self.family.pipeline_options(self.zeros_for_empty_prompt)
-        pipeline = getattr(diffusers, self.family.pipeline_class)(
+        pipeline = find_class(self.family.code, self.family.pipeline_class)(
             **self.modules(),
             **dict(zip(self.family.tokenizer_names, self.tokenizers, strict=True)),
             scheduler=self.sampling_scheduler(scheduler),

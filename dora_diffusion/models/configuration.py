@@ -17,6 +17,7 @@ from typing import Any
 from dora_diffusion.config.families import WEIGHT_COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.models import read_json
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION, NoiseSchedule, V
+from dora_diffusion.models.families import find_class
 
 RELEASED = Path(__file__).parent / "released"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -111,18 +112,17 @@ def is_released(folder: Path) -> bool:
     return any(Path(home.name) == folder for home in _FOLDERS)
 
 
-def empty_module(folder: Path, kind: str) -> Any:
+def empty_module(folder: Path, kind: str, family: Family) -> Any:
     """Build a module from the configuration in a folder, with parameters on the meta device."""
-    import diffusers
-    import transformers
     from accelerate import init_empty_weights
+    from diffusers import ConfigMixin
     from transformers.initialization import no_init_weights
 
     config = read_json(folder / "config.json")
     # Diffusers must be imported before `no_init_weights`: after each load, it restores the
     # functions that torch.nn.init had at import.
-    is_diffusers = hasattr(diffusers, kind)
-    module_class: Any = getattr(diffusers if is_diffusers else transformers, kind)
+    module_class = find_class(family.code, kind)
+    is_diffusers = issubclass(module_class, ConfigMixin)
     # Files do not need to contain buffers.
     with init_empty_weights(include_buffers=False), no_init_weights():
         if is_diffusers:

@@ -25,6 +25,7 @@ from dora_diffusion.config.families import (
     UnsupportedModelError,
     detect_folder_family,
 )
+from dora_diffusion.config.pipeline_index import index_file
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, stated_reading
@@ -156,9 +157,8 @@ def check_components(model: AnyModel) -> dict[str, str]:
                 if name not in encoders:
                     modules[name] = _module_of(file, plan, name, None, base)
                 elif encoder := modules.get(encoders[name]):
-                    check_vocabulary(
-                        _load_tokenizer(plan.folder / name, plan.family), encoder, name
-                    )
+                    kind = plan.family.tokenizer_classes[name]
+                    check_vocabulary(_load_tokenizer(plan.folder / name, kind), encoder, name)
                 problems[name] = ""
             except (ValueError, OSError) as error:
                 problems[name] = str(error)
@@ -190,8 +190,8 @@ def _planned(
     family = detect_folder_family(source) if file is None else file.family
     index, scheduler = dict[str, Any](), dict[str, Any]()
     if configured_folder:
-        names = ("model_index.json", _SCHEDULER)
-        index, scheduler = (read_json(configured_folder / name) for name in names)
+        files = (index_file(configured_folder), configured_folder / _SCHEDULER)
+        index, scheduler = map(read_json, files)
     configured = [by_scheduler(scheduler)] if configured_folder else usual_of(family)
     stated = configured if file is None else file.statements()
     usual = [] if file is None else configured
@@ -207,12 +207,12 @@ def _module_of(
     file: CheckpointFile | None, plan: _Plan, part: str, dtype: torch.dtype | None, base: BaseModel
 ) -> Any:
     """Load a module of a model; without a dtype, build it without reading weights."""
-    folder, kind = plan.folder, module_classes(plan.family)[part]
+    folder, family, kind = plan.folder, plan.family, module_classes(plan.family)[part]
     if part == "vae" and dtype is not None:
-        dtype = _vae_dtype(folder / part, dtype, plan.family)
+        dtype = _vae_dtype(folder / part, dtype, family)
     if file is not None and part not in file.left_out:
         return _module_of_file(file, folder, part, kind, dtype, base)
-    return _module_of_folder(folder / part, part, kind, dtype, base)
+    return _module_of_folder(folder / part, part, (kind, family), dtype, base)
 
 
 def _load(
@@ -230,7 +230,7 @@ def _load(
     """
     plan = _planned(file, source, base, adapters)
     family, folder, load = plan.family, plan.folder, partial(_module_of, file, plan)
-    index, own_vae = read_json(folder / "model_index.json"), partial(load_vae, base.vae or "")
+    index, own_vae = read_json(index_file(folder)), partial(load_vae, base.vae or "")
     return Components(
         family=family,
         denoiser=load(family.denoiser, dtype, base),
@@ -238,7 +238,9 @@ def _load(
         if base.vae is None or dtype is None
         else own_vae(dtype=dtype, family=family),
         text_encoders=tuple(load(part, dtype, base) for part in family.text_encoder_names),
-        tokenizers=tuple(_load_tokenizer(folder / part, family) for part in family.tokenizer_names),
+        tokenizers=tuple(
+            _load_tokenizer(folder / part, kind) for part, kind in family.tokenizer_classes.items()
+        ),
         name=str(base.path),
         asked=base,
         zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
@@ -256,9 +258,9 @@ def _vae_dtype(folder: Path, dtype: torch.dtype, family: Family | None) -> torch
 
 
 def _module_of_folder(
-    folder: Path, part: str, kind: str, dtype: torch.dtype | None, base: BaseModel
+    folder: Path, part: str, kind: tuple[str, Family], dtype: torch.dtype | None, base: BaseModel
 ) -> Any:
-    """Load a module from the folder of a component.
+    """Load a module, of a class and family, from the folder of a component.
 
     Raises:
         ValueError: If files are missing, damaged or incomplete.
@@ -266,7 +268,7 @@ def _module_of_folder(
     variant = base.variant
     hint = f"it has no {variant!r} variant, or it is damaged" if variant else "it is damaged"
     with plain_errors(str(folder), f"{hint}; download the model again"):
-        module, component = empty_module(folder, kind), Component(part, folder, variant)
+        module, component = empty_module(folder, *kind), Component(part, folder, variant)
         with component.reader:
             problem = _fill(module, part, component, dtype, base)
     if problem:
@@ -288,7 +290,7 @@ def _module_of_file(
         ValueError: If a tensor is missing or has another shape than in the configuration.
     """
     with plain_errors(str(folder)):
-        module = empty_module(folder / part, kind)
+        module = empty_module(folder / part, kind, file.family)
     with plain_errors(str(file.path)):
         problem = _fill(module, part, file, dtype, base)
     if problem:
@@ -402,7 +404,7 @@ def load_vae(
     """
     from diffusers import AutoencoderKL
 
-    kind = (family or DEFAULT_FAMILY).vae_class
+    own = family or DEFAULT_FAMILY
     path = Path(name).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
         if family is not None and not family.has_unet:
@@ -411,18 +413,19 @@ def load_vae(
         with plain_errors(str(name)):
             return AutoencoderKL.from_single_file(
                 str(path),
-                config=str(released_folder(family or DEFAULT_FAMILY, EPSILON)),
+                config=str(released_folder(own, EPSILON)),
                 subfolder="vae",
                 torch_dtype=torch.float32 if overflows else dtype,
                 local_files_only=True,
             )
     folder = vae_folder(name)
-    own = read_json(folder / "config.json").get("_class_name", kind)
-    if own != kind:
-        raise ValueError(f"{name} is an {own}, which does not fit this model; it needs an {kind}")
-    return _module_of_folder(
-        folder, "vae", kind, _vae_dtype(folder, dtype, family), BaseModel(folder)
-    )
+    kind, needed = read_json(folder / "config.json").get("_class_name"), own.vae_class
+    if kind not in (None, needed):
+        raise ValueError(
+            f"{name} is an {kind}, which does not fit this model; it needs an {needed}"
+        )
+    dtype = _vae_dtype(folder, dtype, family)
+    return _module_of_folder(folder, "vae", (needed, own), dtype, BaseModel(folder))
 
 
 def reschedule(components: Components, adapters: Sequence[AdapterMetadata]) -> Components:
@@ -474,7 +477,7 @@ def training_scheduler(config: Mapping[str, Any], family: Family) -> Any:
     return scheduler_class.from_config({**config, "clip_sample": False})
 
 
-def _load_tokenizer(folder: Path, family: Family) -> Any:
+def _load_tokenizer(folder: Path, kind: str) -> Any:
     """Load a tokenizer from a folder.
 
     Raises:
@@ -483,7 +486,7 @@ def _load_tokenizer(folder: Path, family: Family) -> Any:
     import transformers
 
     with plain_errors(str(folder)):
-        tokenizer_class: Any = getattr(transformers, family.tokenizer_class)
+        tokenizer_class: Any = getattr(transformers, kind)
         return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
 
 

@@ -25,6 +25,7 @@ from dora_diffusion.config.families import (
     detect_folder_family,
 )
 from dora_diffusion.config.images import PIXELS
+from dora_diffusion.config.pipeline_index import INDEXES, index_file, is_pipeline
 from dora_diffusion.config.schedulers import few_steps_of_model, few_steps_of_name
 from dora_diffusion.formats.checkpoint.schedule import choose_schedule, stated_by_file
 from dora_diffusion.formats.files.runs import pipeline_in
@@ -72,7 +73,7 @@ def resolve_folder(model: AnyModel, *, local_only: bool = False) -> Path:
             f"{text} does not exist; give a diffusers folder, a .safetensors checkpoint, "
             "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded:NAME"
         )
-    allow = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
+    allow = [*INDEXES, "scheduler/*.json", "*tokenizer*/*"]
     weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
     allow += [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in ("*.json", weights)]
     ignore = [] if variant else ["*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*"]
@@ -203,7 +204,7 @@ class ModelInfo:
         family: Name of the `Family`; empty if the model is not on this machine.
         resolution: Default training resolution in pixels.
         has_released_shape: Whether the model is as large as the released models of its family.
-        index: Content of its ``model_index.json``; empty for a single file.
+        index: Content of its index; empty for a single file.
         scheduler: Configuration of its scheduler; likewise.
         size_step: Number of pixels of which sides of images are multiples.
     """
@@ -231,7 +232,7 @@ def model_info(name: str) -> ModelInfo:
             return _file_info(path, path.stat().st_mtime_ns)
         folder = folder_of(name)
         if folder is not None:
-            return _folder_info(folder, (folder / "model_index.json").stat().st_mtime_ns)
+            return _folder_info(folder, index_file(folder).stat().st_mtime_ns)
     except (ModelNotFoundError, UnsupportedModelError):
         raise
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
@@ -305,14 +306,9 @@ def folder_of(name: str) -> Path | None:
 @functools.lru_cache(maxsize=256)
 def _folder_info(folder: Path, modified: int) -> ModelInfo:
     family = detect_folder_family(folder)
-    names = (
-        f"{family.denoiser}/config.json",
-        "vae/config.json",
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-    )
-    files = [folder / name for name in names]
-    config, vae, index, scheduler = (
+    names = (f"{family.denoiser}/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    files = [*(folder / name for name in names), index_file(folder)]
+    config, vae, scheduler, index = (
         json.loads(f.read_text("utf-8")) if f.is_file() else {} for f in files
     )
     # As in `Components.default_resolution`: a UNet states its side in latents, a VAE in pixels.
@@ -360,5 +356,5 @@ def cached_models() -> list[str]:
 def cached_snapshot(name: str) -> Path | None:
     """Return the newest snapshot of a hub id in the cache that contains a pipeline, or None."""
     folder = hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
-    whole = [path for path in folder.glob("*") if (path / "model_index.json").is_file()]
+    whole = [path for path in folder.glob("*") if is_pipeline(path)]
     return max(whole, key=lambda path: path.stat().st_mtime, default=None)

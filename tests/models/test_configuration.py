@@ -36,7 +36,7 @@ PARAMETERS = {
 )
 def test_released_shapes(family: str, part: str, count: int) -> None:
     of = FAMILIES[family]
-    module = empty_module(released_folder(of, V) / part, module_classes(of)[part])
+    module = empty_module(released_folder(of, V) / part, module_classes(of)[part], of)
     assert sum(parameter.numel() for parameter in module.parameters()) == count
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
 

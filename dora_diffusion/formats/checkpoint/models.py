@@ -29,6 +29,7 @@ from dora_diffusion.config.families import (
     choose_by_states,
     detect_folder_family,
 )
+from dora_diffusion.config.pipeline_index import index_file
 from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.checkpoint.schedule import (
     CONFIGURED,
@@ -210,7 +211,7 @@ class PipelineFolder(StoredModel):
     """Lazy access to the weights of a Diffusers folder. Use ``PipelineFolder.open``.
 
     Attributes:
-        index: Content of the ``model_index.json``.
+        index: Content of its index.
         components: The components with weights.
 
     Raises:
@@ -323,18 +324,19 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Read the ``model_index.json`` of a pipeline folder.
+    """Read the index of a pipeline folder.
 
     Raises:
         TensorFileError: If it is missing or damaged, or the name of a component is not a Python
             identifier: it could be a path outside of the folder.
     """
-    index = read_json(folder / "model_index.json")
+    file = index_file(folder)
+    index = read_json(file)
     for name, value in index.items():
         if isinstance(value, list) and not name.isidentifier():
             raise TensorFileError(
-                f"{folder / 'model_index.json'} names a component {name!r}, which is not the name "
-                "of a folder in it; do not use this model, or remove that line"
+                f"{file} names a component {name!r}, which is not the name of a folder in it; do "
+                "not use this model, or remove that line"
             )
     return index
 

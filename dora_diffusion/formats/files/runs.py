@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_diffusion import system
+from dora_diffusion.config.pipeline_index import is_pipeline
 
 PIPELINE_NAME = "model"
 """Folder of the model in the output folder of full fine-tuning."""
@@ -98,4 +99,4 @@ def file_stem(words: str, default: str) -> str:
 def pipeline_in(folder: Path) -> Path | None:
     """Return the pipeline folder: the folder itself, or the result of full fine-tuning in it."""
     candidates = (folder, folder / PIPELINE_NAME)
-    return next((path for path in candidates if (path / "model_index.json").is_file()), None)
+    return next((path for path in candidates if is_pipeline(path)), None)

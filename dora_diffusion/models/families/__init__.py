@@ -94,3 +94,28 @@ class FamilyCode(Protocol):
 def load_code(name: str) -> FamilyCode:
     """Import the module of a family."""
     return cast("FamilyCode", import_module(f"{__name__}.{name}"))
+
+
+def find_class(code: str, name: str) -> Any:
+    """Return a class by name: a family's own, or else that of Diffusers or Transformers.
+
+    A family has own classes where those of the libraries have another interface than other code
+    expects of pipelines, denoisers, autoencoders or text encoders.
+
+    Args:
+        code: Module of the family.
+        name: Name of the class.
+
+    Raises:
+        ImportError: If the installed libraries have no such class.
+    """
+    import diffusers
+    import transformers
+
+    for module in (load_code(code), diffusers, transformers):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ImportError(
+        f"{name} is not in Diffusers {diffusers.__version__} and Transformers "
+        f"{transformers.__version__}; install later versions"
+    )

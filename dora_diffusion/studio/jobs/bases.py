@@ -15,6 +15,7 @@ from pathlib import Path
 from dora_diffusion.config import TrainConfig, families
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.exclusions import refuse
+from dora_diffusion.config.pipeline_index import INDEXES, is_pipeline
 from dora_diffusion.formats.files.runs import PIPELINE_NAME
 from dora_diffusion.models import locate
 from dora_diffusion.models.embedded import MODELS
@@ -81,10 +82,8 @@ def _base(name: str, where: str) -> Base:
 
 def of_runs(workspace: Path) -> list[Base]:
     """Return the fine-tuned models in the runs folder."""
-    folders = sorted(workspace.glob(f"*/{PIPELINE_NAME}/model_index.json"))
-    return [
-        _base(str(index.parent), f"fine-tuned in run {index.parents[1].name}") for index in folders
-    ]
+    folders = filter(is_pipeline, sorted(workspace.glob(f"*/{PIPELINE_NAME}")))
+    return [_base(str(folder), f"fine-tuned in run {folder.parent.name}") for folder in folders]
 
 
 def in_hub_cache() -> list[Base]:
@@ -122,13 +121,13 @@ def _candidates(folder: Path, depth: int) -> Iterable[Path]:
         if entry.is_file() and entry.name.endswith(".safetensors"):
             yield Path(entry.path)
         elif entry.is_dir(follow_symlinks=False):
-            if (Path(entry.path) / "model_index.json").is_file():
+            if is_pipeline(entry.path):
                 yield Path(entry.path)
             elif depth > 1:
                 yield from _candidates(Path(entry.path), depth - 1)
 
 
-_CONFIGS = ["model_index.json", *(f"{part}/config.json" for part in families.DENOISERS)]
+_CONFIGS = [*INDEXES, *(f"{part}/config.json" for part in families.DENOISERS)]
 
 
 def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:
@@ -202,7 +201,7 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
     vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     if vae and locate.looks_local(vae) and not Path(vae).expanduser().exists():
         raise UserError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
-    if folder and locate.looks_local(folder) and not Path(folder, "model_index.json").is_file():
+    if folder and locate.looks_local(folder) and not is_pipeline(folder):
         raise UserError(
             f"model_config {folder} is not a Diffusers folder: it has no model_index.json"
         )
