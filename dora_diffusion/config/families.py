@@ -47,6 +47,7 @@ class TextEncoder:
         component: Folder, such as ``"text_encoder_2"``.
         kohya_prefix: Prefix of its module names in a kohya file.
         checkpoint_prefix: Prefix of its tensor names in a single-file checkpoint.
+        is_in_denoiser: A single-file checkpoint has it among the denoiser's tensors.
         is_open_clip: A single-file checkpoint stores it in open_clip's layout (q, k and v in one
             matrix) instead of CLIP's.
         embedding_key: Its key in files of trained tokens.
@@ -59,6 +60,7 @@ class TextEncoder:
     kohya_prefix: str
     checkpoint_prefix: str
     is_open_clip: bool = False
+    is_in_denoiser: bool = False
     embedding_key: str = "clip_l"
     class_name: str = "CLIPTextModel"
     tokenizer: str = "tokenizer"
@@ -144,6 +146,7 @@ class Family:
         width_tensor: Name of a tensor of the denoiser, and its number of rows in released models.
         denoiser_key: Tensor that identifies the denoiser in a single file; empty if the text
             encoder identifies the family.
+        denoiser_prefix: Prefix of its tensor names in a file of its own.
         vae_prefix: Prefix of the autoencoder's tensor names in a single-file checkpoint.
         has_separate_files: Programs load denoiser, text encoders and autoencoder from a file each.
         refused: Settings, or values of settings (``"name=value"``), that would give wrong results,
@@ -222,6 +225,7 @@ class Family:
     width: tuple[str, int] = ("block_out_channels", 320)
     width_tensor: tuple[str, int] = ("conv_in.weight", 320)
     denoiser_key: str = ""
+    denoiser_prefix: str = ""
     vae_prefix: str = "first_stage_model."
     has_separate_files: bool = False
     default_rate: float = 8e-5
@@ -355,6 +359,12 @@ class Family:
     def tokenizer_classes(self) -> dict[str, str]:
         """Class names of the tokenizers, by component."""
         return {encoder.tokenizer: encoder.tokenizer_class for encoder in self.text_encoders}
+
+    @property
+    def denoiser_components(self) -> tuple[str, ...]:
+        """Components in a file of the denoiser alone."""
+        inside = (e.component for e in self.text_encoders if e.is_in_denoiser)
+        return (self.denoiser, *inside)
 
     @property
     def checkpoint_key(self) -> str:

@@ -30,7 +30,12 @@ from dora_diffusion.formats.layouts import (
     input_format,
 )
 from dora_diffusion.formats.layouts.kohya import needs_compensation
-from dora_diffusion.formats.layouts.layout import denoiser_of, norm_axes, refuse_denoiser
+from dora_diffusion.formats.layouts.layout import (
+    denoiser_of,
+    denoisers_of,
+    norm_axes,
+    refuse_denoiser,
+)
 from dora_diffusion.numerics.dora import at_strength
 from dora_diffusion.numerics.weights import LayerWeights, require_strength
 
@@ -172,14 +177,14 @@ def conversion_of(target: str, adapter: AdapterFile) -> str:
     Raises:
         AdapterFormatError: If there is none for the adapter's denoiser.
     """
-    denoiser = denoiser_of(adapter.layers)
+    denoisers = denoisers_of(adapter.layers)
     if target not in PROGRAMS:
-        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoiser)
+        refuse_denoiser(target, CONVERSIONS[target].denoisers, denoisers)
         return target
     program = PROGRAMS[target]
-    refuse_denoiser(program.title, program.denoisers, denoiser)
+    refuse_denoiser(program.title, program.denoisers, denoisers)
     axes = norm_axes(adapter.layers.values())
-    return program.conversion(axes, is_sum=bool(adapter.beside), denoiser=denoiser)
+    return program.conversion(axes, is_sum=bool(adapter.beside), denoisers=denoisers)
 
 
 def _check_request(
@@ -234,7 +239,7 @@ def _layout_to_write(
     conversion = CONVERSIONS[target]
     if not conversion.needs_rank:
         return conversion.plain_lora_in or target
-    return fit.key_format(None, model.family.denoiser) if model else key_format_for(adapter.layers)
+    return fit.key_format(None, model.family) if model else key_format_for(adapter.layers)
 
 
 def _at_strength(adapter: AdapterFile, strength: float, model: StoredModel | None) -> AdapterFile:

@@ -91,7 +91,7 @@ def extract_adapter(
         raise ExportError("rank is None; give the largest rank of the layers")
     output = Path(output).expanduser()
     with open_model(base) as before, open_model(tuned) as after:
-        kind = fit.key_format(key_format, before.family.denoiser)
+        kind = fit.key_format(key_format, before.family)
         inputs = [before.path, after.path]
         check_adapter_output(output, kind, AdapterFile({}), inputs, overwrite)
         fitted, notes = _fit_models(before, after, fit, on_progress)
@@ -144,7 +144,7 @@ def combine_adapters(
         weighted = spec.weighted()
         axis = fit.norm_axis or axis_of(w for part in weighted for w in part.layers.values())
         fit = dataclasses.replace(fit, norm_axis=axis)
-        kind = fit.key_format(key_format, model.family.denoiser)
+        kind = fit.key_format(key_format, model.family)
         inputs = [model.path, *spec.files()]
         adapter = AdapterFile({}, tokens=_tokens(read))
         embeddings = check_adapter_output(output, kind, adapter, inputs, overwrite)

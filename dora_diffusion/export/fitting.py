@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config.adapter import NORM_AXES
+from dora_diffusion.config.families import DEFAULT_FAMILY, Family
 from dora_diffusion.config.fields import require, require_choice
 from dora_diffusion.export.files import ExportError, OnProgress, ProgressReporter
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR, TRAINED_ALPHA
@@ -83,18 +84,18 @@ class FitSettings:
         rank = self.conv_rank if len(shape) > 2 and self.conv_rank is not None else self.rank
         return default if rank is None else rank
 
-    def key_format(self, requested: str | None, denoiser: str = "unet") -> str:
+    def key_format(self, requested: str | None, family: Family = DEFAULT_FAMILY) -> str:
         """Return the key format to write: the requested one, else one that can store the layers.
 
         Args:
             requested: The requested key format.
-            denoiser: Kind of the model's denoiser.
+            family: Family of the model.
 
         Raises:
             ExportError: If the requested one is unknown or cannot store them.
         """
         on_input = self.use_dora and self.axis == "input"
-        default = input_format(denoiser) if on_input else "diffusers"
+        default = input_format(family.denoiser) if on_input else "diffusers"
         if requested is None:
             return default
         if requested not in KEY_FORMATS:
@@ -105,7 +106,8 @@ class FitSettings:
                 f"the {requested} format cannot store magnitudes on the input axis; choose "
                 f"{default}, or the output axis"
             )
-        refuse_denoiser(requested, CONVERSIONS[requested].denoisers, denoiser)
+        able = CONVERSIONS[requested].denoisers
+        refuse_denoiser(requested, able, {family.denoiser, family.name})
         return requested
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -286,7 +287,8 @@ class Components:
             scheduler=self.sampling_scheduler(scheduler),
             **options,
         )
-        if task:
+        # Some pipelines take images themselves.
+        if task and "strength" not in inspect.signature(pipeline.__call__).parameters:
             # `from_pipe` copies the configuration, which does not have all options.
             auto = getattr(diffusers, f"AutoPipelineFor{task}")
             pipeline = auto.from_pipe(pipeline, **options)

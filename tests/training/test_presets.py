@@ -18,18 +18,13 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.layouts import CONVERSIONS, FOLDERS, PROGRAMS, TARGETS
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.training.recipe import train
-from tests.flux2_klein import write_flux2_klein, write_flux2_klein_9b
-from tests.z_image import write_z_image
+from tests.transformer_models import WRITERS
 
-TRANSFORMERS = {
-    "z-image": write_z_image,
-    "flux2-klein": write_flux2_klein,
-    "flux2-klein-9b": write_flux2_klein_9b,
-}
 # Presets without a layer in a family.
 WITHOUT = {
     **{name: {"b-lora-content", "b-lora-style"} for name in ("sd1", "sd2", "sd1-inpainting")},
-    **{name: {"cross-attention", "b-lora-content", "b-lora-style"} for name in TRANSFORMERS},
+    **{name: {"cross-attention", "b-lora-content", "b-lora-style"} for name in WRITERS},
+    "anima": {"b-lora-content", "b-lora-style"},
 }
 # Files of other programs that are read as adapters again, on either axis.
 READ_AGAIN = {"diffusers", "peft", "kohya", "diffusion_model"}
@@ -45,7 +40,7 @@ def folder_of(
     def folder(family: str) -> Path:
         if family not in made:
             is_unet = FAMILIES[family].has_unet
-            made[family] = deep(family) if is_unet else TRANSFORMERS[family](root / family)
+            made[family] = deep(family) if is_unet else WRITERS[family](root / family)
         return made[family]
 
     return folder

@@ -50,7 +50,7 @@ from dora_diffusion.formats.layouts.layout import (
     AdapterLayout,
     EncodedFile,
     WriteOptions,
-    denoiser_of,
+    denoisers_of,
     layout_named,
     refuse_denoiser,
 )
@@ -164,7 +164,7 @@ def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
     layers = adapter.layers
-    refuse_denoiser(target, written[target].denoisers, denoiser_of(layers))
+    refuse_denoiser(target, written[target].denoisers, denoisers_of(layers))
     if adapter.beside and target != "dense":
         raise AdapterFormatError(f"the {target} format cannot store the sum of a DoRA and a LoRA")
     return layout_named(target)

@@ -57,6 +57,7 @@ from dora_diffusion.formats.checkpoint.weights import (
     names_of_configs,
     plan_checkpoint,
     standard_key,
+    without_prefix,
 )
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.formats.files.stream import (
@@ -273,10 +274,11 @@ class PipelineFolder(StoredModel):
     def single_file(self, *, complete: bool = True) -> SingleFile:
         """Return the tensors in the original layout, and the markers of the prediction type."""
         configs = {name: self.config(name) for name in (*WEIGHT_COMPONENTS, "scheduler")}
-        prefix = UNET_PREFIX if complete else ""
-        names = names_of_configs(self.family, {n: c for n, c in configs.items() if c}, prefix)
-        planned = self.specs if complete else self.components[self.family.denoiser].specs
-        entries, stated = plan_checkpoint(self.family, names, planned), self._schedule_tensors()
+        family, alone = self.family, self.family.denoiser_components
+        prefix = UNET_PREFIX if complete else family.denoiser_prefix
+        names = names_of_configs(family, {n: c for n, c in configs.items() if c}, prefix)
+        planned = [n for n in self.specs if complete or n.partition(".")[0] in alone]
+        entries, stated = plan_checkpoint(family, names, planned), self._schedule_tensors()
         specs = {key: TensorSpec.of(tensor) for key, tensor in stated.items()}
         return SingleFile(entries, specs, stated.__getitem__)
 
@@ -454,11 +456,11 @@ class CheckpointFile(StoredModel):
         return SingleFile(entries, specs, load)
 
     def _denoiser_alone(self) -> SingleFile:
-        start = f"{self.family.denoiser}."
+        alone, prefix = self.family.denoiser_components, self.family.denoiser_prefix
         entries = [
-            replace(entry, key=entry.key.removeprefix(UNET_PREFIX))
+            replace(entry, key=prefix + without_prefix(entry.key))
             for entry in self.entries
-            if entry.sources[0].startswith(start)
+            if entry.sources[0].partition(".")[0] in alone
         ]
         return SingleFile(entries, {}, self.reader.__getitem__)
 
@@ -470,7 +472,9 @@ def is_model(path: str | Path) -> bool:
         return pipeline_in(path) is not None
     try:
         keys = read_header(path).specs
-        return any(key.startswith(UNET_PREFIX) or key in _DENOISER_KEYS for key in keys)
+        return any(
+            key.startswith(UNET_PREFIX) or without_prefix(key) in _DENOISER_KEYS for key in keys
+        )
     except (TensorFileError, OSError):
         return False
 
@@ -500,7 +504,7 @@ def detect_checkpoint_family(
     Raises:
         UnsupportedModelError: If no name identifies a supported family.
     """
-    names = {standard_key(key).removeprefix(UNET_PREFIX) for key in specs}
+    names = {without_prefix(standard_key(key)) for key in specs}
     if other := names & _OTHER_SCHEDULES:
         raise UnsupportedModelError(
             f"{name} contains {min(other)}: it has another kind of noise schedule (EDM) than "

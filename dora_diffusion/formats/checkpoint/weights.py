@@ -5,7 +5,7 @@ from names alone, so a checkpoint can be read and written one tensor at a time. 
 source tensor exactly once and writes each name once.
 
 model.diffusion_model.      the UNet, in sgm blocks, or the transformer; a file of the latter alone
-                            may lack the prefix
+                            may have another prefix, or none
 first_stage_model., vae.    the VAE; `decoder.up` is numbered from the output's side
 cond_stage_model.           SD1: CLIP; SD2: open_clip, with q, k, v in one matrix
 conditioner.embedders.0/1.  SDXL: CLIP, and open_clip with a transposed projection
@@ -47,6 +47,7 @@ from dora_diffusion.numerics.weights import LayerKind, MergeError, swap_halves
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIXES = tuple(dict.fromkeys(family.vae_prefix for family in FAMILIES.values()))
+_DENOISER_PREFIXES = (UNET_PREFIX, *{f.denoiser_prefix for f in FAMILIES.values()} - {""})
 _CLIP_PREFIXES = [
     encoder.checkpoint_prefix
     for family in FAMILIES.values()
@@ -77,11 +78,12 @@ def checkpoint_names(
     pairs = denoiser.below(f"{family.denoiser}.", prefix)
     pairs += vae_names(vae_levels).below("vae.", family.vae_prefix)
     for encoder in family.text_encoders:
-        component, prefix = encoder.component, encoder.checkpoint_prefix
+        component, start = encoder.component, encoder.checkpoint_prefix
+        start = f"{prefix}{start}" if encoder.is_in_denoiser else start
         if encoder.is_open_clip:
-            pairs += NameTable(_open_clip_pairs()).below(f"{component}.", prefix)
+            pairs += NameTable(_open_clip_pairs()).below(f"{component}.", start)
         else:
-            pairs.append((component, prefix.removesuffix(".")))
+            pairs.append((component, start.removesuffix(".")))
     return NameTable(pairs)
 
 
@@ -252,7 +254,8 @@ def names_of_configs(
         unet = UNetLayout.of(configs[family.denoiser])
     except ValueError as error:
         raise CheckpointLayoutError(str(error)) from error
-    return checkpoint_names(family, unet, len(configs["vae"]["block_out_channels"]), prefix)
+    levels = len(configs["vae"].get("block_out_channels", ()))
+    return checkpoint_names(family, unet, levels, prefix)
 
 
 def plan_checkpoint(family: Family, table: NameTable, names: Iterable[str]) -> list[Entry]:
@@ -293,15 +296,27 @@ def entry_of(key: str, names: NameTable) -> Entry | None:
     return None if name is None else Entry.of(key, [name])
 
 
+def denoiser_prefix(family: Family, keys: Iterable[str]) -> str:
+    """Return the prefix of the denoiser's tensors in a single file."""
+    known = (UNET_PREFIX, *filter(None, [family.denoiser_prefix]))
+    return next((prefix for key in keys for prefix in known if key.startswith(prefix)), "")
+
+
+def without_prefix(key: str) -> str:
+    """Return the name of a denoiser's tensor without the prefix that single files have."""
+    return next((key.removeprefix(p) for p in _DENOISER_PREFIXES if key.startswith(p)), key)
+
+
 def entries_of_file(family: Family, specs: Mapping[str, TensorSpec]) -> list[Entry]:
     """Return entries for the file's denoiser, text-encoder and VAE tensors.
 
     Unknown names have none.
     """
-    denoiser = [key.removeprefix(UNET_PREFIX) for key in specs if key.startswith(UNET_PREFIX)]
+    prefix = denoiser_prefix(family, specs)
+    denoiser = [key.removeprefix(prefix) for key in specs if key.startswith(prefix)]
     levels = count_levels(key.removeprefix(family.vae_prefix) for key in specs)
     unet = UNetLayout.from_original_names(denoiser) if family.has_unet else None
-    names = checkpoint_names(family, unet, levels, UNET_PREFIX if denoiser else "")
+    names = checkpoint_names(family, unet, levels, prefix)
     entries = (
         entry_of(key, names)
         for key, spec in specs.items()

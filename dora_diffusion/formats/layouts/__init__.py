@@ -27,7 +27,8 @@ class Conversion(NamedTuple):
         title: Name in the app's list of targets.
         is_folder: Whether the result is a folder of files.
         write_only: Whether the result is for programs, and not read as an adapter.
-        denoisers: Kinds of denoisers (`config.families.DENOISERS`) that programs read in it.
+        denoisers: Kinds of denoisers (`config.families.DENOISERS`) that programs read in it, and
+            families of which they read more.
         for_transformers: Conversion to use instead for adapters of a transformer.
     """
 
@@ -59,7 +60,7 @@ class Program(NamedTuple):
         input_axis: Conversion for magnitudes on the input axis.
         lora: Conversion for adapters without magnitudes.
         clip_skip: Name of the program's setting for clip skip.
-        denoisers: Kinds of denoisers whose adapters can be converted for it.
+        denoisers: Kinds of denoisers, and families, whose adapters can be converted for it.
     """
 
     title: str
@@ -76,20 +77,22 @@ class Program(NamedTuple):
         """True if the program can add full differences to the base weights."""
         return self.output_axis in ("comfyui", "dense")
 
-    def conversion(self, axes: Set[str], *, is_sum: bool = False, denoiser: str = "unet") -> str:
+    def conversion(
+        self, axes: Set[str], *, is_sum: bool = False, denoisers: Set[str] = frozenset({"unet"})
+    ) -> str:
         """Return the conversion that the program needs for an adapter.
 
         Args:
             axes: Norm axes of the magnitudes.
             is_sum: Whether a plain LoRA is added to the change, which only full differences can
                 represent.
-            denoiser: Kind of the adapter's denoiser.
+            denoisers: Kind and family of the adapter's denoiser.
         """
         if is_sum and self.takes_dense:
             return "dense"
         name = self.output_axis if "output" in axes else self.input_axis if axes else self.lora
-        is_transformer = denoiser == "transformer"
-        return (is_transformer and CONVERSIONS[name].for_transformers) or name
+        is_named = (denoisers - {"transformer"}) & {*self.denoisers}
+        return (not is_named and CONVERSIONS[name].for_transformers) or name
 
 
 FACTS = read_facts("formats/layouts/programs")

@@ -97,7 +97,8 @@ class Kohya(AdapterLayout):
                 )
 
     def encode(self, layers: Layers, options: WriteOptions) -> dict[str, EncodedFile]:
-        return {self.name: encode_file(layers, layers, options, "kohya")}
+        is_flat = self.name == "kohya"
+        return {self.name: encode_file(layers, layers, options, "kohya", is_flat=is_flat)}
 
     def is_read_as_meant(self, layers: Layers, specs: Specs, metadata: Fields) -> bool:
         """Check the shapes of magnitudes, too. LoRA and DoRA layers may be mixed."""
@@ -111,10 +112,12 @@ class Kohya(AdapterLayout):
         )
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
+        kind = f"kohya DoRA, {norm_axis} axis" if norm_axis else "kohya LoRA"
         if denoiser_of(layers) == "transformer":
-            return super().judge(layers, norm_axis, keys)
+            own = VERDICTS.get(f"{kind} of {denoiser_family(layers)}")
+            return dict(own) if own else super().judge(layers, norm_axis, keys)
         if norm_axis:
-            return dict(VERDICTS.get(f"kohya DoRA, {norm_axis} axis", {}))
+            return dict(VERDICTS.get(kind, {}))
         tools = dict(VERDICTS["kohya LoRA"])
         tools["diffusers"] = _lora_in_diffusers(layers)
         if outside := _outside_of_blocks(layers):
@@ -191,7 +194,14 @@ def _outside_of_blocks(layers: Iterable[str]) -> list[str]:
     return [name for name in layers if name in tops or name.endswith(".text_projection")]
 
 
-def encode_file(layers: Layers, trained: Layers, options: WriteOptions, target: str) -> EncodedFile:
+def encode_file(
+    layers: Layers,
+    trained: Layers,
+    options: WriteOptions,
+    target: str,
+    *,
+    is_flat: bool = False,
+) -> EncodedFile:
     """Encode a file with kohya's names and the hash that A1111 and adapter managers use.
 
     Args:
@@ -199,8 +209,11 @@ def encode_file(layers: Layers, trained: Layers, options: WriteOptions, target: 
         trained: Layers that the metadata describe.
         options: Options for writing.
         target: Name of the target in the metadata.
+        is_flat: Whether a transformer's original names are written as sd-scripts does.
     """
     names = kohya_names(layers, options)
+    if is_flat:
+        names = {name: _flat(path) for name, path in names.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in _for_other_programs(layers, options).items():
         if has_swapped_halves(name, names[name]):
@@ -218,6 +231,11 @@ def encode_file(layers: Layers, trained: Layers, options: WriteOptions, target: 
     fields = metadata_of(trained, options, target)
     # The hash includes only the data.
     return EncodedFile.of(tensors, {**fields, "sshs_model_hash": data_hash(tensors)})
+
+
+def _flat(path: str) -> str:
+    prefix, dot, original = path.partition("diffusion_model.")
+    return path if prefix or not dot else "lora_unet_" + original.replace(".", "_")
 
 
 def _for_other_programs(layers: Layers, options: WriteOptions) -> Layers:

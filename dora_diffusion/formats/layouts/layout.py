@@ -322,21 +322,28 @@ def denoiser_of(layers: Iterable[str]) -> str:
     return "transformer" if is_transformer else "unet"
 
 
-def refuse_denoiser(target: str, denoisers: Collection[str], denoiser: str) -> None:
-    """Check that a format or program supports adapters of a kind of denoiser.
+def denoisers_of(layers: Iterable[str]) -> frozenset[str]:
+    """Return the kind of denoiser that layers belong to, and a transformer's family."""
+    layers = list(layers)
+    return frozenset({denoiser_of(layers), denoiser_family(layers)} - {""})
+
+
+def refuse_denoiser(target: str, able: Collection[str], denoisers: Collection[str]) -> None:
+    """Check that a format or program supports adapters of a denoiser.
 
     Args:
         target: Name of the format or program.
-        denoisers: Kinds of denoisers that it supports.
-        denoiser: Kind of the adapter's denoiser.
+        able: Kinds of denoisers, and families, that it supports.
+        denoisers: Kind and family of the adapter's denoiser.
 
     Raises:
         AdapterFormatError: If it does not; names the formats that do.
     """
-    if denoiser not in denoisers:
-        able = [name for name, one in LAYOUTS.items() if one and denoiser in one.denoisers]
+    if not {*denoisers} & {*able}:
+        kind = next(kind for kind in DENOISERS if kind in denoisers)
+        able = [n for n, one in LAYOUTS.items() if one and {*denoisers} & {*one.denoisers}]
         raise AdapterFormatError(
-            f"no {target} file of a {DENOISERS[denoiser]} is known that its programs read; write "
+            f"no {target} file of a {DENOISERS[kind]} is known that its programs read; write "
             f"one of {', '.join(able)}, or export a merged checkpoint"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.families import LoadedModel
 
 
@@ -54,3 +55,11 @@ def chunk_count(components: LoadedModel, prompt: str, adapter: str | None = None
 def token_limit(components: LoadedModel) -> str:
     """Return the token limit as text."""
     return f"the model's {components.family.most_tokens} tokens"
+
+
+def embedding_arguments(positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
+    """Return encoded prompts as arguments of the pipeline."""
+    return {
+        "prompt_embeds": positive.encoder_hidden_states,
+        "negative_prompt_embeds": negative.encoder_hidden_states,
+    }

@@ -7,7 +7,7 @@ share of noise, and predicts the velocity from image to noise. It attends to the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,11 +87,4 @@ def truncated_text(
 
 
 chunk_count, token_limit = chat.chunk_count, chat.token_limit
-
-
-def embedding_arguments(positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
-    """Return encoded prompts as arguments of the pipeline."""
-    return {
-        "prompt_embeds": positive.encoder_hidden_states,
-        "negative_prompt_embeds": negative.encoder_hidden_states,
-    }
+embedding_arguments = chat.embedding_arguments
