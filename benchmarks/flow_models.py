@@ -1,7 +1,7 @@
 """Transformers of a flow at full size, for counts on fake tensors.
 
 Shapes of the transformers are the defaults of Diffusers' classes or those of its conversion
-scripts; of the text encoders, those of Qwen3-4B and Qwen3-8B.
+scripts; of the text encoders, those of Qwen3-4B, Qwen3-8B and Qwen3-0.6B.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ QWEN3_4B = {
     "max_position_embeddings": 40960,
 }  # fmt: skip
 QWEN3_8B = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
-ENCODERS = {"z-image": QWEN3_4B, "flux2-klein": QWEN3_4B, "flux2-klein-9b": QWEN3_8B}
+QWEN3_06B = {
+    **QWEN3_4B, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+}  # fmt: skip
+ENCODERS = {"z-image": QWEN3_4B, "flux2-klein": QWEN3_4B, "flux2-klein-9b": QWEN3_8B,
+            "anima": QWEN3_06B}  # fmt: skip
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "z-image": {},
     "flux2-klein": {
@@ -32,6 +37,9 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "flux2-klein-9b": {
         "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
         "joint_attention_dim": 12288, "guidance_embeds": False,
+    },
+    "anima": {
+        "num_attention_heads": 16, "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None,
     },
 }  # fmt: skip
 VAES: dict[str, dict[str, Any]] = {
@@ -44,36 +52,40 @@ VAES: dict[str, dict[str, Any]] = {
     },
     "flux2-klein": {},
     "flux2-klein-9b": {},
+    "anima": {},
 }  # fmt: skip
-# Tokens of a caption with its chat template; FLUX.2-klein reads the padding, too.
-TOKENS = {"z-image": 64, "flux2-klein": 512, "flux2-klein-9b": 512}
+# Tokens of a caption with its chat template; FLUX.2-klein and Anima read the padding, too.
+TOKENS = {"z-image": 64, "flux2-klein": 512, "flux2-klein-9b": 512, "anima": 512}
 # Made outside of the fake device, since it reads numbers of its tensors.
 SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def make_transformer(family: str) -> nn.Module:
     """Build the transformer of a family."""
-    import diffusers
-
     from dora_diffusion.config.families import FAMILIES
+    from dora_diffusion.models.families import find_class
 
-    model: nn.Module = getattr(diffusers, FAMILIES[family].denoiser_class)(**TRANSFORMERS[family])
+    facts = FAMILIES[family]
+    model: nn.Module = find_class(facts.code, facts.denoiser_class)(**TRANSFORMERS[family])
     return model
 
 
 def make_parts(family: str, dtype: torch.dtype) -> tuple[nn.Module, Any, list[nn.Module]]:
     """Build transformer, autoencoder and text encoders on the fake device."""
-    import diffusers
     from transformers import Qwen3Config, Qwen3Model
 
     from dora_diffusion.config.families import FAMILIES
+    from dora_diffusion.models.families import find_class
 
-    vae = getattr(diffusers, FAMILIES[family].vae_class)(**VAES[family])
+    facts = FAMILIES[family]
+    vae = find_class(facts.code, facts.vae_class)(**VAES[family])
     if hasattr(vae, "bn"):
         vae.bn.num_batches_tracked = None  # A number, which the fake device does not take.
     vae = vae.to(DEVICE, dtype)
-    encoder = Qwen3Model(Qwen3Config(**ENCODERS[family])).to(DEVICE, dtype)
-    return make_transformer(family).to(DEVICE, dtype), vae, [encoder]
+    encoders = [Qwen3Model(Qwen3Config(**ENCODERS[family]))]
+    encoders += [find_class(facts.code, name)() for name in facts.text_encoder_classes[1:]]
+    encoders = [encoder.to(DEVICE, dtype) for encoder in encoders]
+    return make_transformer(family).to(DEVICE, dtype), vae, encoders
 
 
 def states_of(family: str, width: int, prompts: int, dtype: torch.dtype) -> Conditioning:
@@ -87,10 +99,13 @@ def states_of(family: str, width: int, prompts: int, dtype: torch.dtype) -> Cond
 def encoded(components: Components, prompts: int) -> Conditioning:
     """Encode prompts of a fixed length."""
     family = components.family
-    (encoder,) = components.text_encoders
+    encoder, *conditioners = components.text_encoders
     ids = torch.zeros(prompts, TOKENS[family.name], dtype=torch.int64, device=DEVICE)
     mask = torch.ones_like(ids)
-    encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    keeps_all = not conditioners
+    read = encoder(ids, attention_mask=mask, output_hidden_states=keeps_all, use_cache=False)
+    for conditioner in conditioners:
+        conditioner(read.last_hidden_state, ids, mask, mask)
     return states_of(family.name, family.prompt_width, prompts, encoder.dtype)
 
 

@@ -49,7 +49,7 @@ PEERS = (FROZEN, LORA, PEFT_DORA, *OUR_WAYS, OWN_LORA)
 PACK = "a pack of "
 PHASES = ("norms", "forward", "backward", "clip", "optimizer")
 LATENTS = {"sd1": 64, "sdxl": 128, "z-image": 128, "flux2-klein": 128,
-           "flux2-klein-9b": 128}  # fmt: skip
+           "flux2-klein-9b": 128, "anima": 128}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -83,9 +83,9 @@ CARD_FLAGS = (
 )
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"sd1": (512, 768), "sdxl": (768, 1024), "z-image": (1024,), "flux2-klein": (1024,),
-         "flux2-klein-9b": (1024,)}  # fmt: skip
+         "flux2-klein-9b": (1024,), "anima": (1024,)}  # fmt: skip
 TITLES = {"sd1": "SD1.5", "sdxl": "SDXL", "z-image": "Z-Image", "flux2-klein": "FLUX.2-klein",
-          "flux2-klein-9b": "FLUX.2-klein 9B"}  # fmt: skip
+          "flux2-klein-9b": "FLUX.2-klein 9B", "anima": "Anima"}  # fmt: skip
 SWITCH = ("off", "on")
 
 

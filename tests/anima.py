@@ -67,10 +67,26 @@ def write_anima(folder: Path, *, seed: int = 0) -> Path:
 
 
 def diffusers_pipeline(folder: Path) -> ModularPipeline:
-    """Load a folder as Diffusers does."""
+    """Load a folder as Diffusers does, which needs torchvision or a stand-in."""
+    from diffusers.models.transformers import transformer_cosmos
+
+    vars(transformer_cosmos).setdefault("transforms", _Resizing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = ModularPipeline.from_pretrained(str(folder))
         pipeline.load_components(torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+class _Resizing:
+    """Part of torchvision's ``transforms`` that Diffusers' transformer calls."""
+
+    class InterpolationMode:
+        NEAREST = "nearest"
+
+    class functional:
+        @staticmethod
+        def resize(image: torch.Tensor, size: list[int], interpolation: str) -> torch.Tensor:
+            """Resize an image ``(B, C, H, W)``."""
+            return torch.nn.functional.interpolate(image, size=size, mode=interpolation)

@@ -560,7 +560,7 @@ def denoiser_family(names: Iterable[str]) -> str:
         names: Paths of layers, with or without the prefix of their component.
     """
     prefix = re.compile(
-        r"(base_model\.model\.)?((diffusion_model|transformer)\.)?(lora_unet_|lycoris_)?"
+        r"(base_model\.model\.)?((diffusion_model|transformer|net)\.)?(lora_unet_|lycoris_)?"
     )
     paths = (name[match.end() if (match := prefix.match(name)) else 0 :] for name in names)
     votes = Counter(filter(None, map(transformer_family, paths)))
@@ -583,5 +583,5 @@ def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     widths = {
         shape[1] for name, shape in shapes.items() if name.endswith(("attn2.to_k", "attn2.to_v"))
     }
-    names = [name for name, f in FAMILIES.items() if {f.prompt_width} == widths]
+    names = [name for name, f in FAMILIES.items() if f.has_unet and {f.prompt_width} == widths]
     return names[0] if names else ""

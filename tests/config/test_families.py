@@ -19,8 +19,10 @@ def test_what_tells_families_apart_differs() -> None:
     for fact in ("title", "released_id", "architecture", "version_mark", "architecture_mark"):
         assert len({getattr(family, fact) for family in families}) == len(families), fact
     families = [family for family in families if not family.image_arguments]
-    for fact in ("prompt_width", "kohya_base_version"):
-        assert len({getattr(family, fact) for family in families}) == len(families), fact
+    assert len({family.kohya_base_version for family in families}) == len(families)
+    for has_unet in (True, False):
+        widths = [family.prompt_width for family in families if family.has_unet == has_unet]
+        assert len(set(widths)) == len(widths)
     # Sizes of one transformer are told apart by the width of their text states.
     transformers = {family.code: family for family in families if not family.has_unet}
     kinds = [family for family in families if family.has_unet] + [*transformers.values()]

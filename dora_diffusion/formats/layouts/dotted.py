@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dora_diffusion.config.families import COMPONENTS, DENOISERS
+from dora_diffusion.config.families import COMPONENTS, DENOISERS, FAMILIES
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.alpha import LOKR, json_object, refuse_changed_base
 from dora_diffusion.formats.adapter.metadata import OWN, own_fields, without_path
@@ -169,6 +169,10 @@ _UNET = re.compile(
 _MAGNITUDE = ".lora_magnitude_vector"
 # Text encoders: Diffusers ignores a magnitude without `.weight`.
 _TEXT_FORMS = (*PEFT_FORMS, *EMBEDDING_FORMS, *LINEAR_FORMS, f"{_MAGNITUDE}.weight")
+_TRANSFORMER = (
+    "transformer.",
+    *(f"{e.component}." for f in FAMILIES.values() for e in f.text_encoders if e.is_in_denoiser),
+)
 _UNET_FORMS = (*PEFT_FORMS, *EARLY_FORMS, _MAGNITUDE, f"{_MAGNITUDE}.weight")
 
 
@@ -183,7 +187,7 @@ class Diffusers(Dotted):
         # `dora_scale` and a text encoder's magnitude without `.weight`.
         if key.path.startswith(("text_encoder.", "text_encoder_2.")):
             return key.form in _TEXT_FORMS
-        if key.path.startswith("transformer."):
+        if key.path.startswith(_TRANSFORMER):
             return key.form in (*PEFT_FORMS, _MAGNITUDE, f"{_MAGNITUDE}.weight")
         known = key.form in _UNET_FORMS or is_processor(key)
         return known and _UNET.fullmatch(key.path) is not None

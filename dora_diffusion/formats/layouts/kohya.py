@@ -144,9 +144,13 @@ class Kohya(AdapterLayout):
 def with_original_names(tools: dict[str, str], keys: Collection[str]) -> dict[str, str]:
     """Correct the verdict on Diffusers (0.42) if it does not know the names of a transformer."""
     family = denoiser_family(keys)
-    if not family or not NAMES["transformers"][FAMILIES[family].code]["others_by_original"]:
+    facts = NAMES["transformers"][FAMILIES[family].code] if family else {}
+    if not facts.get("others_by_original"):
         return tools
-    if any(key.endswith(".lora_down.weight") for key in keys):
+    is_refused = facts.get("diffusers_refuses") and any(key.endswith(".alpha") for key in keys)
+    if is_refused and not all(key.startswith("lora_unet_") for key in keys):
+        tools["diffusers"] = FACTS["words"]["refused"]
+    elif any(key.endswith(".lora_down.weight") for key in keys):
         tools["diffusers"] = FACTS["words"]["finds_nothing"]
     elif any(key.endswith(".lora_A.weight") for key in keys):
         tools["diffusers"] = FACTS["words"]["unchecked"]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from dora_diffusion.config.families import (
     COMPONENTS,
+    DENOISERS,
     FAMILIES,
     Family,
     denoiser_family,
@@ -38,6 +39,11 @@ from dora_diffusion.formats.names.modules import (
 TRANSFORMER_PREFIXES = ("diffusion_model.", "transformer.")
 _ENCODERS = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
 KOHYA_PREFIXES = {"lora_unet_": "unet", **{e.kohya_prefix: e.component for e in _ENCODERS}}
+_INSIDE = [
+    (f"diffusion_model.{e.checkpoint_prefix}".replace(".", "_"), e.component)
+    for e in _ENCODERS
+    if e.is_in_denoiser
+]
 LYCORIS_PREFIX = "lycoris_"  # Used by the wrapper of LyCORIS for any wrapped model.
 # Adaptable modules; `#` stands for a number.
 _ATTENTION = NAMES["attention"]
@@ -54,8 +60,11 @@ UNET_MODULES = (
     "up_blocks.#.upsamplers.0.conv",
 )
 TEXT_MODULES = (
-    *(f"text_model.{name}" for name in NAMES["text_layer"]), *NAMES["text_layer"], "text_projection"
-)  # fmt: skip
+    *(f"text_model.{name}" for name in NAMES["text_layer"]),
+    *NAMES["text_layer"],
+    "text_projection",
+    *NAMES["conditioner"],
+)
 _UNET_STARTS = {name.split(".")[0] for name in UNET_MODULES}
 _SGM_STARTS = {original.split(".")[0] for original in unet_names(USUAL_LAYOUT).canonical}
 
@@ -93,6 +102,8 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
         return comfyui_name(path, family.code)
     if component != "unet":
         encoder = family.text_encoder(component)
+        if encoder is not None and encoder.is_in_denoiser:
+            return f"diffusion_model.{encoder.checkpoint_prefix}{path}"
         return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
     by_blocks = family.kohya_names_original_blocks
     original = unet_names(layout).to_original(path) if by_blocks else path
@@ -183,7 +194,7 @@ def _flat_names(names: list[str]) -> Iterable[tuple[str, str]]:
         elif component != "unet":
             paths.append(path.removeprefix("text_model."))
         prefixes = [prefix for prefix, owner in KOHYA_PREFIXES.items() if owner == component]
-        if component != "text_encoder_2":
+        if component in (*DENOISERS, "text_encoder"):
             prefixes.append(LYCORIS_PREFIX)
         yield from ((prefix + p.replace(".", "_"), name) for prefix in prefixes for p in paths)
 
@@ -191,7 +202,7 @@ def _flat_names(names: list[str]) -> Iterable[tuple[str, str]]:
 def _by_vocabulary(flat: str, layouts: list[UNetLayout], paths: Mapping[str, str]) -> str | None:
     transformers = (prefix.replace(".", "_") for prefix in TRANSFORMER_PREFIXES)
     denoisers = [(prefix, "unet") for prefix in (LYCORIS_PREFIX, *transformers)]
-    prefixes = [*KOHYA_PREFIXES.items(), *denoisers, (LYCORIS_PREFIX, "text_encoder")]
+    prefixes = [*KOHYA_PREFIXES.items(), *_INSIDE, *denoisers, (LYCORIS_PREFIX, "text_encoder")]
     for prefix, component in prefixes:
         if flat.startswith(prefix):
             path = flat.removeprefix(prefix)

@@ -362,7 +362,10 @@ def comfyui_reads(name: str, code: str) -> bool:
     facts, table = NAMES["transformers"][code], transformer_names(code)
     if table.to_original(f"{path}.weight"):
         return prefix in facts["diffusers_prefixes"] and path not in facts["not_by_diffusers"]
-    return prefix == "diffusion_model" and path in _paths_of(code)
+    inside = (e for f in FAMILIES.values() if f.code == code for e in f.text_encoders)
+    starts = tuple(encoder.checkpoint_prefix for encoder in inside if encoder.is_in_denoiser)
+    is_known = path in _paths_of(code) or path.startswith(starts)
+    return prefix == "diffusion_model" and is_known
 
 
 @lru_cache
