@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -146,6 +146,58 @@ def _sdxl_card(work: Path, minutes: float) -> None:
     print(write_sdxl_card())
 
 
+def _flow_data(work: Path, minutes: float) -> None:
+    """Autoencoder is that of the tiny-sd that ships; the tokenizer is of Qwen's class."""
+    from dora_diffusion.models.embedded import model_folder
+    from lab.pretrain import corpus, flow, language, latents
+
+    shutil.copytree(model_folder("tiny-sd") / "vae", work / "vae", dirs_exist_ok=True)
+    tokenizer = language.build_language_tokenizer(work / "tokenizer")
+    latents.write_captions(work, tokenizer, corpus.FLOW, language.read)
+    latents.write_latents(work, corpus.FLOW, work / "vae")
+    flow.write_maps(work, corpus.FLOW)
+
+
+def _flow_reader(work: Path) -> tuple[Any, Any]:
+    from transformers import Qwen2Tokenizer
+
+    from lab.pretrain.language import Reader
+
+    tokenizer = Qwen2Tokenizer.from_pretrained(work / "tokenizer")
+    token_ids = torch.load(work / "captions.pt", weights_only=True)["token_ids"]
+    return tokenizer, Reader(tokenizer, token_ids)
+
+
+def _flow_language(work: Path, minutes: float) -> None:
+    from lab.pretrain.language import train_language
+
+    torch.manual_seed(3)
+    _, reader = _flow_reader(work)
+    torch.save(train_language(work, reader, minutes).state_dict(), work / "reader.pt")
+
+
+def _flow_transformer(work: Path, minutes: float) -> None:
+    from lab.pretrain.flow import TextToImageFlow, train_flow
+
+    torch.manual_seed(3)
+    tokenizer, reader = _flow_reader(work)
+    reader.load_state_dict(torch.load(work / "reader.pt", weights_only=True))
+    train_flow(TextToImageFlow(reader.eval(), tokenizer), work, minutes)
+
+
+def _flow_card(work: Path, minutes: float) -> None:
+    from diffusers import ZImagePipeline
+
+    from dora_diffusion.toy.instrument import load_instrument
+    from lab.pretrain.card import measure_prompts
+    from lab.pretrain.data import SIZE
+
+    # Diffusers counts guidance from 0 here.
+    options = {"height": SIZE, "width": SIZE, "max_sequence_length": 32, "guidance_scale": 3.0}
+    pipeline = ZImagePipeline.from_pretrained(work / "pipeline")
+    print(measure_prompts(pipeline, load_instrument(), 200, **options))
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of a model's making.
@@ -180,6 +232,12 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         Stage("latents", _epsilon_latents),
         Stage("diffusion", _epsilon_diffusion, 1.0),
         Stage("card", _epsilon_card),
+    ),
+    "tiny-flow": (
+        Stage("latents", _flow_data),
+        Stage("language", _flow_language, 0.04),
+        Stage("transformer", _flow_transformer, 0.96),
+        Stage("card", _flow_card),
     ),
     "tiny-sdxl": (
         Stage("latents", _sdxl_latents),

@@ -48,8 +48,10 @@ def generate(
 ) -> list[Image]:
     """Images for prompts, the n-th from noise that depends on ``seed`` and n alone.
 
-    ``conditioning`` is passed on: the sizes and crops that SDXL's pipeline takes.
+    ``conditioning`` is passed on: the sizes and crops that SDXL's pipeline takes, and whatever
+    replaces the steps and the guidance.
     """
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | conditioning
     pipeline.set_progress_bar_config(disable=True)
     images: list[Image] = []
     for start in range(0, len(prompts), batch):
@@ -57,13 +59,7 @@ def generate(
         noise = [
             torch.Generator().manual_seed(100_000 * seed + start + k) for k in range(len(part))
         ]
-        images += pipeline(
-            part,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=noise,
-            **conditioning,
-        ).images
+        images += pipeline(part, generator=noise, **options).images
     return images
 
 
@@ -73,10 +69,12 @@ def for_judges(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_prompts(pipeline: Any, instrument: Instrument, count: int) -> dict[str, float]:
+def measure_prompts(
+    pipeline: Any, instrument: Instrument, count: int, **conditioning: Any
+) -> dict[str, float]:
     """Accuracy of generated images in the classifier's eyes."""
     wishes = random_wishes(count)
-    images = generate(pipeline, [prompt_of(wish) for wish in wishes])
+    images = generate(pipeline, [prompt_of(wish) for wish in wishes], **conditioning)
     pixels = to_pixels(np.stack([np.asarray(image) for image in images]))
     logits = instrument.classifier(for_judges(pixels))
     right = torch.stack(

@@ -77,3 +77,4 @@ def _drawn_images(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
 SD = Corpus(CAPTIONED, _stored_images, training_scene, _plain_captions)
 SD_EPSILON = Corpus(24_000, _drawn_images, training_scene, _plain_captions)
 SDXL = Corpus(40_000, _view_images, _view_scene, _view_captions, _view_time_ids)
+FLOW = Corpus(56_000, _drawn_images, training_scene, _plain_captions)

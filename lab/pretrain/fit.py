@@ -40,6 +40,7 @@ class FitSettings:
         ema_decay: the average of the weights that is kept in the end.
         workers: single-thread processes whose gradients are averaged.
         seed: of the weights and of every draw.
+        optimizer: makes the optimizer of a model; AdamW by default.
     """
 
     minutes: float
@@ -50,6 +51,7 @@ class FitSettings:
     ema_decay: float = 0.999
     workers: int = 2
     seed: int = 0
+    optimizer: Callable[[Any, FitSettings], torch.optim.Optimizer] | None = None
 
     def __post_init__(self) -> None:
         if self.minutes <= 0 or self.learning_rate <= 0 or self.workers < 1:
@@ -112,6 +114,16 @@ def fit(
     return model.eval()
 
 
+def _adamw(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        settings.learning_rate,
+        (0.9, 0.99),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
 def _work(
     rank: int,
     rendezvous: str,
@@ -128,13 +140,7 @@ def _work(
         "gloo", f"file://{rendezvous}/store", rank=rank, world_size=settings.workers
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        settings.learning_rate,
-        (0.9, 0.99),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = (settings.optimizer or _adamw)(model, settings)
     average = copy.deepcopy(model)
     step, spent = _resume(state_file, model, average, optimizer)
     generator = torch.Generator().manual_seed(settings.seed * 1000 + 7919 * step + rank)

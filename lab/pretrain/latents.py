@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,6 @@ from lab.pretrain.corpus import CAPTIONS_PER_IMAGE, Corpus
 from lab.pretrain.data import to_pixels
 from lab.pretrain.instrument import NO_NAME
 from lab.pretrain.tokenizer import MAX_LENGTH
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 CHUNK = 400
 
@@ -75,15 +73,23 @@ def _captions(arguments: tuple[Corpus, int]) -> tuple[list[str], list[list[int]]
     return texts, [mentioned_attributes(text, scene) for text in texts], time_ids
 
 
-def write_captions(folder: Path, tokenizer: CLIPTokenizer, corpus: Corpus) -> Path:
-    """Write ``folder/captions.pt``: token ids, mentioned attributes and SDXL's sizes."""
+def write_captions(
+    folder: Path,
+    tokenizer: Any,
+    corpus: Corpus,
+    read: Callable[[Any, list[str]], Any] = tokenize,
+) -> Path:
+    """Write ``folder/captions.pt``: token ids, mentioned attributes and SDXL's sizes.
+
+    ``read`` is called with the tokenizer and texts, and pads these to `MAX_LENGTH` tokens.
+    """
     path = folder / "captions.pt"
     if path.exists():
         return path
     with Pool(2) as pool:
         numbers = [(corpus, index) for index in range(corpus.count)]
         drawn = pool.map(_captions, numbers, chunksize=CHUNK)
-    ids = torch.cat([tokenize(tokenizer, texts).input_ids.to(torch.int16) for texts, _, _ in drawn])
+    ids = torch.cat([read(tokenizer, texts).input_ids.to(torch.int16) for texts, _, _ in drawn])
     told = {
         "token_ids": ids.view(corpus.count, CAPTIONS_PER_IMAGE, MAX_LENGTH),
         "mentioned": torch.tensor([mentioned for _, mentioned, _ in drawn], dtype=torch.int16),

@@ -32,7 +32,8 @@ WORDS = _WORD_LIST.split()
 """Words that people try in prompts; each becomes one token."""
 
 
-def _corpus() -> list[str]:
+def sentences() -> list[str]:
+    """Text to learn a tokenizer from: captions, and every word that is to be one token."""
     generator = np.random.default_rng(6)
     captions = [caption(training_scene(i), generator) for i in range(6000)]
     # 40 repeats: enough for every listed word to be merged into one token.
@@ -60,7 +61,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    learner.train_from_iterator(_corpus(), trainer)
+    learner.train_from_iterator(sentences(), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     tokens += list(dict.fromkeys(a + b for a, b in merges if a + b not in set(tokens)))

@@ -237,11 +237,13 @@ def test_names_of_other_programs_are_read(
         module = name.removeprefix("lora_unet_")
         module = flat[module] if prefix.endswith(".") else module
         if prefix == "lycoris_" and module.startswith("llm_adapter"):
-            pytest.skip("LyCORIS' wrapper was not seen on the conditioner")
+            continue  # LyCORIS' wrapper was not seen on the conditioner.
         tensors |= {f"{prefix}{module}.{suffix}": tensor for suffix, tensor in file.items()}
     save_file(tensors, tmp_path / "b.safetensors")
     with PipelineFolder.open(folder) as base:
         read = read_adapter(tmp_path / "b.safetensors", base if with_base else None)
+    if prefix == "lycoris_":
+        layers = {name: w for name, w in layers.items() if name.startswith("transformer.")}
     assert_same_layers(read.layers, layers)
 
 

@@ -182,7 +182,8 @@ def test_files_have_the_configurations_of_diffusers_classes(
     for name in ("transformer", "vae", "text_conditioner"):
         components.modules()[name].save_pretrained(tmp_path / name)
         written, own = (
-            json.loads((home / name / "config.json").read_text()) for home in (tmp_path, folder)
+            json.loads((home / name / "config.json").read_text("utf-8"))
+            for home in (tmp_path, folder)
         )
         for config in (written, own):
             config.pop("_name_or_path", None)

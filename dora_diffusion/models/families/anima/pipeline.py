@@ -68,8 +68,6 @@ class _Report(ModularPipelineBlocks):
         on_step: Diffusers' ``callback_on_step_end``.
     """
 
-    model_name = "anima"
-
     def __init__(self, on_step: OnStep) -> None:
         super().__init__()
         self._on_step = on_step
