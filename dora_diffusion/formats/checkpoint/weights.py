@@ -52,7 +52,7 @@ _CLIP_PREFIXES = [
     encoder.checkpoint_prefix
     for family in FAMILIES.values()
     for encoder in family.text_encoders
-    if not encoder.is_open_clip
+    if not encoder.is_open_clip and not encoder.is_in_denoiser
 ]
 # More layers than the largest text encoder of CLIP: SD2's has 23, SDXL's second one 32.
 _MOST_LAYERS = 64
