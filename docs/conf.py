@@ -52,10 +52,10 @@ nitpicky = True
 # unused entries.
 LEFT_OUT = [
     "AdaptedLayerReport", "AdapterRef", "Factors", "Graph",
-    "GpuMemory", "Image", "LayerAdapter", "LayerWeights", "MemoryRow", "MergeStrengths",
+    "Image", "LayerAdapter", "LayerWeights", "MergeStrengths",
     "NoiseSchedule", "NormRoute", "Path", "Photo",
     "Preprocessing", "Preset", "Route", "RowShard", "ScheduleInfo", "Site", "Strengths",
-    "SubjectRecord", "TextEncoder", "Values", "WorkQueue", "Workers",
+    "SubjectRecord", "Values", "WorkQueue", "Workers",
 ]  # fmt: skip
 # Also types of other libraries, since a build without a network has no indexes of them, and types
 # that autodoc splits at a comma.

@@ -31,6 +31,7 @@ from dora_diffusion.models.memory import gpu_of
 from dora_diffusion.sampling.settings import SamplingSettings
 from dora_diffusion.studio.app.launch import Launch
 from dora_diffusion.training.inputs.plan import check_with_model
+from tests.anima import write_anima
 from tests.every import every
 from tests.flux2_klein import write_flux2_klein, write_flux2_klein_9b
 from tests.z_image import write_z_image
@@ -175,6 +176,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models of the families with the largest patches."""
     folder = tmp_path_factory.mktemp("models")
     return {
+        "anima": write_anima(folder / "anima"),
         "z-image": write_z_image(folder / "z-image"),
         "flux2-klein": write_flux2_klein(folder / "flux2-klein"),
         "flux2-klein-9b": write_flux2_klein_9b(folder / "flux2-klein-9b"),

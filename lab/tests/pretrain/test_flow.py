@@ -9,6 +9,7 @@ import torch
 from diffusers import ZImagePipeline
 from torch import nn
 
+import lab.pretrain
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.toy.instrument import ATTRIBUTES
@@ -17,7 +18,7 @@ from lab.pretrain.instrument import NO_NAME
 from lab.pretrain.language import Reader, build_language_tokenizer, read
 from lab.pretrain.muon import Muon, orthogonalized
 
-TRAINED = Path(__file__).parents[2] / "pretrain" / "tiny-flow"
+TRAINED = Path(lab.pretrain.__file__).parent / "tiny-flow"
 CAPTIONS = ["a red ball with dots on a beach", "a photo of a sks mug"]
 
 
@@ -74,7 +75,7 @@ def test_maps_ask_the_object_and_the_background_for_what_they_are() -> None:
                 if answer != NO_NAME:
                     head.weight[answer, token] = 50
         heads.append(head)
-    assert float(map_loss(heads, tokens, torch.tensor([[255, 0]]), labels)) < 1e-6
+    assert map_loss(heads, tokens, torch.tensor([[255, 0]]), labels).item() < 1e-6
     assert float(map_loss(heads, tokens, torch.tensor([[0, 255]]), labels)) > 100
 
 
