@@ -260,7 +260,7 @@ def transformer_verdicts() -> str:
 
 
 def _is_of_transformers(kind: str) -> bool:
-    return kind.startswith("diffusion_model ") or kind.endswith(" of a transformer")
+    return kind.startswith("diffusion_model ") or " of " in kind
 
 
 def _adapter_verdicts(has: Callable[[str], bool]) -> str:

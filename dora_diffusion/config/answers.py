@@ -50,7 +50,7 @@ class ForeignAnswers:
 
     def _answer(self, name: str, value: Any) -> None:
         key, known = plain_name(name), settings_by_name()
-        reason, setting = self._replaced(key), ""
+        reason, setting, told = self._replaced(key), "", f"{key}={value}"
         if not reason:
             setting, value, reason = _converted(self._rule(key), value)
         if reason:
@@ -60,7 +60,8 @@ class ForeignAnswers:
         elif self.values.get(setting, value) != value:
             self._add(f"{setting} has another value above; see dataset_config for several", name)
         else:
-            for other, implied in self._all("with").get(key, {}).items():
+            also = self._all("with")
+            for other, implied in {**also.get(key, {}), **also.get(told, {})}.items():
                 self.values.setdefault(other, implied)
                 self._sources.setdefault(other, name)
             self._sources.setdefault(setting, name)

@@ -23,7 +23,8 @@ from dora_diffusion.config.flag_map import trainers
 SUFFIXES = (".yaml", ".yml", ".json", ".toml", ".txt", ".sh", ".bat", ".ps1", ".env")
 """Suffixes of files of settings."""
 _SCRIPT = re.compile(
-    r"\b(train_(?:dreambooth(?!_dora)|text_to_image)\w*|(?:sdxl_)?train_(?:network|db)|sdxl_train)"
+    r"\b(train_(?:dreambooth(?!_dora)|text_to_image)\w*|(?:(?:sdxl|anima)_)?train_(?:network|db)"
+    r"|(?:sdxl|anima)_train)"
     r"\.py\b"
 )
 _LINE_END = re.compile(r"\s+[\\^`]\s*\n")

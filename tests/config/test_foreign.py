@@ -34,6 +34,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd_scripts_command.sh": ("a settings file of sd-scripts", {
         "rank": 16, "conv_rank": 8, "method": "dora", "resolution": 1024, "lr_scheduler": "cosine",
     }),
+    "sd_scripts_anima.sh": ("a settings file of sd-scripts", {
+        "rank": 16, "method": "lora", "lora_alpha": 1, "targets": ["attention+ff"],
+        "timestep_distribution": "logit_normal", "logit_mean": -1.0986, "logit_std": 1.2,
+        "num_train_epochs": 10, "optimizer": "adamw8bit", "train_text_encoder": False,
+    }),
     "kohya_gui.json": ("a preset of kohya's GUI", {
         "method": "lora", "rank": 32, "lora_alpha": 16, "conv_rank": 4, "num_train_epochs": 160,
         "optimizer": "prodigy", "learning_rate": 1.0, "resolution": 1024, "caption_dropout": 0.05,
