@@ -174,6 +174,7 @@ class Family:
         is_distilled: The model was distilled to few steps (`of_model`).
         released_id: Hub id of the released model.
         released_license: The hub's name of its license.
+        is_non_commercial: The license forbids commercial use of the weights.
         configuration: Name of the released models' configuration, for single files.
         has_two_predictions: One release predicts v and another the noise, so a single file must
             state its prediction type. False: a file without one predicts the noise.
@@ -245,6 +246,7 @@ class Family:
     conditioning_latents: int = 0
     has_two_predictions: bool = False
     is_suggested: bool = True
+    is_non_commercial: bool = False
     is_kohya_v2: bool = False
     kohya_names_original_blocks: bool = False
     v_architecture: str = ""
@@ -255,6 +257,16 @@ class Family:
     def has_unet(self) -> bool:
         """True if the denoiser is a UNet."""
         return self.denoiser == "unet"
+
+    @property
+    def is_modular(self) -> bool:
+        """True if Diffusers has a modular pipeline of the model, and no other."""
+        return self.auto_pipeline == "ModularPipeline"
+
+    @property
+    def licensed_title(self) -> str:
+        """Title where a model is chosen."""
+        return f"{self.title} (non-commercial weights)" if self.is_non_commercial else self.title
 
     @property
     def is_flow(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from diffusers import CosmosTransformer3DModel
 from safetensors.torch import load_file
 from torch import nn
 
+from dora_diffusion.cli.console.training import next_steps
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.models.load import load_components
@@ -99,6 +101,36 @@ def test_a_file_in_diffusers_predicts_as_the_live_model(
         with torch.no_grad():
             (found,) = pipeline.transformer(*inputs, **mask)
         torch.testing.assert_close(found.squeeze(2), wanted, rtol=0, atol=2e-5)
+
+
+METHODS = [("dora", "output"), ("dora", "input"), ("full", "output")]
+
+
+@pytest.mark.parametrize(("method", "axis"), METHODS)
+def test_what_its_card_and_its_last_lines_say_runs(
+    method: str,
+    axis: str,
+    config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    made = config("run", method=method, norm_axis=axis, learning_rate=1e-4, max_train_steps=1)
+    result = train(made)
+    last = next_steps(made, result.adapter or result.model or Path())[-1]
+    card = (Path(made.output_dir) / "README.md").read_text("utf-8")
+    base = Path(made.base_model.path)
+    (tmp_path / base.name).symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    if axis == "input":
+        assert "# then ModularPipeline.from_pretrained(" in last
+        assert "ComfyUI's names" in card
+        return
+    assert ("ModularPipeline.from_pretrained(" in last) == (method == "full")
+    (python,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    short = python.replace(', output="', ', num_inference_steps=1, height=64, width=64, output="')
+    names: dict[str, Any] = {}
+    exec(short, names)
+    assert names["image"].size == (64, 64)
 
 
 def test_all_that_it_refuses_is_said_at_once(config: Callable[..., TrainConfig]) -> None:

@@ -312,6 +312,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
 
     family = known_family(config.base_model)
     folder = written.parent if written.parent.name else written.parent.resolve()
+    pipeline = "ModularPipeline" if family and family.is_modular else "DiffusionPipeline"
     base = ["--base", config.pretrained_model_name_or_path]
     for name in ("variant", "revision"):
         base += [f"--{name}", value] if (value := getattr(config, name)) else []
@@ -328,13 +329,15 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         adapted = ["--base", str(folder)]
         comfyui = _command("export", *adapted, "--output", single) + copy
         comfyui += "diffusion_models" if family and family.has_separate_files else "checkpoints"
-        diffusers = f"DiffusionPipeline.from_pretrained({str(written)!r})"
+        diffusers = f"{pipeline}.from_pretrained({str(written)!r})"
     elif written.name in INPUT_AXIS_FILES.values():
         diffusers = _command("export", *base, "--adapter", str(folder), "--output", merged)
-        diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
+        diffusers += f"  # then {pipeline}.from_pretrained({merged!r})"
     prompt = example_prompt(config)
     strength = config.describe().strength
     adapted += ["--strength", f"{strength:g}"] if strength != 1 else []
+    if config.distilled is not None and not config.sample_model:
+        adapted.append("--distilled" if config.distilled else "--no-distilled")
     images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
     lines = [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
     is_known = family is None or family.has_unet or family.has_separate_files

@@ -24,6 +24,7 @@ from dora_diffusion.studio.jobs.store import UserError
 _TO_DOWNLOAD = "to be downloaded"
 _MOST_FOUND = 60
 _DEPTH = 2
+_UNKNOWN = "family not known yet"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Base:
     @property
     def label(self) -> str:
         """Name on the page."""
-        title = families.FAMILIES[self.family].title if self.family else "family not known yet"
+        title = families.FAMILIES[self.family].licensed_title if self.family else _UNKNOWN
         path = Path(self.name)
         return f"{path.name if path.is_absolute() else self.name} · {title} · {self.where}"
 

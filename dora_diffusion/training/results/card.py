@@ -174,6 +174,12 @@ def _use(
     folder = written.parent.name
     folder = folder if config.trains_adapters else f"{folder}/{written.name}"
     quoted, source, load, needs = shlex.quote(folder), ", ".join(options), "", ""
+    parts, made = "", f"pipeline({call}).images[0]"
+    if family.is_modular:
+        variant = [option for option in options if option.startswith("variant=")]
+        source = ", ".join(option for option in options if option not in variant)
+        parts = f"pipeline.load_components({''.join(variant * config.trains_adapters)})\n"
+        made = f'pipeline(prompt={call}, output="images")[0]'
     if not config.trains_adapters:
         commands = f"""dora-diffusion generate --base {quoted} {flags}
 dora-diffusion extract --base {model} --tuned {quoted} \\
@@ -199,7 +205,7 @@ dora-diffusion export --base {model} --adapter {quoted}{strength} --output merge
 from diffusers import {family.auto_pipeline}{imports}
 
 pipeline = {family.auto_pipeline}.from_pretrained({source})
-{load}image = pipeline({call}).images[0]
+{parts}{load}image = {made}
 ```"""
     if written.name in INPUT_AXIS_FILES.values():
         programs = "kohya's key format, which ComfyUI 0.3.64, Forge and A1111 compute"

@@ -140,7 +140,7 @@ class RunFiles:
                 steps_dropped=self.log.steps_dropped,
                 photos=len(run.dataset),
                 resolutions=run.resolutions,
-                family=run.components.family.title,
+                family=run.components.family.licensed_title,
                 schedule=str(run.components.schedule),
                 device=str(run.accelerator.device),
                 adapter=run.report,

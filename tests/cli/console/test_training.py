@@ -153,7 +153,8 @@ def next_of(file: str, **settings: Any) -> dict[str, list[str]]:
     ("file", "settings", "to"),
     [
         (ADAPTER, {"variant": "fp16"}, ["convert", "comfyui"]),
-        (ADAPTER, {"method": "lora"}, ["convert", "comfyui"]),
+        (ADAPTER, {"method": "lora", "distilled": True}, ["convert", "comfyui"]),
+        (ADAPTER, {"distilled": False}, ["convert", "comfyui"]),
         ("dora_kohya.safetensors", {"norm_axis": "input"}, ["convert", "comfyui"]),
         ("model", {"method": "full"}, ["export"]),
     ],
@@ -173,6 +174,7 @@ def test_the_next_steps_are_commands_that_the_parser_takes(
     whole = ("my dogs", None)
     assert trained == (whole if file == "model" else ("my models/base", ["my dogs"]))
     assert image.variant == settings.get("variant")
+    assert image.distilled == settings.get("distilled")
     if file == "dora_kohya.safetensors":
         assert read(steps["Diffusers"][1:]).output == "my dogs-merged"
     comfyui = steps["ComfyUI"]

@@ -51,3 +51,8 @@ def test_downloaded_models_are_offered_once_and_only_with_weights(
     assert where[SDXL] == "to be downloaded"
     assert where["org/listed"] == "named with --models"
     assert names[0] == "embedded:tiny-sd"
+
+
+def test_a_license_that_forbids_commercial_use_is_said_where_a_model_is_chosen() -> None:
+    marked = {name for name in FAMILIES if "non-commercial" in Base("x/y", name, "here").label}
+    assert marked == {"flux2-klein-9b", "anima"}
