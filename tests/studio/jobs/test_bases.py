@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dora_diffusion.config.families import FAMILIES
 from dora_diffusion.studio.jobs import bases
 from dora_diffusion.studio.jobs.bases import Base, in_folder, in_hub_cache
 from tests.studio.jobs.helpers import write_checkpoint, write_folder
