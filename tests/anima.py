@@ -37,7 +37,7 @@ def write_anima(folder: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     transformer = CosmosTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        mlp_ratio=2.0, text_embed_dim=16, adaln_lora_dim=4, max_size=(4, 64, 64),
+        mlp_ratio=2.0, text_embed_dim=16, adaln_lora_dim=4, max_size=(4, 128, 128),
         rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None,
     )  # fmt: skip
     text_encoder = Qwen3Model(
@@ -66,7 +66,7 @@ def write_anima(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def diffusers_pipeline(folder: Path) -> ModularPipeline:
+def diffusers_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> ModularPipeline:
     """Load a folder as Diffusers does, which needs torchvision or a stand-in."""
     from diffusers.models.transformers import transformer_cosmos
 
@@ -74,7 +74,7 @@ def diffusers_pipeline(folder: Path) -> ModularPipeline:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = ModularPipeline.from_pretrained(str(folder))
-        pipeline.load_components(torch_dtype=torch.float32)
+        pipeline.load_components(torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -23,6 +23,10 @@ MOST_SIDE, MOST_STEPS = 8192, 1000
 """Limits of an image's sides in pixels, and of denoising steps."""
 STEPS, GUIDANCE_SCALE, DENOISE = 25, 7.5, 0.75
 """Defaults: denoising steps, guidance scale, denoising strength of image-to-image generation."""
+SAMPLES: Mapping[str, str] = {
+    "steps": "validation_inference_steps", "guidance_scale": "validation_guidance_scale",
+}  # fmt: skip
+"""Settings of an image, with those of a run's samples."""
 MOST_CHARACTERS = 100_000
 """Most characters of a prompt."""
 # Names of schedulers in sd-scripts -> ours.

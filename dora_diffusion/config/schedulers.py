@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 
@@ -141,6 +142,20 @@ def few_steps_of_name(name: str) -> FewSteps | None:
         if match := re.match(pattern, name, re.IGNORECASE):
             return few._replace(steps=int(match[1])) if match.groups() else few
     return None
+
+
+def few_steps_of(
+    name: str, config: Mapping[str, Any], *, guidance_is_input: bool = False
+) -> FewSteps | None:
+    """Return the settings of a distilled model by its configuration, else by its name.
+
+    Args:
+        name: Path or hub id.
+        config: As `few_steps_of_model`.
+        guidance_is_input: Likewise.
+    """
+    few = few_steps_of_model(config, guidance_is_input=guidance_is_input)
+    return few or few_steps_of_name(PurePath(name).name)
 
 
 def few_steps_of_model(config: Mapping[str, Any], *, guidance_is_input: bool) -> FewSteps | None:

@@ -247,6 +247,11 @@ class TrainConfig(  # type: ignore[misc]
         return BaseModel.of_settings(vars(self))
 
     @property
+    def sample_base(self) -> BaseModel | None:
+        """The model of samples, stored as the base model is; None: the base model itself."""
+        return self.base_model.twin(self.sample_model) if self.sample_model else None
+
+    @property
     def unet_lr(self) -> float:
         """Learning rate of the denoiser."""
         rate: float = self.default("learning_rate", DEFAULT_FAMILY.default_rate)

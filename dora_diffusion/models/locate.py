@@ -24,9 +24,9 @@ from dora_diffusion.config.families import (
     UnsupportedModelError,
     detect_folder_family,
 )
-from dora_diffusion.config.images import PIXELS
+from dora_diffusion.config.images import PIXELS, SAMPLES
 from dora_diffusion.config.pipeline_index import INDEXES, index_file, is_pipeline
-from dora_diffusion.config.schedulers import few_steps_of_model, few_steps_of_name
+from dora_diffusion.config.schedulers import few_steps_of
 from dora_diffusion.formats.checkpoint.schedule import choose_schedule, stated_by_file
 from dora_diffusion.formats.files.runs import pipeline_in
 from dora_diffusion.models import embedded
@@ -271,15 +271,9 @@ def sampling_values(base: AnyModel) -> dict[str, Any]:
     Empty if nothing is known before the model is loaded.
     """
     base = BaseModel.of(base)
-    family, name = known_family(base), Path(base.path).name
-    if base.distilled is not False:
-        scheduler = known_info(str(base.path)).scheduler
-        few = few_steps_of_model(scheduler, guidance_is_input=False) or few_steps_of_name(name)
-        if few:
-            return {
-                "validation_inference_steps": few.steps,
-                "validation_guidance_scale": few.guidance_scale,
-            }
+    family, name = known_family(base), str(base.path)
+    if base.distilled is not False and (few := few_steps_of(name, known_info(name).scheduler)):
+        return {of_run: getattr(few, of_image) for of_image, of_run in SAMPLES.items()}
     return {} if family is None else dict(family.defaults)
 
 

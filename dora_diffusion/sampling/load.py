@@ -13,7 +13,8 @@ from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.config.base import AnyModel
 from dora_diffusion.config.families import Family
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
-from dora_diffusion.config.schedulers import FewSteps, few_steps_of_model, few_steps_of_name
+from dora_diffusion.config.images import SAMPLES
+from dora_diffusion.config.schedulers import FewSteps, few_steps_of, few_steps_of_name
 from dora_diffusion.formats.adapter.metadata import READING, AdapterMetadata, stated_reading
 from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.models.components import Components
@@ -137,8 +138,7 @@ def few_steps(components: Components, adapters: Sequence[str] = ()) -> tuple[str
     if components.asked and components.asked.distilled is False:
         return None
     is_input = bool(components.denoiser.config.get("time_cond_proj_dim"))
-    few = few_steps_of_model(components.scheduler_config, guidance_is_input=is_input)
-    few = few or few_steps_of_name(Path(components.name).name)
+    few = few_steps_of(components.name, components.scheduler_config, guidance_is_input=is_input)
     if few is None and components.family.is_distilled:
         few = FewSteps("distilled", **_family_defaults(components.family))
     return few and (components.name, few)
@@ -157,8 +157,4 @@ def sampling_defaults(components: Components) -> dict[str, Any]:
 
 
 def _family_defaults(family: Family) -> dict[str, Any]:
-    names = {
-        "steps": "validation_inference_steps",
-        "guidance_scale": "validation_guidance_scale",
-    }
-    return {n: family.defaults[name] for n, name in names.items() if name in family.defaults}
+    return {n: family.defaults[name] for n, name in SAMPLES.items() if name in family.defaults}

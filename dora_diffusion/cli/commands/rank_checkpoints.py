@@ -12,6 +12,7 @@ from dora_diffusion.cli.console.output import progress, tell
 from dora_diffusion.cli.settings import AnyBase, Overwrite, check_results
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.config.fields import REQUIRED, flag, require
+from dora_diffusion.config.images import SAMPLES
 from dora_diffusion.config.train import run_values
 from dora_diffusion.config.wording import aligned
 from dora_diffusion.formats.files.runs import (
@@ -54,10 +55,10 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
         config = TrainConfig.from_dict(run_values(read_config_file(self.run / "config.yaml")))
         adapters = _adapters(self.run, self.checkpoints)
         base = config.base_model
-        if self.base is None and config.sample_model:
-            base = base.twin(config.sample_model)
-        elif self.base is not None:
+        if self.base is not None:
             base = replace(base, path=self.base, variant=None, revision=None)
+        elif config.sample_base:
+            base = config.sample_base
         base = replace(
             base, variant=self.variant or base.variant, revision=self.revision or base.revision
         )
@@ -68,8 +69,7 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
 
         components = load_model(base, None)
         components = components.reading(config.clip_skip, config.max_token_length)
-        if str(base.path) != config.pretrained_model_name_or_path:
-            questions = _on_another_model(questions, components, config)
+        questions = _on_model(questions, components, config)
         with progress("generating images", "image") as show:
             measured, notes = rank(components, adapters, questions, self.output, show, BASE_NAME)
         steps = {BASE_NAME: 0, **{name: _steps(name, path) for name, path in adapters.items()}}
@@ -81,23 +81,34 @@ class RankCheckpointsSettings(Overwrite, AnyBase):
         return 0
 
 
-def _on_another_model(
+def _on_model(
     questions: EvaluationPrompts, components: Components, config: TrainConfig
 ) -> EvaluationPrompts:
-    """Return the prompts with the settings of another model than the run's base.
+    """Return the prompts with settings that suit a model.
 
-    The loss of training is not one of a distilled model.
+    Those of the run suit its base, or the model of its samples if it had one. The loss of training
+    is not one of a distilled model.
     """
-    from dora_diffusion.sampling.load import sampling_defaults
+    from dora_diffusion.sampling.load import few_steps, sampling_defaults
+    from dora_diffusion.sampling.settings import SamplingSettings
 
-    settings, name = sampling_defaults(components), components.name
-    if name == config.sample_model:  # The run has its steps and guidance.
-        settings = {"scheduler": settings.get("scheduler")}
-    notes = questions.notes
-    if questions.held_out:
+    name = components.name
+    is_twin = name == config.sample_model
+    is_distilled = name != config.pretrained_model_name_or_path and few_steps(components)
+    defaults = sampling_defaults(components)
+    if is_twin:
+        defaults = {"scheduler": defaults.get("scheduler")}
+    elif config.sample_model:
+        usual = {name: getattr(SamplingSettings, name) for name in SAMPLES}
+        defaults = usual | defaults
+    elif not is_distilled:
+        return questions
+    held_out, notes = questions.held_out, questions.notes
+    if held_out and (is_twin or is_distilled):
+        held_out = ()
         notes += (f"The denoising loss was not measured: images are of {name}, not of the base.",)
-    sampling = replace(questions.settings, **settings)
-    return replace(questions, settings=sampling, held_out=(), notes=notes)
+    sampling = replace(questions.settings, **defaults)
+    return replace(questions, settings=sampling, held_out=held_out, notes=notes)
 
 
 def _adapters(run: Path, names: Sequence[str]) -> dict[str, Path]:

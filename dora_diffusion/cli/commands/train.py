@@ -40,6 +40,7 @@ from dora_diffusion.config.flag_map import (
     refusal,
 )
 from dora_diffusion.config.foreign import ForeignFileError
+from dora_diffusion.config.images import SAMPLES
 from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.config.problems import Problems, read_values
 from dora_diffusion.config.train import settings_by_name
@@ -341,8 +342,7 @@ def _of_samples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _usual_sampling() -> dict[str, Any]:
-    names = ("validation_inference_steps", "validation_guidance_scale")
-    return {name: getattr(TrainConfig, name) for name in names}
+    return {name: getattr(TrainConfig, name) for name in SAMPLES.values()}
 
 
 def _base_of(values: Mapping[str, Any]) -> BaseModel:

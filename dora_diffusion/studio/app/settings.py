@@ -23,6 +23,7 @@ from dora_diffusion.config.families import DEFAULT_FAMILY, FAMILIES
 from dora_diffusion.config.fields import ConfigError, flag_words
 from dora_diffusion.config.flag_map import find_training_setting
 from dora_diffusion.config.foreign import ForeignFileError
+from dora_diffusion.config.images import SAMPLES
 from dora_diffusion.config.presets import EMBEDDED as SMALL
 from dora_diffusion.config.presets import preset_advice, preset_settings
 from dora_diffusion.config.problems import read_values
@@ -44,7 +45,6 @@ from dora_diffusion.studio.jobs.uploads import require_file, shown
 PROMPT_LIMIT, NAME_LIMIT = 1000, 500
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
 EMBEDDED = EMBEDDED_MODELS[0]
-SAMPLING = ("validation_inference_steps", "validation_guidance_scale")
 DATASET_FILE = "subjects.yaml"
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
@@ -241,7 +241,7 @@ def _config(
         own = {**usual, **sampling_values(twin)}
         values |= {
             name: own[name]
-            for name in SAMPLING
+            for name in SAMPLES.values()
             if setting_text(values.get(name, unset[name])) == setting_text(unset[name])
         }
     return TrainConfig.from_dict(

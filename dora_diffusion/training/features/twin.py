@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.inject import check_fit
 from dora_diffusion.adapters.state import by_component, read_for
-from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.base import BaseModel
+from dora_diffusion.config import ConfigError
 from dora_diffusion.config.families import DENOISERS
 from dora_diffusion.config.wording import listing
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
@@ -37,17 +37,16 @@ if TYPE_CHECKING:
     from dora_diffusion.training.step import Step
 
 
-def sample_base(config: TrainConfig) -> BaseModel:
-    """Return the model of a run's samples, stored as its base model is."""
-    assert config.sample_model is not None
-    return config.base_model.twin(config.sample_model)
-
-
 class SampleModelCode(FeatureCode):
     """Samples of a run on another model."""
 
+    @cached_property
+    def _twin(self) -> Components:
+        assert self.config.sample_base is not None
+        return load_empty(self.config.sample_base)
+
     def check_model(self, components: Components) -> None:
-        twin = load_empty(sample_base(self.config))
+        twin = self._twin
         if twin.family.name != components.family.name:
             raise ConfigError(
                 f"sample_model {twin.name} is {twin.family.title}, and the base model is "
@@ -58,7 +57,7 @@ class SampleModelCode(FeatureCode):
     def weights(
         self, select: Select, components: Components, start: StartingAdapter | None
     ) -> TrainedWeights:
-        trained, twin = select(), load_empty(sample_base(self.config)).adaptable()
+        trained, twin = select(), self._twin.adaptable()
         for name, model in trained.modules.items():
             try:
                 check_fit(model, twin[name])
@@ -80,13 +79,14 @@ def sampled_on(run: Run, metadata: AdapterMetadata | None) -> Iterator[Component
         metadata: Metadata of the adapter; None: without the adapter.
     """
     config, own = run.config, run.components
+    assert config.sample_base is not None
     modules = own.modules().values()
     with tempfile.TemporaryDirectory() as folder, on_device(HOST, *modules):
         adapter = None
         if metadata is not None:
             adapter = run.weights.writer()(run.weights.result(Path(folder)), metadata)
         twin, _ = load_adapted(
-            sample_base(config),
+            config.sample_base,
             adapter,
             dtype=PRECISION_DTYPES[config.mixed_precision],
             device=own.device,

@@ -273,10 +273,10 @@ class SampleWriter:
         prompts = config.prompts
         self._prompts = [prompt.prompt for prompt in prompts]
         model = run.components
-        if config.sample_model:
-            from dora_diffusion.training.features.twin import load_empty, sample_base
+        if config.sample_base:
+            from dora_diffusion.models.load import load_empty
 
-            model = load_empty(sample_base(config))
+            model = load_empty(config.sample_base)
         self._settings = [sample_settings(prompt, config, model) for prompt in prompts]
         starts = [config.seed if prompt.seed is None else prompt.seed for prompt in prompts]
         self._seeds = [range(first, first + config.num_validation_images) for first in starts]

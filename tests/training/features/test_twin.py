@@ -390,26 +390,37 @@ def test_checkpoints_are_ranked_on_the_twin(
     settings: Callable[..., TrainConfig], models: dict[str, Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    asked = []
+    asked, notes = [], list[bool]()
 
     def rank(components: Any, adapters: Any, questions: Any, *rest: Any) -> Any:
         sampling = questions.settings
-        asked.append((components.name, sampling.steps, sampling.guidance_scale))
-        assert not questions.held_out
+        steps = sampling.steps, sampling.guidance_scale, sampling.scheduler
+        asked.append((components.name, steps, bool(questions.held_out), sampling.width))
+        notes.append(any("loss was not measured" in note for note in questions.notes))
         return [], list(questions.notes)
 
     monkeypatch.setattr("dora_diffusion.evaluation.ranking.rank", rank)
     monkeypatch.setattr("dora_diffusion.evaluation.ranking.write_ranking", lambda *a: None)
     config = settings(sample_model=str(models["twin"]), checkpointing_steps=1, validation_split=1)
     train(config)
-    words = ["rank-checkpoints", config.output_dir, "--output", str(tmp_path / "ranking")]
-    assert main(words) == 0
-    assert main([*words, f"--base={models['twin']}"]) == 0
     train(replace(config, output_dir=str(tmp_path / "other"), sample_model=None))
-    words[1] = str(tmp_path / "other")
-    assert main([*words, f"--base={models['twin']}"]) == 0
-    name = str(models["twin"])
-    assert asked == [(name, 3, 1.0), (name, 3, 1.0), (name, 8, 1.0)]
+    base, twin = str(models["base"]), str(models["twin"])
+    another = str(write_z_image(tmp_path / "another", seed=4))
+    own, few, usual = (3, 1.0, None), (8, 1.0, None), (50, 6.0, None)
+    cases = [
+        # The run's folder, the model; the settings, and whether a loss is measured on it.
+        (config.output_dir, None, twin, own, False), (config.output_dir, twin, twin, own, False),
+        (config.output_dir, base, base, usual, True),
+        (config.output_dir, another, another, usual, True),
+        (str(tmp_path / "other"), None, base, own, True),
+        (str(tmp_path / "other"), another, another, own, True),
+        (str(tmp_path / "other"), twin, twin, few, False),
+    ]  # fmt: skip
+    for folder, given, *_ in cases:
+        words = ["rank-checkpoints", folder, "--output", str(tmp_path / "ranking")]
+        assert main(words if given is None else [*words, f"--base={given}"]) == 0
+    assert asked == [(*case, 64) for _, _, *case in cases]
+    assert notes == [not case[-1] for case in cases]
 
 
 def test_a_line_says_where_base_and_twin_differ(

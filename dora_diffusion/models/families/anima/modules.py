@@ -14,6 +14,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.config.fields import require
+from dora_diffusion.config.images import PIXELS
+
 if not hasattr(diffusers, "AnimaTextConditioner"):
     raise ImportError(
         f"Diffusers {diffusers.__version__} has no Anima; install a later version with pip"
@@ -48,7 +51,18 @@ class CosmosTransformer3DModel(diffusers.CosmosTransformer3DModel):
             encoder_hidden_states: Output of the text conditioner, ``(B, 512, D)``.
             padding_mask: Not read.
             options: Other arguments of Diffusers' class.
+
+        Raises:
+            ConfigError: If a side has more patches than the model has positions.
         """
+        longest = PIXELS * max(self.config.max_size)
+        sides = [PIXELS * side for side in hidden_states.shape[:-3:-1]]
+        require(
+            max(sides) <= longest,
+            f"an image of {sides[0]} x {sides[1]} pixels is larger than {longest} on a side, the "
+            "most that the model has positions for; choose a smaller size",
+            "resolution",
+        )
         mask = hidden_states[:, :1]
         options["condition_mask"] = torch.zeros_like(mask) if self._concatenates else None
         return super().forward(hidden_states, timestep, encoder_hidden_states, **options)
