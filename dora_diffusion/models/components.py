@@ -105,8 +105,9 @@ class Components:
             UserWarning: If the family already skips a layer.
         """
         family = self.family
-        if "max_token_length" in family.without_effect:
-            max_token_length = None
+        ignored = family.without_effect
+        clip_skip = None if "clip_skip" in ignored else clip_skip
+        max_token_length = None if "max_token_length" in ignored else max_token_length
         if clip_skip and family.skipped_layers and is_told:
             web = family.web_ui_clip_skip(0)
             warnings.warn(

@@ -77,7 +77,7 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
     uses = adapter or ()
     facts = [read_metadata(use.path) for use in uses]
     loaded = load_components(base, dtype=dtype, adapters=facts)
-    _warn_of_settings(loaded, max_token_length)
+    _warn_of_settings(loaded, clip_skip, max_token_length)
     components = place_model(loaded.reading(clip_skip, max_token_length), device, offload)
     if compile:
         compile_blocks(components.denoiser)
@@ -89,10 +89,12 @@ def load_adapted(  # noqa: PLR0913 - keywords, each documented
     return as_stated(components, metadata, clip_skip, max_token_length), metadata
 
 
-def _warn_of_settings(components: Components, max_token_length: int | None) -> None:
+def _warn_of_settings(
+    components: Components, clip_skip: int | None, max_token_length: int | None
+) -> None:
     """Warn of settings of the model without effect."""
     length = max_token_length if max_token_length != TOKENS_PER_CHUNK else None
-    given = {"max_token_length": length, **vars(components.asked)}
+    given = {"clip_skip": clip_skip, "max_token_length": length, **vars(components.asked)}
     for line in components.family.inactive([name for name in given if given[name]]).values():
         warnings.warn(line, stacklevel=3)
 

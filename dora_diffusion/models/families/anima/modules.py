@@ -55,7 +55,8 @@ class CosmosTransformer3DModel(diffusers.CosmosTransformer3DModel):
         Raises:
             ConfigError: If a side has more patches than the model has positions.
         """
-        longest = PIXELS * max(self.config.max_size)
+        patch = PIXELS * max(self.rope.patch_size)
+        longest = patch * max(self.rope.max_size)
         sides = [PIXELS * side for side in hidden_states.shape[:-3:-1]]
         require(
             max(sides) <= longest,
