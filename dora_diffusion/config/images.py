@@ -79,7 +79,7 @@ class ImageRequest:
     negative_prompt: str = flag("", "Negative prompt.")
     steps: int | None = flag(
         None,
-        f"Denoising steps. Default: {STEPS}, of Z-Image and FLUX.2-klein 50; of LCM, Turbo and "
+        f"Denoising steps. Default: {STEPS}, of transformers 50; of LCM, Turbo and "
         "Lightning models and adapters what they are for, as of guidance and scheduler.",
         least=1,
         most=MOST_STEPS,
@@ -87,7 +87,7 @@ class ImageRequest:
     guidance_scale: float | None = flag(
         None,
         f"Guidance scale (CFG scale); 1 is none. Default: {GUIDANCE_SCALE}, of Z-Image 6, of "
-        "FLUX.2-klein 4.",
+        "FLUX.2-klein and Anima 4.",
         least=0,
     )
     guidance_rescale: float = flag(

@@ -128,7 +128,7 @@ def test_sdxl_at_1024_fits_a_card_of_8_gb() -> None:
 def test_the_document_states_what_was_counted() -> None:
     text = document("lab", "measurements", "gpu-memory.md")
     titles = {"sd1": "SD1.5", "sdxl": "SDXL", "z-image": "Z-Image", "flux2-klein": "FLUX.2-klein",
-              "flux2-klein-9b": "FLUX.2-klein 9B"}  # fmt: skip
+              "flux2-klein-9b": "FLUX.2-klein 9B", "anima": "Anima"}  # fmt: skip
     for family, title in titles.items():
         size = FAMILIES[family].gpu_memory.resolution
         for on in (True, False):

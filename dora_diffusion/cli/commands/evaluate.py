@@ -63,8 +63,8 @@ class EvaluateSettings(Sampling, AdaptedModel):
     )
     steps: int | None = flag(
         None,
-        f"Denoising steps. Default: {STEPS}; of Z-Image, "
-        "FLUX.2-klein and distilled models what they are for, as of guidance.",
+        f"Denoising steps. Default: {STEPS}; of transformers and distilled models what they are "
+        "for, as of guidance.",
     )
     num_seeds: int = flag(4, "Images per prompt, one per seed.", least=1)
     seed: int = flag(0, "Random seed of the first image.")
