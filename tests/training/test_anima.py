@@ -20,6 +20,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
+from dora_diffusion.numerics.loss import timestep_quantile
 from dora_diffusion.sampling.load import load_adapted
 from dora_diffusion.training.prediction import answer
 from dora_diffusion.training.recipe import train
@@ -75,6 +76,14 @@ def test_a_rows_loss_is_that_of_sd_scripts_and_ai_toolkit(
         )  # fmt: skip
     wanted = (velocity.squeeze(2) - (batch.noise - batch.latents)).square().flatten(1).mean(1)
     torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_of_minus_log_3_gives_the_shares_of_sd_scripts_sigmoid() -> None:
+    """There, shares of noise are sigmoids of normal draws; here the scheduler shifts them by 3."""
+    quantiles = torch.tensor([0.01, 0.2, 0.5, 0.8, 0.99], dtype=torch.float64)
+    evenly = timestep_quantile(quantiles, "logit_normal", mean=-1.0986)
+    wanted = torch.distributions.Normal(0.0, 1.0).icdf(quantiles).sigmoid()
+    torch.testing.assert_close(3 * evenly / (1 + 2 * evenly), wanted, rtol=0, atol=1e-5)
 
 
 def test_a_file_in_diffusers_predicts_as_the_live_model(
