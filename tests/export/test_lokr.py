@@ -30,6 +30,7 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.merging import merge_tensor
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.sampling.load import load_adapted
+from tests.anima import write_anima
 from tests.conftest import is_adaptable
 from tests.export.helpers import tensors_of
 from tests.flux2_klein import write_flux2_klein
@@ -222,4 +223,32 @@ def test_names_of_flux2_klein(tmp_path: Path, form: str) -> None:
     )
     tensors = tensors_of(merged)
     for name, file in files.items():
+        assert error(tensors[f"{name}.weight"], changed(weights[name], file)) < TOLERANCE
+
+
+ANIMA = {
+    "transformer_blocks.1.attn1.to_q": "blocks.1.self_attn.q_proj",
+    "transformer_blocks.0.attn2.to_out.0": "blocks.0.cross_attn.output_proj",
+    "transformer_blocks.0.ff.net.2": "blocks.0.mlp.layer2",
+    "transformer_blocks.1.norm2.linear_1": "blocks.1.adaln_modulation_cross_attn.1",
+    "patch_embed.proj": "x_embedder.proj.1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("axis", [None, "output", "input"])
+@pytest.mark.parametrize("form", ["diffusion_model.{}", "lora_unet_{}", "lycoris_{}"])
+def test_names_of_anima(tmp_path: Path, form: str, axis: str | None) -> None:
+    """With original names, or Diffusers' with LyCORIS' prefix."""
+    weights = transformer_case(folder := tmp_path / "model", write_anima)
+    files, stored = {}, {}
+    for path, original in ANIMA.items():
+        name = f"transformer.{path}"
+        files[name] = lokr(weights[name], axis=axis, size=0.3)
+        stored_path = path if "lycoris" in form else original
+        flat = stored_path if "." in form else stored_path.replace(".", "_")
+        stored[form.format(flat)] = files[name]
+    path = save(tmp_path / "lokr.safetensors", stored)
+    tensors = tensors_of(export_checkpoint(folder, path, tmp_path / "merged"))
+    for name, file in files.items():
+        assert error(weights[name], changed(weights[name], file)) > 0.01
         assert error(tensors[f"{name}.weight"], changed(weights[name], file)) < TOLERANCE
