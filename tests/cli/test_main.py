@@ -95,7 +95,7 @@ class TestHelp:
         for name in ("scheduler", "width", "height", "negative_prompt"):
             assert args[name] == getattr(settings, name)
         # Left to models and adapters for few steps.
-        assert f"Default: {settings.steps}, of Z-Image" in texts["generate", "steps"]
+        assert f"Default: {settings.steps}, of transformers" in texts["generate", "steps"]
         assert f"Default: {settings.guidance_scale}, of" in texts["generate", "guidance_scale"]
         assert args["steps"] is None
         assert args["guidance_scale"] is None
