@@ -38,7 +38,7 @@ def test_the_counts_are_those_that_the_other_documents_have():
     text = (ROOT / "lab" / "measurements" / "gpu-operations.md").read_text(encoding="utf-8")
     row = r"^\| this DoRA \| [\d,+ ]+ \| ([\d,]+) \| (\d+) \| ([\d.]+) \|$"
     rows = re.findall(row, text, re.MULTILINE)
-    assert len(rows) == 5  # Stable Diffusion 1.5 and SDXL, then three transformers.
+    assert len(rows) == 6  # Stable Diffusion 1.5 and SDXL, then four transformers.
     for model, cells in zip(scale.MODELS.values(), rows[:2], strict=True):
         step, update, operands = (float(cell.replace(",", "")) for cell in cells)
         assert (model.operations, model.operands) == (step + update, operands)
