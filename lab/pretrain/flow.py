@@ -67,7 +67,7 @@ def write_maps(folder: Path, corpus: Corpus) -> Path:
     return path
 
 
-def new_transformer(width: int = 144, layers: int = 4, heads: int = 3) -> Any:
+def new_transformer(width: int = 144, layers: int = 5, heads: int = 3) -> Any:
     """A fresh transformer whose blocks change nothing at first (adaLN-Zero)."""
     from diffusers import ZImageTransformer2DModel
 
