@@ -99,8 +99,7 @@ def _on_model(
     if is_twin:
         defaults = {"scheduler": defaults.get("scheduler")}
     elif config.sample_model:
-        usual = {name: getattr(SamplingSettings, name) for name in SAMPLES}
-        defaults = usual | defaults
+        defaults = {n: getattr(SamplingSettings, n) for n in SAMPLES} | defaults
     elif not is_distilled:
         return questions
     held_out, notes = questions.held_out, questions.notes
