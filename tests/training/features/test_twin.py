@@ -17,11 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_diffusion.cli import main as cli
+from dora_diffusion.cli.commands.rank_checkpoints import _on_model
 from dora_diffusion.cli.commands.train import train_config
 from dora_diffusion.cli.main import main
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.base import BaseModel
 from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.evaluation.ranking import EvaluationPrompts
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -421,6 +423,15 @@ def test_checkpoints_are_ranked_on_the_twin(
         assert main(words if given is None else [*words, f"--base={given}"]) == 0
     assert asked == [(*case, 64) for _, _, *case in cases]
     assert notes == [not case[-1] for case in cases]
+
+
+def test_a_base_without_sampling_values_is_ranked_with_the_usual_ones(sd1_folder: Path) -> None:
+    """Stable Diffusion has the defaults of images; the run has the twin's."""
+    config = TrainConfig(pretrained_model_name_or_path=str(sd1_folder), sample_model="few-steps")
+    few = SamplingSettings(4, 1.0, "lcm", 32, 32)
+    questions = EvaluationPrompts([], few, lambda *images: {}, (), "")
+    ranked = _on_model(questions, loading.load_components(sd1_folder), config)
+    assert (ranked.settings.steps, ranked.settings.guidance_scale) == (25, 7.5)
 
 
 def test_a_line_says_where_base_and_twin_differ(
